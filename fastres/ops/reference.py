@@ -1,0 +1,93 @@
+"""The meaning of every fused op, in plain PyTorch: CPU path, test oracle, benchmark baseline and documentation at once.
+
+Shapes: x [N, C, H, W]; a conv weight [K, C/groups, R, S]; z = conv(x) and everything after it [N, K, P, Q].
+Every function is differentiable, works in any floating dtype and any memory format, and changes nothing but the running
+statistics of a BatchNorm in training mode.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def conv(x: Tensor, conv: nn.Conv2d) -> Tensor:
+    """z = conv2d(x, weight, bias), zero-padded."""
+    return F.conv2d(x, conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+
+
+def batch_norm(z: Tensor, bn: nn.BatchNorm2d) -> Tensor:
+    """(z - mean) * rstd * weight + bias per channel, with `nn.BatchNorm2d`'s choice of statistics and their update."""
+    momentum = bn.momentum
+    if bn.training and bn.track_running_stats and bn.num_batches_tracked is not None:
+        bn.num_batches_tracked.add_(1)
+        if momentum is None:  # cumulative average
+            momentum = 1.0 / float(bn.num_batches_tracked)
+    use_batch = bn.training or bn.running_mean is None
+    tracked = not bn.training or bn.track_running_stats
+    return F.batch_norm(
+        z,
+        bn.running_mean if tracked else None,
+        bn.running_var if tracked else None,
+        bn.weight,
+        bn.bias,
+        use_batch,
+        0.0 if momentum is None else momentum,
+        bn.eps,
+    )
+
+
+def conv_bn_act(
+    x: Tensor, conv_: nn.Conv2d, bn: nn.BatchNorm2d, residual: Tensor | None = None, relu: bool = True
+) -> Tensor:
+    """relu(bn(conv(x)) + residual): paper, section 3.4 ("BN right after each convolution and before activation")."""
+    y = batch_norm(conv(x, conv_), bn)
+    if residual is not None:
+        y = y + residual
+    return F.relu(y) if relu else y
+
+
+def pad_shortcut(x: Tensor, stride: int, channels: int) -> Tensor:
+    """Option A (section 3.3): every `stride`-th pixel of x [N, C, H, W], zero channels appended.
+
+    Returns [N, channels, ceil(H/stride), ceil(W/stride)].
+    """
+    return F.pad(x[:, :, ::stride, ::stride], (0, 0, 0, 0, 0, channels - x.shape[1]))
+
+
+def pad_shortcut_add_relu(y: Tensor, x: Tensor, stride: int) -> Tensor:
+    """relu(y + pad_shortcut(x)): the block's end with an option-A shortcut; y [N, K, P, Q]."""
+    return F.relu(y + pad_shortcut(x, stride, y.shape[1]))
+
+
+def residual_block(
+    x: Tensor, units: Sequence[tuple[nn.Conv2d, nn.BatchNorm2d]], shortcut: nn.Module | None = None
+) -> Tensor:
+    """relu(F(x) + shortcut(x)) (paper, equations 1 and 2): F is conv-BN pairs with ReLU between them.
+
+    shortcut: None for the identity, else a module: `Sequential(conv, bn)` for a projection, or an option-A module.
+    """
+    y = x
+    for conv_, bn in units[:-1]:
+        y = conv_bn_act(y, conv_, bn)
+    conv_, bn = units[-1]
+    return conv_bn_act(y, conv_, bn, residual=x if shortcut is None else shortcut(x))
+
+
+def stem(x: Tensor, conv_: nn.Conv2d, bn: nn.BatchNorm2d, pool: nn.MaxPool2d) -> Tensor:
+    """maxpool(relu(bn(conv(x)))): the net's 7x7 entrance (paper, Table 1, conv1 and the pool of conv2_x)."""
+    y = conv_bn_act(x, conv_, bn)
+    return F.max_pool2d(y, pool.kernel_size, pool.stride, pool.padding, pool.dilation, pool.ceil_mode)
+
+
+__all__ = [
+    "batch_norm",
+    "conv",
+    "conv_bn_act",
+    "pad_shortcut",
+    "pad_shortcut_add_relu",
+    "residual_block",
+    "stem",
+]

@@ -1,0 +1,1 @@
+"""Triton kernels. They know torch and triton only; `fastres.ops` calls them."""
