@@ -181,9 +181,7 @@ def resnet152(*, weights: ResNet152_Weights | None = None, progress: bool = True
 
 @register_model("fastres_resnext50_32x4d")
 @handle_legacy_interface(weights=("pretrained", ResNeXt50_32X4D_Weights.IMAGENET1K_V1))
-def resnext50_32x4d(
-    *, weights: ResNeXt50_32X4D_Weights | None = None, progress: bool = True, **kwargs: Any
-) -> ResNet:
+def resnext50_32x4d(*, weights: ResNeXt50_32X4D_Weights | None = None, progress: bool = True, **kwargs: Any) -> ResNet:
     """ResNeXt-50 32x4d, as `torchvision.models.resnext50_32x4d`."""
     _ovewrite_named_param(kwargs, "groups", 32)
     _ovewrite_named_param(kwargs, "width_per_group", 4)
@@ -214,9 +212,7 @@ def resnext101_64x4d(
 
 @register_model("fastres_wide_resnet50_2")
 @handle_legacy_interface(weights=("pretrained", Wide_ResNet50_2_Weights.IMAGENET1K_V1))
-def wide_resnet50_2(
-    *, weights: Wide_ResNet50_2_Weights | None = None, progress: bool = True, **kwargs: Any
-) -> ResNet:
+def wide_resnet50_2(*, weights: Wide_ResNet50_2_Weights | None = None, progress: bool = True, **kwargs: Any) -> ResNet:
     """Wide ResNet-50-2, as `torchvision.models.wide_resnet50_2`."""
     _ovewrite_named_param(kwargs, "width_per_group", 128)
     return _build(Bottleneck, [3, 4, 6, 3], Wide_ResNet50_2_Weights.verify(weights), progress, **kwargs)
