@@ -1,0 +1,26 @@
+"""Which tile a kernel runs with: a frozen dataclass, a small analytical heuristic, measured tables per GPU.
+
+A table (`tables/<gpu>.json`, written by `bench/tune.py`) wins over the heuristic. Nothing here times anything: autotuning
+inside a CUDA-graph capture would kill the capture.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One specialisation of a conv kernel.
+
+    BM: channels per tile, BN: pixels per tile, BK: reduction step, all in elements; `warps` per program, `stages` of
+    the software pipeline; box: how BN pixels are cut out of [N, P, Q] as (TN, TH, TW), or None for the gather kernel,
+    which takes BN consecutive pixels.
+    """
+
+    BM: int
+    BN: int
+    BK: int
+    warps: int
+    stages: int
+    box: tuple[int, int, int] | None = None

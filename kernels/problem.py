@@ -1,0 +1,124 @@
+"""One convolution, seen as the three GEMMs of training: what it computes, what it moves, how long it must take.
+
+Vocabulary as in CUTLASS: x [N, H, W, C], w [K, R, S, C/groups], y [N, P, Q, K]; fprop y = conv(x, w), dgrad
+dx = conv_transpose(dy, w), wgrad dw = corr(x, dy). All sizes in elements, times in microseconds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+Pass = Literal["fprop", "dgrad", "wgrad"]
+
+
+class Gemm(NamedTuple):
+    """Channels stand on GEMM_M, pixels on GEMM_N (fprop, dgrad); wgrad reduces over pixels."""
+
+    m: int
+    n: int
+    k: int
+
+
+@dataclass(frozen=True)
+class Device:
+    """Ceilings of one GPU: bytes/s to memory, 16-bit tensor FLOP/s, both as measured or specified."""
+
+    name: str
+    bandwidth: float
+    flops_16bit: float
+
+
+H200 = Device("NVIDIA H200", bandwidth=4.3e12, flops_16bit=790e12)
+
+
+@dataclass(frozen=True)
+class ConvProblem:
+    """A square-strided, zero-padded 2-D convolution. Raises ValueError for sizes that describe none."""
+
+    N: int
+    H: int
+    W: int
+    C: int
+    K: int
+    R: int = 1
+    S: int = 1
+    stride: int = 1
+    pad: int = 0
+    dilation: int = 1
+    groups: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("N", "H", "W"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}")
+        for name in ("C", "K", "R", "S", "stride", "dilation", "groups"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
+        if self.pad < 0:
+            raise ValueError(f"pad must be >= 0, got {self.pad}")
+        if self.C % self.groups or self.K % self.groups:
+            raise ValueError(f"groups={self.groups} must divide C={self.C} and K={self.K}")
+        if self.P < 1 or self.Q < 1:
+            raise ValueError(f"the {self.R}x{self.S} filter is larger than the padded input: {self}")
+
+    @property
+    def P(self) -> int:
+        return (self.H + 2 * self.pad - self.dilation * (self.R - 1) - 1) // self.stride + 1
+
+    @property
+    def Q(self) -> int:
+        return (self.W + 2 * self.pad - self.dilation * (self.S - 1) - 1) // self.stride + 1
+
+    @property
+    def pixels(self) -> int:
+        """N P Q: the number of values behind each channel's statistics."""
+        return self.N * self.P * self.Q
+
+    @property
+    def pointwise(self) -> bool:
+        """True for a 1x1 convolution that reads every pixel once: a plain GEMM."""
+        return self.R == self.S == self.stride == 1 and self.pad == 0
+
+    def gemm(self, pass_: Pass) -> Gemm:
+        """GEMM sizes of one group."""
+        c, k = self.C // self.groups, self.K // self.groups
+        taps = self.R * self.S
+        if pass_ == "fprop":
+            return Gemm(k, self.pixels, taps * c)
+        if pass_ == "dgrad":
+            return Gemm(c, self.N * self.H * self.W, taps * k)
+        return Gemm(k, taps * c, self.pixels)
+
+    @property
+    def multiply_adds(self) -> int:
+        """The same for every pass."""
+        return self.pixels * self.K * self.R * self.S * (self.C // self.groups)
+
+    @property
+    def x_numel(self) -> int:
+        return self.N * self.H * self.W * self.C
+
+    @property
+    def y_numel(self) -> int:
+        return self.pixels * self.K
+
+    @property
+    def w_numel(self) -> int:
+        return self.K * self.R * self.S * (self.C // self.groups)
+
+    def min_bytes(self, itemsize: int, residual: bool = False) -> int:
+        """Each operand of a pass moved once (the same for every pass: two are read, the third is written), and the
+        residual read once more where there is one."""
+        return itemsize * (self.x_numel + self.y_numel * (2 if residual else 1) + self.w_numel)
+
+    def roofline_us(self, itemsize: int, device: Device = H200, residual: bool = False) -> float:
+        """No implementation runs faster: the longer of compute time and memory time. FLOP/s halve per doubling of
+        itemsize beyond 2 (TF32), double at 1 (FP8)."""
+        compute = 2 * self.multiply_adds / (device.flops_16bit * 2 / itemsize)
+        return 1e6 * max(compute, self.min_bytes(itemsize, residual) / device.bandwidth)
+
+    @property
+    def int32_safe(self) -> bool:
+        """False where an element offset can pass 2**31 - 1 and kernels must widen to int64."""
+        return max(self.x_numel, self.y_numel, self.w_numel) < 2**31
