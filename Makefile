@@ -27,5 +27,9 @@ lint: $(READY)
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
+# With the interpreter $(PYTHON), which must have torch already: all GPU tests and the bench, or PART="name name".
+gpu:
+	$(PYTHON) bench/gpu.py --out $(OUT) $(PART)
+
 clean:
 	rm -rf $(VENV) $(OUT) build dist *.egg-info

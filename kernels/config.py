@@ -1,7 +1,7 @@
 """Which tile a kernel runs with: a frozen dataclass, a small analytical heuristic, measured tables per GPU.
 
-A table (`tables/<gpu>.json`, written by `bench/tune.py`) wins over the heuristic. Nothing here times anything: autotuning
-inside a CUDA-graph capture would kill the capture.
+A table (`tables/<gpu>.json`, written by `bench/tune.py`) wins over the heuristic. Nothing here times anything:
+autotuning inside a CUDA-graph capture would kill the capture.
 """
 
 from __future__ import annotations
