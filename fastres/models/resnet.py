@@ -68,9 +68,13 @@ class BasicBlock(tv.BasicBlock):
         """The residual branch as (conv, norm) pairs; ReLU stands between them and after the addition."""
         return [(self.conv1, self.bn1), (self.conv2, self.bn2)]
 
+    def parts(self) -> dispatch.Parts:
+        """The block's modules by role, as `dispatch` asks for them."""
+        return dispatch.Parts(self.units(), [self.relu], shortcut=self.downsample)
+
     def forward(self, x: Tensor) -> Tensor:
         if not torch.jit.is_scripting():
-            if dispatch.serves(x, *self.children()):
+            if dispatch.serves(x, self.parts()):
                 return residual_block(x, self.units(), self.downsample)
         identity = x
         out = self.relu(self.bn1(self.conv1(x)))
@@ -91,9 +95,13 @@ class Bottleneck(tv.Bottleneck):
         """The residual branch as (conv, norm) pairs; ReLU stands between them and after the addition."""
         return [(self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3)]
 
+    def parts(self) -> dispatch.Parts:
+        """The block's modules by role, as `dispatch` asks for them."""
+        return dispatch.Parts(self.units(), [self.relu], shortcut=self.downsample)
+
     def forward(self, x: Tensor) -> Tensor:
         if not torch.jit.is_scripting():
-            if dispatch.serves(x, *self.children()):
+            if dispatch.serves(x, self.parts()):
                 return residual_block(x, self.units(), self.downsample)
         identity = x
         out = self.relu(self.bn1(self.conv1(x)))
@@ -121,9 +129,13 @@ class ResNet(tv.ResNet):
         x = torch.flatten(x, 1)
         return self.fc(x)
 
+    def stem_parts(self) -> dispatch.Parts:
+        """The stem's modules by role, as `dispatch` asks for them."""
+        return dispatch.Parts([(self.conv1, self.bn1)], [self.relu], pool=self.maxpool)
+
     def _stem(self, x: Tensor) -> Tensor:
         if not torch.jit.is_scripting():
-            if dispatch.serves(x, self.conv1, self.bn1, self.relu, self.maxpool):
+            if dispatch.serves(x, self.stem_parts()):
                 return stem(x, self.conv1, self.bn1, self.maxpool)
         return self.maxpool(self.relu(self.bn1(self.conv1(x))))
 

@@ -1,36 +1,67 @@
 """Which implementation runs. The only place that decides it.
 
 `serves` answers a block's or the stem's question "does the fused path take this call?"; `why_plain` answers the same
-question in words. `backend` forces one implementation.
+question in words. `conv_engine` and `pointwise_engine` then name what computes each step. `backend` forces one choice
+everywhere, `fusions` switches single fusions off so that each one's worth can be measured.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, fx, nn
+from torch.autograd import forward_ad
 from torch.nn.modules import module as nn_module
+
+if TYPE_CHECKING:
+    from fastres.kernels.problem import ConvProblem, Pass
+
+Engine = Literal["triton", "cudnn", "aten"]
 
 BACKENDS = {
     "auto": "the fastest implementation known for each call",
-    "reference": "plain PyTorch, functional, through the same entry points as the fused kernels",
+    "triton": "fastres's own kernels for every step",
+    "cudnn": "the library's convolutions, fastres's kernels around them",
+    "reference": "plain PyTorch through the same entry points as the fused kernels",
 }
 
 # What the fused path understands; anything else (a foreign norm layer, a parametrised conv, SyncBatchNorm) is run by
 # its own `forward`.
 _KNOWN = (nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.MaxPool2d, nn.Sequential)
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Fusions:
+    """The fusions of a training step, each of which can be turned off.
+
+    statistics: BN statistics in the conv's epilogue, not in a pass of their own. prologue: normalise + ReLU while the
+    next conv loads, so that the activation is never stored. bn_backward: dz = p g + q z + r while dgrad and wgrad load.
+    relu_mask: the ReLU mask and both BN sums in dgrad's epilogue.
+    """
+
+    statistics: bool = True
+    prologue: bool = True
+    bn_backward: bool = True
+    relu_mask: bool = True
+
 
 _forced: ContextVar[str] = ContextVar("fastres_backend", default="auto")
+_fusions: ContextVar[Fusions] = ContextVar("fastres_fusions", default=Fusions())
 
 
 @contextmanager
 def backend(name: str) -> Iterator[None]:
     """Within this context every fusable call runs on the implementation `name`, a key of `BACKENDS`.
 
-    Holds for the current thread (or async task) only. Raises ValueError for an unknown name.
+    Holds for the current thread (or async task) only; a backward pass keeps what its forward was given. Raises
+    ValueError for an unknown name.
     """
     if name not in BACKENDS:
         raise ValueError(f"unknown backend {name!r}; accepted: {', '.join(map(repr, BACKENDS))}")
@@ -39,6 +70,23 @@ def backend(name: str) -> Iterator[None]:
         yield
     finally:
         _forced.reset(token)
+
+
+@contextmanager
+def fusions(**switches: bool) -> Iterator[None]:
+    """Within this context the named fields of `Fusions` are on or off. Raises ValueError for an unknown field."""
+    known = [field.name for field in fields(Fusions)]
+    if unknown := sorted(switches.keys() - set(known)):
+        raise ValueError(f"unknown fusion {', '.join(unknown)}; accepted: {', '.join(known)}")
+    token = _fusions.set(replace(_fusions.get(), **switches))
+    try:
+        yield
+    finally:
+        _fusions.reset(token)
+
+
+def active_fusions() -> Fusions:
+    return _fusions.get()
 
 
 def serves(x: Tensor, *modules: nn.Module) -> bool:
@@ -50,9 +98,7 @@ def serves(x: Tensor, *modules: nn.Module) -> bool:
 
 def why_plain(x: Tensor, *modules: nn.Module) -> str | None:
     """The reason, in words, why these modules run one by one on x; None where the fused path takes the call."""
-    if _forced.get() == "auto":
-        return "no fused kernel for this device"
-    return _unfusable_call(x) or _unfusable_modules(*modules)
+    return _unfusable_call(x) or _unfusable_device(x) or _unfusable_modules(*modules)
 
 
 def _unfusable_call(x: Tensor) -> str | None:
@@ -62,7 +108,25 @@ def _unfusable_call(x: Tensor) -> str | None:
         return f"the input is a {type(x).__name__}, not a plain tensor"
     if torch._C._functorch.maybe_current_level() is not None:
         return "a torch.func transform is active"
+    if forward_ad._current_level >= 0:
+        return "forward-mode differentiation is active"
+    if x.dim() != 4 or x.numel() == 0:
+        return "the input is not a non-empty [N, C, H, W] batch"
     return None
+
+
+def _unfusable_device(x: Tensor) -> str | None:
+    forced = _forced.get()
+    if forced == "reference":
+        return None
+    if not (x.is_cuda or interpreting()):
+        return "no fused kernel for this device"
+    if forced == "auto" and not x.is_cuda:
+        return "the kernels' interpreter serves only backend('triton')"
+    if x.is_cuda and torch.cuda.get_device_capability(x.device) < (8, 0):
+        return "the GPU is older than compute capability 8.0"
+    dtype = compute_dtype(x)
+    return None if dtype in _DTYPES else f"no fused kernel for {dtype}"
 
 
 def _unfusable_modules(*modules: nn.Module) -> str | None:
@@ -74,8 +138,8 @@ def _unfusable_modules(*modules: nn.Module) -> str | None:
             return f"a {kind} in it carries a hook"
         if type(module) not in _KNOWN:
             return f"it contains a {kind}"
-        if isinstance(module, nn.Conv2d) and module.padding_mode != "zeros":
-            return f"its convolution pads with {module.padding_mode!r}, not zeros"
+        if isinstance(module, nn.Conv2d) and (module.padding_mode != "zeros" or isinstance(module.padding, str)):
+            return f"its convolution pads {module.padding!r} with {module.padding_mode!r}"
     return None
 
 
@@ -84,3 +148,49 @@ def has_hooks(module: nn.Module) -> bool:
     return bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
+
+
+def interpreting() -> bool:
+    """True where Triton kernels run in its interpreter, on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that convolutions of x run in: autocast's where it is on, else x's own."""
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype
+
+
+def conv_engine(pass_: Pass, problem: ConvProblem, dtype: torch.dtype, device: torch.device) -> Engine:
+    """What computes one convolution: "triton", "cudnn" (ATen on a CUDA device) or "aten" (ATen elsewhere)."""
+    library: Engine = "cudnn" if device.type == "cuda" else "aten"
+    forced = _forced.get()
+    if dtype not in (*_DTYPES, torch.float8_e4m3fn) or forced in ("reference", "cudnn"):
+        return library
+    if forced == "triton":
+        return "triton"
+    if device.type != "cuda":
+        return library
+    from fastres.kernels import config
+
+    winner = config.measured_winner(pass_, problem, dtype, torch.cuda.get_device_name(device))
+    if winner is not None:
+        return "triton" if winner == "triton" else library
+    # Unmeasured: memory-bound shapes gain from a fused epilogue, compute-bound ones are cuDNN's until measured.
+    memory_bound = 2 * problem.multiply_adds / problem.min_bytes(dtype.itemsize) < 150
+    return "triton" if memory_bound and problem.groups == 1 else library
+
+
+def pointwise_engine(dtype: torch.dtype, device: torch.device) -> Engine:
+    """What computes the passes between convolutions: "triton" or "aten"."""
+    if _forced.get() == "reference" or dtype not in _DTYPES:
+        return "aten"
+    return "triton" if device.type == "cuda" or interpreting() else "aten"
+
+
+def precision(dtype: torch.dtype, device: torch.device) -> Literal["ieee", "tf32"]:
+    """How a float32 product is rounded, by PyTorch's own switch for convolutions."""
+    if dtype != torch.float32 or device.type != "cuda":
+        return "ieee"
+    return "tf32" if torch.backends.cudnn.allow_tf32 and torch.backends.cudnn.enabled else "ieee"
