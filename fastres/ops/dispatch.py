@@ -8,11 +8,11 @@ everywhere, `fusions` switches single fusions off so that each one's worth can b
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -31,9 +31,8 @@ BACKENDS = {
     "reference": "plain PyTorch through the same entry points as the fused kernels",
 }
 
-# What the fused path understands; anything else (a foreign norm layer, a parametrised conv, SyncBatchNorm) is run by
-# its own `forward`.
-_KNOWN = (nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.MaxPool2d, nn.Sequential)
+# What may stand on a shortcut; anything else there is run by its own `forward`, and so is the whole block.
+_SHORTCUT = (nn.Sequential, nn.Conv2d, nn.BatchNorm2d)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -89,16 +88,49 @@ def active_fusions() -> Fusions:
     return _fusions.get()
 
 
-def serves(x: Tensor, *modules: nn.Module) -> bool:
-    """True where the fused path takes the call that `modules` would otherwise do one by one on x [N, C, H, W]."""
+class Parts(NamedTuple):
+    """The modules of one fusable call, by the role they play in it.
+
+    Roles matter: users replace submodules (`maxpool = nn.Identity()`, a conv by two of lower rank), and the fused path
+    may only take what means the same.
+    """
+
+    units: Sequence[tuple[nn.Module, nn.Module]]  # (conv, norm) in order
+    acts: Sequence[nn.Module]  # where ReLU stands
+    shortcut: nn.Module | None = None  # None: identity
+    pool: nn.Module | None = None  # the stem's
+    idle: Sequence[nn.Module | None] = ()  # optional layers that must be absent or nn.Identity
+
+
+def serves(x: Tensor, parts: Parts) -> bool:
+    """True where the fused path takes the call that `parts` would otherwise do one by one on x [N, C, H, W]."""
     if torch.compiler.is_compiling():  # Dynamo folds this: no guard, no graph break
         return False
-    return why_plain(x, *modules) is None
+    return why_plain(x, parts) is None
 
 
-def why_plain(x: Tensor, *modules: nn.Module) -> str | None:
-    """The reason, in words, why these modules run one by one on x; None where the fused path takes the call."""
-    return _unfusable_call(x) or _unfusable_device(x) or _unfusable_modules(*modules)
+def why_plain(x: Tensor, parts: Parts) -> str | None:
+    """The reason, in words, why `parts` run one by one on x; None where the fused path takes the call."""
+    return _unfusable_call(x) or _unfusable_device(x) or foreign(parts) or _watched(parts)
+
+
+def foreign(parts: Parts) -> str | None:
+    """The reason why no call of `parts` can run fused: one of them isn't exactly what its role wants. Else None."""
+    wanted: list[tuple[nn.Module, tuple[type[nn.Module], ...]]] = []
+    for conv, norm in parts.units:
+        wanted += [(conv, (nn.Conv2d,)), (norm, (nn.BatchNorm2d,))]
+    wanted += [(act, (nn.ReLU,)) for act in parts.acts]
+    wanted += [(layer, (nn.Identity,)) for layer in parts.idle if layer is not None]
+    if parts.pool is not None:
+        wanted.append((parts.pool, (nn.MaxPool2d,)))
+    if parts.shortcut is not None:
+        wanted += [(module, _SHORTCUT) for module in parts.shortcut.modules()]
+    for module, kinds in wanted:
+        if type(module) not in kinds:
+            return f"it contains {type(module).__name__} where {' or '.join(kind.__name__ for kind in kinds)} is served"
+        if isinstance(module, nn.Conv2d) and (module.padding_mode != "zeros" or isinstance(module.padding, str)):
+            return f"its convolution pads {module.padding!r} with {module.padding_mode!r}"
+    return None
 
 
 def _unfusable_call(x: Tensor) -> str | None:
@@ -129,24 +161,28 @@ def _unfusable_device(x: Tensor) -> str | None:
     return None if dtype in _DTYPES else f"no fused kernel for {dtype}"
 
 
-def _unfusable_modules(*modules: nn.Module) -> str | None:
+def _watched(parts: Parts) -> str | None:
+    """Calling the modules would do more than their class's `forward`, or on other than plain parameters."""
     if nn_module._has_any_global_hook():
         return "a global module hook is registered"
-    for module in (m for root in modules for m in root.modules()):
-        kind = type(module).__name__
+    roots = [*(m for unit in parts.units for m in unit), *parts.acts, parts.shortcut, parts.pool, *parts.idle]
+    for module in (m for root in roots if root is not None for m in root.modules()):
         if has_hooks(module):
-            return f"a {kind} in it carries a hook"
-        if type(module) not in _KNOWN:
-            return f"it contains a {kind}"
-        if isinstance(module, nn.Conv2d) and (module.padding_mode != "zeros" or isinstance(module.padding, str)):
-            return f"its convolution pads {module.padding!r} with {module.padding_mode!r}"
+            return f"a {type(module).__name__} in it carries a hook or a forward of its own"
+        for parameter in module._parameters.values():
+            if parameter is not None and type(parameter) not in (Tensor, nn.Parameter):
+                return f"a {type(module).__name__} in it has a {type(parameter).__name__} as a parameter"
     return None
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """True if calling `module` would run anything besides its `forward`."""
+    """True if calling `module` would run anything besides its class's `forward`."""
     return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
     )
 
 
