@@ -51,8 +51,10 @@ class Fusions:
     relu_mask: bool = True
 
 
+_ALL_ON = Fusions()
+
 _forced: ContextVar[str] = ContextVar("fastres_backend", default="auto")
-_fusions: ContextVar[Fusions] = ContextVar("fastres_fusions", default=Fusions())
+_fusions: ContextVar[Fusions] = ContextVar("fastres_fusions", default=_ALL_ON)
 
 
 @contextmanager
