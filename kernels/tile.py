@@ -1,0 +1,78 @@
+"""The pieces that conv kernels share: where a tile lies, which filter tap a step is, prologue, epilogue, statistics.
+
+A tile is [BM channels, BN pixels]; a pixel is a position (n, p, q) of the output. Vectors over pixels or channels are
+one-dimensional; who needs them as rows or columns broadcasts.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def unravel(pixel, P, Q):
+    """(n, p, q) of a flat pixel index of [N, P, Q]."""
+    row = pixel // Q
+    return row // P, row % P, pixel % Q
+
+
+@triton.jit
+def box_origin(tile, tiles_p, tiles_q, TN: tl.constexpr, TH: tl.constexpr, TW: tl.constexpr):
+    """(n, p, q) of the first pixel of box number `tile`; boxes run along q first, then p, then n."""
+    n, p, q = unravel(tile, tiles_p, tiles_q)
+    return n * TN, p * TH, q * TW
+
+
+@triton.jit
+def box_pixels(n0, p0, q0, TN: tl.constexpr, TH: tl.constexpr, TW: tl.constexpr):
+    """(n, p, q) of all pixels of a box, each [TN * TH * TW]."""
+    n, p, q = unravel(tl.arange(0, TN * TH * TW), TH, TW)
+    return n0 + n, p0 + p, q0 + q
+
+
+@triton.jit
+def filter_tap(step, S: tl.constexpr, TAPS: tl.constexpr):
+    """(r, s, block) of a reduction step. Taps run fastest, so that neighbouring steps read the same channels of nearly
+    the same pixels, from L2."""
+    tap = step % TAPS
+    return tap // S, tap % S, step // TAPS
+
+
+@triton.jit
+def relu(x):
+    """NaN stays NaN, as in torch."""
+    return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def affine_relu(x, scale, shift, valid, PADDED: tl.constexpr):
+    """relu(scale x + shift) in x's dtype for x [BN, BK], scale and shift fp32 [BK]; computed in fp32.
+
+    PADDED: zero where not valid (broadcastable to x), because a conv pads with zeros after BatchNorm and ReLU, and shift
+    alone would leave relu(shift) there.
+    """
+    a = relu(x.to(tl.float32) * scale[None, :] + shift[None, :])
+    if PADDED:
+        a = tl.where(valid, a, 0.0)
+    return a.to(x.dtype)
+
+
+@triton.jit
+def round_to(x, DTYPE: tl.constexpr):
+    """x in DTYPE; e4m3 has no infinity and saturates at +-448."""
+    if DTYPE == tl.float8e4nv:
+        x = tl.clamp(x, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
+    return x.to(DTYPE)
+
+
+@triton.jit
+def store_statistics(partials, y, tile, count, valid, channel, K):
+    """partials[tile, :, channel] = (count, mean, M2) of the stored values y [BM, BN] over the `count` pixels that are
+    valid [BN]; partials is fp32 [tiles, 3, K]. M2, the sum of squared distances from the tile's own mean, merges
+    without cancellation: Chan, Golub, LeVeque (1979)."""
+    y = y.to(tl.float32)
+    mean = tl.sum(tl.where(valid[None, :], y, 0.0), 1) / count
+    distance = tl.where(valid[None, :], y - mean[:, None], 0.0)
+    at = partials + tile.to(tl.int64) * 3 * K + channel
+    tl.store(at, tl.zeros_like(mean) + count, mask=channel < K)
+    tl.store(at + K, mean, mask=channel < K)
+    tl.store(at + 2 * K, tl.sum(distance * distance, 1), mask=channel < K)
