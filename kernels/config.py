@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .problem import ConvProblem
+
 
 @dataclass(frozen=True)
 class Tile:
@@ -24,3 +26,8 @@ class Tile:
     warps: int
     stages: int
     box: tuple[int, int, int] | None = None
+
+
+def dgrad_tile(problem: ConvProblem, itemsize: int, tma: bool) -> Tile:
+    """Tile of `conv_dgrad`: BM input channels, BN input pixels."""
+    return Tile(64, 128, 64, 4, 3)

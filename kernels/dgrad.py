@@ -1,0 +1,375 @@
+"""dgrad: the gradient of a convolution with respect to its input, with BatchNorm's backward around it.
+
+    dx[n, h, w, c] = sum over r, s, k of w[k, r, s, c] dz[n, p, q, k],   p stride = h + pad - r dilation, likewise q
+
+    on load    g  = dy where the mask is > 0 (optional)
+               dz = p[k] g + q[k] z + r[k]  (optional: BatchNorm's backward; dz is zero outside the image although r is not)
+    on store   dx += dout where `out` is > 0 (optional: the gradient that came along the shortcut)
+               dx  = dx where scale[c] z_prev + shift[c] > 0 (optional), and then per tile of pixels the partial sums over
+               dx and dx (z_prev - mean[c]), from which the previous BatchNorm's p, q, r follow
+
+Layouts: activations [N, H, W, C] and [N, P, Q, K], weights [K, R, S, C/groups], all contiguous. GEMM view: channels c on
+GEMM_M, pixels on GEMM_N, (tap, k) on GEMM_K; so the operand that is computed on load stands second, where wgmma reads it
+from shared memory.
+
+A strided convolution reaches the pixels (h, w) of each parity class h % stride, w % stride through taps of its own; within
+a class the problem has stride 1. Every class is one launch on the strided view dx[:, h::stride, w::stride].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from math import gcd, prod
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .backward import BnBackward, check_tensor, choose, conv_problem, load_dz, operand, pixel_tiles, tma_refusal
+from .config import Tile, dgrad_tile
+
+
+@triton.jit(do_not_specialize=["first_r", "first_s", "offset_h", "offset_w", "tiles_h", "tiles_w", "N", "P", "Q"])
+def dgrad_kernel(
+    dy,
+    z,
+    mask,
+    w,
+    dx,
+    z_prev,
+    dout,
+    out,
+    p,
+    q,
+    r,
+    mask_scale,
+    mask_shift,
+    scale,
+    shift,
+    mean,
+    partials,
+    N,
+    P,
+    Q,
+    K,
+    C,
+    K_GROUP,
+    C_GROUP,
+    ROWS,
+    COLS,
+    stride_n,
+    stride_h,
+    stride_w,
+    tiles_h,
+    tiles_w,
+    first_r,
+    first_s,
+    offset_h,
+    offset_w,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    TAPS_R: tl.constexpr,
+    TAPS_S: tl.constexpr,
+    SKIP_R: tl.constexpr,
+    SKIP_S: tl.constexpr,
+    STEP_H: tl.constexpr,
+    STEP_W: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    TN: tl.constexpr,
+    TH: tl.constexpr,
+    TW: tl.constexpr,
+    STAGES: tl.constexpr,
+    UNIFORM: tl.constexpr,
+    BN_BACKWARD: tl.constexpr,
+    MASK: tl.constexpr,
+    PADDED: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    RELU_MASK: tl.constexpr,
+    INT64: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One tile of BM channels of one group x BN pixels of one parity class, for all of its TAPS_R x TAPS_S taps.
+
+    TMA (TN > 0): dy, z, mask [N, P, Q, K], dx, z_prev, dout, out [N, ROWS, COLS, C] and w [K, R S C] are descriptors; a
+    tile is the box [TN, TH, TW]. Otherwise they are pointers and a tile is BN consecutive pixels; UNIFORM: a step of BK
+    stays within one tap. Tap a of TAPS_R reads row p = i + offset_h - a STEP_H with filter row r = first_r + a SKIP_R.
+    RESIDUAL: 0 none, 1 plain, 2 masked by `out`.
+    """
+    TMA: tl.constexpr = TN > 0
+    TAPS: tl.constexpr = TAPS_R * TAPS_S
+    tiles_c = tl.cdiv(C_GROUP, BM)
+    groups = C // C_GROUP
+    pid = tl.program_id(0)
+    group = (pid // tiles_c) % groups
+    tile_c = pid % tiles_c
+    tile_px = pid // (tiles_c * groups)
+    lane = tl.arange(0, BN)
+    if TMA:
+        DTYPE: tl.constexpr = dx.dtype
+        n0 = tile_px // (tiles_h * tiles_w) * TN
+        i0 = tile_px // tiles_w % tiles_h * TH
+        j0 = tile_px % tiles_w * TW
+        n = n0 + lane // (TH * TW)
+        i = i0 + lane // TW % TH
+        j = j0 + lane % TW
+    else:
+        DTYPE: tl.constexpr = dx.dtype.element_ty
+        pixel = tile_px * BN + lane
+        n = pixel // (ROWS * COLS)
+        i = pixel // COLS % ROWS
+        j = pixel % COLS
+    valid = (n < N) & (i < ROWS) & (j < COLS)
+    c = tile_c * BM + tl.arange(0, BM)
+    c_valid = c < C_GROUP
+    if INT64:
+        n = n.to(tl.int64)
+        group = group.to(tl.int64)
+    channel = group * C_GROUP + c
+
+    acc = tl.zeros((BM, BN), tl.float32)
+    if TAPS > 0:
+        if UNIFORM:
+            steps = tl.cdiv(K_GROUP, BK) * TAPS
+        else:
+            steps = tl.cdiv(K_GROUP * TAPS, BK)
+        tl.assume(steps > 0)
+        for step in tl.range(0, steps, num_stages=STAGES):
+            if UNIFORM:
+                tap = step % TAPS
+                k = step // TAPS * BK + tl.arange(0, BK)
+                k_valid = k < K_GROUP
+                a = tap // TAPS_S
+                b = tap % TAPS_S
+            else:
+                column = step * BK + tl.arange(0, BK)
+                k = column % K_GROUP
+                k_valid = column < K_GROUP * TAPS
+                tap = column // K_GROUP
+                a = (tap // TAPS_S)[None, :]
+                b = (tap % TAPS_S)[None, :]
+            rs = (first_r + a * SKIP_R) * S + first_s + b * SKIP_S
+            dp = offset_h - a * STEP_H
+            dq = offset_w - b * STEP_W
+            row = i[:, None] + dp
+            col = j[:, None] + dq
+            inside = valid[:, None] & (row >= 0) & (row < P) & (col >= 0) & (col < Q)
+            k_channel = group * K_GROUP + k
+            if TMA:
+                filters = w.load([step // TAPS * BK, rs * C + tile_c * BM]).T
+                dz = load_dz(
+                    dy, z, mask, p, q, r, mask_scale, mask_shift, n0, i0 + dp, j0 + dq, step // TAPS * BK,
+                    k_channel, k_valid, inside, P, Q, K, (BN, BK), True, BN_BACKWARD, MASK, PADDED,
+                )  # fmt: skip
+            else:
+                at_w = (k_channel[None, :] * (R * S) + rs) * C_GROUP + c[:, None]
+                filters = tl.load(w + at_w, mask=c_valid[:, None] & k_valid[None, :], other=0.0)
+                dz = load_dz(
+                    dy, z, mask, p, q, r, mask_scale, mask_shift, n[:, None], row, col, 0,
+                    k_channel, k_valid, inside, P, Q, K, (BN, BK), False, BN_BACKWARD, MASK, True,
+                )  # fmt: skip
+            acc = tl.dot(filters, dz.T, acc, input_precision=PRECISION)
+
+    at = n * stride_n + i * stride_h + j * stride_w
+    at = at[None, :] + channel[:, None]
+    writable = c_valid[:, None] & valid[None, :]
+    if RESIDUAL > 0:
+        if TMA:
+            res = dout.load([n0, i0, j0, tile_c * BM]).reshape((BN, BM)).T
+        else:
+            res = tl.load(dout + at, mask=writable, other=0.0)
+        if RESIDUAL == 2:
+            if TMA:
+                sign = out.load([n0, i0, j0, tile_c * BM]).reshape((BN, BM)).T
+            else:
+                sign = tl.load(out + at, mask=writable, other=0.0)
+            res = tl.where(sign <= 0, 0.0, res)
+        acc += res.to(tl.float32)
+    if RELU_MASK:
+        if TMA:
+            before = z_prev.load([n0, i0, j0, tile_c * BM]).reshape((BN, BM)).T.to(tl.float32)
+        else:
+            before = tl.load(z_prev + at, mask=writable, other=0.0).to(tl.float32)
+        slope = tl.load(scale + channel, mask=c_valid, other=0.0)[:, None]
+        start = tl.load(shift + channel, mask=c_valid, other=0.0)[:, None]
+        acc = tl.where(before * slope + start <= 0, 0.0, acc)
+        stored = tl.where(writable, acc.to(DTYPE).to(tl.float32), 0.0)
+        centre = tl.load(mean + channel, mask=c_valid, other=0.0)[:, None]
+        sums = partials + tile_px.to(tl.int64) * 2 * C + channel
+        tl.store(sums, tl.sum(stored, 1), mask=c_valid)
+        tl.store(sums + C, tl.sum(stored * (before - centre), 1), mask=c_valid)
+    if TMA:
+        dx.store([n0, i0, j0, tile_c * BM], acc.to(DTYPE).T.reshape((TN, TH, TW, BM)))
+    else:
+        tl.store(dx + at, acc.to(DTYPE), mask=writable)
+
+
+class _Reach(NamedTuple):
+    """The filter taps of one axis that reach one parity class of input pixels: p = i + offset - a step for tap number a,
+    which is tap first + a skip of the filter."""
+
+    phase: int
+    length: int
+    count: int
+    first: int
+    skip: int
+    offset: int
+    step: int
+
+
+def _reach(size: int, taps: int, stride: int, pad: int, dilation: int) -> Iterator[_Reach]:
+    """One `_Reach` per parity class that has pixels at all."""
+    skip = stride // gcd(stride, dilation)
+    for phase in range(min(stride, size)):
+        firsts = [tap for tap in range(min(skip, taps)) if (phase + pad - tap * dilation) % stride == 0]
+        first = firsts[0] if firsts else 0
+        yield _Reach(
+            phase=phase,
+            length=-(-(size - phase) // stride),
+            count=-(-(taps - first) // skip) if firsts else 0,
+            first=first,
+            skip=skip,
+            offset=(phase + pad - first * dilation) // stride,
+            step=skip * dilation // stride,
+        )
+
+
+def conv_dgrad(
+    dy: Tensor,
+    w: Tensor,
+    x_shape: tuple[int, int, int, int],
+    *,
+    stride: int = 1,
+    pad: int = 0,
+    dilation: int = 1,
+    groups: int = 1,
+    bn_backward: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
+    dy_mask: Tensor | tuple[Tensor, Tensor] | None = None,
+    relu_mask: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
+    residual: Tensor | None = None,
+    residual_mask: Tensor | None = None,
+    precision: str = "ieee",
+    tile: Tile | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """dx [N, H, W, C] of a convolution with filters w [K, R, S, C/groups] from dy [N, P, Q, K]; x_shape is (N, H, W, C).
+
+    bn_backward (z, p, q, r): dy is the gradient of BatchNorm's output and z [N, P, Q, K] its input; p, q, r fp32 [K].
+    dy_mask: dy counts only where this tensor like dy is > 0, or, for a pair (scale, shift) of fp32 [K], where
+    scale z + shift > 0 (needs bn_backward).
+    residual: a gradient like dx to add; residual_mask: a tensor like dx, only where it is > 0.
+    relu_mask (z_prev, scale, shift, mean): z_prev like dx, the rest fp32 [C]; the result (residual included) is kept where
+    scale z_prev + shift > 0, and returned with partial sums, fp32 [tiles, 2, C]: of dx and of dx (z_prev - mean), taken
+    of dx as stored.
+    precision of fp32 products: "ieee" or "tf32". tile: default from `config.dgrad_tile`.
+
+    Activations of one dtype (bf16, fp16, fp32), contiguous. No atomics: equal inputs give equal bits.
+    Raises ValueError for shapes, dtypes, layouts or devices that do not fit together.
+    """
+    problem = conv_problem(dy, w.shape, x_shape, stride, pad, dilation, groups)
+    N, H, W, C, P, Q, K = problem.N, problem.H, problem.W, problem.C, problem.P, problem.Q, problem.K
+    check_tensor("w", w, tuple(w.shape), dy)
+    load = BnBackward.check(dy, bn_backward, dy_mask)
+    z_prev, scale, shift, mean = relu_mask or (None, None, None, None)
+    if residual is None and residual_mask is not None:
+        raise ValueError("residual_mask masks a residual; there is none")
+    for name, tensor in (("residual", residual), ("residual_mask", residual_mask), ("relu_mask's z_prev", z_prev)):
+        check_tensor(name, tensor, (N, H, W, C), dy)
+    for name, tensor in (("scale", scale), ("shift", shift), ("mean", mean)):
+        check_tensor(f"relu_mask's {name}", tensor, (C,), dy, torch.float32)
+    dx = torch.empty((N, H, W, C), dtype=dy.dtype, device=dy.device)
+    refusal = tma_refusal(problem, dy, load.z, load.mask, w, dx, z_prev, residual, residual_mask)
+    tile = choose(tile, lambda tma: dgrad_tile(problem, dy.element_size(), tma), refusal)
+
+    if problem.pointwise:  # a plain GEMM: let all pixels lie in one row
+        N, H, W, P, Q = 1, 1, N * H * W, 1, N * P * Q
+        tile = replace(tile, box=tile.box and (1, 1, tile.BN))
+    classes = [
+        (rows, cols)
+        for rows in _reach(H, problem.R, stride, pad, dilation)
+        for cols in _reach(W, problem.S, stride, pad, dilation)
+        if N > 0
+    ]
+    tiles = [pixel_tiles(tile, N, rows.length, cols.length) for rows, cols in classes]
+    partials = None
+    if relu_mask is not None:
+        partials = torch.empty((sum(map(prod, tiles)), 2, C), dtype=torch.float32, device=dy.device)
+    TN, TH, TW = tile.box or (0, 0, 0)
+    read = partial(operand, shape=(N, P, Q, K), block=tile.box and (*tile.box, tile.BK))
+    first_tile = 0
+    for (rows, cols), (tiles_n, tiles_h, tiles_w) in zip(classes, tiles, strict=True):
+        across = partial(
+            operand,
+            shape=(N, H, W, C),
+            block=tile.box and (*tile.box, tile.BM),
+            at=(slice(None), slice(rows.phase, None, stride), slice(cols.phase, None, stride)),
+        )
+        pixels = tiles_n * tiles_h * tiles_w
+        dgrad_kernel[(triton.cdiv(C // groups, tile.BM) * groups * pixels,)](
+            dy=read(dy),
+            z=read(load.z),
+            mask=read(load.mask),
+            w=operand(w, (K, w.numel() // K), tile.box and (tile.BK, tile.BM)),
+            dx=across(dx),
+            z_prev=across(z_prev),
+            dout=across(residual),
+            out=across(residual_mask),
+            p=load.p,
+            q=load.q,
+            r=load.r,
+            mask_scale=load.scale,
+            mask_shift=load.shift,
+            scale=scale,
+            shift=shift,
+            mean=mean,
+            partials=None if partials is None else partials[first_tile:],
+            N=N,
+            P=P,
+            Q=Q,
+            K=K,
+            C=C,
+            K_GROUP=K // groups,
+            C_GROUP=C // groups,
+            ROWS=rows.length,
+            COLS=cols.length,
+            stride_n=H * W * C,
+            stride_h=stride * W * C,
+            stride_w=stride * C,
+            tiles_h=tiles_h,
+            tiles_w=tiles_w,
+            first_r=rows.first,
+            first_s=cols.first,
+            offset_h=rows.offset,
+            offset_w=cols.offset,
+            R=problem.R,
+            S=problem.S,
+            TAPS_R=rows.count,
+            TAPS_S=cols.count,
+            SKIP_R=rows.skip,
+            SKIP_S=cols.skip,
+            STEP_H=rows.step,
+            STEP_W=cols.step,
+            BM=tile.BM,
+            BN=tile.BN,
+            BK=tile.BK,
+            TN=TN,
+            TH=TH,
+            TW=TW,
+            STAGES=tile.stages,
+            UNIFORM=tile.box is not None or K // groups >= tile.BK,
+            BN_BACKWARD=bn_backward is not None,
+            MASK=load.kind,
+            PADDED=not problem.pointwise,
+            RESIDUAL=0 if residual is None else 1 if residual_mask is None else 2,
+            RELU_MASK=relu_mask is not None,
+            INT64=not problem.int32_safe,
+            PRECISION=precision,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+        )
+        first_tile += pixels
+    return dx if partials is None else (dx, partials)
