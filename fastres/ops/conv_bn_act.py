@@ -1,24 +1,396 @@
-"""conv + BatchNorm (+ residual) + ReLU as one call, over a whole residual block or the stem.
+"""conv + BatchNorm (+ residual) + ReLU over a whole residual block or the stem: one differentiable call.
 
-A model asks `dispatch.serves` first and calls these only where the answer is yes; dispatch then names the
-implementation, here it is called.
+A model asks `dispatch.serves` first and calls `residual_block` or `stem` only where the answer is yes. With z = conv(a)
+raw, training keeps every z, the block's input and output and per-channel statistics, and nothing else: the activation
+a = relu(scale z + shift) between two convolutions is recomputed from z wherever it is read. Equations: `steps`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastres.ops import reference
+from fastres.ops import dispatch, launch, reference, steps
+from fastres.ops.launch import Step
+from fastres.ops.steps import Geometry, affine, nchw, nhwc, wide
 
 
 def residual_block(x: Tensor, units: Sequence[tuple[nn.Module, nn.Module]], shortcut: nn.Module | None) -> Tensor:
     """relu(F(x) + shortcut(x)) with F the (conv, norm) `units`, ReLU between them. Equivalent to
-    `reference.residual_block`, which gives shapes and dtypes."""
-    return reference.residual_block(x, units, shortcut)  # type: ignore[arg-type]
+    `reference.residual_block`, which gives shapes and dtypes.
+
+    Raises ValueError as `nn.BatchNorm2d` does where batch statistics would be taken of a single value.
+    """
+    if dispatch.wants_reference():
+        return reference.residual_block(x, units, shortcut)  # type: ignore[arg-type]
+    if shortcut is None:
+        end = End("add")
+    elif isinstance(shortcut, nn.Sequential):
+        end = End("project")
+        units = [*units, (shortcut[0], shortcut[1])]
+    else:
+        end = End("pad", stride=shortcut.stride)  # type: ignore[arg-type]
+    return _run(x, units, end)
+
+
+def plain_block(x: Tensor, units: Sequence[tuple[nn.Module, nn.Module]]) -> Tensor:
+    """relu(F(x)): the block of a net without shortcuts. Equivalent to `reference.plain_block`."""
+    if dispatch.wants_reference():
+        return reference.plain_block(x, units)  # type: ignore[arg-type]
+    return _run(x, units, End("relu"))
 
 
 def stem(x: Tensor, conv: nn.Module, bn: nn.Module, pool: nn.Module) -> Tensor:
     """maxpool(relu(bn(conv(x)))). Equivalent to `reference.stem`, which gives shapes and dtypes."""
-    return reference.stem(x, conv, bn, pool)  # type: ignore[arg-type]
+    if dispatch.wants_reference() or not _poolable(pool):
+        return reference.stem(x, conv, bn, pool)  # type: ignore[arg-type]
+    return _run(x, [(conv, bn)], End("pool", kernel=pool.kernel_size, stride=pool.stride, pad=pool.padding))  # type: ignore[arg-type]
+
+
+def _poolable(pool: nn.Module) -> bool:
+    sizes = (pool.kernel_size, pool.stride, pool.padding)
+    return all(isinstance(v, int) for v in sizes) and bool(pool.dilation == 1 and not pool.ceil_mode)
+
+
+Statistics = tuple[Tensor, Tensor, Tensor, Tensor]  # mean, rstd, scale, shift, each [K]
+
+
+@dataclass(frozen=True)
+class End:
+    """What follows the last BN: "relu"; "add" the block's input; "project" it by the last unit; "pad" it (option A,
+    `stride`); max "pool" (`kernel`, `stride`, `pad`). A ReLU stands after the addition and before the pool."""
+
+    kind: str
+    kernel: int = 0
+    stride: int = 1
+    pad: int = 0
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The static facts of one conv-BN pair, and the BN's buffers, which a forward in training mode moves."""
+
+    geometry: Geometry
+    eps: float
+    momentum: float
+    batch_statistics: bool
+    tracked: bool
+    running: tuple[Tensor, Tensor] | None
+
+
+def _layer(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> Layer:
+    running = None if bn.running_mean is None or bn.running_var is None else (bn.running_mean, bn.running_var)
+    geometry = Geometry(conv.stride[0], conv.padding[0], conv.dilation[0], conv.groups)  # type: ignore[arg-type]
+    momentum, tracked = reference.count_batch(bn), bn.training and bn.track_running_stats
+    return Layer(geometry, bn.eps, momentum, bn.training or running is None, tracked, running)
+
+
+@dataclass(frozen=True)
+class Call:
+    """One forward's static side. Steps are chosen here, once: autograd runs backward on threads that don't see
+    `dispatch`'s contexts."""
+
+    layers: tuple[Layer, ...]
+    end: End
+    steps: tuple[Step, ...]
+
+    @property
+    def depth(self) -> int:
+        """Number of layers on the main branch; a projection stands after them."""
+        return len(self.layers) - (self.end.kind == "project")
+
+
+def _run(x: Tensor, units: Sequence[tuple[nn.Module, nn.Module]], end: End) -> Tensor:
+    dtype = dispatch.compute_dtype(x)
+    layers = tuple(_layer(conv, bn) for conv, bn in units)  # type: ignore[arg-type]
+    parameters: list[Any] = [t for conv, bn in units for t in (conv.weight, bn.weight, bn.bias)]
+    call = Call(layers, end, _choose_steps(x, parameters[::3], layers, end, dtype))
+    with torch.autocast(x.device.type, enabled=False):
+        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *parameters)):
+            return _Block.apply(call, dtype, x, *parameters)
+        if not any(layer.batch_statistics for layer in layers):
+            return _infer(call, x.to(dtype), parameters)
+        return nchw(_forward(call, x.to(dtype), parameters)[0])
+
+
+def _choose_steps(
+    x: Tensor, weights: Sequence[Tensor], layers: Sequence[Layer], end: End, dtype: torch.dtype
+) -> tuple[Step, ...]:
+    n, _, h, w = x.shape
+    sizes, steps = (h, w), []
+    for i, (weight, layer) in enumerate(zip(weights, layers, strict=True)):
+        if end.kind == "project" and i == len(layers) - 1:
+            sizes = (h, w)
+        step = launch.step((n, *sizes), weight, layer.geometry, dtype, x.device)
+        sizes = (step.problem.P, step.problem.Q)
+        if layer.batch_statistics and n * sizes[0] * sizes[1] == 1:
+            raise ValueError(f"Expected more than 1 value per channel when training, got input size {(n, *sizes)}")
+        steps.append(step)
+    return tuple(steps)
+
+
+def _frozen_affine(layer: Layer, gamma: Tensor | None, beta: Tensor | None, dtype: torch.dtype) -> Statistics:
+    """From running statistics."""
+    assert layer.running is not None
+    mean, var = (t.to(wide(dtype)) for t in layer.running)
+    rstd = (var + layer.eps).rsqrt()
+    return mean, rstd, *affine(mean, rstd, gamma, beta)
+
+
+def _krsc(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    return nhwc(weight.detach().to(dtype))
+
+
+def _infer(call: Call, x: Tensor, parameters: Sequence[Any]) -> Tensor:
+    """Every BN by its running statistics, live: scale and shift act in the conv's epilogue, nothing is kept."""
+    a = x = nhwc(x)
+    identity: Tensor | None = x
+    if call.end.kind == "project":
+        weight, gamma, beta = parameters[-3:]
+        _, _, scale, shift = _frozen_affine(call.layers[-1], gamma, beta, x.dtype)
+        identity = call.steps[-1].fprop(x, _krsc(weight, x.dtype), scale=scale, shift=shift)
+    for i in range(call.depth):
+        step, layer = call.steps[i], call.layers[i]
+        weight, gamma, beta = parameters[3 * i : 3 * i + 3]
+        _, _, scale, shift = _frozen_affine(layer, gamma, beta, x.dtype)
+        w = _krsc(weight, x.dtype)
+        last = i == call.depth - 1
+        if last and call.end.kind == "pool":
+            z = step.fprop(a, w)
+            y, _ = step.normalize_max_pool(z, scale, shift, call.end.kernel, call.end.stride, call.end.pad)
+            return nchw(y)
+        if last and call.end.kind == "pad":
+            z = step.fprop(a, w)
+            return nchw(step.normalize(z, scale, shift, residual=x, residual_stride=call.end.stride))
+        residual = identity if last and call.end.kind in ("add", "project") else None
+        a = step.fprop(a, w, scale=scale, shift=shift, residual=residual, relu=True)
+    return nchw(a)
+
+
+def _forward(
+    call: Call, x: Tensor, parameters: Sequence[Any]
+) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor], Tensor | None]:
+    """out NPQK, then per layer: z, its [mean, rstd, scale, shift] in one flat list, the weight as the conv read it;
+    the pool's taps."""
+    x = nhwc(x)
+    zs: list[Tensor] = []
+    stats: list[Tensor] = []
+    weights: list[Tensor] = []
+    a, prologue = x, None
+    for i, (step, layer) in enumerate(zip(call.steps, call.layers, strict=True)):
+        weight, gamma, beta = parameters[3 * i : 3 * i + 3]
+        if i == call.depth:  # the projection reads the block's input again
+            a, prologue = x, None
+        w = _krsc(weight, x.dtype)
+        if layer.batch_statistics:
+            z, partials = step.fprop_statistics(a, w, prologue)
+            four = step.finish_statistics(partials, gamma, beta, layer)
+        else:
+            z = step.fprop(a, w, prologue=prologue)
+            four = _frozen_affine(layer, gamma, beta, x.dtype)
+        zs.append(z)
+        stats += four
+        weights.append(w)
+        a, prologue = z, (four[2], four[3])
+    end, last, z = call.end, call.depth - 1, zs[call.depth - 1]
+    scale, shift = stats[4 * last + 2], stats[4 * last + 3]
+    step = call.steps[last]
+    taps = None
+    if end.kind == "pool":
+        out, taps = step.normalize_max_pool(z, scale, shift, end.kernel, end.stride, end.pad)
+    elif end.kind == "project":
+        out = step.normalize(z, scale, shift, residual=zs[-1], residual_affine=(stats[-2], stats[-1]))
+    elif end.kind == "relu":
+        out = step.normalize(z, scale, shift)
+    else:
+        out = step.normalize(z, scale, shift, residual=x, residual_stride=end.stride)
+    return out, zs, stats, weights, taps
+
+
+class _Block(torch.autograd.Function):
+    """The whole block as one node of the autograd graph."""
+
+    @staticmethod
+    def forward(ctx: Any, call: Call, dtype: torch.dtype, x: Tensor, *parameters: Tensor | None) -> Tensor:
+        x_read = x.to(dtype)
+        out, zs, stats, weights, taps = _forward(call, x_read, parameters)
+        y = nchw(out)
+        ctx.call, ctx.x_dtype, ctx.counts = call, x.dtype, (len(parameters), len(zs))
+        ctx.save_for_backward(x, nchw(nhwc(x_read)), y, taps, *parameters, *zs, *stats, *weights)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        call: Call = ctx.call
+        x, x_read, y, taps, *rest = ctx.saved_tensors
+        n_parameters, n_layers = ctx.counts
+        parameters, rest = rest[:n_parameters], rest[n_parameters:]
+        if torch.is_grad_enabled():  # create_graph=True: differentiate the definition instead
+            return None, None, *_differentiable_backward(call, y.dtype, x, parameters, dy, ctx.needs_input_grad[2:])
+        zs, stats, weights = rest[:n_layers], rest[n_layers : 5 * n_layers], rest[5 * n_layers :]
+        needs_x, needs = ctx.needs_input_grad[2], ctx.needs_input_grad[3:]
+        work = _Backward(call, nhwc(x_read), nhwc(y), taps, zs, stats, weights, parameters, needs_x, needs)
+        dx, dparameters = work.run(nhwc(dy.to(y.dtype)))
+        return None, None, None if dx is None else nchw(dx).to(ctx.x_dtype), *dparameters
+
+
+def _differentiable_backward(
+    call: Call, dtype: torch.dtype, x: Tensor, parameters: Sequence[Any], dy: Tensor, needs: Sequence[bool]
+) -> list[Tensor | None]:
+    """The same gradients by autograd through the plain formulation, so that they can be differentiated again."""
+    with torch.enable_grad():
+        out = _definition(call, x.to(dtype), parameters)
+        inputs = [t for t, need in zip((x, *parameters), needs, strict=True) if need]
+        grads = iter(torch.autograd.grad(out, inputs, dy, create_graph=True, allow_unused=True))
+    return [next(grads) if need else None for need in needs]
+
+
+def _definition(call: Call, x: Tensor, parameters: Sequence[Any]) -> Tensor:
+    """The block as autograd sees it without this file; moves no running statistics."""
+
+    def unit(a: Tensor, i: int) -> Tensor:
+        weight, gamma, beta = parameters[3 * i : 3 * i + 3]
+        layer = call.layers[i]
+        z = F.conv2d(a, weight.to(a.dtype), None, *layer.geometry)
+        mean, var = layer.running if layer.running is not None and not layer.batch_statistics else (None, None)
+        return F.batch_norm(z, mean, var, gamma, beta, layer.batch_statistics, 0.0, layer.eps)
+
+    y = unit(x, 0)
+    for i in range(1, call.depth):
+        y = unit(F.relu(y), i)
+    end = call.end
+    if end.kind == "add":
+        y = y + x
+    elif end.kind == "project":
+        y = y + unit(x, call.depth)
+    elif end.kind == "pad":
+        y = y + reference.pad_shortcut(x, end.stride, y.shape[1])
+    y = F.relu(y)
+    return F.max_pool2d(y, end.kernel, end.stride, end.pad) if end.kind == "pool" else y
+
+
+@dataclass
+class _Backward:
+    """One block's backward, from its last BN to its input.
+
+    g_i is the gradient at BN i's output with the ReLU's mask applied; dz_i = p g_i + q z_i + r. A gradient nobody needs
+    is not computed.
+    """
+
+    call: Call
+    x: Tensor
+    out: Tensor
+    taps: Tensor | None
+    zs: Sequence[Tensor]
+    stats: Sequence[Tensor]
+    weights: Sequence[Tensor]
+    parameters: Sequence[Any]
+    needs_x: bool
+    needs: Sequence[bool]
+
+    def run(self, dout: Tensor) -> tuple[Tensor | None, list[Tensor | None]]:
+        call, end = self.call, self.call.end
+        self.grads: list[Tensor | None] = [None] * len(self.parameters)
+        last = call.depth - 1
+        step = call.steps[last]
+        if end.kind == "pool":
+            assert self.taps is not None
+            _, _, scale, shift = self._stats(last)
+            z = self.zs[last]
+            g = step.max_pool_backward(dout, self.taps, z, scale, shift, end.kernel, end.stride, end.pad)
+            mask = None
+        else:
+            g, mask = dout, self.out
+        dx = None
+        if end.kind == "project":
+            dx = self._projection(g, mask)
+        partials = step.backward_reduce(g, self.zs[last], self._stats(last)[0], mask)
+        for i in range(last, -1, -1):
+            g, mask, partials, dx = self._layer(i, g, mask, partials, dx, dout)
+            if g is None:
+                break
+        return dx, self.grads
+
+    def _stats(self, i: int) -> Sequence[Tensor]:
+        return self.stats[4 * i : 4 * i + 4]
+
+    def _needed_below(self, i: int) -> bool:
+        """Whether anything before layer i's convolution wants a gradient."""
+        return self.needs_x or any(self.needs[: 3 * i])
+
+    def _bn(self, i: int, partials: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Store dweight and dbias of BN i; return its (p, q, r)."""
+        mean, rstd, _, _ = self._stats(i)
+        gamma = self.parameters[3 * i + 1]
+        layer, step = self.call.layers[i], self.call.steps[i]
+        dgamma, dbeta, p, q, r = step.finish_backward(partials, gamma, mean, rstd, layer.batch_statistics)
+        for at, grad in ((3 * i + 1, dgamma), (3 * i + 2, dbeta)):
+            parameter = self.parameters[at]
+            if parameter is not None and self.needs[at]:
+                self.grads[at] = grad.to(parameter.dtype)
+        return p, q, r
+
+    def _weight_grad(self, i: int, dz: Tensor, bn: Any, a: Tensor, prologue: Any) -> None:
+        if self.needs[3 * i]:
+            weight = self.parameters[3 * i]
+            assert weight is not None
+            self.grads[3 * i] = like_parameter(self.call.steps[i].wgrad(dz, a, bn, prologue, weight.dtype), weight)
+
+    def _projection(self, g: Tensor, mask: Tensor | None) -> Tensor | None:
+        i = len(self.call.layers) - 1
+        step, z = self.call.steps[i], self.zs[i]
+        p, q, r = self._bn(i, step.backward_reduce(g, z, self._stats(i)[0], mask))
+        if not (self.needs_x or self.needs[3 * i]):
+            return None
+        dz = step.backward_apply(g, z, p, q, r, mask)
+        self._weight_grad(i, dz, None, self.x, None)
+        return step.dgrad(dz, self.weights[i], None) if self.needs_x else None
+
+    def _layer(
+        self, i: int, g: Tensor, mask: Tensor | None, partials: Tensor, dx: Tensor | None, dout: Tensor
+    ) -> tuple[Any, Any, Any, Tensor | None]:
+        """From g_i to g_{i-1} (or dx, for the first layer), with layer i's own gradients stored on the way."""
+        step, z = self.call.steps[i], self.zs[i]
+        p, q, r = self._bn(i, partials)
+        if not (self._needed_below(i) or self.needs[3 * i]):
+            return None, None, None, dx
+        # Masked by the saved output, g costs a third tensor: then dz is written once and read twice.
+        fuse = mask is None and step.fuses_bn_backward
+        dz, bn = (g, (z, p, q, r)) if fuse else (step.backward_apply(g, z, p, q, r, mask), None)
+        if i == 0:
+            self._weight_grad(0, dz, bn, self.x, None)
+            if not self.needs_x:
+                return None, None, None, None
+            return None, None, None, self._into_input(dz, bn, dx, dout)
+        mean, _, scale, shift = self._stats(i - 1)
+        self._weight_grad(i, dz, bn, self.zs[i - 1], (scale, shift))
+        if not self._needed_below(i):
+            return None, None, None, dx
+        return *step.dgrad_masked(dz, self.weights[i], self.zs[i - 1], (scale, shift), mean, bn), dx
+
+    def _into_input(self, dz: Tensor, bn: Any, dx: Tensor | None, dout: Tensor) -> Tensor:
+        """dx: the first convolution's share plus the shortcut's."""
+        end, step, w = self.call.end, self.call.steps[0], self.weights[0]
+        if end.kind == "add":
+            return step.dgrad(dz, w, bn, residual=dout, residual_mask=self.out)
+        if end.kind == "project":
+            return step.dgrad(dz, w, bn, residual=dx)
+        dx = step.dgrad(dz, w, bn)
+        if end.kind == "pad":
+            c = dx.shape[-1]
+            read = dx[:, :: end.stride, :: end.stride]
+            read.copy_(steps.add_masked(read, dout[..., :c], self.out[..., :c]))
+        return dx
+
+
+def like_parameter(dw: Tensor, weight: Tensor) -> Tensor:
+    """dw KRSC as a gradient [K, C, R, S] of weight's dtype with exactly its strides (DDP's buckets want that)."""
+    grad = nchw(dw)
+    if grad.stride() == weight.stride() and grad.dtype == weight.dtype:
+        return grad
+    return torch.empty_like(weight, memory_format=torch.preserve_format).copy_(grad)

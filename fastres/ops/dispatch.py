@@ -113,7 +113,7 @@ def serves(x: Tensor, parts: Parts) -> bool:
 
 def why_plain(x: Tensor, parts: Parts) -> str | None:
     """The reason, in words, why `parts` run one by one on x; None where the fused path takes the call."""
-    return _unfusable_call(x) or _unfusable_device(x) or foreign(parts) or _watched(parts)
+    return _unfusable_call(x) or _unfusable_device(x) or foreign(parts) or _watched(parts) or _mismatch(x, parts)
 
 
 def foreign(parts: Parts) -> str | None:
@@ -130,9 +130,31 @@ def foreign(parts: Parts) -> str | None:
     for module, kinds in wanted:
         if type(module) not in kinds:
             return f"it contains {type(module).__name__} where {' or '.join(kind.__name__ for kind in kinds)} is served"
-        if isinstance(module, nn.Conv2d) and (module.padding_mode != "zeros" or isinstance(module.padding, str)):
-            return f"its convolution pads {module.padding!r} with {module.padding_mode!r}"
+        if isinstance(module, nn.Conv2d) and (reason := _foreign_conv(module)):
+            return reason
     return None
+
+
+def _foreign_conv(conv: nn.Conv2d) -> str | None:
+    if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
+        return f"its convolution pads {conv.padding!r} with {conv.padding_mode!r}"
+    if conv.bias is not None:
+        return "its convolution has a bias before the BatchNorm"
+    for name in ("stride", "padding", "dilation"):
+        if len(set(getattr(conv, name))) > 1:
+            return f"its convolution has {name} {getattr(conv, name)}"
+    return None
+
+
+def _mismatch(x: Tensor, parts: Parts) -> str | None:
+    """Inputs that the modules themselves refuse, in PyTorch's own words."""
+    first = parts.units[0][0].weight
+    if x.device != first.device:
+        return f"the input is on {x.device}, the weights are on {first.device}"
+    if compute_dtype(x) == x.dtype != first.dtype:
+        return f"the input is {x.dtype}, the weights are {first.dtype}"
+    channels = parts.units[0][0].in_channels
+    return None if x.shape[1] == channels else f"the input has {x.shape[1]} channels, not {channels}"
 
 
 def _unfusable_call(x: Tensor) -> str | None:
@@ -186,6 +208,11 @@ def has_hooks(module: nn.Module) -> bool:
         or module._backward_pre_hooks
         or "forward" in module.__dict__
     )
+
+
+def wants_reference() -> bool:
+    """True where `backend("reference")` is in force."""
+    return _forced.get() == "reference"
 
 
 def interpreting() -> bool:

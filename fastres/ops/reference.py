@@ -18,25 +18,22 @@ def conv(x: Tensor, conv: nn.Conv2d) -> Tensor:
     return F.conv2d(x, conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups)
 
 
-def batch_norm(z: Tensor, bn: nn.BatchNorm2d) -> Tensor:
-    """(z - mean) * rstd * weight + bias per channel, with `nn.BatchNorm2d`'s choice of statistics and their update."""
-    momentum = bn.momentum
+def count_batch(bn: nn.BatchNorm2d) -> float:
+    """Count this batch where `bn` keeps count; returns the weight of its statistics in the running ones."""
     if bn.training and bn.track_running_stats and bn.num_batches_tracked is not None:
         bn.num_batches_tracked.add_(1)
-        if momentum is None:  # cumulative average
-            momentum = 1.0 / float(bn.num_batches_tracked)
+        if bn.momentum is None:  # cumulative average
+            return 1.0 / float(bn.num_batches_tracked)
+    return bn.momentum or 0.0
+
+
+def batch_norm(z: Tensor, bn: nn.BatchNorm2d) -> Tensor:
+    """(z - mean) rstd weight + bias per channel, with `nn.BatchNorm2d`'s choice of statistics and their update."""
+    momentum = count_batch(bn)
     use_batch = bn.training or bn.running_mean is None
-    tracked = not bn.training or bn.track_running_stats
-    return F.batch_norm(
-        z,
-        bn.running_mean if tracked else None,
-        bn.running_var if tracked else None,
-        bn.weight,
-        bn.bias,
-        use_batch,
-        0.0 if momentum is None else momentum,
-        bn.eps,
-    )
+    moved = not bn.training or bn.track_running_stats
+    mean, var = (bn.running_mean, bn.running_var) if moved else (None, None)
+    return F.batch_norm(z, mean, var, bn.weight, bn.bias, use_batch, momentum, bn.eps)
 
 
 def conv_bn_act(
@@ -76,6 +73,13 @@ def residual_block(
     return conv_bn_act(y, conv_, bn, residual=x if shortcut is None else shortcut(x))
 
 
+def plain_block(x: Tensor, units: Sequence[tuple[nn.Conv2d, nn.BatchNorm2d]]) -> Tensor:
+    """relu(F(x)): the same layers without a shortcut (the plain nets of section 3.3)."""
+    for conv_, bn in units:
+        x = conv_bn_act(x, conv_, bn)
+    return x
+
+
 def stem(x: Tensor, conv_: nn.Conv2d, bn: nn.BatchNorm2d, pool: nn.MaxPool2d) -> Tensor:
     """maxpool(relu(bn(conv(x)))): the net's 7x7 entrance (paper, Table 1, conv1 and the pool of conv2_x)."""
     y = conv_bn_act(x, conv_, bn)
@@ -86,8 +90,10 @@ __all__ = [
     "batch_norm",
     "conv",
     "conv_bn_act",
+    "count_batch",
     "pad_shortcut",
     "pad_shortcut_add_relu",
+    "plain_block",
     "residual_block",
     "stem",
 ]

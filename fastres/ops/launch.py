@@ -1,0 +1,228 @@
+"""One convolution's steps bound to their implementations: kernel launches where dispatch chose them, `steps` elsewhere.
+
+The bodies below only translate: which engine is `dispatch`'s decision, made once per call in `step`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from fastres.ops import dispatch, steps
+from fastres.ops.dispatch import Engine, Fusions
+from fastres.ops.steps import Geometry
+
+if TYPE_CHECKING:
+    from fastres.kernels.problem import ConvProblem
+    from fastres.ops.conv_bn_act import Layer
+
+Affine = tuple[Tensor, Tensor]  # (scale, shift), each [C]
+BNBackward = tuple[Tensor, Tensor, Tensor, Tensor]  # (z, p, q, r)
+
+
+def step(x_shape: Sequence[int], weight: Tensor, geometry: Geometry, dtype: torch.dtype, device: torch.device) -> Step:
+    """The step of a convolution of x [N, H, W] (channels by the weight [K, C/groups, R, S]) in `dtype`."""
+    from fastres.kernels.problem import ConvProblem
+
+    k, c, r, s = weight.shape
+    stride, pad, dilation, groups = geometry
+    problem = ConvProblem(*x_shape, c * groups, k, r, s, stride, pad, dilation, groups)
+    return Step(
+        problem,
+        geometry,
+        dispatch.conv_engine("fprop", problem, dtype, device),
+        dispatch.conv_engine("dgrad", problem, dtype, device),
+        dispatch.conv_engine("wgrad", problem, dtype, device),
+        dispatch.pointwise_engine(dtype, device),
+        dispatch.active_fusions(),
+        dispatch.precision(dtype, device),
+    )
+
+
+@dataclass(frozen=True)
+class Step:
+    """A conv-BN pair's operations on NHWC activations and KRSC weights; meanings and shapes are those of `steps`."""
+
+    problem: ConvProblem
+    geometry: Geometry
+    fprop_by: Engine
+    dgrad_by: Engine
+    wgrad_by: Engine
+    pointwise_by: Engine
+    fusions: Fusions
+    precision: Literal["ieee", "tf32"]
+
+    @property
+    def fuses_bn_backward(self) -> bool:
+        """Whether dgrad and wgrad take dz as p g + q z + r on load."""
+        return self.fusions.bn_backward and self.dgrad_by == self.wgrad_by == "triton"
+
+    @property
+    def _conv(self) -> dict[str, Any]:
+        stride, pad, dilation, groups = self.geometry
+        return {"stride": stride, "pad": pad, "dilation": dilation, "groups": groups, "precision": self.precision}
+
+    def fprop(
+        self,
+        x: Tensor,
+        w: Tensor,
+        *,
+        prologue: Affine | None = None,
+        scale: Tensor | None = None,
+        shift: Tensor | None = None,
+        residual: Tensor | None = None,
+        relu: bool = False,
+    ) -> Tensor:
+        if self.fprop_by == "triton":
+            from fastres.kernels.conv import conv_fprop
+
+            x, prologue = self._prologue(x, prologue)
+            return conv_fprop(
+                x, w, **self._conv, prologue=prologue, scale=scale, shift=shift, residual=residual, relu=relu
+            )
+        if prologue is not None:
+            x = self.normalize(x, *prologue)
+        z = steps.conv_fprop(x, w, geometry=self.geometry)
+        if scale is None or shift is None:
+            return z
+        return self.normalize(z, scale, shift, residual=residual, relu=relu)
+
+    def fprop_statistics(self, x: Tensor, w: Tensor, prologue: Affine | None) -> tuple[Tensor, Tensor]:
+        """z and its statistics' partials."""
+        if self.fprop_by == "triton" and self.fusions.statistics:
+            from fastres.kernels.conv import conv_fprop
+
+            x, prologue = self._prologue(x, prologue)
+            return conv_fprop(x, w, **self._conv, prologue=prologue, statistics=True)
+        z = self.fprop(x, w, prologue=prologue)
+        return z, self._pointwise.statistics(z)
+
+    def _prologue(self, x: Tensor, prologue: Affine | None) -> tuple[Tensor, Affine | None]:
+        if prologue is None or self.fusions.prologue:
+            return x, prologue
+        return self.normalize(x, *prologue), None
+
+    @property
+    def _pointwise(self) -> Any:
+        if self.pointwise_by == "triton":
+            from fastres.kernels import batch_norm
+
+            return batch_norm
+        return steps
+
+    def finish_statistics(
+        self, partials: Tensor, gamma: Tensor | None, beta: Tensor | None, layer: Layer
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        mean, var = layer.running if layer.running is not None and layer.tracked else (None, None)
+        return self._pointwise.finish_statistics(
+            partials, gamma, beta, layer.eps, running_mean=mean, running_var=var, momentum=layer.momentum
+        )
+
+    def normalize(
+        self,
+        z: Tensor,
+        scale: Tensor,
+        shift: Tensor,
+        *,
+        relu: bool = True,
+        residual: Tensor | None = None,
+        residual_affine: Affine | None = None,
+        residual_stride: int = 1,
+    ) -> Tensor:
+        by, to = residual_affine if residual_affine is not None else (None, None)
+        return self._pointwise.normalize(
+            z,
+            scale,
+            shift,
+            relu=relu,
+            residual=residual,
+            residual_scale=by,
+            residual_shift=to,
+            residual_stride=residual_stride,
+        )
+
+    def normalize_max_pool(
+        self, z: Tensor, scale: Tensor, shift: Tensor, kernel: int, stride: int, pad: int
+    ) -> tuple[Tensor, Tensor]:
+        return self._pointwise.normalize_max_pool(z, scale, shift, kernel=kernel, stride=stride, pad=pad)
+
+    def max_pool_backward(
+        self, dy: Tensor, tap: Tensor, z: Tensor, scale: Tensor, shift: Tensor, kernel: int, stride: int, pad: int
+    ) -> Tensor:
+        return self._pointwise.max_pool_backward(dy, tap, z, scale, shift, kernel=kernel, stride=stride, pad=pad)
+
+    def backward_reduce(self, dy: Tensor, z: Tensor, mean: Tensor, mask: Tensor | Affine | None) -> Tensor:
+        return self._pointwise.backward_reduce(dy, z, mean, mask=mask)
+
+    def finish_backward(
+        self, partials: Tensor, gamma: Tensor | None, mean: Tensor, rstd: Tensor, batch_statistics: bool
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        count = self.problem.pixels
+        return self._pointwise.finish_backward(partials, gamma, mean, rstd, count, batch_statistics=batch_statistics)
+
+    def backward_apply(
+        self, dy: Tensor, z: Tensor, p: Tensor, q: Tensor, r: Tensor, mask: Tensor | Affine | None
+    ) -> Tensor:
+        return self._pointwise.backward_apply(dy, z, p, q, r, mask=mask)
+
+    def dgrad(
+        self,
+        dz: Tensor,
+        w: Tensor,
+        bn: BNBackward | None,
+        *,
+        residual: Tensor | None = None,
+        residual_mask: Tensor | None = None,
+    ) -> Tensor:
+        """dx = conv_transpose(dz) + residual [masked where residual_mask <= 0]."""
+        if self.dgrad_by == "triton":
+            from fastres.kernels.dgrad import conv_dgrad
+
+            return conv_dgrad(
+                dz, w, self.x_shape, **self._conv, bn_backward=bn, residual=residual, residual_mask=residual_mask
+            )
+        dx = steps.conv_dgrad(self._dz(dz, bn), w, self.x_shape, geometry=self.geometry)
+        return dx if residual is None else steps.add_masked(dx, residual, residual_mask)
+
+    def dgrad_masked(
+        self, dz: Tensor, w: Tensor, z: Tensor, affine: Affine, mean: Tensor, bn: BNBackward | None
+    ) -> tuple[Tensor, Affine | None, Tensor]:
+        """Gradient through the convolution to the BN below, whose raw input is z: (dy, mask still to apply, partials of
+        sum g and sum g (z - mean))."""
+        if self.dgrad_by == "triton" and self.fusions.relu_mask:
+            from fastres.kernels.dgrad import conv_dgrad
+
+            g, partials = conv_dgrad(dz, w, self.x_shape, **self._conv, bn_backward=bn, relu_mask=(z, *affine, mean))
+            return g, None, partials
+        dy = self.dgrad(dz, w, bn)
+        return dy, affine, self.backward_reduce(dy, z, mean, affine)
+
+    def wgrad(
+        self, dz: Tensor, a: Tensor, bn: BNBackward | None, prologue: Affine | None, dtype: torch.dtype
+    ) -> Tensor:
+        if self.wgrad_by == "triton":
+            from fastres.kernels.wgrad import conv_wgrad
+
+            a, prologue = self._prologue(a, prologue)
+            return conv_wgrad(
+                dz, a, self.filter_shape, **self._conv, bn_backward=bn, prologue=prologue, out_dtype=dtype
+            )
+        a = a if prologue is None else self.normalize(a, *prologue)
+        return steps.conv_wgrad(self._dz(dz, bn), a, self.filter_shape, geometry=self.geometry)
+
+    def _dz(self, g: Tensor, bn: BNBackward | None) -> Tensor:
+        return g if bn is None else self.backward_apply(g, *bn, mask=None)
+
+    @property
+    def x_shape(self) -> tuple[int, int, int, int]:
+        p = self.problem
+        return p.N, p.H, p.W, p.C
+
+    @property
+    def filter_shape(self) -> tuple[int, int, int, int]:
+        p = self.problem
+        return p.K, p.R, p.S, p.C // p.groups
