@@ -225,7 +225,7 @@ class _Block(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         call: Call = ctx.call
         x, x_read, y, taps, *rest = ctx.saved_tensors
         n_parameters, n_layers = ctx.counts

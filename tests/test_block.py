@@ -1,0 +1,201 @@
+"""A whole block as one call: outputs, gradients and running statistics against the modules, in float64 without kernels.
+
+What kernels change is their speed and rounding; the algorithm (what is saved, how backward walks, which gradients are
+skipped) is held here to rounding.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from cases import relative_error
+from torch import Tensor, nn
+
+from fastres.ops import conv_bn_act, reference
+
+EXACT = 1e-12
+
+
+def unit(c: int, k: int, r: int, stride: int = 1, groups: int = 1, dilation: int = 1) -> list[nn.Module]:
+    conv = nn.Conv2d(c, k, r, stride, dilation * (r // 2), dilation, groups, bias=False)
+    bn = nn.BatchNorm2d(k)
+    nn.init.uniform_(bn.weight, -1, 1)
+    nn.init.normal_(bn.bias)
+    bn.running_mean.normal_()
+    bn.running_var.uniform_(0.5, 2)
+    return [conv, bn]
+
+
+class Pad(nn.Module):
+    """Option A by its definition."""
+
+    stride = 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        return reference.pad_shortcut(x, 2, 8)
+
+
+class Block(nn.Module):
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        layers, self.shortcut = {
+            "basic": ([unit(6, 6, 3), unit(6, 6, 3)], None),
+            "bottleneck": ([unit(6, 4, 1), unit(4, 4, 3), unit(4, 6, 1)], None),
+            "projection": ([unit(6, 4, 1), unit(4, 4, 3, 2), unit(4, 8, 1)], nn.Sequential(*unit(6, 8, 1, 2))),
+            "option-a": ([unit(6, 8, 3, 2), unit(8, 8, 3)], Pad()),
+            "grouped": ([unit(6, 4, 1), unit(4, 4, 3, groups=2), unit(4, 6, 1)], None),
+            "dilated": ([unit(6, 6, 3, dilation=2), unit(6, 6, 3, dilation=2)], None),
+            "plain": ([unit(6, 8, 3, 2), unit(8, 8, 3)], None),
+            "stem": ([unit(6, 5, 7, 2)], nn.MaxPool2d(3, 2, 1)),
+        }[kind]
+        self.kind = kind
+        self.layers = nn.ModuleList(nn.Sequential(*layer) for layer in layers)
+
+    def forward(self, x: Tensor, ops=conv_bn_act) -> Tensor:
+        units = [tuple(layer) for layer in self.layers]
+        if self.kind == "plain":
+            return ops.plain_block(x, units)
+        if self.kind == "stem":
+            return ops.stem(x, *units[0], self.shortcut)
+        return ops.residual_block(x, units, self.shortcut)
+
+
+KINDS = ("basic", "bottleneck", "projection", "option-a", "grouped", "dilated", "plain", "stem")
+
+
+def results(block: Block, x: Tensor, ops) -> dict[str, Tensor]:
+    """Output, every gradient and every buffer after one forward and backward."""
+    x = x.clone().requires_grad_()
+    y = block(x, ops)
+    y.backward(torch.linspace(-1, 1, y.numel(), dtype=y.dtype).reshape(y.shape))
+    grads = {name: p.grad for name, p in block.named_parameters() if p.grad is not None}
+    return {"y": y, "dx": x.grad, **grads, **dict(block.named_buffers())}
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_forward_backward_and_buffers_equal_the_definition(kind: str, training: bool) -> None:
+    block = Block(kind).double().train(training)
+    x = torch.randn(3, 6, 9, 8, dtype=torch.double)
+    want = results(copy.deepcopy(block), x, reference)
+    got = results(block, x, conv_bn_act)
+    assert got.keys() == want.keys()
+    for name, value in want.items():
+        assert relative_error(got[name], value) < EXACT, name
+    for name, p in block.named_parameters():
+        assert p.grad.stride() == p.stride(), f"{name}'s gradient has other strides than the parameter"
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_without_gradients(kind: str, training: bool) -> None:
+    block = Block(kind).double().train(training)
+    other = copy.deepcopy(block)
+    x = torch.randn(2, 6, 8, 9, dtype=torch.double)
+    with torch.no_grad():
+        assert relative_error(block(x), other(x, reference)) < EXACT
+    for (name, got), want in zip(block.named_buffers(), other.buffers(), strict=True):
+        assert relative_error(got, want) < EXACT, name
+
+
+@pytest.mark.parametrize("kind", ["basic", "projection", "option-a", "stem"])
+def test_gradcheck(kind: str) -> None:
+    block = Block(kind).double()
+    x = torch.randn(2, 6, 5, 6, dtype=torch.double, requires_grad=True)
+    names = [name for name, _ in block.named_parameters()]
+
+    def f(x: Tensor, *parameters: Tensor) -> Tensor:
+        return torch.func.functional_call(block, dict(zip(names, parameters, strict=True)), (x,))
+
+    assert torch.autograd.gradcheck(f, (x, *block.parameters()), fast_mode=True)
+    assert torch.autograd.gradgradcheck(f, (x, *block.parameters()), fast_mode=True)
+
+
+def test_momentum_none_and_untracked_statistics() -> None:
+    for change in ({"momentum": None}, {"momentum": 0.3}, {"track_running_stats": False}, {"affine": False}):
+        block = Block("basic").double()
+        for i, channels in ((0, 6), (1, 6)):
+            block.layers[i][1] = nn.BatchNorm2d(channels, **change).double()
+        other = copy.deepcopy(block)
+        for _ in range(3):
+            x = torch.randn(2, 6, 5, 5, dtype=torch.double)
+            want, got = results(other, x, reference), results(block, x, conv_bn_act)
+            for name, value in want.items():
+                if value is not None:
+                    assert relative_error(got[name], value) < EXACT, (change, name)
+
+
+class Counting:
+    """Counts calls of the convolution steps."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        from fastres.ops import steps
+
+        self.calls: dict[str, int] = {}
+        for name in ("conv_fprop", "conv_dgrad", "conv_wgrad"):
+            monkeypatch.setattr(steps, name, self._wrap(name, getattr(steps, name)))
+
+    def _wrap(self, name: str, function):
+        def call(*args, **kwargs):
+            self.calls[name] = self.calls.get(name, 0) + 1
+            return function(*args, **kwargs)
+
+        return call
+
+
+def test_no_gradient_is_computed_that_nobody_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = Counting(monkeypatch)
+    block = Block("bottleneck").double()
+    x = torch.randn(2, 6, 5, 5, dtype=torch.double)
+
+    block(x).sum().backward()  # x needs none: no dgrad of the first convolution
+    assert counts.calls == {"conv_fprop": 3, "conv_wgrad": 3, "conv_dgrad": 2}
+
+    counts.calls.clear()
+    block.requires_grad_(False)
+    block.layers[2][1].bias.requires_grad_()
+    block(x).sum().backward()  # only the last BN's bias: no convolution runs backward
+    assert counts.calls == {"conv_fprop": 3}
+
+    counts.calls.clear()
+    block(x.requires_grad_()).sum().backward()  # frozen weights, gradients to the image
+    assert counts.calls == {"conv_fprop": 3, "conv_dgrad": 3}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_saves_each_activation_once(kind: str) -> None:
+    """Kept for backward: the input, each raw conv output, the block's output, the pool's taps; nothing else of size."""
+    block = Block(kind).double()
+    x = torch.randn(2, 6, 16, 16, dtype=torch.double).contiguous(memory_format=torch.channels_last)
+    raw: list[int] = []
+    for module in block.modules():
+        if isinstance(module, nn.Conv2d):
+            module.register_forward_hook(lambda m, i, o: raw.append(o.nbytes))
+    modules = copy.deepcopy(block)
+    a = x
+    for layer in modules.layers:
+        a = layer(a)
+    if kind == "projection":
+        modules.shortcut(x)
+
+    storages: dict[int, int] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        storages[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        out = block(x)
+    parameters = sum(p.nbytes for p in block.parameters())
+    taps = out.numel() if kind == "stem" else 0
+    vectors = sum(4 * m.num_features * 8 for m in block.modules() if isinstance(m, nn.BatchNorm2d))
+    allowed = x.nbytes + sum(raw) + out.nbytes + taps + 2 * parameters + vectors
+    assert sum(storages.values()) <= allowed
+
+
+def test_one_value_per_channel_is_refused_as_batch_norm_does() -> None:
+    block = Block("basic").double()
+    with pytest.raises(ValueError, match="Expected more than 1 value per channel when training"):
+        block(torch.randn(1, 6, 1, 1, dtype=torch.double))
