@@ -14,6 +14,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from .config import Tile
 from .problem import ConvProblem
 
+interpreted = triton.knobs.runtime.interpret  # inline assembly isn't interpreted
+
 
 @triton.jit
 def bn_backward_tile(
@@ -123,6 +125,11 @@ class BnBackward(NamedTuple):
     def kind(self) -> int:
         return 1 if self.mask is not None else 2 if self.scale is not None else 0
 
+    @property
+    def computed(self) -> bool:
+        """True where dz isn't dy itself."""
+        return self.z is not None or self.mask is not None
+
     @staticmethod
     def check(
         dy: Tensor,
@@ -152,8 +159,11 @@ def conv_problem(
     pad: int,
     dilation: int,
     groups: int,
+    precision: str,
 ) -> ConvProblem:
     """The problem whose output gradient is dy [N, P, Q, K]; ValueError where shapes, dtype or layout don't fit."""
+    if precision not in ("ieee", "tf32"):
+        raise ValueError(f'precision must be "ieee" or "tf32", got {precision!r}')
     if len(x_shape) != 4:
         raise ValueError(f"x must have shape [N, H, W, C], got {tuple(x_shape)}")
     if len(filter_shape) != 4:
@@ -224,9 +234,13 @@ def operand(
     return view if block is None else TensorDescriptor.from_tensor(view, list(block))
 
 
-def pixel_tiles(tile: Tile, N: int, rows: int, cols: int) -> tuple[int, int, int]:
-    """Tiles along N, rows and columns; for consecutive pixels all along the first."""
-    if tile.box is None:
-        return triton.cdiv(N * rows * cols, tile.BN), 1, 1
-    TN, TH, TW = tile.box
-    return triton.cdiv(N, TN), triton.cdiv(rows, TH), triton.cdiv(cols, TW)
+def pixel_tiles(box: tuple[int, int, int] | None, pixels: int, N: int, rows: int, cols: int) -> tuple[int, int, int]:
+    """Tiles along N, rows and columns; all along the first where a tile is `pixels` consecutive ones."""
+    if box is None:
+        return triton.cdiv(N * rows * cols, pixels), 1, 1
+    return triton.cdiv(N, box[0]), triton.cdiv(rows, box[1]), triton.cdiv(cols, box[2])
+
+
+def sm_count(device: torch.device) -> int:
+    """Streaming multiprocessors of a GPU; an H200's for a device that is none."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132

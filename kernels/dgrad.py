@@ -31,6 +31,7 @@ from torch import Tensor
 
 from .backward import BnBackward, check_tensor, choose, conv_problem, load_dz, operand, pixel_tiles, tma_refusal
 from .config import Tile, dgrad_tile
+from .tile import box_origin, box_pixels, unravel
 
 
 @triton.jit(do_not_specialize=["first_r", "first_s", "offset_h", "offset_w", "tiles_h", "tiles_w", "N", "P", "Q"])
@@ -109,21 +110,13 @@ def dgrad_kernel(
     group = (pid // tiles_c) % groups
     tile_c = pid % tiles_c
     tile_px = pid // (tiles_c * groups)
-    lane = tl.arange(0, BN)
     if TMA:
         DTYPE: tl.constexpr = dx.dtype
-        n0 = tile_px // (tiles_h * tiles_w) * TN
-        i0 = tile_px // tiles_w % tiles_h * TH
-        j0 = tile_px % tiles_w * TW
-        n = n0 + lane // (TH * TW)
-        i = i0 + lane // TW % TH
-        j = j0 + lane % TW
+        n0, i0, j0 = box_origin(tile_px, tiles_h, tiles_w, TN, TH, TW)
+        n, i, j = box_pixels(n0, i0, j0, TN, TH, TW)
     else:
         DTYPE: tl.constexpr = dx.dtype.element_ty
-        pixel = tile_px * BN + lane
-        n = pixel // (ROWS * COLS)
-        i = pixel // COLS % ROWS
-        j = pixel % COLS
+        n, i, j = unravel(tile_px * BN + tl.arange(0, BN), ROWS, COLS)
     valid = (n < N) & (i < ROWS) & (j < COLS)
     c = tile_c * BM + tl.arange(0, BM)
     c_valid = c < C_GROUP
@@ -270,7 +263,7 @@ def conv_dgrad(
     Activations of one dtype (bf16, fp16, fp32), contiguous. No atomics: equal inputs give equal bits.
     Raises ValueError for shapes, dtypes, layouts or devices that do not fit together.
     """
-    problem = conv_problem(dy, w.shape, x_shape, stride, pad, dilation, groups)
+    problem = conv_problem(dy, w.shape, x_shape, stride, pad, dilation, groups, precision)
     N, H, W, C, P, Q, K = problem.N, problem.H, problem.W, problem.C, problem.P, problem.Q, problem.K
     check_tensor("w", w, tuple(w.shape), dy)
     load = BnBackward.check(dy, bn_backward, dy_mask)
@@ -294,7 +287,7 @@ def conv_dgrad(
         for cols in _reach(W, problem.S, stride, pad, dilation)
         if N > 0
     ]
-    tiles = [pixel_tiles(tile, N, rows.length, cols.length) for rows, cols in classes]
+    tiles = [pixel_tiles(tile.box, tile.BN, N, rows.length, cols.length) for rows, cols in classes]
     partials = None
     if relu_mask is not None:
         partials = torch.empty((sum(map(prod, tiles)), 2, C), dtype=torch.float32, device=dy.device)

@@ -1,0 +1,366 @@
+"""wgrad: the gradient of a convolution with respect to its filters.
+
+    dw[k, r, s, c] = sum over n, p, q of dz[n, p, q, k] a[n, h, w, c],   h = p stride - pad + r dilation, likewise w
+
+    on load    g  = dy where the mask is > 0 (optional)
+               dz = p[k] g + q[k] z + r[k]  (optional: BatchNorm's backward)
+               a  = relu(scale[c] x + shift[c])  (optional: the activation, which is never stored; its padding is zero)
+
+Layouts: activations [N, H, W, C] and [N, P, Q, K], filters [K, R, S, C/groups], all contiguous. GEMM_K runs over pixels and
+is cut into splits, whose fp32 partial sums [splits, K, R, S, C/groups] a second kernel adds up in a fixed order. The operand
+that is computed on load stands second, where wgmma reads it from shared memory: filters k on GEMM_M, or on GEMM_N
+where dz is computed. Where both are, wgmma takes a from registers and each product is waited for (`settle`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .backward import BnBackward, check_tensor, choose, conv_problem, interpreted, load_dz, operand, pixel_tiles, sm_count, tma_refusal
+from .config import Tile, wgrad_tile
+from .tile import affine_relu, box_origin, box_pixels, unravel
+
+
+@triton.jit
+def settle(acc, WAIT: tl.constexpr):
+    """acc, unchanged; where WAIT, only once the wgmma that makes it is done.
+
+    Triton 3.6 lets a pipelined wgmma run on while the registers of its first operand are written anew (triton#9433). An
+    empty instruction on the result makes it wait.
+    """
+    if WAIT:
+        acc = tl.inline_asm_elementwise("", "=f,0", [acc], dtype=tl.float32, is_pure=True, pack=1)
+    return acc
+
+
+@triton.jit(do_not_specialize=["N", "H", "W", "P", "Q", "tiles_h", "tiles_w", "steps_in_all", "steps_per_split"])
+def wgrad_kernel(
+    dy,
+    z,
+    mask,
+    x,
+    dw,
+    p,
+    q,
+    r,
+    mask_scale,
+    mask_shift,
+    scale,
+    shift,
+    N,
+    H,
+    W,
+    C,
+    P,
+    Q,
+    K,
+    C_GROUP,
+    K_GROUP,
+    tiles_h,
+    tiles_w,
+    steps_in_all,
+    steps_per_split,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    STRIDE: tl.constexpr,
+    PAD: tl.constexpr,
+    DILATION: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    TN: tl.constexpr,
+    TH: tl.constexpr,
+    TW: tl.constexpr,
+    TAPS: tl.constexpr,
+    STAGES: tl.constexpr,
+    UNIFORM: tl.constexpr,
+    SHIFT_DZ: tl.constexpr,
+    BN_BACKWARD: tl.constexpr,
+    MASK: tl.constexpr,
+    PADDED_DZ: tl.constexpr,
+    PROLOGUE: tl.constexpr,
+    PADDED_A: tl.constexpr,
+    SETTLE: tl.constexpr,
+    INT64: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """BM filters x BN channels of TAPS neighbouring filter taps, summed over one split of the pixels, BK at a step.
+
+    TMA (TN > 0): dy, z, mask [N, P, Q, K] and x [N, H, W, C] (STRIDE 2: [N, H/2, 2, W/2, 2C]) are descriptors, and the
+    pixels of a step are the box [TN, TH, TW]. Otherwise they are pointers, and a step is BK consecutive pixels.
+    UNIFORM: columns are the channels of one tap; otherwise BN of all the (r, s, c).
+    SHIFT_DZ (stride 1): a step is a tile of x, read and computed once for all its taps, and dz moves; otherwise the
+    other way round. PADDED_DZ, PADDED_A: that operand is not zero by itself where it must be.
+    dw: [splits, K, R, S, C/groups] of any dtype.
+    """
+    TMA: tl.constexpr = TN > 0
+    SWAP: tl.constexpr = BN_BACKWARD or MASK > 0
+    tiles_k = tl.cdiv(K_GROUP, BM)
+    if UNIFORM:
+        tiles_c = tl.cdiv(C_GROUP, BN)
+        columns = tiles_c * (R * S // TAPS)
+    else:
+        columns = tl.cdiv(R * S * C_GROUP, BN)
+    pid = tl.program_id(0)
+    split = tl.program_id(1)
+    group = pid // (tiles_k * columns)
+    tile_k = pid % tiles_k
+    tile_column = pid // tiles_k % columns
+
+    k = tile_k * BM + tl.arange(0, BM)
+    k_valid = k < K_GROUP
+    k_channel = group * K_GROUP + k
+    if UNIFORM:
+        c0 = tile_column % tiles_c * BN
+        first_tap = tile_column // tiles_c * TAPS
+        tap_r = first_tap // S
+        tap_s = first_tap % S
+        c = c0 + tl.arange(0, BN)
+        c_valid = c < C_GROUP
+        column = first_tap * C_GROUP + c
+    else:
+        c0 = 0
+        column = tile_column * BN + tl.arange(0, BN)
+        c_valid = column < R * S * C_GROUP
+        c = column % C_GROUP
+        tap_r = (column // C_GROUP // S)[None, :]
+        tap_s = (column // C_GROUP % S)[None, :]
+    c_channel = group * C_GROUP + c
+    slope = None
+    start = None
+    if PROLOGUE:
+        slope = tl.load(scale + c_channel, mask=c_valid, other=0.0)
+        start = tl.load(shift + c_channel, mask=c_valid, other=0.0)
+
+    SHAPE: tl.constexpr = (BN, BM) if SWAP else (BM, BN)
+    acc0 = tl.zeros(SHAPE, tl.float32)
+    if TAPS == 3:
+        acc1 = tl.zeros(SHAPE, tl.float32)
+        acc2 = tl.zeros(SHAPE, tl.float32)
+    first = split * steps_per_split
+    steps = tl.minimum(steps_per_split, steps_in_all - first)
+    tl.assume(steps > 0)
+    for step in tl.range(0, steps, num_stages=STAGES):
+        if TMA:
+            n0, i0, j0 = box_origin(first + step, tiles_h, tiles_w, TN, TH, TW)
+            n, i, j = box_pixels(n0, i0, j0, TN, TH, TW)
+        else:
+            n, i, j = unravel((first + step) * BK + tl.arange(0, BK), P, Q)
+            if INT64:
+                n = n.to(tl.int64)
+            n0 = n[:, None]
+            i0 = i[:, None]
+            j0 = j[:, None]
+        if SHIFT_DZ:
+            a = x.load([n0, i0, j0, c0]).reshape((BK, BN))
+            if PROLOGUE:
+                a = affine_relu(a, slope, start, ((i < H) & (j < W))[:, None], PADDED_A)
+        else:
+            dz = load_dz(
+                dy, z, mask, p, q, r, mask_scale, mask_shift, n0, i0, j0, tile_k * BM, k_channel, k_valid,
+                ((n < N) & (i < P) & (j < Q))[:, None], P, Q, K, (BK, BM), TMA, BN_BACKWARD, MASK, PADDED_DZ,
+            )  # fmt: skip
+        for tap in tl.static_range(TAPS):
+            down = tap_r * DILATION
+            right = (tap_s + tap) * DILATION
+            if SHIFT_DZ:
+                dz = load_dz(
+                    dy, z, mask, p, q, r, mask_scale, mask_shift, n0, i0 + PAD - down, j0 + PAD - right, tile_k * BM,
+                    k_channel, k_valid, True, P, Q, K, (BK, BM), True, False, MASK, False,
+                )  # fmt: skip
+            else:
+                h = i[:, None] * STRIDE - PAD + down
+                w = j[:, None] * STRIDE - PAD + right
+                inside = (n[:, None] < N) & (h >= 0) & (h < H) & (w >= 0) & (w < W)
+                if not TMA:
+                    at = ((n0 * H + h) * W + w) * C + c_channel[None, :]
+                    a = tl.load(x + at, mask=inside & c_valid[None, :], other=0.0)
+                elif STRIDE == 1:
+                    a = x.load([n0, i0 - PAD + down, j0 - PAD + right, c0]).reshape((BK, BN))
+                else:  # 2 i0 - PAD + down as a pair of rows and a row of the pair, likewise for columns
+                    h2 = i0 + (PAD + down) // 2 - PAD
+                    w2 = j0 + (PAD + right) // 2 - PAD
+                    a = x.load([n0, h2, (PAD + down) % 2, w2, (PAD + right) % 2 * C + c0]).reshape((BK, BN))
+                if PROLOGUE:
+                    a = affine_relu(a, slope, start, inside, PADDED_A)
+            if tap == 0:
+                acc0 = settle(wgrad_dot(dz, a, acc0, SWAP, PRECISION), SETTLE)
+            if tap == 1:
+                acc1 = settle(wgrad_dot(dz, a, acc1, SWAP, PRECISION), SETTLE)
+            if tap == 2:
+                acc2 = settle(wgrad_dot(dz, a, acc2, SWAP, PRECISION), SETTLE)
+
+    LENGTH = R * S * C_GROUP
+    at = dw + split.to(tl.int64) * K * LENGTH
+    if SWAP:
+        at += k_channel[None, :] * LENGTH + column[:, None]
+        valid = k_valid[None, :] & c_valid[:, None]
+    else:
+        at += k_channel[:, None] * LENGTH + column[None, :]
+        valid = k_valid[:, None] & c_valid[None, :]
+    tl.store(at, acc0.to(dw.dtype.element_ty), mask=valid)
+    if TAPS == 3:
+        tl.store(at + C_GROUP, acc1.to(dw.dtype.element_ty), mask=valid)
+        tl.store(at + 2 * C_GROUP, acc2.to(dw.dtype.element_ty), mask=valid)
+
+
+@triton.jit
+def wgrad_dot(dz, a, acc, SWAP: tl.constexpr, PRECISION: tl.constexpr):
+    """acc + dz^T a [BM, BN], or its transpose for SWAP."""
+    if SWAP:
+        acc = tl.dot(a.T, dz, acc, input_precision=PRECISION)
+    else:
+        acc = tl.dot(dz.T, a, acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
+def wgrad_reduce_kernel(partials, dw, numel, splits, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """dw [numel] = the sum of partials [splits, numel], ROWS of them at a time, always in the same order."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for first in range(0, splits, ROWS):
+        split = first + tl.arange(0, ROWS)[:, None]
+        valid = (split < splits) & (at < numel)[None, :]
+        total += tl.sum(tl.load(partials + split.to(tl.int64) * numel + at[None, :], mask=valid, other=0.0), 0)
+    tl.store(dw + at, total.to(dw.dtype.element_ty), mask=at < numel)
+
+
+def conv_wgrad(
+    dy: Tensor,
+    x: Tensor,
+    filter_shape: tuple[int, int, int, int],
+    *,
+    stride: int = 1,
+    pad: int = 0,
+    dilation: int = 1,
+    groups: int = 1,
+    bn_backward: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
+    dy_mask: Tensor | tuple[Tensor, Tensor] | None = None,
+    prologue: tuple[Tensor, Tensor] | None = None,
+    precision: str = "ieee",
+    out_dtype: torch.dtype = torch.float32,
+    tile: Tile | None = None,
+) -> Tensor:
+    """dw, contiguous, of filter_shape (K, R, S, C/groups) and `out_dtype`, from dy [N, P, Q, K] and x [N, H, W, C].
+
+    bn_backward, dy_mask: as for `conv_dgrad`. prologue (scale, shift), fp32 [C]: the conv's input was
+    relu(scale x + shift), zero-padded. precision of fp32 products: "ieee" or "tf32". tile: default from
+    `config.wgrad_tile`.
+
+    Activations of one dtype (bf16, fp16, fp32), contiguous; sums in fp32. No atomics: equal inputs give equal bits.
+    Raises ValueError for shapes, dtypes, layouts or devices that do not fit together.
+    """
+    problem = conv_problem(dy, filter_shape, x.shape, stride, pad, dilation, groups, precision)
+    check_tensor("x", x, tuple(x.shape), dy)
+    load = BnBackward.check(dy, bn_backward, dy_mask)
+    scale, shift = prologue or (None, None)
+    for name, tensor in (("scale", scale), ("shift", shift)):
+        check_tensor(f"prologue's {name}", tensor, (problem.C,), dy, torch.float32)
+    if not out_dtype.is_floating_point:
+        raise ValueError(f"out_dtype must be a floating-point dtype, got {out_dtype}")
+    refusal = tma_refusal(problem, dy, load.z, load.mask, x)
+    if stride > 2 or (stride == 2 and (problem.H % 2 or problem.W % 2)):
+        refusal = refusal or f"stride {stride} on {problem.H}x{problem.W} has no view as pairs of rows and columns"
+    tile = choose(tile, lambda tma: wgrad_tile(problem, dy.element_size(), tma, sm_count(dy.device)), refusal)
+    if tile.taps != 1 and (tile.taps != 3 or problem.S != 3 or tile.box is None):
+        raise ValueError(f"taps={tile.taps}: a program takes 1 filter tap, or the 3 of a row of a 3-wide filter by TMA")
+
+    N, H, W, C, P, Q, K = problem.N, problem.H, problem.W, problem.C, problem.P, problem.Q, problem.K
+    R, S, c_group, k_group = problem.R, problem.S, C // groups, K // groups
+    if N == 0:
+        return torch.zeros(filter_shape, dtype=out_dtype, device=dy.device)
+    if problem.pointwise:  # a plain GEMM: let all pixels lie in one row
+        N, H, W, P, Q = 1, 1, N * H * W, 1, N * P * Q
+        tile = replace(tile, box=tile.box and (1, 1, tile.BK))
+    tma = tile.box is not None
+    TN, TH, TW = tile.box or (0, 0, 0)
+    shift_dz = tma and stride == 1 and prologue is not None and bn_backward is None
+    rows, cols = (H, W) if shift_dz else (P, Q)
+    tiles_n, tiles_h, tiles_w = pixel_tiles(tile.box, tile.BK, N, rows, cols)
+    steps = tiles_n * tiles_h * tiles_w
+    steps_per_split = triton.cdiv(steps, tile.splits)
+    splits = triton.cdiv(steps, steps_per_split)
+    # Where boxes fit, whatever leaves the images has a plain operand, read as zero, on one side of the product at least.
+    boxes_fit = tma and rows % TH == 0 and cols % TW == 0
+    if shift_dz:
+        padded_a = not boxes_fit
+    else:
+        padded_a = not problem.pointwise
+    uniform = tma or c_group >= tile.BN
+    columns = R * S // tile.taps * triton.cdiv(c_group, tile.BN) if uniform else triton.cdiv(R * S * c_group, tile.BN)
+
+    dw = torch.empty(filter_shape, dtype=out_dtype, device=dy.device)
+    partials = dw[None] if splits == 1 else dw.new_empty((splits, *filter_shape), dtype=torch.float32)
+    x_view, x_box = (N, H, W, C), tile.box and (*tile.box, tile.BN)
+    if tma and stride == 2:
+        x_view, x_box = (N, H // 2, 2, W // 2, 2 * C), (TN, TH, 1, TW, tile.BN)
+    dy_view, dy_box = (N, P, Q, K), tile.box and (*tile.box, tile.BM)
+    wgrad_kernel[(triton.cdiv(k_group, tile.BM) * columns * groups, splits)](
+        dy=operand(dy, dy_view, dy_box),
+        z=operand(load.z, dy_view, dy_box),
+        mask=operand(load.mask, dy_view, dy_box),
+        x=operand(x, x_view, x_box),
+        dw=partials,
+        p=load.p,
+        q=load.q,
+        r=load.r,
+        mask_scale=load.scale,
+        mask_shift=load.shift,
+        scale=scale,
+        shift=shift,
+        N=N,
+        H=H,
+        W=W,
+        C=C,
+        P=P,
+        Q=Q,
+        K=K,
+        C_GROUP=c_group,
+        K_GROUP=k_group,
+        tiles_h=tiles_h,
+        tiles_w=tiles_w,
+        steps_in_all=steps,
+        steps_per_split=steps_per_split,
+        R=R,
+        S=S,
+        STRIDE=stride,
+        PAD=pad,
+        DILATION=dilation,
+        BM=tile.BM,
+        BN=tile.BN,
+        BK=tile.BK,
+        TN=TN,
+        TH=TH,
+        TW=TW,
+        TAPS=tile.taps,
+        STAGES=tile.stages,
+        UNIFORM=uniform,
+        SHIFT_DZ=shift_dz,
+        BN_BACKWARD=bn_backward is not None,
+        MASK=load.kind,
+        PADDED_DZ=not boxes_fit,
+        PROLOGUE=prologue is not None,
+        PADDED_A=padded_a,
+        SETTLE=prologue is not None and load.computed and not interpreted,
+        INT64=not problem.int32_safe,
+        PRECISION=precision,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+    if splits > 1:
+        numel = dw.numel()
+        wgrad_reduce_kernel[(triton.cdiv(numel, 128),)](
+            partials=partials,
+            dw=dw,
+            numel=numel,
+            splits=splits,
+            ROWS=min(16, triton.next_power_of_2(splits)),
+            BLOCK=128,
+        )
+    return dw
