@@ -86,10 +86,6 @@ def fusions(**switches: bool) -> Iterator[None]:
         _fusions.reset(token)
 
 
-def active_fusions() -> Fusions:
-    return _fusions.get()
-
-
 class Parts(NamedTuple):
     """The modules of one fusable call, by the role they play in it.
 
@@ -158,7 +154,7 @@ def _mismatch(x: Tensor, parts: Parts) -> str | None:
 
 
 def _unfusable_call(x: Tensor) -> str | None:
-    if isinstance(x, fx.Proxy) or torch.jit.is_tracing():
+    if is_traced(x):
         return "the net is being traced"
     if type(x) not in (Tensor, nn.Parameter):
         return f"the input is a {type(x).__name__}, not a plain tensor"
@@ -172,17 +168,21 @@ def _unfusable_call(x: Tensor) -> str | None:
 
 
 def _unfusable_device(x: Tensor) -> str | None:
+    """Raises RuntimeError where `backend` forces kernels that this device cannot run at all."""
     forced = _forced.get()
     if forced == "reference":
         return None
-    if not (x.is_cuda or interpreting()):
-        return "no fused kernel for this device"
-    if forced == "auto" and not x.is_cuda:
-        return "the kernels' interpreter serves only backend('triton')"
-    if x.is_cuda and torch.cuda.get_device_capability(x.device) < (8, 0):
-        return "the GPU is older than compute capability 8.0"
+    if x.is_cuda:
+        capability = torch.cuda.get_device_capability(x.device)
+        reason = None if capability >= (8, 0) else f"compute capability {capability[0]}.{capability[1]} is below 8.0"
+    elif interpreting():
+        reason = "the kernels' interpreter serves only backend('triton')" if forced == "auto" else None
+    else:
+        reason = f"there are no fused kernels for {x.device.type}"
+    if reason is not None and forced != "auto":
+        raise RuntimeError(f"backend({forced!r}) is in force but {reason}; use a CUDA GPU or TRITON_INTERPRET=1")
     dtype = compute_dtype(x)
-    return None if dtype in _DTYPES else f"no fused kernel for {dtype}"
+    return reason if dtype in _DTYPES else f"there are no fused kernels for {dtype}"
 
 
 def _watched(parts: Parts) -> str | None:
@@ -213,6 +213,11 @@ def has_hooks(module: nn.Module) -> bool:
 def wants_reference() -> bool:
     """True where `backend("reference")` is in force."""
     return _forced.get() == "reference"
+
+
+def is_traced(x: Tensor) -> bool:
+    """True while the call is recorded by fx, `jit.trace` or `torch.export`: recordings hold ATen ops only."""
+    return isinstance(x, fx.Proxy) or torch.jit.is_tracing() or torch.compiler.is_exporting()
 
 
 def interpreting() -> bool:
@@ -252,6 +257,19 @@ def pointwise_engine(dtype: torch.dtype, device: torch.device) -> Engine:
     if _forced.get() == "reference" or dtype not in _DTYPES:
         return "aten"
     return "triton" if device.type == "cuda" or interpreting() else "aten"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What engines depend on besides the problem: whoever caches a step must key it by this."""
+
+    backend: str
+    fusions: Fusions
+    precision: Literal["ieee", "tf32"]
+
+
+def choice(dtype: torch.dtype, device: torch.device) -> Choice:
+    return Choice(_forced.get(), _fusions.get(), precision(dtype, device))
 
 
 def precision(dtype: torch.dtype, device: torch.device) -> Literal["ieee", "tf32"]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -26,20 +27,32 @@ BNBackward = tuple[Tensor, Tensor, Tensor, Tensor]  # (z, p, q, r)
 
 def step(x_shape: Sequence[int], weight: Tensor, geometry: Geometry, dtype: torch.dtype, device: torch.device) -> Step:
     """The step of a convolution of x [N, H, W] (channels by the weight [K, C/groups, R, S]) in `dtype`."""
+    return _step(tuple(x_shape), tuple(weight.shape), geometry, dtype, device, dispatch.choice(dtype, device))
+
+
+@lru_cache(maxsize=4096)
+def _step(
+    x_shape: tuple[int, ...],
+    w_shape: tuple[int, ...],
+    geometry: Geometry,
+    dtype: torch.dtype,
+    device: torch.device,
+    choice: dispatch.Choice,
+) -> Step:
     from fastres.kernels.problem import ConvProblem
 
-    k, c, r, s = weight.shape
+    k, c, r, s = w_shape
     stride, pad, dilation, groups = geometry
     problem = ConvProblem(*x_shape, c * groups, k, r, s, stride, pad, dilation, groups)
     return Step(
         problem,
         geometry,
-        dispatch.conv_engine("fprop", problem, dtype, device),
-        dispatch.conv_engine("dgrad", problem, dtype, device),
-        dispatch.conv_engine("wgrad", problem, dtype, device),
-        dispatch.pointwise_engine(dtype, device),
-        dispatch.active_fusions(),
-        dispatch.precision(dtype, device),
+        fprop_by=dispatch.conv_engine("fprop", problem, dtype, device),
+        dgrad_by=dispatch.conv_engine("dgrad", problem, dtype, device),
+        wgrad_by=dispatch.conv_engine("wgrad", problem, dtype, device),
+        pointwise_by=dispatch.pointwise_engine(dtype, device),
+        fusions=choice.fusions,
+        precision=choice.precision,
     )
 
 
