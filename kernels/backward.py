@@ -66,10 +66,13 @@ def load_dz(
     r,
     scale,
     shift,
+    n0,
+    row0,
+    col0,
+    k0,
     n,
     row,
     col,
-    k,
     channel,
     channel_valid,
     inside,
@@ -82,19 +85,19 @@ def load_dz(
     MASK: tl.constexpr,
     PADDED: tl.constexpr,
 ):
-    """The tile dz [pixels, channels], BLOCK its shape.
+    """The tile dz [pixels, channels], BLOCK its shape, of the pixels (n, row, col), each broadcastable to it.
 
-    TMA: dy, z, mask are descriptors [N, P, Q, K] and the scalars n, row, col, k the corner of the box, which is zero where
-    it leaves the tensor. Otherwise they are pointers, n [pixels, 1], row and col broadcastable to the tile.
+    TMA: dy, z, mask are descriptors [N, P, Q, K], read as the box with the corner (n0, row0, col0, k0), which is zero
+    where it leaves the tensor. Otherwise they are pointers, read where `inside`.
     """
     z_tile = None
     mask_tile = None
     if TMA:
-        dz = dy.load([n, row, col, k]).reshape(BLOCK)
+        dz = dy.load([n0, row0, col0, k0]).reshape(BLOCK)
         if BN_BACKWARD or MASK == 2:
-            z_tile = z.load([n, row, col, k]).reshape(BLOCK)
+            z_tile = z.load([n0, row0, col0, k0]).reshape(BLOCK)
         if MASK == 1:
-            mask_tile = mask.load([n, row, col, k]).reshape(BLOCK)
+            mask_tile = mask.load([n0, row0, col0, k0]).reshape(BLOCK)
     else:
         at = ((n * P + row) * Q + col) * K + channel[None, :]
         readable = inside & channel_valid[None, :]

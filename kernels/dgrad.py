@@ -117,6 +117,9 @@ def dgrad_kernel(
     else:
         DTYPE: tl.constexpr = dx.dtype.element_ty
         n, i, j = unravel(tile_px * BN + tl.arange(0, BN), ROWS, COLS)
+        n0 = 0
+        i0 = 0
+        j0 = 0
     valid = (n < N) & (i < ROWS) & (j < COLS)
     c = tile_c * BM + tl.arange(0, BM)
     c_valid = c < C_GROUP
@@ -155,17 +158,14 @@ def dgrad_kernel(
             k_channel = group * K_GROUP + k
             if TMA:
                 filters = w.load([step // TAPS * BK, rs * C + tile_c * BM]).T
-                dz = load_dz(
-                    dy, z, mask, p, q, r, mask_scale, mask_shift, n0, i0 + dp, j0 + dq, step // TAPS * BK,
-                    k_channel, k_valid, inside, P, Q, K, (BN, BK), True, BN_BACKWARD, MASK, PADDED,
-                )  # fmt: skip
             else:
                 at_w = (k_channel[None, :] * (R * S) + rs) * C_GROUP + c[:, None]
                 filters = tl.load(w + at_w, mask=c_valid[:, None] & k_valid[None, :], other=0.0)
-                dz = load_dz(
-                    dy, z, mask, p, q, r, mask_scale, mask_shift, n[:, None], row, col, 0,
-                    k_channel, k_valid, inside, P, Q, K, (BN, BK), False, BN_BACKWARD, MASK, True,
-                )  # fmt: skip
+            dz = load_dz(
+                dy, z, mask, p, q, r, mask_scale, mask_shift,
+                n0, i0 + dp, j0 + dq, step // TAPS * BK, n[:, None], row, col,
+                k_channel, k_valid, inside, P, Q, K, (BN, BK), TMA, BN_BACKWARD, MASK, PADDED,
+            )  # fmt: skip
             acc = tl.dot(filters, dz.T, acc, input_precision=PRECISION)
 
     at = n * stride_n + i * stride_h + j * stride_w
@@ -356,7 +356,7 @@ def conv_dgrad(
             UNIFORM=tile.box is not None or K // groups >= tile.BK,
             BN_BACKWARD=bn_backward is not None,
             MASK=load.kind,
-            PADDED=not problem.pointwise,
+            PADDED=tile.box is None or not problem.pointwise,
             RESIDUAL=0 if residual is None else 1 if residual_mask is None else 2,
             RELU_MASK=relu_mask is not None,
             INT64=not problem.int32_safe,

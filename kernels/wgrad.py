@@ -78,6 +78,8 @@ def wgrad_kernel(
     TW: tl.constexpr,
     TAPS: tl.constexpr,
     STAGES: tl.constexpr,
+    TMA_DZ: tl.constexpr,
+    TMA_A: tl.constexpr,
     UNIFORM: tl.constexpr,
     SHIFT_DZ: tl.constexpr,
     BN_BACKWARD: tl.constexpr,
@@ -91,8 +93,8 @@ def wgrad_kernel(
 ):
     """BM filters x BN channels of TAPS neighbouring filter taps, summed over one split of the pixels, BK at a step.
 
-    TMA (TN > 0): dy, z, mask [N, P, Q, K] and x [N, H, W, C] (STRIDE 2: [N, H/2, 2, W/2, 2C]) are descriptors, and the
-    pixels of a step are the box [TN, TH, TW]. Otherwise they are pointers, and a step is BK consecutive pixels.
+    The pixels of a step are the box [TN, TH, TW], or BK consecutive ones for TN = 0. TMA_DZ: dy, z, mask are descriptors
+    of [N, P, Q, K], TMA_A: x is one of [N, H, W, C] (STRIDE 2: [N, H/2, 2, W/2, 2C]); otherwise pointers.
     UNIFORM: columns are the channels of one tap; otherwise BN of all the (r, s, c).
     SHIFT_DZ (stride 1): a step is a tile of x, read and computed once for all its taps, and dz moves; otherwise the
     other way round. PADDED_DZ, PADDED_A: that operand is not zero by itself where it must be.
@@ -150,39 +152,44 @@ def wgrad_kernel(
             n0, i0, j0 = box_origin(first + step, tiles_h, tiles_w, TN, TH, TW)
             n, i, j = box_pixels(n0, i0, j0, TN, TH, TW)
         else:
+            n0 = 0
+            i0 = 0
+            j0 = 0
             n, i, j = unravel((first + step) * BK + tl.arange(0, BK), P, Q)
-            if INT64:
-                n = n.to(tl.int64)
-            n0 = n[:, None]
-            i0 = i[:, None]
-            j0 = j[:, None]
+        if INT64:
+            n = n.to(tl.int64)
+        n = n[:, None]
+        i = i[:, None]
+        j = j[:, None]
         if SHIFT_DZ:
             a = x.load([n0, i0, j0, c0]).reshape((BK, BN))
-            if PROLOGUE:
-                a = affine_relu(a, slope, start, ((i < H) & (j < W))[:, None], PADDED_A)
+            a = affine_relu(a, slope, start, (i < H) & (j < W), PADDED_A)
         else:
             dz = load_dz(
-                dy, z, mask, p, q, r, mask_scale, mask_shift, n0, i0, j0, tile_k * BM, k_channel, k_valid,
-                ((n < N) & (i < P) & (j < Q))[:, None], P, Q, K, (BK, BM), TMA, BN_BACKWARD, MASK, PADDED_DZ,
+                dy, z, mask, p, q, r, mask_scale, mask_shift, n0, i0, j0, tile_k * BM, n, i, j,
+                k_channel, k_valid, (n < N) & (i < P) & (j < Q), P, Q, K, (BK, BM), TMA_DZ, BN_BACKWARD, MASK, PADDED_DZ,
             )  # fmt: skip
         for tap in tl.static_range(TAPS):
             down = tap_r * DILATION
             right = (tap_s + tap) * DILATION
             if SHIFT_DZ:
+                row = i + PAD - down
+                col = j + PAD - right
+                inside = (n < N) & (row >= 0) & (row < P) & (col >= 0) & (col < Q)
                 dz = load_dz(
-                    dy, z, mask, p, q, r, mask_scale, mask_shift, n0, i0 + PAD - down, j0 + PAD - right, tile_k * BM,
-                    k_channel, k_valid, True, P, Q, K, (BK, BM), True, False, MASK, False,
+                    dy, z, mask, p, q, r, mask_scale, mask_shift, n0, 0, 0, 0, n, row, col,
+                    k_channel, k_valid, inside, P, Q, K, (BK, BM), False, False, MASK, False,
                 )  # fmt: skip
             else:
-                h = i[:, None] * STRIDE - PAD + down
-                w = j[:, None] * STRIDE - PAD + right
-                inside = (n[:, None] < N) & (h >= 0) & (h < H) & (w >= 0) & (w < W)
-                if not TMA:
-                    at = ((n0 * H + h) * W + w) * C + c_channel[None, :]
+                h = i * STRIDE - PAD + down
+                w = j * STRIDE - PAD + right
+                inside = (n < N) & (h >= 0) & (h < H) & (w >= 0) & (w < W)
+                if not TMA_A:
+                    at = ((n * H + h) * W + w) * C + c_channel[None, :]
                     a = tl.load(x + at, mask=inside & c_valid[None, :], other=0.0)
                 elif STRIDE == 1:
                     a = x.load([n0, i0 - PAD + down, j0 - PAD + right, c0]).reshape((BK, BN))
-                else:  # 2 i0 - PAD + down as a pair of rows and a row of the pair, likewise for columns
+                else:  # 2 i - PAD + down as a pair of rows and a row of the pair, likewise for columns
                     h2 = i0 + (PAD + down) // 2 - PAD
                     w2 = j0 + (PAD + right) // 2 - PAD
                     a = x.load([n0, h2, (PAD + down) % 2, w2, (PAD + right) % 2 * C + c0]).reshape((BK, BN))
@@ -278,9 +285,13 @@ def conv_wgrad(
     if problem.pointwise:  # a plain GEMM: let all pixels lie in one row
         N, H, W, P, Q = 1, 1, N * H * W, 1, N * P * Q
         tile = replace(tile, box=tile.box and (1, 1, tile.BK))
-    tma = tile.box is not None
+    tma, computed = tile.box is not None, load.computed and prologue is not None
+    # wgmma would read its first operand from registers if that were a reshaped box, so that one comes through pointers.
+    flat = problem.pointwise or computed
+    tma_dz = tma and (flat or load.computed)
+    tma_a = tma and (flat or not load.computed)
     TN, TH, TW = tile.box or (0, 0, 0)
-    shift_dz = tma and stride == 1 and prologue is not None and bn_backward is None
+    shift_dz = tma and not problem.pointwise and stride == 1 and prologue is not None and not load.computed
     rows, cols = (H, W) if shift_dz else (P, Q)
     tiles_n, tiles_h, tiles_w = pixel_tiles(tile.box, tile.BK, N, rows, cols)
     steps = tiles_n * tiles_h * tiles_w
@@ -297,10 +308,10 @@ def conv_wgrad(
 
     dw = torch.empty(filter_shape, dtype=out_dtype, device=dy.device)
     partials = dw[None] if splits == 1 else dw.new_empty((splits, *filter_shape), dtype=torch.float32)
-    x_view, x_box = (N, H, W, C), tile.box and (*tile.box, tile.BN)
-    if tma and stride == 2:
+    x_view, x_box = (N, H, W, C), (TN, TH, TW, tile.BN) if tma_a else None
+    if tma_a and stride == 2:
         x_view, x_box = (N, H // 2, 2, W // 2, 2 * C), (TN, TH, 1, TW, tile.BN)
-    dy_view, dy_box = (N, P, Q, K), tile.box and (*tile.box, tile.BM)
+    dy_view, dy_box = (N, P, Q, K), (TN, TH, TW, tile.BM) if tma_dz else None
     wgrad_kernel[(triton.cdiv(k_group, tile.BM) * columns * groups, splits)](
         dy=operand(dy, dy_view, dy_box),
         z=operand(load.z, dy_view, dy_box),
@@ -340,6 +351,8 @@ def conv_wgrad(
         TW=TW,
         TAPS=tile.taps,
         STAGES=tile.stages,
+        TMA_DZ=tma_dz,
+        TMA_A=tma_a,
         UNIFORM=uniform,
         SHIFT_DZ=shift_dz,
         BN_BACKWARD=bn_backward is not None,
@@ -347,7 +360,7 @@ def conv_wgrad(
         PADDED_DZ=not boxes_fit,
         PROLOGUE=prologue is not None,
         PADDED_A=padded_a,
-        SETTLE=prologue is not None and load.computed and not interpreted,
+        SETTLE=computed and not interpreted,
         INT64=not problem.int32_safe,
         PRECISION=precision,
         num_warps=tile.warps,
