@@ -6,9 +6,19 @@ autotuning inside a CUDA-graph capture would kill the capture.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+import math
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
 
-from .problem import ConvProblem
+import torch
+
+from .problem import ConvProblem, Pass
 
 
 @dataclass(frozen=True)
@@ -33,6 +43,104 @@ class Tile:
     taps: int = 1
 
 
+class Gpu(NamedTuple):
+    """What a heuristic knows of a GPU: its name, multiprocessors, bytes of shared memory one program may take."""
+
+    name: str
+    sms: int
+    shared: int
+
+
+H200 = Gpu("NVIDIA H200", 132, 232448)
+
+# Per multiprocessor and cycle, on Hopper: 16-bit multiply-adds of wgmma, of the older mma (tiles of less than 64
+# channels), of fp32 FMA; bytes from L2; bytes from and to memory; cycles until a program's first load and last store.
+WGMMA, MMA, FMA, L2, MEMORY, LATENCY = 2048, 1024, 128, 48, 18, 2000
+
+
+def fprop_tiles(problem: ConvProblem, itemsize: int, tma: bool, gpu: Gpu = H200, ieee: bool = False) -> list[Tile]:
+    """Tiles for `conv_fprop`, the most promising first: BM output channels, BN output pixels.
+
+    Ordered by a model: programs run in waves, a wave takes the longest of tensor-core, L2 and memory time. ieee: fp32
+    products on the FMA units, which hold their operands in registers and so want small tiles.
+    """
+    channels, outputs = problem.C // problem.groups, problem.K // problem.groups
+    if tma:
+        BK = 128 // itemsize  # one swizzle span
+        while problem.C % BK and not problem.pointwise:
+            BK //= 2
+    else:
+        BK = max(32 if itemsize == 1 else 16, min(64, _power_of_2(row_length(problem) or channels)))
+    steps = math.ceil(channels / BK) * problem.R * problem.S
+    if row_length(problem) and not tma:
+        steps = math.ceil(row_length(problem) / BK) * problem.R
+    if ieee:
+        shapes, BK, steps = [(64, 64), (32, 64)], 16, steps * BK // 16
+    else:
+        shapes = [(64, 64), (64, 128), (64, 256), (128, 64), (128, 128), (256, 128), (128, 256)]
+        shapes += [(BM, BN) for BM in (16, 32) for BN in (128, 256) if outputs <= BM]
+    shared = gpu.shared if tma else min(gpu.shared, 96 * 1024)  # by pointers: sm_89 too
+
+    timed = []
+    for BM, BN in shapes:
+        warps = 8 if BM * BN >= 128 * 128 and BM >= 128 else 4
+        step_bytes = (BM + BN) * BK * itemsize
+        stages = min(3, max(1, steps), shared // step_bytes)
+        if not stages or BM * BN * itemsize > shared:
+            continue
+        box = best_box(problem, BN) if tma else None
+        programs = math.ceil(outputs / BM) * problem.groups * pixel_tiles(problem, BN, box)
+        resident = max(1, min(shared // (stages * step_bytes), 65536 // (BM * BN + 64 * 32 * warps)))
+        rate = (FMA if ieee else WGMMA if BM >= 64 else MMA) * 2 / itemsize
+        memory = itemsize * (BM * BN + BN * channels * BM / outputs)
+        busy = max(steps * BM * BN * BK / rate, steps * step_bytes / L2, memory / MEMORY)
+        waves = math.ceil(programs / (gpu.sms * resident))
+        timed.append((waves * max(resident * busy, busy + LATENCY), Tile(BM, BN, BK, warps, stages, box)))
+    return [tile for _, tile in sorted(timed, key=lambda pair: pair[0])]
+
+
+@lru_cache(maxsize=4096)
+def fprop_tile(problem: ConvProblem, dtype: torch.dtype, tma: bool, gpu: Gpu = H200, ieee: bool = False) -> Tile:
+    """The measured tile where the tables have one that can run, else the first of `fprop_tiles`."""
+    found = measured("fprop", problem, dtype, gpu.name)
+    if found is not None and found.tile is not None and (tma or found.tile.box is None) and not ieee:
+        return found.tile
+    return fprop_tiles(problem, dtype.itemsize, tma, gpu, ieee)[0]
+
+
+def row_length(problem: ConvProblem) -> int:
+    """S C/groups where so few channels make one row of the filter a better reduction step than one tap; else 0."""
+    channels = problem.C // problem.groups
+    return problem.S * channels if problem.S > 1 and channels < 16 else 0
+
+
+@lru_cache(maxsize=4096)
+def best_box(problem: ConvProblem, pixels: int) -> tuple[int, int, int]:
+    """(TN, TH, TW), powers of two with product `pixels`, that cover [N, P, Q] with the least waste; among equals one
+    with few images and a square of at most 8 x 8 pixels, because neighbours' windows overlap."""
+    if problem.pointwise:  # the pixels stand in one row
+        return (1, 1, pixels)
+    sides = [2**i for i in range(pixels.bit_length())]
+    boxes = [(pixels // (h * w), h, w) for h in sides for w in sides if h * w <= pixels]
+
+    def rank(box: tuple[int, int, int]) -> tuple[int, bool, int, int]:
+        return pixel_tiles(problem, pixels, box), max(box[1:]) > 8, box[0], abs(box[1] - box[2])
+
+    return min(boxes, key=rank)
+
+
+def pixel_tiles(problem: ConvProblem, BN: int, box: tuple[int, int, int] | None) -> int:
+    """How many tiles of BN output pixels a problem has."""
+    if box is None or problem.pointwise:
+        return math.ceil(problem.pixels / BN)
+    TN, TH, TW = box
+    return math.ceil(problem.N / TN) * math.ceil(problem.P / TH) * math.ceil(problem.Q / TW)
+
+
+def _power_of_2(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
 def dgrad_tile(problem: ConvProblem, itemsize: int, tma: bool) -> Tile:
     """Tile of `conv_dgrad`: BM input channels, BN input pixels."""
     return Tile(64, 128, 64, 4, 3)
@@ -41,3 +149,80 @@ def dgrad_tile(problem: ConvProblem, itemsize: int, tma: bool) -> Tile:
 def wgrad_tile(problem: ConvProblem, itemsize: int, tma: bool, sms: int) -> Tile:
     """Tile of `conv_wgrad`."""
     return Tile(64, 64, 64, 4, 3, splits=4)
+
+
+class Measurement(NamedTuple):
+    """What won for one problem, "triton" or "cudnn", and the tile with which Triton ran best."""
+
+    winner: str
+    tile: Tile | None
+
+
+Table = dict[tuple[Pass, ConvProblem, torch.dtype], Measurement]
+
+
+def measured(pass_: Pass, problem: ConvProblem, dtype: torch.dtype, gpu: str) -> Measurement | None:
+    """The measurement on record for the GPU of that name (`torch.cuda.get_device_name`), None where there is none."""
+    return _table(gpu).get((pass_, problem, dtype))
+
+
+def measured_winner(pass_: Pass, problem: ConvProblem, dtype: torch.dtype, gpu: str) -> str | None:
+    found = measured(pass_, problem, dtype, gpu)
+    return None if found is None else found.winner
+
+
+def table_file(gpu: str, folder: Path | None = None) -> Path:
+    """Where a GPU's table lies in `folder`; by default in the user's own, which wins over what the package ships:
+    $FASTRES_CACHE_DIR, else ~/.cache/fastres."""
+    if folder is None:
+        folder = Path(os.environ.get("FASTRES_CACHE_DIR") or Path.home() / ".cache" / "fastres") / "tables"
+    return folder / (re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-") + ".json")
+
+
+def write_table(table: Mapping[tuple[Pass, ConvProblem, torch.dtype], Measurement], path: Path) -> None:
+    """Writes a table file, one line per problem. A running process sees it after `forget_tables`."""
+    lines = [
+        json.dumps(
+            {
+                "pass": pass_,
+                "dtype": str(dtype).removeprefix("torch."),
+                "problem": asdict(problem),
+                "winner": found.winner,
+                "tile": None if found.tile is None else asdict(found.tile),
+            }
+        )
+        for (pass_, problem, dtype), found in table.items()
+    ]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("[\n" + ",\n".join(lines) + "\n]\n")
+
+
+def read_table(path: Path) -> Table:
+    """The table in a file, empty where there is no file. Raises ValueError for a file that holds none."""
+    if not path.exists():
+        return {}
+    try:
+        return dict(_entries(json.loads(path.read_text())))
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{path} is no table of tiles ({error!r}); write it anew with bench/tune.py") from error
+
+
+def _entries(rows: Iterable[dict]) -> Iterator[tuple[tuple[Pass, ConvProblem, torch.dtype], Measurement]]:
+    for row in rows:
+        tile = row["tile"]
+        if tile is not None:
+            tile = Tile(**{**tile, "box": tile["box"] and tuple(tile["box"])})
+        key = (row["pass"], ConvProblem(**row["problem"]), getattr(torch, row["dtype"]))
+        yield key, Measurement(row["winner"], tile)
+
+
+@lru_cache
+def _table(gpu: str) -> Table:
+    shipped = read_table(table_file(gpu, Path(__file__).parent / "tables"))
+    return shipped | read_table(table_file(gpu))
+
+
+def forget_tables() -> None:
+    """Tables are read once per process; after this, once more."""
+    _table.cache_clear()
+    fprop_tile.cache_clear()

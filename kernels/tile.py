@@ -47,8 +47,8 @@ def relu(x):
 def affine_relu(x, scale, shift, valid, PADDED: tl.constexpr):
     """relu(scale x + shift) in x's dtype for x [BN, BK], scale and shift fp32 [BK]; computed in fp32.
 
-    PADDED: zero where not valid (broadcastable to x), because a conv pads with zeros after BatchNorm and ReLU, and shift
-    alone would leave relu(shift) there.
+    PADDED: zero where not valid (broadcastable to x): a conv pads with zeros after BatchNorm and ReLU, and shift alone
+    would leave relu(shift) there.
     """
     a = relu(x.to(tl.float32) * scale[None, :] + shift[None, :])
     if PADDED:
@@ -59,13 +59,13 @@ def affine_relu(x, scale, shift, valid, PADDED: tl.constexpr):
 @triton.jit
 def round_to(x, DTYPE: tl.constexpr):
     """x in DTYPE; e4m3 has no infinity and saturates at +-448."""
-    if DTYPE == tl.float8e4nv:
+    if tl.float8e4nv == DTYPE:
         x = tl.clamp(x, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
     return x.to(DTYPE)
 
 
 @triton.jit
-def store_statistics(partials, y, tile, count, valid, channel, K):
+def store_statistics(partials, y, tile, count, valid, channel, channel_valid, K):
     """partials[tile, :, channel] = (count, mean, M2) of the stored values y [BM, BN] over the `count` pixels that are
     valid [BN]; partials is fp32 [tiles, 3, K]. M2, the sum of squared distances from the tile's own mean, merges
     without cancellation: Chan, Golub, LeVeque (1979)."""
@@ -73,6 +73,41 @@ def store_statistics(partials, y, tile, count, valid, channel, K):
     mean = tl.sum(tl.where(valid[None, :], y, 0.0), 1) / count
     distance = tl.where(valid[None, :], y - mean[:, None], 0.0)
     at = partials + tile.to(tl.int64) * 3 * K + channel
-    tl.store(at, tl.zeros_like(mean) + count, mask=channel < K)
-    tl.store(at + K, mean, mask=channel < K)
-    tl.store(at + 2 * K, tl.sum(distance * distance, 1), mask=channel < K)
+    tl.store(at, tl.zeros_like(mean) + count, mask=channel_valid)
+    tl.store(at + K, mean, mask=channel_valid)
+    tl.store(at + 2 * K, tl.sum(distance * distance, 1), mask=channel_valid)
+
+
+@triton.jit
+def finish(
+    acc,
+    res,
+    scale,
+    shift,
+    channel,
+    channel_valid,
+    residual_scale,
+    out_scale,
+    RELU: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """The value to store for a conv's sums acc [BM, BN] fp32:
+
+        out_scale [relu](scale[channel] acc + shift[channel] + residual_scale res)
+
+    Whatever is None is left out; res is [BM, BN], the scales of quantised tensors are numbers.
+    """
+    if scale is not None:
+        acc *= tl.load(scale + channel, mask=channel_valid, other=0.0)[:, None]
+    if shift is not None:
+        acc += tl.load(shift + channel, mask=channel_valid, other=0.0)[:, None]
+    if res is not None:
+        res = res.to(tl.float32)
+        if residual_scale is not None:
+            res *= residual_scale
+        acc += res
+    if RELU:
+        acc = relu(acc)
+    if out_scale is not None:
+        acc *= out_scale
+    return round_to(acc, DTYPE)

@@ -1,0 +1,387 @@
+"""fprop: a convolution with what stands before and behind it in a ResNet.
+
+    y[n, p, q, k] = [relu](scale[k] sum over r, s, c of w[k, r, s, c] a[n, h, w, c] + shift[k] + residual[n, p, q, k])
+
+    a = x, or relu(s[c] x + t[c]) (the prologue: BatchNorm and ReLU of the layer before, computed while loading; zero
+    outside the image), h = p stride + r dilation - pad, likewise w. Everything but the sum is optional, and so are the
+    per-tile statistics of y as stored.
+
+Layouts: x [N, H, W, C], w [K, R, S, C/groups], y and residual [N, P, Q, K], all contiguous. GEMM view: channels k on
+GEMM_M, pixels on GEMM_N, (tap, c) on GEMM_K; so x, which the prologue computes on, stands second, where wgmma reads it
+from shared memory. Sums in fp32, no atomics: equal inputs give equal bits.
+
+Two kernels: one fetches boxes of pixels by TMA, whose zero fill outside a tensor is the padding; the other gathers by
+pointers and takes every shape.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from .config import Tile, fprop_tile, pixel_tiles, row_length
+from .launch import check_tensor, gpu_of, tma_refusal
+from .problem import ConvProblem
+from .tile import affine_relu, box_origin, box_pixels, filter_tap, finish, store_statistics, unravel
+
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+FP8 = torch.float8_e4m3fn
+
+
+@triton.jit(do_not_specialize=["N", "H", "W", "P", "Q", "tiles_p", "tiles_q", "residual_scale", "out_scale"])
+def conv_fprop_tma_kernel(
+    x,
+    w,
+    y,
+    residual,
+    prologue_scale,
+    prologue_shift,
+    scale,
+    shift,
+    partials,
+    residual_scale,
+    out_scale,
+    N,
+    H,
+    W,
+    C,
+    P,
+    Q,
+    K,
+    tiles_p,
+    tiles_q,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    STRIDE: tl.constexpr,
+    PAD_H: tl.constexpr,
+    PAD_W: tl.constexpr,
+    DILATION: tl.constexpr,
+    RELU: tl.constexpr,
+    PRECISION: tl.constexpr,
+    TN: tl.constexpr,
+    TH: tl.constexpr,
+    TW: tl.constexpr,
+    BM: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """One tile [BM channels, TN x TH x TW pixels] per program; neighbours in the grid share their pixels.
+
+    Descriptors: w [K, R S C]; y and residual [N, P, Q, K]; x [N, H, W, C], for stride 2 the same memory as
+    [N, H/2, 2, W/2, 2 C], where a tap reads one parity of rows and of columns. A box of x must not leave its tap's
+    channels: BK divides C, unless there is one tap and stride 1 (then zero fill ends the sum).
+    """
+    BN: tl.constexpr = TN * TH * TW
+    tiles_k = tl.cdiv(K, BM)
+    tile_k = tl.program_id(0) % tiles_k
+    tile = tl.program_id(0) // tiles_k
+    n0, p0, q0 = box_origin(tile, tiles_p, tiles_q, TN, TH, TW)
+    n, p, q = box_pixels(n0, p0, q0, TN, TH, TW)
+
+    acc = tl.zeros((BM, BN), tl.float32)
+    blocks = tl.cdiv(C, BK)
+    tl.assume(blocks > 0)  # else ptxas serialises wgmma (C7515)
+    for step in range(R * S * blocks):
+        r, s, block = filter_tap(step, S, R * S)
+        c0 = block * BK
+        if STRIDE == 1:
+            a = x.load([n0, p0 + r * DILATION - PAD_H, q0 + s * DILATION - PAD_W, c0])
+        else:
+            down, right = r * DILATION + PAD_H, s * DILATION + PAD_W  # 2 PAD more than the offset: not negative
+            a = x.load([n0, p0 + down // 2 - PAD_H, down % 2, q0 + right // 2 - PAD_W, right % 2 * C + c0])
+        a = a.reshape((BN, BK))
+        if prologue_scale is not None:
+            c = c0 + tl.arange(0, BK)
+            h = p * STRIDE + r * DILATION - PAD_H
+            col = q * STRIDE + s * DILATION - PAD_W
+            a = affine_relu(
+                a,
+                tl.load(prologue_scale + c, mask=c < C, other=0.0),
+                tl.load(prologue_shift + c, mask=c < C, other=0.0),
+                ((h >= 0) & (h < H) & (col >= 0) & (col < W))[:, None],
+                PAD_H > 0 or PAD_W > 0,
+            )
+        acc = tl.dot(w.load([tile_k * BM, (r * S + s) * C + c0]), a.T, acc, input_precision=PRECISION)
+
+    k = tile_k * BM + tl.arange(0, BM)
+    res = None
+    if residual is not None:
+        res = residual.load([n0, p0, q0, tile_k * BM]).reshape((BN, BM)).T
+    out = finish(acc, res, scale, shift, k, k < K, residual_scale, out_scale, RELU, y.dtype)
+    y.store([n0, p0, q0, tile_k * BM], out.T.reshape((TN, TH, TW, BM)))
+    if partials is not None:
+        count = tl.minimum(TN, N - n0) * tl.minimum(TH, P - p0) * tl.minimum(TW, Q - q0)
+        store_statistics(partials, out, tile, count, (n < N) & (p < P) & (q < Q), k, k < K, K)
+
+
+@triton.jit(do_not_specialize=["pixels", "H", "W", "P", "Q", "residual_scale", "out_scale"])
+def conv_fprop_gather_kernel(
+    x,
+    w,
+    y,
+    residual,
+    prologue_scale,
+    prologue_shift,
+    scale,
+    shift,
+    partials,
+    residual_scale,
+    out_scale,
+    pixels,
+    H,
+    W,
+    C,
+    P,
+    Q,
+    K,
+    C_GROUP,
+    K_GROUP,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    STRIDE: tl.constexpr,
+    PAD: tl.constexpr,
+    DILATION: tl.constexpr,
+    ROW: tl.constexpr,
+    INT64: tl.constexpr,
+    RELU: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """One tile [BM channels of group program_id(1), BN consecutive pixels] per program.
+
+    A step reduces over BK channels of one tap, or for ROW over BK of the S C_GROUP values under one row of the filter,
+    so that few channels still fill a step. INT64: offsets pass 2**31.
+    """
+    tiles_k = tl.cdiv(K_GROUP, BM)
+    tile_k = tl.program_id(0) % tiles_k
+    tile = tl.program_id(0) // tiles_k
+    group = tl.program_id(1)
+    if INT64:
+        tile = tile.to(tl.int64)
+        group = group.to(tl.int64)
+    pixel = tile * BN + tl.arange(0, BN)
+    inside = pixel < pixels
+    n, p, q = unravel(pixel, P, Q)
+    h0 = p * STRIDE - PAD
+    col0 = q * STRIDE - PAD
+    x_pixel = x + (((n * H + h0) * W + col0) * C + group * C_GROUP)[:, None]
+    k = tile_k * BM + tl.arange(0, BM)
+    w_row = w + ((group * K_GROUP + k) * (R * S * C_GROUP))[:, None]
+
+    acc = tl.zeros((BM, BN), tl.float32)
+    steps = R * tl.cdiv(S * C_GROUP, BK) if ROW else R * S * tl.cdiv(C_GROUP, BK)
+    tl.assume(steps > 0)
+    for step in range(steps):
+        if ROW:
+            r = step % R
+            j = step // R * BK + tl.arange(0, BK)
+            s = j // C_GROUP
+            c = j % C_GROUP
+            col = col0[:, None] + (s * DILATION)[None, :]
+            in_k = j < S * C_GROUP
+            w_at = r * S * C_GROUP + j
+        else:
+            r, s, block = filter_tap(step, S, R * S)
+            c = block * BK + tl.arange(0, BK)
+            col = (col0 + s * DILATION)[:, None]
+            in_k = c < C_GROUP
+            w_at = (r * S + s) * C_GROUP + c
+        h = (h0 + r * DILATION)[:, None]
+        valid = inside[:, None] & (h >= 0) & (h < H) & (col >= 0) & (col < W)
+        a = tl.load(x_pixel + ((r * W + s) * DILATION * C + c)[None, :], mask=valid & in_k[None, :], other=0.0)
+        filters = tl.load(w_row + w_at[None, :], mask=(k < K_GROUP)[:, None] & in_k[None, :], other=0.0)
+        if prologue_scale is not None:
+            channel = group * C_GROUP + c
+            a = affine_relu(
+                a,
+                tl.load(prologue_scale + channel, mask=in_k, other=0.0),
+                tl.load(prologue_shift + channel, mask=in_k, other=0.0),
+                valid,
+                PAD > 0,
+            )
+        acc = tl.dot(filters, a.T, acc, input_precision=PRECISION)
+
+    channel = group * K_GROUP + k
+    at = pixel[None, :] * K + channel[:, None]
+    writable = inside[None, :] & (k < K_GROUP)[:, None]
+    res = None
+    if residual is not None:
+        res = tl.load(residual + at, mask=writable, other=0.0)
+    out = finish(acc, res, scale, shift, channel, k < K_GROUP, residual_scale, out_scale, RELU, y.dtype.element_ty)
+    tl.store(y + at, out, mask=writable)
+    if partials is not None:
+        store_statistics(partials, out, tile, tl.minimum(BN, pixels - tile * BN), inside, channel, k < K_GROUP, K)
+
+
+def conv_fprop(
+    x: Tensor,
+    w: Tensor,
+    *,
+    stride: int = 1,
+    pad: int = 0,
+    dilation: int = 1,
+    groups: int = 1,
+    prologue: tuple[Tensor, Tensor] | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    residual: Tensor | None = None,
+    relu: bool = False,
+    statistics: bool = False,
+    residual_scale: float = 1.0,
+    out_scale: float = 1.0,
+    out: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    precision: str = "ieee",
+    tile: Tile | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """y [N, P, Q, K] of x [N, H, W, C] and filters w [K, R, S, C/groups]; with `statistics` also the partials, fp32
+    [tiles, 3, K]: number, mean and sum of squared distances from that mean of each tile's values, as stored.
+
+        y = out_scale [relu](scale conv([relu(s x + t)], w) + shift + residual_scale residual)
+
+    prologue: (s, t), fp32 [C]; scale, shift: fp32 [K]; residual: [N, P, Q, K] in x's or y's dtype. x and w have one
+    dtype: bfloat16, float16, float32 or, without a prologue, float8_e4m3fn; the two numbers are for quantised tensors.
+    out: where to put y; out_dtype: y's dtype, by default x's, for fp8 bfloat16. precision of fp32 products: "ieee" or
+    "tf32". tile: from `config` by default; one with a box asks for TMA, one without for pointers.
+
+    All tensors contiguous, on one device. Raises ValueError where something doesn't fit.
+    """
+    problem = _problem(x, w, stride, pad, dilation, groups)
+    K = problem.K
+    shape = (problem.N, problem.P, problem.Q, K)
+    if precision not in ("ieee", "tf32"):
+        raise ValueError(f"precision must be 'ieee' or 'tf32', got {precision!r}")
+    if prologue is not None and x.dtype == FP8:
+        raise ValueError("a prologue needs a bfloat16, float16 or float32 x, got float8_e4m3fn")
+    y_dtype = out_dtype or (out.dtype if out is not None else torch.bfloat16 if x.dtype == FP8 else x.dtype)
+    if y_dtype not in (*FLOATS, FP8):
+        raise ValueError(f"out_dtype must be bfloat16, float16, float32 or float8_e4m3fn, got {y_dtype}")
+    s, t = prologue or (None, None)
+    for name, tensor, length in (("prologue scale", s, problem.C), ("prologue shift", t, problem.C)):
+        check_tensor(name, tensor, (length,), x, torch.float32)
+    for name, tensor, length in (("scale", scale, K), ("shift", shift, K)):
+        check_tensor(name, tensor, (length,), x, torch.float32)
+    check_tensor("residual", residual, shape, x, x.dtype, y_dtype)
+    check_tensor("out", out, shape, x, y_dtype)
+
+    y = torch.empty(shape, dtype=y_dtype, device=x.device) if out is None else out
+    tile = _choose(tile, problem, x, w, y, residual, precision)
+    tiles = pixel_tiles(problem, tile.BN, tile.box)
+    partials = torch.empty((tiles, 3, K), dtype=torch.float32, device=x.device) if statistics else None
+    launch = _launch_gather if tile.box is None else _launch_tma
+    if problem.pixels:
+        launch(
+            problem, tile, x, w, y, residual,
+            prologue_scale=s, prologue_shift=t, scale=scale, shift=shift, partials=partials,
+            residual_scale=None if residual_scale == 1.0 else residual_scale,
+            out_scale=None if out_scale == 1.0 else out_scale,
+            RELU=relu, PRECISION=precision,
+        )  # fmt: skip
+    return y if partials is None else (y, partials)
+
+
+def _problem(x: Tensor, w: Tensor, stride: int, pad: int, dilation: int, groups: int) -> ConvProblem:
+    if x.dim() != 4 or w.dim() != 4:
+        raise ValueError(f"x [N, H, W, C] and w [K, R, S, C/groups] expected, got {list(x.shape)} and {list(w.shape)}")
+    if x.dtype not in (*FLOATS, FP8):
+        raise ValueError(f"x must be bfloat16, float16, float32 or float8_e4m3fn, got {x.dtype}")
+    (N, H, W, C), (K, R, S, channels) = x.shape, w.shape
+    if channels * groups != C:
+        raise ValueError(f"w {list(w.shape)} with groups={groups} takes {channels * groups} channels, x has {C}")
+    check_tensor("x", x, (N, H, W, C), x)
+    check_tensor("w", w, (K, R, S, channels), x)
+    return ConvProblem(N, H, W, C, K, R, S, stride, pad, dilation, groups)
+
+
+def fprop_tma_refusal(problem: ConvProblem, *tensors: Tensor | None) -> str | None:
+    """Why `conv_fprop_tma_kernel` can't serve, or None where it can. The first tensor is x."""
+    if not problem.pointwise:
+        least = 32 if tensors[0] is not None and tensors[0].dtype == FP8 else 16
+        if problem.C % least:
+            return f"C={problem.C} is no multiple of {least}, the shortest reduction step"
+        if problem.stride > 2:
+            return f"stride={problem.stride}"
+        if problem.stride == 2 and (problem.H % 2 or problem.W % 2):
+            return f"stride 2 over an odd image {problem.H}x{problem.W}"
+    return tma_refusal(problem, *tensors)
+
+
+def _choose(
+    tile: Tile | None,
+    problem: ConvProblem,
+    x: Tensor,
+    w: Tensor,
+    y: Tensor,
+    residual: Tensor | None,
+    precision: str,
+) -> Tile:
+    if tile is not None and tile.box is None:
+        return tile
+    refusal = fprop_tma_refusal(problem, x, w, y, residual)
+    if tile is None:
+        ieee = x.dtype == torch.float32 and precision == "ieee"
+        return fprop_tile(problem, x.dtype, refusal is None, gpu_of(x.device), ieee)
+    if refusal is not None:
+        raise ValueError(f"a tile with a box is fetched by TMA, which is impossible here: {refusal}")
+    if math.prod(tile.box) != tile.BN or (problem.pointwise and tile.box[:2] != (1, 1)):
+        raise ValueError(f"{tile}: the box must hold BN pixels, for a pointwise convolution as (1, 1, BN)")
+    if not problem.pointwise and problem.C % tile.BK:
+        raise ValueError(f"BK={tile.BK} must divide C={problem.C} where a filter has several taps or a stride")
+    return tile
+
+
+def _launch_tma(
+    problem: ConvProblem, tile: Tile, x: Tensor, w: Tensor, y: Tensor, residual: Tensor | None, **rest: Any
+) -> None:
+    if problem.pointwise:
+        x, y = x.view(1, 1, -1, problem.C), y.view(1, 1, -1, problem.K)
+        residual = None if residual is None else residual.view(y.shape)
+    elif problem.stride == 2:
+        x = x.view(problem.N, problem.H // 2, 2, problem.W // 2, 2 * problem.C)
+    _launch_boxes(
+        tile, x, w, y, residual, H=problem.H, W=problem.W, C=problem.C,
+        R=problem.R, S=problem.S, STRIDE=problem.stride, PAD_H=problem.pad, PAD_W=problem.pad,
+        DILATION=problem.dilation, **rest,
+    )  # fmt: skip
+
+
+def _launch_boxes(tile: Tile, x: Tensor, w: Tensor, y: Tensor, residual: Tensor | None, **rest: Any) -> None:
+    """Launches `conv_fprop_tma_kernel` over x in the view that the kernel reads, y and residual [N, P, Q, K]."""
+    assert tile.box is not None
+    TN, TH, TW = tile.box
+    N, P, Q, K = y.shape
+    tiles_n, tiles_p, tiles_q = triton.cdiv(N, TN), triton.cdiv(P, TH), triton.cdiv(Q, TW)
+    out_box = [TN, TH, TW, tile.BM]
+    x_box = [TN, TH, TW, tile.BK] if x.dim() == 4 else [TN, TH, 1, TW, tile.BK]
+    with torch.cuda.device_of(x):
+        conv_fprop_tma_kernel[(tiles_n * tiles_p * tiles_q * triton.cdiv(K, tile.BM),)](
+            x=TensorDescriptor.from_tensor(x, x_box),
+            w=TensorDescriptor.from_tensor(w.view(K, -1), [tile.BM, tile.BK]),
+            y=TensorDescriptor.from_tensor(y, out_box),
+            residual=None if residual is None else TensorDescriptor.from_tensor(residual, out_box),
+            N=N, P=P, Q=Q, K=K, tiles_p=tiles_p, tiles_q=tiles_q,
+            TN=TN, TH=TH, TW=TW, BM=tile.BM, BK=tile.BK,
+            num_warps=tile.warps, num_stages=tile.stages, **rest,
+        )  # fmt: skip
+
+
+def _launch_gather(
+    problem: ConvProblem, tile: Tile, x: Tensor, w: Tensor, y: Tensor, residual: Tensor | None, **rest: Any
+) -> None:
+    k_group = problem.K // problem.groups
+    tiles = triton.cdiv(problem.pixels, tile.BN) * triton.cdiv(k_group, tile.BM)
+    with torch.cuda.device_of(x):
+        conv_fprop_gather_kernel[(tiles, problem.groups)](
+            x=x, w=w, y=y, residual=residual, pixels=problem.pixels, H=problem.H, W=problem.W, C=problem.C,
+            P=problem.P, Q=problem.Q, K=problem.K, C_GROUP=problem.C // problem.groups, K_GROUP=k_group,
+            R=problem.R, S=problem.S, STRIDE=problem.stride, PAD=problem.pad, DILATION=problem.dilation,
+            ROW=row_length(problem) > 0, INT64=not problem.int32_safe,
+            BM=tile.BM, BN=tile.BN, BK=tile.BK, num_warps=tile.warps, num_stages=tile.stages, **rest,
+        )  # fmt: skip

@@ -1,0 +1,58 @@
+"""What every launcher does before it launches: check its tensors, know its GPU."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from .config import H200, Gpu
+from .problem import ConvProblem
+
+
+def check_tensor(name: str, tensor: Tensor | None, shape: tuple[int, ...], like: Tensor, *dtypes: torch.dtype) -> None:
+    """ValueError unless `tensor`, where there is one, is contiguous, has `shape`, one of `dtypes` (default: like's)
+    and lives where `like` does."""
+    if tensor is None:
+        return
+    accepted = dtypes or (like.dtype,)
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{name} must have shape {list(shape)}, got {list(tensor.shape)}")
+    if tensor.dtype not in accepted:
+        raise ValueError(f"{name} must be {' or '.join(map(str, accepted))}, got {tensor.dtype}")
+    if tensor.device != like.device:
+        raise ValueError(f"{name} must be on {like.device} as the other tensors, got {tensor.device}")
+    if not tensor.is_contiguous():
+        raise ValueError(f"{name} must be contiguous in the order {list(shape)}, got strides {list(tensor.stride())}")
+
+
+def tma_refusal(problem: ConvProblem, *tensors: Tensor | None) -> str | None:
+    """Why the tensor memory accelerator can't carry boxes of these tensors, or None where it can."""
+    present = [tensor for tensor in tensors if tensor is not None]
+    if present[0].is_cuda and torch.cuda.get_device_capability(present[0].device) < (9, 0):
+        return "it needs compute capability 9.0"
+    if problem.groups > 1:
+        return f"groups={problem.groups}"
+    if problem.pixels >= 2**31:
+        return "coordinates past 2**31"
+    for tensor in present:
+        for name in ("C", "K"):
+            if getattr(problem, name) * tensor.element_size() % 16:
+                return f"{name}={getattr(problem, name)} channels of {tensor.dtype} are no multiple of 16 bytes"
+        if tensor.device.type != "meta" and tensor.data_ptr() % 16:
+            return "a tensor doesn't start at a multiple of 16 bytes"
+    return None
+
+
+def gpu_of(device: torch.device) -> Gpu:
+    """The GPU behind `device`; an H200 stands in for the interpreter's CPU and the meta device."""
+    if device.type != "cuda":
+        return H200
+    return _gpu(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@lru_cache
+def _gpu(index: int) -> Gpu:
+    properties = torch.cuda.get_device_properties(index)
+    return Gpu(properties.name, properties.multi_processor_count, properties.shared_memory_per_block_optin)
