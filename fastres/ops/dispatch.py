@@ -185,6 +185,15 @@ def _unfusable_device(x: Tensor) -> str | None:
     return reason if dtype in _DTYPES else f"there are no fused kernels for {dtype}"
 
 
+def serves_pad_end(x: Tensor, relu: nn.Module, shortcut: nn.Module) -> bool:
+    """True where a block that runs module by module ends in one pass, relu(y + pad_shortcut(x))."""
+    from fastres.ops.shortcut import PadShortcut
+
+    if torch.compiler.is_compiling() or type(shortcut) is not PadShortcut or type(relu) is not nn.ReLU:
+        return False
+    return (_unfusable_call(x) or _watched(Parts((), [relu], shortcut))) is None
+
+
 def _watched(parts: Parts) -> str | None:
     """Calling the modules would do more than their class's `forward`, or on other than plain parameters."""
     if nn_module._has_any_global_hook():
@@ -227,29 +236,53 @@ def interpreting() -> bool:
 
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype that convolutions of x run in: autocast's where it is on, else x's own."""
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        return torch.get_autocast_dtype(x.device.type)
+    kind = x.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(kind)
     return x.dtype
 
 
 def conv_engine(pass_: Pass, problem: ConvProblem, dtype: torch.dtype, device: torch.device) -> Engine:
     """What computes one convolution: "triton", "cudnn" (ATen on a CUDA device) or "aten" (ATen elsewhere)."""
+    return why_engine(pass_, problem, dtype, device)[0]
+
+
+def why_engine(pass_: Pass, problem: ConvProblem, dtype: torch.dtype, device: torch.device) -> tuple[Engine, str]:
+    """`conv_engine`'s answer and the reason for it, in words."""
     library: Engine = "cudnn" if device.type == "cuda" else "aten"
     forced = _forced.get()
-    if dtype not in (*_DTYPES, torch.float8_e4m3fn) or forced in ("reference", "cudnn"):
-        return library
+    if forced in ("reference", "cudnn"):
+        return library, f"backend({forced!r})"
+    if dtype not in (*_DTYPES, torch.float8_e4m3fn):
+        return library, f"no fused kernel for {dtype}"
+    if device.type != "cuda" and not (forced == "triton" and interpreting()):
+        return library, f"no fused kernel for {device.type}"
     if forced == "triton":
-        return "triton"
-    if device.type != "cuda":
-        return library
+        return "triton", "backend('triton')"
+    if dtype == torch.float8_e4m3fn:
+        return "triton", "the library has no float8 convolution"
     from fastres.kernels import config
 
     winner = config.measured_winner(pass_, problem, dtype, torch.cuda.get_device_name(device))
     if winner is not None:
-        return "triton" if winner == "triton" else library
+        return ("triton" if winner == "triton" else library), "measured fastest on this GPU"
     # Unmeasured: memory-bound shapes gain from a fused epilogue, compute-bound ones are cuDNN's until measured.
-    memory_bound = 2 * problem.multiply_adds / problem.min_bytes(dtype.itemsize) < 150
-    return "triton" if memory_bound and problem.groups == 1 else library
+    if problem.groups > 1:
+        return library, "unmeasured: grouped"
+    if 2 * problem.multiply_adds / problem.min_bytes(dtype.itemsize) < 150:
+        return "triton", "unmeasured: memory-bound"
+    return library, "unmeasured: compute-bound"
+
+
+def chains(problem: ConvProblem, dtype: torch.dtype, device: torch.device) -> bool:
+    """True where one kernel (`bottleneck_chain`) does the 3x3 convolution `problem`, the 1x1 expansion and the next
+    block's 1x1 reduction faster than three: where that has been measured."""
+    if device.type != "cuda" or _forced.get() not in ("auto", "triton"):
+        return False
+    from fastres.kernels import config
+
+    gpu = torch.cuda.get_device_name(device)
+    return config.measured_winner("chain", problem, dtype, gpu) == "triton"  # type: ignore[arg-type]
 
 
 def pointwise_engine(dtype: torch.dtype, device: torch.device) -> Engine:
