@@ -168,21 +168,25 @@ def _unfusable_call(x: Tensor) -> str | None:
 
 
 def _unfusable_device(x: Tensor) -> str | None:
-    """Raises RuntimeError where `backend` forces kernels that this device cannot run at all."""
-    forced = _forced.get()
-    if forced == "reference":
+    if _forced.get() == "reference":
         return None
-    if x.is_cuda:
-        capability = torch.cuda.get_device_capability(x.device)
+    reason, dtype = _kernel_less(x.device), compute_dtype(x)
+    return reason if dtype in _DTYPES else f"there are no fused kernels for {dtype}"
+
+
+def _kernel_less(device: torch.device) -> str | None:
+    """Why no kernel runs on `device`. Raises RuntimeError where `backend` forces kernels that cannot run there."""
+    forced = _forced.get()
+    if device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
         reason = None if capability >= (8, 0) else f"compute capability {capability[0]}.{capability[1]} is below 8.0"
     elif interpreting():
         reason = "the kernels' interpreter serves only backend('triton')" if forced == "auto" else None
     else:
-        reason = f"there are no fused kernels for {x.device.type}"
+        reason = f"there are no fused kernels for {device.type}"
     if reason is not None and forced != "auto":
         raise RuntimeError(f"backend({forced!r}) is in force but {reason}; use a CUDA GPU or TRITON_INTERPRET=1")
-    dtype = compute_dtype(x)
-    return reason if dtype in _DTYPES else f"there are no fused kernels for {dtype}"
+    return reason
 
 
 def serves_pad_end(x: Tensor, relu: nn.Module, shortcut: nn.Module) -> bool:
@@ -251,12 +255,15 @@ def why_engine(pass_: Pass, problem: ConvProblem, dtype: torch.dtype, device: to
     """`conv_engine`'s answer and the reason for it, in words."""
     library: Engine = "cudnn" if device.type == "cuda" else "aten"
     forced = _forced.get()
-    if forced in ("reference", "cudnn"):
-        return library, f"backend({forced!r})"
-    if dtype not in (*_DTYPES, torch.float8_e4m3fn):
-        return library, f"no fused kernel for {dtype}"
-    if device.type != "cuda" and not (forced == "triton" and interpreting()):
-        return library, f"no fused kernel for {device.type}"
+    if forced == "reference":
+        return library, "backend('reference')"
+    reason = _kernel_less(device)
+    if reason is None and dtype not in (*_DTYPES, torch.float8_e4m3fn):
+        reason = f"there are no fused kernels for {dtype}"
+    if reason is None and forced == "cudnn":
+        reason = "backend('cudnn')"
+    if reason is not None:
+        return library, reason
     if forced == "triton":
         return "triton", "backend('triton')"
     if dtype == torch.float8_e4m3fn:
