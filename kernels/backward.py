@@ -1,4 +1,10 @@
-"""What dgrad and wgrad share: BatchNorm's backward applied to a tile of dy on load, and the launchers' checks."""
+"""What dgrad and wgrad share: dz, computed from dy while loading, and the launchers' view of their arguments.
+
+    dz[n, p, q, k] = p[k] g + q[k] z + r[k],   g = dy where the mask is > 0
+
+is the gradient at a convolution's output z, dy the one behind BatchNorm (and ReLU); p, q, r follow from the sums of
+BatchNorm's backward. Each part is optional.
+"""
 
 from __future__ import annotations
 
@@ -12,48 +18,8 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .config import Tile
+from .launch import check_tensor
 from .problem import ConvProblem
-
-interpreted = triton.knobs.runtime.interpret  # inline assembly isn't interpreted
-
-
-@triton.jit
-def bn_backward_tile(
-    dy,
-    z,
-    mask,
-    p,
-    q,
-    r,
-    scale,
-    shift,
-    channel,
-    channel_valid,
-    pixel_valid,
-    BN_BACKWARD: tl.constexpr,
-    MASK: tl.constexpr,
-    PADDED: tl.constexpr,
-):
-    """dz [pixels, channels] in dy's dtype from tiles of dy, z and the mask; fp32 inside.
-
-    MASK: 0 none, 1 the sign of the `mask` tile, 2 the sign of scale z + shift. Written as "zero where <= 0", so that NaN
-    passes as in torch. PADDED: zero where not pixel_valid.
-    """
-    g = dy.to(tl.float32)
-    if MASK == 1:
-        g = tl.where(mask <= 0, 0.0, g)
-    if MASK == 2:
-        scale = tl.load(scale + channel, mask=channel_valid, other=0.0)
-        shift = tl.load(shift + channel, mask=channel_valid, other=0.0)
-        g = tl.where(z.to(tl.float32) * scale[None, :] + shift[None, :] <= 0, 0.0, g)
-    if BN_BACKWARD:
-        p = tl.load(p + channel, mask=channel_valid, other=0.0)
-        q = tl.load(q + channel, mask=channel_valid, other=0.0)
-        r = tl.load(r + channel, mask=channel_valid, other=0.0)
-        g = p[None, :] * g + (q[None, :] * z.to(tl.float32) + r[None, :])
-        if PADDED:
-            g = tl.where(pixel_valid, g, 0.0)
-    return g.to(dy.dtype)
 
 
 @triton.jit
@@ -81,40 +47,43 @@ def load_dz(
     K,
     BLOCK: tl.constexpr,
     TMA: tl.constexpr,
-    BN_BACKWARD: tl.constexpr,
-    MASK: tl.constexpr,
     PADDED: tl.constexpr,
 ):
-    """The tile dz [pixels, channels], BLOCK its shape, of the pixels (n, row, col), each broadcastable to it.
+    """The tile dz [pixels, channels] in dy's dtype, of shape BLOCK, at the pixels (n, row, col), each [pixels, 1] or
+    like the tile; fp32 inside.
 
-    TMA: dy, z, mask are descriptors [N, P, Q, K], read as the box with the corner (n0, row0, col0, k0), which is zero
-    where it leaves the tensor. Otherwise they are pointers, read where `inside`.
+    TMA: dy, z, mask are descriptors of [N, P, Q, K], read as the box with the corner (n0, row0, col0, k0), which is
+    zero where it leaves the tensor. Otherwise they are pointers, read where `inside`. dy counts where mask is > 0, or
+    for a scale where scale z + shift is. PADDED: dz is zero where not inside, which r alone would not be.
     """
-    z_tile = None
-    mask_tile = None
-    if TMA:
-        dz = dy.load([n0, row0, col0, k0]).reshape(BLOCK)
-        if BN_BACKWARD or MASK == 2:
-            z_tile = z.load([n0, row0, col0, k0]).reshape(BLOCK)
-        if MASK == 1:
-            mask_tile = mask.load([n0, row0, col0, k0]).reshape(BLOCK)
-    else:
-        at = ((n * P + row) * Q + col) * K + channel[None, :]
-        readable = inside & channel_valid[None, :]
-        dz = tl.load(dy + at, mask=readable, other=0.0)
-        if BN_BACKWARD or MASK == 2:
-            z_tile = tl.load(z + at, mask=readable, other=0.0)
-        if MASK == 1:
-            mask_tile = tl.load(mask + at, mask=readable, other=0.0)
-    if BN_BACKWARD or MASK > 0:
-        dz = bn_backward_tile(
-            dz, z_tile, mask_tile, p, q, r, scale, shift, channel, channel_valid, inside, BN_BACKWARD, MASK, PADDED
-        )
-    return dz
+    at = ((n * P + row) * Q + col) * K + channel[None, :]
+    readable = inside & channel_valid[None, :]
+    dy_tile = dy.load([n0, row0, col0, k0]).reshape(BLOCK) if TMA else tl.load(dy + at, mask=readable, other=0.0)
+    if z is None and mask is None:
+        return dy_tile
+
+    g = dy_tile.to(tl.float32)
+    if mask is not None:
+        sign = mask.load([n0, row0, col0, k0]).reshape(BLOCK) if TMA else tl.load(mask + at, mask=readable, other=0.0)
+        g = tl.where(sign <= 0, 0.0, g)  # not "where > 0": a NaN must pass, as in torch
+    if z is not None:
+        z_tile = z.load([n0, row0, col0, k0]).reshape(BLOCK) if TMA else tl.load(z + at, mask=readable, other=0.0)
+        z_tile = z_tile.to(tl.float32)
+        if scale is not None:
+            scale = tl.load(scale + channel, mask=channel_valid, other=0.0)[None, :]
+            shift = tl.load(shift + channel, mask=channel_valid, other=0.0)[None, :]
+            g = tl.where(z_tile * scale + shift <= 0, 0.0, g)
+        p = tl.load(p + channel, mask=channel_valid, other=0.0)[None, :]
+        q = tl.load(q + channel, mask=channel_valid, other=0.0)[None, :]
+        r = tl.load(r + channel, mask=channel_valid, other=0.0)[None, :]
+        g = p * g + (q * z_tile + r)
+        if PADDED:
+            g = tl.where(inside, g, 0.0)
+    return g.to(dy_tile.dtype)
 
 
 class BnBackward(NamedTuple):
-    """The tensors behind dz = p g + q z + r, g = dy where the mask is > 0. kind: `MASK` of the kernels."""
+    """The tensors of dz, by `load_dz`'s names."""
 
     z: Tensor | None = None
     p: Tensor | None = None
@@ -123,10 +92,6 @@ class BnBackward(NamedTuple):
     mask: Tensor | None = None
     scale: Tensor | None = None
     shift: Tensor | None = None
-
-    @property
-    def kind(self) -> int:
-        return 1 if self.mask is not None else 2 if self.scale is not None else 0
 
     @property
     def computed(self) -> bool:
@@ -174,45 +139,14 @@ def conv_problem(
     N, H, W, C = x_shape
     K, R, S, c_group = filter_shape
     if c_group * groups != C:
-        raise ValueError(f"filters {tuple(filter_shape)} with groups={groups} want {c_group * groups} channels, x has {C}")
+        raise ValueError(
+            f"filters {tuple(filter_shape)} with groups={groups} want {c_group * groups} channels, x has {C}"
+        )
     problem = ConvProblem(N, H, W, C, K, R, S, stride, pad, dilation, groups)
     if dy.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         raise ValueError(f"dy must be bfloat16, float16 or float32, got {dy.dtype}")
     check_tensor("dy", dy, (N, problem.P, problem.Q, K), dy)
     return problem
-
-
-def check_tensor(
-    name: str, tensor: Tensor | None, shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = None
-) -> None:
-    """`tensor`, if there is one, is contiguous, has `shape`, `dtype` (default: like's) and lives with `like`."""
-    if tensor is None:
-        return
-    dtype = dtype or like.dtype
-    if tuple(tensor.shape) != shape:
-        raise ValueError(f"{name} must have shape {list(shape)}, got {list(tensor.shape)}")
-    if tensor.dtype != dtype:
-        raise ValueError(f"{name} must be {dtype}, got {tensor.dtype}")
-    if tensor.device != like.device:
-        raise ValueError(f"{name} is on {tensor.device}, dy on {like.device}")
-    if not tensor.is_contiguous():
-        raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()} for shape {list(shape)}")
-
-
-def tma_refusal(problem: ConvProblem, *tensors: Tensor | None) -> str | None:
-    """Why the boxes of the tensor memory accelerator can't carry this problem, or None where they can."""
-    present = [t for t in tensors if t is not None]
-    device, itemsize = present[0].device, present[0].element_size()
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (9, 0):
-        return "it needs compute capability 9.0"
-    if problem.groups > 1:
-        return f"groups={problem.groups}"
-    for name in ("C", "K"):
-        if getattr(problem, name) * itemsize % 16:
-            return f"{name}={getattr(problem, name)} channels are no multiple of 16 bytes"
-    if any(t.data_ptr() % 16 for t in present if t.device.type != "meta"):
-        return "a tensor doesn't start at a multiple of 16 bytes"
-    return None
 
 
 def choose(tile: Tile | None, heuristic: Callable[[bool], Tile], refusal: str | None) -> Tile:
@@ -230,7 +164,7 @@ def operand(
     block: tuple[int, ...] | None,
     at: tuple[slice, ...] = (),
 ) -> Any:
-    """`tensor` viewed as `shape`, there indexed by `at`: as a TMA descriptor with `block`, or as it is for block None."""
+    """`tensor` viewed as `shape`, there indexed by `at`; with a block, as a TMA descriptor of such boxes."""
     if tensor is None:
         return None
     view = tensor.view(shape)[at]
@@ -242,8 +176,3 @@ def pixel_tiles(box: tuple[int, int, int] | None, pixels: int, N: int, rows: int
     if box is None:
         return triton.cdiv(N * rows * cols, pixels), 1, 1
     return triton.cdiv(N, box[0]), triton.cdiv(rows, box[1]), triton.cdiv(cols, box[2])
-
-
-def sm_count(device: torch.device) -> int:
-    """Streaming multiprocessors of a GPU; an H200's for a device that is none."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132

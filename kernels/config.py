@@ -71,11 +71,9 @@ def fprop_tiles(problem: ConvProblem, itemsize: int, tma: bool, gpu: Gpu = H200,
             BK //= 2
     else:
         BK = max(32 if itemsize == 1 else 16, min(64, _power_of_2(row_length(problem) or channels)))
-    steps = math.ceil(channels / BK) * problem.R * problem.S
-    if row_length(problem) and not tma:
-        steps = math.ceil(row_length(problem) / BK) * problem.R
     if ieee:
-        shapes, BK, steps = [(64, 64), (32, 64)], 16, steps * BK // 16
+        BK = 16
+        shapes = [(64, 64), (32, 64)]
     else:
         shapes = [(64, 64), (64, 128), (64, 256), (128, 64), (128, 128), (256, 128), (128, 256)]
         shapes += [(BM, BN) for BM in (16, 32) for BN in (128, 256) if outputs <= BM]
@@ -84,11 +82,12 @@ def fprop_tiles(problem: ConvProblem, itemsize: int, tma: bool, gpu: Gpu = H200,
     timed = []
     for BM, BN in shapes:
         warps = 8 if BM * BN >= 128 * 128 and BM >= 128 else 4
+        box = best_box(problem, BN) if tma else None
+        steps = reduction_steps(problem, Tile(BM, BN, BK, warps, 1, box))
         step_bytes = (BM + BN) * BK * itemsize
         stages = min(3, max(1, steps), shared // step_bytes)
         if not stages or BM * BN * itemsize > shared:
             continue
-        box = best_box(problem, BN) if tma else None
         programs = math.ceil(outputs / BM) * problem.groups * pixel_tiles(problem, BN, box)
         resident = max(1, min(shared // (stages * step_bytes), 65536 // (BM * BN + 64 * 32 * warps)))
         rate = (FMA if ieee else WGMMA if BM >= 64 else MMA) * 2 / itemsize
@@ -112,6 +111,13 @@ def row_length(problem: ConvProblem) -> int:
     """S C/groups where so few channels make one row of the filter a better reduction step than one tap; else 0."""
     channels = problem.C // problem.groups
     return problem.S * channels if problem.S > 1 and channels < 16 else 0
+
+
+def reduction_steps(problem: ConvProblem, tile: Tile) -> int:
+    """Steps of BK that `conv_fprop` sums over."""
+    if tile.box is None and row_length(problem):
+        return problem.R * math.ceil(row_length(problem) / tile.BK)
+    return problem.R * problem.S * math.ceil(problem.C // problem.groups / tile.BK)
 
 
 @lru_cache(maxsize=4096)
@@ -141,12 +147,12 @@ def _power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def dgrad_tile(problem: ConvProblem, itemsize: int, tma: bool) -> Tile:
+def dgrad_tile(problem: ConvProblem, dtype: torch.dtype, tma: bool, gpu: Gpu = H200, ieee: bool = False) -> Tile:
     """Tile of `conv_dgrad`: BM input channels, BN input pixels."""
     return Tile(64, 128, 64, 4, 3)
 
 
-def wgrad_tile(problem: ConvProblem, itemsize: int, tma: bool, sms: int) -> Tile:
+def wgrad_tile(problem: ConvProblem, dtype: torch.dtype, tma: bool, gpu: Gpu = H200, ieee: bool = False) -> Tile:
     """Tile of `conv_wgrad`."""
     return Tile(64, 64, 64, 4, 3, splits=4)
 

@@ -3,17 +3,17 @@
     dx[n, h, w, c] = sum over r, s, k of w[k, r, s, c] dz[n, p, q, k],   p stride = h + pad - r dilation, likewise q
 
     on load    g  = dy where the mask is > 0 (optional)
-               dz = p[k] g + q[k] z + r[k]  (optional: BatchNorm's backward; dz is zero outside the image although r is not)
+               dz = p[k] g + q[k] z + r[k]  (optional: BatchNorm's backward; zero outside the image although r is not)
     on store   dx += dout where `out` is > 0 (optional: the gradient that came along the shortcut)
-               dx  = dx where scale[c] z_prev + shift[c] > 0 (optional), and then per tile of pixels the partial sums over
-               dx and dx (z_prev - mean[c]), from which the previous BatchNorm's p, q, r follow
+               dx  = dx where scale[c] z_prev + shift[c] > 0 (optional), and then per tile of pixels the partial sums
+               over dx and dx (z_prev - mean[c]), from which the previous BatchNorm's p, q, r follow
 
-Layouts: activations [N, H, W, C] and [N, P, Q, K], weights [K, R, S, C/groups], all contiguous. GEMM view: channels c on
-GEMM_M, pixels on GEMM_N, (tap, k) on GEMM_K; so the operand that is computed on load stands second, where wgmma reads it
-from shared memory.
+Layouts: activations [N, H, W, C] and [N, P, Q, K], filters [K, R, S, C/groups], all contiguous. GEMM view: channels c
+on GEMM_M, pixels on GEMM_N, (tap, k) on GEMM_K; so the operand that is computed on load stands second, where wgmma
+reads it from shared memory.
 
-A strided convolution reaches the pixels (h, w) of each parity class h % stride, w % stride through taps of its own; within
-a class the problem has stride 1. Every class is one launch on the strided view dx[:, h::stride, w::stride].
+A strided convolution reaches the pixels (h, w) of each class (h % stride, w % stride) through taps of its own; within a
+class the problem has stride 1. Every class is one launch on the strided view dx[:, h::stride, w::stride].
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .backward import BnBackward, check_tensor, choose, conv_problem, load_dz, operand, pixel_tiles, tma_refusal
+from .backward import BnBackward, choose, conv_problem, load_dz, operand, pixel_tiles
 from .config import Tile, dgrad_tile
+from .launch import check_tensor, gpu_of, tma_refusal
 from .tile import box_origin, box_pixels, unravel
 
 
@@ -85,13 +86,8 @@ def dgrad_kernel(
     TN: tl.constexpr,
     TH: tl.constexpr,
     TW: tl.constexpr,
-    STAGES: tl.constexpr,
     UNIFORM: tl.constexpr,
-    BN_BACKWARD: tl.constexpr,
-    MASK: tl.constexpr,
     PADDED: tl.constexpr,
-    RESIDUAL: tl.constexpr,
-    RELU_MASK: tl.constexpr,
     INT64: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -100,7 +96,6 @@ def dgrad_kernel(
     TMA (TN > 0): dy, z, mask [N, P, Q, K], dx, z_prev, dout, out [N, ROWS, COLS, C] and w [K, R S C] are descriptors; a
     tile is the box [TN, TH, TW]. Otherwise they are pointers and a tile is BN consecutive pixels; UNIFORM: a step of BK
     stays within one tap. Tap a of TAPS_R reads row p = i + offset_h - a STEP_H with filter row r = first_r + a SKIP_R.
-    RESIDUAL: 0 none, 1 plain, 2 masked by `out`.
     """
     TMA: tl.constexpr = TN > 0
     TAPS: tl.constexpr = TAPS_R * TAPS_S
@@ -130,12 +125,9 @@ def dgrad_kernel(
 
     acc = tl.zeros((BM, BN), tl.float32)
     if TAPS > 0:
-        if UNIFORM:
-            steps = tl.cdiv(K_GROUP, BK) * TAPS
-        else:
-            steps = tl.cdiv(K_GROUP * TAPS, BK)
+        steps = tl.cdiv(K_GROUP, BK) * TAPS if UNIFORM else tl.cdiv(K_GROUP * TAPS, BK)
         tl.assume(steps > 0)
-        for step in tl.range(0, steps, num_stages=STAGES):
+        for step in range(steps):
             if UNIFORM:
                 tap = step % TAPS
                 k = step // TAPS * BK + tl.arange(0, BK)
@@ -164,26 +156,26 @@ def dgrad_kernel(
             dz = load_dz(
                 dy, z, mask, p, q, r, mask_scale, mask_shift,
                 n0, i0 + dp, j0 + dq, step // TAPS * BK, n[:, None], row, col,
-                k_channel, k_valid, inside, P, Q, K, (BN, BK), TMA, BN_BACKWARD, MASK, PADDED,
+                k_channel, k_valid, inside, P, Q, K, (BN, BK), TMA, PADDED,
             )  # fmt: skip
             acc = tl.dot(filters, dz.T, acc, input_precision=PRECISION)
 
     at = n * stride_n + i * stride_h + j * stride_w
     at = at[None, :] + channel[:, None]
     writable = c_valid[:, None] & valid[None, :]
-    if RESIDUAL > 0:
+    if dout is not None:
         if TMA:
             res = dout.load([n0, i0, j0, tile_c * BM]).reshape((BN, BM)).T
         else:
             res = tl.load(dout + at, mask=writable, other=0.0)
-        if RESIDUAL == 2:
+        if out is not None:
             if TMA:
                 sign = out.load([n0, i0, j0, tile_c * BM]).reshape((BN, BM)).T
             else:
                 sign = tl.load(out + at, mask=writable, other=0.0)
             res = tl.where(sign <= 0, 0.0, res)
         acc += res.to(tl.float32)
-    if RELU_MASK:
+    if z_prev is not None:
         if TMA:
             before = z_prev.load([n0, i0, j0, tile_c * BM]).reshape((BN, BM)).T.to(tl.float32)
         else:
@@ -203,8 +195,8 @@ def dgrad_kernel(
 
 
 class _Reach(NamedTuple):
-    """The filter taps of one axis that reach one parity class of input pixels: p = i + offset - a step for tap number a,
-    which is tap first + a skip of the filter."""
+    """The filter taps of one axis that reach one class of input pixels h = phase + i stride, i < length: tap number a
+    of `count` is tap first + a skip of the filter and reads row p = i + offset - a step."""
 
     phase: int
     length: int
@@ -249,15 +241,15 @@ def conv_dgrad(
     precision: str = "ieee",
     tile: Tile | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """dx [N, H, W, C] of a convolution with filters w [K, R, S, C/groups] from dy [N, P, Q, K]; x_shape is (N, H, W, C).
+    """dx of x_shape (N, H, W, C) for a convolution with filters w [K, R, S, C/groups], from dy [N, P, Q, K].
 
     bn_backward (z, p, q, r): dy is the gradient of BatchNorm's output and z [N, P, Q, K] its input; p, q, r fp32 [K].
     dy_mask: dy counts only where this tensor like dy is > 0, or, for a pair (scale, shift) of fp32 [K], where
     scale z + shift > 0 (needs bn_backward).
     residual: a gradient like dx to add; residual_mask: a tensor like dx, only where it is > 0.
-    relu_mask (z_prev, scale, shift, mean): z_prev like dx, the rest fp32 [C]; the result (residual included) is kept where
-    scale z_prev + shift > 0, and returned with partial sums, fp32 [tiles, 2, C]: of dx and of dx (z_prev - mean), taken
-    of dx as stored.
+    relu_mask (z_prev, scale, shift, mean): z_prev like dx, the rest fp32 [C]; dx (residual included) is kept where
+    scale z_prev + shift > 0, and returned with partial sums, fp32 [tiles, 2, C]: of dx and of dx (z_prev - mean), dx
+    as stored.
     precision of fp32 products: "ieee" or "tf32". tile: default from `config.dgrad_tile`.
 
     Activations of one dtype (bf16, fp16, fp32), contiguous. No atomics: equal inputs give equal bits.
@@ -276,7 +268,8 @@ def conv_dgrad(
         check_tensor(f"relu_mask's {name}", tensor, (C,), dy, torch.float32)
     dx = torch.empty((N, H, W, C), dtype=dy.dtype, device=dy.device)
     refusal = tma_refusal(problem, dy, load.z, load.mask, w, dx, z_prev, residual, residual_mask)
-    tile = choose(tile, lambda tma: dgrad_tile(problem, dy.element_size(), tma), refusal)
+    ieee = dy.dtype == torch.float32 and precision == "ieee"
+    tile = choose(tile, lambda tma: dgrad_tile(problem, dy.dtype, tma, gpu_of(dy.device), ieee), refusal)
 
     if problem.pointwise:  # a plain GEMM: let all pixels lie in one row
         N, H, W, P, Q = 1, 1, N * H * W, 1, N * P * Q
@@ -352,13 +345,8 @@ def conv_dgrad(
             TN=TN,
             TH=TH,
             TW=TW,
-            STAGES=tile.stages,
             UNIFORM=tile.box is not None or K // groups >= tile.BK,
-            BN_BACKWARD=bn_backward is not None,
-            MASK=load.kind,
             PADDED=tile.box is None or not problem.pointwise,
-            RESIDUAL=0 if residual is None else 1 if residual_mask is None else 2,
-            RELU_MASK=relu_mask is not None,
             INT64=not problem.int32_safe,
             PRECISION=precision,
             num_warps=tile.warps,

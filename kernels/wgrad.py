@@ -6,10 +6,10 @@
                dz = p[k] g + q[k] z + r[k]  (optional: BatchNorm's backward)
                a  = relu(scale[c] x + shift[c])  (optional: the activation, which is never stored; its padding is zero)
 
-Layouts: activations [N, H, W, C] and [N, P, Q, K], filters [K, R, S, C/groups], all contiguous. GEMM_K runs over pixels and
-is cut into splits, whose fp32 partial sums [splits, K, R, S, C/groups] a second kernel adds up in a fixed order. The operand
-that is computed on load stands second, where wgmma reads it from shared memory: filters k on GEMM_M, or on GEMM_N
-where dz is computed. Where both are, wgmma takes a from registers and each product is waited for (`settle`).
+Layouts: activations [N, H, W, C] and [N, P, Q, K], filters [K, R, S, C/groups], all contiguous. GEMM_K runs over pixels
+and is cut into splits, whose fp32 partial sums [splits, K, R, S, C/groups] a second kernel adds up in a fixed order.
+The operand that is computed on load stands second, where wgmma reads it from shared memory: filters k are on GEMM_M,
+or on GEMM_N where dz is computed. Where both are, wgmma takes a from registers and each product is waited for.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .backward import BnBackward, check_tensor, choose, conv_problem, interpreted, load_dz, operand, pixel_tiles, sm_count, tma_refusal
+from .backward import BnBackward, choose, conv_problem, load_dz, operand, pixel_tiles
 from .config import Tile, wgrad_tile
+from .launch import check_tensor, gpu_of, tma_refusal
 from .tile import affine_relu, box_origin, box_pixels, unravel
 
 
@@ -77,15 +78,11 @@ def wgrad_kernel(
     TH: tl.constexpr,
     TW: tl.constexpr,
     TAPS: tl.constexpr,
-    STAGES: tl.constexpr,
     TMA_DZ: tl.constexpr,
     TMA_A: tl.constexpr,
     UNIFORM: tl.constexpr,
     SHIFT_DZ: tl.constexpr,
-    BN_BACKWARD: tl.constexpr,
-    MASK: tl.constexpr,
     PADDED_DZ: tl.constexpr,
-    PROLOGUE: tl.constexpr,
     PADDED_A: tl.constexpr,
     SETTLE: tl.constexpr,
     INT64: tl.constexpr,
@@ -93,15 +90,15 @@ def wgrad_kernel(
 ):
     """BM filters x BN channels of TAPS neighbouring filter taps, summed over one split of the pixels, BK at a step.
 
-    The pixels of a step are the box [TN, TH, TW], or BK consecutive ones for TN = 0. TMA_DZ: dy, z, mask are descriptors
-    of [N, P, Q, K], TMA_A: x is one of [N, H, W, C] (STRIDE 2: [N, H/2, 2, W/2, 2C]); otherwise pointers.
+    The pixels of a step are the box [TN, TH, TW], or BK consecutive ones for TN = 0. TMA_DZ: dy, z, mask are
+    descriptors of [N, P, Q, K], TMA_A: x is one of [N, H, W, C] (STRIDE 2: [N, H/2, 2, W/2, 2C]); otherwise pointers.
     UNIFORM: columns are the channels of one tap; otherwise BN of all the (r, s, c).
     SHIFT_DZ (stride 1): a step is a tile of x, read and computed once for all its taps, and dz moves; otherwise the
     other way round. PADDED_DZ, PADDED_A: that operand is not zero by itself where it must be.
     dw: [splits, K, R, S, C/groups] of any dtype.
     """
     TMA: tl.constexpr = TN > 0
-    SWAP: tl.constexpr = BN_BACKWARD or MASK > 0
+    SWAP: tl.constexpr = z is not None or mask is not None
     tiles_k = tl.cdiv(K_GROUP, BM)
     if UNIFORM:
         tiles_c = tl.cdiv(C_GROUP, BN)
@@ -135,7 +132,7 @@ def wgrad_kernel(
     c_channel = group * C_GROUP + c
     slope = None
     start = None
-    if PROLOGUE:
+    if scale is not None:
         slope = tl.load(scale + c_channel, mask=c_valid, other=0.0)
         start = tl.load(shift + c_channel, mask=c_valid, other=0.0)
 
@@ -147,7 +144,7 @@ def wgrad_kernel(
     first = split * steps_per_split
     steps = tl.minimum(steps_per_split, steps_in_all - first)
     tl.assume(steps > 0)
-    for step in tl.range(0, steps, num_stages=STAGES):
+    for step in range(steps):
         if TMA:
             n0, i0, j0 = box_origin(first + step, tiles_h, tiles_w, TN, TH, TW)
             n, i, j = box_pixels(n0, i0, j0, TN, TH, TW)
@@ -167,7 +164,7 @@ def wgrad_kernel(
         else:
             dz = load_dz(
                 dy, z, mask, p, q, r, mask_scale, mask_shift, n0, i0, j0, tile_k * BM, n, i, j,
-                k_channel, k_valid, (n < N) & (i < P) & (j < Q), P, Q, K, (BK, BM), TMA_DZ, BN_BACKWARD, MASK, PADDED_DZ,
+                k_channel, k_valid, (n < N) & (i < P) & (j < Q), P, Q, K, (BK, BM), TMA_DZ, PADDED_DZ,
             )  # fmt: skip
         for tap in tl.static_range(TAPS):
             down = tap_r * DILATION
@@ -178,7 +175,7 @@ def wgrad_kernel(
                 inside = (n < N) & (row >= 0) & (row < P) & (col >= 0) & (col < Q)
                 dz = load_dz(
                     dy, z, mask, p, q, r, mask_scale, mask_shift, n0, 0, 0, 0, n, row, col,
-                    k_channel, k_valid, inside, P, Q, K, (BK, BM), False, False, MASK, False,
+                    k_channel, k_valid, inside, P, Q, K, (BK, BM), False, False,
                 )  # fmt: skip
             else:
                 h = i * STRIDE - PAD + down
@@ -193,7 +190,7 @@ def wgrad_kernel(
                     h2 = i0 + (PAD + down) // 2 - PAD
                     w2 = j0 + (PAD + right) // 2 - PAD
                     a = x.load([n0, h2, (PAD + down) % 2, w2, (PAD + right) % 2 * C + c0]).reshape((BK, BN))
-                if PROLOGUE:
+                if scale is not None:
                     a = affine_relu(a, slope, start, inside, PADDED_A)
             if tap == 0:
                 acc0 = settle(wgrad_dot(dz, a, acc0, SWAP, PRECISION), SETTLE)
@@ -219,11 +216,7 @@ def wgrad_kernel(
 @triton.jit
 def wgrad_dot(dz, a, acc, SWAP: tl.constexpr, PRECISION: tl.constexpr):
     """acc + dz^T a [BM, BN], or its transpose for SWAP."""
-    if SWAP:
-        acc = tl.dot(a.T, dz, acc, input_precision=PRECISION)
-    else:
-        acc = tl.dot(dz.T, a, acc, input_precision=PRECISION)
-    return acc
+    return tl.dot(a.T, dz, acc, input_precision=PRECISION) if SWAP else tl.dot(dz.T, a, acc, input_precision=PRECISION)
 
 
 @triton.jit
@@ -274,7 +267,8 @@ def conv_wgrad(
     refusal = tma_refusal(problem, dy, load.z, load.mask, x)
     if stride > 2 or (stride == 2 and (problem.H % 2 or problem.W % 2)):
         refusal = refusal or f"stride {stride} on {problem.H}x{problem.W} has no view as pairs of rows and columns"
-    tile = choose(tile, lambda tma: wgrad_tile(problem, dy.element_size(), tma, sm_count(dy.device)), refusal)
+    ieee = dy.dtype == torch.float32 and precision == "ieee"
+    tile = choose(tile, lambda tma: wgrad_tile(problem, dy.dtype, tma, gpu_of(dy.device), ieee), refusal)
     if tile.taps != 1 and (tile.taps != 3 or problem.S != 3 or tile.box is None):
         raise ValueError(f"taps={tile.taps}: a program takes 1 filter tap, or the 3 of a row of a 3-wide filter by TMA")
 
@@ -297,12 +291,9 @@ def conv_wgrad(
     steps = tiles_n * tiles_h * tiles_w
     steps_per_split = triton.cdiv(steps, tile.splits)
     splits = triton.cdiv(steps, steps_per_split)
-    # Where boxes fit, whatever leaves the images has a plain operand, read as zero, on one side of the product at least.
+    # Where boxes fit, whatever leaves the images has a plain operand, read as zero, on one side of the product.
     boxes_fit = tma and rows % TH == 0 and cols % TW == 0
-    if shift_dz:
-        padded_a = not boxes_fit
-    else:
-        padded_a = not problem.pointwise
+    padded_a = not (boxes_fit if shift_dz else problem.pointwise)
     uniform = tma or c_group >= tile.BN
     columns = R * S // tile.taps * triton.cdiv(c_group, tile.BN) if uniform else triton.cdiv(R * S * c_group, tile.BN)
 
@@ -350,17 +341,13 @@ def conv_wgrad(
         TH=TH,
         TW=TW,
         TAPS=tile.taps,
-        STAGES=tile.stages,
         TMA_DZ=tma_dz,
         TMA_A=tma_a,
         UNIFORM=uniform,
         SHIFT_DZ=shift_dz,
-        BN_BACKWARD=bn_backward is not None,
-        MASK=load.kind,
         PADDED_DZ=not boxes_fit,
-        PROLOGUE=prologue is not None,
         PADDED_A=padded_a,
-        SETTLE=computed and not interpreted,
+        SETTLE=computed and not triton.knobs.runtime.interpret,
         INT64=not problem.int32_safe,
         PRECISION=precision,
         num_warps=tile.warps,
