@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastres.ops import dispatch, launch, reference, steps
+from fastres.ops import dispatch, launch, reference
 from fastres.ops.launch import Step
-from fastres.ops.steps import Geometry, affine, nchw, nhwc, wide
+from fastres.ops.steps import Geometry, Pool, nchw, nhwc
 
 
 def residual_block(x: Tensor, units: Sequence[tuple[nn.Module, nn.Module]], shortcut: nn.Module | None) -> Tensor:
@@ -55,9 +55,6 @@ def stem(x: Tensor, conv: nn.Module, bn: nn.Module, pool: nn.Module) -> Tensor:
 def _poolable(pool: nn.Module) -> bool:
     sizes = (pool.kernel_size, pool.stride, pool.padding)
     return all(isinstance(v, int) for v in sizes) and bool(pool.dilation == 1 and not pool.ceil_mode)
-
-
-Statistics = tuple[Tensor, Tensor, Tensor, Tensor]  # mean, rstd, scale, shift, each [K]
 
 
 @dataclass(frozen=True)
@@ -134,14 +131,6 @@ def _choose_steps(
     return tuple(steps)
 
 
-def _frozen_affine(layer: Layer, gamma: Tensor | None, beta: Tensor | None, dtype: torch.dtype) -> Statistics:
-    """From running statistics."""
-    assert layer.running is not None
-    mean, var = (t.to(wide(dtype)) for t in layer.running)
-    rstd = (var + layer.eps).rsqrt()
-    return mean, rstd, *affine(mean, rstd, gamma, beta)
-
-
 def _krsc(weight: Tensor, dtype: torch.dtype) -> Tensor:
     return nhwc(weight.detach().to(dtype))
 
@@ -152,12 +141,12 @@ def _infer(call: Call, x: Tensor, parameters: Sequence[Any]) -> Tensor:
     identity: Tensor | None = x
     if call.end.kind == "project":
         weight, gamma, beta = parameters[-3:]
-        _, _, scale, shift = _frozen_affine(call.layers[-1], gamma, beta, x.dtype)
+        _, _, scale, shift = call.steps[-1].running_statistics(gamma, beta, call.layers[-1])
         identity = call.steps[-1].fprop(x, _krsc(weight, x.dtype), scale=scale, shift=shift)
     for i in range(call.depth):
         step, layer = call.steps[i], call.layers[i]
         weight, gamma, beta = parameters[3 * i : 3 * i + 3]
-        _, _, scale, shift = _frozen_affine(layer, gamma, beta, x.dtype)
+        _, _, scale, shift = step.running_statistics(gamma, beta, layer)
         w = _krsc(weight, x.dtype)
         last = i == call.depth - 1
         if last and call.end.kind == "pool":
@@ -192,7 +181,7 @@ def _forward(
             four = step.finish_statistics(partials, gamma, beta, layer)
         else:
             z = step.fprop(a, w, prologue=prologue)
-            four = _frozen_affine(layer, gamma, beta, x.dtype)
+            four = step.running_statistics(gamma, beta, layer)
         zs.append(z)
         stats += four
         weights.append(w)
@@ -294,27 +283,53 @@ class _Backward:
     needs: Sequence[bool]
 
     def run(self, dout: Tensor) -> tuple[Tensor | None, list[Tensor | None]]:
-        call, end = self.call, self.call.end
+        """dx NHWC, and one gradient per parameter, each None where nobody needs it."""
         self.grads: list[Tensor | None] = [None] * len(self.parameters)
-        last = call.depth - 1
-        step = call.steps[last]
+        i = self.call.depth - 1
+        dz, shortcut_dx = self._end(dout)
+        bn = None  # dz is stored; else dz means g, and p g + q z + r is computed on load
+        while dz is not None and i > 0:
+            step, below = self.call.steps[i], self.zs[i - 1]
+            mean, _, scale, shift = self._stats(i - 1)
+            self._weight_grad(i, dz, bn, below, (scale, shift))
+            if not self._needed_below(i):
+                return None, self.grads
+            g, mask, partials = step.dgrad_masked(dz, self.weights[i], below, (scale, shift), mean, bn)
+            i -= 1
+            step, bn = self.call.steps[i], (below, *self._bn(i, partials))
+            if not self._needed_at(i):
+                return None, self.grads
+            if mask is None and step.fuses_bn_backward:
+                dz = g
+            else:
+                dz, bn = step.backward_apply(g, bn, mask=mask), None
+        if dz is None:
+            return shortcut_dx, self.grads
+        self._weight_grad(0, dz, bn, self.x, None)
+        return self._into_input(dz, bn, shortcut_dx, dout) if self.needs_x else None, self.grads
+
+    def _end(self, dout: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """dz of the last layer (None where no convolution needs it), and a projection's share of dx.
+
+        Masked by the saved output, g costs a third tensor: dz is written once and read twice instead.
+        """
+        end, i = self.call.end, self.call.depth - 1
+        step, z, (mean, _, scale, shift) = self.call.steps[i], self.zs[i], self._stats(i)
+        source: dict[str, Any] = {"mask": self.out}
         if end.kind == "pool":
             assert self.taps is not None
-            _, _, scale, shift = self._stats(last)
-            z = self.zs[last]
-            g = step.max_pool_backward(dout, self.taps, z, scale, shift, end.kernel, end.stride, end.pad)
-            mask = None
-        else:
-            g, mask = dout, self.out
-        dx = None
-        if end.kind == "project":
-            dx = self._projection(g, mask)
-        partials = step.backward_reduce(g, self.zs[last], self._stats(last)[0], mask)
-        for i in range(last, -1, -1):
-            g, mask, partials, dx = self._layer(i, g, mask, partials, dx, dout)
-            if g is None:
-                break
-        return dx, self.grads
+            source = {"mask": (scale, shift), "pool": Pool(self.taps, end.kernel, end.stride, end.pad)}
+        if end.kind != "project":
+            bn = (z, *self._bn(i, step.backward_reduce(dout, z, mean, **source)))
+            return step.backward_apply(dout, bn, **source) if self._needed_at(i) else None, None
+        d, z_d = i + 1, self.zs[-1]
+        partials, partials_d = step.backward_reduce(dout, z, mean, projection=(z_d, self._stats(d)[0]), **source)
+        bn, bn_d = (z, *self._bn(i, partials)), (z_d, *self._bn(d, partials_d))
+        if not (self._needed_at(i) or self.needs[3 * d]):
+            return None, None
+        dz, dz_d = step.backward_apply(dout, bn, projection=bn_d, **source)
+        self._weight_grad(d, dz_d, None, self.x, None)
+        return dz, self.call.steps[d].dgrad(dz_d, self.weights[d], None) if self.needs_x else None
 
     def _stats(self, i: int) -> Sequence[Tensor]:
         return self.stats[4 * i : 4 * i + 4]
@@ -322,6 +337,10 @@ class _Backward:
     def _needed_below(self, i: int) -> bool:
         """Whether anything before layer i's convolution wants a gradient."""
         return self.needs_x or any(self.needs[: 3 * i])
+
+    def _needed_at(self, i: int) -> bool:
+        """Whether layer i's convolution has anything to do."""
+        return self._needed_below(i) or self.needs[3 * i]
 
     def _bn(self, i: int, partials: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Store dweight and dbias of BN i; return its (p, q, r)."""
@@ -341,51 +360,15 @@ class _Backward:
             assert weight is not None
             self.grads[3 * i] = like_parameter(self.call.steps[i].wgrad(dz, a, bn, prologue, weight.dtype), weight)
 
-    def _projection(self, g: Tensor, mask: Tensor | None) -> Tensor | None:
-        i = len(self.call.layers) - 1
-        step, z = self.call.steps[i], self.zs[i]
-        p, q, r = self._bn(i, step.backward_reduce(g, z, self._stats(i)[0], mask))
-        if not (self.needs_x or self.needs[3 * i]):
-            return None
-        dz = step.backward_apply(g, z, p, q, r, mask)
-        self._weight_grad(i, dz, None, self.x, None)
-        return step.dgrad(dz, self.weights[i], None) if self.needs_x else None
-
-    def _layer(
-        self, i: int, g: Tensor, mask: Tensor | None, partials: Tensor, dx: Tensor | None, dout: Tensor
-    ) -> tuple[Any, Any, Any, Tensor | None]:
-        """From g_i to g_{i-1} (or dx, for the first layer), with layer i's own gradients stored on the way."""
-        step, z = self.call.steps[i], self.zs[i]
-        p, q, r = self._bn(i, partials)
-        if not (self._needed_below(i) or self.needs[3 * i]):
-            return None, None, None, dx
-        # Masked by the saved output, g costs a third tensor: then dz is written once and read twice.
-        fuse = mask is None and step.fuses_bn_backward
-        dz, bn = (g, (z, p, q, r)) if fuse else (step.backward_apply(g, z, p, q, r, mask), None)
-        if i == 0:
-            self._weight_grad(0, dz, bn, self.x, None)
-            if not self.needs_x:
-                return None, None, None, None
-            return None, None, None, self._into_input(dz, bn, dx, dout)
-        mean, _, scale, shift = self._stats(i - 1)
-        self._weight_grad(i, dz, bn, self.zs[i - 1], (scale, shift))
-        if not self._needed_below(i):
-            return None, None, None, dx
-        return *step.dgrad_masked(dz, self.weights[i], self.zs[i - 1], (scale, shift), mean, bn), dx
-
-    def _into_input(self, dz: Tensor, bn: Any, dx: Tensor | None, dout: Tensor) -> Tensor:
+    def _into_input(self, dz: Tensor, bn: Any, shortcut_dx: Tensor | None, dout: Tensor) -> Tensor:
         """dx: the first convolution's share plus the shortcut's."""
         end, step, w = self.call.end, self.call.steps[0], self.weights[0]
         if end.kind == "add":
             return step.dgrad(dz, w, bn, residual=dout, residual_mask=self.out)
         if end.kind == "project":
-            return step.dgrad(dz, w, bn, residual=dx)
+            return step.dgrad(dz, w, bn, residual=shortcut_dx)
         dx = step.dgrad(dz, w, bn)
-        if end.kind == "pad":
-            c = dx.shape[-1]
-            read = dx[:, :: end.stride, :: end.stride]
-            read.copy_(steps.add_masked(read, dout[..., :c], self.out[..., :c]))
-        return dx
+        return step.pad_shortcut_backward(dx, dout, end.stride, self.out) if end.kind == "pad" else dx
 
 
 def like_parameter(dw: Tensor, weight: Tensor) -> Tensor:

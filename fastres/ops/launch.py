@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from fastres.ops.conv_bn_act import Layer
 
 Affine = tuple[Tensor, Tensor]  # (scale, shift), each [C]
+Statistics = tuple[Tensor, Tensor, Tensor, Tensor]  # (mean, rstd, scale, shift), each [K]
 BNBackward = tuple[Tensor, Tensor, Tensor, Tensor]  # (z, p, q, r)
 
 
@@ -129,11 +130,15 @@ class Step:
 
     def finish_statistics(
         self, partials: Tensor, gamma: Tensor | None, beta: Tensor | None, layer: Layer
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    ) -> Statistics:
         mean, var = layer.running if layer.running is not None and layer.tracked else (None, None)
         return self._pointwise.finish_statistics(
             partials, gamma, beta, layer.eps, running_mean=mean, running_var=var, momentum=layer.momentum
         )
+
+    def running_statistics(self, gamma: Tensor | None, beta: Tensor | None, layer: Layer) -> Statistics:
+        assert layer.running is not None
+        return self._pointwise.running_statistics(*layer.running, gamma, beta, layer.eps)
 
     def normalize(
         self,
@@ -161,15 +166,14 @@ class Step:
     def normalize_max_pool(
         self, z: Tensor, scale: Tensor, shift: Tensor, kernel: int, stride: int, pad: int
     ) -> tuple[Tensor, Tensor]:
-        return self._pointwise.normalize_max_pool(z, scale, shift, kernel=kernel, stride=stride, pad=pad)
+        pooled: Any = steps.normalize_max_pool
+        if self.pointwise_by == "triton":
+            from fastres.kernels.pool import normalize_max_pool as pooled
+        return pooled(z, scale, shift, kernel=kernel, stride=stride, pad=pad)
 
-    def max_pool_backward(
-        self, dy: Tensor, tap: Tensor, z: Tensor, scale: Tensor, shift: Tensor, kernel: int, stride: int, pad: int
-    ) -> Tensor:
-        return self._pointwise.max_pool_backward(dy, tap, z, scale, shift, kernel=kernel, stride=stride, pad=pad)
-
-    def backward_reduce(self, dy: Tensor, z: Tensor, mean: Tensor, mask: Tensor | Affine | None) -> Tensor:
-        return self._pointwise.backward_reduce(dy, z, mean, mask=mask)
+    def backward_reduce(self, dy: Tensor, z: Tensor, mean: Tensor, **source: Any) -> Any:
+        """`source`: mask, pool, projection, as `steps.backward_reduce`."""
+        return self._pointwise.backward_reduce(dy, z, mean, **source)
 
     def finish_backward(
         self, partials: Tensor, gamma: Tensor | None, mean: Tensor, rstd: Tensor, batch_statistics: bool
@@ -177,10 +181,15 @@ class Step:
         count = self.problem.pixels
         return self._pointwise.finish_backward(partials, gamma, mean, rstd, count, batch_statistics=batch_statistics)
 
-    def backward_apply(
-        self, dy: Tensor, z: Tensor, p: Tensor, q: Tensor, r: Tensor, mask: Tensor | Affine | None
-    ) -> Tensor:
-        return self._pointwise.backward_apply(dy, z, p, q, r, mask=mask)
+    def backward_apply(self, dy: Tensor, bn: BNBackward, **source: Any) -> Any:
+        """`source`: mask, pool, projection, as `steps.backward_apply`."""
+        return self._pointwise.backward_apply(dy, *bn, **source)
+
+    def pad_shortcut_backward(self, dx: Tensor, dy: Tensor, stride: int, mask: Tensor) -> Tensor:
+        added: Any = steps.pad_shortcut_backward
+        if self.pointwise_by == "triton":
+            from fastres.kernels.residual import pad_shortcut_backward as added
+        return added(dx, dy, stride=stride, mask=mask)
 
     def dgrad(
         self,
@@ -212,7 +221,7 @@ class Step:
             g, partials = conv_dgrad(dz, w, self.x_shape, **self._conv, bn_backward=bn, relu_mask=(z, *affine, mean))
             return g, None, partials
         dy = self.dgrad(dz, w, bn)
-        return dy, affine, self.backward_reduce(dy, z, mean, affine)
+        return dy, affine, self.backward_reduce(dy, z, mean, mask=affine)
 
     def wgrad(
         self, dz: Tensor, a: Tensor, bn: BNBackward | None, prologue: Affine | None, dtype: torch.dtype
@@ -228,7 +237,7 @@ class Step:
         return steps.conv_wgrad(self._dz(dz, bn), a, self.filter_shape, geometry=self.geometry)
 
     def _dz(self, g: Tensor, bn: BNBackward | None) -> Tensor:
-        return g if bn is None else self.backward_apply(g, *bn, mask=None)
+        return g if bn is None else self.backward_apply(g, bn)
 
     @property
     def x_shape(self) -> tuple[int, int, int, int]:

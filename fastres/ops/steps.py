@@ -11,7 +11,7 @@ for float64 activations). Equations: paper section 3.4 and Ioffe & Szegedy (2015
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -129,6 +129,14 @@ def finish_statistics(
     return mean, rstd, *affine(mean, rstd, weight, bias)
 
 
+def running_statistics(
+    running_mean: Tensor, running_var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(mean, rstd, scale, shift) of a BatchNorm in eval mode, from its running statistics."""
+    mean, rstd = running_mean.to(wide(running_mean.dtype)), (running_var.to(wide(running_var.dtype)) + eps).rsqrt()
+    return mean, rstd, *affine(mean, rstd, weight, bias)
+
+
 def affine(mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """scale = weight rstd, shift = bias - mean scale."""
     scale = rstd if weight is None else weight.to(rstd.dtype) * rstd
@@ -176,23 +184,38 @@ def normalize_max_pool(
     return nhwc(y), nhwc(((h - top) * kernel + (w - left)).to(torch.uint8))
 
 
-def max_pool_backward(
-    dy: Tensor, tap: Tensor, z: Tensor, scale: Tensor, shift: Tensor, *, kernel: int, stride: int, pad: int
-) -> Tensor:
-    """g [N, H, W, C] at the BN output: dy sent back to the taps it came from, masked by relu(scale z + shift) > 0."""
+class Pool(NamedTuple):
+    """A max pool behind the ReLU: the taps that `normalize_max_pool` chose [N, U, V, K], and its sizes."""
+
+    tap: Tensor
+    kernel: int
+    stride: int
+    pad: int
+
+
+Mask = Tensor | tuple[Tensor, Tensor] | None
+
+
+def gradient(dy: Tensor, z: Tensor, mask: Mask, pool: Pool | None) -> Tensor:
+    """g: dy, behind a max pool sent back to the taps it came from, where the ReLU was open.
+
+    `mask` is the ReLU's saved output, or (scale, shift) to recompute its input from z. A NaN there lets the gradient
+    through, as in `torch.relu`.
+    """
+    return _masked(dy if pool is None else _unpooled(dy, z, pool), z, mask)
+
+
+def _unpooled(dy: Tensor, z: Tensor, pool: Pool) -> Tensor:
     n, h, w, c = z.shape
-    top = torch.arange(dy.shape[1], device=z.device)[:, None, None] * stride - pad
-    left = torch.arange(dy.shape[2], device=z.device)[None, :, None] * stride - pad
-    tap = tap.to(torch.int64)
-    flat = ((tap // kernel + top) * w + tap % kernel + left).reshape(n, -1, c)
+    top = torch.arange(dy.shape[1], device=z.device)[:, None, None] * pool.stride - pool.pad
+    left = torch.arange(dy.shape[2], device=z.device)[None, :, None] * pool.stride - pool.pad
+    tap = pool.tap.to(torch.int64)
+    flat = ((tap // pool.kernel + top) * w + tap % pool.kernel + left).reshape(n, -1, c)
     g = torch.zeros(n, h * w, c, dtype=wide(dy.dtype), device=z.device)
-    g.scatter_add_(1, flat, dy.reshape(n, -1, c).to(g.dtype))
-    return _masked(g.view(n, h, w, c), z, (scale, shift)).to(dy.dtype)
+    return g.scatter_add_(1, flat, dy.reshape(n, -1, c).to(g.dtype)).view(n, h, w, c)
 
 
-def _masked(dy: Tensor, z: Tensor, mask: Tensor | tuple[Tensor, Tensor] | None) -> Tensor:
-    """g: dy where the ReLU was open. `mask` is the ReLU's saved output, or (scale, shift) to recompute its input from
-    z. Written so that a NaN there lets the gradient through, as `torch.relu` does."""
+def _masked(dy: Tensor, z: Tensor, mask: Mask) -> Tensor:
     if mask is None:
         return dy
     before = mask if isinstance(mask, Tensor) else z * mask[0] + mask[1]
@@ -200,11 +223,20 @@ def _masked(dy: Tensor, z: Tensor, mask: Tensor | tuple[Tensor, Tensor] | None) 
 
 
 def backward_reduce(
-    dy: Tensor, z: Tensor, mean: Tensor, *, mask: Tensor | tuple[Tensor, Tensor] | None = None
-) -> Tensor:
-    """Partials [tiles, 2, K] = (sum g, sum g (z - mean)) over the pixels of a tile, g = dy masked."""
-    g = _masked(dy, z, mask).to(mean.dtype)
-    return torch.stack([g.sum((0, 1, 2)), (g * (z - mean)).sum((0, 1, 2))])[None]
+    dy: Tensor,
+    z: Tensor,
+    mean: Tensor,
+    *,
+    mask: Mask = None,
+    pool: Pool | None = None,
+    projection: tuple[Tensor, Tensor] | None = None,
+) -> Any:
+    """Partials [tiles, 2, K] = (sum g, sum g (z - mean)) over the pixels of a tile; with projection = (z_d, mean_d),
+    whose BatchNorm has the same g, a pair of partials."""
+    g = gradient(dy, z, mask, pool).to(mean.dtype)
+    pairs = [(z, mean)] if projection is None else [(z, mean), projection]
+    both = [torch.stack([g.sum((0, 1, 2)), (g * (t - m)).sum((0, 1, 2))])[None] for t, m in pairs]
+    return both[0] if projection is None else tuple(both)
 
 
 def finish_backward(
@@ -229,10 +261,24 @@ def backward_apply(
     q: Tensor,
     r: Tensor,
     *,
-    mask: Tensor | tuple[Tensor, Tensor] | None = None,
-) -> Tensor:
-    """dz = p g + q z + r with g = dy masked."""
-    return (p * _masked(dy, z, mask) + q * z + r).to(dy.dtype)
+    mask: Mask = None,
+    pool: Pool | None = None,
+    projection: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
+) -> Any:
+    """dz = p g + q z + r; with projection = (z_d, p_d, q_d, r_d) the pair (dz, dz_d)."""
+    g = gradient(dy, z, mask, pool)
+    dz = (p * g + q * z + r).to(dy.dtype)
+    if projection is None:
+        return dz
+    z_d, p_d, q_d, r_d = projection
+    return dz, (p_d * g + q_d * z_d + r_d).to(dy.dtype)
+
+
+def pad_shortcut_backward(dx: Tensor, dy: Tensor, *, stride: int, mask: Tensor) -> Tensor:
+    """dx [N, H, W, C] with option A's share of dy [N, P, Q, K], masked by the block's output, added in place."""
+    read = dx[:, ::stride, ::stride]
+    read += _masked(dy, dy, mask)[..., : dx.shape[-1]]
+    return dx
 
 
 def add_masked(dx: Tensor, residual: Tensor, mask: Tensor | None) -> Tensor:
