@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .config import Tile, fprop_tile, pixel_tiles, row_length
+from .config import Tile, fprop_tile, pixel_tiles, reduction_steps, row_length
 from .launch import check_tensor, gpu_of, tma_refusal
 from .problem import ConvProblem
 from .tile import affine_relu, box_origin, box_pixels, filter_tap, finish, store_statistics, unravel
@@ -34,7 +34,7 @@ FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 FP8 = torch.float8_e4m3fn
 
 
-@triton.jit(do_not_specialize=["N", "H", "W", "P", "Q", "tiles_p", "tiles_q", "residual_scale", "out_scale"])
+@triton.jit(do_not_specialize=["N", "H", "W", "P", "Q", "tiles_p", "tiles_q", "steps", "residual_scale", "out_scale"])
 def conv_fprop_tma_kernel(
     x,
     w,
@@ -56,12 +56,14 @@ def conv_fprop_tma_kernel(
     K,
     tiles_p,
     tiles_q,
+    steps,
     R: tl.constexpr,
     S: tl.constexpr,
     STRIDE: tl.constexpr,
     PAD_H: tl.constexpr,
     PAD_W: tl.constexpr,
     DILATION: tl.constexpr,
+    FULL: tl.constexpr,
     RELU: tl.constexpr,
     PRECISION: tl.constexpr,
     TN: tl.constexpr,
@@ -74,19 +76,20 @@ def conv_fprop_tma_kernel(
 
     Descriptors: w [K, R S C]; y and residual [N, P, Q, K]; x [N, H, W, C], for stride 2 the same memory as
     [N, H/2, 2, W/2, 2 C], where a tap reads one parity of rows and of columns. A box of x must not leave its tap's
-    channels: BK divides C, unless there is one tap and stride 1 (then zero fill ends the sum).
+    channels: BK divides C, unless there is one tap and stride 1 (then zero fill ends the sum). FULL: boxes end where
+    the image does.
     """
     BN: tl.constexpr = TN * TH * TW
     tiles_k = tl.cdiv(K, BM)
     tile_k = tl.program_id(0) % tiles_k
     tile = tl.program_id(0) // tiles_k
     n0, p0, q0 = box_origin(tile, tiles_p, tiles_q, TN, TH, TW)
-    n, p, q = box_pixels(n0, p0, q0, TN, TH, TW)
+    if prologue_scale is not None:
+        _, p, q = box_pixels(n0, p0, q0, TN, TH, TW)
 
     acc = tl.zeros((BM, BN), tl.float32)
-    blocks = tl.cdiv(C, BK)
-    tl.assume(blocks > 0)  # else ptxas serialises wgmma (C7515)
-    for step in range(R * S * blocks):
+    tl.assume(steps > 0)  # else ptxas serialises wgmma (C7515)
+    for step in range(steps):
         r, s, block = filter_tap(step, S, R * S)
         c0 = block * BK
         if STRIDE == 1:
@@ -116,10 +119,11 @@ def conv_fprop_tma_kernel(
     y.store([n0, p0, q0, tile_k * BM], out.T.reshape((TN, TH, TW, BM)))
     if partials is not None:
         count = tl.minimum(TN, N - n0) * tl.minimum(TH, P - p0) * tl.minimum(TW, Q - q0)
-        store_statistics(partials, out, tile, count, (n < N) & (p < P) & (q < Q), k, k < K, K)
+        n, p, q = box_pixels(n0, p0, q0, TN, TH, TW)
+        store_statistics(partials, out, tile, count, (n < N) & (p < P) & (q < Q), k, k < K, K, FULL)
 
 
-@triton.jit(do_not_specialize=["pixels", "H", "W", "P", "Q", "residual_scale", "out_scale"])
+@triton.jit(do_not_specialize=["pixels", "H", "W", "P", "Q", "steps", "residual_scale", "out_scale"])
 def conv_fprop_gather_kernel(
     x,
     w,
@@ -141,11 +145,13 @@ def conv_fprop_gather_kernel(
     K,
     C_GROUP,
     K_GROUP,
+    steps,
     R: tl.constexpr,
     S: tl.constexpr,
     STRIDE: tl.constexpr,
     PAD: tl.constexpr,
     DILATION: tl.constexpr,
+    FULL: tl.constexpr,
     ROW: tl.constexpr,
     INT64: tl.constexpr,
     RELU: tl.constexpr,
@@ -157,7 +163,7 @@ def conv_fprop_gather_kernel(
     """One tile [BM channels of group program_id(1), BN consecutive pixels] per program.
 
     A step reduces over BK channels of one tap, or for ROW over BK of the S C_GROUP values under one row of the filter,
-    so that few channels still fill a step. INT64: offsets pass 2**31.
+    so that few channels still fill a step. FULL: no tile ends early. INT64: offsets pass 2**31.
     """
     tiles_k = tl.cdiv(K_GROUP, BM)
     tile_k = tl.program_id(0) % tiles_k
@@ -176,7 +182,6 @@ def conv_fprop_gather_kernel(
     w_row = w + ((group * K_GROUP + k) * (R * S * C_GROUP))[:, None]
 
     acc = tl.zeros((BM, BN), tl.float32)
-    steps = R * tl.cdiv(S * C_GROUP, BK) if ROW else R * S * tl.cdiv(C_GROUP, BK)
     tl.assume(steps > 0)
     for step in range(steps):
         if ROW:
@@ -217,7 +222,7 @@ def conv_fprop_gather_kernel(
     out = finish(acc, res, scale, shift, channel, k < K_GROUP, residual_scale, out_scale, RELU, y.dtype.element_ty)
     tl.store(y + at, out, mask=writable)
     if partials is not None:
-        store_statistics(partials, out, tile, tl.minimum(BN, pixels - tile * BN), inside, channel, k < K_GROUP, K)
+        store_statistics(partials, out, tile, tl.minimum(BN, pixels - tile * BN), inside, channel, k < K_GROUP, K, FULL)
 
 
 def conv_fprop(
@@ -346,7 +351,7 @@ def _launch_tma(
     elif problem.stride == 2:
         x = x.view(problem.N, problem.H // 2, 2, problem.W // 2, 2 * problem.C)
     _launch_boxes(
-        tile, x, w, y, residual, H=problem.H, W=problem.W, C=problem.C,
+        tile, x, w, y, residual, H=problem.H, W=problem.W, C=problem.C, steps=reduction_steps(problem, tile),
         R=problem.R, S=problem.S, STRIDE=problem.stride, PAD_H=problem.pad, PAD_W=problem.pad,
         DILATION=problem.dilation, **rest,
     )  # fmt: skip
@@ -367,7 +372,7 @@ def _launch_boxes(tile: Tile, x: Tensor, w: Tensor, y: Tensor, residual: Tensor 
             y=TensorDescriptor.from_tensor(y, out_box),
             residual=None if residual is None else TensorDescriptor.from_tensor(residual, out_box),
             N=N, P=P, Q=Q, K=K, tiles_p=tiles_p, tiles_q=tiles_q,
-            TN=TN, TH=TH, TW=TW, BM=tile.BM, BK=tile.BK,
+            FULL=(N % TN, P % TH, Q % TW) == (0, 0, 0), TN=TN, TH=TH, TW=TW, BM=tile.BM, BK=tile.BK,
             num_warps=tile.warps, num_stages=tile.stages, **rest,
         )  # fmt: skip
 
@@ -382,6 +387,7 @@ def _launch_gather(
             x=x, w=w, y=y, residual=residual, pixels=problem.pixels, H=problem.H, W=problem.W, C=problem.C,
             P=problem.P, Q=problem.Q, K=problem.K, C_GROUP=problem.C // problem.groups, K_GROUP=k_group,
             R=problem.R, S=problem.S, STRIDE=problem.stride, PAD=problem.pad, DILATION=problem.dilation,
+            steps=reduction_steps(problem, tile), FULL=problem.pixels % tile.BN == 0,
             ROW=row_length(problem) > 0, INT64=not problem.int32_safe,
             BM=tile.BM, BN=tile.BN, BK=tile.BK, num_warps=tile.warps, num_stages=tile.stages, **rest,
         )  # fmt: skip

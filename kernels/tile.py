@@ -47,13 +47,13 @@ def relu(x):
 def affine_relu(x, scale, shift, valid, PADDED: tl.constexpr):
     """relu(scale x + shift) in x's dtype for x [BN, BK], scale and shift fp32 [BK]; computed in fp32.
 
-    PADDED: zero where not valid (broadcastable to x): a conv pads with zeros after BatchNorm and ReLU, and shift alone
-    would leave relu(shift) there.
+    PADDED: zero where not valid (broadcastable to x), because a conv pads with zeros after BatchNorm and ReLU. x must
+    have been read as 0 there; a shift of -inf then gives 0 at no instruction more, a select of the result costs two.
     """
-    a = relu(x.to(tl.float32) * scale[None, :] + shift[None, :])
+    shift = shift[None, :]
     if PADDED:
-        a = tl.where(valid, a, 0.0)
-    return a.to(x.dtype)
+        shift = tl.where(valid, shift, float("-inf"))
+    return relu(x.to(tl.float32) * scale[None, :] + shift).to(x.dtype)
 
 
 @triton.jit
@@ -65,13 +65,17 @@ def round_to(x, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def store_statistics(partials, y, tile, count, valid, channel, channel_valid, K):
+def store_statistics(partials, y, tile, count, valid, channel, channel_valid, K, FULL: tl.constexpr):
     """partials[tile, :, channel] = (count, mean, M2) of the stored values y [BM, BN] over the `count` pixels that are
-    valid [BN]; partials is fp32 [tiles, 3, K]. M2, the sum of squared distances from the tile's own mean, merges
-    without cancellation: Chan, Golub, LeVeque (1979)."""
+    valid [BN], for FULL all of them; partials is fp32 [tiles, 3, K]. M2, the sum of squared distances from the tile's
+    own mean, merges without cancellation: Chan, Golub, LeVeque (1979)."""
     y = y.to(tl.float32)
-    mean = tl.sum(tl.where(valid[None, :], y, 0.0), 1) / count
-    distance = tl.where(valid[None, :], y - mean[:, None], 0.0)
+    if FULL:
+        mean = tl.sum(y, 1) * (1.0 / y.shape[1])
+        distance = y - mean[:, None]
+    else:
+        mean = tl.sum(tl.where(valid[None, :], y, 0.0), 1) / count
+        distance = tl.where(valid[None, :], y - mean[:, None], 0.0)
     at = partials + tile.to(tl.int64) * 3 * K + channel
     tl.store(at, tl.zeros_like(mean) + count, mask=channel_valid)
     tl.store(at + K, mean, mask=channel_valid)
