@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -55,6 +56,14 @@ def _step(
         fusions=choice.fusions,
         precision=choice.precision,
     )
+
+
+@lru_cache
+def _pointwise_kernels() -> SimpleNamespace:
+    """The kernels between convolutions, by the names that `steps` gives them."""
+    from fastres.kernels import batch_norm, pool, residual
+
+    return SimpleNamespace(**{**vars(pool), **vars(residual), **vars(batch_norm)})
 
 
 @dataclass(frozen=True)
@@ -122,11 +131,7 @@ class Step:
 
     @property
     def _pointwise(self) -> Any:
-        if self.pointwise_by == "triton":
-            from fastres.kernels import batch_norm
-
-            return batch_norm
-        return steps
+        return _pointwise_kernels() if self.pointwise_by == "triton" else steps
 
     def finish_statistics(
         self, partials: Tensor, gamma: Tensor | None, beta: Tensor | None, layer: Layer
@@ -166,10 +171,7 @@ class Step:
     def normalize_max_pool(
         self, z: Tensor, scale: Tensor, shift: Tensor, kernel: int, stride: int, pad: int
     ) -> tuple[Tensor, Tensor]:
-        pooled: Any = steps.normalize_max_pool
-        if self.pointwise_by == "triton":
-            from fastres.kernels.pool import normalize_max_pool as pooled
-        return pooled(z, scale, shift, kernel=kernel, stride=stride, pad=pad)
+        return self._pointwise.normalize_max_pool(z, scale, shift, kernel=kernel, stride=stride, pad=pad)
 
     def backward_reduce(self, dy: Tensor, z: Tensor, mean: Tensor, **source: Any) -> Any:
         """`source`: mask, pool, projection, as `steps.backward_reduce`."""
@@ -186,10 +188,7 @@ class Step:
         return self._pointwise.backward_apply(dy, *bn, **source)
 
     def pad_shortcut_backward(self, dx: Tensor, dy: Tensor, stride: int, mask: Tensor) -> Tensor:
-        added: Any = steps.pad_shortcut_backward
-        if self.pointwise_by == "triton":
-            from fastres.kernels.residual import pad_shortcut_backward as added
-        return added(dx, dy, stride=stride, mask=mask)
+        return self._pointwise.pad_shortcut_backward(dx, dy, stride=stride, mask=mask)
 
     def dgrad(
         self,
