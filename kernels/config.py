@@ -54,8 +54,9 @@ class Gpu(NamedTuple):
 H200 = Gpu("NVIDIA H200", 132, 232448)
 
 # Per multiprocessor and cycle, on Hopper: 16-bit multiply-adds of wgmma, of the older mma (tiles of less than 64
-# channels), of fp32 FMA; bytes from L2; bytes from and to memory; cycles until a program's first load and last store.
-WGMMA, MMA, FMA, L2, MEMORY, LATENCY = 2048, 1024, 128, 48, 18, 2000
+# channels), of fp32 FMA; bytes from L2; bytes from and to memory. Per program: cycles of waiting for its first load and
+# last store, and of work that other programs can't hide.
+WGMMA, MMA, FMA, L2, MEMORY, LATENCY, OVERHEAD = 2048, 1024, 128, 48, 18, 2000, 200
 
 
 def fprop_tiles(problem: ConvProblem, itemsize: int, tma: bool, gpu: Gpu = H200, ieee: bool = False) -> list[Tile]:
@@ -75,9 +76,8 @@ def fprop_tiles(problem: ConvProblem, itemsize: int, tma: bool, gpu: Gpu = H200,
         BK = 16
         shapes = [(64, 64), (32, 64)]
     else:
-        shapes = [(64, 64), (64, 128), (64, 256), (128, 64), (128, 128), (256, 128), (128, 256)]
+        shapes = [(64, 128), (64, 64), (64, 256), (128, 128), (128, 64), (256, 128), (128, 256)]
         shapes += [(BM, BN) for BM in (16, 32) for BN in (128, 256) if outputs <= BM]
-    shared = gpu.shared if tma else min(gpu.shared, 96 * 1024)  # by pointers: sm_89 too
 
     timed = []
     for BM, BN in shapes:
@@ -85,16 +85,17 @@ def fprop_tiles(problem: ConvProblem, itemsize: int, tma: bool, gpu: Gpu = H200,
         box = best_box(problem, BN) if tma else None
         steps = reduction_steps(problem, Tile(BM, BN, BK, warps, 1, box))
         step_bytes = (BM + BN) * BK * itemsize
-        stages = min(3, max(1, steps), shared // step_bytes)
-        if not stages or BM * BN * itemsize > shared:
+        stages = min(3, max(1, steps), gpu.shared // step_bytes)
+        if stages < min(3, steps) and BM * BN > 64 * 64:  # too few to hide a load
             continue
         programs = math.ceil(outputs / BM) * problem.groups * pixel_tiles(problem, BN, box)
-        resident = max(1, min(shared // (stages * step_bytes), 65536 // (BM * BN + 64 * 32 * warps)))
+        resident = max(1, min(gpu.shared // (stages * step_bytes), 65536 // (BM * BN + 64 * 32 * warps)))
         rate = (FMA if ieee else WGMMA if BM >= 64 else MMA) * 2 / itemsize
         memory = itemsize * (BM * BN + BN * channels * BM / outputs)
         busy = max(steps * BM * BN * BK / rate, steps * step_bytes / L2, memory / MEMORY)
-        waves = math.ceil(programs / (gpu.sms * resident))
-        timed.append((waves * max(resident * busy, busy + LATENCY), Tile(BM, BN, BK, warps, stages, box)))
+        waves = programs / (gpu.sms * resident)
+        waves = waves if waves > 8 else math.ceil(waves)
+        timed.append((waves * max(resident * (busy + OVERHEAD), busy + LATENCY), Tile(BM, BN, BK, warps, stages, box)))
     return [tile for _, tile in sorted(timed, key=lambda pair: pair[0])]
 
 
