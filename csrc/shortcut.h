@@ -1,0 +1,240 @@
+// The host side that the CPU and the CUDA implementation of the option-A shortcut share: checks, layouts, allocation.
+//
+//   shortcut(x)[n, k, p, q] = k < C ? x[n, k, p * stride, q * stride] : 0
+//
+// x and dx [N, C, H, W] are read and written through their strides. Everything of the output's shape [N, K, P, Q] is
+// dense, in NCHW or NHWC order. A device gives `gather` (forward) and `scatter` (backward, the transpose of gather).
+
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <cstdint>
+#include <cstring>
+#include <tuple>
+#include <type_traits>
+
+#if defined(__CUDACC__)
+#define FASTRES_HD __host__ __device__
+#else
+#define FASTRES_HD
+#endif
+
+namespace fastres {
+
+using torch::headeronly::BFloat16;
+using torch::headeronly::Half;
+using torch::headeronly::MemoryFormat;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+struct Problem {
+  int64_t N, C, H, W;
+  int64_t K, P, Q;
+  int64_t stride;
+  int64_t sN, sC, sH, sW;  // element strides of x or dx
+  bool channels_last;      // order of the dense [N, K, P, Q] tensors
+};
+
+// Where relu passes its gradient, as torch's threshold_backward has it: everything but out <= 0, so NaN too. On 16-bit
+// types by the bits alone: positive numbers and positive NaNs are the positive integers, negative NaNs the largest.
+template <class T>
+FASTRES_HD inline bool passes(T out) {
+  if constexpr (sizeof(T) == 2) {
+    constexpr uint16_t negative_infinity = std::is_same_v<T, Half> ? 0xFC00 : 0xFF80;
+    return static_cast<int16_t>(out.x) > 0 || out.x > negative_infinity;
+  } else {
+    return !(out <= T(0));
+  }
+}
+
+// relu(y + x): 16-bit types are added in float and rounded once.
+template <class T>
+FASTRES_HD inline T add_relu(T y, T x) {
+  T sum;
+  if constexpr (sizeof(T) == 2) {
+    sum = static_cast<T>(static_cast<float>(y) + static_cast<float>(x));
+  } else {
+    sum = y + x;
+  }
+  return passes(sum) ? sum : T(0);
+}
+
+// The zero of a float type without a constructor call that would not be constant on either side.
+template <class T>
+FASTRES_HD inline T zero() {
+  if constexpr (sizeof(T) == 2) {
+    return T(0, T::from_bits());
+  } else {
+    return T(0);
+  }
+}
+
+// ATen's suggest_memory_format() == channels_last.
+inline bool is_channels_last(const Tensor& t) {
+  const auto sizes = t.sizes(), strides = t.strides();
+  if (strides[1] == 0) return false;
+  int64_t least = 0;
+  for (int d : {1, 3, 2, 0}) {
+    if (sizes[d] == 0 || strides[d] < least || (d == 0 && least == strides[1])) return false;
+    least = strides[d] * (sizes[d] > 1 ? sizes[d] : 1);
+  }
+  return true;
+}
+
+inline Tensor empty(const Tensor& like, const int64_t (&sizes)[4], bool channels_last) {
+  return torch::stable::empty({sizes, 4}, like.scalar_type(), std::nullopt, like.device(), std::nullopt,
+                              channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+}
+
+inline bool is_dense(const Tensor& t, bool channels_last) {
+  const auto sizes = t.sizes(), strides = t.strides();
+  int64_t expected = 1;
+  constexpr int nchw[] = {3, 2, 1, 0}, nhwc[] = {1, 3, 2, 0};
+  for (int d : channels_last ? nhwc : nchw) {
+    if (sizes[d] != 1 && strides[d] != expected) return false;
+    expected *= sizes[d];
+  }
+  return true;
+}
+
+inline Tensor dense(const Tensor& t, bool channels_last) {
+  if (is_dense(t, channels_last)) return t;
+  const auto s = t.sizes();
+  Tensor copy = empty(t, {s[0], s[1], s[2], s[3]}, channels_last);
+  return torch::stable::copy_(copy, t);
+}
+
+inline void check_tensor(const char* name, const Tensor& t, const Tensor& like) {
+  STD_TORCH_CHECK(t.dim() == 4, name, " must have 4 dimensions [N, C, H, W], got ", t.dim());
+  STD_TORCH_CHECK(t.scalar_type() == like.scalar_type(), name, " must have the dtype of the other tensor");
+  STD_TORCH_CHECK(t.device() == like.device(), name, " must be on the device of the other tensor");
+}
+
+inline void check_shape(const char* name, const Tensor& t, int64_t N, int64_t K, int64_t P, int64_t Q) {
+  STD_TORCH_CHECK(t.size(0) == N && t.size(1) == K && t.size(2) == P && t.size(3) == Q, name, " must be [", N, ", ", K,
+                  ", ", P, ", ", Q, "], got [", t.size(0), ", ", t.size(1), ", ", t.size(2), ", ", t.size(3), "]");
+}
+
+inline Problem problem(int64_t N, int64_t C, int64_t H, int64_t W, int64_t K, int64_t stride) {
+  STD_TORCH_CHECK(stride >= 1, "stride must be at least 1, got ", stride);
+  STD_TORCH_CHECK(K >= C, "channels must be at least x's ", C, ", got ", K);
+  Problem s{};
+  s.N = N, s.C = C, s.H = H, s.W = W, s.K = K, s.stride = stride;
+  s.P = H > 0 ? (H - 1) / stride + 1 : 0;
+  s.Q = W > 0 ? (W - 1) / stride + 1 : 0;
+  return s;
+}
+
+inline void set_strides(Problem& s, const Tensor& x) {
+  s.sN = x.stride(0), s.sC = x.stride(1), s.sH = x.stride(2), s.sW = x.stride(3);
+}
+
+inline Problem problem_of(const Tensor& x, int64_t channels, int64_t stride) {
+  check_tensor("x", x, x);
+  Problem s = problem(x.size(0), x.size(1), x.size(2), x.size(3), channels, stride);
+  set_strides(s, x);
+  return s;
+}
+
+// Calls f with a null pointer of the tensor's element type.
+template <class F>
+void for_dtype(const Tensor& t, F f) {
+  switch (t.scalar_type()) {
+    case ScalarType::Double: return f(static_cast<double*>(nullptr));
+    case ScalarType::Float: return f(static_cast<float*>(nullptr));
+    case ScalarType::BFloat16: return f(static_cast<BFloat16*>(nullptr));
+    case ScalarType::Half: return f(static_cast<Half*>(nullptr));
+    default: STD_TORCH_CHECK(false, "the shortcut takes float64, float32, bfloat16 or float16");
+  }
+}
+
+template <class Device>
+Tensor pad_shortcut(const Tensor& x, int64_t stride, int64_t channels) {
+  Problem s = problem_of(x, channels, stride);
+  s.channels_last = is_channels_last(x);
+  Tensor out = empty(x, {s.N, s.K, s.P, s.Q}, s.channels_last);
+  if (out.numel() == 0) return out;
+  for_dtype(x, [&](auto* t) {
+    using T = std::remove_pointer_t<decltype(t)>;
+    Device::template gather<T, false>(s, x, nullptr, static_cast<const T*>(x.const_data_ptr()),
+                                      static_cast<T*>(out.mutable_data_ptr()));
+  });
+  return out;
+}
+
+template <class Device>
+Tensor pad_shortcut_add_relu(const Tensor& y, const Tensor& x, int64_t stride) {
+  check_tensor("y", y, x);
+  Problem s = problem_of(x, y.size(1), stride);
+  check_shape("y", y, s.N, s.K, s.P, s.Q);
+  s.channels_last = is_channels_last(y);
+  const Tensor y_dense = dense(y, s.channels_last);
+  Tensor out = empty(y, {s.N, s.K, s.P, s.Q}, s.channels_last);
+  if (out.numel() == 0) return out;
+  for_dtype(x, [&](auto* t) {
+    using T = std::remove_pointer_t<decltype(t)>;
+    Device::template gather<T, true>(s, x, static_cast<const T*>(y_dense.const_data_ptr()),
+                                     static_cast<const T*>(x.const_data_ptr()),
+                                     static_cast<T*>(out.mutable_data_ptr()));
+  });
+  return out;
+}
+
+// dx [N, C, H, W] from grad [N, K, P, Q], in grad's memory format.
+template <class Device>
+Tensor pad_shortcut_backward(const Tensor& grad, int64_t stride, int64_t C, int64_t H, int64_t W) {
+  check_tensor("grad", grad, grad);
+  Problem s = problem(grad.size(0), C, H, W, grad.size(1), stride);
+  check_shape("grad", grad, s.N, s.K, s.P, s.Q);
+  s.channels_last = is_channels_last(grad);
+  const Tensor g = dense(grad, s.channels_last);
+  Tensor dx = empty(grad, {s.N, s.C, s.H, s.W}, s.channels_last);
+  set_strides(s, dx);
+  if (dx.numel() == 0) return dx;
+  for_dtype(g, [&](auto* t) {
+    using T = std::remove_pointer_t<decltype(t)>;
+    Device::template scatter<T, false>(s, g, static_cast<const T*>(g.const_data_ptr()), nullptr, nullptr,
+                                       static_cast<T*>(dx.mutable_data_ptr()));
+  });
+  return dx;
+}
+
+// (dy [N, K, P, Q], dx [N, C, H, W]) from grad and the saved output, in the output's memory format.
+template <class Device>
+std::tuple<Tensor, Tensor> pad_shortcut_add_relu_backward(const Tensor& grad, const Tensor& out, int64_t stride,
+                                                          int64_t C, int64_t H, int64_t W) {
+  check_tensor("out", out, out);
+  check_tensor("grad", grad, out);
+  Problem s = problem(out.size(0), C, H, W, out.size(1), stride);
+  check_shape("out", out, s.N, s.K, s.P, s.Q);
+  check_shape("grad", grad, s.N, s.K, s.P, s.Q);
+  s.channels_last = is_channels_last(out);
+  const Tensor g = dense(grad, s.channels_last), o = dense(out, s.channels_last);
+  Tensor dy = empty(out, {s.N, s.K, s.P, s.Q}, s.channels_last);
+  Tensor dx = empty(out, {s.N, s.C, s.H, s.W}, s.channels_last);
+  set_strides(s, dx);
+  if (dy.numel() == 0) return {dy, dx};
+  for_dtype(g, [&](auto* t) {
+    using T = std::remove_pointer_t<decltype(t)>;
+    Device::template scatter<T, true>(s, g, static_cast<const T*>(g.const_data_ptr()),
+                                      static_cast<const T*>(o.const_data_ptr()),
+                                      static_cast<T*>(dy.mutable_data_ptr()), static_cast<T*>(dx.mutable_data_ptr()));
+  });
+  return {dy, dx};
+}
+
+// The Python side (fastres/ops/shortcut.py) defines the schemas, fake, autograd and the ATen body.
+template <class Device>
+void implement(torch::stable::detail::StableLibrary& m) {
+  m.impl("pad_shortcut", TORCH_BOX(&pad_shortcut<Device>));
+  m.impl("pad_shortcut_backward", TORCH_BOX(&pad_shortcut_backward<Device>));
+  m.impl("pad_shortcut_add_relu", TORCH_BOX(&pad_shortcut_add_relu<Device>));
+  m.impl("pad_shortcut_add_relu_backward", TORCH_BOX(&pad_shortcut_add_relu_backward<Device>));
+}
+
+}  // namespace fastres

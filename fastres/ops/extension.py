@@ -1,0 +1,293 @@
+"""Builds and loads csrc/: the CPU and the CUDA kernels of the option-A shortcut, one shared library each.
+
+A library is built by ninja when an operator first meets a tensor of its device, in seconds (stable ABI, no Python, no
+torch/extension.h), and kept in `FASTRES_CACHE_DIR` (else the user's cache folder) under a name that holds a hash of
+sources, flags and torch version. Who builds holds a file lock, which the system takes back when a process dies, builds
+in a folder of its own and renames the result into place: a killed build or a second process leaves nothing half done.
+
+`FASTRES_CUDA_EXT` governs both libraries: `0` never builds nor loads; `1` raises `BuildError` where a device's library
+can't be had; `auto` (the default) then warns once, and the ATen formulation serves.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+DEVICES = ("cpu", "cuda")
+_TORCH = Path(torch.__file__).parent
+_MODES = ("0", "1", "auto")
+_TORCH_ABI = "0x020a000000000000"  # 2.10: the oldest stable ABI with all that csrc/ uses (parallel_for, empty)
+
+
+class BuildError(RuntimeError):
+    """The library of a device can't be built or loaded; the message says why and what mends it."""
+
+
+@dataclass(frozen=True)
+class Status:
+    """`cpu`, `cuda`: that device's kernels are loaded, or built and loaded at their first use; `reason`: in words."""
+
+    cpu: bool
+    cuda: bool
+    reason: str
+
+
+def load(device: str) -> bool:
+    """True if the kernels for tensors of `device` ("cpu", "cuda", ...) are loaded, building and loading them if need be.
+
+    Tries once per process. Raises BuildError under `FASTRES_CUDA_EXT=1`, ValueError for a value that doesn't exist.
+    """
+    if device in _outcome:
+        return _outcome[device] is None
+    if device not in DEVICES:
+        return False
+    with _lock:
+        if device not in _outcome:
+            _outcome[device] = _try_load(device)
+    return _outcome[device] is None
+
+
+def status(build: bool = False) -> Status:
+    """What the shortcut runs on, and why. Builds and loads nothing unless `build`."""
+    ready, words = [], []
+    for device in DEVICES:
+        if build:
+            load(device)
+        ok, reason = _describe(device)
+        ready.append(ok)
+        words.append(f"{device.upper()} shortcut: {reason}")
+    return Status(*ready, reason="; ".join(words))
+
+
+# None: loaded. Else the reason why it isn't, after which ATen serves for the rest of the process.
+_outcome: dict[str, str | None] = {}
+_lock = threading.Lock()
+
+
+def _mode() -> str:
+    mode = os.environ.get("FASTRES_CUDA_EXT", "auto")
+    if mode not in _MODES:
+        raise ValueError(f"FASTRES_CUDA_EXT is {mode!r}; accepted: {', '.join(_MODES)}")
+    return mode
+
+
+def _try_load(device: str) -> str | None:
+    mode = _mode()
+    if mode == "0":
+        return "off by FASTRES_CUDA_EXT=0"
+    try:
+        library = build(device)
+        try:
+            torch.ops.load_library(str(library))
+        except OSError as error:
+            cause = error.__cause__ or error
+            raise BuildError(f"{library} doesn't load ({cause}); delete it to have it built anew") from error
+    except BuildError as error:
+        if mode == "1":
+            raise
+        warnings.warn(
+            f"fastres: the option-A shortcut runs on plain PyTorch for {device.upper()} tensors: {error} "
+            "(FASTRES_CUDA_EXT=0 silences this)",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return str(error)
+    return None
+
+
+def _describe(device: str) -> tuple[bool, str]:
+    if device in _outcome:
+        outcome = _outcome[device]
+        return outcome is None, "own kernel, loaded" if outcome is None else f"plain PyTorch, {outcome}"
+    if _mode() == "0":
+        return False, "plain PyTorch, off by FASTRES_CUDA_EXT=0"
+    try:
+        recipe = _recipe(device)
+    except BuildError as error:
+        return False, f"plain PyTorch, {error}"
+    if recipe.library.exists():
+        return True, "own kernel, built, loads at first use"
+    return False, "own kernel, not built yet, builds at first use"
+
+
+# Building.
+
+
+@dataclass(frozen=True)
+class _Recipe:
+    """`command` and `libraries`, with the result's and the source's place between them, make the library."""
+
+    device: str
+    source: Path
+    command: tuple[str, ...]
+    libraries: tuple[str, ...]
+    key: str
+
+    @property
+    def name(self) -> str:
+        return f"shortcut_{self.device}-{self.key}.so"
+
+    @property
+    def library(self) -> Path:
+        return cache_dir() / self.name
+
+
+def cache_dir() -> Path:
+    """Where libraries are kept: `FASTRES_CACHE_DIR`, else fastres/ in the user's cache folder."""
+    if chosen := os.environ.get("FASTRES_CACHE_DIR"):
+        return Path(chosen).expanduser().absolute()
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "fastres"
+
+
+def build(device: str, archs: tuple[str, ...] | None = None) -> Path:
+    """The library of `device` ("cpu" or "cuda"), built if the cache hasn't got it. Loads nothing.
+
+    archs: for cuda, compute capabilities such as ("80", "90"); by default those of the GPUs that are present.
+    Raises BuildError, which names the cause and the mend.
+    """
+    recipe = _recipe(device, archs)
+    if recipe.library.exists():
+        return recipe.library
+    try:
+        recipe.library.parent.mkdir(parents=True, exist_ok=True)
+        with _file_lock(recipe.library.with_suffix(".lock")):
+            if not recipe.library.exists():
+                _run(recipe)
+    except OSError as error:
+        raise BuildError(
+            f"the cache folder {recipe.library.parent} can't be written ({error.strerror}); "
+            "set FASTRES_CACHE_DIR to one that can"
+        ) from error
+    return recipe.library
+
+
+def _run(recipe: _Recipe) -> None:
+    """Builds in a folder of its own and moves the result into place; called under the lock."""
+    library = recipe.library
+    for abandoned in library.parent.glob(f"{library.stem}.*.build"):
+        shutil.rmtree(abandoned, ignore_errors=True)
+    folder = Path(tempfile.mkdtemp(prefix=f"{library.stem}.", suffix=".build", dir=library.parent))
+    try:
+        command, libraries = (shlex.join(part).replace("$", "$$") for part in (recipe.command, recipe.libraries))
+        rule = f"rule shared\n  command = {command} -o $out $in {libraries}\n"
+        source = re.sub(r"([$ :])", r"$\1", str(recipe.source))
+        (folder / "build.ninja").write_text(f"{rule}build {recipe.name}: shared {source}\n")
+        done = subprocess.run([_ninja(), "-C", str(folder)], capture_output=True, text=True)
+        if done.returncode:
+            cause = "\n".join((done.stdout + done.stderr).strip().splitlines()[-20:])
+            raise BuildError(f"building {recipe.source.name} failed:\n{cause}\n")
+        os.replace(folder / recipe.name, library)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _file_lock(path: Path) -> Iterator[None]:
+    import fcntl  # POSIX only, as is everything that is built here
+
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _recipe(device: str, archs: tuple[str, ...] | None = None) -> _Recipe:
+    if sys.platform != "linux":
+        raise BuildError(f"own kernels are built on Linux only, not on {sys.platform}")
+    from fastres import csrc
+
+    folder = Path(csrc.__file__).parent
+    flags = ["-O3", "-std=c++17", "-shared", f"-DTORCH_TARGET_VERSION={_TORCH_ABI}"]
+    if device == "cpu":
+        source = folder / "shortcut.cpp"
+        compiler = _cxx()
+        flags += ["-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", *_instruction_set()]
+    else:
+        source = folder / "shortcut_cuda.cu"
+        compiler = [_nvcc()]
+        flags += ["-DUSE_CUDA", "-Xcompiler=-fPIC,-fvisibility=hidden", "-cudart=shared", *_gencode(archs)]
+    digest = hashlib.sha256()
+    for part in (source.read_bytes(), (folder / "shortcut.h").read_bytes()):
+        digest.update(hashlib.sha256(part).digest())
+    digest.update(repr((flags, torch.__version__, platform.machine(), platform.libc_ver())).encode())
+    libraries = [f"-L{_TORCH / 'lib'}", "-ltorch_cpu", *(["-ltorch_cuda"] if device == "cuda" else [])]
+    command = (*compiler, *flags, f"-I{_TORCH / 'include'}")
+    return _Recipe(device, source, command, tuple(libraries), digest.hexdigest()[:16])
+
+
+def _instruction_set() -> list[str]:
+    """What ATen found this CPU to have, so that ours is no slower; being part of the key, it keeps a cache shared by
+    different machines right."""
+    avx2 = ["-mavx2", "-mfma", "-mf16c", "-mbmi", "-mbmi2"]
+    avx512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
+    if platform.machine() != "x86_64":
+        return []
+    return {"AVX2": avx2, "AVX512": avx2 + avx512}.get(torch.backends.cpu.get_cpu_capability(), [])
+
+
+def _gencode(archs: tuple[str, ...] | None) -> list[str]:
+    """One binary per compute capability. The list is ours: torch's own builder can't make one without a GPU."""
+    if archs is None:
+        if not torch.cuda.is_available():
+            raise BuildError("no CUDA GPU is present")
+        found = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+        archs = tuple(f"{major}{minor}" for major, minor in sorted(found))
+    return [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+
+
+def _cxx() -> list[str]:
+    named = shlex.split(os.environ.get("CXX", ""))
+    for command in [named] if named else [["c++"], ["g++"], ["clang++"]]:
+        if shutil.which(command[0]):
+            return command
+    missing = f"CXX names {named[0]!r}, which isn't there" if named else "there is no C++ compiler"
+    raise BuildError(f"{missing}; install g++ or clang++, or set CXX to one")
+
+
+def _nvcc() -> str:
+    """nvcc of CUDA_HOME, of CUDA_PATH, on PATH (a wrapper script serves as well) or of /usr/local/cuda."""
+    wanted = torch.version.cuda
+    if wanted is None:
+        raise BuildError("this torch is built without CUDA")
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
+    candidates = [*(f"{home}/bin/nvcc" for home in homes if home), "nvcc", "/usr/local/cuda/bin/nvcc"]
+    for candidate in candidates:
+        if (nvcc := shutil.which(candidate)) is None:
+            continue
+        version = re.search(
+            r"release (\d+)\.", subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+        )
+        major = wanted.split(".")[0]
+        if version is None or version[1] != major:
+            found = f"CUDA {version[1]}" if version else "an unknown CUDA"
+            raise BuildError(f"{nvcc} is of {found}, torch of CUDA {wanted}; point CUDA_HOME to a CUDA {major} toolkit")
+        return nvcc
+    raise BuildError("there is no nvcc; install the CUDA toolkit or point CUDA_HOME to it")
+
+
+def _ninja() -> str:
+    """The `ninja` package's binary, which need not be on PATH; else the system's."""
+    try:
+        import ninja
+
+        return str(Path(ninja.BIN_DIR) / "ninja")
+    except ImportError:
+        if found := shutil.which("ninja"):
+            return found
+    raise BuildError("there is no ninja; pip install ninja")
