@@ -71,13 +71,14 @@ def fprop_tiles(problem: ConvProblem, itemsize: int, tma: bool, gpu: Gpu = H200,
         while problem.C % BK and not problem.pointwise:
             BK //= 2
     else:
-        BK = max(32 if itemsize == 1 else 16, min(64, _power_of_2(row_length(problem) or channels)))
+        BK = max(32 if itemsize == 1 else 16, min(64, _power_of_2(problem.S * row_channels(problem) or channels)))
     if ieee:
         BK = 16
         shapes = [(64, 64), (32, 64)]
     else:
-        shapes = [(64, 128), (64, 64), (64, 256), (128, 128), (128, 64), (256, 128), (128, 256)]
-        shapes += [(BM, BN) for BM in (16, 32) for BN in (128, 256) if outputs <= BM]
+        shapes = [(64, 128), (64, 64), (128, 128), (128, 64)]
+        shapes += [(64, 256), (256, 128), (128, 256)] if tma else []  # addresses of pixels take registers
+        shapes += [(BM, BN) for BM in (16, 32) for BN in (128, 64) if outputs <= BM]
 
     timed = []
     for BM, BN in shapes:
@@ -85,7 +86,9 @@ def fprop_tiles(problem: ConvProblem, itemsize: int, tma: bool, gpu: Gpu = H200,
         box = best_box(problem, BN) if tma else None
         steps = reduction_steps(problem, Tile(BM, BN, BK, warps, 1, box))
         step_bytes = (BM + BN) * BK * itemsize
-        stages = min(3, max(1, steps), gpu.shared // step_bytes)
+        stages = min(
+            3, max(1 if tma else 2, steps), gpu.shared // step_bytes
+        )  # copies by pointer are asynchronous from 2 on
         if stages < min(3, steps) and BM * BN > 64 * 64:  # too few to hide a load
             continue
         programs = math.ceil(outputs / BM) * problem.groups * pixel_tiles(problem, BN, box)
@@ -108,16 +111,16 @@ def fprop_tile(problem: ConvProblem, dtype: torch.dtype, tma: bool, gpu: Gpu = H
     return fprop_tiles(problem, dtype.itemsize, tma, gpu, ieee)[0]
 
 
-def row_length(problem: ConvProblem) -> int:
-    """S C/groups where so few channels make one row of the filter a better reduction step than one tap; else 0."""
+def row_channels(problem: ConvProblem) -> int:
+    """C/groups where they are so few that a row of the filter makes a better reduction step than one tap; else 0."""
     channels = problem.C // problem.groups
-    return problem.S * channels if problem.S > 1 and channels < 16 else 0
+    return channels if problem.S > 1 and channels < 16 else 0
 
 
 def reduction_steps(problem: ConvProblem, tile: Tile) -> int:
     """Steps of BK that `conv_fprop` sums over."""
-    if tile.box is None and row_length(problem):
-        return problem.R * math.ceil(row_length(problem) / tile.BK)
+    if tile.box is None and row_channels(problem):
+        return problem.R * math.ceil(problem.S * row_channels(problem) / tile.BK)
     return problem.R * problem.S * math.ceil(problem.C // problem.groups / tile.BK)
 
 

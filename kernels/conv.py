@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .config import Tile, fprop_tile, pixel_tiles, reduction_steps, row_length
+from .config import Tile, fprop_tile, pixel_tiles, reduction_steps, row_channels
 from .launch import check_tensor, gpu_of, tma_refusal
 from .problem import ConvProblem
 from .tile import affine_relu, box_origin, box_pixels, filter_tap, finish, store_statistics, unravel
@@ -162,9 +162,12 @@ def conv_fprop_gather_kernel(
 ):
     """One tile [BM channels of group program_id(1), BN consecutive pixels] per program.
 
-    A step reduces over BK channels of one tap, or for ROW over BK of the S C_GROUP values under one row of the filter,
-    so that few channels still fill a step. FULL: no tile ends early. INT64: offsets pass 2**31.
+    A step reduces over BK channels of one tap; where ROW, then C_GROUP, is not 0, over BK of the S ROW values under one
+    row of the filter, so that few channels still fill a step. FULL: no tile ends early. INT64: offsets pass 2**31.
     """
+    channels = C_GROUP
+    if ROW > 0:
+        channels = ROW  # a constant: its divisors tell how wide a copy may be
     tiles_k = tl.cdiv(K_GROUP, BM)
     tile_k = tl.program_id(0) % tiles_k
     tile = tl.program_id(0) // tiles_k
@@ -177,33 +180,33 @@ def conv_fprop_gather_kernel(
     n, p, q = unravel(pixel, P, Q)
     h0 = p * STRIDE - PAD
     col0 = q * STRIDE - PAD
-    x_pixel = x + (((n * H + h0) * W + col0) * C + group * C_GROUP)[:, None]
+    x_pixel = x + (((n * H + h0) * W + col0) * C + group * channels)[:, None]
     k = tile_k * BM + tl.arange(0, BM)
-    w_row = w + ((group * K_GROUP + k) * (R * S * C_GROUP))[:, None]
+    w_row = w + ((group * K_GROUP + k) * (R * S * channels))[:, None]
 
     acc = tl.zeros((BM, BN), tl.float32)
     tl.assume(steps > 0)
     for step in range(steps):
-        if ROW:
+        if ROW > 0:
             r = step % R
             j = step // R * BK + tl.arange(0, BK)
-            s = j // C_GROUP
-            c = j % C_GROUP
+            s = j // ROW
+            c = j % ROW
             col = col0[:, None] + (s * DILATION)[None, :]
-            in_k = j < S * C_GROUP
-            w_at = r * S * C_GROUP + j
+            in_k = j < S * ROW
+            w_at = r * S * ROW + j
         else:
             r, s, block = filter_tap(step, S, R * S)
             c = block * BK + tl.arange(0, BK)
             col = (col0 + s * DILATION)[:, None]
-            in_k = c < C_GROUP
-            w_at = (r * S + s) * C_GROUP + c
+            in_k = c < channels
+            w_at = (r * S + s) * channels + c
         h = (h0 + r * DILATION)[:, None]
         valid = inside[:, None] & (h >= 0) & (h < H) & (col >= 0) & (col < W)
         a = tl.load(x_pixel + ((r * W + s) * DILATION * C + c)[None, :], mask=valid & in_k[None, :], other=0.0)
         filters = tl.load(w_row + w_at[None, :], mask=(k < K_GROUP)[:, None] & in_k[None, :], other=0.0)
         if prologue_scale is not None:
-            channel = group * C_GROUP + c
+            channel = group * channels + c
             a = affine_relu(
                 a,
                 tl.load(prologue_scale + channel, mask=in_k, other=0.0),
@@ -350,14 +353,14 @@ def _launch_tma(
         residual = None if residual is None else residual.view(y.shape)
     elif problem.stride == 2:
         x = x.view(problem.N, problem.H // 2, 2, problem.W // 2, 2 * problem.C)
-    _launch_boxes(
+    launch_boxes(
         tile, x, w, y, residual, H=problem.H, W=problem.W, C=problem.C, steps=reduction_steps(problem, tile),
         R=problem.R, S=problem.S, STRIDE=problem.stride, PAD_H=problem.pad, PAD_W=problem.pad,
         DILATION=problem.dilation, **rest,
     )  # fmt: skip
 
 
-def _launch_boxes(tile: Tile, x: Tensor, w: Tensor, y: Tensor, residual: Tensor | None, **rest: Any) -> None:
+def launch_boxes(tile: Tile, x: Tensor, w: Tensor, y: Tensor, residual: Tensor | None, **rest: Any) -> None:
     """Launches `conv_fprop_tma_kernel` over x in the view that the kernel reads, y and residual [N, P, Q, K]."""
     assert tile.box is not None
     TN, TH, TW = tile.box
@@ -388,6 +391,6 @@ def _launch_gather(
             P=problem.P, Q=problem.Q, K=problem.K, C_GROUP=problem.C // problem.groups, K_GROUP=k_group,
             R=problem.R, S=problem.S, STRIDE=problem.stride, PAD=problem.pad, DILATION=problem.dilation,
             steps=reduction_steps(problem, tile), FULL=problem.pixels % tile.BN == 0,
-            ROW=row_length(problem) > 0, INT64=not problem.int32_safe,
+            ROW=row_channels(problem), INT64=not problem.int32_safe,
             BM=tile.BM, BN=tile.BN, BK=tile.BK, num_warps=tile.warps, num_stages=tile.stages, **rest,
         )  # fmt: skip
