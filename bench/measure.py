@@ -1,0 +1,359 @@
+"""One row of the bench: warm-up, timed windows, memory, and the error against a float64 run of the same weights.
+
+Units: seconds, images per second, milliseconds, MiB, GFLOP/s (2 x multiply-adds, x 3 for a training step).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import math
+import statistics
+import subprocess
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import backends
+import torch
+import torch.nn.functional as F
+from backends import Backend, Case
+from torch import Tensor, nn
+
+INPUTS = 4  # batches to rotate among: more than a GPU's L2 holds, at any useful batch
+CHECKED = 4  # images whose scores are compared in inference
+WINDOWS = 7
+WARM_UPS = 3  # calls after the first: cudnn.benchmark, recording of CUDA graphs
+OPTIMIZER = {"lr": 1e-3, "momentum": 0.9, "weight_decay": 1e-4}  # the paper's, at a rate that keeps random labels tame
+
+
+def rounding(dtype: torch.dtype, device: torch.device) -> float:
+    """The error, relative, that any correct arithmetic in `dtype` may make in a whole net.
+
+    Four roundings of the products' type; plain fp32 64, for Winograd's transforms.
+    """
+    if dtype == torch.float32:
+        tf32 = device.type == "cuda" and torch.backends.cudnn.allow_tf32
+        return 4 * 2**-10 if tf32 else 64 * torch.finfo(dtype).eps
+    return 4 * torch.finfo(dtype).eps
+
+
+def allowed(baseline: float, dtype: torch.dtype, device: torch.device, mode: str) -> float:
+    """The largest error of a right output, given eager PyTorch's own error `baseline` on the same case.
+
+    Inference: four times the baseline, or `rounding`. Gradients: an error e of the activations puts a share e of the
+    ReLUs on the other side of zero, which moves a gradient by about sqrt(e); twice that or twice the baseline. Never
+    as much as a gradient that has nothing to do with the right one (error 1 if zero, 1.4 if random).
+    """
+    e = rounding(dtype, device)
+    if mode == "infer":
+        return min(0.5, max(4 * baseline, e))
+    return min(0.9, max(2 * baseline, 2 * math.sqrt(e)))
+
+
+@dataclass
+class Data:
+    """What all backends of one case share, in fp32 on the CPU: weights, input batches, labels; and what is right.
+
+    reference: fp64 scores [CHECKED, 1000] in inference; in training the gradient of every parameter, by name, of a
+    first step on the first batch. baseline: eager PyTorch's own error in the case's dtype.
+    """
+
+    weights: dict[str, Tensor]
+    inputs: list[Tensor]
+    labels: list[Tensor]
+    reference: Any = None
+    reference_dtype: str = "float64"
+    baseline: float = math.nan
+
+
+def prepare(case: Case, weights: dict[str, Tensor], inputs: list[Tensor], seed: int) -> Data:
+    """The case's data with its reference and baseline error. Raises what PyTorch raises where a step doesn't fit."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = [torch.randint(1000, (case.batch,), generator=generator) for _ in inputs]
+    data = Data(weights, inputs, labels)
+    eager = backends.BACKENDS["eager"]
+    if case.mode == "infer":  # images don't depend on each other: a few stand for the batch
+        few = replace(data, inputs=[inputs[0][:CHECKED]])
+        exact = replace(case, dtype=torch.float64, device=torch.device("cpu"))
+        data.reference = few.reference = Infer(eager, exact, few)(0)
+        data.baseline = Infer(eager, case, few).error()
+    else:
+        data.reference, data.reference_dtype = _reference_gradients(eager, case, data)
+        data.baseline = Train(eager, case, data).error()
+    release(case.device)
+    return data
+
+
+def _reference_gradients(eager: Backend, case: Case, data: Data) -> tuple[dict[str, Tensor], str]:
+    """Gradients over the whole batch (its statistics are BatchNorm's) in fp64, or the widest dtype that fits."""
+    dtypes = (torch.float64, torch.float32, case.dtype)
+    for dtype in dtypes:
+        try:
+            with full_precision():
+                gradients = Train(eager, replace(case, dtype=dtype), data).gradients()
+            return gradients, str(dtype).removeprefix("torch.")
+        except Exception as error:
+            if not is_out_of_memory(error) or dtype == dtypes[-1]:
+                raise
+        release(case.device)
+    raise AssertionError("unreachable")
+
+
+@contextlib.contextmanager
+def full_precision() -> Iterator[None]:
+    """No TF32 in convolutions."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
+
+class Infer:
+    """A batch of images to scores: everything in the case's dtype, under inference mode."""
+
+    def __init__(self, backend: Backend, case: Case, data: Data) -> None:
+        self.data = data
+        self.case = case
+        self.model, self.call = backend.prepare(data.weights, case)
+        self.inputs = _on_device(data.inputs, case, backend)
+
+    def __call__(self, i: int) -> Tensor:
+        torch.compiler.cudagraph_mark_step_begin()
+        with torch.inference_mode():
+            return self.call(self.inputs[i % len(self.inputs)])
+
+    def error(self) -> float:
+        """Relative L2 of the first scores against fp64; NaN where they hold one."""
+        scores = self(0)[:CHECKED].double().cpu()
+        return (torch.dist(scores, self.data.reference) / self.data.reference.norm()).item()
+
+
+class Train:
+    """One step: forward, cross-entropy, backward, fused SGD with momentum, gradients set to None.
+
+    Master weights in fp32; bf16 and fp16 by autocast, fp16 with a loss scale; fp64 (the reference) throughout.
+    """
+
+    def __init__(self, backend: Backend, case: Case, data: Data) -> None:
+        self.data = data
+        self.case = case
+        self.model, self.call = backend.prepare(data.weights, case)
+        self.inputs = _on_device(data.inputs, case, backend)
+        self.labels = [labels.to(case.device) for labels in data.labels]
+        self.optimizer = torch.optim.SGD(self.model.parameters(), fused=True, **OPTIMIZER)
+        self.scaler = torch.amp.GradScaler(
+            case.device.type, init_scale=1024, growth_interval=10**6, enabled=case.dtype == torch.float16
+        )
+
+    def loss(self, i: int) -> Tensor:
+        torch.compiler.cudagraph_mark_step_begin()
+        low = self.case.dtype in (torch.bfloat16, torch.float16)
+        with torch.autocast(self.case.device.type, self.case.dtype if low else None, enabled=low):
+            return F.cross_entropy(self.call(self.inputs[i % len(self.inputs)]), self.labels[i % len(self.labels)])
+
+    def __call__(self, i: int) -> Tensor:
+        loss = self.loss(i)
+        self.scaler.scale(loss).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        return loss.detach()
+
+    def gradients(self) -> dict[str, Tensor]:
+        """Every parameter's gradient, on the CPU, of a step from the shared weights on the first batch."""
+        with torch.no_grad():
+            for name, value in self.model.state_dict().items():
+                value.copy_(self.data.weights[name])
+        self.scaler.scale(self.loss(0)).backward()
+        scale = self.scaler.get_scale()
+        gradients = {name: (p.grad / scale).cpu() for name, p in self.model.named_parameters()}
+        self.optimizer.zero_grad()
+        return gradients
+
+    def error(self) -> float:
+        """Median over the parameters of the relative L2 error of their gradients; NaN where any gradient holds one."""
+        errors = []
+        for name, gradient in self.gradients().items():
+            right = self.data.reference[name].double()
+            errors.append((torch.dist(gradient.double(), right) / right.norm()).item())
+        return math.nan if any(map(math.isnan, errors)) else statistics.median(errors)
+
+
+STEPS = {"infer": Infer, "train": Train}
+
+
+def _on_device(inputs: list[Tensor], case: Case, backend: Backend) -> list[Tensor]:
+    return [x.to(case.device, case.dtype).contiguous(memory_format=backend.memory_format) for x in inputs]
+
+
+def measure(backend: Backend, case: Case, data: Data, seconds: float, multiply_adds: int) -> dict[str, Any]:
+    """The row's measured fields (bench/records/README.md names them). What goes wrong becomes its status and reason."""
+    row: dict[str, Any] = {"status": "failed", "notes": []}
+    try:
+        with backend.isolated():
+            row |= _measure(backend, case, data, seconds, multiply_adds)
+    except Exception as error:
+        row["status"] = "out of memory" if is_out_of_memory(error) else "failed"
+        row["reason"] = first_line(error)
+    release(case.device)
+    return row
+
+
+def _measure(backend: Backend, case: Case, data: Data, seconds: float, multiply_adds: int) -> dict[str, Any]:
+    device, cuda = case.device, case.device.type == "cuda"
+    notes = []
+    start = time.perf_counter()
+    step = STEPS[case.mode](backend, case, data)
+    with backends.watched_paths() as answers:
+        step(0)
+        synchronize(device)
+    first = time.perf_counter() - start
+    for i in range(WARM_UPS):
+        step(i + 1)
+    synchronize(device)
+    warm_up = time.perf_counter() - start
+    if cuda:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+
+    single = [_seconds(step, range(i, i + 1), device) for i in range(2)]
+    calls = max(1, round(seconds / WINDOWS / min(single)))
+    windows = [_seconds(step, range(i * calls, (i + 1) * calls), device) / calls for i in range(WINDOWS)]
+    single += [_seconds(step, range(i, i + 1), device) for i in range(min(20, calls))]
+    rates = sorted(case.batch / window for window in windows)
+    row: dict[str, Any] = {
+        "first_call_s": first,
+        "warm_up_s": warm_up,
+        "calls_per_window": calls,
+        "window_img_s": [case.batch / window for window in windows],
+        "img_s": statistics.median(rates),
+        "img_s_min": rates[0],
+        "img_s_max": rates[-1],
+        "latency_ms": 1e3 * statistics.median(single),
+        "gflop_s": 2e-9 * multiply_adds * (3 if case.mode == "train" else 1) * statistics.median(rates),
+        "peak_reserved_mib": torch.cuda.max_memory_reserved(device) / 2**20 if cuda else None,
+        "peak_allocated_mib": torch.cuda.max_memory_allocated(device) / 2**20 if cuda else None,
+        "clocks": clocks_under_load(step, calls, device) if cuda else None,
+    }
+    if backend.ours:
+        row["path"] = backends.path_in_words(answers, backend.compile is not None)
+    if cuda:
+        notes += layout_transposes(step)
+    if case.mode == "train" and backend.channels_last and backend.compile is not None:
+        notes += lost_layouts(step)
+    last = step(0)
+    finite = bool(torch.isfinite(last).all())
+    error, limit = step.error(), allowed(data.baseline, case.dtype, device, case.mode)
+    row |= {
+        "error": error if math.isfinite(error) else None,
+        "error_allowed": limit,
+        "error_of_eager": data.baseline,
+        "reference": data.reference_dtype,
+        "notes": notes,
+    }
+    if finite and error <= limit:
+        return row | {"status": "ok"}
+    said = f"error {error:.2g} where {limit:.2g} is allowed" if finite else "NaN or infinity after the timed calls"
+    return row | {"status": "wrong", "reason": said}
+
+
+def _seconds(step: Callable[[int], Any], calls: range, device: torch.device) -> float:
+    """Seconds from the first call until the last one's work is done; CUDA events on a GPU."""
+    if device.type != "cuda":
+        start = time.perf_counter()
+        for i in calls:
+            step(i)
+        return time.perf_counter() - start
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize(device)
+    begin.record()
+    for i in calls:
+        step(i)
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def release(device: torch.device) -> None:
+    """Give back what the last row held."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+
+
+def first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
+
+
+def clocks_under_load(step: Callable[[int], Any], calls: int, device: torch.device) -> dict[str, str] | None:
+    """SM and memory clock in MHz, power in W, temperature in °C while `calls` steps run; None without nvidia-smi."""
+    for i in range(calls):
+        step(i)
+    clocks = nvidia_smi(device, "clocks.sm", "clocks.mem", "power.draw", "temperature.gpu")
+    synchronize(device)
+    return clocks
+
+
+def nvidia_smi(device: torch.device, *fields: str) -> dict[str, str] | None:
+    """The named fields of `nvidia-smi --query-gpu` for `device`, units left out; None where there is no nvidia-smi."""
+    uuid = torch.cuda.get_device_properties(device).uuid
+    command = ["nvidia-smi", f"--id=GPU-{uuid}", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return dict(zip(fields, (value.strip() for value in answer.strip().split(",")), strict=True))
+
+
+def layout_transposes(step: Callable[[int], Any]) -> list[str]:
+    """A note where cuDNN turns NCHW into NHWC or back in a step: a layout the net lost or never had."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        step(0)
+        torch.cuda.synchronize()
+    times: Counter[bool] = Counter()
+    count = 0
+    for event in profiler.events():
+        turns = any(name in event.name.lower() for name in ("nchwtonhwc", "nhwctonchw"))
+        times[turns] += event.device_time_total
+        count += turns
+    if not count:
+        return []
+    return [f"cuDNN transposes layouts in {count} kernels, {100 * times[True] / times.total():.0f} % of the GPU's time"]
+
+
+def lost_layouts(step: Train) -> list[str]:
+    """A note where a compiled backward hands over weight gradients that are no longer channels_last.
+
+    Looked at before they are accumulated: accumulation puts them back into the parameter's layout, at the cost of a copy.
+    """
+    lost = Counter[bool]()
+    handles = []
+    for module in step.model.modules():
+        if isinstance(module, nn.Conv2d) and module.kernel_size != (1, 1):
+            node = torch.autograd.graph.get_gradient_edge(module.weight).node
+
+            def look(gradients: tuple[Tensor, ...]) -> None:
+                lost[not gradients[0].is_contiguous(memory_format=torch.channels_last)] += 1
+
+            handles.append((node, node.register_prehook(look)))
+    step.gradients()
+    for _, handle in handles:
+        handle.remove()
+    return [f"{lost[True]} of {lost.total()} weight gradients lost channels_last"] if lost[True] else []

@@ -1,0 +1,115 @@
+"""A picture of a record: img/s by depth and backend beside the paper's FLOPs.
+
+python bench/plot.py out/record.json out/record.png
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import record as records
+
+SUFFIXES = (".png", ".svg", ".pdf")
+OURS, PEER, PAPER, INK, FAINT = "#d1495b", "#8ea9c1", "#c9b27c", "#22303c", "#b8c0c7"
+TITLES = {"infer": "inference", "train": "training"}
+
+
+def draw(record: dict[str, Any], path: Path) -> None:
+    """Draw `record` to `path`: a row of panels per depth; multiply-adds left, then img/s for each mode and setting.
+
+    Raises ImportError where matplotlib is missing.
+    """
+    from matplotlib.figure import Figure
+
+    rows = record["rows"]
+    depths = sorted({row["depth"] for row in rows})
+    settings = list(dict.fromkeys((row["mode"], *records.key(row)[2:-1]) for row in rows))
+    panels = {(d, s): _panel(rows, d, s) for d in depths for s in settings}
+    heights = [2 + max(len(panels[d, s]) for s in settings) for d in depths]
+    figure = Figure(figsize=(3.6 + 5.2 * len(settings), 1.3 + 0.235 * sum(heights)), layout="constrained", dpi=150)
+    grid = figure.subplots(
+        len(depths),
+        1 + len(settings),
+        squeeze=False,
+        sharex="col",
+        gridspec_kw={"height_ratios": heights, "width_ratios": [2, *[5] * len(settings)]},
+    )
+    versions = record["environment"]["versions"]
+    commit = (record["code"]["commit"] or "unknown commit")[:10]
+    figure.suptitle(
+        f"ResNet throughput on {record['environment']['name']}\n"
+        f"torch {versions['torch']}, fastres {versions['fastres']} ({commit}), {record['created'][:10]}",
+        fontsize=10,
+        color=INK,
+    )
+    for line, depth in zip(grid, depths, strict=True):
+        _draw_flops(line[0], record["flops"], depth)
+        for axes, setting in zip(line[1:], settings, strict=True):
+            _draw_rates(axes, panels[depth, setting])
+    grid[0][0].set_title("multiply-adds, 10⁹", fontsize=9, color=INK)
+    for axes, (mode, batch, dtype, size) in zip(grid[0][1:], settings, strict=True):
+        axes.set_title(f"{TITLES[mode]}, img/s (batch {batch}, {dtype}, {size}²)", fontsize=9, color=INK)
+    figure.savefig(path)
+
+
+def _panel(rows: list[dict[str, Any]], depth: int, setting: tuple[Any, ...]) -> list[dict[str, Any]]:
+    """The rows of one panel, slowest first: bars grow upwards. Rows without a rate come first of all."""
+    mine = [row for row in rows if row["depth"] == depth and (row["mode"], *records.key(row)[2:-1]) == setting]
+    mine = [row for row in mine if row["status"] != "not available"]
+    return sorted(mine, key=lambda row: row["img_s"] if row["status"] == "ok" else -1)
+
+
+def _draw_flops(axes: Any, table: list[dict[str, Any]], depth: int) -> None:
+    mine = [row for row in table if row["net"] == f"ResNet-{depth}"]
+    paper = next(row["paper"] for row in mine if row["paper"] is not None)
+    same, measured = (next(row["ours"] for row in mine if (row["paper"] is None) == own) for own in (False, True))
+    bars = [("this net", measured, INK), ("ours", same, FAINT), ("paper", paper, PAPER)]
+    for i, (name, value, colour) in enumerate(bars):
+        axes.barh(i, value, color=colour, height=0.62)
+        axes.annotate(f" {name} {value:.1f}" if name == "paper" else f" {name} {value:.2f}", (value, i), **_TEXT)
+    axes.set_ylim(-0.8, len(bars) - 0.2)
+    axes.margins(x=0.75)
+    axes.set_yticks([])
+    axes.set_ylabel(f"ResNet-{depth}", fontsize=10, color=INK)
+    _clean(axes)
+
+
+_TEXT: dict[str, Any] = {"va": "center", "fontsize": 7, "color": INK}
+
+
+def _draw_rates(axes: Any, rows: list[dict[str, Any]]) -> None:
+    ratios = records.ratios(rows)
+    for i, row in enumerate(rows):
+        if row["status"] != "ok":
+            axes.annotate(f" {row['status']}", (0, i), **_TEXT | {"color": OURS, "style": "italic"})
+            continue
+        rate, low, high = row["img_s"], row["img_s_min"], row["img_s_max"]
+        axes.barh(i, rate, color=OURS if row["ours"] else PEER, height=0.72)
+        axes.errorbar(rate, i, xerr=[[rate - low], [high - rate]], color=INK, lw=0.8, capsize=1.5)
+        ratio = ratios.get(records.key(row))
+        beside = f"  {rate:,.4g}" if rate < 1e4 else f"  {rate:,.0f}"
+        if row["ours"] and ratio is not None:
+            beside += f"  ({ratio:.2f} x best peer)"
+        axes.annotate(beside, (high, i), **_TEXT)
+    axes.set_ylim(-0.8, max(len(rows), 1) - 0.2)
+    axes.margins(x=0.28)
+    axes.set_xlim(left=0)
+    axes.set_yticks(range(len(rows)), [row["backend"] for row in rows], fontsize=7.5, color=INK)
+    for label, row in zip(axes.get_yticklabels(), rows, strict=True):
+        label.set_fontweight("bold" if row["ours"] else "normal")
+    _clean(axes)
+
+
+def _clean(axes: Any) -> None:
+    for side in ("top", "right", "bottom"):
+        axes.spines[side].set_visible(False)
+    axes.spines["left"].set_color(FAINT)
+    axes.tick_params(length=0, labelbottom=False)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3 or Path(sys.argv[2]).suffix not in SUFFIXES:
+        sys.exit(f"usage: python bench/plot.py RECORD PICTURE, a picture that ends in {', '.join(SUFFIXES)}")
+    draw(records.read(Path(sys.argv[1])), Path(sys.argv[2]))

@@ -1,0 +1,159 @@
+"""A run's record: one JSON file, rewritten whole after every row. bench/records/README.md documents the fields."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import tempfile
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+from measure import nvidia_smi
+
+SCHEMA = "fastres.bench/1"
+ROOT = Path(__file__).resolve().parent.parent
+CASE = ("depth", "mode", "batch", "dtype", "size")  # rows that agree in these compete
+PACKAGES = ("torch", "torchvision", "triton", "timm", "numpy", "fastres")
+DONE = {"ok", "wrong", "out of memory", "not available"}  # --resume tries the rest again
+
+
+def new(device: torch.device, options: dict[str, Any], flops: list[dict[str, Any]]) -> dict[str, Any]:
+    """A record without rows."""
+    return {
+        "schema": SCHEMA,
+        "created": now(),
+        "code": code(),
+        "environment": environment(device),
+        "options": options,
+        "flops": flops,
+        "rows": [],
+    }
+
+
+def now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def code() -> dict[str, Any]:
+    """What was measured: the commit, whether the tree differs from it, and a digest of the sources themselves."""
+    commit = _git("rev-parse", "HEAD") or os.environ.get("FASTRES_COMMIT")
+    changes = _git("status", "--porcelain", "--", "fastres", "kernels", "csrc", "bench", ":!bench/records")
+    return {"commit": commit, "dirty": None if changes is None else bool(changes), "sources": _digest()}
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        answer = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return answer.stdout.strip()
+
+
+def _digest() -> str:
+    digest = hashlib.sha256()
+    for folder in ("fastres", "kernels", "csrc", "bench"):
+        for path in sorted((ROOT / folder).rglob("*")):
+            if path.suffix in {".py", ".cpp", ".cu", ".h", ".json"} and "records" not in path.parts:
+                digest.update(f"{path.relative_to(ROOT).as_posix()}\0".encode() + path.read_bytes() + b"\0")
+    return f"sha256:{digest.hexdigest()}"
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Device, driver, the clocks the device may reach, and versions."""
+    versions: dict[str, str | None] = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    found: dict[str, Any] = {"device": device.type, "name": _cpu_name(), "threads": torch.get_num_threads()}
+    if device.type == "cuda":
+        found["name"] = torch.cuda.get_device_name(device)
+        found["gpu"] = nvidia_smi(device, "driver_version", "clocks.max.sm", "clocks.max.mem", "power.limit")
+        versions["cuda"] = torch.version.cuda
+        versions["cudnn"] = str(torch.backends.cudnn.version())
+    return found | {"platform": platform.platform(), "versions": versions}
+
+
+def _cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def write(record: dict[str, Any], path: Path) -> None:
+    """Replace `path` in one step: a reader, or a run that is killed, never meets half a record."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w") as file:
+            json.dump(record, file, indent=1, allow_nan=False)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The record in `path`. Raises ValueError where it isn't one of this schema."""
+    try:
+        record = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is no record: {error}") from None
+    schema = record.get("schema") if isinstance(record, dict) else None
+    if schema != SCHEMA:
+        raise ValueError(f"{path} has schema {schema!r}; this bench reads and writes {SCHEMA!r}")
+    return record
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Why rows of `new` can't stand beside those of `old`: each field that decides a measurement and differs."""
+
+    def deciding(record: dict[str, Any]) -> dict[str, Any]:
+        return {part: record[part] for part in ("environment", "options")} | {"sources": record["code"]["sources"]}
+
+    before, after = _flat(deciding(old)), _flat(deciding(new))
+    return [
+        f"{name}: {before.get(name)} then, {after.get(name)} now"
+        for name in sorted(before.keys() | after.keys())
+        if before.get(name) != after.get(name)
+    ]
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
+
+
+def key(row: dict[str, Any]) -> tuple[Any, ...]:
+    """What identifies a row in a record."""
+    return (*(row[name] for name in CASE), row["backend"])
+
+
+def put(record: dict[str, Any], row: dict[str, Any]) -> None:
+    """Add `row`, in place of an earlier try at the same."""
+    record["rows"] = [other for other in record["rows"] if key(other) != key(row)] + [row]
+
+
+def ratios(rows: list[dict[str, Any]]) -> dict[tuple[Any, ...], float]:
+    """For every row that is ok: its img/s over that of the best peer (not ours) of the same case, by `key`."""
+    best: dict[tuple[Any, ...], float] = {}
+    ok = [row for row in rows if row["status"] == "ok"]
+    for row in ok:
+        case = key(row)[:-1]
+        if not row["ours"]:
+            best[case] = max(best.get(case, 0), row["img_s"])
+    return {key(row): row["img_s"] / best[key(row)[:-1]] for row in ok if key(row)[:-1] in best}

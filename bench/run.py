@@ -1,0 +1,340 @@
+"""Throughput of ResNets beside the peers, and their FLOPs beside the paper's.
+
+    python bench/run.py --depth 50
+    python bench/run.py --depth all --mode train --json out/train.json --plot out/train.png --resume
+
+Prints the FLOPs table, a line as each backend finishes, and a table with the ratio to the best peer. `--json` keeps the
+rows as they finish; with `--resume` a run that was stopped, or split by --depth, --mode or --backend, fills one file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import sys
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import backends
+import measure
+import photos
+import plot
+import record as records
+import torch
+from backends import BACKENDS, DEPTHS, MODES, Case
+from tqdm import tqdm
+
+from fastres.models import flops
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DEFAULTS = {
+    "cuda": {"batch": 256, "dtype": "bf16", "seconds": 3.0},
+    "cpu": {"batch": 4, "dtype": "fp32", "seconds": 2.0},
+}
+SEED = 0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What was asked for, checked."""
+
+    rows: list[tuple[Case, str]]
+    device: torch.device
+    seconds: float
+    dtype: str
+    json: Path | None
+    plot: Path | None
+    resume: bool
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit status 1 if a row of ours is wrong or failed, or nothing could be measured; else 0."""
+    plan = parse(arguments)
+    table = flops_table()
+    print(render_flops(table), flush=True)
+    options = {"seconds": plan.seconds, "windows": measure.WINDOWS, "inputs": measure.INPUTS, "seed": SEED}
+    record = records.new(plan.device, options, table)
+    if plan.resume and plan.json and plan.json.exists():
+        record = resumed(plan.json, record)
+    print(f"\n{introduction(plan, record)}", flush=True)
+
+    torch.backends.cudnn.benchmark = True
+    run(plan, record)
+    asked = {(*records_case(case), backend) for case, backend in plan.rows}
+    rows = [row for row in record["rows"] if records.key(row) in asked]
+    print(f"\n{render_rows(rows)}", flush=True)
+    if plan.json:
+        print(f"record: {plan.json}")
+    if plan.plot:
+        plot.draw(record, plan.plot)
+        print(f"picture: {plan.plot}")
+    bad = [row for row in rows if row["ours"] and row["status"] in ("wrong", "failed")]
+    return int(bool(bad) or not any(row["status"] == "ok" for row in rows))
+
+
+def parse(arguments: list[str] | None) -> Plan:
+    """The command line as a plan. What is unknown or impossible here ends the program with what is accepted."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="backends:\n" + "\n".join(f"  {name:27} {backend.says}" for name, backend in BACKENDS.items()),
+    )
+    parser.add_argument("--depth", default="50", choices=[*map(str, DEPTHS), "all"])
+    parser.add_argument("--mode", default="both", choices=[*MODES, "both"])
+    parser.add_argument(
+        "--backend", help="names from the list below, with commas; or all; default: by device and depth"
+    )
+    parser.add_argument("--batch", type=int, help="images a batch; default: 256 on a GPU, 4 on a CPU")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: bf16 on a GPU, fp32 on a CPU; training: by autocast")
+    parser.add_argument("--device", help="cpu, cuda or cuda:N; default: cuda if there is one")
+    parser.add_argument("--size", type=int, default=224, help="side of the images; default: 224")
+    parser.add_argument("--seconds", type=float, help="timed seconds a row; default: 3 on a GPU, 2 on a CPU")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the record here, row by row")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the record here (.png, .svg, .pdf)")
+    parser.add_argument("--resume", action="store_true", help="keep the rows that --json FILE already has")
+    given = parser.parse_args(arguments)
+
+    try:
+        device = pick_device(given.device)
+    except ValueError as error:
+        parser.error(str(error))
+    defaults = DEFAULTS[device.type]
+    batch, dtype, seconds = (
+        defaults[name] if getattr(given, name) is None else getattr(given, name)
+        for name in ("batch", "dtype", "seconds")
+    )
+    if batch < 1 or given.size < 32 or not seconds > 0:
+        parser.error(
+            f"--batch {batch} --size {given.size} --seconds {seconds}; accepted: batch from 1, size from 32, seconds above 0"
+        )
+    if dtype == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        parser.error(f"{torch.cuda.get_device_name(device)} has no bf16; accepted here: --dtype fp16, fp32")
+    if given.resume and not given.json:
+        parser.error("--resume goes on with a record: name it with --json FILE")
+    for option, package in (("--plot", "matplotlib"), ("photographs", "sklearn")):
+        if (option != "--plot" or given.plot) and importlib.util.find_spec(package) is None:
+            parser.error(f"{option}: {package} is not installed: pip install 'fastres[bench]'")
+    if given.plot and given.plot.suffix not in plot.SUFFIXES:
+        parser.error(f"--plot {given.plot}: accepted: a name that ends in {', '.join(plot.SUFFIXES)}")
+
+    named = None if given.backend in (None, "all") else given.backend.split(",")
+    for name in named or ():
+        if name not in BACKENDS:
+            parser.error(f"unknown backend {name!r}; accepted: {', '.join(BACKENDS)}, all")
+        if reason := BACKENDS[name].why_not(device):
+            parser.error(f"backend {name!r} can't run here: {reason}")
+    rows = []
+    for depth in DEPTHS if given.depth == "all" else [int(given.depth)]:
+        for mode in MODES if given.mode == "both" else [given.mode]:
+            if mode == "train" and batch == 1 and given.size == 32:
+                parser.error(
+                    "training batch 1 at size 32 leaves BatchNorm one value a channel; accepted: more of either"
+                )
+            case = Case(depth, mode, batch, DTYPES[dtype], given.size, device)
+            default = BACKENDS if given.backend == "all" else backends.by_default(device, depth, mode)
+            rows += [(case, name) for name in named or default]
+    return Plan(rows, device, seconds, dtype, given.json, given.plot, given.resume)
+
+
+def pick_device(name: str | None) -> torch.device:
+    """The device called `name`, with its index. Raises ValueError where there is none."""
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in DEFAULTS:
+        raise ValueError(f"--device {name}; accepted: cpu, cuda, cuda:N")
+    if device.type == "cuda":
+        count = torch.cuda.device_count()
+        device = torch.device("cuda", device.index or 0)
+        if device.index >= count:
+            raise ValueError(
+                f"--device {name}: there {'is' if count == 1 else 'are'} {count or 'no'} CUDA device(s) here"
+            )
+        torch.cuda.set_device(device)
+    return device
+
+
+def resumed(path: Path, fresh: dict[str, Any]) -> dict[str, Any]:
+    """The record to go on with. Ends the program where its rows could not be compared with new ones."""
+    try:
+        old = records.read(path)
+        why = records.differences(old, fresh)
+    except ValueError as error:
+        why = [str(error)]
+    if why:
+        raise SystemExit(
+            f"--resume: rows of {path} and of this run could not be compared, because a ratio holds only within one "
+            "run:\n  " + "\n  ".join(why) + "\nName another file, or leave --resume out to start this one anew."
+        )
+    return old
+
+
+def introduction(plan: Plan, record: dict[str, Any]) -> str:
+    environment = record["environment"]
+    case = plan.rows[0][0]
+    versions = environment["versions"]
+    lines = [
+        f"{environment['name']}, {environment['threads']} CPU threads, torch {versions['torch']}; "
+        f"batch {case.batch}, {plan.dtype}, {case.size}x{case.size} photographs"
+    ]
+    if plan.device.type == "cpu":
+        gpu = DEFAULTS["cuda"]
+        lines.append(
+            f"On a GPU the defaults would be batch {gpu['batch']}, {gpu['dtype']}, every backend at depth 50 "
+            "(CUDA graphs and max-autotune among them), fastres on its fused kernels, and peak memory; "
+            "on a CPU fastres runs PyTorch's own operations."
+        )
+    return "\n".join(lines)
+
+
+def run(plan: Plan, record: dict[str, Any]) -> None:
+    """Measure every row the record lacks, writing it after each."""
+    done = {records.key(row) for row in record["rows"] if row["status"] in records.DONE}
+    missing = [(case, name) for case, name in plan.rows if (*records_case(case), name) not in done]
+    with tqdm(total=len(missing), unit="row", disable=None, leave=False) as bar:
+        prepared: tuple[Case, measure.Data | Exception] | None = None
+        for case, name in missing:
+            bar.set_description(f"resnet{case.depth} {case.mode} {name}")
+            if prepared is None or prepared[0] != case:
+                prepared = None  # lets go of the last case's tensors first
+                prepared = case, prepare(case)
+            row = dict(zip(records.CASE, records_case(case), strict=True))
+            row |= {"backend": name, "ours": BACKENDS[name].ours, "finished": None}
+            row |= measure_row(case, name, prepared[1], plan.seconds)
+            row["finished"] = records.now()
+            records.put(record, row)
+            if plan.json:
+                records.write(record, plan.json)
+            bar.write(one_line(row), file=sys.stdout)
+            bar.update()
+            if row["status"] == "failed":
+                measure.synchronize(plan.device)  # a lost CUDA context fails all that follows: stop here, aloud
+
+
+def records_case(case: Case) -> tuple[Any, ...]:
+    """The case's fields as a record holds them, in the order of `record.CASE`."""
+    dtype = next(name for name, dtype in DTYPES.items() if dtype == case.dtype)
+    return case.depth, case.mode, case.batch, dtype, case.size
+
+
+def prepare(case: Case) -> measure.Data | Exception:
+    """The case's data, or what kept its reference from being computed."""
+    try:
+        return measure.prepare(case, weights(case.depth, case.size), inputs(case.batch, case.size), SEED)
+    except Exception as error:
+        if not measure.is_out_of_memory(error):
+            raise
+        return error.with_traceback(None)
+
+
+@cache
+def inputs(batch: int, size: int) -> list[torch.Tensor]:
+    return photos.batches(measure.INPUTS, batch, size, SEED)
+
+
+@cache
+def weights(depth: int, size: int) -> dict[str, torch.Tensor]:
+    return backends.shared_weights(depth, photos.batches(2, 4, size, SEED + 1), SEED)
+
+
+@cache
+def multiply_adds(depth: int, size: int) -> int:
+    with torch.device("meta"):
+        model = backends.torchvision_net(depth)
+    return flops.count(model, size).multiply_adds
+
+
+def measure_row(case: Case, name: str, data: measure.Data | Exception, seconds: float) -> dict[str, Any]:
+    if reason := BACKENDS[name].why_not(case.device):
+        return {"status": "not available", "reason": reason}
+    if isinstance(data, Exception):
+        reason = f"eager PyTorch's step, the reference, does not fit: {measure.first_line(data)}"
+        return {"status": "out of memory", "reason": reason}
+    return measure.measure(BACKENDS[name], case, data, seconds, multiply_adds(case.depth, case.size))
+
+
+def flops_table() -> list[dict[str, Any]]:
+    """The paper's figures beside our counts of the paper's variants, and the v1.5 nets that the bench runs."""
+    table = []
+    for row in flops.PAPER_TABLE:
+        if row.gflops is None or not (row.family == "paper" or row.name == "VGG-19"):
+            continue
+        ours = row.cost().multiply_adds / 1e9
+        form = "the baseline" if row.family == "vgg" else f"the paper's, shortcut {row.shortcut}"
+        net = row.name.split(" ")[0]
+        table.append({"net": net, "depth": row.depth, "variant": form, "paper": row.gflops, "ours": ours})
+    for depth in DEPTHS:
+        ours = multiply_adds(depth, 224) / 1e9
+        form = "as measured below: v1.5, shortcut B" if depth >= 50 else "as measured below: shortcut B"
+        table.append({"net": f"ResNet-{depth}", "depth": depth, "variant": form, "paper": None, "ours": ours})
+    return table
+
+
+def render_flops(table: list[dict[str, Any]]) -> str:
+    lines = [["net", "paper", "ours", "difference", "variant"]]
+    for row in table:
+        paper, ours = row["paper"], row["ours"]
+        difference = "" if paper is None else f"{100 * (ours / paper - 1):+.1f} %"
+        lines.append([row["net"], "" if paper is None else f"{paper:.1f}", f"{ours:.3f}", difference, row["variant"]])
+    return "Multiply-adds of one 224x224 image, 10^9 (the paper's FLOPs)\n" + columns(lines, left={0, 4})
+
+
+def one_line(row: dict[str, Any]) -> str:
+    start = f"resnet{row['depth']} {row['mode']} {row['backend']}: "
+    if row["status"] != "ok":
+        return f"{start}{row['status']}: {row['reason']}"
+    return f"{start}{row['img_s']:.4g} img/s, {row['latency_ms']:.4g} ms a batch, error {row['error']:.1e}"
+
+
+def render_rows(rows: list[dict[str, Any]]) -> str:
+    """One table a case: fastest first, then what is wrong or missing, with remarks below."""
+    ratio = records.ratios(rows)
+    blocks = []
+    for case in dict.fromkeys(records.key(row)[:-1] for row in rows):
+        depth, mode, batch, dtype, size = case
+        head = ["backend", "warm-up s", "img/s", "min..max", "latency ms", "MiB", "GFLOP/s", "error", "x best peer"]
+        lines, remarks = [head], []
+        mine = [row for row in rows if records.key(row)[:-1] == case]
+        for row in sorted(mine, key=lambda row: -row["img_s"] if row["status"] == "ok" else 0):
+            said = [row.get("path"), row.get("reason"), *row.get("notes", ())]
+            remarks += [f"  {row['backend']}: {remark}" for remark in said if remark]
+            if "img_s" not in row:
+                lines.append([row["backend"], "", row["status"], *[""] * 6])
+                continue
+            memory, error = row["peak_reserved_mib"], row["error"]
+            lines.append(
+                [
+                    row["backend"],
+                    f"{row['warm_up_s']:.1f}",
+                    f"{row['img_s']:.4g}" if row["status"] == "ok" else "WRONG",
+                    f"{row['img_s_min']:.4g}..{row['img_s_max']:.4g}" if row["status"] == "ok" else "",
+                    f"{row['latency_ms']:.4g}",
+                    "n/a" if memory is None else f"{memory:.0f}",
+                    f"{row['gflop_s']:.4g}" if row["status"] == "ok" else "",
+                    "NaN" if error is None else f"{error:.1e}",
+                    f"{ratio[records.key(row)]:.2f}" if records.key(row) in ratio else "",
+                ]
+            )
+        title = f"ResNet-{depth}, {mode}, batch {batch}, {dtype}, {size}x{size}"
+        blocks.append("\n".join([title, columns(lines, left={0}), *remarks]))
+    return "\n\n".join(blocks)
+
+
+def columns(lines: list[list[str]], left: set[int]) -> str:
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    rule = ["-" * width for width in widths]
+    return "\n".join(
+        "  ".join(
+            c.ljust(w) if i in left else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in [lines[0], rule, *lines[1:]]
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
