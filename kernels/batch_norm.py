@@ -1,0 +1,659 @@
+"""BatchNorm around convolutions, forward and backward, each in the fewest passes over memory.
+
+z is a convolution's output, M = N P Q the pixels behind each channel's statistics (Ioffe & Szegedy, 2015):
+
+    mean = Σ z / M,  var = Σ (z - mean)² / M,  rstd = (var + eps)^-½        `statistics`, `finish_statistics`
+    scale = weight rstd,  shift = bias - mean scale
+    y = relu(scale z + shift + shortcut)                                   `normalize`
+        shortcut: nothing | x | scale_d z_d + shift_d (projection) | x at every stride-th pixel, zero channels appended
+
+    g = dy where y > 0                                                     gradient at the BatchNorm's output
+    dbias = Σ g,  dweight = rstd Σ g (z - mean)                            `backward_reduce`, `finish_backward`
+    dz = p g + q z + r,  p = weight rstd,                                  `backward_apply`
+         q = -p rstd dweight / M,  r = -p dbias / M - q mean               (given statistics: q = r = 0)
+
+g is never stored: both backward passes compute it from dy and the mask, and behind a max pool they gather it (`pool`).
+
+Reductions are deterministic and go in two stages: every program reduces one chunk of pixels to partials, fp32, which
+one small kernel merges. The partials, also those that convolutions write in their epilogues, are
+    statistics [T, 3, K]: count, mean, M2 = Σ (z - mean)² of chunk t, of the values as stored. Merged by Chan's rule
+                          (Chan, Golub & LeVeque, 1979), because Σz² - (Σz)² fails where |mean| >> std;
+    backward   [T, 2, K]: Σ g and Σ g (z - mean), centred for the same reason.
+
+Layouts: activations [N, P, Q, K] contiguous, seen as [M, K] (row, channel); vectors fp32 [K].
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import check_tensor
+from .pointwise import (
+    DTYPES,
+    REDUCED,
+    STREAMED,
+    WARPS,
+    WINDOWED,
+    Rows,
+    at,
+    check_vectors,
+    rows,
+    strided_row,
+    tile_of,
+    vector,
+)
+from .pool import Pool, check_pool, gather, normalize_max_pool
+from .tile import relu
+
+# One program of the last stage walks over this many partials at most; more are first merged in groups.
+_PARTIALS = 512
+_GROUP = 128
+_BT, _BK = 128, 8
+
+
+@triton.jit
+def pooled_statistics(count, mean, m2):
+    """Chan's rule over the first axis; the mean in two steps, so that only its deviations are rounded."""
+    total = tl.sum(count, 0)
+    share = 1.0 / tl.maximum(total, 1.0)
+    centre = tl.sum(count * mean, 0) * share
+    centre += tl.sum(count * (mean - centre[None, :]), 0) * share
+    delta = mean - centre[None, :]
+    return total, centre, tl.sum(m2 + count * delta * delta, 0)
+
+
+@triton.jit(do_not_specialize=["M", "K_VECS", "steps"])
+def statistics_kernel(z, partials, M, K_VECS, steps, VEC: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr):
+    """partials [T, 3, K] of chunks of steps BM pixels. Every lane runs Welford's update on the distance to the chunk's
+    first pixel, so that nothing cancels and no rounding is larger than the spread of the values calls for."""
+    K = K_VECS * VEC
+    chunk = tl.program_id(0)
+    row, channel = tile_of(tl.program_id(1), K, BM, BK)
+    first = chunk * steps * BM
+    row += first
+    origin = vector(z + first.to(tl.int64) * K, channel, K)
+    count = tl.zeros((BM, 1), tl.float32)
+    mean = tl.zeros((BM, BK), tl.float32)
+    m2 = tl.zeros((BM, BK), tl.float32)
+    for step in range(steps):
+        inside = (row < M)[:, None]
+        x = tl.load(z + at(row, channel, K), mask=inside & (channel < K)[None, :], other=0.0).to(tl.float32)
+        share = 1.0 / (step + 1)
+        delta = x - origin - mean
+        mean += delta * tl.where(inside, share, 0.0)
+        m2 += delta * delta * tl.where(inside, 1.0 - share, 0.0)
+        count += inside.to(tl.float32)
+        row += BM
+    total, centre, m2 = pooled_statistics(tl.broadcast_to(count, (BM, BK)), mean, m2)
+    out = partials + chunk * 3 * K + channel
+    tl.store(out, total, mask=channel < K)
+    tl.store(out + K, tl.reshape(origin, (BK,)) + centre, mask=channel < K)
+    tl.store(out + 2 * K, m2, mask=channel < K)
+
+
+@triton.jit
+def merged_statistics(partials, first, last, channel, K, BT: tl.constexpr, BK: tl.constexpr):
+    """count, mean and M2 [BK] of the partials first <= t < last."""
+    count = tl.zeros((BT, BK), tl.float32)
+    mean = tl.zeros((BT, BK), tl.float32)
+    m2 = tl.zeros((BT, BK), tl.float32)
+    for t in range(first, last, BT):
+        row = t + tl.arange(0, BT)
+        valid = (row < last)[:, None] & (channel < K)[None, :]
+        source = partials + at(row, channel, 3 * K)
+        n = tl.load(source, mask=valid, other=0.0)
+        delta = tl.load(source + K, mask=valid, other=0.0) - mean
+        total = count + n
+        share = n / tl.maximum(total, 1.0)
+        m2 += tl.load(source + 2 * K, mask=valid, other=0.0)
+        m2 += tl.where(n > 0, delta * delta * (count * share), 0.0)
+        mean += tl.where(n > 0, delta * share, 0.0)
+        count = total
+    return pooled_statistics(count, mean, m2)
+
+
+@triton.jit
+def merged_sums(partials, first, last, channel, K, BT: tl.constexpr, BK: tl.constexpr):
+    """Both sums [BK] of the partials first <= t < last."""
+    a = tl.zeros((BT, BK), tl.float32)
+    b = tl.zeros((BT, BK), tl.float32)
+    for t in range(first, last, BT):
+        row = t + tl.arange(0, BT)
+        valid = (row < last)[:, None] & (channel < K)[None, :]
+        source = partials + at(row, channel, 2 * K)
+        a += tl.load(source, mask=valid, other=0.0)
+        b += tl.load(source + K, mask=valid, other=0.0)
+    return tl.sum(a, 0), tl.sum(b, 0)
+
+
+@triton.jit(do_not_specialize=["T", "K"])
+def merge_kernel(partials, merged, T, K, ROWS: tl.constexpr, GROUP: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr):
+    """merged [T / GROUP, ROWS, K] from partials [T, ROWS, K]; ROWS tells which of the two kinds they are."""
+    group = tl.program_id(0)
+    channel = tl.program_id(1) * BK + tl.arange(0, BK)
+    valid = channel < K
+    first = group * GROUP
+    last = tl.minimum(first + GROUP, T)
+    out = merged + group * ROWS * K + channel
+    if ROWS == 3:
+        count, mean, m2 = merged_statistics(partials, first, last, channel, K, BT, BK)
+        tl.store(out, count, mask=valid)
+        tl.store(out + K, mean, mask=valid)
+        tl.store(out + 2 * K, m2, mask=valid)
+    else:
+        a, b = merged_sums(partials, first, last, channel, K, BT, BK)
+        tl.store(out, a, mask=valid)
+        tl.store(out + K, b, mask=valid)
+
+
+@triton.jit(do_not_specialize=["T", "K"])
+def finish_statistics_kernel(
+    partials, weight, bias, running_mean, running_var, vectors, T, K, eps, momentum, BT: tl.constexpr, BK: tl.constexpr
+):
+    """vectors [4, K] = mean, rstd, scale, shift, from partials or, without any, from the running statistics."""
+    channel = tl.program_id(0) * BK + tl.arange(0, BK)
+    valid = channel < K
+    if partials is None:
+        mean = tl.load(running_mean + channel, mask=valid, other=0.0).to(tl.float32)
+        var = tl.load(running_var + channel, mask=valid, other=1.0).to(tl.float32)
+    else:
+        count, mean, m2 = merged_statistics(partials, 0, T, channel, K, BT, BK)
+        count = tl.where(valid, count, 2.0)
+        var = tl.div_rn(m2, count)
+        if running_mean is not None:
+            old = tl.load(running_mean + channel, mask=valid, other=0.0).to(tl.float32)
+            new = old + momentum * (mean - old)
+            tl.store(running_mean + channel, new.to(running_mean.dtype.element_ty), mask=valid)
+        if running_var is not None:
+            old = tl.load(running_var + channel, mask=valid, other=0.0).to(tl.float32)
+            new = old + momentum * (tl.div_rn(m2, count - 1.0) - old)
+            tl.store(running_var + channel, new.to(running_var.dtype.element_ty), mask=valid)
+    rstd = tl.div_rn(1.0, tl.sqrt_rn(var + eps))
+    scale = rstd
+    if weight is not None:
+        scale *= tl.load(weight + channel, mask=valid, other=0.0).to(tl.float32)
+    shift = -mean * scale
+    if bias is not None:
+        shift += tl.load(bias + channel, mask=valid, other=0.0).to(tl.float32)
+    tl.store(vectors + channel, mean, mask=valid)
+    tl.store(vectors + K + channel, rstd, mask=valid)
+    tl.store(vectors + 2 * K + channel, scale, mask=valid)
+    tl.store(vectors + 3 * K + channel, shift, mask=valid)
+
+
+@triton.jit(do_not_specialize=["M", "K_VECS", "P", "Q", "H", "W", "C_VECS"])
+def normalize_kernel(
+    z, scale, shift, residual, residual_scale, residual_shift, y, M, K_VECS, P, Q, H, W, C_VECS,
+    RELU: tl.constexpr, STRIDE: tl.constexpr, VEC: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """One tile of y. STRIDE 0: residual is [M, K]; else [N, H, W, C], read at every STRIDE-th pixel, zero beyond C."""
+    K = K_VECS * VEC
+    row, channel = tile_of(tl.program_id(0), K, BM, BK)
+    valid = (row < M)[:, None] & (channel < K)[None, :]
+    out = tl.load(z + at(row, channel, K), mask=valid, other=0.0).to(tl.float32)
+    out = out * vector(scale, channel, K) + vector(shift, channel, K)
+    if residual is not None:
+        if STRIDE == 0:
+            x = tl.load(residual + at(row, channel, K), mask=valid, other=0.0).to(tl.float32)
+        else:
+            C = C_VECS * VEC
+            source = at(strided_row(row, P, Q, H, W, STRIDE), channel, C)
+            x = tl.load(residual + source, mask=valid & (channel < C)[None, :], other=0.0).to(tl.float32)
+        if residual_scale is not None:
+            x = x * vector(residual_scale, channel, K) + vector(residual_shift, channel, K)
+        out += x
+    if RELU:
+        out = relu(out)
+    tl.store(y + at(row, channel, K), out.to(y.dtype.element_ty), mask=valid)
+
+
+@triton.jit
+def gradient(
+    dy, y, tap, z, scale, shift, row, channel, valid, K, P, Q, U, V,
+    KERNEL: tl.constexpr, STRIDE: tl.constexpr, PAD: tl.constexpr,
+):  # fmt: skip
+    """g, fp32 [BM, BK]: dy (behind a max pool: gathered by tap), zero where y <= 0 or scale z + shift <= 0."""
+    if tap is None:
+        g = tl.load(dy + at(row, channel, K), mask=valid, other=0.0).to(tl.float32)
+    else:
+        g = gather(dy, tap, row, channel, valid, K, P, Q, U, V, KERNEL, STRIDE, PAD)
+    if y is not None:
+        g = tl.where(tl.load(y + at(row, channel, K), mask=valid, other=0.0) <= 0, 0.0, g)
+    if scale is not None:
+        g = tl.where(z * vector(scale, channel, K) + vector(shift, channel, K) <= 0, 0.0, g)
+    return g
+
+
+@triton.jit(do_not_specialize=["M", "K_VECS", "P", "Q", "U", "V", "steps"])
+def backward_reduce_kernel(
+    dy, y, tap, scale, shift, z, mean, partials, z_d, mean_d, partials_d, M, K_VECS, P, Q, U, V, steps,
+    KERNEL: tl.constexpr, STRIDE: tl.constexpr, PAD: tl.constexpr,
+    VEC: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """partials [T, 2, K] (and those of the projection's z_d, which shares g) of chunks of steps BM pixels."""
+    K = K_VECS * VEC
+    chunk = tl.program_id(0)
+    row, channel = tile_of(tl.program_id(1), K, BM, BK)
+    row += chunk * steps * BM
+    centre = vector(mean, channel, K)
+    sum_g = tl.zeros((BM, BK), tl.float32)
+    sum_gz = tl.zeros((BM, BK), tl.float32)
+    if z_d is not None:
+        centre_d = vector(mean_d, channel, K)
+        sum_gz_d = tl.zeros((BM, BK), tl.float32)
+    for _ in range(steps):
+        valid = (row < M)[:, None] & (channel < K)[None, :]
+        x = tl.load(z + at(row, channel, K), mask=valid, other=0.0).to(tl.float32)
+        g = gradient(
+            dy, y, tap, x, scale, shift, row, channel, valid, K, P, Q, U, V, KERNEL, STRIDE, PAD,
+        )  # fmt: skip
+        sum_g += g
+        sum_gz += g * (x - centre)
+        if z_d is not None:
+            x = tl.load(z_d + at(row, channel, K), mask=valid, other=0.0).to(tl.float32)
+            sum_gz_d += g * (x - centre_d)
+        row += BM
+    out = chunk * 2 * K + channel
+    total = tl.sum(sum_g, 0)
+    tl.store(partials + out, total, mask=channel < K)
+    tl.store(partials + out + K, tl.sum(sum_gz, 0), mask=channel < K)
+    if z_d is not None:
+        tl.store(partials_d + out, total, mask=channel < K)
+        tl.store(partials_d + out + K, tl.sum(sum_gz_d, 0), mask=channel < K)
+
+
+@triton.jit(do_not_specialize=["T", "K"])
+def finish_backward_kernel(
+    partials, weight, mean, rstd, dweight, dbias, vectors, T, K, inverse_count,
+    BATCH_STATISTICS: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """vectors [3, K] = p, q, r, and the gradients of weight and bias."""
+    channel = tl.program_id(0) * BK + tl.arange(0, BK)
+    valid = channel < K
+    sum_g, sum_gz = merged_sums(partials, 0, T, channel, K, BT, BK)
+    inverse_std = tl.load(rstd + channel, mask=valid, other=0.0)
+    p = inverse_std
+    if weight is not None:
+        p *= tl.load(weight + channel, mask=valid, other=0.0).to(tl.float32)
+    sum_gz *= inverse_std
+    q = tl.zeros_like(p)
+    r = tl.zeros_like(p)
+    if BATCH_STATISTICS:
+        q = -p * inverse_std * sum_gz * inverse_count
+        r = -p * sum_g * inverse_count - q * tl.load(mean + channel, mask=valid, other=0.0)
+    tl.store(dweight + channel, sum_gz.to(dweight.dtype.element_ty), mask=valid)
+    tl.store(dbias + channel, sum_g.to(dbias.dtype.element_ty), mask=valid)
+    tl.store(vectors + channel, p, mask=valid)
+    tl.store(vectors + K + channel, q, mask=valid)
+    tl.store(vectors + 2 * K + channel, r, mask=valid)
+
+
+@triton.jit
+def bn_backward(g, z, p, q, r, channel, K):
+    """dz = p g + q z + r, fp32 [BM, BK]; q and r may be None."""
+    dz = vector(p, channel, K) * g
+    if q is not None:
+        dz += vector(q, channel, K) * z + vector(r, channel, K)
+    return dz
+
+
+@triton.jit(do_not_specialize=["M", "K_VECS", "P", "Q", "U", "V"])
+def backward_apply_kernel(
+    dy, y, tap, scale, shift, z, p, q, r, dz, z_d, p_d, q_d, r_d, dz_d, dout, M, K_VECS, P, Q, U, V,
+    KERNEL: tl.constexpr, STRIDE: tl.constexpr, PAD: tl.constexpr,
+    VEC: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """One tile of dz, of the projection's dz_d and of g itself (dout), each where wanted."""
+    K = K_VECS * VEC
+    row, channel = tile_of(tl.program_id(0), K, BM, BK)
+    valid = (row < M)[:, None] & (channel < K)[None, :]
+    here = at(row, channel, K)
+    x = None
+    if (q is not None) or (scale is not None):
+        x = tl.load(z + here, mask=valid, other=0.0).to(tl.float32)
+    g = gradient(
+        dy, y, tap, x, scale, shift, row, channel, valid, K, P, Q, U, V, KERNEL, STRIDE, PAD,
+    )  # fmt: skip
+    if dz is not None:
+        tl.store(dz + here, bn_backward(g, x, p, q, r, channel, K).to(dz.dtype.element_ty), mask=valid)
+    if dz_d is not None:
+        x = None
+        if q_d is not None:
+            x = tl.load(z_d + here, mask=valid, other=0.0).to(tl.float32)
+        tl.store(dz_d + here, bn_backward(g, x, p_d, q_d, r_d, channel, K).to(dz.dtype.element_ty), mask=valid)
+    if dout is not None:
+        tl.store(dout + here, g.to(dout.dtype.element_ty), mask=valid)
+
+
+class Statistics(NamedTuple):
+    """fp32 [K] each: of a batch or running; scale = weight rstd, shift = bias - mean scale."""
+
+    mean: Tensor
+    rstd: Tensor
+    scale: Tensor
+    shift: Tensor
+
+
+class BackwardVectors(NamedTuple):
+    """dweight, dbias [K] in the weight's dtype (fp32 without one) and p, q, r fp32 [K] of dz = p g + q z + r."""
+
+    dweight: Tensor
+    dbias: Tensor
+    p: Tensor
+    q: Tensor
+    r: Tensor
+
+
+def statistics(z: Tensor) -> Tensor:
+    """Partial statistics [T, 3, K] fp32 of z [..., K] (bf16, fp16, fp32; contiguous): see the module's docstring.
+
+    Raises ValueError for other dtypes and layouts, and where z has no values.
+    """
+    view = _nonempty(rows("z", z, REDUCED))
+    chunks, steps = view.chunks()
+    partials = torch.empty((chunks, 3, view.K), dtype=torch.float32, device=z.device)
+    with torch.cuda.device_of(z):
+        statistics_kernel[(chunks, triton.cdiv(view.K, view.BK))](
+            z=z, partials=partials, M=view.M, K_VECS=view.K // view.VEC, steps=steps,
+            VEC=view.VEC, BM=view.BM, BK=view.BK, num_warps=WARPS,
+        )  # fmt: skip
+    return partials
+
+
+def finish_statistics(
+    partials: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    *,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    momentum: float = 0.0,
+) -> Statistics:
+    """Mean, rstd, scale and shift from partials [T, 3, K] of any producer.
+
+    weight, bias, running_mean, running_var: [K] in bf16, fp16 or fp32, or None (weight 1, bias 0, nothing tracked). The
+    running statistics move in place by momentum, running_var towards the unbiased variance, as in `nn.BatchNorm2d`.
+    Raises ValueError for arguments that do not fit together.
+    """
+    K = _check_partials(partials, 3)
+    partials = _merge(partials)
+    return _finish_statistics(
+        K, partials, weight=weight, bias=bias, eps=eps, running_mean=running_mean, running_var=running_var,
+        partials=partials, T=partials.shape[0], momentum=momentum,
+    )  # fmt: skip
+
+
+def running_statistics(
+    running_mean: Tensor, running_var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Statistics:
+    """What `finish_statistics` gives, for a BatchNorm in eval mode: from running statistics, which stay as they are."""
+    return _finish_statistics(
+        running_mean.numel(), running_mean, weight=weight, bias=bias, eps=eps,
+        running_mean=running_mean, running_var=running_var, partials=None, T=0, momentum=0.0,
+    )  # fmt: skip
+
+
+def _finish_statistics(
+    K: int,
+    like: Tensor,
+    *,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    partials: Tensor | None,
+    T: int,
+    eps: float,
+    momentum: float,
+) -> Statistics:
+    given = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
+    check_vectors(K, like, *DTYPES, **given)
+    vectors = torch.empty((4, K), dtype=torch.float32, device=like.device)
+    with torch.cuda.device_of(vectors):
+        finish_statistics_kernel[(triton.cdiv(K, _BK),)](
+            partials=partials, vectors=vectors, T=T, K=K, eps=eps, momentum=momentum, BT=_BT, BK=_BK, **given
+        )
+    return Statistics(*vectors.unbind())
+
+
+def normalize(
+    z: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    *,
+    relu: bool,
+    residual: Tensor | None = None,
+    residual_scale: Tensor | None = None,
+    residual_shift: Tensor | None = None,
+    residual_stride: int = 1,
+) -> Tensor:
+    """y = [relu](scale z + shift [+ residual | + residual_scale residual + residual_shift]), like z [..., K].
+
+    scale, shift, residual_scale, residual_shift: fp32 [K]; residual: like z, or the x [N, H, W, C <= K] of an option-A
+    shortcut to z [N, P, Q, K], which is taken at every residual_stride-th pixel and zero in the channels beyond C: the
+    padded tensor never exists (`reference.pad_shortcut`). Raises ValueError for arguments that do not fit z.
+    """
+    view = rows("z", z, STREAMED, also=0 if residual is None else residual.shape[-1])
+    vectors = {"scale": scale, "shift": shift, "residual_scale": residual_scale, "residual_shift": residual_shift}
+    check_vectors(view.K, z, **vectors)
+    if (residual_scale is None) != (residual_shift is None) or (residual_scale is not None and residual is None):
+        raise ValueError("residual_scale and residual_shift come together, and with a residual")
+    P = Q = H = W = C = stride = 0
+    if residual is not None and (residual_stride != 1 or residual.shape != z.shape):
+        H, W, C = check_shortcut("residual", residual, z, residual_stride)
+        P, Q, stride = z.shape[1], z.shape[2], residual_stride
+    else:
+        check_tensor("residual", residual, tuple(z.shape), z)
+    y = torch.empty_like(z)
+    if y.numel():
+        with torch.cuda.device_of(z):
+            normalize_kernel[(view.tiles,)](
+                z=z, residual=residual, y=y, M=view.M, K_VECS=view.K // view.VEC, P=P, Q=Q, H=H, W=W,
+                C_VECS=C // view.VEC, RELU=relu, STRIDE=stride, VEC=view.VEC, BM=view.BM, BK=view.BK,
+                num_warps=WARPS, **vectors,
+            )  # fmt: skip
+    return y
+
+
+def check_shortcut(name: str, x: Tensor, z: Tensor, stride: int) -> tuple[int, int, int]:
+    """H, W, C of the x [N, H, W, C] behind an option-A shortcut to z [N, P, Q, K]. ValueError where x cannot be it."""
+    check_tensor(name, x, tuple(x.shape), z)
+    fits = x.dim() == z.dim() == 4 and stride >= 1 and x.shape[0] == z.shape[0] and 1 <= x.shape[3] <= z.shape[3]
+    if not fits or any(-(-x.shape[i] // stride) != z.shape[i] for i in (1, 2)):
+        raise ValueError(f"{name} {list(x.shape)} at stride {stride} is no shortcut to {list(z.shape)}")
+    return x.shape[1], x.shape[2], x.shape[3]
+
+
+Mask = Tensor | tuple[Tensor, Tensor] | None
+
+
+def backward_reduce(
+    dy: Tensor,
+    z: Tensor,
+    mean: Tensor,
+    *,
+    mask: Mask = None,
+    pool: Pool | None = None,
+    projection: tuple[Tensor, Tensor] | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Partial sums [T, 2, K] fp32 of g and g (z - mean).
+
+    dy, z [..., K]; mean fp32 [K]. mask: the saved output y (g = dy where y > 0), the pair (scale, shift) (where
+    scale z + shift > 0) or None. pool: dy is the gradient of the max pool's output [N, U, V, K], z is [N, P, Q, K].
+    projection: (z_d, mean_d) of the shortcut's BatchNorm, which has the same g; its partials are returned second.
+    Raises ValueError for arguments that do not fit z, and where z has no values.
+    """
+    view = _nonempty(rows("z", z, REDUCED if pool is None else WINDOWED))
+    source = _gradient_source(dy, z, mask, pool)
+    z_d, mean_d = projection or (None, None)
+    check_tensor("projection z", z_d, tuple(z.shape), z)
+    check_vectors(view.K, z, mean=mean, projection_mean=mean_d)
+    chunks, steps = view.chunks()
+    partials = torch.empty((chunks, 2, view.K), dtype=torch.float32, device=z.device)
+    partials_d = None if projection is None else torch.empty_like(partials)
+    with torch.cuda.device_of(z):
+        backward_reduce_kernel[(chunks, triton.cdiv(view.K, view.BK))](
+            z=z, mean=mean, partials=partials, z_d=z_d, mean_d=mean_d, partials_d=partials_d,
+            M=view.M, K_VECS=view.K // view.VEC, steps=steps,
+            VEC=view.VEC, BM=view.BM, BK=view.BK, num_warps=WARPS, **source,
+        )  # fmt: skip
+    return partials if partials_d is None else (partials, partials_d)
+
+
+def finish_backward(
+    partials: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, count: int, *, batch_statistics: bool
+) -> BackwardVectors:
+    """dweight, dbias, p, q, r from partials [T, 2, K] of any producer; count = N P Q.
+
+    batch_statistics: gradients flow through mean and rstd as well; else they were given, and q = r = 0. weight: [K] in
+    bf16, fp16 or fp32, or None. Raises ValueError for arguments that do not fit together.
+    """
+    K = _check_partials(partials, 2)
+    check_vectors(K, partials, mean=mean, rstd=rstd)
+    check_vectors(K, partials, *DTYPES, weight=weight)
+    if count < 1:
+        raise ValueError(f"count must be >= 1, got {count}")
+    partials = _merge(partials)
+    vectors = torch.empty((3, K), dtype=torch.float32, device=partials.device)
+    dweight, dbias = (torch.empty_like(mean if weight is None else weight) for _ in range(2))
+    with torch.cuda.device_of(partials):
+        finish_backward_kernel[(triton.cdiv(K, _BK),)](
+            partials=partials, weight=weight, mean=mean, rstd=rstd, dweight=dweight, dbias=dbias, vectors=vectors,
+            T=partials.shape[0], K=K, inverse_count=1.0 / count, BATCH_STATISTICS=batch_statistics, BT=_BT, BK=_BK,
+        )  # fmt: skip
+    return BackwardVectors(dweight, dbias, *vectors.unbind())
+
+
+def backward_apply(
+    dy: Tensor,
+    z: Tensor,
+    p: Tensor,
+    q: Tensor | None,
+    r: Tensor | None,
+    *,
+    mask: Mask = None,
+    pool: Pool | None = None,
+    projection: tuple[Tensor, Tensor, Tensor | None, Tensor | None] | None = None,
+    with_g: bool = False,
+) -> Tensor | tuple[Tensor, ...]:
+    """dz = p g + q z + r like z; with a projection also its dz_d, with_g also g itself (for a shortcut that carries it
+    on), in this order.
+
+    Arguments as of `backward_reduce`; p, q, r fp32 [K], projection: (z_d, p_d, q_d, r_d). q = r = None for statistics
+    that were given: z is then read only if the mask needs it. Raises ValueError for arguments that do not fit z.
+    """
+    z_d, p_d, q_d, r_d = projection or (None, None, None, None)
+    if (q is None) != (r is None) or (q_d is None) != (r_d is None):
+        raise ValueError("q and r come together")
+    check_tensor("projection z", z_d, tuple(z.shape), z)
+    dz = torch.empty_like(z)
+    dz_d = None if projection is None else torch.empty_like(z)
+    g = torch.empty_like(z) if with_g else None
+    vectors = {"p": p, "q": q, "r": r, "p_d": p_d, "q_d": q_d, "r_d": r_d}
+    _backward_apply(dy, z, mask, pool, vectors, dz=dz, z_d=z_d, dz_d=dz_d, dout=g)
+    return dz if dz_d is None and g is None else tuple(t for t in (dz, dz_d, g) if t is not None)
+
+
+def max_pool_backward(
+    dy: Tensor, tap: Tensor, z: Tensor, scale: Tensor, shift: Tensor, *, kernel: int, stride: int, pad: int
+) -> Tensor:
+    """g like z [N, P, Q, K] at the BatchNorm's output, behind `normalize_max_pool`, from dy and tap [N, U, V, K].
+
+    `backward_reduce` and `backward_apply` compute the same g on the fly (`pool=`): this is for who needs it stored.
+    """
+    g = torch.empty_like(z)
+    vectors = dict.fromkeys(("p", "q", "r", "p_d", "q_d", "r_d"))
+    pool = Pool(tap, kernel, stride, pad)
+    _backward_apply(dy, z, (scale, shift), pool, vectors, dz=None, z_d=None, dz_d=None, dout=g)
+    return g
+
+
+def _backward_apply(
+    dy: Tensor,
+    z: Tensor,
+    mask: Mask,
+    pool: Pool | None,
+    vectors: dict[str, Tensor | None],
+    **tensors: Tensor | None,
+) -> None:
+    view = rows("z", z, STREAMED if pool is None else WINDOWED)
+    source = _gradient_source(dy, z, mask, pool)
+    check_vectors(view.K, z, **vectors)
+    if view.M:
+        with torch.cuda.device_of(z):
+            backward_apply_kernel[(view.tiles,)](
+                z=z, M=view.M, K_VECS=view.K // view.VEC, VEC=view.VEC, BM=view.BM, BK=view.BK, num_warps=WARPS,
+                **source, **vectors, **tensors,
+            )  # fmt: skip
+
+
+def _gradient_source(dy: Tensor, z: Tensor, mask: Mask, pool: Pool | None) -> dict[str, Any]:
+    """The arguments of `gradient`, checked."""
+    y = mask if isinstance(mask, Tensor) else None
+    scale, shift = (None, None) if mask is None or isinstance(mask, Tensor) else mask
+    check_tensor("mask", y, tuple(z.shape), z)
+    check_vectors(z.shape[-1], z, scale=scale, shift=shift)
+    P = Q = U = V = 1
+    kernel, stride, pad = (1, 1, 0) if pool is None else pool[1:]
+    if pool is None:
+        check_tensor("dy", dy, tuple(z.shape), z)
+    else:
+        shape = check_pool(z, kernel, stride, pad)
+        check_tensor("dy", dy, shape, z)
+        check_tensor("tap", pool.tap, shape, z, torch.uint8)
+        (_, P, Q, _), (_, U, V, _) = z.shape, shape
+    return {
+        "dy": dy, "y": y, "tap": None if pool is None else pool.tap, "scale": scale, "shift": shift,
+        "P": P, "Q": Q, "U": U, "V": V, "KERNEL": kernel, "STRIDE": stride, "PAD": pad,
+    }  # fmt: skip
+
+
+def _nonempty(view: Rows) -> Rows:
+    if view.M == 0:
+        raise ValueError("a reduction over no values: z is empty")
+    return view
+
+
+def _check_partials(partials: Tensor, sums: int) -> int:
+    """K. Raises ValueError unless partials is fp32 [T >= 1, sums, K], contiguous."""
+    if partials.dim() != 3 or partials.shape[0] < 1 or partials.shape[1] != sums:
+        raise ValueError(f"partials must be [T >= 1, {sums}, K], got shape {tuple(partials.shape)}")
+    if partials.dtype != torch.float32 or not partials.is_contiguous():
+        raise ValueError(f"partials must be contiguous float32, got {partials.dtype}, strides {partials.stride()}")
+    return partials.shape[2]
+
+
+def _merge(partials: Tensor) -> Tensor:
+    """Partials merged in groups until few enough are left for one program to walk over."""
+    while partials.shape[0] > _PARTIALS:
+        T, sums, K = partials.shape
+        groups = triton.cdiv(T, _GROUP)
+        merged = torch.empty((groups, sums, K), dtype=torch.float32, device=partials.device)
+        with torch.cuda.device_of(partials):
+            merge_kernel[(groups, triton.cdiv(K, _BK))](
+                partials=partials, merged=merged, T=T, K=K, ROWS=sums, GROUP=_GROUP, BT=_BT, BK=_BK,
+            )  # fmt: skip
+        partials = merged
+    return partials
+
+
+__all__ = [
+    "BackwardVectors",
+    "Pool",
+    "Statistics",
+    "backward_apply",
+    "backward_reduce",
+    "finish_backward",
+    "finish_statistics",
+    "max_pool_backward",
+    "normalize",
+    "normalize_max_pool",
+    "running_statistics",
+    "statistics",
+]
