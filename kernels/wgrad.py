@@ -269,6 +269,8 @@ def conv_wgrad(
         refusal = refusal or f"stride {stride} on {problem.H}x{problem.W} has no view as pairs of rows and columns"
     ieee = dy.dtype == torch.float32 and precision == "ieee"
     tile = choose(tile, lambda tma: wgrad_tile(problem, dy.dtype, tma, gpu_of(dy.device), ieee), refusal)
+    if tile.splits < 1:
+        raise ValueError(f"splits must be >= 1, got {tile.splits}")
     if tile.taps != 1 and (tile.taps != 3 or problem.S != 3 or tile.box is None):
         raise ValueError(f"taps={tile.taps}: a program takes 1 filter tap, or the 3 of a row of a 3-wide filter by TMA")
 

@@ -1,0 +1,540 @@
+"""dgrad and wgrad against float64, with everything that can stand before and behind them.
+
+On a CPU the kernels are interpreted, in float32 and float16 (the interpreter's bfloat16 products are wrong); on a GPU the
+same tests run compiled, bfloat16 and the layers of ResNet-50 join in.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import triton
+from cases import assert_close_to_reference
+from torch import Tensor
+from torch.nn.grad import conv2d_input, conv2d_weight
+
+from fastres.kernels import dgrad as dgrad_module
+from fastres.kernels import wgrad as wgrad_module
+from fastres.kernels.config import Tile
+from fastres.kernels.dgrad import conv_dgrad
+from fastres.kernels.problem import ConvProblem
+from fastres.kernels.wgrad import conv_wgrad
+
+pytestmark = [
+    pytest.mark.interpret,
+    pytest.mark.skipif(
+        not (torch.cuda.is_available() or triton.knobs.runtime.interpret), reason="needs a GPU or TRITON_INTERPRET=1"
+    ),
+    pytest.mark.usefixtures("poisoned", "_full_float32"),
+]
+
+DEVICE = "cpu" if triton.knobs.runtime.interpret else "cuda"
+DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])
+
+GATHER = Tile(16, 32, 16, warps=4, stages=2)
+BOXES = Tile(16, 32, 16, warps=4, stages=2, box=(2, 4, 4))
+WGRAD_GATHER = Tile(16, 16, 32, warps=4, stages=2, splits=3)
+WGRAD_BOXES = Tile(16, 16, 32, warps=4, stages=2, box=(2, 4, 4), splits=2)
+
+ODD = ConvProblem(N=1, H=9, W=8, C=5, K=7, R=3, S=3, pad=1)
+POINTWISE = ConvProblem(N=2, H=7, W=5, C=24, K=16)
+SQUARE = ConvProblem(N=3, H=6, W=7, C=8, K=24, R=3, S=3, pad=1)
+STRIDED = ConvProblem(N=2, H=8, W=6, C=16, K=8, R=3, S=3, stride=2, pad=1)
+SHAPES = {
+    "odd": ODD,
+    "pointwise": POINTWISE,
+    "3x3": SQUARE,
+    "3x3 stride 2": STRIDED,
+    "3x3 stride 2 odd": ConvProblem(N=2, H=9, W=7, C=8, K=8, R=3, S=3, stride=2, pad=1),
+    "1x1 stride 2": ConvProblem(N=2, H=8, W=6, C=8, K=16, stride=2),
+    "1x1 stride 2 odd": ConvProblem(N=1, H=9, W=7, C=8, K=16, stride=2),
+    "stem": ConvProblem(N=1, H=11, W=10, C=3, K=8, R=7, S=7, stride=2, pad=3),
+    "groups": ConvProblem(N=1, H=5, W=6, C=12, K=8, R=3, S=3, pad=1, groups=4),
+    "wide groups, stride 2": ConvProblem(N=1, H=7, W=6, C=32, K=32, R=3, S=3, stride=2, pad=1, groups=2),
+    "dilation": ConvProblem(N=1, H=8, W=8, C=8, K=8, R=3, S=3, pad=2, dilation=2),
+    "dilation 2, stride 2": ConvProblem(N=1, H=9, W=8, C=8, K=8, R=3, S=3, stride=2, pad=1, dilation=2),
+    "dilation 2, stride 3, no padding": ConvProblem(N=1, H=9, W=8, C=6, K=4, R=3, S=2, stride=3, dilation=2),
+    "more padding than filter": ConvProblem(N=1, H=4, W=5, C=8, K=8, R=2, S=3, pad=3),
+    "one pixel": ConvProblem(N=1, H=1, W=1, C=8, K=8, R=3, S=3, stride=2, pad=1),
+}
+
+FEATURES = {
+    "plain": "",
+    "bn": "bn",
+    "bn, masked": "bn mask",
+    "bn, masked by its own sign": "bn sign",
+    "masked": "mask",
+    "relu": "relu",
+    "residual": "residual",
+    "masked residual": "residual out",
+    "all": "bn mask relu residual out",
+}
+
+
+@pytest.fixture
+def _full_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
+@dataclass
+class Operands:
+    """Tensors of one backward step. Signs are decided by dyadic numbers that every dtype holds exactly, so that no
+    rounding can flip a mask."""
+
+    problem: ConvProblem
+    dy: Tensor
+    w: Tensor
+    x: Tensor
+    z: Tensor
+    mask: Tensor
+    dout: Tensor
+    out: Tensor
+    p: Tensor
+    q: Tensor
+    r: Tensor
+    scale: Tensor  # [C], of the previous layer
+    shift: Tensor
+    mean: Tensor
+    own_scale: Tensor  # [K]
+    own_shift: Tensor
+
+    def map(self, convert: Callable[[Tensor], Tensor]) -> Operands:
+        tensors = {f.name: convert(getattr(self, f.name)) for f in dataclasses.fields(self) if f.name != "problem"}
+        return Operands(self.problem, **tensors)
+
+
+def make(problem: ConvProblem, dtype: torch.dtype) -> Operands:
+    N, H, W, C, P, Q, K = problem.N, problem.H, problem.W, problem.C, problem.P, problem.Q, problem.K
+
+    def values(*shape: int, std: float = 1.0) -> Tensor:
+        return (torch.randn(shape, device=DEVICE) * std).to(dtype)
+
+    def dyadic(*shape: int) -> Tensor:
+        return (torch.randn(shape, device=DEVICE).clamp(-4, 4) * 8).round() / 8
+
+    def scales(channels: int) -> Tensor:
+        sign = torch.randint(0, 2, (channels,), device=DEVICE) * 2 - 1
+        return sign * 2.0 ** torch.randint(-1, 2, (channels,), device=DEVICE)
+
+    c_group = C // problem.groups
+    return Operands(
+        problem,
+        dy=values(N, P, Q, K),
+        w=values(K, problem.R, problem.S, c_group, std=(problem.R * problem.S * c_group) ** -0.5),
+        x=dyadic(N, H, W, C).to(dtype),
+        z=dyadic(N, P, Q, K).to(dtype),
+        mask=values(N, P, Q, K),
+        dout=values(N, H, W, C),
+        out=values(N, H, W, C).relu(),
+        p=torch.rand(K, device=DEVICE) + 0.5,
+        q=torch.randn(K, device=DEVICE) / 4,
+        r=torch.randn(K, device=DEVICE),
+        scale=scales(C),
+        shift=dyadic(C),
+        mean=torch.randn(C, device=DEVICE),
+        own_scale=scales(K),
+        own_shift=dyadic(K),
+    )
+
+
+def nchw(t: Tensor) -> Tensor:
+    return t.permute(0, 3, 1, 2)
+
+
+def nhwc(t: Tensor) -> Tensor:
+    return t.permute(0, 2, 3, 1)
+
+
+def where_positive(sign: Tensor, g: Tensor) -> Tensor:
+    """As torch's backward of ReLU: zero where sign <= 0, so that NaN passes."""
+    return torch.where(sign <= 0, torch.zeros_like(g), g)
+
+
+def dz_of(o: Operands, features: str) -> Tensor:
+    """By definition, in o.dy's dtype; what lies between in p's."""
+    wide, g = o.p.dtype, o.dy
+    if "mask" in features:
+        g = where_positive(o.mask, g)
+    if "sign" in features:
+        g = where_positive(o.own_scale * o.z.to(wide) + o.own_shift, g)
+    return (o.p * g.to(wide) + o.q * o.z.to(wide) + o.r).to(o.dy.dtype) if "bn" in features else g
+
+
+def conv_args(problem: ConvProblem) -> dict[str, int]:
+    return {"stride": problem.stride, "dilation": problem.dilation, "groups": problem.groups}
+
+
+def reference_dgrad(o: Operands, features: str) -> tuple[Tensor, Tensor | None]:
+    """dx and, with "relu", the sums [2, C] of dx as stored."""
+    n, wide = o.problem, o.p.dtype
+    dx = conv2d_input((n.N, n.C, n.H, n.W), nchw(o.w), nchw(dz_of(o, features)), padding=n.pad, **conv_args(n))
+    dx = nhwc(dx)
+    if "residual" in features:
+        dx = dx + (where_positive(o.out, o.dout) if "out" in features else o.dout)
+    if "relu" not in features:
+        return dx, None
+    dx = where_positive(o.scale * o.x.to(wide) + o.shift, dx)
+    return dx, terms_of(dx, o).sum((1, 2, 3))
+
+
+def terms_of(dx: Tensor, o: Operands) -> Tensor:
+    """[2, N, H, W, C], float64: what the partial sums are sums of."""
+    return torch.stack((dx.double(), dx.double() * (o.x.double() - o.mean.double())))
+
+
+def reference_wgrad(o: Operands, features: str) -> Tensor:
+    n, wide = o.problem, o.p.dtype
+    a = F.relu(o.scale * o.x.to(wide) + o.shift).to(o.x.dtype) if "activation" in features else o.x
+    shape = (n.K, n.C // n.groups, n.R, n.S)
+    return nhwc(conv2d_weight(nchw(a), shape, nchw(dz_of(o, features)), padding=n.pad, **conv_args(n)))
+
+
+def load_options(o: Operands, features: str) -> dict[str, Any]:
+    options: dict[str, Any] = {"pad": o.problem.pad, **conv_args(o.problem)}
+    if "bn" in features:
+        options["bn_backward"] = (o.z, o.p, o.q, o.r)
+    if "mask" in features:
+        options["dy_mask"] = o.mask
+    if "sign" in features:
+        options["dy_mask"] = (o.own_scale, o.own_shift)
+    return options
+
+
+def run_dgrad(o: Operands, features: str, tile: Tile | None, **options: Any) -> tuple[Tensor, Tensor | None]:
+    options = {**load_options(o, features), **options}
+    if "relu" in features:
+        options["relu_mask"] = (o.x, o.scale, o.shift, o.mean)
+    if "residual" in features:
+        options["residual"] = o.dout
+    if "out" in features:
+        options["residual_mask"] = o.out
+    n = o.problem
+    result = conv_dgrad(o.dy, o.w, (n.N, n.H, n.W, n.C), tile=tile, **options)
+    return result if isinstance(result, tuple) else (result, None)
+
+
+def run_wgrad(o: Operands, features: str, tile: Tile | None, **options: Any) -> Tensor:
+    options = {**load_options(o, features), **options}
+    if "activation" in features:
+        options["prologue"] = (o.scale, o.shift)
+    n = o.problem
+    return conv_wgrad(o.dy, o.x, (n.K, n.R, n.S, n.C // n.groups), tile=tile, **options)
+
+
+def check_dgrad(o: Operands, features: str, tile: Tile | None, **options: Any) -> None:
+    """Allowed: a few times the error of PyTorch's own kernels in the same dtype, on the same numbers."""
+    dx, partials = run_dgrad(o, features, tile, **options)
+    want, _ = reference_dgrad(o.map(Tensor.double), features)
+    torch_dx, _ = reference_dgrad(o, features)
+    assert_close_to_reference(dx, want, torch_dx, factor=4, what="dx")
+    if partials is not None:
+        assert partials.dtype == torch.float32
+        terms = terms_of(dx, o)
+        error = (partials.double().sum(0) - terms.sum((1, 2, 3))).abs()
+        allowed = 4 * torch.finfo(torch.float32).eps * terms.abs().sum((1, 2, 3))  # grows with the terms, not the sum
+        assert (error <= allowed).all(), f"partial sums: error {error.tolist()}, allowed {allowed.tolist()}"
+
+
+def check_wgrad(o: Operands, features: str, tile: Tile | None, **options: Any) -> None:
+    dw = run_wgrad(o, features, tile, **options)
+    assert dw.is_contiguous()
+    want = reference_wgrad(o.map(Tensor.double), features)
+    baseline = reference_wgrad(o, features).to(dw.dtype)
+    assert_close_to_reference(dw, want, baseline, factor=4, what="dw")
+
+
+def dgrad_tiles(problem: ConvProblem) -> list[Tile]:
+    return [GATHER, BOXES] if problem.groups == 1 and problem.C % 8 == problem.K % 8 == 0 else [GATHER]
+
+
+def wgrad_tiles(problem: ConvProblem) -> list[Tile]:
+    if problem.groups > 1 or problem.C % 8 or problem.K % 8:
+        return [WGRAD_GATHER]
+    if problem.stride > 2 or (problem.stride == 2 and (problem.H % 2 or problem.W % 2)):
+        return [WGRAD_GATHER]
+    row = [dataclasses.replace(WGRAD_BOXES, taps=3)] if problem.S == 3 else []
+    return [WGRAD_GATHER, WGRAD_BOXES, *row]
+
+
+@pytest.mark.parametrize("features", ["", "all"])
+@pytest.mark.parametrize("name", SHAPES)
+def test_dgrad_shapes(name: str, features: str) -> None:
+    o = make(SHAPES[name], torch.float32)
+    for tile in dgrad_tiles(o.problem):
+        check_dgrad(o, FEATURES.get(features, features), tile)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("features", FEATURES.values(), ids=FEATURES.keys())
+@pytest.mark.parametrize("problem", [ODD, POINTWISE, STRIDED], ids=["odd", "pointwise", "stride 2"])
+def test_dgrad_features(problem: ConvProblem, features: str, dtype: torch.dtype) -> None:
+    check_dgrad(make(problem, dtype), features, dgrad_tiles(problem)[-1])
+
+
+@pytest.mark.parametrize("features", ["", "bn mask activation"])
+@pytest.mark.parametrize("name", SHAPES)
+def test_wgrad_shapes(name: str, features: str) -> None:
+    o = make(SHAPES[name], torch.float32)
+    for tile in wgrad_tiles(o.problem):
+        check_wgrad(o, features, tile)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("features", ["bn", "activation", "bn activation", "bn sign", "mask"])
+@pytest.mark.parametrize("problem", [ODD, POINTWISE, SQUARE, STRIDED], ids=["odd", "pointwise", "3x3", "stride 2"])
+def test_wgrad_features(problem: ConvProblem, features: str, dtype: torch.dtype) -> None:
+    check_wgrad(make(problem, dtype), features, wgrad_tiles(problem)[-1])
+
+
+@pytest.mark.parametrize("splits", [1, 5, 1000])
+def test_wgrad_splits_and_output_dtype(splits: int) -> None:
+    o = make(SQUARE, torch.float16)
+    tile = dataclasses.replace(WGRAD_GATHER, splits=splits)
+    check_wgrad(o, "", tile, out_dtype=torch.float16)
+    check_wgrad(o, "", tile, out_dtype=torch.float32)
+
+
+def test_training_chain_against_autograd() -> None:
+    """relu(bn(conv(relu(bn(x))))): every gradient of the conv between two BatchNorms, by autograd in float64."""
+    o = make(ConvProblem(N=2, H=8, W=6, C=16, K=8, R=3, S=3, stride=2, pad=1), torch.float32)
+
+    def chain(dtype: torch.dtype) -> list[Tensor]:
+        """g behind the last ReLU, z, and the gradients behind the first ReLU and of w; [N, H, W, C]."""
+        weight = torch.ones(16, dtype=dtype, device=DEVICE)
+        x, w, bias = nchw(o.x).to(dtype), nchw(o.w).to(dtype).requires_grad_(), o.shift.to(dtype)
+        before = F.batch_norm(x, None, None, weight, bias, training=True).requires_grad_()
+        z = F.conv2d(F.relu(before), w, stride=2, padding=1)
+        y = F.batch_norm(z, None, None, o.p.to(dtype), o.own_shift.to(dtype), training=True)
+        y.retain_grad()
+        F.relu(y).backward(nchw(o.dy).to(dtype))
+        return [nhwc(t.detach()).contiguous() for t in (y.grad, z, before.grad, w.grad)]
+
+    def moments(t: Tensor) -> tuple[Tensor, Tensor]:
+        return t.mean((0, 1, 2)), (t.var((0, 1, 2), unbiased=False) + 1e-5).rsqrt()
+
+    g, z, dx, dw = chain(torch.float64)
+    _, _, torch_dx, torch_dw = chain(torch.float32)
+    mean, rstd = moments(z)
+    p = o.p.double() * rstd
+    q = -p * rstd * (g * (z - mean) * rstd).mean((0, 1, 2))
+    r = -p * g.mean((0, 1, 2)) - q * mean
+    g, z, p, q, r = (t.float() for t in (g, z, p, q, r))
+    mean, scale = moments(o.x.double())
+    shift = (o.shift - mean * scale).float()
+    mean, scale = mean.float(), scale.float()
+    options: dict[str, Any] = {"stride": 2, "pad": 1, "bn_backward": (z, p, q, r)}
+    sums = torch.stack((dx.sum((0, 1, 2)), (dx * (o.x - mean)).sum((0, 1, 2))))
+    for tile in (GATHER, BOXES):
+        got, partials = conv_dgrad(g, o.w, tuple(o.x.shape), relu_mask=(o.x, scale, shift, mean), tile=tile, **options)
+        assert_close_to_reference(got, dx, torch_dx, factor=4, what="dx")
+        torch_sums = torch.stack((torch_dx.sum((0, 1, 2)), (torch_dx * (o.x - mean)).sum((0, 1, 2))))
+        assert_close_to_reference(partials.sum(0), sums, torch_sums, factor=4, what="partial sums")
+    for tile in (WGRAD_GATHER, WGRAD_BOXES):
+        got = conv_wgrad(g, o.x, tuple(o.w.shape), prologue=(scale, shift), tile=tile, **options)
+        assert_close_to_reference(got, dw, torch_dw, factor=4, what="dw")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("problem", [ODD, STRIDED, SHAPES["groups"]], ids=["odd", "stride 2", "groups"])
+def test_integers_are_exact(problem: ConvProblem, dtype: torch.dtype) -> None:
+    """Small integers: no product or sum of them is rounded, so nothing may be off by a bit."""
+    o = make(problem, dtype).map(lambda t: t.float().round().clamp(-1, 1).to(t.dtype))
+    o64 = o.map(Tensor.double)
+    for tile in dgrad_tiles(problem):
+        dx, partials = run_dgrad(o, FEATURES["all"], tile)
+        want, sums = reference_dgrad(o64, FEATURES["all"])
+        assert torch.equal(dx.double(), want)
+        assert partials is not None
+        assert torch.equal(partials.double().sum(0), sums)
+    for tile in wgrad_tiles(problem):
+        dw = run_wgrad(o, "bn mask activation", tile)
+        assert torch.equal(dw.double(), reference_wgrad(o64, "bn mask activation"))
+
+
+@pytest.mark.parametrize("problem", [POINTWISE, STRIDED, ODD], ids=["pointwise", "stride 2", "odd"])
+def test_nan_goes_where_torch_sends_it(problem: ConvProblem) -> None:
+    o = make(problem, torch.float32)
+    for tensor, at in ((o.dy, (0, 1, 2, 3)), (o.x, (0, 2, 1, 1)), (o.out, (0, 0, 0, 0)), (o.mask, (0, 0, 1, 1))):
+        tensor[at] = float("nan")
+    for features in ("", "bn mask relu residual out"):
+        want, _ = reference_dgrad(o, features)
+        assert want.isnan().any()
+        for tile in dgrad_tiles(problem):
+            dx, partials = run_dgrad(o, features, tile)
+            assert torch.equal(dx.isnan(), want.isnan())
+            if partials is not None:
+                poisoned = want.isnan().any(0).any(0).any(0)
+                poisoned[1] |= True  # z_prev itself is NaN there
+                assert not partials.sum(0)[:, ~poisoned].isnan().any()
+                assert partials.sum(0)[1, poisoned].isnan().all()
+    for features in ("", "mask activation"):
+        want = reference_wgrad(o, features)
+        assert want.isnan().any()
+        assert not want.isnan().all()
+        for tile in wgrad_tiles(problem):
+            dw = run_wgrad(o, features, tile)
+            assert torch.equal(dw.isnan(), want.isnan())
+
+
+@pytest.mark.parametrize("problem", [STRIDED, SHAPES["groups"]], ids=["stride 2", "groups"])
+def test_equal_inputs_give_equal_bits(problem: ConvProblem) -> None:
+    o = make(problem, torch.float16)
+    for tile in dgrad_tiles(problem):
+        first, second = (run_dgrad(o, FEATURES["all"], tile) for _ in range(2))
+        assert torch.equal(first[0], second[0])
+        assert torch.equal(first[1], second[1])
+    for tile in wgrad_tiles(problem):
+        first, second = (run_wgrad(o, "bn activation", tile) for _ in range(2))
+        assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("problem", [ODD, STRIDED], ids=["odd", "stride 2"])
+def test_64_bit_offsets_change_nothing(problem: ConvProblem, monkeypatch: pytest.MonkeyPatch) -> None:
+    o = make(problem, torch.float32)
+    cases = [(run_dgrad, FEATURES["all"], tile) for tile in dgrad_tiles(problem)]
+    cases += [(run_wgrad, "bn activation", tile) for tile in wgrad_tiles(problem)]
+    narrow = [run(o, features, tile) for run, features, tile in cases]
+    monkeypatch.setattr(ConvProblem, "int32_safe", property(lambda self: False))
+    wide = [run(o, features, tile) for run, features, tile in cases]
+    for a, b in zip(narrow, wide, strict=True):
+        for left, right in zip(a, b, strict=True):
+            assert torch.equal(left, right)
+
+
+@pytest.mark.parametrize("precision", ["ieee", "tf32"])
+def test_precision(precision: str) -> None:
+    """TF32 keeps 10 bits of each factor."""
+    o = make(SQUARE, torch.float32)
+    dx, _ = run_dgrad(o, "bn", GATHER, precision=precision)
+    dw = run_wgrad(o, "bn", WGRAD_GATHER, precision=precision)
+    wanted = (reference_dgrad(o.map(Tensor.double), "bn")[0], reference_wgrad(o.map(Tensor.double), "bn"))
+    allowed = 2.0**-9 if precision == "tf32" else 2.0**-20
+    for got, want in zip((dx, dw), wanted, strict=True):
+        assert (got - want).abs().max() <= allowed * want.abs().max()
+
+
+class _Broken:
+    """A kernel launched with some of its arguments replaced."""
+
+    def __init__(self, kernel: Any, **wrong: Any) -> None:
+        self.kernel, self.wrong = kernel, wrong
+
+    def __getitem__(self, grid: Any) -> Callable[..., None]:
+        return lambda **arguments: self.kernel[grid](**{**arguments, **self.wrong})
+
+
+@pytest.mark.parametrize("wrong", [{"PADDED": False}, {"offset_h": 0}, {"SKIP_S": 2}], ids=str)
+def test_a_wrong_dgrad_fails(wrong: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dgrad_module, "dgrad_kernel", _Broken(dgrad_module.dgrad_kernel, **wrong))
+    with pytest.raises(AssertionError, match="error"):
+        check_dgrad(make(SQUARE, torch.float32), "bn", GATHER)
+
+
+@pytest.mark.parametrize("wrong", [{"PADDED_A": False}, {"PAD": 0}, {"steps_in_all": 1}], ids=str)
+def test_a_wrong_wgrad_fails(wrong: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wgrad_module, "wgrad_kernel", _Broken(wgrad_module.wgrad_kernel, **wrong))
+    with pytest.raises(AssertionError, match="error"):
+        check_wgrad(make(SQUARE, torch.float32), "bn activation", dataclasses.replace(WGRAD_GATHER, splits=1))
+
+
+def random_case(seed: int) -> tuple[ConvProblem, torch.dtype, str, str]:
+    rng = random.Random(seed)
+    while True:
+        groups = rng.choice([1, 1, 1, 2, 3])
+        try:
+            problem = ConvProblem(
+                N=rng.randint(1, 3),
+                H=rng.randint(1, 9),
+                W=rng.randint(1, 9),
+                C=groups * rng.choice([1, 3, 8, 16, 20]),
+                K=groups * rng.choice([1, 5, 8, 24]),
+                R=rng.randint(1, 4),
+                S=rng.randint(1, 4),
+                stride=rng.randint(1, 3),
+                pad=rng.randint(0, 3),
+                dilation=rng.randint(1, 2),
+                groups=groups,
+            )
+        except ValueError:  # the filter is larger than the padded input
+            continue
+        load = rng.choice(["", "bn ", "mask ", "bn mask ", "bn sign "])
+        store = load + rng.choice(["", "relu ", "residual ", "relu residual out "])
+        return problem, rng.choice(DTYPES), store, load + rng.choice(["", "activation "])
+
+
+@pytest.mark.parametrize("seed", range(12 if DEVICE == "cpu" else 200))
+def test_fuzz(seed: int) -> None:
+    problem, dtype, dgrad_features, wgrad_features = random_case(seed)
+    torch.manual_seed(seed)
+    print(f"reproduce: pytest 'tests/test_conv_backward.py::test_fuzz[{seed}]'  # {problem} {dtype}")
+    o = make(problem, dtype)
+    for tile in dgrad_tiles(problem):
+        check_dgrad(o, dgrad_features, tile)
+    for tile in wgrad_tiles(problem):
+        check_wgrad(o, wgrad_features, tile)
+
+
+def test_no_pixels() -> None:
+    problem = ConvProblem(N=0, H=4, W=4, C=8, K=16, R=3, S=3, pad=1)
+    o = make(problem, torch.float32)
+    dx, partials = run_dgrad(o, FEATURES["all"], None)
+    assert dx.shape == (0, 4, 4, 8)
+    assert partials is not None
+    assert partials.shape == (0, 2, 8)
+    dw = run_wgrad(o, "bn activation", None)
+    assert torch.equal(dw, torch.zeros(16, 3, 3, 8, device=DEVICE))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dy": torch.zeros(3, 6, 7, 23)}, r"dy must have shape \[3, 6, 7, 24\], got \[3, 6, 7, 23\]"),
+        ({"dy": torch.zeros(3, 6, 7, 24).double()}, "dy must be .*float32, got torch.float64"),
+        ({"dy": torch.zeros(3, 24, 6, 7).permute(0, 2, 3, 1)}, "dy must be contiguous"),
+        ({"w": torch.zeros(24, 3, 3, 8).half()}, "w must be torch.float32, got torch.float16"),
+        ({"w": torch.zeros(24, 3, 3)}, r"the filters must have shape \[K, R, S, C/groups\]"),
+        ({"x_shape": (3, 6, 7, 9)}, "want 8 channels, x has 9"),
+        ({"x_shape": (6, 7, 8)}, r"x must have shape \[N, H, W, C\]"),
+        ({"stride": 0}, "stride must be >= 1"),
+        ({"precision": "bf16"}, 'precision must be "ieee" or "tf32"'),
+        ({"residual": torch.zeros(3, 6, 7, 9)}, "residual must have shape"),
+        ({"residual_mask": torch.zeros(3, 6, 7, 8)}, "there is none"),
+        ({"dy_mask": (torch.zeros(24), torch.zeros(24))}, "needs bn_backward"),
+        ({"bn_backward": (torch.zeros(3, 6, 7, 24), *torch.zeros(3, 23))}, r"bn_backward's p must have shape \[24\]"),
+        (
+            {"relu_mask": (torch.zeros(3, 6, 7, 8), *torch.zeros(3, 8).half())},
+            "relu_mask's scale must be torch.float32",
+        ),
+        ({"groups": 2, "w": torch.zeros(24, 3, 3, 4), "tile": BOXES}, "TMA, which is impossible here: groups=2"),
+    ],
+)
+def test_dgrad_says_what_is_wrong(change: dict[str, Any], message: str) -> None:
+    arguments = {"dy": torch.zeros(3, 6, 7, 24), "w": torch.zeros(24, 3, 3, 8), "x_shape": (3, 6, 7, 8), "pad": 1}
+    with pytest.raises(ValueError, match=message):
+        conv_dgrad(**{**arguments, **change})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.zeros(3, 6, 7, 8).half()}, "x must be torch.float32, got torch.float16"),
+        ({"filter_shape": (24, 3, 3, 7)}, "want 7 channels, x has 8"),
+        ({"filter_shape": (24, 3, 8)}, r"the filters must have shape \[K, R, S, C/groups\]"),
+        ({"prologue": (torch.zeros(8), torch.zeros(9))}, r"prologue's shift must have shape \[8\]"),
+        ({"out_dtype": torch.int32}, "out_dtype must be a floating-point dtype"),
+        ({"tile": dataclasses.replace(WGRAD_GATHER, taps=3)}, "taps=3"),
+        ({"tile": dataclasses.replace(WGRAD_BOXES, splits=0)}, "splits"),
+        ({"stride": 3, "pad": 0, "dy": torch.zeros(3, 2, 2, 24), "tile": WGRAD_BOXES}, "stride 3 on 6x7"),
+    ],
+)
+def test_wgrad_says_what_is_wrong(change: dict[str, Any], message: str) -> None:
+    arguments = {"dy": torch.zeros(3, 6, 7, 24), "x": torch.zeros(3, 6, 7, 8), "filter_shape": (24, 3, 3, 8), "pad": 1}
+    with pytest.raises(ValueError, match=message):
+        conv_wgrad(**{**arguments, **change})
