@@ -19,6 +19,8 @@ from torch import Tensor, fx, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as nn_module
 
+from fastres.ops.shortcut import PadShortcut
+
 if TYPE_CHECKING:
     from fastres.kernels.problem import ConvProblem, Pass
 
@@ -31,7 +33,7 @@ BACKENDS = {
     "reference": "plain PyTorch through the same entry points as the fused kernels",
 }
 
-# What may stand on a shortcut; anything else there is run by its own `forward`, and so is the whole block.
+# What may stand on a shortcut that is no `PadShortcut`; anything else is run by its own `forward`, so is its block.
 _SHORTCUT = (nn.Sequential, nn.Conv2d, nn.BatchNorm2d)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -121,7 +123,7 @@ def foreign(parts: Parts) -> str | None:
     wanted += [(layer, (nn.Identity,)) for layer in parts.idle if layer is not None]
     if parts.pool is not None:
         wanted.append((parts.pool, (nn.MaxPool2d,)))
-    if parts.shortcut is not None:
+    if parts.shortcut is not None and type(parts.shortcut) is not PadShortcut:
         wanted += [(module, _SHORTCUT) for module in parts.shortcut.modules()]
     for module, kinds in wanted:
         if type(module) not in kinds:
@@ -191,8 +193,6 @@ def _kernel_less(device: torch.device) -> str | None:
 
 def serves_pad_end(x: Tensor, relu: nn.Module, shortcut: nn.Module) -> bool:
     """True where a block that runs module by module ends in one pass, relu(y + pad_shortcut(x))."""
-    from fastres.ops.shortcut import PadShortcut
-
     if torch.compiler.is_compiling() or type(shortcut) is not PadShortcut or type(relu) is not nn.ReLU:
         return False
     return (_unfusable_call(x) or _watched(Parts((), [relu], shortcut))) is None
