@@ -6,8 +6,12 @@ dx = conv_transpose(dy, w), wgrad dw = corr(x, dy). All sizes in elements, times
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
 
 Pass = Literal["fprop", "dgrad", "wgrad"]
 
@@ -122,3 +126,29 @@ class ConvProblem:
     def int32_safe(self) -> bool:
         """False where an element offset can pass 2**31 - 1 and kernels must widen to int64."""
         return max(self.x_numel, self.y_numel, self.w_numel) < 2**31
+
+
+def model_problems(model: nn.Module, shape: tuple[int, int, int, int]) -> Counter[ConvProblem]:
+    """The convolutions that `model` runs on an input of `shape` [N, C, H, W], in order, and how often each. Computes
+    nothing where the model is on the meta device. Raises ValueError for one that is not square or pads unequally."""
+    problems: Counter[ConvProblem] = Counter()
+
+    def count(conv: nn.Conv2d, inputs: tuple[Tensor, ...]) -> None:
+        N, C, H, W = inputs[0].shape
+        if isinstance(conv.padding, str) or any(
+            len({*pair}) > 1 for pair in (conv.stride, conv.padding, conv.dilation)
+        ):
+            raise ValueError(f"no ConvProblem describes {conv}")
+        R, S = conv.kernel_size
+        sizes = conv.stride[0], conv.padding[0], conv.dilation[0], conv.groups
+        problems[ConvProblem(N, H, W, C, conv.out_channels, R, S, *sizes)] += 1
+
+    hooks = [m.register_forward_pre_hook(count) for m in model.modules() if isinstance(m, nn.Conv2d)]
+    try:
+        parameter = next(model.parameters())
+        with torch.no_grad():
+            model(torch.empty(shape, dtype=parameter.dtype, device=parameter.device))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return problems
