@@ -48,7 +48,7 @@ class Rows(NamedTuple):
 
 
 def rows(name: str, z: Tensor, elements: int, *, also: int = 0) -> Rows:
-    """The matrix view of z [..., K] with `elements` to a tile. `also`: a second channel count that offsets are made of.
+    """The matrix view of z [..., K] with up to `elements` to a tile. `also`: a second channel count that offsets are made of.
 
     Raises ValueError unless z is contiguous, bf16, fp16 or fp32, and has channels and fewer than 2**31 - 2**14 pixels.
     """
@@ -63,7 +63,10 @@ def rows(name: str, z: Tensor, elements: int, *, also: int = 0) -> Rows:
     if M >= _MAX_ROWS:
         raise ValueError(f"{name} has {M} pixels, at most {_MAX_ROWS - 1} are supported")
     BK = min(triton.next_power_of_2(K), 64)
-    return Rows(M, K, max(1, elements // BK), BK, 8 if K % 8 == also % 8 == 0 else 1)
+    VEC = 8 if K % 8 == also % 8 == 0 else 1
+    if z.element_size() > 2 or VEC == 1:  # twice the registers for values, or an address for each
+        elements //= 2
+    return Rows(M, K, elements // BK, BK, VEC)
 
 
 def check_vectors(K: int, like: Tensor, *dtypes: torch.dtype, **vectors: Tensor | None) -> None:
