@@ -1,0 +1,348 @@
+"""conv_fprop and the stem against float64, by TMA boxes and by pointers.
+
+On a CPU the kernels are interpreted, in float32 and float16 (its bfloat16 products are wrong) and at small
+shapes; on a GPU the same tests run in bfloat16 too, and every tile at every layer of the nets.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from typing import Any
+
+import pytest
+import torch
+import triton
+from cases import assert_close_to_reference, relative_error
+from conv_cases import BOXED, GATHERED, net_problems
+from fastres.kernels import conv
+from fastres.kernels.config import Tile, fprop_tiles
+from fastres.kernels.conv import conv_fprop, fprop_tma_refusal
+from fastres.kernels.problem import ConvProblem
+from fastres.kernels.stem import conv_stem, pack_filters, pack_images
+from torch import Tensor
+
+from fastres.ops import steps
+
+INTERPRETED = triton.knobs.runtime.interpret
+DEVICE = "cpu" if INTERPRETED else "cuda"
+DTYPES = [torch.float32, torch.float16] + ([] if INTERPRETED else [torch.bfloat16])
+
+pytestmark = [pytest.mark.interpret, pytest.mark.usefixtures("poisoned")]
+
+CASES = [pytest.param(p, False, id=f"gather, {name}") for name, p in GATHERED.items()]
+CASES += [pytest.param(p, True, id=f"TMA, {name}") for name, p in BOXED.items()]
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+
+
+def small_tile(problem: ConvProblem, boxed: bool) -> Tile:
+    """A tile that cuts a small problem into several programs and steps with tails."""
+    BK = 32 if not boxed or problem.C % 32 == 0 or problem.pointwise else 16
+    box = None if not boxed else (1, 1, 32) if problem.pointwise else (1, 4, 8) if problem.N == 1 else (2, 4, 4)
+    return Tile(16, 32, BK, 4, 2, box)
+
+
+def geometry(p: ConvProblem) -> dict[str, int]:
+    return {"stride": p.stride, "pad": p.pad, "dilation": p.dilation, "groups": p.groups}
+
+
+def operands(p: ConvProblem, dtype: torch.dtype, integers: bool = False) -> tuple[Tensor, Tensor]:
+    """x and w whose products sum to about 1; or small integers, whose sums any order gives exactly."""
+    x_shape, w_shape = (p.N, p.H, p.W, p.C), (p.K, p.R, p.S, p.C // p.groups)
+    if integers:
+        x, w = (torch.randint(-2, 3, shape).to(dtype) for shape in (x_shape, w_shape))
+    else:
+        x = torch.randn(x_shape).to(dtype)
+        w = (torch.randn(w_shape) / p.gemm("fprop").k ** 0.5).to(dtype)
+    return x.to(DEVICE), w.to(DEVICE)
+
+
+def extras(p: ConvProblem, dtype: torch.dtype, *names: str) -> dict[str, Any]:
+    """The optional arguments of `conv_fprop` that are named."""
+    made: dict[str, Any] = {
+        "prologue": (torch.rand(p.C, device=DEVICE) + 0.5, torch.randn(p.C, device=DEVICE)),
+        "scale": torch.randn(p.K, device=DEVICE),
+        "shift": torch.randn(p.K, device=DEVICE),
+        "residual": torch.randn(p.N, p.P, p.Q, p.K, device=DEVICE).to(dtype),
+        "relu": True,
+    }
+    return {name: made[name] for name in names}
+
+
+def reference(p: ConvProblem, x: Tensor, w: Tensor, dtype: torch.dtype = torch.float64, **options: Any) -> Tensor:
+    """The same by PyTorch in `dtype`."""
+    wide = {k: tuple(t.double() for t in v) if k == "prologue" else v for k, v in options.items()}
+    if dtype != torch.float64:
+        return steps.conv_fprop(x, w, geometry=steps.Geometry(**geometry(p)), **options)
+    wide = {k: v.double() if isinstance(v, Tensor) else v for k, v in wide.items()}
+    return steps.conv_fprop(x.double(), w.double(), geometry=steps.Geometry(**geometry(p)), **wide)
+
+
+def check(p: ConvProblem, dtype: torch.dtype, tile: Tile | None, *names: str, **options: Any) -> None:
+    x, w = operands(p, dtype)
+    given = extras(p, dtype, *names)
+    y = conv_fprop(x, w, **geometry(p), **given, **options, tile=tile)
+    assert isinstance(y, Tensor)
+    assert y.dtype == dtype
+    baseline = reference(p, x, w, dtype, **given)
+    assert_close_to_reference(y, reference(p, x, w, **given), baseline, factor=3.0, what=f"{p} {tile} {names}")
+
+
+def check_statistics(partials: Tensor, y: Tensor) -> None:
+    """Partials against the float64 moments of y as stored."""
+    count, mean, m2 = partials.double().unbind(1)
+    values = y.double().flatten(0, 2)
+    assert torch.equal(count.sum(0), torch.full_like(count[0], len(values)))
+    total = (count * mean).sum(0) / len(values)
+    merged = (m2 + count * (mean - total) ** 2).sum(0)
+    spread = values.var(0, correction=0).sqrt().max()
+    torch.testing.assert_close(total, values.mean(0), rtol=1e-6, atol=1e-6 * float(spread))
+    torch.testing.assert_close(merged, values.var(0, correction=0) * len(values), rtol=1e-5, atol=1e-6)
+
+
+@dtypes
+@pytest.mark.parametrize(("problem", "boxed"), CASES)
+def test_every_problem(problem: ConvProblem, boxed: bool, dtype: torch.dtype) -> None:
+    check(problem, dtype, small_tile(problem, boxed))
+    check(problem, dtype, small_tile(problem, boxed), "prologue", "scale", "shift", "residual", "relu")
+
+
+EPILOGUES = [(), ("shift",), ("shift", "relu"), ("scale", "shift"), ("shift", "residual", "relu"), ("residual",)]
+
+
+@pytest.mark.parametrize("boxed", [False, True], ids=["gather", "TMA"])
+@pytest.mark.parametrize("epilogue", EPILOGUES, ids="+".join)
+@pytest.mark.parametrize("prologue", [(), ("prologue",)], ids=["plain", "prologue"])
+def test_every_prologue_with_every_epilogue(prologue: tuple[str, ...], epilogue: tuple[str, ...], boxed: bool) -> None:
+    problem = ConvProblem(1, 6, 5, 16, 24, 3, 3, 1, 1)
+    for dtype in DTYPES:
+        check(problem, dtype, small_tile(problem, boxed), *prologue, *epilogue)
+
+
+@pytest.mark.parametrize(("problem", "boxed"), CASES)
+def test_integers_are_exact(problem: ConvProblem, boxed: bool) -> None:
+    x, w = operands(problem, torch.float16, integers=True)
+    y = conv_fprop(x, w, **geometry(problem), tile=small_tile(problem, boxed))
+    assert torch.equal(y.double(), reference(problem, x, w))
+
+
+@pytest.mark.parametrize(("problem", "boxed"), CASES[::2] if INTERPRETED else CASES)
+def test_statistics(problem: ConvProblem, boxed: bool) -> None:
+    x, w = operands(problem, torch.float16)
+    options = extras(problem, x.dtype, "prologue", "shift")
+    y, partials = conv_fprop(x, w, **geometry(problem), **options, statistics=True, tile=small_tile(problem, boxed))
+    assert_close_to_reference(
+        y, reference(problem, x, w, **options), reference(problem, x, w, x.dtype, **options), factor=3.0
+    )
+    check_statistics(partials, y)
+
+
+@pytest.mark.parametrize("boxed", [False, True], ids=["gather", "TMA"])
+def test_statistics_survive_a_mean_far_from_zero(boxed: bool) -> None:
+    problem = ConvProblem(4, 8, 8, 16, 16)
+    x, w = operands(problem, torch.float32)
+    shift = torch.full((16,), 50.0, device=DEVICE)
+    y, partials = conv_fprop(x, w, shift=shift, statistics=True, tile=small_tile(problem, boxed))
+    check_statistics(partials, y)
+
+
+@pytest.mark.parametrize("boxed", [False, True], ids=["gather", "TMA"])
+def test_padding_is_zero_behind_the_prologue(boxed: bool) -> None:
+    """x = 0 and shift = 1 make every pixel 1, the padding 0: y counts the taps inside the image, exactly."""
+    problem = ConvProblem(1, 6, 6, 16, 16, 3, 3, 1, 1)
+    x, w = torch.zeros(1, 6, 6, 16, device=DEVICE), torch.ones(16, 3, 3, 16, device=DEVICE)
+    for slope in (1.0, -1.0):
+        prologue = (torch.full((16,), slope, device=DEVICE), torch.ones(16, device=DEVICE))
+        y = conv_fprop(x, w, pad=1, prologue=prologue, tile=small_tile(problem, boxed))
+        assert isinstance(y, Tensor)
+        inside = torch.tensor([2.0, 3, 3, 3, 3, 2], device=DEVICE)
+        assert torch.equal(y[0, :, :, 0], 16 * inside[:, None] * inside)
+
+
+@pytest.mark.parametrize("boxed", [False, True], ids=["gather", "TMA"])
+def test_nan_comes_through_relu_and_prologue(boxed: bool) -> None:
+    problem = ConvProblem(1, 6, 6, 16, 16, 3, 3, 1, 1)
+    x, w = operands(problem, torch.float32)
+    x[0, 2, 3, 4] = float("nan")
+    options = extras(problem, x.dtype, "prologue", "relu")
+    y = conv_fprop(x, w, pad=1, **options, tile=small_tile(problem, boxed))
+    assert isinstance(y, Tensor)
+    assert torch.equal(y.isnan(), reference(problem, x, w, **options).isnan())
+    assert y.isnan().any()
+    assert not y.isnan().all()
+
+
+@pytest.mark.parametrize(("problem", "boxed"), CASES[:: 1 if not INTERPRETED else 3])
+def test_equal_inputs_give_equal_bits(problem: ConvProblem, boxed: bool) -> None:
+    x, w = operands(problem, torch.float16)
+    first, again = (
+        conv_fprop(x, w, **geometry(problem), statistics=True, tile=small_tile(problem, boxed)) for _ in range(2)
+    )
+    assert all(map(torch.equal, first, again))
+
+
+@pytest.mark.parametrize("problem", GATHERED.values(), ids=GATHERED)
+def test_wide_offsets(problem: ConvProblem, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The int64 variant, forced: it is taken by itself where an offset passes 2**31."""
+    monkeypatch.setattr(ConvProblem, "int32_safe", False)
+    check(problem, torch.float32, small_tile(problem, False), "prologue", "residual")
+
+
+def test_tiles_of_the_heuristic() -> None:
+    """What runs when nobody chooses."""
+    for problem in (*GATHERED.values(), *BOXED.values())[:: 3 if INTERPRETED else 1]:
+        check(problem, torch.float16, None, "shift", "relu")
+
+
+def test_out_and_empty() -> None:
+    problem = BOXED["3x3"]
+    x, w = operands(problem, torch.float32)
+    out = torch.full((2, 7, 6, 24), float("nan"), device=DEVICE)
+    assert conv_fprop(x, w, pad=1, out=out) is out
+    assert_close_to_reference(out, reference(problem, x, w), reference(problem, x, w, x.dtype), factor=3.0)
+    y, partials = conv_fprop(x[:0], w, pad=1, statistics=True)
+    assert y.shape == (0, 7, 6, 24)
+    assert partials.shape[0] == 0
+
+
+def test_other_output_dtype() -> None:
+    problem = BOXED["3x3"]
+    x, w = operands(problem, torch.float16)
+    y = conv_fprop(x, w, pad=1, out_dtype=torch.float32)
+    assert isinstance(y, Tensor)
+    assert relative_error(y, reference(problem, x, w)) < 1e-6
+
+
+@pytest.mark.parametrize("boxed", [False, True], ids=["gather", "TMA"])
+def test_fp8(boxed: bool) -> None:
+    """e4m3 in and out: products exact in fp32, dequantised by `scale`, stored at `out_scale`, saturated at 448."""
+    if not INTERPRETED and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("fp8 needs compute capability 8.9")
+    problem = ConvProblem(2, 6, 4, 32, 16, 3, 3, 1, 1)
+    x, w = (t.to(torch.float8_e4m3fn) for t in operands(problem, torch.float32))
+    residual = torch.randn(2, 6, 4, 16, device=DEVICE).to(torch.float8_e4m3fn)
+    options = {"scale": torch.rand(16, device=DEVICE) + 0.5, "relu": True}
+    tile = small_tile(problem, boxed)
+    wide = reference(problem, x.float(), w.float(), **options, residual=residual.double() * 0.25)
+    y = conv_fprop(x, w, pad=1, **options, residual=residual, residual_scale=0.25, tile=tile)
+    assert isinstance(y, Tensor)
+    assert y.dtype == torch.bfloat16
+    assert_close_to_reference(y, wide)
+    if INTERPRETED:
+        return  # it rounds to e4m3 without carrying: 31.85 becomes 16
+    options |= {"residual": residual, "residual_scale": 0.25}
+    y = conv_fprop(x, w, pad=1, **options, out_dtype=torch.float8_e4m3fn, out_scale=200.0, tile=tile)
+    assert isinstance(y, Tensor)
+    assert (y.float() == 448).any()
+    assert relative_error(y, (200 * wide).clamp(max=448)) <= torch.finfo(torch.float8_e4m3fn).eps
+
+
+@dtypes
+@pytest.mark.parametrize(
+    "problem",
+    [
+        ConvProblem(2, 16, 12, 3, 24, 7, 7, 2, 3),
+        ConvProblem(1, 13, 11, 3, 16, 7, 7, 2, 3),
+        ConvProblem(2, 9, 10, 1, 16, 5, 5, 2, 2),
+        ConvProblem(1, 14, 14, 4, 16, 3, 3, 2, 0),
+    ],
+    ids=str,
+)
+def test_stem(problem: ConvProblem, dtype: torch.dtype) -> None:
+    """From NCHW images, whatever their layout and dtype."""
+    x, w = operands(problem, dtype)
+    images = x.permute(0, 3, 1, 2)
+    packed = pack_images(images.float().contiguous() if problem.N > 1 else images, problem, dtype)
+    options = extras(problem, dtype, "scale", "shift", "relu")
+    tile = Tile(16, 32, 32, 4, 2, (1, 4, 8))
+    y, partials = conv_stem(packed, pack_filters(w), problem, **options, statistics=True, tile=tile)
+    assert_close_to_reference(
+        y, reference(problem, x, w, **options), reference(problem, x, w, dtype, **options), factor=3.0
+    )
+    check_statistics(partials, y)
+
+
+def random_case(seed: int) -> tuple[ConvProblem, bool, tuple[str, ...]]:
+    draw = random.Random(seed)
+    while True:
+        R, S = draw.choice([(1, 1), (3, 3), (3, 3), (1, 3), (5, 5)])
+        groups = draw.choice([1, 1, 1, 2, 3])
+        p = (draw.randint(1, 3), draw.randint(1, 12), draw.randint(1, 12))
+        channels = [groups * draw.choice([1, 2, 4, 5, 8, 16, 24, 32]) for _ in range(2)]
+        window = (draw.choice([1, 1, 2, 2, 3]), draw.randint(0, 3), draw.choice([1, 1, 2]))
+        try:
+            problem = ConvProblem(*p, *channels, R, S, *window, groups)
+        except ValueError:
+            continue
+        names = ("prologue", "scale", "shift", "residual", "relu")
+        x = torch.empty(0, dtype=torch.float32)
+        boxed = fprop_tma_refusal(problem, x) is None and draw.random() < 0.8
+        return problem, boxed, tuple(name for name in names if draw.random() < 0.5)
+
+
+def test_fuzz() -> None:
+    for seed in range(16 if INTERPRETED else 1000):
+        problem, boxed, names = random_case(seed)
+        torch.manual_seed(seed)
+        try:
+            check(problem, torch.float32, small_tile(problem, boxed), *names)
+        except Exception:
+            print(f"reproduce with: torch.manual_seed({seed}); random_case({seed})")
+            raise
+
+
+def test_a_wrong_kernel_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel that forgets its last reduction step must not pass."""
+    right = conv.reduction_steps
+    monkeypatch.setattr(conv, "reduction_steps", lambda *args: right(*args) - 1)
+    for problem, boxed in ((GATHERED["odd everything"], False), (BOXED["3x3"], True)):
+        with pytest.raises(AssertionError, match="error"):
+            check(problem, torch.float32, small_tile(problem, boxed))
+
+
+def test_bad_arguments_are_named() -> None:
+    problem = BOXED["3x3"]
+    x, w = operands(problem, torch.float32)
+    vector = torch.ones(24, device=DEVICE)
+    tma, gather = small_tile(problem, True), small_tile(problem, False)
+
+    def refused(message: str, x: Tensor = x, w: Tensor = w, **options: Any) -> None:
+        with pytest.raises(ValueError, match=message):
+            conv_fprop(x, w, **{"pad": 1, "tile": gather, **options})
+
+    refused("x must be bfloat16, float16, float32 or float8", x=x.double())
+    refused("x .N, H, W, C. and w .K, R, S, C/groups. expected", x=x[0])
+    refused("w must be torch.float32, got torch.float16", w=w.half())
+    refused("takes 64 channels, x has 32", groups=2)
+    refused("takes 16 channels, x has 32", w=w[..., :16])
+    refused("w must be on", w=w.to("meta"))
+    refused("x must be contiguous", x=x.transpose(1, 2))
+    refused("larger than the padded input", x=x[:, :1].contiguous(), pad=0)
+    refused("stride must be >= 1", stride=0)
+    refused("shift must have shape .24., got .23.", shift=vector[:23])
+    refused("scale must be torch.float32, got torch.float16", scale=vector.half())
+    refused("prologue scale must have shape .32.", prologue=(vector, vector))
+    refused("residual must have shape", residual=x)
+    refused("residual must be torch.float32", residual=torch.zeros(2, 7, 6, 24, dtype=torch.int32, device=DEVICE))
+    refused("out must be torch.float16", out=torch.empty(2, 7, 6, 24, device=DEVICE), out_dtype=torch.float16)
+    refused("precision must be", precision="high")
+    refused("BK=64 must divide C=32", tile=Tile(16, 32, 64, 4, 2, tma.box))
+    refused("the box must hold BN pixels", tile=Tile(16, 64, 32, 4, 2, tma.box))
+    refused("impossible here: stride 2 over an odd image 7x6", stride=2, tile=tma)
+    refused("impossible here: C=8 is no multiple of 16", x=x[..., :8].contiguous(), w=w[..., :8].contiguous(), tile=tma)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "resnext50_32x4d"])
+def test_every_tile_at_every_layer(name: str) -> None:
+    """On real images' sizes, against float64: every tile that the heuristic can choose, plain and with everything."""
+    for problem, dtype in itertools.product(net_problems(name, 16), (torch.bfloat16, torch.float16)):
+        x, w = operands(problem, dtype)
+        given = extras(problem, dtype, "prologue", "shift", "residual", "relu")
+        boxed = [True] if fprop_tma_refusal(problem, x, w) is None else []
+        for options in ({}, given):
+            ref64, baseline = reference(problem, x, w, **options), reference(problem, x, w, dtype, **options)
+            for tile in (t for tma in (*boxed, False) for t in fprop_tiles(problem, 2, tma)):
+                y, partials = conv_fprop(x, w, **geometry(problem), **options, statistics=True, tile=tile)
+                assert_close_to_reference(y, ref64, baseline, factor=3.0, what=f"{problem} {tile} {[*options]}")
+                check_statistics(partials, y)
