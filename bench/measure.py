@@ -5,14 +5,13 @@ Units: seconds, images per second, milliseconds, MiB, GFLOP/s (2 x multiply-adds
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import math
 import statistics
 import subprocess
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -92,7 +91,7 @@ def _reference_gradients(eager: Backend, case: Case, data: Data) -> tuple[dict[s
     dtypes = (torch.float64, torch.float32, case.dtype)
     for dtype in dtypes:
         try:
-            with full_precision():
+            with torch.backends.cudnn.flags(enabled=True, benchmark=False, allow_tf32=False):
                 gradients = Train(eager, replace(case, dtype=dtype), data).gradients()
             return gradients, str(dtype).removeprefix("torch.")
         except Exception as error:
@@ -100,17 +99,6 @@ def _reference_gradients(eager: Backend, case: Case, data: Data) -> tuple[dict[s
                 raise
         release(case.device)
     raise AssertionError("unreachable")
-
-
-@contextlib.contextmanager
-def full_precision() -> Iterator[None]:
-    """No TF32 in convolutions."""
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.allow_tf32 = before
 
 
 class Infer:
@@ -193,7 +181,7 @@ def _on_device(inputs: list[Tensor], case: Case, backend: Backend) -> list[Tenso
 
 def measure(backend: Backend, case: Case, data: Data, seconds: float, multiply_adds: int) -> dict[str, Any]:
     """The row's measured fields (bench/records/README.md names them). What goes wrong becomes its status and reason."""
-    row: dict[str, Any] = {"status": "failed", "notes": []}
+    row: dict[str, Any] = {}
     try:
         with backend.isolated():
             row |= _measure(backend, case, data, seconds, multiply_adds)
@@ -292,7 +280,9 @@ def release(device: torch.device) -> None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+    said = str(error)  # compilers wrap the error in their own, the CPU's allocator raises a plain RuntimeError
+    wrapped = "out of memory" in said or "can't allocate memory" in said
+    return wrapped or isinstance(error, (torch.OutOfMemoryError, MemoryError))
 
 
 def first_line(error: BaseException) -> str:
@@ -330,6 +320,8 @@ def layout_transposes(step: Callable[[int], Any]) -> list[str]:
     times: Counter[bool] = Counter()
     count = 0
     for event in profiler.events():
+        if event.device_type != torch.autograd.DeviceType.CUDA or event.is_user_annotation:
+            continue
         turns = any(name in event.name.lower() for name in ("nchwtonhwc", "nhwctonchw"))
         times[turns] += event.device_time_total
         count += turns
@@ -341,17 +333,17 @@ def layout_transposes(step: Callable[[int], Any]) -> list[str]:
 def lost_layouts(step: Train) -> list[str]:
     """A note where a compiled backward hands over weight gradients that are no longer channels_last.
 
-    Looked at before they are accumulated: accumulation puts them back into the parameter's layout, at the cost of a copy.
+    Looked at before they are accumulated: accumulation copies them back into the parameter's layout.
     """
-    lost = Counter[bool]()
+    lost: Counter[bool] = Counter()
+
+    def look(gradients: tuple[Tensor, ...]) -> None:
+        lost[not gradients[0].is_contiguous(memory_format=torch.channels_last)] += 1
+
     handles = []
     for module in step.model.modules():
         if isinstance(module, nn.Conv2d) and module.kernel_size != (1, 1):
             node = torch.autograd.graph.get_gradient_edge(module.weight).node
-
-            def look(gradients: tuple[Tensor, ...]) -> None:
-                lost[not gradients[0].is_contiguous(memory_format=torch.channels_last)] += 1
-
             handles.append((node, node.register_prehook(look)))
     step.gradients()
     for _, handle in handles:

@@ -27,7 +27,7 @@ def draw(record: dict[str, Any], path: Path) -> None:
     depths = sorted({row["depth"] for row in rows})
     settings = list(dict.fromkeys((row["mode"], *records.key(row)[2:-1]) for row in rows))
     panels = {(d, s): _panel(rows, d, s) for d in depths for s in settings}
-    heights = [2 + max(len(panels[d, s]) for s in settings) for d in depths]
+    heights = [1 + max(3, *(len(panels[d, s]) for s in settings)) for d in depths]
     figure = Figure(figsize=(3.6 + 5.2 * len(settings), 1.3 + 0.235 * sum(heights)), layout="constrained", dpi=150)
     grid = figure.subplots(
         len(depths),
@@ -45,7 +45,7 @@ def draw(record: dict[str, Any], path: Path) -> None:
         color=INK,
     )
     for line, depth in zip(grid, depths, strict=True):
-        _draw_flops(line[0], record["flops"], depth)
+        _draw_flops(line[0], record["flops"], depth, max(len(panels[depth, s]) for s in settings))
         for axes, setting in zip(line[1:], settings, strict=True):
             _draw_rates(axes, panels[depth, setting])
     grid[0][0].set_title("multiply-adds, 10⁹", fontsize=9, color=INK)
@@ -61,16 +61,19 @@ def _panel(rows: list[dict[str, Any]], depth: int, setting: tuple[Any, ...]) -> 
     return sorted(mine, key=lambda row: row["img_s"] if row["status"] == "ok" else -1)
 
 
-def _draw_flops(axes: Any, table: list[dict[str, Any]], depth: int) -> None:
+def _draw_flops(axes: Any, table: list[dict[str, Any]], depth: int, slots: int) -> None:
+    """Three bars in the middle of the height that `slots` bars of the other panels take."""
     mine = [row for row in table if row["net"] == f"ResNet-{depth}"]
     paper = next(row["paper"] for row in mine if row["paper"] is not None)
     same, measured = (next(row["ours"] for row in mine if (row["paper"] is None) == own) for own in (False, True))
-    bars = [("this net", measured, INK), ("ours", same, FAINT), ("paper", paper, PAPER)]
-    for i, (name, value, colour) in enumerate(bars):
-        axes.barh(i, value, color=colour, height=0.62)
-        axes.annotate(f" {name} {value:.1f}" if name == "paper" else f" {name} {value:.2f}", (value, i), **_TEXT)
-    axes.set_ylim(-0.8, len(bars) - 0.2)
-    axes.margins(x=0.75)
+    bars = [(f" measured net {measured:.2f}", measured, INK), (f" our count {same:.2f}", same, FAINT)]
+    bars.append((f" paper {paper:.1f}", paper, PAPER))
+    slots = max(slots, len(bars))
+    for i, (label, value, colour) in enumerate(bars, start=(slots - len(bars)) // 2):
+        axes.barh(i, value, color=colour, height=0.72)
+        axes.annotate(label, (value, i), **_TEXT)
+    axes.set_ylim(-0.8, slots - 0.2)
+    axes.margins(x=0.9)
     axes.set_yticks([])
     axes.set_ylabel(f"ResNet-{depth}", fontsize=10, color=INK)
     _clean(axes)

@@ -107,7 +107,8 @@ def parse(arguments: list[str] | None) -> Plan:
     )
     if batch < 1 or given.size < 32 or not seconds > 0:
         parser.error(
-            f"--batch {batch} --size {given.size} --seconds {seconds}; accepted: batch from 1, size from 32, seconds above 0"
+            f"--batch {batch} --size {given.size} --seconds {seconds}; "
+            "accepted: batch from 1, size from 32, seconds above 0"
         )
     if dtype == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         parser.error(f"{torch.cuda.get_device_name(device)} has no bf16; accepted here: --dtype fp16, fp32")
@@ -211,6 +212,7 @@ def run(plan: Plan, record: dict[str, Any]) -> None:
             if plan.json:
                 records.write(record, plan.json)
             bar.write(one_line(row), file=sys.stdout)
+            sys.stdout.flush()
             bar.update()
             if row["status"] == "failed":
                 measure.synchronize(plan.device)  # a lost CUDA context fails all that follows: stop here, aloud
@@ -297,7 +299,7 @@ def render_rows(rows: list[dict[str, Any]]) -> str:
     blocks = []
     for case in dict.fromkeys(records.key(row)[:-1] for row in rows):
         depth, mode, batch, dtype, size = case
-        head = ["backend", "warm-up s", "img/s", "min..max", "latency ms", "MiB", "GFLOP/s", "error", "x best peer"]
+        head = ["backend", "warm-up s", "img/s", "min..max", "latency ms", "MiB", "GFLOP/s", "error", "/ best peer"]
         lines, remarks = [head], []
         mine = [row for row in rows if records.key(row)[:-1] == case]
         for row in sorted(mine, key=lambda row: -row["img_s"] if row["status"] == "ok" else 0):
@@ -321,6 +323,9 @@ def render_rows(rows: list[dict[str, Any]]) -> str:
                 ]
             )
         title = f"ResNet-{depth}, {mode}, batch {batch}, {dtype}, {size}x{size}"
+        errors = {"infer": "scores", "train": "gradients, median over the parameters"}[mode]
+        limit = next((f"; right up to {row['error_allowed']:.1e}" for row in mine if "error_allowed" in row), "")
+        title += f"; error: of the {errors}, relative to fp64{limit}"
         blocks.append("\n".join([title, columns(lines, left={0}), *remarks]))
     return "\n\n".join(blocks)
 

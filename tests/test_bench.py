@@ -1,0 +1,360 @@
+"""The bench's command line on a tiny configuration, and that it calls wrong what is wrong."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+ROOT = Path(__file__).resolve().parent.parent
+BENCH = ROOT / "bench"
+MODULES = ("backends", "measure", "photos", "plot", "record", "run")
+TINY = ["--depth", "18", "--size", "64", "--batch", "2", "--seconds", "0.05", "--device", "cpu"]
+
+
+@pytest.fixture(autouse=True)
+def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
+    """The bench's modules by name, imported as `python bench/run.py` does: from its own folder."""
+    monkeypatch.syspath_prepend(str(BENCH))
+    modules: dict[str, ModuleType] = {name: importlib.import_module(name) for name in MODULES}
+    # Sources may be edited while the tests run; what --resume makes of a change has its own test.
+    monkeypatch.setattr(modules["record"], "_digest", lambda: "sha256:0")
+    benchmark, threads = torch.backends.cudnn.benchmark, torch.get_num_threads()
+    torch.set_num_threads(1)  # steps this small only lose by threads, most of all beside other work
+    yield SimpleNamespace(**modules)
+    torch.backends.cudnn.benchmark = benchmark
+    torch.set_num_threads(threads)
+
+
+def rows_of(path: Path) -> dict[tuple[str, str], dict[str, Any]]:
+    return {(row["mode"], row["backend"]): row for row in json.loads(path.read_text())["rows"]}
+
+
+def documented(heading: str) -> set[str]:
+    """The fields that bench/records/README.md lists in the table after `heading`."""
+    text = (BENCH / "records" / "README.md").read_text().split(heading, 1)[1]
+    table = re.search(r"\n((?:\|.*\n)+)", text).group(1)  # type: ignore[union-attr]
+    cells = [line.split("|")[1] for line in table.splitlines()[2:]]
+    return {name for cell in cells for name in re.findall(r"`([^`]+)`", cell)}
+
+
+def check_schema(record: dict[str, Any]) -> None:
+    """The record holds what its README says, no more and no less, in the types and relations it says."""
+    assert record.keys() == documented("## Schema")
+    assert record["schema"] == "fastres.bench/1"
+    assert record["environment"]["versions"]["torch"] == torch.__version__.split("+")[0]
+    for name in ("seconds", "windows", "inputs", "seed"):
+        assert isinstance(record["options"][name], (int, float))
+    base, measured = documented("### A row"), documented("A row that was measured")
+    for row in record["rows"]:
+        optional = {"reason"} if row["status"] != "ok" else set()
+        expected = base - {"reason"} | optional
+        if row["status"] in ("ok", "wrong"):
+            expected |= measured - (set() if row["ours"] else {"path"})
+            assert len(row["window_img_s"]) == record["options"]["windows"]
+            assert 0 < row["img_s_min"] <= row["img_s"] <= row["img_s_max"]
+            assert row["warm_up_s"] > row["first_call_s"] > 0
+            assert row["latency_ms"] > 0
+            assert row["peak_reserved_mib"] is None, "a CPU run has no GPU memory to report"
+            assert row["reference"] == "float64"
+        assert row.keys() == expected
+
+
+def test_script(tmp_path: Path) -> None:
+    """As the README runs it: FLOPs table, both modes, record, picture."""
+    path, picture = tmp_path / "new" / "r.json", tmp_path / "r.png"
+    command = [sys.executable, str(BENCH / "run.py"), *TINY, "--backend", "eager,timm,fastres"]
+    done = subprocess.run(
+        [*command, "--json", str(path), "--plot", str(picture)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"ResNet-50 +3\.8 +3\.858 +\+1\.5 %", done.stdout)
+    assert "On a GPU the defaults would be" in done.stdout
+    assert re.search(r"ResNet-18, infer, batch 2, fp32, 64x64", done.stdout)
+    record = json.loads(path.read_text())
+    check_schema(record)
+    assert [(row["mode"], row["backend"]) for row in record["rows"]] == [
+        (mode, backend) for mode in ("infer", "train") for backend in ("eager", "timm", "fastres")
+    ]
+    for row in record["rows"]:
+        assert row["status"] == "ok"
+        assert row["error"] <= row["error_allowed"]
+        if row["ours"]:
+            assert re.fullmatch(r"plain path in 9 of 9 blocks: .*cpu.*", row["path"]), "a CPU has no fused path"
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert picture.stat().st_size > 10_000
+    assert list(path.parent.iterdir()) == [path], "no temporary file stays"
+
+
+def test_flops_table(bench: SimpleNamespace) -> None:
+    table = bench.run.flops_table()
+    counts = {row["net"]: (row["paper"], round(row["ours"], 3)) for row in table if row["paper"] is not None}
+    assert counts == {
+        "VGG-19": (19.6, 19.632),
+        "ResNet-18": (1.8, 1.795),
+        "ResNet-34": (3.6, 3.644),
+        "ResNet-50": (3.8, 3.858),
+        "ResNet-101": (7.6, 7.570),
+        "ResNet-152": (11.3, 11.282),
+    }
+    measured = {row["depth"]: round(row["ours"], 2) for row in table if row["paper"] is None}
+    assert measured == {18: 1.81, 34: 3.66, 50: 4.09, 101: 7.80, 152: 11.51}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--depth", "51"], "invalid choice"),
+        (["--mode", "test"], "invalid choice"),
+        (["--dtype", "int8"], "invalid choice"),
+        (["--backend", "eager,tensorrt"], "unknown backend 'tensorrt'; accepted: eager, "),
+        (["--backend", "cudagraphs", "--device", "cpu"], "it needs a cuda device"),
+        (["--device", "tpu"], "--device tpu; accepted: cpu, cuda, cuda:N"),
+        (["--device", "meta"], "--device meta; accepted: cpu, cuda, cuda:N"),
+        (["--device", "cuda:99"], "CUDA device(s) here"),
+        (["--batch", "0"], "accepted: batch from 1"),
+        (["--size", "31"], "size from 32"),
+        (["--seconds", "nan"], "seconds above 0"),
+        (["--resume"], "name it with --json FILE"),
+        (["--plot", "picture.doc"], "ends in .png"),
+        (["--batch", "1", "--size", "32", "--mode", "train"], "one value a channel"),
+    ],
+)
+def test_impossible_requests_are_refused(
+    arguments: list[str], said: str, bench: SimpleNamespace, capsys: pytest.CaptureFixture
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        bench.run.main(arguments)
+    assert stop.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+def test_bf16_without_bf16(
+    bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(bench.run, "pick_device", lambda name: torch.device("cuda", 0))
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Old GPU")
+    with pytest.raises(SystemExit):
+        bench.run.main(["--dtype", "bf16"])
+    assert "Old GPU has no bf16; accepted here: --dtype fp16, fp32" in capsys.readouterr().err
+
+
+def test_missing_matplotlib(
+    bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find(name))
+    with pytest.raises(SystemExit):
+        bench.run.main([*TINY, "--plot", "r.png"])
+    assert "matplotlib is not installed: pip install 'fastres[bench]'" in capsys.readouterr().err
+
+
+class StraightReLU(nn.Module):
+    """Right forward, wrong backward: the gradient passes where the output is zero."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + (x.relu() - x).detach()
+
+
+def test_wrong_outputs_are_not_ranked(
+    bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    def wrong_forward(depth: int) -> nn.Module:
+        model = bench.backends.torchvision_net(depth)
+        model.layer3[1].bn2.eps = 1e-2
+        return model
+
+    def wrong_backward(depth: int) -> nn.Module:
+        model = bench.backends.torchvision_net(depth)
+        model.layer4[1].relu = StraightReLU()
+        return model
+
+    entry = bench.backends.Backend
+    monkeypatch.setitem(bench.backends.BACKENDS, "wrong-forward", entry(wrong_forward, "", ours=True))
+    monkeypatch.setitem(bench.backends.BACKENDS, "wrong-backward", entry(wrong_backward, ""))
+    path = tmp_path / "r.json"
+    names = "eager-channels-last,wrong-forward,wrong-backward"
+    status = bench.run.main([*TINY, "--backend", names, "--json", str(path), "--plot", str(tmp_path / "r.svg")])
+    assert status == 1, "a wrong row of ours fails the run"
+    found = {key: row["status"] for key, row in rows_of(path).items()}
+    assert found[("infer", "eager-channels-last")] == found[("train", "eager-channels-last")] == "ok"
+    assert found[("infer", "wrong-forward")] == "wrong"
+    assert found[("infer", "wrong-backward")] == "ok"
+    assert found[("train", "wrong-backward")] == "wrong"
+    record = json.loads(path.read_text())
+    check_schema(record)
+    ranked = {key[-1] for key in bench.record.ratios(record["rows"]) if key[1] == "train"}
+    assert "wrong-backward" not in ranked
+    printed = capsys.readouterr().out
+    assert re.search(r"wrong-backward .*WRONG", printed)
+    assert re.search(r"wrong-backward: error .* is allowed", printed)
+    assert "wrong" in (tmp_path / "r.svg").read_text()
+
+
+@pytest.mark.parametrize(("baseline", "mode"), [(0.0, "infer"), (0.0, "train"), (0.9, "infer"), (0.9, "train")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_nothing_excuses_an_unrelated_output(
+    baseline: float, mode: str, dtype: torch.dtype, bench: SimpleNamespace
+) -> None:
+    """Zeros have a relative error of 1 and NaN compares false: neither is ever allowed."""
+    limit = bench.measure.allowed(baseline, dtype, torch.device("cpu"), mode)
+    assert 0 < limit < 1
+
+
+def test_a_row_that_fails_does_not_stop_the_others(
+    bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def raises(error: Exception) -> Any:
+        def net(depth: int) -> nn.Module:
+            model = bench.backends.torchvision_net(depth)
+            model.forward = lambda x: (_ for _ in ()).throw(error)
+            return model
+
+        return bench.backends.Backend(net, "")
+
+    table = bench.backends.BACKENDS
+    monkeypatch.setitem(table, "large", raises(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 TiB")))
+    monkeypatch.setitem(table, "broken", raises(RuntimeError("no such kernel\nmore")))
+    path = tmp_path / "r.json"
+    ask = [*TINY, "--mode", "infer", "--json", str(path), "--resume"]
+    assert bench.run.main([*ask, "--backend", "large,broken,fastres"]) == 0
+    found = rows_of(path)
+    check_schema(json.loads(path.read_text()))
+    assert found["infer", "large"]["status"] == "out of memory"
+    assert found["infer", "broken"]["status"] == "failed"
+    assert found["infer", "broken"]["reason"] == "RuntimeError: no such kernel"
+    assert found["infer", "fastres"]["status"] == "ok"
+
+    monkeypatch.setitem(table, "broken", table["eager"])
+    assert bench.run.main([*ask, "--backend", "large,broken,fastres"]) == 0
+    again = rows_of(path)
+    assert again["infer", "broken"]["status"] == "ok", "--resume tries failed rows again"
+    assert again["infer", "fastres"] == found["infer", "fastres"], "and leaves the others alone"
+
+
+def test_a_reference_that_does_not_fit(bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def full(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(bench.measure, "prepare", full)
+    path = tmp_path / "r.json"
+    assert bench.run.main([*TINY, "--mode", "infer", "--backend", "eager", "--json", str(path)]) == 1
+    row = rows_of(path)["infer", "eager"]
+    assert (row["status"], row["reason"][:38]) == ("out of memory", "eager PyTorch's step, the reference, d")
+
+
+def test_resume_fills_one_record(bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    measured = []
+    measure = bench.measure.measure
+
+    def count(backend: Any, case: Any, *rest: Any) -> dict[str, Any]:
+        measured.append((case.mode, case.batch))
+        return measure(backend, case, *rest)
+
+    monkeypatch.setattr(bench.measure, "measure", count)
+    path = tmp_path / "r.json"
+    ask = [*TINY, "--mode", "infer", "--json", str(path), "--resume"]
+    assert bench.run.main([*ask, "--backend", "eager"]) == 0
+    first = rows_of(path)["infer", "eager"]
+    assert bench.run.main([*ask, "--backend", "eager,fastres"]) == 0
+    assert measured == [("infer", 2)] * 2
+    assert rows_of(path)["infer", "eager"] == first
+    assert bench.run.main([*ask, "--backend", "eager", "--batch", "3"]) == 0
+    assert [row["batch"] for row in json.loads(path.read_text())["rows"]] == [2, 2, 3]
+    bench.plot.draw(bench.record.read(path), tmp_path / "two-batches.png")
+
+    with pytest.raises(SystemExit, match=r"options\.seconds: 0\.05 then, 0\.07 now"):
+        bench.run.main([*ask, "--seconds", "0.07"])
+    monkeypatch.setattr(bench.record, "_digest", lambda: "sha256:1")
+    with pytest.raises(SystemExit, match="sources: sha256:0 then, sha256:1 now"):
+        bench.run.main(ask)
+    path.write_text('{"schema": "fastres.bench/0"}')
+    with pytest.raises(SystemExit, match=r"schema 'fastres\.bench/0'; this bench reads"):
+        bench.run.main(ask)
+    path.write_text('{"schema"')
+    with pytest.raises(SystemExit, match="is no record"):
+        bench.run.main(ask)
+
+
+def test_a_write_that_fails_leaves_the_record(bench: SimpleNamespace, tmp_path: Path) -> None:
+    path = tmp_path / "r.json"
+    bench.record.write({"rows": []}, path)
+    with pytest.raises(ValueError, match="JSON"):
+        bench.record.write({"rows": [float("nan")]}, path)
+    assert json.loads(path.read_text()) == {"rows": []}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_ratios_hold_within_a_case(bench: SimpleNamespace) -> None:
+    def row(backend: str, img_s: float, status: str = "ok", batch: int = 1) -> dict[str, Any]:
+        case = {"depth": 50, "mode": "infer", "batch": batch, "dtype": "bf16", "size": 224}
+        return case | {"backend": backend, "ours": backend == "fastres", "status": status, "img_s": img_s}
+
+    rows = [row("a", 100), row("b", 50), row("c", 900, "wrong"), row("fastres", 150), row("fastres", 70, batch=2)]
+    ratios = {key[-1]: value for key, value in bench.record.ratios(rows).items()}
+    assert ratios == {"a": 1.0, "b": 0.5, "fastres": 1.5}
+
+
+def test_photographs(bench: SimpleNamespace) -> None:
+    first, second = bench.photos.batches(2, 3, 48, seed=1)
+    again = bench.photos.batches(2, 3, 48, seed=1)
+    assert first.shape == (3, 3, 48, 48)
+    assert torch.equal(first, again[0])
+    assert torch.equal(second, again[1])
+    assert not torch.equal(first, bench.photos.batches(1, 3, 48, seed=2)[0])
+    images = [*first, *second]
+    assert all(image.std() > 0.1 for image in images)
+    assert all(not torch.equal(a, b) for i, a in enumerate(images) for b in images[:i])
+
+
+def test_defaults_by_device(bench: SimpleNamespace) -> None:
+    table, choose = bench.backends.BACKENDS, bench.backends.by_default
+    for mode in ("infer", "train"):
+        assert choose(torch.device("cuda"), 50, mode) == list(table)
+        for device in ("cuda", "cpu"):
+            for depth in (18, 34, 50, 101, 152):
+                chosen = choose(torch.device(device), depth, mode)
+                assert {"eager-channels-last", "fastres"} <= set(chosen) <= set(table)
+                assert all(table[name].needs in (None, device) for name in chosen)
+
+
+def test_lost_layouts_are_noted(bench: SimpleNamespace) -> None:
+    conv = nn.Conv2d(4, 4, 3).to(memory_format=torch.channels_last)
+    for layout, said in ((torch.contiguous_format, ["1 of 1 weight gradients lost channels_last"]), (None, [])):
+        gradient = torch.randn(4, 4, 3, 3).contiguous(memory_format=layout or torch.channels_last)
+        step = SimpleNamespace(model=conv, gradients=lambda g=gradient: conv.weight.backward(g))
+        assert bench.measure.lost_layouts(step) == said
+
+
+def test_compiled_row(bench: SimpleNamespace, tmp_path: Path) -> None:
+    path = tmp_path / "r.json"
+    ask = [*TINY, "--mode", "infer", "--backend", "aot-eager,cudagraphs", "--json", str(path)]
+    with pytest.raises(SystemExit):
+        bench.run.main(ask)
+    assert bench.run.main([*ask, "--backend", "aot-eager"]) == 0
+    assert rows_of(path)["infer", "aot-eager"]["status"] == "ok"
+
+
+@pytest.mark.slow
+def test_every_backend_of_this_device(bench: SimpleNamespace, tmp_path: Path) -> None:
+    path = tmp_path / "r.json"
+    assert bench.run.main([*TINY, "--backend", "all", "--json", str(path)]) == 0
+    record = json.loads(path.read_text())
+    check_schema(record)
+    assert {row["status"] for row in record["rows"]} == {"ok", "not available"}
