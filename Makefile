@@ -15,9 +15,11 @@ $(READY): pyproject.toml constraints.txt
 
 test: $(READY)
 	$(VENV)/bin/python -m pytest
+	TRITON_INTERPRET=1 $(VENV)/bin/python -m pytest -m "interpret and not slow"
 
 test-slow: $(READY)
 	$(VENV)/bin/python -m pytest -m "slow or not slow"
+	TRITON_INTERPRET=1 $(VENV)/bin/python -m pytest -m interpret
 
 bench: $(READY)
 	$(VENV)/bin/python bench/run.py --depth $(DEPTH)

@@ -1,4 +1,14 @@
-"""What every test has: fixed seeds, a fixed thread count, a skip for `@pytest.mark.gpu`, and poisoned memory on request."""
+"""Fixed seeds and thread count for every test, skips for what can't run here, poisoned memory on request.
+
+Triton decides when a kernel is defined whether it is interpreted or compiled, so one process does one of the two and
+`make test` runs pytest twice:
+
+    pytest                                everything but the interpreter's tests; kernels are compiled, ahead of time
+    TRITON_INTERPRET=1 pytest -m interpret    the tests that run kernels, on CPU tensors
+
+On a GPU the first run has both. Tests that run kernels carry `@pytest.mark.interpret`, tests that compile them without
+running them `@pytest.mark.compiles`.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import triton
 from torch import Tensor
 
 
@@ -17,12 +28,24 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if torch.cuda.is_available():
-        return
-    skip = pytest.mark.skip(reason="needs a CUDA GPU")
+    interpreting = triton.knobs.runtime.interpret
+    reasons = {}
+    if interpreting:
+        reasons["compiles"] = "interpreted kernels cannot be compiled"
+        reasons["gpu"] = "kernels are interpreted"
+        if np.lib.NumpyVersion(np.__version__) >= "2.4.0":
+            reasons["interpret"] = f"Triton {triton.__version__}'s interpreter fails under numpy {np.__version__}"
+    elif not torch.cuda.is_available():
+        reasons["gpu"] = "needs a CUDA GPU"
+        reasons["interpret"] = "needs a CUDA GPU or TRITON_INTERPRET=1"
     for item in items:
-        if item.get_closest_marker("gpu"):
-            item.add_marker(skip)
+        for marker, reason in reasons.items():
+            if item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=reason))
+        if item.get_closest_marker("interpret"):
+            item.add_marker(
+                pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning")
+            )
 
 
 @pytest.fixture(autouse=True)
