@@ -78,6 +78,7 @@ def test_script(tmp_path: Path) -> None:
     done = subprocess.run(
         [*command, "--json", str(path), "--plot", str(picture)],
         cwd=tmp_path,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=300,
