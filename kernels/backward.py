@@ -8,8 +8,8 @@ BatchNorm's backward. Each part is optional.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
 
 import torch
 import triton
@@ -17,8 +17,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .config import Tile
-from .launch import check_tensor
+from .config import Tile, backward_tile
+from .launch import check_tensor, gpu_of
 from .problem import ConvProblem
 
 
@@ -94,9 +94,9 @@ class BnBackward(NamedTuple):
     shift: Tensor | None = None
 
     @property
-    def computed(self) -> bool:
-        """True where dz isn't dy itself."""
-        return self.z is not None or self.mask is not None
+    def operands(self) -> int:
+        """Tensors read for dz, dy among them."""
+        return 1 + (self.z is not None) + (self.mask is not None)
 
     @staticmethod
     def check(
@@ -149,10 +149,21 @@ def conv_problem(
     return problem
 
 
-def choose(tile: Tile | None, heuristic: Callable[[bool], Tile], refusal: str | None) -> Tile:
-    """`tile` if it is given and can run, else heuristic(tma)."""
+def choose_tile(
+    tile: Tile | None,
+    pass_: Literal["dgrad", "wgrad"],
+    problem: ConvProblem,
+    like: Tensor,
+    refusal: str | None,
+    precision: str,
+    operands: int,
+    other: bool,
+) -> Tile:
+    """`tile` if it is given and can run, else the best known."""
     if tile is None:
-        return heuristic(refusal is None)
+        ieee = like.dtype == torch.float32 and precision == "ieee"
+        tma = refusal is None and not ieee
+        return backward_tile(pass_, problem, like.dtype, tma, gpu_of(like.device), ieee, operands, other)
     if tile.box is not None and refusal is not None:
         raise ValueError(f"a tile with a box is fetched by TMA, which is impossible here: {refusal}")
     return tile

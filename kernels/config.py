@@ -11,10 +11,10 @@ import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -57,6 +57,10 @@ H200 = Gpu("NVIDIA H200", 132, 232448)
 # channels), of fp32 FMA; bytes from L2; bytes from and to memory. Per program: cycles of waiting for its first load and
 # last store, and of work that other programs can't hide.
 WGMMA, MMA, FMA, L2, MEMORY, LATENCY, OVERHEAD = 2048, 1024, 128, 48, 18, 2000, 200
+
+# Instructions of a thread per element of dz or of an activation computed on load, as compiled; such instructions issued
+# per cycle; bytes of shared memory for vectors and barriers.
+COMPUTED, ISSUE, SMALL = 10, 128, 4096
 
 
 def fprop_tiles(problem: ConvProblem, itemsize: int, tma: bool, gpu: Gpu = H200, ieee: bool = False) -> list[Tile]:
@@ -124,41 +128,186 @@ def reduction_steps(problem: ConvProblem, tile: Tile) -> int:
     return problem.R * problem.S * math.ceil(problem.C // problem.groups / tile.BK)
 
 
-@lru_cache(maxsize=4096)
 def best_box(problem: ConvProblem, pixels: int) -> tuple[int, int, int]:
-    """(TN, TH, TW), powers of two with product `pixels`, that cover [N, P, Q] with the least waste; among equals one
-    with few images and a square of at most 8 x 8 pixels, because neighbours' windows overlap."""
+    """The box of `pixels` output pixels."""
     if problem.pointwise:  # the pixels stand in one row
         return (1, 1, pixels)
+    return cover(problem.N, problem.P, problem.Q, pixels)
+
+
+@lru_cache(maxsize=4096)
+def cover(N: int, P: int, Q: int, pixels: int) -> tuple[int, int, int]:
+    """(TN, TH, TW), powers of two with product `pixels`, that cover [N, P, Q] with the least waste; among equals one
+    with few images and a square of at most 8 x 8 pixels, because neighbours' windows overlap."""
     sides = [2**i for i in range(pixels.bit_length())]
-    boxes = [(pixels // (h * w), h, w) for h in sides for w in sides if h * w <= pixels]
+    shapes = [(pixels // (h * w), h, w) for h in sides for w in sides if h * w <= pixels]
 
     def rank(box: tuple[int, int, int]) -> tuple[int, bool, int, int]:
-        return pixel_tiles(problem, pixels, box), max(box[1:]) > 8, box[0], abs(box[1] - box[2])
+        return boxes(N, P, Q, box), max(box[1:]) > 8, box[0], abs(box[1] - box[2])
 
-    return min(boxes, key=rank)
+    return min(shapes, key=rank)
+
+
+def boxes(N: int, P: int, Q: int, box: tuple[int, int, int]) -> int:
+    """How many boxes cover [N, P, Q]."""
+    return math.ceil(N / box[0]) * math.ceil(P / box[1]) * math.ceil(Q / box[2])
 
 
 def pixel_tiles(problem: ConvProblem, BN: int, box: tuple[int, int, int] | None) -> int:
     """How many tiles of BN output pixels a problem has."""
     if box is None or problem.pointwise:
         return math.ceil(problem.pixels / BN)
-    TN, TH, TW = box
-    return math.ceil(problem.N / TN) * math.ceil(problem.P / TH) * math.ceil(problem.Q / TW)
+    return boxes(problem.N, problem.P, problem.Q, box)
 
 
 def _power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def dgrad_tile(problem: ConvProblem, dtype: torch.dtype, tma: bool, gpu: Gpu = H200, ieee: bool = False) -> Tile:
-    """Tile of `conv_dgrad`: BM input channels, BN input pixels."""
-    return Tile(64, 128, 64, 4, 3)
+def dgrad_tiles(
+    problem: ConvProblem,
+    itemsize: int,
+    tma: bool,
+    gpu: Gpu = H200,
+    ieee: bool = False,
+    operands: int = 1,
+    epilogue: bool = False,
+) -> list[Tile]:
+    """Tiles for `conv_dgrad`, the most promising first: BM input channels, BN input pixels of one class.
+
+    operands: tensors read for dz, more than dy where dz is computed; epilogue: whether dx meets another tensor before
+    it is stored. Either takes registers and so excludes the largest tiles. Ordered by the model of `fprop_tiles`.
+    """
+    channels, outputs = problem.K // problem.groups, problem.C // problem.groups
+    rows, cols = math.ceil(problem.H / problem.stride), math.ceil(problem.W / problem.stride)
+    BK = 128 // itemsize if tma else 16 if ieee else 32
+    if ieee:
+        shapes = [(64, 32, 4), (32, 64, 4)]
+    elif not tma and channels < BK:  # a step goes through several taps, whose addresses take registers
+        shapes = [(64, 64, 4)]
+    else:
+        shapes = [(64, 128, 4), (64, 64, 4), (128, 128, 8), (128, 64, 4)]
+        shapes += [(64, 256, 8)] if tma else []
+        shapes += [(128, 256, 8), (256, 128, 8)] if tma and operands == 1 and not epilogue else []
+    shapes += [(BM, 64, 4) for BM in (16, 32) if outputs <= BM and not ieee]
+    steps = math.ceil(problem.R * problem.S / problem.stride**2) * math.ceil(channels / BK)
+
+    timed = []
+    for BM, BN, warps in shapes:
+        if problem.pointwise:
+            box, pixels = (1, 1, BN), math.ceil(problem.pixels / BN)
+        else:
+            box = cover(problem.N, rows, cols, BN)
+            pixels = boxes(problem.N, rows, cols, box) if tma else math.ceil(problem.N * rows * cols / BN)
+        for stages in (3, 2, 1):
+            shared = (stages * BM + buffered(stages, operands) * BN) * BK * itemsize + SMALL
+            if max(shared, BM * BN * itemsize) <= gpu.shared:
+                break
+        else:
+            continue
+        resident = max(1, min(gpu.shared // shared, 65536 // (BM * BN + 64 * 32 * warps)))
+        rate = (FMA if ieee else WGMMA if BM >= 64 else MMA) * 2 / itemsize
+        compute = BM * BN * BK / rate + (COMPUTED * BN * BK / ISSUE if operands > 1 else 0)
+        memory = itemsize * (BM * BN * (1 + epilogue) + operands * BN * channels * BM / outputs)
+        busy = max(steps * compute, steps * (BM + operands * BN) * BK * itemsize / L2, memory / MEMORY)
+        programs = math.ceil(outputs / BM) * problem.groups * problem.stride**2 * pixels
+        tile = Tile(BM, BN, BK, warps, stages, box if tma else None)
+        timed.append((_cycles(programs, resident, busy, gpu), tile))
+    return [tile for _, tile in sorted(timed, key=lambda pair: pair[0])]
 
 
-def wgrad_tile(problem: ConvProblem, dtype: torch.dtype, tma: bool, gpu: Gpu = H200, ieee: bool = False) -> Tile:
-    """Tile of `conv_wgrad`."""
-    return Tile(64, 64, 64, 4, 3, splits=4)
+def wgrad_tiles(
+    problem: ConvProblem,
+    itemsize: int,
+    tma: bool,
+    gpu: Gpu = H200,
+    ieee: bool = False,
+    operands: int = 1,
+    prologue: bool = False,
+) -> list[Tile]:
+    """Tiles for `conv_wgrad`, the most promising first: BM filters, BN channels, BK pixels at a step.
+
+    operands: tensors read for dz; prologue: whether the activation is computed. Ordered by the model of `fprop_tiles`
+    for the splits that fill one to four waves, whose partial sums are written and read once.
+    """
+    channels, outputs = problem.C // problem.groups, problem.K // problem.groups
+    taps = problem.R * problem.S
+    one_tap = tma or channels >= 64
+    if ieee:
+        BK, shapes = 16, [(64, 32, 4, 1), (32, 32, 4, 1)]
+    else:
+        BK = 128 // itemsize if tma else 32
+        shapes = [(64, 64, 4, 1), (64, 128, 4, 1), (128, 64, 4, 1), (128, 128, 8, 1)]
+        shapes += [(64, 64, 4, 3), (128, 64, 8, 3)] if tma and problem.S == 3 and itemsize == 2 else []
+        shapes += [(128, 256, 8, 1), (256, 128, 8, 1)] if tma and itemsize == 2 else []
+        shapes += [(BM, BN, 4, 1) for BM in (16, 32) for BN in (16, 32, 64) if outputs <= BM] if not tma else []
+
+    timed = []
+    for BM, BN, warps, row in shapes:
+        box = (1, 1, BK) if problem.pointwise else cover(problem.N, problem.P, problem.Q, BK)
+        steps = math.ceil(problem.pixels / BK)
+        if tma and not problem.pointwise:
+            steps = boxes(problem.N, problem.P, problem.Q, box)
+        columns = math.ceil(channels / BN) * taps // row if one_tap else math.ceil(channels * taps / BN)
+        tiles = math.ceil(outputs / BM) * columns * problem.groups
+        computed = (BM if operands > 1 else 0) + (BN if prologue else 0)
+        of_dz, of_a = (row, 1) if prologue and operands == 1 else (1, row)  # tiles per step; the computed one stays
+        for stages in (3, 2, 1):
+            buffers = buffered(stages, operands) * of_dz * BM + stages * of_a * BN
+            shared = buffers * BK * itemsize + SMALL
+            if shared <= gpu.shared:
+                break
+        else:
+            continue
+        resident = max(1, min(gpu.shared // shared, 65536 // (BM * BN * row + 64 * 32 * warps)))
+        rate = (FMA if ieee else WGMMA if min(BM, BN) >= 64 else MMA) * 2 / itemsize
+        step_bytes = (BM * operands * of_dz + BN * of_a) * BK * itemsize
+        step = max(row * BM * BN * BK / rate + COMPUTED * computed * BK / ISSUE, step_bytes / L2)
+        for waves in (1, 2, 3, 4):
+            splits = min(steps, max(1, waves * gpu.sms * resident // tiles))
+            busy = math.ceil(steps / splits) * step + row * BM * BN * 4 / MEMORY
+            reduce = 2 * 4 * problem.w_numel * splits / MEMORY / gpu.sms + LATENCY if splits > 1 else 0
+            tile = Tile(BM, BN, BK, warps, stages, box if tma else None, splits, row)
+            timed.append((_cycles(tiles * splits, resident, busy, gpu) + reduce, tile))
+    return [tile for _, tile in sorted(timed, key=lambda pair: pair[0])]
+
+
+@lru_cache(maxsize=4096)
+def backward_tile(
+    pass_: Literal["dgrad", "wgrad"],
+    problem: ConvProblem,
+    dtype: torch.dtype,
+    tma: bool,
+    gpu: Gpu,
+    ieee: bool,
+    operands: int,
+    other: bool,
+) -> Tile:
+    """The measured tile where the tables have one that fits what else the kernel does, else the first of `dgrad_tiles`
+    or `wgrad_tiles` (other: their last argument)."""
+    tiles = dgrad_tiles if pass_ == "dgrad" else wgrad_tiles
+    candidates = tiles(problem, dtype.itemsize, tma, gpu, ieee, operands, other)
+    found = measured(pass_, problem, dtype, gpu.name)
+    if found is not None and found.tile is not None and any(_same_program(found.tile, tile) for tile in candidates):
+        return found.tile
+    return candidates[0]
+
+
+def buffered(stages: int, operands: int) -> int:
+    """Tiles of dz in shared memory: what it is computed from is held a stage less, and then the result."""
+    return (stages - 1) * operands + 1 if operands > 1 else stages
+
+
+def _same_program(a: Tile, b: Tile) -> bool:
+    """Whether two tiles need the same registers and shared memory."""
+    return replace(a, box=None, splits=1) == replace(b, box=None, splits=1) and (a.box is None) == (b.box is None)
+
+
+def _cycles(programs: int, resident: int, busy: float, gpu: Gpu) -> float:
+    """For programs that are busy so long, `resident` at a time on a multiprocessor."""
+    waves = programs / (gpu.sms * resident)
+    waves = waves if waves > 8 else math.ceil(waves)
+    return waves * max(resident * (busy + OVERHEAD), busy + LATENCY)
 
 
 class Measurement(NamedTuple):
@@ -236,3 +385,4 @@ def forget_tables() -> None:
     """Tables are read once per process; after this, once more."""
     _table.cache_clear()
     fprop_tile.cache_clear()
+    backward_tile.cache_clear()

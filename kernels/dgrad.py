@@ -29,9 +29,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .backward import BnBackward, choose, conv_problem, load_dz, operand, pixel_tiles
-from .config import Tile, dgrad_tile
-from .launch import check_tensor, gpu_of, tma_refusal
+from .backward import BnBackward, choose_tile, conv_problem, load_dz, operand, pixel_tiles
+from .config import Tile
+from .launch import check_tensor, tma_refusal
 from .tile import box_origin, box_pixels, unravel
 
 
@@ -250,7 +250,7 @@ def conv_dgrad(
     relu_mask (z_prev, scale, shift, mean): z_prev like dx, the rest fp32 [C]; dx (residual included) is kept where
     scale z_prev + shift > 0, and returned with partial sums, fp32 [tiles, 2, C]: of dx and of dx (z_prev - mean), dx
     as stored.
-    precision of fp32 products: "ieee" or "tf32". tile: default from `config.dgrad_tile`.
+    precision of fp32 products: "ieee" or "tf32". tile: by default from `config`.
 
     Activations of one dtype (bf16, fp16, fp32), contiguous. No atomics: equal inputs give equal bits.
     Raises ValueError for shapes, dtypes, layouts or devices that do not fit together.
@@ -268,8 +268,8 @@ def conv_dgrad(
         check_tensor(f"relu_mask's {name}", tensor, (C,), dy, torch.float32)
     dx = torch.empty((N, H, W, C), dtype=dy.dtype, device=dy.device)
     refusal = tma_refusal(problem, dy, load.z, load.mask, w, dx, z_prev, residual, residual_mask)
-    ieee = dy.dtype == torch.float32 and precision == "ieee"
-    tile = choose(tile, lambda tma: dgrad_tile(problem, dy.dtype, tma, gpu_of(dy.device), ieee), refusal)
+    epilogue = residual is not None or relu_mask is not None
+    tile = choose_tile(tile, "dgrad", problem, dy, refusal, precision, load.operands, epilogue)
 
     if problem.pointwise:  # a plain GEMM: let all pixels lie in one row
         N, H, W, P, Q = 1, 1, N * H * W, 1, N * P * Q

@@ -21,9 +21,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .backward import BnBackward, choose, conv_problem, load_dz, operand, pixel_tiles
-from .config import Tile, wgrad_tile
-from .launch import check_tensor, gpu_of, tma_refusal
+from .backward import BnBackward, choose_tile, conv_problem, load_dz, operand, pixel_tiles
+from .config import Tile
+from .launch import check_tensor, tma_refusal
 from .tile import affine_relu, box_origin, box_pixels, unravel
 
 
@@ -250,8 +250,8 @@ def conv_wgrad(
     """dw, contiguous, of filter_shape (K, R, S, C/groups) and `out_dtype`, from dy [N, P, Q, K] and x [N, H, W, C].
 
     bn_backward, dy_mask: as for `conv_dgrad`. prologue (scale, shift), fp32 [C]: the conv's input was
-    relu(scale x + shift), zero-padded. precision of fp32 products: "ieee" or "tf32". tile: default from
-    `config.wgrad_tile`.
+    relu(scale x + shift), zero-padded. precision of fp32 products: "ieee" or "tf32". tile: by default
+    from `config`.
 
     Activations of one dtype (bf16, fp16, fp32), contiguous; sums in fp32. No atomics: equal inputs give equal bits.
     Raises ValueError for shapes, dtypes, layouts or devices that do not fit together.
@@ -267,8 +267,8 @@ def conv_wgrad(
     refusal = tma_refusal(problem, dy, load.z, load.mask, x)
     if stride > 2 or (stride == 2 and (problem.H % 2 or problem.W % 2)):
         refusal = refusal or f"stride {stride} on {problem.H}x{problem.W} has no view as pairs of rows and columns"
-    ieee = dy.dtype == torch.float32 and precision == "ieee"
-    tile = choose(tile, lambda tma: wgrad_tile(problem, dy.dtype, tma, gpu_of(dy.device), ieee), refusal)
+    computed = load.operands > 1
+    tile = choose_tile(tile, "wgrad", problem, dy, refusal, precision, load.operands, prologue is not None)
     if tile.splits < 1:
         raise ValueError(f"splits must be >= 1, got {tile.splits}")
     if tile.taps != 1 and (tile.taps != 3 or problem.S != 3 or tile.box is None):
@@ -281,13 +281,13 @@ def conv_wgrad(
     if problem.pointwise:  # a plain GEMM: let all pixels lie in one row
         N, H, W, P, Q = 1, 1, N * H * W, 1, N * P * Q
         tile = replace(tile, box=tile.box and (1, 1, tile.BK))
-    tma, computed = tile.box is not None, load.computed and prologue is not None
+    tma, both = tile.box is not None, computed and prologue is not None
     # wgmma would read its first operand from registers if that were a reshaped box, so that one comes through pointers.
-    flat = problem.pointwise or computed
-    tma_dz = tma and (flat or load.computed)
-    tma_a = tma and (flat or not load.computed)
+    flat = problem.pointwise or both
+    tma_dz = tma and (flat or computed)
+    tma_a = tma and (flat or not computed)
     TN, TH, TW = tile.box or (0, 0, 0)
-    shift_dz = tma and not problem.pointwise and stride == 1 and prologue is not None and not load.computed
+    shift_dz = tma and not problem.pointwise and stride == 1 and prologue is not None and not computed
     rows, cols = (H, W) if shift_dz else (P, Q)
     tiles_n, tiles_h, tiles_w = pixel_tiles(tile.box, tile.BK, N, rows, cols)
     steps = tiles_n * tiles_h * tiles_w
@@ -349,7 +349,7 @@ def conv_wgrad(
         SHIFT_DZ=shift_dz,
         PADDED_DZ=not boxes_fit,
         PADDED_A=padded_a,
-        SETTLE=computed and not triton.knobs.runtime.interpret,
+        SETTLE=both and not triton.knobs.runtime.interpret,
         INT64=not problem.int32_safe,
         PRECISION=precision,
         num_warps=tile.warps,

@@ -1,7 +1,7 @@
 """dgrad and wgrad against float64, with everything that can stand before and behind them.
 
-On a CPU the kernels are interpreted, in float32 and float16 (the interpreter's bfloat16 products are wrong); on a GPU the
-same tests run compiled, bfloat16 and the layers of ResNet-50 join in.
+On a CPU the kernels are interpreted, in float32 and float16 (the interpreter cannot multiply bfloat16); on a GPU the
+same tests run compiled, and bfloat16 joins in, as do the layers of ResNet-50.
 """
 
 from __future__ import annotations
@@ -17,15 +17,14 @@ import torch
 import torch.nn.functional as F
 import triton
 from cases import assert_close_to_reference
-from torch import Tensor
-from torch.nn.grad import conv2d_input, conv2d_weight
-
 from fastres.kernels import dgrad as dgrad_module
 from fastres.kernels import wgrad as wgrad_module
 from fastres.kernels.config import Tile
 from fastres.kernels.dgrad import conv_dgrad
 from fastres.kernels.problem import ConvProblem
 from fastres.kernels.wgrad import conv_wgrad
+from torch import Tensor
+from torch.nn.grad import conv2d_input, conv2d_weight
 
 pytestmark = [
     pytest.mark.interpret,

@@ -1,0 +1,202 @@
+"""dgrad and wgrad as a ResNet's training step launches them, compiled without a GPU: no spills, the expected matrix and
+copy instructions, wgmma neither serialised nor in danger of its registers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import triton
+from binary import Launch, check, record
+from fastres.kernels.config import H200, Gpu, Tile, dgrad_tiles, wgrad_tiles
+from fastres.kernels.dgrad import conv_dgrad
+from fastres.kernels.problem import ConvProblem
+from fastres.kernels.wgrad import conv_wgrad
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+pytestmark = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="interpreted kernels cannot be compiled")
+
+GPUS = {80: Gpu("NVIDIA A100", 108, 166912), 90: H200, 100: Gpu("NVIDIA B200", 148, 232448)}
+MATRIX = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
+
+# What the step does around a conv: between two BatchNorms, behind a block's end, at its end, with dz materialised.
+DGRAD = ("bn relu", "bn residual out", "bn mask relu", "", "relu", "residual")
+WGRAD = ("bn activation", "bn", "bn mask activation", "bn mask", "", "activation")
+
+
+def layers(depth: int) -> list[ConvProblem]:
+    """The distinct convolutions of torchvision's ResNets at 256 images of 224 x 224, without the stem."""
+    expansion, kind = (1, "basic") if depth < 50 else (4, "bottleneck")
+    found: dict[ConvProblem, None] = {}
+    channels, size = 64, 56
+    for stage, width in enumerate((64, 128, 256, 512)):
+        for block in range(2):
+            stride = 2 if stage > 0 and block == 0 else 1
+            if kind == "basic":
+                convs = [(channels, width, 3, stride, size), (width, width, 3, 1, size // stride)]
+            else:
+                convs = [
+                    (channels, width, 1, 1, size),
+                    (width, width, 3, stride, size),
+                    (width, 4 * width, 1, 1, size // stride),
+                ]
+            if stride == 2 or channels != width * expansion:
+                convs.append((channels, width * expansion, 1, stride, size))
+            for c, k, r, s, hw in convs:
+                found[ConvProblem(256, hw, hw, c, k, r, r, s, r // 2)] = None
+            channels, size = width * expansion, size // stride
+    return list(found)
+
+
+STEM = ConvProblem(256, 224, 224, 3, 64, 7, 7, 2, 3)
+NARROW = ConvProblem(256, 56, 56, 64, 64, 3, 3, 1, 1)
+WIDE = ConvProblem(256, 14, 14, 1024, 256)
+STRIDED = ConvProblem(256, 28, 28, 256, 256, 3, 3, 2, 1)
+GROUPED = ConvProblem(256, 28, 28, 256, 256, 3, 3, 1, 1, groups=32)
+
+
+def launches(pass_: str, n: ConvProblem, features: str, tile: Tile | None, dtype: torch.dtype) -> list[Launch]:
+    def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    def vectors(count: int, channels: int) -> list[torch.Tensor]:
+        return [empty(channels, dtype=torch.float32) for _ in range(count)]
+
+    x, dy, w = (n.N, n.H, n.W, n.C), (n.N, n.P, n.Q, n.K), (n.K, n.R, n.S, n.C // n.groups)
+    options: dict[str, Any] = {"stride": n.stride, "pad": n.pad, "groups": n.groups, "tile": tile, "precision": "tf32"}
+    if "bn" in features:
+        options["bn_backward"] = (empty(*dy), *vectors(3, n.K))
+    if "mask" in features:
+        options["dy_mask"] = empty(*dy)
+    if "activation" in features:
+        options["prologue"] = tuple(vectors(2, n.C))
+    if "relu" in features:
+        options["relu_mask"] = (empty(*x), *vectors(3, n.C))
+    if "residual" in features:
+        options["residual"] = empty(*x)
+    if "out" in features:
+        options["residual_mask"] = empty(*x)
+    with record() as recorded:
+        if pass_ == "dgrad":
+            conv_dgrad(empty(*dy), empty(*w), x, **options)
+        else:
+            conv_wgrad(empty(*dy), empty(*x), w, **options)
+    return recorded
+
+
+def best(pass_: str, n: ConvProblem, features: str, tma: bool, sm: int, itemsize: int = 2) -> Tile:
+    operands = 1 + ("bn" in features) + ("mask" in features)
+    if pass_ == "dgrad":
+        return dgrad_tiles(n, itemsize, tma, GPUS[sm], False, operands, "relu" in features or "residual" in features)[0]
+    return wgrad_tiles(n, itemsize, tma, GPUS[sm], False, operands, "activation" in features)[0]
+
+
+def distinct(recorded: Iterable[Launch]) -> Iterator[Launch]:
+    """One launch of each specialisation: Triton tells integers apart by divisibility, tensors by dtype."""
+
+    def kind(launch: Launch, name: str) -> Any:
+        value = launch.kwargs[name]
+        if isinstance(value, TensorDescriptor):
+            return value.base.dtype, tuple(value.block_shape)
+        if isinstance(value, torch.Tensor):
+            return value.dtype
+        constexpr = name.startswith("num_") or launch.fn.params[launch.fn.arg_names.index(name)].is_constexpr
+        return value if constexpr or value is None else (value % 16 == 0, value == 1)
+
+    seen = set()
+    for launch in recorded:
+        key = (launch.fn.__name__, *(kind(launch, name) for name in sorted(launch.kwargs)))
+        if key not in seen:
+            seen.add(key)
+            yield launch
+
+
+def verify(launch: Launch, sm: int) -> None:
+    """What is promised of every kernel, by what it was launched with."""
+    binary = launch.compile(sm)
+    given = launch.kwargs
+    if "partials" in given and "splits" in given:
+        check(binary, matrix="")
+        return
+    boxes = given["TN"] > 0
+    idle = given.get("TAPS_R") == 0 or given.get("TAPS_S") == 0  # pixels that no filter tap reaches: no product
+    present = ["UTMASTG"] if boxes and "dx" in given else []
+    absent = []
+    if given["UNIFORM"] and not idle:
+        present.append("UTMALDG" if boxes else "LDGSTS")
+        absent.append("LDG")
+    narrow = min(given["BM"], 64 if "dx" in given else given["BN"]) < 64
+    matrix = "" if idle else "HMMA" if narrow else MATRIX[sm]
+    check(binary, matrix=matrix, present=present, loop_absent=absent, shared=GPUS[sm].shared)
+    if matrix == "HGMMA" and not given.get("SETTLE"):
+        assert all(name.endswith("SS") for name in binary.matrix), binary.matrix
+
+
+CI = [
+    ("dgrad", NARROW, "bn relu", 90),
+    ("dgrad", WIDE, "bn residual out", 90),
+    ("dgrad", WIDE, "", 90),
+    ("dgrad", STRIDED, "bn mask relu", 90),
+    ("dgrad", WIDE, "bn relu", 100),
+    ("wgrad", NARROW, "bn activation", 90),
+    ("wgrad", NARROW, "activation", 90),
+    ("wgrad", WIDE, "bn mask", 90),
+    ("wgrad", WIDE, "activation", 90),
+    ("wgrad", WIDE, "bn activation", 90),
+    ("wgrad", STRIDED, "bn", 90),
+    ("wgrad", STRIDED, "bn", 100),
+]
+
+
+@pytest.mark.parametrize(("pass_", "problem", "features", "sm"), CI)
+def test_boxes(pass_: str, problem: ConvProblem, features: str, sm: int) -> None:
+    tile = best(pass_, problem, features, True, sm)
+    for launch in distinct(launches(pass_, problem, features, tile, torch.bfloat16)):
+        verify(launch, sm)
+
+
+@pytest.mark.parametrize(
+    ("pass_", "problem", "features", "sm"),
+    [
+        ("dgrad", NARROW, "bn mask relu", 80),
+        ("dgrad", WIDE, "", 90),
+        ("dgrad", GROUPED, "bn relu", 90),
+        ("wgrad", NARROW, "bn activation", 80),
+        ("wgrad", STRIDED, "", 90),
+        ("wgrad", GROUPED, "bn activation", 90),
+        ("wgrad", STEM, "bn mask", 90),
+    ],
+)
+def test_pointers(pass_: str, problem: ConvProblem, features: str, sm: int) -> None:
+    tile = best(pass_, problem, features, False, sm)
+    for launch in distinct(launches(pass_, problem, features, tile, torch.bfloat16)):
+        verify(launch, sm)
+
+
+@pytest.mark.parametrize("pass_", ["dgrad", "wgrad"])
+def test_float32_as_tf32(pass_: str) -> None:
+    tile = best(pass_, WIDE, "bn", True, 90, itemsize=4)
+    for launch in distinct(launches(pass_, WIDE, "bn", tile, torch.float32)):
+        verify(launch, 90)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sm", [80, 90, 100])
+@pytest.mark.parametrize("pass_", ["dgrad", "wgrad"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_every_layer_of_resnet_18_to_152(pass_: str, sm: int, dtype: torch.dtype) -> None:
+    recorded = []
+    for problem in dict.fromkeys([*layers(18), *layers(50), STEM]):
+        tma = sm >= 90 and problem is not STEM
+        for features in DGRAD if pass_ == "dgrad" else WGRAD:
+            tile = best(pass_, problem, features, tma, sm)
+            recorded += launches(pass_, problem, features, tile, dtype)
+    wrong = []
+    for launch in distinct(recorded):
+        try:
+            verify(launch, sm)
+        except AssertionError as error:
+            wrong.append(f"{error} with {launch.kwargs}")
+    assert not wrong, "\n".join(wrong)
