@@ -97,13 +97,18 @@ class Launch:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
-    def compile(self, sm: int = 90) -> Binary:
-        """The very specialisation that this launch would compile on a GPU of compute capability `sm`."""
+    def specialization(self, sm: int = 90) -> tuple[Any, ...]:
+        """(kernel, types, constexprs, attributes, options): what Triton would compile for capability `sm`. Launches
+        whose specialisations have the same `repr` share one binary."""
         backend = make_backend(GPUTarget("cuda", sm, 32))
         bind = create_function_from_signature(self.fn.signature, self.fn.params, backend)
         bound, specialization, options = bind(*self.args, **self.kwargs)
         _, types, constexprs, attrs = self.fn._pack_args(backend, self.kwargs, bound, specialization, options)
-        return _compile(self.fn, types, constexprs, attrs, options, sm)
+        return self.fn, types, constexprs, attrs, options
+
+    def compile(self, sm: int = 90) -> Binary:
+        """The very specialisation that this launch would compile on a GPU of compute capability `sm`."""
+        return _compile(*self.specialization(sm), sm)
 
 
 @contextmanager

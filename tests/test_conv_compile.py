@@ -1,0 +1,192 @@
+"""conv_fprop and the stem as the nets launch them, compiled without a GPU: no spills, the expected matrix and copy
+instructions, wgmma neither serialised nor in danger of its registers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from binary import Launch, check, record
+from conv_cases import net_problems
+from fastres.kernels.config import H200, Gpu, Tile, fprop_tiles
+from fastres.kernels.conv import conv_fprop, fprop_tma_refusal
+from fastres.kernels.problem import ConvProblem
+from fastres.kernels.stem import conv_stem, pack_filters, pack_images
+
+pytestmark = pytest.mark.compiles
+
+GPUS = {
+    80: Gpu("NVIDIA A100", 108, 166912),
+    89: Gpu("NVIDIA L4", 58, 101376),
+    90: H200,
+    100: Gpu("NVIDIA B200", 148, 232448),
+}
+MATRIX = {80: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
+
+# What a net asks of a conv: folded or live BatchNorm at inference; statistics when training; the bare conv.
+USES = (
+    "shift relu",
+    "scale shift relu",
+    "scale shift residual relu",
+    "statistics",
+    "prologue statistics",
+    "prologue",
+    "",
+)
+
+
+def launches(n: ConvProblem, use: str, tile: Tile | None, dtype: torch.dtype = torch.bfloat16) -> list[Launch]:
+    """The launches of one conv_fprop; without a tile that of an H200."""
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    x, w = empty(n.N, n.H, n.W, n.C, dtype=dtype), empty(n.K, n.R, n.S, n.C // n.groups, dtype=dtype)
+    options: dict[str, Any] = {"relu": "relu" in use, "statistics": "statistics" in use, "precision": "tf32"}
+    if "prologue" in use:
+        options["prologue"] = (empty(n.C), empty(n.C))
+    for name in ("scale", "shift"):
+        if name in use:
+            options[name] = empty(n.K)
+    if "residual" in use:
+        wide = torch.bfloat16 if dtype.itemsize == 1 else dtype
+        options["residual"] = empty(n.N, n.P, n.Q, n.K, dtype=wide)
+    geometry = {"stride": n.stride, "pad": n.pad, "dilation": n.dilation, "groups": n.groups}
+    with record() as recorded:
+        conv_fprop(x, w, **geometry, **options, tile=tile)
+    return recorded
+
+
+def stem_launches(n: ConvProblem, use: str, dtype: torch.dtype = torch.bfloat16) -> list[Launch]:
+    filters = pack_filters(torch.empty(n.K, n.R, n.S, n.C, dtype=dtype, device="meta"))
+    vector = torch.empty(n.K, device="meta") if "shift" in use else None
+    with record() as recorded:
+        packed = pack_images(torch.empty(n.N, n.C, n.H, n.W, device="meta"), n, dtype)
+        conv_stem(packed, filters, n, scale=vector, shift=vector, relu="relu" in use, statistics="statistics" in use)
+    return recorded
+
+
+def best(n: ConvProblem, sm: int, tma: bool, itemsize: int = 2) -> Tile:
+    return fprop_tiles(n, itemsize, tma, GPUS[sm])[0]
+
+
+def verify(launch: Launch, sm: int) -> None:
+    """What is promised of every kernel, by what it was launched with."""
+    binary = launch.compile(sm)
+    given = launch.kwargs
+    if launch.fn.__name__ == "pack_images_kernel":
+        check(binary, registers=64, matrix="", absent=("STS", "LDS"))
+        return
+    matrix: str | None = MATRIX[sm]
+    if given["BM"] < 64 and sm >= 90:  # less than one wgmma
+        matrix = "HMMA" if sm == 90 else None
+    shared = GPUS[sm].shared
+    if "TN" in given:
+        loop = ("LDG", "STG") if given["steps"] > 1 else ()  # not pipelined: the prologue's vectors come directly
+        check(binary, matrix=matrix, present=("UTMALDG", "UTMASTG"), loop_absent=loop, shared=shared)
+    else:
+        copies = not given["ROW"] % 2  # 2 bytes are no asynchronous copy
+        loop = ("LDG", "STG") if copies else ("STG",)
+        check(binary, matrix=matrix, present=("LDGSTS",) if copies else (), loop_absent=loop, shared=shared)
+    if matrix == "HGMMA":
+        assert all(name.endswith("SS") for name in binary.matrix), binary.matrix
+
+
+def distinct(recorded: Iterable[Launch], sm: int) -> Iterator[Launch]:
+    """One launch of each binary."""
+    found = {repr(launch.specialization(sm)): launch for launch in recorded}
+    yield from found.values()
+
+
+NARROW = ConvProblem(256, 56, 56, 64, 64, 3, 3, 1, 1)
+SQUARE = ConvProblem(256, 14, 14, 256, 256, 3, 3, 1, 1)
+STRIDED = ConvProblem(256, 56, 56, 128, 128, 3, 3, 2, 1)
+EXPAND = ConvProblem(256, 56, 56, 64, 256)
+REDUCE = ConvProblem(256, 28, 28, 512, 128)
+GROUPED = ConvProblem(256, 56, 56, 128, 128, 3, 3, 1, 1, groups=32)
+SINGLE = ConvProblem(1, 7, 7, 512, 512, 3, 3, 1, 1)
+CIFAR = ConvProblem(128, 32, 32, 16, 16, 3, 3, 1, 1)
+STEM = ConvProblem(256, 224, 224, 3, 64, 7, 7, 2, 3)
+
+
+@pytest.mark.parametrize(
+    ("problem", "use", "sm"),
+    [
+        (EXPAND, "shift residual relu", 90),
+        (EXPAND, "prologue statistics", 90),
+        (REDUCE, "shift relu", 90),
+        (REDUCE, "statistics", 90),
+        (NARROW, "shift relu", 90),
+        (NARROW, "prologue statistics", 90),
+        (SQUARE, "scale shift relu", 90),
+        (SQUARE, "prologue statistics", 90),
+        (STRIDED, "prologue statistics", 90),
+        (SINGLE, "shift relu", 90),
+        (CIFAR, "prologue statistics", 90),
+        (SQUARE, "prologue statistics", 100),
+        (EXPAND, "shift residual relu", 100),
+    ],
+)
+def test_boxes(problem: ConvProblem, use: str, sm: int) -> None:
+    for launch in launches(problem, use, best(problem, sm, tma=True)):
+        verify(launch, sm)
+
+
+@pytest.mark.parametrize(
+    ("problem", "use", "sm"),
+    [
+        (SQUARE, "shift residual relu", 80),
+        (SQUARE, "prologue statistics", 80),
+        (EXPAND, "shift residual relu", 89),
+        (STEM, "scale shift relu", 80),
+        (SQUARE, "prologue statistics", 90),
+        (GROUPED, "prologue statistics", 90),
+        (STRIDED, "shift relu", 100),
+    ],
+)
+def test_pointers(problem: ConvProblem, use: str, sm: int) -> None:
+    for launch in launches(problem, use, best(problem, sm, tma=False)):
+        verify(launch, sm)
+
+
+@pytest.mark.parametrize("use", ["scale shift relu", "statistics"])
+def test_stem(use: str) -> None:
+    for launch in stem_launches(STEM, use):
+        verify(launch, 90)
+
+
+def test_tf32_and_fp8() -> None:
+    (launch,) = launches(SQUARE, "prologue statistics", best(SQUARE, 90, tma=True, itemsize=4), torch.float32)
+    verify(launch, 90)
+    (launch,) = launches(SQUARE, "shift residual relu", best(SQUARE, 90, tma=True, itemsize=1), torch.float8_e4m3fn)
+    binary = launch.compile(90)
+    check(binary, present=("QGMMA", "UTMALDG", "UTMASTG"), absent=("HGMMA", "HMMA"), shared=H200.shared)
+
+
+def test_offsets_widen_past_2_31() -> None:
+    small = ConvProblem(1, 64, 64, 512, 512)
+    for problem, wide in ((small, False), (ConvProblem(1024, 64, 64, 512, 512), True)):
+        (launch,) = launches(problem, "", best(problem, 90, tma=False))
+        assert launch.kwargs["INT64"] is wide
+    verify(launch, 90)
+
+
+NETS = ["resnet18", "resnet50", "resnext50_32x4d", "wide_resnet50_2"]  # 34, 101 and 152 have no layer of their own
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sm", GPUS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_everything_the_nets_launch(sm: int, dtype: torch.dtype) -> None:
+    recorded = []
+    for problem in {p for name in NETS for batch in (256, 32, 1) for p in net_problems(name, batch)}:
+        tma = sm >= 90 and fprop_tma_refusal(problem, torch.empty(0, dtype=dtype, device="meta")) is None
+        for use in USES:
+            if problem.C > 3 or "prologue" not in use:  # no BatchNorm stands before the images
+                recorded += launches(problem, use, best(problem, sm, tma), dtype)
+            if problem.C == 3 and sm >= 90 and "prologue" not in use and "residual" not in use:
+                recorded += stem_launches(problem, use, dtype)
+    for launch in distinct(recorded, sm):
+        verify(launch, sm)
