@@ -1,8 +1,9 @@
 """fastres: ResNets on fused kernels. `from fastres import resnet50` in place of torchvision's, and nothing else."""
 
+from fastres import paper
 from fastres.models.resnet import *  # noqa: F403
 from fastres.models.resnet import __all__ as _builders
 from fastres.ops.dispatch import backend
 
 __version__ = "0.1.0"
-__all__ = [*_builders, "backend"]
+__all__ = [*_builders, "backend", "paper"]
