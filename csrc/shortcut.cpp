@@ -1,5 +1,6 @@
-// Option-A shortcut on the CPU: one pass over memory, parallel over planes (NCHW) or rows of pixels (NHWC). The inner
-// loops are plain and branch-free, for the compiler to vectorise; the builder passes this machine's instruction set.
+// Option-A shortcut on the CPU, parallel over planes (NCHW) or rows of pixels (NHWC). A task moves its elements, a few
+// KB, in short rows without arithmetic, and does the arithmetic in one long loop while they are in the first cache.
+// All loops are plain and branch-free, for the compiler to vectorise; the builder names the machine's instruction set.
 
 #include "shortcut.h"
 
@@ -15,148 +16,144 @@ void parallel_rows(int64_t rows, int64_t row_size, const F& f) {
   torch::stable::parallel_for(0, rows, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, row_size)), f);
 }
 
-// out[i] = x[i * step], or relu(y[i] + x[i * step]).
-template <bool fused, class T>
-inline void gather_row(T* __restrict out, const T* __restrict y, const T* __restrict x, int64_t step, int64_t size) {
-  const auto run = [&](auto step_) {
-    for (int64_t i = 0; i < size; ++i) {
-      if constexpr (fused) {
-        out[i] = add_relu(y[i], x[i * step_]);
-      } else {
-        out[i] = x[i * step_];
-      }
-    }
-  };
+// x[2 i] and x[2 i + 1] as one integer, x[2 i] in its lower half: what subsamples by two, and what zeroes between, is
+// then a truncation and a zero extension, for which there are vector instructions.
+static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__);
+template <class B>
+using Pair = std::conditional_t<sizeof(B) == 2, uint32_t, uint64_t>;
+
+// out[i] = x[i * step]. `in_pairs`: x[size * 2 - 1] is there to be read, too.
+template <class B>
+inline void gather_row(B* __restrict out, const B* __restrict x, int64_t step, int64_t size, bool in_pairs) {
   if (step == 1) {
-    run(std::integral_constant<int64_t, 1>());
-  } else if (step == 2) {
-    run(std::integral_constant<int64_t, 2>());
-  } else {
-    run(step);
-  }
-}
-
-// The appended channels: 0, or relu(y).
-template <bool fused, class T>
-inline void gather_zeros(T* __restrict out, const T* __restrict y, int64_t size) {
-  if constexpr (fused) {
-    for (int64_t i = 0; i < size; ++i) out[i] = passes(y[i]) ? y[i] : zero<T>();
-  } else {
-    std::memset(static_cast<void*>(out), 0, size * sizeof(T));
-  }
-}
-
-template <class T>
-inline void clear(T* dx, int64_t size) {
-  std::memset(static_cast<void*>(dx), 0, size * sizeof(T));
-}
-
-template <bool fused, class T>
-inline T masked(const T* grad, const T* out, int64_t i) {
-  if constexpr (fused) {
-    return passes(out[i]) ? grad[i] : zero<T>();
-  } else {
-    return grad[i];
-  }
-}
-
-// dy[i] = masked gradient: the appended channels, which nothing of dx depends on.
-template <bool fused, class T>
-inline void scatter_zeros(const T* __restrict grad, const T* __restrict out, T* __restrict dy, int64_t size) {
-  if constexpr (fused) {
-    for (int64_t i = 0; i < size; ++i) dy[i] = masked<fused>(grad, out, i);
-  }
-}
-
-// dx[i] = dy[i] = masked gradient.
-template <bool fused, class T>
-inline void scatter_dense(const T* __restrict grad, const T* __restrict out, T* __restrict dy, T* __restrict dx,
-                          int64_t size) {
-  for (int64_t i = 0; i < size; ++i) {
-    const T value = masked<fused>(grad, out, i);
-    if constexpr (fused) dy[i] = value;
-    dx[i] = value;
-  }
-}
-
-// A row of W elements of dx: the masked gradient at every `stride`-th, zeros between.
-template <bool fused, class T>
-inline void scatter_row(const T* __restrict grad, const T* __restrict out, T* __restrict dy, T* __restrict dx,
-                        int64_t stride, int64_t W) {
-  if (stride == 1) return scatter_dense<fused>(grad, out, dy, dx, W);
-  if (stride == 2) {
-    const int64_t pairs = W / 2;
-    for (int64_t i = 0; i < pairs; ++i) {
-      const T value = masked<fused>(grad, out, i);
-      if constexpr (fused) dy[i] = value;
-      dx[2 * i] = value;
-      dx[2 * i + 1] = zero<T>();
-    }
-    if (W % 2) {
-      const T value = masked<fused>(grad, out, pairs);
-      if constexpr (fused) dy[pairs] = value;
-      dx[W - 1] = value;
-    }
+    std::memcpy(out, x, size * sizeof(B));
     return;
   }
+  int64_t i = 0;
+  if constexpr (sizeof(B) < sizeof(Pair<B>)) {
+    for (; in_pairs && i < size; ++i) {
+      Pair<B> pair;
+      std::memcpy(&pair, x + 2 * i, sizeof(pair));
+      out[i] = static_cast<B>(pair);
+    }
+  }
+  for (; i < size; ++i) out[i] = x[i * step];
+}
+
+template <class B>
+inline void clear(B* dx, int64_t size) {
+  std::memset(dx, 0, size * sizeof(B));
+}
+
+// A row of W elements of dx: grad at every `stride`-th, zeros between.
+template <class B>
+inline void scatter_row(const B* __restrict grad, B* __restrict dx, int64_t stride, int64_t W) {
+  if (stride == 1) {
+    std::memcpy(dx, grad, W * sizeof(B));
+    return;
+  }
+  if constexpr (sizeof(B) < sizeof(Pair<B>)) {
+    if (stride == 2) {
+      for (int64_t i = 0; i < W / 2; ++i) {
+        const Pair<B> pair = grad[i];
+        std::memcpy(dx + 2 * i, &pair, sizeof(pair));
+      }
+      if (W % 2) dx[W - 1] = grad[W / 2];
+      return;
+    }
+  }
   clear(dx, W);
-  for (int64_t i = 0, w = 0; w < W; ++i, w += stride) {
-    const T value = masked<fused>(grad, out, i);
-    if constexpr (fused) dy[i] = value;
-    dx[w] = value;
+  for (int64_t i = 0, w = 0; w < W; ++i, w += stride) dx[w] = grad[i];
+}
+
+// out[i] = relu(y[i] + x[i]); x may be out.
+template <class T>
+inline void add_relu_row(Bits<T>* out, const Bits<T>* y, const Bits<T>* x, int64_t size) {
+#pragma GCC ivdep
+  for (int64_t i = 0; i < size; ++i) out[i] = add_relu<T>(y[i], x[i]);
+}
+
+// out[i] = relu(y[i]), for the appended channels.
+template <class T>
+inline void relu_row(Bits<T>* __restrict out, const Bits<T>* __restrict y, int64_t size) {
+  for (int64_t i = 0; i < size; ++i) out[i] = relu<T>(y[i]);
+}
+
+// dy[i] = grad[i] where out[i] passed the relu, else 0
+template <class T>
+inline void mask_row(Bits<T>* __restrict dy, const Bits<T>* __restrict grad, const Bits<T>* __restrict out,
+                      int64_t size) {
+  for (int64_t i = 0; i < size; ++i) dy[i] = masked<T>(grad[i], out[i]);
+}
+
+// The planes [begin, end) of the N * K, all of one image's x or all of its appended channels: f(plane, planes, n, k).
+template <class F>
+void for_planes(const Problem& s, int64_t begin, int64_t end, const F& f) {
+  while (begin < end) {
+    const int64_t n = begin / s.K, k = begin % s.K;
+    const int64_t planes = k < s.C ? 1 : std::min(s.K - k, end - begin);
+    f(begin, planes, n, k);
+    begin += planes;
   }
 }
 
 struct Cpu {
   template <class T, bool fused>
-  static void gather(const Problem& s, const Tensor&, const T* y, const T* x, T* out) {
-    const auto y_at = [y](int64_t i) { return fused ? y + i : nullptr; };
+  static void gather(const Problem& s, const Tensor&, const Bits<T>* y, const Bits<T>* x, Bits<T>* out) {
     if (s.channels_last) {
-      parallel_rows(s.N * s.P, s.Q * s.K, [&](int64_t begin, int64_t end) {
+      const int64_t row_size = s.Q * s.K;
+      parallel_rows(s.N * s.P, row_size, [&](int64_t begin, int64_t end) {
         for (int64_t row = begin; row < end; ++row) {
-          const T* from = x + row / s.P * s.sN + row % s.P * s.stride * s.sH;
-          for (int64_t q = 0, i = row * s.Q * s.K; q < s.Q; ++q, i += s.K, from += s.stride * s.sW) {
-            gather_row<fused>(out + i, y_at(i), from, s.sC, s.C);
-            gather_zeros<fused>(out + i + s.C, y_at(i + s.C), s.K - s.C);
+          const Bits<T>* from = x + row / s.P * s.sN + row % s.P * s.stride * s.sH;
+          for (int64_t i = row * row_size; i < (row + 1) * row_size; i += s.K, from += s.stride * s.sW) {
+            if (!fused || s.sC != 1) gather_row(out + i, from, s.sC, s.C, false);
+            if constexpr (fused) {
+              add_relu_row<T>(out + i, y + i, s.sC == 1 ? from : out + i, s.C);
+              relu_row<T>(out + i + s.C, y + i + s.C, s.K - s.C);
+            } else {
+              clear(out + i + s.C, s.K - s.C);
+            }
           }
         }
       });
     } else {
       const int64_t plane_size = s.P * s.Q;
+      const bool in_pairs = s.stride == 2 && s.sW == 1 && s.W % 2 == 0;
       parallel_rows(s.N * s.K, plane_size, [&](int64_t begin, int64_t end) {
-        for (int64_t plane = begin, planes; plane < end; plane += planes) {
-          const int64_t n = plane / s.K, k = plane % s.K;
-          int64_t i = plane * plane_size;
-          if (k >= s.C) {
-            planes = std::min(s.K - k, end - plane);
-            gather_zeros<fused>(out + i, y_at(i), planes * plane_size);
-            continue;
+        for_planes(s, begin, end, [&](int64_t plane, int64_t planes, int64_t n, int64_t k) {
+          const int64_t i = plane * plane_size, size = planes * plane_size;
+          if (k < s.C) {
+            const Bits<T>* from = x + n * s.sN + k * s.sC;
+            for (int64_t p = 0; p < s.P; ++p, from += s.stride * s.sH) {
+              gather_row(out + i + p * s.Q, from, s.stride * s.sW, s.Q, in_pairs);
+            }
+            if constexpr (fused) add_relu_row<T>(out + i, y + i, out + i, size);
+          } else if constexpr (fused) {
+            relu_row<T>(out + i, y + i, size);
+          } else {
+            clear(out + i, size);
           }
-          planes = 1;
-          const T* from = x + n * s.sN + k * s.sC;
-          for (int64_t p = 0; p < s.P; ++p, i += s.Q, from += s.stride * s.sH) {
-            gather_row<fused>(out + i, y_at(i), from, s.stride * s.sW, s.Q);
-          }
-        }
+        });
       });
     }
   }
 
   // dx is dense, in the order of the other tensors.
   template <class T, bool fused>
-  static void scatter(const Problem& s, const Tensor&, const T* grad, const T* out, T* dy, T* dx) {
-    const auto out_at = [out](int64_t i) { return fused ? out + i : nullptr; };
-    const auto dy_at = [dy](int64_t i) { return fused ? dy + i : nullptr; };
+  static void scatter(const Problem& s, const Tensor&, const Bits<T>* grad, const Bits<T>* out, Bits<T>* dy,
+                      Bits<T>* dx) {
     if (s.channels_last) {
-      parallel_rows(s.N * s.P, s.Q * s.K, [&](int64_t begin, int64_t end) {
+      const int64_t row_size = s.Q * s.K;
+      parallel_rows(s.N * s.P, row_size, [&](int64_t begin, int64_t end) {
         for (int64_t row = begin; row < end; ++row) {
+          const int64_t i = row * row_size;
+          if constexpr (fused) mask_row<T>(dy + i, grad + i, out + i, row_size);
+          const Bits<T>* from = fused ? dy + i : grad + i;
           const int64_t n = row / s.P, h = row % s.P * s.stride, below = std::min(s.stride, s.H - h) - 1;
-          T* to = dx + (n * s.H + h) * s.W * s.C;
-          int64_t i = row * s.Q * s.K;
-          for (int64_t w = 0; w < s.W; w += s.stride, i += s.K) {
+          Bits<T>* to = dx + (n * s.H + h) * s.W * s.C;
+          for (int64_t w = 0; w < s.W; w += s.stride, from += s.K) {
             const int64_t beside = std::min(s.stride, s.W - w) - 1;
-            scatter_dense<fused>(grad + i, out_at(i), dy_at(i), to, s.C);
-            scatter_zeros<fused>(grad + i + s.C, out_at(i + s.C), dy_at(i + s.C), s.K - s.C);
+            std::memcpy(to, from, s.C * sizeof(T));
             clear(to + s.C, beside * s.C);
             to += (1 + beside) * s.C;
           }
@@ -166,23 +163,19 @@ struct Cpu {
     } else {
       const int64_t plane_size = s.P * s.Q;
       parallel_rows(s.N * s.K, plane_size, [&](int64_t begin, int64_t end) {
-        for (int64_t plane = begin, planes; plane < end; plane += planes) {
-          const int64_t n = plane / s.K, k = plane % s.K;
-          int64_t i = plane * plane_size;
-          if (k >= s.C) {
-            planes = std::min(s.K - k, end - plane);
-            scatter_zeros<fused>(grad + i, out_at(i), dy_at(i), planes * plane_size);
-            continue;
-          }
-          planes = 1;
-          T* to = dx + (n * s.C + k) * s.H * s.W;
-          for (int64_t h = 0; h < s.H; h += s.stride, i += s.Q) {
+        for_planes(s, begin, end, [&](int64_t plane, int64_t planes, int64_t n, int64_t k) {
+          const int64_t i = plane * plane_size;
+          if constexpr (fused) mask_row<T>(dy + i, grad + i, out + i, planes * plane_size);
+          if (k >= s.C) return;
+          const Bits<T>* from = fused ? dy + i : grad + i;
+          Bits<T>* to = dx + (n * s.C + k) * s.H * s.W;
+          for (int64_t h = 0; h < s.H; h += s.stride, from += s.Q) {
             const int64_t below = std::min(s.stride, s.H - h) - 1;
-            scatter_row<fused>(grad + i, out_at(i), dy_at(i), to, s.stride, s.W);
+            scatter_row(from, to, s.stride, s.W);
             clear(to + s.W, below * s.W);
             to += (1 + below) * s.W;
           }
-        }
+        });
       });
     }
   }

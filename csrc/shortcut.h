@@ -13,8 +13,10 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <initializer_list>
 #include <tuple>
 #include <type_traits>
 
@@ -40,37 +42,51 @@ struct Problem {
   bool channels_last;      // order of the dense [N, K, P, Q] tensors
 };
 
-// Where relu passes its gradient, as torch's threshold_backward has it: everything but out <= 0, so NaN too. On 16-bit
-// types by the bits alone: positive numbers and positive NaNs are the positive integers, negative NaNs the largest.
+// Elements travel as bits, because copies need no more and plain integers vectorise.
 template <class T>
-FASTRES_HD inline bool passes(T out) {
-  if constexpr (sizeof(T) == 2) {
-    constexpr uint16_t negative_infinity = std::is_same_v<T, Half> ? 0xFC00 : 0xFF80;
-    return static_cast<int16_t>(out.x) > 0 || out.x > negative_infinity;
-  } else {
-    return !(out <= T(0));
-  }
+using Bits = std::conditional_t<sizeof(T) == 8, uint64_t, std::conditional_t<sizeof(T) == 4, uint32_t, uint16_t>>;
+
+template <class To, class From>
+FASTRES_HD inline To bits_as(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+// Where relu passes its gradient, as torch's threshold_backward has it: everything but out <= 0, so NaN too. Read as
+// integers, positive numbers and positive NaNs are above 0 and negative NaNs above negative infinity.
+template <class T>
+FASTRES_HD constexpr bool passes(Bits<T> out) {
+  constexpr int mantissa = sizeof(T) == 8 ? 52 : sizeof(T) == 4 ? 23 : std::is_same_v<T, Half> ? 10 : 7;
+  constexpr Bits<T> negative_infinity = static_cast<Bits<T>>(~uint64_t{0} << mantissa);
+  return static_cast<std::make_signed_t<Bits<T>>>(out) > 0 || out > negative_infinity;
+}
+
+// value where relu passes `out`, else +0; no branch.
+template <class T>
+FASTRES_HD constexpr Bits<T> masked(Bits<T> value, Bits<T> out) {
+  return static_cast<Bits<T>>(value & -static_cast<Bits<T>>(passes<T>(out)));
+}
+
+template <class T>
+FASTRES_HD constexpr Bits<T> relu(Bits<T> y) {
+  return masked<T>(y, y);
 }
 
 // relu(y + x): 16-bit types are added in float and rounded once.
 template <class T>
-FASTRES_HD inline T add_relu(T y, T x) {
-  T sum;
-  if constexpr (sizeof(T) == 2) {
-    sum = static_cast<T>(static_cast<float>(y) + static_cast<float>(x));
+FASTRES_HD inline Bits<T> add_relu(Bits<T> y, Bits<T> x) {
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    const auto widen = [](uint16_t b) { return bits_as<float>(static_cast<uint32_t>(b) << 16); };
+    const uint32_t sum = bits_as<uint32_t>(widen(y) + widen(x));
+    const bool nan = (sum & 0x7FFFFFFFu) > 0x7F800000u;  // rounding must not carry a NaN into infinity
+    return relu<T>(nan ? 0x7FC0 : static_cast<uint16_t>((sum + 0x7FFFu + ((sum >> 16) & 1u)) >> 16));
+  } else if constexpr (std::is_same_v<T, Half>) {
+    const Half sum(static_cast<float>(Half(y, Half::from_bits())) + static_cast<float>(Half(x, Half::from_bits())));
+    return relu<T>(sum.x);
   } else {
-    sum = y + x;
-  }
-  return passes(sum) ? sum : T(0);
-}
-
-// The zero of a float type without a constructor call that would not be constant on either side.
-template <class T>
-FASTRES_HD inline T zero() {
-  if constexpr (sizeof(T) == 2) {
-    return T(0, T::from_bits());
-  } else {
-    return T(0);
+    return relu<T>(bits_as<Bits<T>>(bits_as<T>(y) + bits_as<T>(x)));
   }
 }
 
@@ -124,9 +140,10 @@ inline Problem problem(int64_t N, int64_t C, int64_t H, int64_t W, int64_t K, in
   STD_TORCH_CHECK(stride >= 1, "stride must be at least 1, got ", stride);
   STD_TORCH_CHECK(K >= C, "channels must be at least x's ", C, ", got ", K);
   Problem s{};
-  s.N = N, s.C = C, s.H = H, s.W = W, s.K = K, s.stride = stride;
-  s.P = H > 0 ? (H - 1) / stride + 1 : 0;
-  s.Q = W > 0 ? (W - 1) / stride + 1 : 0;
+  s.N = N, s.C = C, s.H = H, s.W = W, s.K = K;
+  s.stride = std::min(stride, std::max<int64_t>({H, W, 1}));  // a longer one does the same, but might overflow
+  s.P = (H + s.stride - 1) / s.stride;
+  s.Q = (W + s.stride - 1) / s.stride;
   return s;
 }
 
@@ -141,7 +158,7 @@ inline Problem problem_of(const Tensor& x, int64_t channels, int64_t stride) {
   return s;
 }
 
-// Calls f with a null pointer of the tensor's element type.
+// Calls f with a null pointer of the tensor's element type, which it only looks at.
 template <class F>
 void for_dtype(const Tensor& t, F f) {
   switch (t.scalar_type()) {
@@ -161,8 +178,9 @@ Tensor pad_shortcut(const Tensor& x, int64_t stride, int64_t channels) {
   if (out.numel() == 0) return out;
   for_dtype(x, [&](auto* t) {
     using T = std::remove_pointer_t<decltype(t)>;
-    Device::template gather<T, false>(s, x, nullptr, static_cast<const T*>(x.const_data_ptr()),
-                                      static_cast<T*>(out.mutable_data_ptr()));
+    using B = Bits<T>;
+    Device::template gather<T, false>(s, x, nullptr, static_cast<const B*>(x.const_data_ptr()),
+                                      static_cast<B*>(out.mutable_data_ptr()));
   });
   return out;
 }
@@ -178,9 +196,10 @@ Tensor pad_shortcut_add_relu(const Tensor& y, const Tensor& x, int64_t stride) {
   if (out.numel() == 0) return out;
   for_dtype(x, [&](auto* t) {
     using T = std::remove_pointer_t<decltype(t)>;
-    Device::template gather<T, true>(s, x, static_cast<const T*>(y_dense.const_data_ptr()),
-                                     static_cast<const T*>(x.const_data_ptr()),
-                                     static_cast<T*>(out.mutable_data_ptr()));
+    using B = Bits<T>;
+    Device::template gather<T, true>(s, x, static_cast<const B*>(y_dense.const_data_ptr()),
+                                     static_cast<const B*>(x.const_data_ptr()),
+                                     static_cast<B*>(out.mutable_data_ptr()));
   });
   return out;
 }
@@ -198,8 +217,9 @@ Tensor pad_shortcut_backward(const Tensor& grad, int64_t stride, int64_t C, int6
   if (dx.numel() == 0) return dx;
   for_dtype(g, [&](auto* t) {
     using T = std::remove_pointer_t<decltype(t)>;
-    Device::template scatter<T, false>(s, g, static_cast<const T*>(g.const_data_ptr()), nullptr, nullptr,
-                                       static_cast<T*>(dx.mutable_data_ptr()));
+    using B = Bits<T>;
+    Device::template scatter<T, false>(s, g, static_cast<const B*>(g.const_data_ptr()), nullptr, nullptr,
+                                       static_cast<B*>(dx.mutable_data_ptr()));
   });
   return dx;
 }
@@ -221,9 +241,10 @@ std::tuple<Tensor, Tensor> pad_shortcut_add_relu_backward(const Tensor& grad, co
   if (dy.numel() == 0) return {dy, dx};
   for_dtype(g, [&](auto* t) {
     using T = std::remove_pointer_t<decltype(t)>;
-    Device::template scatter<T, true>(s, g, static_cast<const T*>(g.const_data_ptr()),
-                                      static_cast<const T*>(o.const_data_ptr()),
-                                      static_cast<T*>(dy.mutable_data_ptr()), static_cast<T*>(dx.mutable_data_ptr()));
+    using B = Bits<T>;
+    Device::template scatter<T, true>(s, g, static_cast<const B*>(g.const_data_ptr()),
+                                      static_cast<const B*>(o.const_data_ptr()),
+                                      static_cast<B*>(dy.mutable_data_ptr()), static_cast<B*>(dx.mutable_data_ptr()));
   });
   return {dy, dx};
 }

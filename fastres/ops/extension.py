@@ -12,6 +12,7 @@ can't be had; `auto` (the default) then warns once, and the ATen formulation ser
 from __future__ import annotations
 
 import hashlib
+import importlib
 import os
 import platform
 import re
@@ -49,7 +50,7 @@ class Status:
 
 
 def load(device: str) -> bool:
-    """True if the kernels for tensors of `device` ("cpu", "cuda", ...) are loaded, building and loading them if need be.
+    """True if the kernels for tensors of `device` ("cpu", "cuda", ...) are loaded; builds and loads them if need be.
 
     Tries once per process. Raises BuildError under `FASTRES_CUDA_EXT=1`, ValueError for a value that doesn't exist.
     """
@@ -65,14 +66,11 @@ def load(device: str) -> bool:
 
 def status(build: bool = False) -> Status:
     """What the shortcut runs on, and why. Builds and loads nothing unless `build`."""
-    ready, words = [], []
-    for device in DEVICES:
-        if build:
+    if build:
+        for device in DEVICES:
             load(device)
-        ok, reason = _describe(device)
-        ready.append(ok)
-        words.append(f"{device.upper()} shortcut: {reason}")
-    return Status(*ready, reason="; ".join(words))
+    (cpu, cpu_reason), (cuda, cuda_reason) = map(_describe, DEVICES)
+    return Status(cpu, cuda, f"shortcut on the CPU: {cpu_reason}; on CUDA: {cuda_reason}")
 
 
 # None: loaded. Else the reason why it isn't, after which ATen serves for the rest of the process.
@@ -210,9 +208,7 @@ def _file_lock(path: Path) -> Iterator[None]:
 def _recipe(device: str, archs: tuple[str, ...] | None = None) -> _Recipe:
     if sys.platform != "linux":
         raise BuildError(f"own kernels are built on Linux only, not on {sys.platform}")
-    from fastres import csrc
-
-    folder = Path(csrc.__file__).parent
+    folder = Path(importlib.import_module("fastres.csrc").__path__[0])
     flags = ["-O3", "-std=c++17", "-shared", f"-DTORCH_TARGET_VERSION={_TORCH_ABI}"]
     if device == "cpu":
         source = folder / "shortcut.cpp"
@@ -221,7 +217,13 @@ def _recipe(device: str, archs: tuple[str, ...] | None = None) -> _Recipe:
     else:
         source = folder / "shortcut_cuda.cu"
         compiler = [_nvcc()]
-        flags += ["-DUSE_CUDA", "-Xcompiler=-fPIC,-fvisibility=hidden", "-cudart=shared", *_gencode(archs)]
+        flags += [
+            "-DUSE_CUDA",
+            "-Xcompiler=-fPIC,-fvisibility=hidden",
+            "-cudart=shared",
+            "--threads=0",
+            *_gencode(archs),
+        ]
     digest = hashlib.sha256()
     for part in (source.read_bytes(), (folder / "shortcut.h").read_bytes()):
         digest.update(hashlib.sha256(part).digest())

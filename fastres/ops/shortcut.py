@@ -50,7 +50,7 @@ def pad_shortcut(x: Tensor, stride: int, channels: int) -> Tensor:
     Raises TypeError for another dtype, ValueError for a wrong shape or number.
     """
     _check(x, stride, channels)
-    return _pad(x, stride, channels)
+    return _call(_pad, _PadFunction, x, stride, channels)
 
 
 def pad_shortcut_add_relu(y: Tensor, x: Tensor, stride: int) -> Tensor:
@@ -61,7 +61,7 @@ def pad_shortcut_add_relu(y: Tensor, x: Tensor, stride: int) -> Tensor:
     Raises TypeError for another dtype or two of them, ValueError for a wrong shape, number or device.
     """
     _check_pair(y, x, stride)
-    return _add_relu(y, x, stride)
+    return _call(_add_relu, _AddReluFunction, y, x, stride)
 
 
 class PadShortcut(nn.Module):
@@ -112,10 +112,9 @@ def _check_pair(y: Tensor, x: Tensor, stride: int) -> None:
         raise ValueError(f"y and x must be on one device, got {y.device} and {x.device}")
     _check(x, stride, y.shape[1])
     N, _, H, W = x.shape
-    P, Q = _ceil_div(H, stride), _ceil_div(W, stride)
-    if (y.shape[0], y.shape[2], y.shape[3]) != (N, P, Q):
-        expected = f"[{N}, K, {P}, {Q}] for x {tuple(x.shape)} and stride {stride}"
-        raise ValueError(f"y must be {expected}, got {tuple(y.shape)}")
+    expected = (N, y.shape[1], _ceil_div(H, stride), _ceil_div(W, stride))
+    if y.shape != expected:
+        raise ValueError(f"y must be {expected} for x {tuple(x.shape)} and stride {stride}, got {tuple(y.shape)}")
 
 
 def _ceil_div(size: int, stride: int) -> int:
@@ -213,7 +212,7 @@ class _PadFunction(_SingleLevelFunction):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
-        return None, _pad_backward(grad, ctx.stride, *ctx.sizes), None, None
+        return None, _call(_pad_backward, _PadBackwardFunction, grad, ctx.stride, *ctx.sizes), None, None
 
     @staticmethod
     def jvp(ctx: Any, _below: None, x_t: Tensor, *_: None) -> Tensor:  # type: ignore[override]
@@ -249,7 +248,7 @@ class _AddReluFunction(_SingleLevelFunction):
         (out,) = ctx.saved_tensors
         if not ctx.needs_input_grad[2]:
             return None, _mask(grad, out, 0), None, None
-        return None, *_add_relu_backward(grad, out, ctx.stride, *ctx.sizes), None
+        return None, *_call(_add_relu_backward, _AddReluBackwardFunction, grad, out, ctx.stride, *ctx.sizes), None
 
     @staticmethod
     def jvp(ctx: Any, _below: None, y_t: Tensor, x_t: Tensor, _stride: None) -> Tensor:  # type: ignore[override]
@@ -301,6 +300,28 @@ def _autograd(op: Any, function: type[_SingleLevelFunction]) -> Callable[..., An
         return function.apply(below, *args)
 
     return kernel
+
+
+def _call(op: Any, function: type[_SingleLevelFunction], *args: Any) -> Any:
+    """op(*args), by a way past the dispatcher's Python autograd kernel where the tensors are plain: it costs as much as
+    a small shortcut."""
+    if (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or forward_ad._current_level >= 0
+        or torch._C._are_functorch_transforms_active()
+        or type(args[0]) is not Tensor
+        or type(args[1]) not in (Tensor, int)  # the operators take one or two tensors, then ints
+    ):
+        return op(*args)
+
+    def below(*args: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*args)
+
+    if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+        return function.apply(below, *args)
+    return below(*args)
 
 
 # vmap: the mapped dimension joins the batch.
