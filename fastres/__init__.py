@@ -1,9 +1,12 @@
 """fastres: ResNets on fused kernels. `from fastres import resnet50` in place of torchvision's, and nothing else."""
 
 from fastres import paper
+from fastres.inference import optimize
+from fastres.models.convert import convert
 from fastres.models.resnet import *  # noqa: F403
 from fastres.models.resnet import __all__ as _builders
 from fastres.ops.dispatch import backend
+from fastres.status import status
 
 __version__ = "0.1.0"
-__all__ = [*_builders, "backend", "paper"]
+__all__ = [*_builders, "backend", "convert", "optimize", "paper", "status"]

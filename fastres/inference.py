@@ -1,0 +1,346 @@
+"""`optimize(model)`: a ResNet frozen for inference, as a static plan of fused convolutions on NHWC tensors.
+
+BatchNorm is folded into the weights once, in float64. For each input shape the plan's steps are bound to engines
+(`fastres.ops.dispatch` chooses) and, on a GPU, captured in a CUDA graph that later calls of that shape replay.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastres.ops import dispatch, folded
+from fastres.ops.folded import FLOAT8
+from fastres.ops.steps import nhwc
+from fastres.plan import Aten, Attr, Conv, Step, convs, fuse, fuse_chains, leaves, quantise, require_finite, trace
+from fastres.program import Program
+
+__all__ = ["Optimized", "optimize"]
+
+MAX_SHAPES = 8  # bound plans kept per net, least recently used dropped first
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+def optimize(
+    model: nn.Module,
+    example: Tensor | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    cuda_graph: bool = True,
+    calibration: Iterable[Any] | None = None,
+) -> Optimized:
+    """Freeze `model`, a ResNet in eval mode, for inference. The model itself stays untouched.
+
+    Accepts fastres's nets, torchvision's and timm's ResNets, and what else consists of the operations that the error
+    for an unknown one lists. The result is called as the model is and answers as `model.to(dtype)` would, in `dtype`,
+    for input [N, C, H, W] of any floating dtype in any memory format; no gradient flows. Returned tensors are the
+    caller's own: no later call, thread or stream changes them.
+
+    example: input whose shape is made ready now (engines chosen, kernels compiled, graph captured) and not at the first
+    call. dtype: bfloat16, float16, float32, float64 or, on GPUs of compute capability 8.9 and above, float8_e4m3fn;
+    by default that of the model's convolutions. cuda_graph: replay a CUDA graph per input shape (the last 8 shapes are
+    kept). calibration: for float8 only, batches (or (batch, ...) tuples) that represent the real input; the largest
+    magnitudes met set the scales of activations; weights have one scale per output channel. The first convolution and
+    the classifier stay in bfloat16 and so does the result. Under `backend("reference")` float8 is simulated on any
+    device.
+
+    Raises TypeError or ValueError, saying what is accepted, for a model in training mode or with hooks, for an
+    operation without a step, for folded weights that aren't finite, for a dtype or device that can't be served.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"optimize() takes an nn.Module, got {type(model).__name__}")
+    if isinstance(model, Optimized):
+        raise TypeError("this net is optimized already; optimize() takes the original")
+    if dtype is not None and dtype not in (*_DTYPES, FLOAT8):
+        raise ValueError(f"dtype={dtype} isn't served; accepted: {', '.join(map(str, (*_DTYPES, FLOAT8)))}")
+    if (dtype == FLOAT8) != (calibration is not None):
+        raise ValueError("float8_e4m3fn needs calibration=, an iterable of input batches, and no other dtype takes it")
+    steps, output = trace(model)
+    steps = fuse(steps, output)
+    if not any(isinstance(step, Conv) for step in steps):
+        raise ValueError(f"{type(model).__name__} has no convolution: there is nothing to optimize")
+    device = _device(model)
+    source = copy.deepcopy(model)
+    if dtype == FLOAT8:
+        _require_float8(device)
+        wide = Optimized(source, steps, output, torch.bfloat16, cuda_graph=False)
+        assert calibration is not None
+        steps, output = quantise(steps, output, _largest(wide, calibration))
+        dtype = torch.bfloat16
+    net = Optimized(source, fuse_chains(steps, output), output, dtype or _dtype(model, steps), cuda_graph)
+    if example is not None:
+        net(example)
+    return net
+
+
+def _device(model: nn.Module) -> torch.device:
+    devices = {t.device for t in (*model.parameters(), *model.buffers())}
+    if len(devices) != 1 or torch.device("meta") in devices:
+        names = ", ".join(sorted(map(str, devices)))
+        raise ValueError(f"optimize() takes a model whose parameters and buffers lie on one device, got {names}")
+    return devices.pop()
+
+
+def _dtype(model: nn.Module, steps: Iterable[Step]) -> torch.dtype:
+    dtypes = {model.get_submodule(conv.name).weight.dtype for step in steps for conv in convs(step)}
+    if len(dtypes) != 1 or not dtypes <= set(_DTYPES):
+        raise ValueError(f"the model's convolutions are in {', '.join(sorted(map(str, dtypes)))}; give one dtype")
+    return dtypes.pop()  # type: ignore[return-value]
+
+
+def _require_float8(device: torch.device) -> None:
+    if dispatch.wants_reference():
+        return
+    if device.type != "cuda":
+        raise ValueError(f"float8_e4m3fn needs a CUDA GPU, the model is on {device}; backend('reference') simulates it")
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 9):
+        raise ValueError(
+            f"float8_e4m3fn needs compute capability 8.9 or above, {torch.cuda.get_device_name(device)} has "
+            f"{capability[0]}.{capability[1]}; backend('reference') simulates it"
+        )
+
+
+def _batches(batches: Iterable[Any]) -> Iterator[Tensor]:
+    for batch in batches:
+        yield batch if isinstance(batch, Tensor) else batch[0]
+
+
+def _largest(net: Optimized, batches: Iterable[Any]) -> dict[str, float]:
+    """The largest magnitude of each value over the batches. Raises ValueError if there is none or it isn't finite."""
+    amax: dict[str, Tensor] = {}
+
+    def observe(name: str, value: Any) -> None:
+        if isinstance(value, Tensor) and value.dim() == 4 and value.numel():
+            largest = value.abs().amax().float()
+            amax[name] = torch.maximum(amax[name], largest) if name in amax else largest
+
+    for x in _batches(batches):
+        net.observed(x, observe)
+    if not amax:
+        raise ValueError("calibration is empty; give at least one non-empty input batch")
+    result = {name: float(value) for name, value in amax.items()}
+    require_finite(result)
+    return result
+
+
+class Optimized(nn.Module):
+    """What `optimize` returns. Its submodules, parameters, buffers and `state_dict` are a copy of the original's.
+
+    Loading a state_dict of the original folds anew, and so does moving to another device. deepcopy and pickle work.
+    Plans are kept per input shape, `backend` in force and numerical switches of PyTorch's (TF32, cuDNN, deterministic).
+    """
+
+    dtype: torch.dtype
+
+    def __init__(
+        self, source: nn.Module, steps: Sequence[Step], output: str, dtype: torch.dtype, cuda_graph: bool
+    ) -> None:
+        super().__init__()
+        for name in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set"):
+            setattr(self, name, getattr(source, name))
+        self.requires_grad_(False)
+        self.training = False
+        self.dtype = dtype
+        self.cuda_graph = cuda_graph
+        self._steps = list(steps)
+        self._output = output
+        self._title = type(source).__name__
+        self.register_load_state_dict_post_hook(_refold)
+        self._start()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The original's answer in `dtype` to x [N, C, H, W]: x in any floating dtype, on the weights' device."""
+        self._check(x)
+        with torch.no_grad(), _without_autocast(x.device.type):
+            if x.is_cuda:
+                with torch.cuda.device(x.device):
+                    return self._on_cuda(x)
+            with self._lock:
+                program, first = self._program(x)
+            return program.run(self._nhwc(x)) if first is None else first
+
+    def explain(self, shape: Sequence[int] | None = None) -> str:
+        """Each step's layer, output shape and engine, and why that engine, as a table.
+
+        Of the plan for input of `shape` [N, C, H, W], by default the one used last. Raises ValueError if there's none.
+        """
+        with self._lock:
+            programs = [p for key, p in self._programs.items() if shape is None or key[0] == tuple(shape)]
+        if not programs:
+            known = ", ".join(str(list(key[0])) for key in self._programs) or "none"
+            raise ValueError(f"no plan yet for shape {shape or 'any'} (there are: {known}); call the net on one first")
+        return f"{self._title} in {self.dtype}, {programs[-1].how()}\n{programs[-1].table()}"
+
+    def agreement(self, model: Callable[[Tensor], Tensor], batches: Iterable[Any]) -> float:
+        """The share of images in `batches` (tensors or (tensor, ...) tuples) with the same top-1 class as `model`'s.
+
+        `model` is given each batch in the dtype and on the device of its own parameters, if it has any.
+        """
+        same = total = 0
+        for x in _batches(batches):
+            like = next(model.parameters(), x) if isinstance(model, nn.Module) else x
+            with torch.no_grad():
+                theirs = model(x.to(like.device, like.dtype)).argmax(1)
+            ours = self(x.to(self._weight.device)).argmax(1)
+            same += int((ours == theirs.to(ours.device)).sum())
+            total += len(x)
+        if not total:
+            raise ValueError("no images to compare on")
+        return same / total
+
+    def train(self, mode: bool = True) -> Optimized:
+        """Raises RuntimeError for mode=True; `eval()` changes nothing."""
+        if mode:
+            raise RuntimeError("an optimized net is frozen for inference; train the original and optimize it again")
+        return self
+
+    def extra_repr(self) -> str:
+        return f"optimized {self._title}, dtype={self.dtype}"
+
+    def observed(self, x: Tensor, observe: Callable[[str, Any], None]) -> Tensor:
+        """forward(x) without a graph; `observe` is shown every value by name."""
+        self._check(x)
+        with torch.no_grad(), _without_autocast(x.device.type), self._lock:
+            return self._program(x)[0].run(self._nhwc(x), observe)
+
+    # The life of what is derived from the weights.
+
+    def _start(self) -> None:
+        self._lock = threading.RLock()
+        self._programs: OrderedDict[Any, Program] = OrderedDict()
+        self._fold()
+
+    def _fold(self) -> None:
+        self._forget()
+        self._folded: dict[str, folded.Folded] = {}
+        self._layers: dict[str, Any] = {}  # modules and tensors of ATen steps in `dtype`
+        for step in self._steps:
+            if isinstance(step, Aten):
+                self._adopt(step)
+            for conv in convs(step):
+                self._folded[conv.out] = self._pack(conv)
+        self._weight = next(iter(self._folded.values())).w
+        if self._weight.is_cuda:
+            self._done = torch.cuda.Event()  # the last use of weights or static buffers that a stream must wait for
+            self._done.record(torch.cuda.current_stream(self._weight.device))
+            self._pool = torch.cuda.graph_pool_handle()
+
+    def _adopt(self, step: Aten) -> None:
+        if step.kind in ("module", "norm"):
+            layer: Any = copy.deepcopy(self.get_submodule(step.name)).to(self.dtype)
+            if hasattr(layer, "inplace"):
+                layer.inplace = False
+            self._layers[step.name] = layer
+        for attr in leaves((step.args, step.kwargs)):
+            if isinstance(attr, Attr):
+                owner, _, name = attr.path.rpartition(".")
+                self._layers[attr.path] = getattr(self.get_submodule(owner), name).detach().to(self.dtype)
+
+    def _pack(self, conv: Conv) -> folded.Folded:
+        w, shift = self._unit(conv.unit)
+        if conv.absorbed is not None:
+            shift = shift + self._unit(conv.absorbed)[1]
+        added = None if conv.bare or not shift.any() else shift
+        if conv.float8 is not None:
+            return folded.pack_float8(w, added, conv.float8.x)
+        return folded.pack(w, added, self.dtype, conv.name)
+
+    def _unit(self, unit: Any) -> tuple[Tensor, Tensor]:
+        norm = None if unit.norm is None else self.get_submodule(unit.norm)
+        layer = unit.conv if unit.norm is None else f"{unit.conv} + {unit.norm}"
+        return folded.fold(self.get_submodule(unit.conv), norm, layer)  # type: ignore[arg-type]
+
+    def _forget(self) -> None:
+        if any(program.graph is not None for program in self._programs.values()):
+            torch.cuda.synchronize(self._weight.device)  # a stream may still read what is freed now
+        self._programs.clear()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Optimized:
+        parameter = next(self.parameters())
+        if fn(parameter.new_empty(0)).dtype != parameter.dtype:
+            raise TypeError(f"an optimized net stays in {self.dtype}; call optimize(model, dtype=...) on the original")
+        super()._apply(fn, recurse)
+        self._fold()
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        if any(conv.float8 is not None for step in self._steps for conv in convs(step)):
+            raise RuntimeError(
+                "the activation scales of a float8 net belong to the weights they were calibrated with; "
+                "load the state_dict into the original and optimize it again"
+            )
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        derived = ("_lock", "_programs", "_folded", "_layers", "_weight", "_done", "_pool")
+        return {key: value for key, value in self.__dict__.items() if key not in derived}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._start()
+
+    # One call.
+
+    def _check(self, x: Tensor) -> None:
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            raise TypeError(f"input [N, C, H, W] of a floating dtype expected, got {getattr(x, 'dtype', type(x))}")
+        if x.dim() != 4:
+            raise ValueError(f"input [N, C, H, W] expected, got shape {list(x.shape)}")
+        if x.device != self._weight.device:
+            raise ValueError(f"the net is on {self._weight.device}, the input on {x.device}")
+
+    def _nhwc(self, x: Tensor) -> Tensor:
+        return nhwc(x.to(self.dtype, memory_format=torch.channels_last))
+
+    def _program(self, x: Tensor) -> tuple[Program, Tensor | None]:
+        """The plan bound for inputs like x, and its answer to x if it had to be bound now. Under the lock."""
+        cudnn = torch.backends.cudnn
+        switches = (cudnn.enabled, cudnn.deterministic, torch.are_deterministic_algorithms_enabled())
+        key = (tuple(x.shape), dispatch.choice(self.dtype, x.device), switches)
+        if (program := self._programs.get(key)) is not None:
+            self._programs.move_to_end(key)
+            return program, None
+        while len(self._programs) >= MAX_SHAPES:
+            if x.is_cuda:
+                torch.cuda.synchronize(x.device)
+            self._programs.popitem(last=False)
+        program = Program(self._steps, self._output, self._folded, self._layers, self.dtype)
+        first = program.bind(self._nhwc(x))
+        self._programs[key] = program
+        return program, first
+
+    def _on_cuda(self, x: Tensor) -> Tensor:
+        stream = torch.cuda.current_stream()
+        if torch.cuda.is_current_stream_capturing():  # somebody else's graph takes the steps one by one
+            with self._lock:
+                program, first = self._program(x)
+            return program.run(self._nhwc(x)) if first is None else first
+        with self._lock:
+            stream.wait_event(self._done)
+            program, first = self._program(x)
+            if self.cuda_graph and x.numel():
+                if program.graph is None:
+                    program.capture(self._nhwc(x), self._pool)
+                result = program.replay(x)
+                self._done.record(stream)
+                return result
+        return program.run(self._nhwc(x)) if first is None else first
+
+
+def _refold(net: Optimized, incompatible: Any) -> None:
+    net._fold()
+
+
+def _without_autocast(device: str) -> AbstractContextManager[Any]:
+    """The plan has one dtype; autocast would cast each library call to another."""
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return nullcontext()

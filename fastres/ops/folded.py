@@ -1,0 +1,154 @@
+"""Convolution with its BatchNorm folded in, for inference: the folding, and one function per engine that runs it.
+
+With scale = weight / sqrt(running_var + eps) per channel, bn(conv(x, w) + b) = conv(x, scale w) + shift where
+shift = bias + (b - running_mean) scale. Activations NHWC-contiguous [N, H, W, C], weights KRSC-contiguous.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastres.ops.steps import Geometry, nchw, nhwc, wide
+
+FLOAT8 = torch.float8_e4m3fn
+FLOAT8_MAX = torch.finfo(FLOAT8).max
+
+
+class Folded(NamedTuple):
+    """w: KRSC. shift [K]: float32 (float64 for float64 weights), `bias` the same rounded to w's dtype, as ATen wants
+    it; None where nothing is added. scale [K], for a float8 w only: w stands for scale w."""
+
+    w: Tensor
+    shift: Tensor | None
+    bias: Tensor | None
+    scale: Tensor | None = None
+
+
+def fold(conv: nn.Conv2d, norm: Any, layer: str) -> tuple[Tensor, Tensor]:
+    """(scale w [K, C/groups, R, S], shift [K]) in float64; norm: a BatchNorm2d with running statistics, or None.
+
+    Raises ValueError naming `layer` if a scale, a weight or a shift isn't finite.
+    """
+    w = conv.weight.detach().double()
+    shift = w.new_zeros(w.shape[0]) if conv.bias is None else conv.bias.detach().double()
+    if norm is not None:
+        scale = (norm.running_var.detach().double() + norm.eps).rsqrt()
+        if norm.weight is not None:
+            scale = scale * norm.weight.detach().double()
+        _require_finite(scale, layer, "the folded scale weight / sqrt(running_var + eps)")
+        shift = (shift - norm.running_mean.detach().double()) * scale
+        if norm.bias is not None:
+            shift = shift + norm.bias.detach().double()
+        w = w * scale.view(-1, 1, 1, 1)
+    _require_finite(w, layer, "the folded weight")
+    _require_finite(shift, layer, "the folded shift")
+    return w, shift
+
+
+def pack(w: Tensor, shift: Tensor | None, dtype: torch.dtype, layer: str) -> Folded:
+    """`fold`'s result in `dtype`. Raises ValueError naming `layer` if it leaves dtype's range."""
+    bias = None if shift is None else shift.to(dtype)
+    krsc = nhwc(w.to(dtype))
+    for tensor, what in ((krsc, "weight"), (bias, "shift")):
+        if tensor is not None:
+            _require_finite(tensor, layer, f"the folded {what} in {dtype}")
+    return Folded(krsc, None if shift is None else shift.to(wide(dtype)), bias)
+
+
+def pack_float8(w: Tensor, shift: Tensor | None, x_scale: float) -> Folded:
+    """`fold`'s result with w in float8, one scale per output channel; x holds values divided by x_scale."""
+    amax = w.abs().amax((1, 2, 3))
+    scale = torch.where(amax > 0, amax / FLOAT8_MAX, 1.0)
+    small = to_float8(w / scale.view(-1, 1, 1, 1))
+    return Folded(nhwc(small), None if shift is None else shift.float(), None, (scale * x_scale).float())
+
+
+def to_float8(x: Tensor) -> Tensor:
+    """x in float8, what exceeds its range at its largest number (a plain cast would give NaN)."""
+    return x.clamp(-FLOAT8_MAX, FLOAT8_MAX).to(FLOAT8)
+
+
+def _require_finite(tensor: Tensor, layer: str, what: str) -> None:
+    finite = tensor.isfinite()
+    if not finite.all():
+        channels = (~finite.reshape(finite.shape[0], -1)).any(1).nonzero().flatten().tolist()
+        raise ValueError(f"layer {layer!r}: {what} isn't finite in output channels {channels[:8]} of {len(finite)}")
+
+
+def by_library(x: Tensor, residual: Tensor | None = None, *, p: Folded, geometry: Geometry, relu: bool) -> Tensor:
+    """[relu](conv(x, w) + shift + residual) by ATen, one pass after the other."""
+    y = nhwc(F.conv2d(nchw(x), nchw(p.w), p.bias, *_args(geometry)))
+    if residual is not None:
+        y = y.add_(residual)
+    return y.relu_() if relu else y
+
+
+def by_cudnn(x: Tensor, residual: Tensor | None = None, *, p: Folded, geometry: Geometry) -> Tensor:
+    """relu(conv(x, w) + shift + residual) by cuDNN's fused convolution."""
+    stride, pad, dilation, groups = geometry
+    sizes = ([stride, stride], [pad, pad], [dilation, dilation], groups)
+    if residual is None:
+        return nhwc(torch.cudnn_convolution_relu(nchw(x), nchw(p.w), p.bias, *sizes))
+    return nhwc(torch.cudnn_convolution_add_relu(nchw(x), nchw(p.w), nchw(residual), 1.0, p.bias, *sizes))
+
+
+def by_triton(
+    x: Tensor,
+    residual: Tensor | None = None,
+    *,
+    p: Folded,
+    geometry: Geometry,
+    relu: bool,
+    precision: str,
+    **float8: Any,
+) -> Tensor:
+    """out_scale [relu](scale conv(x, w) + shift + residual_scale residual) by our kernel."""
+    from fastres.kernels.conv import conv_fprop
+
+    stride, pad, dilation, groups = geometry
+    y = conv_fprop(
+        x,
+        p.w,
+        stride=stride,
+        pad=pad,
+        dilation=dilation,
+        groups=groups,
+        scale=p.scale,
+        shift=p.shift,
+        residual=residual,
+        relu=relu,
+        precision=precision,
+        **float8,
+    )
+    assert isinstance(y, Tensor)  # a pair only where statistics are asked for
+    return y
+
+
+def by_simulation(
+    x: Tensor,
+    residual: Tensor | None = None,
+    *,
+    p: Folded,
+    geometry: Geometry,
+    relu: bool,
+    residual_scale: float,
+    out_scale: float,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """What `by_triton` computes from float8 x and w, in float32: float8 products are exact there (and in TF32)."""
+    assert p.scale is not None
+    y = nhwc(F.conv2d(nchw(x.float()), nchw(p.w.float()), None, *_args(geometry))) * p.scale
+    if p.shift is not None:
+        y += p.shift
+    if residual is not None:
+        y += residual.float() * residual_scale
+    y = (y.relu_() if relu else y) * out_scale
+    return to_float8(y) if out_dtype == FLOAT8 else y.to(out_dtype)
+
+
+def _args(geometry: Geometry) -> tuple[int, int, int, int]:
+    return geometry.stride, geometry.pad, geometry.dilation, geometry.groups

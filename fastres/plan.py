@@ -1,0 +1,511 @@
+"""The static plan of a net for inference: which steps, in which order, on which values. No tensor is touched here.
+
+`trace` reads a model's graph (torch.fx) into steps; `fuse` merges conv, BN, residual and ReLU into one step; `quantise`
+puts float8 between the convolutions; `fuse_chains` marks where three convolutions of a bottleneck may run as one. Every
+step names the values it reads and writes; each value is written once (what works in place in the model writes a new
+value here), so steps may move freely between their inputs and their first reader.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
+from torch.nn.utils.parametrize import type_before_parametrizations
+from torchvision.ops import FrozenBatchNorm2d
+
+from fastres.ops import dispatch
+from fastres.ops.folded import FLOAT8_MAX
+from fastres.ops.shortcut import PadShortcut
+from fastres.ops.steps import Geometry
+
+INPUT = "input"
+
+_ABSENT = (nn.Identity, _DropoutNd)  # in eval mode
+_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d)
+_MODULES = (
+    *(nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.ZeroPad2d, PadShortcut),
+    *(nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SiLU, nn.GELU, nn.Sigmoid, nn.Tanh, nn.Hardswish, nn.Hardsigmoid),
+    *(nn.Linear, nn.Conv1d, nn.Flatten, nn.Softmax, nn.GroupNorm),
+)
+# The functions and methods a traced net may call: name here -> (what computes it on NCHW values, its spellings).
+_TABLE: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
+    "relu": (lambda x, inplace=False: F.relu(x), (F.relu, torch.relu, torch.relu_, "relu", "relu_")),
+    "add": (operator.add, (operator.add, operator.iadd, torch.add, "add", "add_")),
+    "mul": (operator.mul, (operator.mul, operator.imul, torch.mul, "mul", "mul_")),
+    "sigmoid": (torch.sigmoid, (torch.sigmoid, F.sigmoid, "sigmoid")),
+    "mean": (torch.mean, (torch.mean, "mean")),
+    "flatten": (torch.flatten, (torch.flatten, "flatten")),
+    "reshape": (lambda x, *shape: x.reshape(*shape), (torch.reshape, "reshape", "view")),
+    "expand_as": (Tensor.expand_as, ("expand_as",)),
+    "size": (Tensor.size, ("size",)),
+    "getattr": (getattr, (getattr,)),
+    "getitem": (operator.getitem, (operator.getitem,)),
+    "pad": (F.pad, (F.pad,)),
+    "max_pool2d": (F.max_pool2d, (F.max_pool2d, torch.max_pool2d)),
+    "avg_pool2d": (F.avg_pool2d, (F.avg_pool2d,)),
+    "adaptive_avg_pool2d": (F.adaptive_avg_pool2d, (F.adaptive_avg_pool2d,)),
+    "conv2d": (F.conv2d, (F.conv2d,)),
+    "group_norm": (F.group_norm, (F.group_norm,)),
+}
+FUNCTIONS = {name: function for name, (function, _) in _TABLE.items()}
+_KINDS = {spelling: name for name, (_, spellings) in _TABLE.items() for spelling in spellings}
+_IN_PLACE = ("relu_", "add_", "mul_", operator.iadd, operator.imul, torch.relu_)
+_VIEWS = ("flatten", "reshape", "expand_as", "getitem")
+_ACCEPTED = (
+    "Conv2d, BatchNorm2d, ReLU, additions, "
+    + ", ".join(kind.__name__ for kind in _MODULES)
+    + ", Identity, dropout, and the functions "
+    + ", ".join(sorted(FUNCTIONS))
+)
+
+
+@dataclass(frozen=True)
+class Value:
+    """A step's argument that another step wrote."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Attr:
+    """A step's argument that is a tensor of the model, by its path."""
+
+    path: str
+
+
+@dataclass(frozen=True)
+class Aten:
+    """A step done by the library, on NCHW views: the module `name`, or a key of `FUNCTIONS`."""
+
+    name: str
+    kind: str  # "module", "norm" (a BN that follows no convolution), or the key of FUNCTIONS
+    args: tuple[Any, ...]
+    out: str
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(v.name for v in leaves((self.args, self.kwargs)) if isinstance(v, Value)))
+
+    @property
+    def writes(self) -> tuple[str, ...]:
+        return (self.out,)
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A convolution and the BN folded into it (None: none), as paths in the model."""
+
+    conv: str
+    norm: str | None = None
+
+
+@dataclass(frozen=True)
+class Float8:
+    """A float8 convolution: its tensors hold values divided by these scales; `out` None: y is stored in 16 bits."""
+
+    x: float
+    residual: float | None
+    out: float | None
+
+
+@dataclass(frozen=True)
+class Conv:
+    """out = [relu](conv(x, w) + shift + residual), w and shift as folded from `unit`.
+
+    absorbed: the projection on the residual whose shift is added here, so that there it needs no pass of its own
+    (`bare`).
+    """
+
+    unit: Unit
+    x: str
+    out: str
+    geometry: Geometry
+    filter: tuple[int, int, int, int]  # K, R, S, C/groups
+    residual: str | None = None
+    relu: bool = False
+    absorbed: Unit | None = None
+    bare: bool = False
+    float8: Float8 | None = None
+
+    @property
+    def name(self) -> str:
+        return self.unit.conv
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        return (self.x,) if self.residual is None else (self.x, self.residual)
+
+    @property
+    def writes(self) -> tuple[str, ...]:
+        return (self.out,)
+
+
+@dataclass(frozen=True)
+class Convert:
+    """out = float8(x / scale), or x scale in 16 bits where `back`."""
+
+    x: str
+    out: str
+    scale: float
+    back: bool = False
+
+    @property
+    def name(self) -> str:
+        return "dequantise" if self.back else "quantise"
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        return (self.x,)
+
+    @property
+    def writes(self) -> tuple[str, ...]:
+        return (self.out,)
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Three convolutions that one kernel may do: 3x3 -> 1x1 expand + residual -> the next block's 1x1 reduce, each with
+    ReLU. Its meaning is the three steps in order."""
+
+    spatial: Conv
+    expand: Conv
+    reduce: Conv
+
+    @property
+    def parts(self) -> tuple[Conv, Conv, Conv]:
+        return self.spatial, self.expand, self.reduce
+
+    @property
+    def name(self) -> str:
+        return " + ".join(part.name for part in self.parts)
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        assert self.expand.residual is not None
+        return self.spatial.x, self.expand.residual
+
+    @property
+    def writes(self) -> tuple[str, ...]:
+        return self.expand.out, self.reduce.out
+
+
+Step = Aten | Conv | Convert | Chain
+
+
+def convs(step: Step) -> tuple[Conv, ...]:
+    """The convolutions that `step` does."""
+    return step.parts if isinstance(step, Chain) else (step,) if isinstance(step, Conv) else ()
+
+
+def leaves(tree: Any) -> Iterator[Any]:
+    """The leaves of nested tuples, lists, dicts and slices."""
+    if isinstance(tree, (tuple, list)):
+        for item in tree:
+            yield from leaves(item)
+    elif isinstance(tree, Mapping):
+        yield from leaves(list(tree.values()))
+    elif isinstance(tree, slice):
+        yield from leaves((tree.start, tree.stop, tree.step))
+    else:
+        yield tree
+
+
+def mapped(tree: Any, function: Callable[[Any], Any]) -> Any:
+    """`tree` with `function` applied to its leaves."""
+    if isinstance(tree, (tuple, list)):
+        return (tuple if isinstance(tree, tuple) else list)(mapped(item, function) for item in tree)
+    if isinstance(tree, Mapping):
+        return {key: mapped(item, function) for key, item in tree.items()}
+    if isinstance(tree, slice):
+        return slice(*(mapped(item, function) for item in (tree.start, tree.stop, tree.step)))
+    return function(tree)
+
+
+class _Proxy(fx.Proxy):
+    """fx writes x += y as x = x + y; here it stays what it is, because other names may stand for x."""
+
+    def __iadd__(self, other: Any) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", operator.iadd, (self, other), {})
+
+    def __imul__(self, other: Any) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", operator.imul, (self, other), {})
+
+
+class _Tracer(fx.Tracer):
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return type(m) in (PadShortcut, FrozenBatchNorm2d) or super().is_leaf_module(m, module_qualified_name)
+
+
+def trace(model: nn.Module) -> tuple[list[Step], str]:
+    """The steps of `model` in eval mode, one by one, and the name of the value it returns.
+
+    Raises ValueError, naming the node or layer, for what a plan can't hold: hooks, training mode, control flow that
+    depends on tensors, an operation that isn't listed, more than one input or output.
+    """
+    _refuse_training(model)
+    for path, module in model.named_modules():
+        if dispatch.has_hooks(module):
+            raise ValueError(
+                f"{_layer(path)} carries a hook or a forward of its own, which a plan would never call; remove it first"
+            )
+    try:
+        graph = _Tracer().trace(model)
+    except Exception as error:  # whatever the model's own code raises on proxies
+        raise ValueError(f"optimize() can't trace {type(model).__name__}: {error}") from error
+    env: dict[fx.Node, Any] = {}
+    steps: list[Step] = []
+    for node in graph.nodes:
+        _translate(node, model, env, steps)
+    output = env[next(node for node in graph.nodes if node.op == "output")]
+    if not isinstance(output, Value):
+        raise ValueError(f"optimize() takes a model that returns one tensor, {type(model).__name__} returns {output!r}")
+    return steps, output.name
+
+
+def _layer(path: str) -> str:
+    return f"layer {path!r}" if path else "the model"
+
+
+def _refuse_training(model: nn.Module) -> None:
+    training = [(path, module) for path, module in model.named_modules() if module.training]
+    if training:
+        path, module = next((p for p in training if isinstance(p[1], _BatchNorm)), training[0])
+        raise ValueError(
+            f"optimize() freezes a net for inference, but {_layer(path)} ({type(module).__name__}) is in training "
+            "mode; call model.eval() first"
+        )
+
+
+def _unsupported(node: fx.Node, what: str) -> ValueError:
+    return ValueError(f"optimize() has no step for {what} (node {node.name!r}); it accepts {_ACCEPTED}")
+
+
+def _translate(node: fx.Node, model: nn.Module, env: dict[fx.Node, Any], steps: list[Step]) -> None:
+    """Append the step of `node`, if it needs one, and enter what it yields in `env`."""
+    args, kwargs = (
+        mapped(tree, lambda v: env[v] if isinstance(v, fx.Node) else v) for tree in (node.args, node.kwargs)
+    )
+    if node.op == "placeholder":
+        if Value(INPUT) not in env.values():
+            env[node] = Value(INPUT)
+        elif node.users:
+            raise ValueError(f"optimize() takes a model with one input, this one also reads {node.target!r}")
+        return
+    if node.op == "output":
+        env[node] = args[0]
+        return
+    if node.op == "get_attr":
+        env[node] = Attr(str(node.target))
+        return
+    if node.op == "call_module":
+        step, in_place = _of_module(node, model.get_submodule(str(node.target)), args, kwargs)
+    else:
+        step, in_place = _of_function(node, args, kwargs)
+    if step is None:
+        env[node] = args[0]
+        return
+    result = Value(node.name)
+    if in_place:
+        writer = next((s for s in steps if isinstance(s, Aten) and Value(s.out) == args[0]), None)
+        if writer is not None and writer.kind in _VIEWS:
+            raise _unsupported(node, "an operation in place on a view")
+        for earlier in [n for n, value in env.items() if value == args[0]]:
+            env[earlier] = result  # later readers of the operand see the new value
+    env[node] = result
+    steps.append(step)
+
+
+def _of_module(node: fx.Node, module: nn.Module, args: Any, kwargs: Any) -> tuple[Step | None, bool]:
+    kind, path, out = type_before_parametrizations(module), str(node.target), node.name
+    if not args:
+        raise _unsupported(node, f"layer {path!r} called with keywords only")
+    if issubclass(kind, _ABSENT):
+        return None, False
+    if kind is nn.Conv2d:
+        if not isinstance(args[0], Value):
+            raise _unsupported(node, "a convolution of a constant")
+        k, c, r, s = module.weight.shape  # type: ignore[misc]
+        geometry = _geometry(node, module)  # type: ignore[arg-type]
+        return Conv(Unit(path), args[0].name, out, geometry, (k, r, s, c)), False
+    in_place = bool(getattr(module, "inplace", False))
+    if kind is nn.ReLU:
+        return Aten(path, "relu", args, out), in_place
+    if kind in _NORMS:
+        if module.running_mean is None:
+            raise ValueError(f"layer {path!r} takes its statistics from the batch; optimize() needs running statistics")
+        return Aten(path, "norm", args, out), False
+    if kind in _MODULES:
+        return Aten(path, "module", args, out, kwargs), in_place
+    raise _unsupported(node, f"layer {path!r}, a {kind.__name__}")
+
+
+def _of_function(node: fx.Node, args: Any, kwargs: Any) -> tuple[Step | None, bool]:
+    target = node.target
+    label = target if isinstance(target, str) else getattr(target, "__name__", str(target))
+    if target == "contiguous" or (target is F.dropout and _dropout_is_off(args, kwargs)):
+        return None, False
+    kind = _KINDS.get(target)
+    if kind is None:
+        raise _unsupported(node, f"{label}()")
+    if (kind in ("add", "mul") and kwargs) or (kind == "getattr" and args[1] != "shape"):
+        raise _unsupported(node, f"{label}() with {kwargs or args[1]!r}")
+    in_place = target in _IN_PLACE or bool(kwargs.get("inplace", False)) or (target is F.relu and args[1:] == (True,))
+    return Aten(node.name, kind, args, node.name, kwargs), in_place
+
+
+def _dropout_is_off(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    return kwargs.get("training", args[2] if len(args) > 2 else True) is False
+
+
+def _geometry(node: fx.Node, conv: nn.Conv2d) -> Geometry:
+    sizes = [conv.stride, conv.padding, conv.dilation]
+    if conv.padding_mode != "zeros" or any(isinstance(v, str) or len(set(v)) != 1 for v in sizes):
+        raise ValueError(
+            f"layer {str(node.target)!r} (node {node.name!r}): optimize() takes convolutions whose stride, zero "
+            f"padding and dilation are the same number for height and width, got {conv}"
+        )
+    stride, pad, dilation = (int(v[0]) for v in sizes)
+    return Geometry(stride, pad, dilation, conv.groups)
+
+
+def readers(steps: Iterable[Step], output: str) -> Counter[str]:
+    """How many steps read each value; the caller reads the output."""
+    count = Counter(name for step in steps for name in step.reads)
+    count[output] += 1
+    return count
+
+
+def fuse(steps: Sequence[Step], output: str) -> list[Step]:
+    """Merge BN, the addition of a residual and ReLU into the convolution before them, where nobody else reads it."""
+    uses = readers(steps, output)
+    plan: dict[str, Step] = {}
+    for step in steps:
+        for old, new in _merges(step, plan, uses) if isinstance(step, Aten) else ():
+            del plan[old]
+            step = new
+            break
+        plan[step.writes[0]] = step  # a merged convolution moves to where its last part stood
+    return _absorb_shifts(list(plan.values()), output)
+
+
+def _merges(step: Aten, plan: Mapping[str, Step], uses: Counter[str]) -> Iterator[tuple[str, Conv]]:
+    """The ways to merge `step`: (the value no longer written, the merged convolution)."""
+    if step.kind not in ("norm", "relu", "add"):
+        return
+    for i, arg in enumerate(step.args):
+        conv = plan.get(arg.name) if isinstance(arg, Value) and uses[arg.name] == 1 else None
+        if not isinstance(conv, Conv) or conv.relu:
+            continue
+        if step.kind == "relu":
+            yield conv.out, replace(conv, relu=True, out=step.out)
+        elif step.kind == "norm":
+            if conv.unit.norm is None and conv.residual is None:
+                yield conv.out, replace(conv, unit=Unit(conv.name, step.name), out=step.out)
+        elif conv.residual is None and isinstance(step.args[1 - i], Value) and step.args[1 - i] != arg:
+            yield conv.out, replace(conv, residual=step.args[1 - i].name, out=step.out)
+
+
+def _absorb_shifts(steps: list[Step], output: str) -> list[Step]:
+    """conv(x) + b, added to another convolution's output as its residual: that one adds b, along with its own shift."""
+    uses, plan = readers(steps, output), {step.writes[0]: step for step in steps}
+    for step in steps:
+        if isinstance(step, Conv) and step.residual is not None and uses[step.residual] == 1:
+            projection = plan.get(step.residual)
+            if isinstance(projection, Conv) and not projection.relu and projection.residual is None:
+                plan[projection.out] = replace(projection, bare=True)
+                plan[step.out] = replace(step, absorbed=projection.unit)
+    return list(plan.values())
+
+
+def fuse_chains(steps: Sequence[Step], output: str) -> list[Step]:
+    """Merge 3x3 -> 1x1 expand + residual -> next 1x1 reduce into a `Chain` wherever the three follow each other."""
+    uses = readers(steps, output)
+    plan = {step.writes[0]: step for step in steps}
+    for reduce in steps:
+        expand = plan.get(reduce.x) if isinstance(reduce, Conv) else None
+        spatial = plan.get(expand.x) if isinstance(expand, Conv) else None
+        if not (isinstance(reduce, Conv) and isinstance(expand, Conv) and isinstance(spatial, Conv)):
+            continue
+        if uses[spatial.out] == 1 and _chains(spatial, expand, reduce):
+            del plan[spatial.out], plan[reduce.out]
+            plan[expand.out] = Chain(spatial, expand, reduce)  # where the expansion stood: its residual is there
+    return list(plan.values())
+
+
+def _chains(spatial: Conv, expand: Conv, reduce: Conv) -> bool:
+    c = spatial.filter[0]
+    return (
+        (spatial.filter, spatial.geometry) == ((c, 3, 3, c), Geometry(pad=1))
+        and (expand.filter, expand.geometry) == ((4 * c, 1, 1, c), Geometry())
+        and (reduce.filter, reduce.geometry) == ((c, 1, 1, 4 * c), Geometry())
+        and spatial.residual is None
+        and expand.residual is not None
+        and reduce.residual is None
+        and all(conv.relu and conv.float8 is None for conv in (spatial, expand, reduce))
+    )
+
+
+def quantise(steps: Sequence[Step], output: str, amax: Mapping[str, float]) -> tuple[list[Step], str]:
+    """The plan with float8 convolutions, and the name of its output.
+
+    Every ungrouped convolution but the net's first reads float8 and, where one reads it next, writes float8; all else
+    stays in 16 bits, with a `Convert` between. A value's scale is its largest magnitude in calibration, `amax`, over
+    float8's largest number.
+    """
+    first = next(step for step in steps if isinstance(step, Conv))
+    eligible = {
+        step.out for step in steps if isinstance(step, Conv) and step is not first and step.geometry.groups == 1
+    }
+    wanted = {name for step in steps if step.writes[0] in eligible for name in step.reads}
+    scale = {name: (value / FLOAT8_MAX if value > 0 else 1.0) for name, value in amax.items()}
+    small = wanted & eligible  # stored in float8 by the convolution that computes them
+    plan: dict[str, Step] = {}
+
+    def narrow(name: str) -> str:
+        if name in small:
+            return name
+        plan.setdefault(f"{name}:float8", Convert(name, f"{name}:float8", scale[name]))
+        return f"{name}:float8"
+
+    def wide(name: str) -> str:
+        if name not in small:
+            return name
+        plan.setdefault(f"{name}:wide", Convert(name, f"{name}:wide", scale[name], back=True))
+        return f"{name}:wide"
+
+    def widened(value: Any) -> Any:
+        return Value(wide(value.name)) if isinstance(value, Value) else value
+
+    for step in steps:
+        if isinstance(step, Aten):
+            step = replace(step, args=mapped(step.args, widened), kwargs=mapped(step.kwargs, widened))
+        elif isinstance(step, Conv):
+            take = narrow if step.out in eligible else wide
+            if step.out in eligible:
+                out = scale[step.out] if step.out in small else None
+                residual = None if step.residual is None else scale[step.residual]
+                step = replace(step, float8=Float8(scale[step.x], residual, out))
+            step = replace(step, x=take(step.x), residual=None if step.residual is None else take(step.residual))
+        plan[step.writes[0]] = step
+    output = wide(output)
+    return list(plan.values()), output
+
+
+def require_finite(amax: Mapping[str, float]) -> None:
+    """Raises ValueError if calibration met a value that isn't finite."""
+    if bad := [name for name, value in amax.items() if not math.isfinite(value)]:
+        raise ValueError(f"calibration: the values written by {', '.join(bad[:5])} aren't finite")

@@ -1,0 +1,255 @@
+"""A plan bound to engines for one input shape, and how it runs: step by step, or replayed as a CUDA graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastres.ops import dispatch, folded
+from fastres.ops.folded import FLOAT8
+from fastres.ops.steps import nchw, nhwc
+from fastres.plan import FUNCTIONS, INPUT, Aten, Attr, Chain, Conv, Convert, Step, Value, convs, mapped, readers
+
+
+@dataclass
+class Bound:
+    """A step with what computes it. call: the values it reads -> those it writes; dies: values nobody reads later."""
+
+    step: Step
+    engine: str
+    why: str
+    call: Callable[..., Sequence[Any]]
+    shape: tuple[int, ...] = ()
+    dies: tuple[str, ...] = ()
+
+
+class Program:
+    """A plan bound to engines for one input shape; on a GPU also its CUDA graph with the static input and output.
+
+    `run` keeps nothing between calls and may run in several threads at once; `replay` may not.
+    """
+
+    def __init__(
+        self,
+        steps: Sequence[Step],
+        output: str,
+        weights: Mapping[str, folded.Folded],
+        layers: Mapping[str, Any],
+        dtype: torch.dtype,
+    ) -> None:
+        self.steps, self.output, self.dtype = steps, output, dtype
+        self.weights, self.layers = weights, layers
+        self.bound: list[Bound] = []
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    def bind(self, x: Tensor) -> Tensor:
+        """Choose every step's engine while computing the answer to x [N, H, W, C]."""
+        left = readers([part for step in self.steps for part in convs(step) or (step,)], self.output)
+        values: dict[str, Any] = {INPUT: x}
+        for step in self.steps:
+            for bound in self._bound(step, values):
+                for part in convs(bound.step) or (bound.step,):
+                    left.subtract(part.reads)
+                bound.dies = tuple(name for name in values if left[name] <= 0)
+                self.bound.append(bound)
+                for name in bound.dies:
+                    del values[name]
+        return _public(values[self.output])
+
+    def run(self, x: Tensor, observe: Callable[[str, Any], None] | None = None) -> Tensor:
+        """The answer to x [N, H, W, C], computed step by step; `observe` is shown every value."""
+        values: dict[str, Any] = {INPUT: x}
+        if observe is not None:
+            observe(INPUT, x)
+        for bound in self.bound:
+            for name, value in zip(bound.step.writes, bound.call(*map(values.get, bound.step.reads)), strict=True):
+                values[name] = value
+                if observe is not None:
+                    observe(name, value)
+            for name in bound.dies:
+                del values[name]
+        return _public(values[self.output])
+
+    def capture(self, x: Tensor, pool: Any) -> None:
+        """Record `run` as a CUDA graph, after warming up on a stream of its own."""
+        self.x = x.clone()
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(2):
+                self.run(self.x)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
+            self.y = self.run(self.x)
+        self.graph = graph
+
+    def replay(self, x: Tensor) -> Tensor:
+        """The graph's answer to x [N, C, H, W], in memory of its own."""
+        assert self.graph is not None
+        self.x.copy_(x.permute(0, 2, 3, 1))
+        self.graph.replay()
+        return self.y.clone()
+
+    def how(self) -> str:
+        return "one step after the other" if self.graph is None else "replayed as a CUDA graph"
+
+    def table(self) -> str:
+        rows = [("step", "layer", "what", "output", "engine", "why")]
+        for i, bound in enumerate(self.bound):
+            layer = self.layers.get(bound.step.name)
+            what = _what(bound.step) if layer is None else type(layer).__name__
+            rows.append((str(i), bound.step.name, what, str(list(bound.shape)), bound.engine, bound.why))
+        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+        return "\n".join(line.rstrip() for line in lines)
+
+    def _bound(self, step: Step, values: dict[str, Any]) -> Iterator[Bound]:
+        """`step`, or the parts of a chain that doesn't run as one, bound and done: `values` holds their results."""
+        if isinstance(step, Chain) and not self._chains(step, values[step.spatial.x]):
+            parts: tuple[Step, ...] = step.parts
+        else:
+            parts = (step,)
+        for part in parts:
+            inputs = [values[name] for name in part.reads]
+            if isinstance(part, Conv):
+                bound, results = self._bind_conv(part, *inputs)
+            else:
+                bound = self._bind(part)
+                results = bound.call(*inputs)
+            values.update(zip(part.writes, results, strict=True))
+            last = results[0]
+            bound.shape = tuple(nchw(last).shape if last.dim() == 4 else last.shape) if isinstance(last, Tensor) else ()
+            yield bound
+
+    def _chains(self, step: Chain, x: Tensor) -> bool:
+        return dispatch.chains(_problem(step.spatial, x), self.dtype, x.device)
+
+    def _bind(self, step: Step) -> Bound:
+        if isinstance(step, Convert):
+            convert = partial(_widen, dtype=self.dtype) if step.back else _narrow
+            return Bound(step, "aten", "between dtypes", partial(convert, scale=step.scale))
+        if isinstance(step, Chain):
+            weights = tuple(self.weights[part.out] for part in step.parts)
+            return Bound(step, "triton", "measured fastest on this GPU", partial(_chain, weights))
+        assert isinstance(step, Aten)
+        layer = self.layers.get(step.name)
+        function = layer if layer is not None else FUNCTIONS[step.kind]
+        return Bound(step, "aten", "no kernel of ours", partial(_aten, step, function, self.layers))
+
+    def _bind_conv(self, step: Conv, x: Tensor, residual: Tensor | None = None) -> tuple[Bound, Sequence[Tensor]]:
+        problem = _problem(step, x)
+        if residual is not None and residual.shape != (problem.N, problem.P, problem.Q, problem.K):
+            raise ValueError(
+                f"layer {step.name!r}: what is added to its output must have the output's shape "
+                f"{[problem.N, problem.K, problem.P, problem.Q]}, got {list(nchw(residual).shape)}"
+            )
+        inputs = (x,) if residual is None else (x, residual)
+        dtype = self.dtype if step.float8 is None else FLOAT8
+        engine, why = dispatch.why_engine("fprop", problem, dtype, x.device)
+        static: dict[str, Any] = {"p": self.weights[step.out], "geometry": step.geometry, "relu": step.relu}
+        if step.float8 is not None:
+            residual_by, out = step.float8.residual, step.float8.out
+            static["residual_scale"] = 1.0 if residual_by is None else residual_by
+            static["out_scale"] = 1.0 if out is None else 1 / out
+            static["out_dtype"] = self.dtype if out is None else FLOAT8
+        if engine == "triton":
+            call = partial(folded.by_triton, precision=dispatch.precision(dtype, x.device), **static)
+        elif step.float8 is not None:
+            why += "; float8 simulated in float32"
+            call = partial(folded.by_simulation, **static)
+        else:
+            call = partial(folded.by_library, **static)
+            if engine == "cudnn" and step.relu:
+                fused = partial(folded.by_cudnn, p=static["p"], geometry=step.geometry)
+                refusal, result = _try_fused(fused, inputs)
+                if result is not None:
+                    return Bound(step, "cudnn fused", why, partial(_one, fused)), (result,)
+                why += f"; not fused: {refusal}"
+        return Bound(step, engine, why, partial(_one, call)), (call(*inputs),)
+
+
+def _public(value: Any) -> Tensor:
+    return nchw(value) if value.dim() == 4 else value
+
+
+def _problem(conv: Conv, x: Tensor) -> Any:
+    from fastres.kernels.problem import ConvProblem
+
+    (k, r, s, c), (stride, pad, dilation, groups) = conv.filter, conv.geometry
+    if x.dim() != 4 or x.shape[3] != c * groups:
+        shape = list(nchw(x).shape if x.dim() == 4 else x.shape)
+        raise ValueError(f"layer {conv.name!r} takes {c * groups} channels [N, {c * groups}, H, W], got {shape}")
+    try:
+        return ConvProblem(*x.shape, k, r, s, stride, pad, dilation, groups)
+    except ValueError as error:
+        raise ValueError(f"layer {conv.name!r}: {error}") from error
+
+
+def _try_fused(fused: Callable[..., Tensor], inputs: Sequence[Tensor]) -> tuple[str | None, Tensor | None]:
+    """cuDNN's fused convolution once: (why it doesn't serve, None) or (None, its result)."""
+    cudnn = torch.backends.cudnn
+    if not cudnn.enabled:
+        return "cudnn.enabled is off", None
+    if cudnn.deterministic or torch.are_deterministic_algorithms_enabled():
+        return "the fused op can't promise to be deterministic", None
+    try:
+        return None, fused(*inputs)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        return f"cuDNN: {str(error).splitlines()[0]}", None
+
+
+def _one(call: Callable[..., Tensor], *inputs: Tensor) -> tuple[Tensor]:
+    return (call(*inputs),)
+
+
+def _narrow(x: Tensor, *, scale: float) -> tuple[Tensor]:
+    return (folded.to_float8(x.float() / scale),)
+
+
+def _widen(x: Tensor, *, scale: float, dtype: torch.dtype) -> tuple[Tensor]:
+    return ((x.float() * scale).to(dtype),)
+
+
+def _chain(weights: Sequence[folded.Folded], x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+    from fastres.kernels.bottleneck import bottleneck_chain
+
+    spatial, expand, reduce = weights
+    return bottleneck_chain(x, spatial.w, spatial.shift, expand.w, expand.shift, residual, reduce.w, reduce.shift)
+
+
+def _aten(step: Aten, function: Callable[..., Any], layers: Mapping[str, Any], *inputs: Any) -> tuple[Any]:
+    """A library operation on NCHW views of the values it reads."""
+    values = dict(zip(step.reads, inputs, strict=True))
+
+    def argument(leaf: Any) -> Any:
+        if isinstance(leaf, Attr):
+            return layers[leaf.path]
+        if not isinstance(leaf, Value):
+            return leaf
+        value = values[leaf.name]
+        return nchw(value) if isinstance(value, Tensor) and value.dim() == 4 else value
+
+    result = function(*mapped(step.args, argument), **mapped(step.kwargs, argument))
+    return (nhwc(result) if isinstance(result, Tensor) and result.dim() == 4 else result,)
+
+
+def _what(step: Step) -> str:
+    if isinstance(step, Chain):
+        return "chain: " + " -> ".join(_what(part) for part in step.parts)
+    if not isinstance(step, Conv):
+        return step.kind if isinstance(step, Aten) else "float8"
+    k, r, s, c = step.filter
+    stride, _, dilation, groups = step.geometry
+    text = f"{r}x{s} {c * groups}->{k}"
+    text += f" /{stride}" if stride > 1 else ""
+    text += f" dilation {dilation}" if dilation > 1 else ""
+    text += f" groups {groups}" if groups > 1 else ""
+    return text + (" + residual" if step.residual else "") + (" + relu" if step.relu else "")

@@ -1,0 +1,769 @@
+"""`fastres.optimize`: the plan answers as the original does, whoever calls it, however often, and says what it does."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import sys
+import threading
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+import torchvision
+from cases import assert_close_to_reference, relative_error
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+from torchvision.models.resnet import BasicBlock, Bottleneck, conv1x1
+from torchvision.ops import FrozenBatchNorm2d
+
+import fastres
+from fastres import optimize, paper
+from fastres.inference import MAX_SHAPES, Optimized
+from fastres.ops import dispatch, folded, steps
+from fastres.plan import Chain, Conv, fuse, fuse_chains, trace
+
+FLOAT8 = torch.float8_e4m3fn
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+needs_kernels = pytest.mark.skipif(
+    not (torch.cuda.is_available() or dispatch.interpreting()), reason="neither a GPU nor TRITON_INTERPRET=1"
+)
+
+
+def lived_in(model: nn.Module) -> nn.Module:
+    """`model` in eval mode with BN statistics and parameters unlike those of a fresh net."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.running_mean, -0.3, 0.3)
+            nn.init.uniform_(module.running_var, 0.5, 2.0)
+            nn.init.uniform_(module.weight, 0.5, 1.2)
+            nn.init.uniform_(module.bias, -0.3, 0.3)
+    return model.eval()
+
+
+def tiny() -> nn.Module:
+    """A stem, bottlenecks with and without a projection, one of them grouped, a basic block and a head; 10 classes."""
+    projection = nn.Sequential(conv1x1(16, 32, stride=2), nn.BatchNorm2d(32))
+    model = nn.Sequential(
+        *(nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU(), nn.MaxPool2d(3, 2, 1)),
+        *(Bottleneck(16, 8, 2, projection), Bottleneck(32, 8), Bottleneck(32, 8, groups=4, base_width=16)),
+        *(BasicBlock(32, 32), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10)),
+    )
+    return lived_in(model)
+
+
+def images(n: int = 2, size: int = 16, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(n, 3, size, size, dtype=torch.float64).to(dtype)
+
+
+def answers(net: nn.Module, *inputs: Tensor) -> list[Tensor]:
+    with torch.no_grad():
+        return [net(x) for x in inputs]
+
+
+# The answers are the original's.
+
+NETS: dict[str, Callable[[], nn.Module]] = {
+    "resnet18": fastres.resnet18,
+    "resnet50": fastres.resnet50,
+    "torchvision resnet": lambda: torchvision.models.ResNet(Bottleneck, [1, 2, 1, 1]),
+    "torchvision resnext": lambda: torchvision.models.ResNet(Bottleneck, [1, 2, 1, 1], groups=32, width_per_group=4),
+    "torchvision wide": lambda: torchvision.models.ResNet(Bottleneck, [1, 1, 1, 1], width_per_group=128),
+    "dilated": lambda: fastres.models.resnet.ResNet(
+        fastres.models.resnet.Bottleneck, [1, 2, 1, 1], replace_stride_with_dilation=[False, True, True]
+    ),
+    "group norm": lambda: fastres.resnet18(norm_layer=lambda channels: nn.GroupNorm(8, channels)),
+    "frozen norm": lambda: fastres.resnet18(norm_layer=FrozenBatchNorm2d),
+    "paper 18 A": lambda: paper.resnet(18, shortcut="A"),
+    "paper 18 B": lambda: paper.resnet(18, shortcut="B"),
+    "paper 18 C": lambda: paper.resnet(18, shortcut="C"),
+    "paper plain": lambda: paper.plain(18),
+    "paper cifar": lambda: paper.cifar(20),
+    "paper cifar stem": lambda: paper.cifar_stem(18),
+    "timm resnet26": lambda: timm.create_model("resnet26"),
+    "timm deep stem, average down": lambda: timm.create_model("resnet26t", layers=(1, 1, 1, 1)),
+    "timm squeeze-excitation": lambda: timm.create_model("seresnet18", layers=(1, 1, 1, 1)),
+    "timm blur": lambda: timm.create_model("resnetblur18", layers=(1, 1, 1, 1)),
+    "timm efficient attention": lambda: timm.create_model("ecaresnet26t", layers=(1, 1, 1, 1)),
+}
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_exact_in_float64(name: str) -> None:
+    model = lived_in(NETS[name]()).double()
+    x = images(2, 33, torch.float64)
+    (expected,) = answers(model, x)
+    net = optimize(model)
+    assert relative_error(net(x), expected) <= 1e-12
+    assert relative_error(net(x.contiguous(memory_format=torch.channels_last)), expected) <= 1e-12
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["torchvision resnext", "paper cifar"])
+def test_error_is_within_twice_the_libraries(name: str, dtype: torch.dtype) -> None:
+    model = lived_in(NETS[name]())
+    x = images(2, 32)
+    (reference,) = answers(copy.deepcopy(model).double(), x.double())
+    (baseline,) = answers(copy.deepcopy(model).to(dtype), x.to(dtype))
+    assert_close_to_reference(optimize(model, dtype=dtype)(x), reference, baseline)
+
+
+def test_dtypes() -> None:
+    model, x = tiny(), images()
+    assert optimize(model)(x.double()).dtype == torch.float32
+    assert optimize(copy.deepcopy(model).bfloat16())(x).dtype == torch.bfloat16
+    net = optimize(model, dtype=torch.float16)
+    assert net(x).dtype == torch.float16
+    assert torch.equal(net(x.half().float()), net(x.half()))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(optimize(model)(x), optimize(model)(x.clone()))
+        assert optimize(model)(x).dtype == torch.float32
+    mixed = copy.deepcopy(model).bfloat16()
+    mixed[1].float()  # a BatchNorm kept in float32 doesn't decide
+    assert optimize(mixed)(x).dtype == torch.bfloat16
+
+
+def test_empty_batch_and_odd_sizes() -> None:
+    model = tiny().double()
+    net = optimize(model)
+    for shape in ((0, 3, 16, 16), (1, 3, 9, 23), (3, 3, 17, 8)):
+        x = torch.randn(shape, dtype=torch.float64)
+        assert net(x).shape == (shape[0], 10)
+        assert relative_error(net(x), answers(model, x)[0]) <= 1e-12
+
+
+def test_original_is_untouched() -> None:
+    model = tiny()
+    before = copy.deepcopy(model)
+    state = {name: (t.data_ptr(), t._version) for name, t in model.state_dict(keep_vars=True).items()}
+    net = optimize(model, images(), dtype=torch.bfloat16)
+    net(images())
+    assert {name: (t.data_ptr(), t._version) for name, t in model.state_dict(keep_vars=True).items()} == state
+    assert all(p.requires_grad for p in model.parameters())
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.state_dict().values(), before.state_dict().values(), strict=True)
+    )
+    assert not net(images().requires_grad_()).requires_grad
+
+
+class InPlace(nn.Module):
+    """What an operation in place changes is seen by whoever reads its operand later."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1)
+        self.relu, self.same = nn.ReLU(inplace=True), nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv1(x)
+        kept = self.same(x)
+        y = self.conv2(self.relu(x))
+        early = kept.sigmoid()
+        kept += y
+        return early + kept * x.flatten(1).mean(1).reshape(-1, 1, 1, 1)
+
+
+def test_in_place_operations() -> None:
+    model, x = InPlace().double().eval(), images(dtype=torch.float64)
+    (expected,) = answers(model, x)
+    assert expected.dim() == 4
+    assert relative_error(optimize(model)(x), expected) <= 1e-12
+
+
+def test_shared_modules_and_parametrized_weights() -> None:
+    conv, norm = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3)
+    other = parametrizations.weight_norm(nn.Conv2d(3, 3, 1))
+    model = lived_in(nn.Sequential(conv, norm, nn.ReLU(), conv, norm, other, nn.Dropout())).double()
+    x = images(dtype=torch.float64)
+    assert relative_error(optimize(model)(x), answers(model, x)[0]) <= 1e-12
+
+
+# The plan.
+
+
+def test_everything_fuses() -> None:
+    raw, output = trace(fastres.resnet50().eval())
+    plan = fuse(raw, output)
+    convs = [step for step in plan if isinstance(step, Conv)]
+    assert len(convs) == 53
+    assert all(conv.unit.norm for conv in convs)
+    assert sum(conv.relu for conv in convs) == 49  # all but the projections
+    assert sum(conv.residual is not None for conv in convs) == 16
+    assert sum(conv.bare for conv in convs) == sum(conv.absorbed is not None for conv in convs) == 4
+    assert [step.name for step in plan if not isinstance(step, Conv)] == ["maxpool", "avgpool", "flatten", "fc"]
+    chains = [step for step in fuse_chains(plan, output) if isinstance(step, Chain)]
+    assert len(chains) == 2 + 2 + 4 + 1
+    assert chains[0].name == "layer1.0.conv2 + layer1.0.conv3 + layer1.1.conv1"
+
+
+@pytest.fixture
+def chains_run_as_one(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """Dispatch wants every chain as one kernel, here its meaning in plain PyTorch; returns the inputs' shapes."""
+    calls: list[tuple[int, ...]] = []
+
+    def bottleneck_chain(
+        x: Tensor, w2: Tensor, b2: Tensor, w3: Tensor, b3: Tensor, residual: Tensor, w1: Tensor, b1: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        calls.append(tuple(x.shape))
+        y = steps.conv_fprop(x, w2, geometry=steps.Geometry(pad=1), shift=b2, relu=True)
+        out = steps.conv_fprop(y, w3, geometry=steps.Geometry(), shift=b3, residual=residual, relu=True)
+        return out, steps.conv_fprop(out, w1, geometry=steps.Geometry(), shift=b1, relu=True)
+
+    module = types.ModuleType("fastres.kernels.bottleneck")
+    module.bottleneck_chain = bottleneck_chain  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "fastres.kernels.bottleneck", module)
+    monkeypatch.setattr(dispatch, "chains", lambda problem, dtype, device: True)
+    return calls
+
+
+def test_chain_means_its_parts(chains_run_as_one: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = tiny().double(), images(dtype=torch.float64)
+    (expected,) = answers(model, x)
+    net = optimize(model)
+    assert relative_error(net(x), expected) <= 1e-12
+    assert chains_run_as_one == [(2, 4, 4, 8)]  # 1 -> 2; the third bottleneck is grouped
+    assert "chain: 3x3 8->8 + relu -> 1x1 8->32 + residual + relu -> 1x1 32->8 + relu" in net.explain()
+    assert relative_error(net(x), expected) <= 1e-12
+    monkeypatch.setattr(dispatch, "chains", lambda problem, dtype, device: False)
+    unchained = optimize(model)
+    apart = unchained(x)
+    assert len(chains_run_as_one) == 2
+    unchained._steps = fuse(*trace(model))  # the same plan, never chained
+    unchained._fold()
+    assert torch.equal(unchained(x), apart)
+
+
+def test_explain() -> None:
+    net = optimize(tiny())
+    with pytest.raises(ValueError, match="call the net on one first"):
+        net.explain()
+    net(images())
+    lines = net.explain().splitlines()
+    assert lines[0] == "Sequential in torch.float32, one step after the other"
+    assert lines[1].split() == ["step", "layer", "what", "output", "engine", "why"]
+    row = next(line for line in lines if "4.conv2" in line)
+    assert "3x3 8->8 /2 + relu" in row
+    assert "[2, 8, 4, 4]" in row
+    assert ("aten" in row and "no fused kernels for cpu" in row) or torch.cuda.is_available()
+    net(images(1))
+    assert "[1, 8, 4, 4]" in net.explain()
+    assert net.explain((2, 3, 16, 16)).splitlines() == lines
+    with pytest.raises(ValueError, match=r"\[2, 3, 16, 16\], \[1, 3, 16, 16\]"):
+        net.explain((5, 3, 16, 16))
+
+
+def test_backend_in_force_has_plans_of_its_own() -> None:
+    net, x = optimize(tiny()), images()
+    first = net(x)
+    with fastres.backend("reference"):
+        assert torch.equal(net(x), first)
+        assert "backend('reference')" in net.explain()
+    net(x)
+    assert "backend" not in net.explain()
+
+
+@pytest.mark.skipif(dispatch.interpreting() or torch.cuda.is_available(), reason="kernels can run here")
+def test_forced_kernels_without_a_gpu() -> None:
+    with fastres.backend("triton"), pytest.raises(RuntimeError, match="use a CUDA GPU or TRITON_INTERPRET=1"):
+        optimize(tiny(), images())
+
+
+# Results belong to the caller.
+
+
+def test_results_are_the_callers_own() -> None:
+    for model in (tiny(), tiny()[:7].eval()):  # scores and a feature map
+        net, x = optimize(model), images()
+        first = net(x)
+        kept = first.clone()
+        second = net(images())
+        assert torch.equal(first, kept)
+        assert not torch.equal(second, kept)
+        first.fill_(7)
+        assert torch.equal(net(x), kept)
+
+
+def test_input_is_not_changed() -> None:
+    net = optimize(InPlace().eval())
+    x = images().contiguous(memory_format=torch.channels_last)
+    kept = x.clone()
+    net(x)
+    assert torch.equal(x, kept)
+
+
+def test_threads() -> None:
+    net = optimize(tiny())
+    inputs = [images(1 + i % 3) for i in range(12)]
+    expected = [optimize(tiny_like(net))(x) for x in inputs]
+    results: list[list[Tensor | None]] = [[None] * len(inputs) for _ in range(4)]
+    start = threading.Barrier(4)
+
+    def work(row: list[Tensor | None]) -> None:
+        start.wait()
+        for i, x in enumerate(inputs):
+            row[i] = net(x)
+
+    threads = [threading.Thread(target=work, args=(row,)) for row in results]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for row in results:
+        assert all(r is not None and torch.equal(r, e) for r, e in zip(row, expected, strict=True))
+
+
+def tiny_like(net: nn.Module) -> nn.Module:
+    model = tiny()
+    model.load_state_dict(net.state_dict())
+    return model
+
+
+def test_number_of_shapes_is_bounded() -> None:
+    model = tiny()
+    net = optimize(model)
+    for size in range(8, 8 + MAX_SHAPES + 3):
+        x = images(1, size)
+        assert_close_to_reference(net(x), answers(copy.deepcopy(model).double(), x.double())[0], answers(model, x)[0])
+    assert len(net._programs) == MAX_SHAPES
+    with pytest.raises(ValueError, match="no plan yet"):
+        net.explain((1, 3, 8, 8))
+
+
+# Saving and loading.
+
+
+def test_state_dict_is_the_originals() -> None:
+    model, x = tiny(), images()
+    net = optimize(model)
+    state = net.state_dict()
+    assert list(state) == list(model.state_dict())
+    assert all(torch.equal(state[key], value) for key, value in model.state_dict().items())
+    assert tiny_like(net).state_dict().keys() == state.keys()
+    other = tiny()
+    assert not torch.equal(optimize(other)(x), net(x))
+    assert str(net.load_state_dict(other.state_dict())) == "<All keys matched successfully>"
+    assert torch.equal(net(x), optimize(other)(x))
+    nested = nn.ModuleDict({"net": optimize(model)})
+    nested.load_state_dict({f"net.{key}": value for key, value in other.state_dict().items()})
+    assert torch.equal(nested["net"](x), net(x))
+    with pytest.raises(RuntimeError, match="Missing key"):
+        net.load_state_dict({})
+
+
+def test_deepcopy_and_pickle() -> None:
+    net, x = optimize(tiny(), dtype=torch.bfloat16), images()
+    expected = net(x)
+    buffer = io.BytesIO()
+    torch.save(net, buffer)
+    buffer.seek(0)
+    for twin in (copy.deepcopy(net), pickle.loads(pickle.dumps(net)), torch.load(buffer, weights_only=False)):
+        assert isinstance(twin, Optimized)
+        assert twin.dtype == torch.bfloat16
+        assert torch.equal(twin(x), expected)
+        twin.load_state_dict(tiny().state_dict())
+        assert not torch.equal(twin(x), expected)
+    assert torch.equal(net(x), expected)
+
+
+def test_stays_in_eval_mode_and_dtype() -> None:
+    net = optimize(tiny())
+    assert net.eval() is net
+    assert not net.training
+    with pytest.raises(RuntimeError, match="frozen for inference"):
+        net.train()
+    with pytest.raises(TypeError, match=r"stays in torch\.float32"):
+        net.half()
+    assert net.to("cpu", memory_format=torch.channels_last) is net
+    assert not any(p.requires_grad for p in net.parameters())
+    assert "dtype=torch.float32" in repr(net)
+
+
+# Refusals.
+
+
+class TwoInputs(nn.Module):
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return x + y
+
+
+class Branching(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x if x.sum() > 0 else -x
+
+
+class Inverse(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.linalg.inv(x)
+
+
+class TwoOutputs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x, self.conv(x)
+
+
+class ViewInPlace(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.flatten(1)
+        y += 1
+        return x
+
+
+def _hooked() -> nn.Module:
+    model = tiny()
+    model[4].conv2.register_forward_hook(lambda *_: None)
+    return model
+
+
+def _training() -> nn.Module:
+    model = tiny()
+    model[4].bn3.train()
+    return model
+
+
+@pytest.mark.parametrize(
+    ("model", "kwargs", "error", "message"),
+    [
+        (lambda: "resnet50", {}, TypeError, "takes an nn.Module, got str"),
+        (lambda: optimize(tiny()), {}, TypeError, "optimized already"),
+        (_training, {}, ValueError, r"layer '4.bn3' \(BatchNorm2d\) is in training mode; call model.eval"),
+        (_hooked, {}, ValueError, "layer '4.conv2' carries a hook"),
+        (lambda: nn.Sequential(nn.Flatten(), nn.Linear(3, 3)).eval(), {}, ValueError, "no convolution"),
+        (lambda: TwoInputs().eval(), {}, ValueError, "one input, this one also reads 'y'"),
+        (lambda: TwoOutputs().eval(), {}, ValueError, "returns one tensor"),
+        (lambda: Branching().eval(), {}, ValueError, "can't trace Branching"),
+        (lambda: Inverse().eval(), {}, ValueError, "no step for linalg_inv.*accepts Conv2d, BatchNorm2d"),
+        (lambda: ViewInPlace().eval(), {}, ValueError, "in place on a view"),
+        (lambda: nn.Sequential(nn.Conv2d(3, 3, 3), nn.LSTM(3, 3)).eval(), {}, ValueError, "layer '1', a LSTM"),
+        (
+            lambda: nn.Sequential(nn.Conv2d(3, 3, (1, 3), padding=(0, 1))).eval(),
+            {},
+            ValueError,
+            "layer '0'.*same number",
+        ),
+        (lambda: nn.Conv2d(3, 3, 3, padding="same").eval(), {}, ValueError, "optimize"),
+        (
+            lambda: nn.Sequential(nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3, track_running_stats=False)).eval(),
+            *({}, ValueError, "layer '1' takes its statistics from the batch"),
+        ),
+        (tiny, {"dtype": torch.int8}, ValueError, "accepted: torch.bfloat16, torch.float16"),
+        (tiny, {"dtype": FLOAT8}, ValueError, "needs calibration="),
+        (tiny, {"dtype": torch.float16, "calibration": []}, ValueError, "no other dtype takes it"),
+        (lambda: tiny().to("meta"), {}, ValueError, "on one device, got meta"),
+    ],
+)
+def test_refused(model: Callable[[], Any], kwargs: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        optimize(model(), **kwargs)
+
+
+def test_weights_that_are_not_finite() -> None:
+    model = tiny()
+    model[4].bn2.running_var[3] = -1
+    with pytest.raises(ValueError, match=r"'4.conv2 \+ 4.bn2': the folded scale.* channels \[3\] of 8"):
+        optimize(model)
+    model = tiny()
+    with torch.no_grad():
+        model[0].weight[1, 2] = float("inf")
+    with pytest.raises(ValueError, match=r"'0 \+ 1': the folded weight isn't finite in output channels \[1\]"):
+        optimize(model)
+    model = tiny()
+    with torch.no_grad():
+        model[4].bn1.weight[5] = 1e7
+    with pytest.raises(ValueError, match=r"'4.conv1': the folded weight in torch.float16 .*\[5\]"):
+        optimize(model, dtype=torch.float16)
+    optimize(model, dtype=torch.bfloat16)
+
+
+def test_input_that_does_not_fit() -> None:
+    net = optimize(tiny())
+    with pytest.raises(TypeError, match=r"floating dtype expected, got torch\.uint8"):
+        net(torch.zeros(1, 3, 16, 16, dtype=torch.uint8))
+    with pytest.raises(ValueError, match=r"\[N, C, H, W\] expected, got shape \[3, 16, 16\]"):
+        net(images()[0])
+    with pytest.raises(ValueError, match=r"layer '0' takes 3 channels \[N, 3, H, W\], got \[2, 5, 16, 16\]"):
+        net(torch.zeros(2, 5, 16, 16))
+    with pytest.raises(ValueError, match="the net is on cpu, the input on meta"):
+        net(images().to("meta"))
+    large = optimize(nn.Sequential(nn.Conv2d(3, 3, 7)).eval())
+    with pytest.raises(ValueError, match="layer '0': the 7x7 filter is larger than the padded input"):
+        large(images(1, 4))
+
+
+def test_what_is_added_must_fit() -> None:
+    class Broadcast(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.pool = nn.Conv2d(3, 3, 3, padding=1), nn.AdaptiveAvgPool2d(1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv(x) + self.pool(x)
+
+    with pytest.raises(ValueError, match=r"layer 'conv': .* must have the output's shape \[2, 3, 16, 16\]"):
+        optimize(Broadcast().eval())(images())
+
+
+# FP8.
+
+
+@pytest.fixture
+def simulated() -> Iterator[None]:
+    with fastres.backend("reference"):
+        yield
+
+
+def e4m3(x: Tensor) -> Tensor:
+    """x (float64) rounded to e4m3: 3 fraction bits, smallest exponent -6, saturating at 448."""
+    step = torch.exp2(torch.floor(torch.log2(x.abs().clamp_min(2.0**-9))).clamp_min(-6) - 3)
+    return (torch.round(x / step) * step).clamp(-448, 448)
+
+
+def test_float8_convolution_from_its_definition() -> None:
+    x, residual = torch.randn(2, 5, 5, 6).double(), torch.randn(2, 5, 5, 4).double()
+    w, shift = (
+        torch.randn(4, 6, 3, 3).double() * torch.tensor([1.0, 10, 0.1, 0]).view(4, 1, 1, 1),
+        torch.randn(4).double(),
+    )
+    x_scale, residual_scale, y_scale = x.abs().max() / 448, residual.abs().max() / 448, torch.tensor(0.01)
+    w_scale = w.abs().amax((1, 2, 3)) / 448
+    w_scale[3] = 1  # a channel of zeros
+    x8, residual8 = e4m3(x / x_scale), e4m3(residual / residual_scale)
+    w8 = e4m3(w / w_scale.view(4, 1, 1, 1))
+    y = F.conv2d((x8 * x_scale).permute(0, 3, 1, 2), w8 * w_scale.view(4, 1, 1, 1), shift, padding=1)
+    y = F.relu(y.permute(0, 2, 3, 1) + residual8 * residual_scale)
+
+    p = folded.pack_float8(w, shift, float(x_scale))
+    assert p.w.dtype == FLOAT8
+    arguments: dict[str, Any] = {"p": p, "geometry": steps.Geometry(pad=1), "relu": True}
+    inputs = folded.to_float8(x / x_scale), folded.to_float8(residual / residual_scale)
+    arguments["residual_scale"] = float(residual_scale)
+    got = folded.by_simulation(*inputs, **arguments, out_scale=1.0, out_dtype=torch.float32)
+    assert relative_error(got, y) <= 1e-6
+    got = folded.by_simulation(*inputs, **arguments, out_scale=1 / float(y_scale), out_dtype=FLOAT8)
+    expected = e4m3(y / y_scale)
+    assert (expected == 448).any()
+    assert expected.max() < (y / y_scale).max()  # saturated
+    near = (got.double() - expected).abs() / expected.clamp_min(2.0**-6)
+    assert near.max() <= 2.0**-3  # one step apart, where float32 fell on the other side of a tie
+    assert (near == 0).double().mean() > 0.99
+
+
+def test_float8_net(simulated: None) -> None:
+    model = tiny()
+    batches = [images(4), (images(4), torch.zeros(4))]
+    net = optimize(model, dtype=FLOAT8, calibration=batches)
+    x = images(8)
+    (reference,) = answers(copy.deepcopy(model).double(), x.double())
+    y = net(x)
+    assert y.dtype == torch.bfloat16
+    half = relative_error(optimize(model, dtype=torch.bfloat16)(x), reference)
+    assert half < relative_error(y, reference) < 0.1
+    small = {step.name for step in net._steps if isinstance(step, Conv) and step.float8 is not None}
+    every = {step.name for step in fuse(*trace(model)) if isinstance(step, Conv)}
+    assert every - small == {"0", "6.conv2"}  # the stem and the grouped convolution
+    assert net._folded[next(s.out for s in net._steps if isinstance(s, Conv) and s.float8)].w.dtype == FLOAT8
+    assert "float8 simulated in float32" in net.explain()
+    assert torch.equal(copy.deepcopy(net)(x), y)
+    assert list(net.state_dict()) == list(model.state_dict())
+    with pytest.raises(RuntimeError, match="calibrated with"):
+        net.load_state_dict(model.state_dict())
+
+
+@pytest.mark.parametrize("name", ["torchvision resnext", "paper cifar", "timm squeeze-excitation"])
+def test_float8_nets_of_the_family(name: str, simulated: None) -> None:
+    model = lived_in(NETS[name]())
+    x = images(2, 32)
+    net = optimize(model, dtype=FLOAT8, calibration=[x])
+    (reference,) = answers(copy.deepcopy(model).double(), x.double())
+    assert relative_error(net(x), reference) < 0.2
+
+
+def test_agreement(simulated: None) -> None:
+    model = tiny()
+    with torch.no_grad():
+        model[-1].weight.mul_(8)  # scores far apart
+    batches = [images(32), (images(32), "labels")]
+    half = optimize(model, dtype=torch.bfloat16)
+    assert half.agreement(half, batches) == 1.0
+    assert optimize(model, dtype=FLOAT8, calibration=batches).agreement(model, batches) >= 0.8
+    swapped = copy.deepcopy(model)
+    with torch.no_grad():
+        swapped[-1].weight.copy_(model[-1].weight.roll(1, 0))
+        swapped[-1].bias.copy_(model[-1].bias.roll(1, 0))
+    assert optimize(model).agreement(swapped, batches) == 0.0
+    with pytest.raises(ValueError, match="no images"):
+        half.agreement(model, [])
+
+
+def test_float8_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="needs a CUDA GPU, the model is on cpu"):
+            optimize(tiny(), dtype=FLOAT8, calibration=[images()])
+    from fastres import inference
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 6))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "an older GPU")
+    with pytest.raises(ValueError, match=r"8\.9 or above, an older GPU has 8\.6"):
+        inference._require_float8(torch.device("cuda"))
+    with fastres.backend("reference"):
+        with pytest.raises(ValueError, match="calibration is empty"):
+            optimize(tiny(), dtype=FLOAT8, calibration=[])
+        with pytest.raises(ValueError, match=r"calibration: .* aren't finite"):
+            optimize(tiny(), dtype=FLOAT8, calibration=[images() * float("inf")])
+
+
+# Our kernels, in the interpreter or on a GPU.
+
+
+@needs_kernels
+@pytest.mark.interpret
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_kernels_answer_as_the_original(dtype: torch.dtype) -> None:
+    model, x = tiny().to(DEVICE), images(2, 12).to(DEVICE)
+    (reference,) = answers(copy.deepcopy(model).double(), x.double())
+    (baseline,) = answers(copy.deepcopy(model).to(dtype), x.to(dtype))
+    with fastres.backend("triton"):
+        net = optimize(model, dtype=dtype)
+        assert_close_to_reference(net(x), reference, baseline)
+        assert net.explain().count("  triton  ") == sum(isinstance(m, nn.Conv2d) for m in model.modules())
+
+
+@needs_kernels
+@pytest.mark.interpret
+def test_float8_kernel_means_its_simulation() -> None:
+    w, shift = torch.randn(16, 16, 3, 3).double().to(DEVICE), torch.randn(16).double().to(DEVICE)
+    x, residual = (folded.to_float8(100 * torch.randn(1, 5, 6, 16)).to(DEVICE) for _ in range(2))
+    arguments: dict[str, Any] = {
+        "p": folded.pack_float8(w, shift, 0.01),
+        "geometry": steps.Geometry(pad=1),
+        "relu": True,
+        "residual_scale": 0.03,
+        "out_scale": 5.0,
+        "out_dtype": torch.float32,
+    }
+    expected = folded.by_simulation(x, residual, **arguments)
+    got = folded.by_triton(x, residual, precision="ieee", **arguments)
+    assert relative_error(got, expected) <= 1e-5
+
+
+# CUDA graphs and streams.
+
+
+def on_gpu(dtype: torch.dtype = torch.float16, **kwargs: Any) -> tuple[nn.Module, Optimized]:
+    model = tiny().cuda()
+    return model, optimize(model, dtype=dtype, **kwargs)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("backend", ["auto", "triton", "cudnn", "reference"])
+def test_gpu_answers_as_the_original(backend: str, dtype: torch.dtype) -> None:
+    model = lived_in(fastres.resnet50()).cuda()
+    x = images(4, 96).cuda()
+    (reference,) = answers(copy.deepcopy(model).double(), x.double())
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False), fastres.backend("reference"):
+        (baseline,) = answers(copy.deepcopy(model).to(dtype), x.to(dtype))
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False), fastres.backend(backend):
+        graphed, stepped = optimize(model, x, dtype=dtype), optimize(model, dtype=dtype, cuda_graph=False)
+        assert_close_to_reference(graphed(x), reference, baseline)
+        assert_close_to_reference(stepped(x), reference, baseline)
+        assert "replayed as a CUDA graph" in graphed.explain()
+        assert "one step after the other" in stepped.explain()
+
+
+@pytest.mark.gpu
+def test_gpu_results_survive_later_calls_threads_and_streams() -> None:
+    _, net = on_gpu()
+    inputs = [images(1 + i % 3).cuda() for i in range(12)]
+    expected = [net(x).clone() for x in inputs]
+    torch.cuda.synchronize()
+    wrong: list[int] = []
+
+    def work() -> None:
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            for _ in range(20):
+                results = [net(x) for x in inputs]
+                wrong.extend(i for i, (r, e) in enumerate(zip(results, expected, strict=True)) if not torch.equal(r, e))
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+@pytest.mark.gpu
+def test_gpu_number_of_graphs_is_bounded() -> None:
+    _, net = on_gpu()
+    for _ in range(2):
+        for size in range(8, 8 + MAX_SHAPES + 2):
+            x = images(1, size).cuda()
+            assert torch.equal(net(x), net(x))
+    assert len(net._programs) == MAX_SHAPES
+    assert net(images(0).cuda()).shape == (0, 10)
+
+
+@pytest.mark.gpu
+def test_gpu_inside_anothers_graph() -> None:
+    _, net = on_gpu()
+    x = images().cuda()
+    expected = net(x)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = net(x)
+    graph.replay()
+    assert torch.equal(y, expected)
+
+
+@pytest.mark.gpu
+def test_gpu_switches_of_pytorch() -> None:
+    model, net = on_gpu(torch.float32)
+    x = images(8).cuda()
+    (reference,) = answers(copy.deepcopy(model).double(), x.double())
+    errors = {}
+    for tf32 in (False, True):
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=tf32):
+            errors[tf32] = relative_error(net(x), reference)
+    assert errors[False] < 1e-5 < errors[True]
+    with torch.backends.cudnn.flags(enabled=False, allow_tf32=False), fastres.backend("cudnn"):
+        assert relative_error(net(x), reference) < 1e-5
+        assert "cudnn.enabled is off" in net.explain()
+    with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False), fastres.backend("cudnn"):
+        net(x)
+        assert "cudnn fused" not in net.explain()
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False), fastres.backend("cudnn"):
+        net(x)
+        assert "cudnn fused" in net.explain()
+
+
+@pytest.mark.gpu
+def test_gpu_moves_and_copies() -> None:
+    net, x = optimize(tiny(), dtype=torch.float16), images()
+    expected = net(x)
+    moved = copy.deepcopy(net).cuda()
+    assert relative_error(moved(x.cuda()).cpu(), expected.double()) < 1e-2
+    assert torch.equal(copy.deepcopy(moved)(x.cuda()), moved(x.cuda()))
+    assert torch.equal(pickle.loads(pickle.dumps(moved))(x.cuda()), moved(x.cuda()))
+
+
+@pytest.mark.gpu
+def test_gpu_float8() -> None:
+    if torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("float8 needs compute capability 8.9")
+    model, x = lived_in(fastres.resnet18()).cuda(), images(8, 64).cuda()
+    with fastres.backend("reference"):
+        simulated = optimize(model, dtype=FLOAT8, calibration=[x])
+        expected = simulated(x)
+    net = optimize(model, dtype=FLOAT8, calibration=[x])
+    assert relative_error(net(x), expected.double()) < 0.05
+    assert "simulated" not in net.explain()
