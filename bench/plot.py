@@ -37,7 +37,8 @@ def draw(record: dict[str, Any], path: Path) -> None:
         gridspec_kw={"height_ratios": heights, "width_ratios": [2, *[5] * len(settings)]},
     )
     versions = record["environment"]["versions"]
-    commit = (record["code"]["commit"] or "unknown commit")[:10]
+    code = record["code"]
+    commit = (code["commit"] or "unknown commit")[:10] + (" with changes" if code["dirty"] else "")
     figure.suptitle(
         f"ResNet throughput on {record['environment']['name']}\n"
         f"torch {versions['torch']}, fastres {versions['fastres']} ({commit}), {record['created'][:10]}",
