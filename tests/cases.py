@@ -20,8 +20,9 @@ def relative_error(actual: Tensor, ref64: Tensor) -> float:
     """max |actual - ref64| / max |ref64|; NaN where actual has one that ref64 hasn't."""
     if actual.numel() == 0:
         return 0.0
-    difference = (actual.detach().double() - ref64.detach().double()).abs().max()
-    scale = ref64.detach().double().abs().max()
+    reference = ref64.detach().to(actual.device, torch.float64)
+    difference = (actual.detach().double() - reference).abs().max()
+    scale = reference.abs().max()
     return float(difference / scale) if scale else float(difference)
 
 

@@ -1,0 +1,128 @@
+"""The house's rules: who may import whom, and what `import fastres` costs."""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+# A floor may import itself and the floors below it; `kernels` stands apart and knows torch and triton only.
+FLOORS = ["face", "models", "ops", "kernels"]
+OWN_PACKAGES = ("fastres", "kernels", "csrc", "bench", "tests")
+
+
+def modules() -> dict[str, Path]:
+    """Import name -> file of all that is shipped."""
+    found = {}
+    for folder, package in ((ROOT / "fastres", "fastres"), (ROOT / "kernels", "fastres.kernels")):
+        for file in folder.rglob("*.py"):
+            parts = file.relative_to(folder).with_suffix("").parts
+            found[".".join((package, *(part for part in parts if part != "__init__")))] = file
+    return found
+
+
+def floor(module: str) -> str:
+    """fastres.models.x -> models; fastres.timm holds models too; everything else right under fastres is the face."""
+    parts = module.split(".")
+    room = parts[1] if len(parts) > 1 else ""
+    if room in ("timm", "paper"):
+        return "models"
+    return {"csrc": "kernels"}.get(room, room if room in FLOORS else "face")
+
+
+def imports(file: Path, module: str) -> Iterator[str]:
+    """Absolute names of all that the file imports, at whatever depth, type-checking blocks included."""
+    package = module if file.name == "__init__.py" else module.rpartition(".")[0]
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parents = package.split(".")[: len(package.split(".")) - node.level + 1]
+                base = ".".join([*parents, *([base] if base else [])])
+            yield from (f"{base}.{alias.name}" for alias in node.names)
+
+
+def violations(module: str, file: Path, known: dict[str, Path]) -> list[str]:
+    wrong = []
+    for name in imports(file, module):
+        root = name.split(".")[0]
+        if root in ("bench", "tests", "kernels", "csrc"):
+            wrong.append(f"{module} imports {name}")
+        elif root == "fastres":
+            target = name if name in known else name.rpartition(".")[0]
+            lazy_face = module == "fastres.models.convert" and target == "fastres.timm"
+            if FLOORS.index(floor(target)) < FLOORS.index(floor(module)) and not lazy_face:
+                wrong.append(f"{module} imports {name}, a floor above")
+            if floor(module) == "face" and floor(target) == "kernels":
+                wrong.append(f"{module} imports {name}, past ops")
+        elif floor(module) == "kernels" and root not in ("torch", "triton") and root not in sys.stdlib_module_names:
+            wrong.append(f"{module} imports {name}; kernels know torch and triton only")
+    return wrong
+
+
+def test_who_may_import_whom() -> None:
+    known = modules()
+    assert {"fastres", "fastres.models.resnet", "fastres.ops.dispatch"} <= known.keys()
+    assert [line for module, file in known.items() for line in violations(module, file, known)] == []
+
+
+@pytest.mark.parametrize(
+    ("module", "code"),
+    [
+        ("fastres.ops.x", "from fastres.models import resnet"),
+        ("fastres.ops.x", "def f():\n    import fastres.inference"),
+        ("fastres.models.x", "from tests.cases import y"),
+        ("fastres.kernels.x", "from fastres.ops import dispatch"),
+        ("fastres.kernels.x", "from ..ops.dispatch import serves"),
+        ("fastres.kernels.x", "import torchvision"),
+        ("fastres.inference", "from fastres.kernels import conv"),
+    ],
+)
+def test_a_wrong_import_is_found(module: str, code: str, tmp_path: Path) -> None:
+    file = tmp_path / "x.py"
+    file.write_text(code)
+    assert violations(module, file, modules())
+
+
+def _loaded(statement: str) -> tuple[set[str], dict[str, bool]]:
+    code = f"""
+import json, sys
+{statement}
+import torch
+print(json.dumps([list(sys.modules), {{"cuda": torch.cuda.is_initialized()}}]))
+"""
+    out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    names, facts = json.loads(out.splitlines()[-1])
+    return set(names), facts
+
+
+def test_import_starts_nothing_and_loads_little() -> None:
+    ours, facts = _loaded("import fastres")
+    theirs, _ = _loaded("import torchvision")
+    assert not facts["cuda"]
+    assert not [name for name in ours if name.startswith(("fastres.kernels", "fastres.timm", "fastres.csrc"))]
+    extra = {name.split(".")[0] for name in ours - theirs}
+    assert extra - set(sys.stdlib_module_names) <= {"fastres"}, sorted(ours - theirs)
+    heavy = {name for name in ours - theirs if name.split(".")[0] in ("torch", "torchvision", "triton")}
+    assert not heavy, sorted(heavy)
+
+
+def test_import_time() -> None:
+    """At most 0.2 s more than torchvision's; measured in the process, behind it, and the least of several runs."""
+    code = "import time, torchvision; t = time.perf_counter(); import fastres; print(time.perf_counter() - t)"
+    best = float("inf")
+    end = time.monotonic() + 60
+    while best > 0.2 and time.monotonic() < end:
+        out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+        best = min(best, float(out))
+    assert best <= 0.2, f"import fastres costs {best:.2f} s more than import torchvision"

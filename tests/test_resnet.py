@@ -1,0 +1,711 @@
+"""The drop-in family is torchvision's: same interface, same numbers, and it goes wherever torchvision's goes.
+
+Every case that runs a net runs it twice, once as dispatch chooses by itself ("auto") and once with every call sent
+through the fused entry points that takes them ("reference"), so that taking the plain path where it must is tested.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import io
+import itertools
+import pickle
+from collections import Counter
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+import torchvision
+import torchvision.models.resnet as tv
+from cases import assert_close_to_reference
+from torch import Tensor, nn
+from torch.nn.modules import module as nn_module
+from torch.nn.utils import parametrizations, prune
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.checkpoint import checkpoint
+from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
+from torchvision.ops import FrozenBatchNorm2d
+
+import fastres
+from fastres.models import resnet
+from fastres.ops import dispatch
+
+BUILDERS = [
+    "resnet18",
+    "resnet34",
+    "resnet50",
+    "resnet101",
+    "resnet152",
+    "resnext50_32x4d",
+    "resnext101_32x8d",
+    "resnext101_64x4d",
+    "wide_resnet50_2",
+    "wide_resnet101_2",
+]
+PATHS = ["auto", "reference"]
+BLOCKS = ["BasicBlock", "Bottleneck"]
+
+
+@pytest.fixture(params=PATHS)
+def path(request: pytest.FixtureRequest) -> Iterator[str]:
+    with fastres.backend(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def fused(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """Counts the calls that reach the fused entry points."""
+    calls: Counter[str] = Counter()
+
+    def counting(name: str) -> None:
+        entry = getattr(resnet, name)
+
+        def call(*args: Any, **kwargs: Any) -> Tensor:
+            calls[name] += 1
+            return entry(*args, **kwargs)
+
+        monkeypatch.setattr(resnet, name, call)
+
+    counting("residual_block")
+    counting("stem")
+    return calls
+
+
+def pair(block: str = "Bottleneck", **kwargs: Any) -> tuple[nn.Module, nn.Module]:
+    """Our ResNet and torchvision's with equal weights, cut to stem, two stages and head to keep the tests quick.
+
+    The stages hold projection and identity shortcuts, stride 1 and 2. The BatchNorms have weights and statistics as
+    after training, so that none of their terms is a silent 0 or 1.
+    """
+    nets = []
+    for family in (fastres, tv):
+        torch.manual_seed(1)
+        net = family.ResNet(getattr(family, block), [2, 1, 1, 1], **kwargs)
+        net.fc = nn.Linear(net.layer3[0].conv1.in_channels, 5)
+        net.layer3, net.layer4 = nn.Sequential(), nn.Sequential()
+        for module in net.modules():
+            if isinstance(module, nn.BatchNorm2d) and module.affine and module.running_mean is not None:
+                nn.init.uniform_(module.weight, 0.5, 1.5)
+                nn.init.normal_(module.bias, std=0.1)
+                nn.init.normal_(module.running_mean, std=0.1)
+                nn.init.uniform_(module.running_var, 0.5, 1.5)
+        nets.append(net)
+    return nets[0], nets[1]
+
+
+def images(n: int = 2, h: int = 33, w: int = 47, dtype: torch.dtype = torch.float32) -> Tensor:
+    generator = torch.Generator().manual_seed(2)
+    return torch.randn(n, 3, h, w, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def step(net: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """Everything one training or evaluation step yields: scores, the gradients, the buffers it leaves behind."""
+    x = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+    scores = net(x)
+    weight = torch.linspace(-1, 1, scores.numel(), dtype=scores.dtype, device=scores.device).view_as(scores)
+    parameters = {name: p for name, p in net.named_parameters() if p.requires_grad}
+    grads = torch.autograd.grad((scores * weight).sum(), [x, *parameters.values()])
+    result = {"scores": scores.detach(), "images.grad": grads[0]}
+    result |= {f"{name}.grad": grad for name, grad in zip(parameters, grads[1:], strict=True)}
+    return result | {name: buffer.clone() for name, buffer in net.named_buffers()}
+
+
+def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        assert actual[name].dtype == value.dtype, name
+        if value.is_floating_point():
+            assert_close_to_reference(actual[name], value, what=name)
+        else:
+            assert torch.equal(actual[name], value), name
+
+
+def assert_same_steps(ours: nn.Module, theirs: nn.Module, x: Tensor | None = None) -> None:
+    """One step in training mode and one in evaluation mode, in float64, exact to rounding."""
+    x = (images() if x is None else x).double()
+    ours.double()
+    theirs.double()
+    for mode in (True, False):
+        assert_same(step(ours.train(mode), x), step(theirs.train(mode), x))
+
+
+def outcome(call: Callable[[], Any]) -> Any:
+    """What a call gives, a result or an error, in a form that compares."""
+    try:
+        return call()
+    except Exception as error:
+        return type(error), str(error)
+
+
+# The interface
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_builder_has_torchvisions_signature(name: str) -> None:
+    ours, theirs = inspect.signature(getattr(fastres, name)), inspect.signature(getattr(tv, name))
+    assert ours.parameters == theirs.parameters
+    assert inspect.signature(fastres.ResNet) == inspect.signature(tv.ResNet)
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_builder_is_torchvisions_net(name: str) -> None:
+    """Initialisation from one seed, state_dict, and in float64 scores, gradients and statistics of both modes."""
+    torch.manual_seed(3)
+    theirs = getattr(tv, name)()
+    torch.manual_seed(3)
+    ours = getattr(fastres, name)()
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    for (key, a), b in zip(ours.state_dict().items(), theirs.state_dict().values(), strict=True):
+        assert torch.equal(a, b), key
+    assert repr(ours).replace("fastres.", "") == repr(theirs)
+    x = images(h=32, w=33, dtype=torch.float64)
+    theirs.double()
+    ours.load_state_dict(theirs.state_dict(), assign=True)  # one copy in memory; the largest net has 127 M parameters
+    before = {key: value.clone() for key, value in theirs.named_buffers()}
+    expected = step(theirs.train(), x)
+    after = {key: value.clone() for key, value in theirs.named_buffers()}
+    with torch.no_grad():
+        scores = theirs.eval()(x)
+    for backend in PATHS:
+        with fastres.backend(backend), torch.no_grad():
+            assert_close_to_reference(ours.eval()(x), scores)
+        ours.load_state_dict(before, strict=False)
+        with fastres.backend(backend):
+            assert_same(step(ours.train(), x), expected)
+        ours.load_state_dict(after, strict=False)
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_weights_are_torchvisions(name: str) -> None:
+    weights = torchvision.models.get_model_weights(name)
+    assert getattr(fastres, weights.__name__) is weights
+    assert torchvision.models.get_model_weights(f"fastres_{name}") is weights
+    assert torchvision.models.get_model_weights(getattr(fastres, name)) is weights
+    wrong = fastres.ResNet18_Weights if name != "resnet18" else fastres.ResNet50_Weights
+    with pytest.raises(TypeError, match=weights.__name__):
+        getattr(fastres, name)(weights=wrong.DEFAULT)
+
+
+def test_torchvisions_registry_builds_ours() -> None:
+    net = torchvision.models.get_model("fastres_resnet18", num_classes=7)
+    assert type(net) is fastres.ResNet
+    assert net.fc.out_features == 7
+
+
+@pytest.mark.parametrize("given", [fastres.ResNet18_Weights.IMAGENET1K_V1, "IMAGENET1K_V1", "DEFAULT"])
+def test_weights_load(given: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    state = tv.resnet18().state_dict()
+    asked = []
+
+    def download(url: str, **kwargs: Any) -> dict[str, Tensor]:
+        asked.append((url, kwargs))
+        return state
+
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", download)
+    net = fastres.resnet18(weights=given, progress=False)
+    assert asked == [(fastres.ResNet18_Weights.IMAGENET1K_V1.url, {"progress": False, "check_hash": True})]
+    assert all(torch.equal(value, state[key]) for key, value in net.state_dict().items())
+    with pytest.raises(ValueError, match="num_classes"):
+        fastres.resnet18(weights=given, num_classes=7)
+    with pytest.warns(UserWarning, match="'pretrained' is deprecated"):
+        fastres.resnet18(pretrained=True)
+
+
+@pytest.mark.parametrize(
+    ("block", "options"),
+    [
+        ("Bottleneck", {"replace_stride_with_dilation": [True, False, False]}),
+        ("Bottleneck", {"groups": 4, "width_per_group": 16}),
+        ("Bottleneck", {"width_per_group": 32}),
+        ("Bottleneck", {"zero_init_residual": True}),
+        ("BasicBlock", {"zero_init_residual": True}),
+        ("Bottleneck", {"norm_layer": partial(nn.GroupNorm, 16)}),
+        ("BasicBlock", {"norm_layer": partial(nn.BatchNorm2d, eps=1e-3, momentum=None)}),
+        ("Bottleneck", {"norm_layer": partial(nn.BatchNorm2d, affine=False)}),
+        ("Bottleneck", {"norm_layer": partial(nn.BatchNorm2d, track_running_stats=False)}),
+        ("BasicBlock", {"norm_layer": nn.InstanceNorm2d}),
+    ],
+    ids=str,
+)
+def test_options(path: str, block: str, options: dict[str, Any]) -> None:
+    ours, theirs = pair(block, **options)
+    for (key, a), (other, b) in zip(ours.state_dict().items(), theirs.state_dict().items(), strict=True):
+        assert key == other
+        assert torch.equal(a, b), key
+    assert_same_steps(ours, theirs)
+
+
+def test_dilation(path: str) -> None:
+    """In the stages that `pair` leaves out."""
+    ours, theirs = (
+        family.resnet50(replace_stride_with_dilation=[False, True, True], num_classes=5).eval()
+        for family in (fastres, tv)
+    )
+    ours.load_state_dict(theirs.state_dict())
+    with torch.no_grad():
+        assert_close_to_reference(ours.double()(images().double()), theirs.double()(images().double()))
+
+
+def test_wrong_options_fail_as_torchvisions() -> None:
+    for kwargs in (
+        {"groups": 2},
+        {"replace_stride_with_dilation": [True]},
+        {"replace_stride_with_dilation": [True] * 3},
+    ):
+        ours, theirs = (outcome(partial(family.resnet18, **kwargs)) for family in (fastres, tv))
+        assert ours == theirs
+        assert ours[0] in (ValueError, NotImplementedError)
+
+
+# Which path
+
+
+def test_fused_entry_points_are_reached_and_plain_nets_stay_plain(fused: Counter[str]) -> None:
+    """Without this the "reference" half of every other test would say nothing."""
+    ours, _ = pair()
+    ours(images())
+    with fastres.backend("reference"):
+        before = Counter(fused)
+        ours(images())
+        assert fused - before == {"residual_block": 3, "stem": 1}
+        for plain in (
+            nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(ours)),
+            pair(norm_layer=partial(nn.GroupNorm, 16))[0],
+            pair(norm_layer=FrozenBatchNorm2d)[0],
+        ):
+            before = Counter(fused)
+            plain(images())
+            assert fused == before
+
+
+def _replace(net: nn.Module) -> None:
+    """Submodules replaced as users do, by modules that mean something else."""
+    net.maxpool = nn.Identity()
+    net.layer1[0].relu = nn.Sequential()
+    net.layer1[1].conv1 = nn.Sequential(nn.Conv2d(256, 8, 1), nn.Conv2d(8, 64, 1))
+    net.layer2[0].bn1 = nn.Sequential(nn.BatchNorm2d(128), nn.Tanh())
+    net.layer2[0].downsample.insert(0, nn.AvgPool2d(1))
+    net.layer3 = copy.deepcopy(net.layer1[1:])
+    net.layer3[0].conv1 = nn.Conv2d(512, 64, 1, padding="same", bias=False)
+    net.layer3[0].conv3 = nn.Conv2d(64, 512, 1, bias=False)
+    net.layer3[0].bn3 = nn.BatchNorm2d(512)
+    net.layer4 = copy.deepcopy(net.layer3)
+    net.layer4[0].conv2 = nn.Conv2d(64, 64, 3, padding=1, padding_mode="reflect")
+
+
+def test_replaced_submodules(path: str) -> None:
+    ours, theirs = pair()
+    for net in (ours, theirs):
+        torch.manual_seed(5)
+        _replace(net)
+    assert_same_steps(ours, theirs, images(h=64, w=64))
+
+
+def test_folded_batch_norm(path: str) -> None:
+    ours, theirs = (net.eval() for net in pair())
+    for net in (ours, theirs):
+        for block in (net.layer1[0], net.layer2[0]):
+            block.conv1 = torch.nn.utils.fuse_conv_bn_eval(block.conv1, block.bn1)
+            block.bn1 = nn.Identity()
+    assert torch.allclose(ours(images()), theirs(images()), rtol=1e-4, atol=1e-5)
+
+
+def test_forward_set_on_an_instance(path: str) -> None:
+    ours, theirs = (net.double().eval() for net in pair())
+    for net in (ours, theirs):
+        net.layer1[0].bn1.forward = torch.tanh
+        net.layer2[0].forward = net.layer2[0].downsample
+    assert_same(step(ours, images(dtype=torch.float64)), step(theirs, images(dtype=torch.float64)))
+
+
+# Where it must survive
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize(
+    "copied",
+    [
+        copy.deepcopy,
+        lambda net: pickle.loads(pickle.dumps(net)),
+        lambda net: torch.load(_saved(net), weights_only=False),
+        lambda net: _loaded(net, torch.load(_saved(net.state_dict()), weights_only=True)),
+    ],
+    ids=["deepcopy", "pickle", "save the net", "save the weights"],
+)
+def test_copies(path: str, block: str, copied: Callable[[nn.Module], nn.Module]) -> None:
+    ours, theirs = (net.double() for net in pair(block))
+    twin = copied(ours)
+    assert type(twin) is fastres.ResNet
+    step(ours, images(dtype=torch.float64))  # must not reach into the twin
+    assert_same_steps(twin, theirs)
+
+
+def _saved(what: Any) -> io.BytesIO:
+    file = io.BytesIO()
+    torch.save(what, file)
+    file.seek(0)
+    return file
+
+
+def _loaded(net: nn.Module, state: dict[str, Tensor]) -> nn.Module:
+    twin = pair(type(net.layer1[0]).__name__)[0].double()
+    twin.load_state_dict(state)
+    return twin
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_low_precision(path: str, block: str, channels_last: bool, training: bool, dtype: torch.dtype) -> None:
+    """Error against float64 within twice torchvision's own in the same dtype, in both memory formats."""
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    nets = [net.to(dtype, memory_format=memory_format).train(training) for net in pair(block)]
+    exact = copy.deepcopy(nets[1]).double()
+    x = images(dtype=dtype).contiguous(memory_format=memory_format)
+    reference = step(exact, x.double())
+    ours, theirs = (step(net, x) for net in nets)
+    for name in reference:
+        if ours[name].is_floating_point():
+            assert_close_to_reference(ours[name], reference[name], theirs[name], what=name)
+    strides = [net.layer1(net.maxpool(net.bn1(net.conv1(x)))).stride() for net in nets]
+    assert strides[0] == strides[1]
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(path: str, training: bool, dtype: torch.dtype) -> None:
+    nets = [net.train(training) for net in pair()]
+    reference = step(copy.deepcopy(nets[1]).double(), images().double())
+    with torch.autocast("cpu", dtype):
+        ours, theirs = (step(net, images()) for net in nets)
+    assert ours["scores"].dtype == dtype
+    for name in reference:
+        if ours[name].is_floating_point():
+            assert_close_to_reference(ours[name], reference[name], theirs[name], what=name)
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_any_size_and_empty_batch(path: str, block: str) -> None:
+    """Results or errors, both are torchvision's."""
+    nets = [net.double() for net in pair(block)]
+    sizes = [(1, 3, 1, 1), (1, 3, 7, 9), (3, 3, 32, 32), (1, 3, 97, 8)]
+    odd = [(0, 3, 32, 32), (3, 32, 32), (2, 4, 32, 32)]
+    for shape, training in itertools.product(sizes + odd, (True, False)):
+        x = torch.ones(shape, dtype=torch.float64)
+        ours, theirs = (outcome(partial(step, net.train(training), x)) for net in nets)
+        if isinstance(theirs, dict):
+            assert isinstance(ours, dict), (shape, training, ours)
+            assert_same(ours, theirs)
+        else:
+            assert ours == theirs
+
+
+def test_train_eval_switches_and_frozen_batch_norm(path: str) -> None:
+    ours, theirs = (net.double() for net in pair())
+    for training in (True, True, False, True, False):
+        assert_same(step(ours.train(training), images().double()), step(theirs.train(training), images().double()))
+    for net in (ours, theirs):  # BN frozen in a training net, some weights frozen too
+        net.train()
+        for name, module in net.named_modules():
+            if isinstance(module, nn.BatchNorm2d) and not name.startswith("layer2"):
+                module.eval()
+        net.conv1.requires_grad_(False)
+        net.layer1.requires_grad_(False)
+    assert_same(step(ours, images().double()), step(theirs, images().double()))
+
+
+def test_frozen_batch_norm_layer(path: str) -> None:
+    assert_same_steps(*pair(norm_layer=FrozenBatchNorm2d))
+
+
+def test_sync_batch_norm(path: str) -> None:
+    ours, theirs = (nn.SyncBatchNorm.convert_sync_batchnorm(net) for net in pair())
+    assert sum(isinstance(module, nn.SyncBatchNorm) for module in ours.modules()) == 12
+    assert_same_steps(ours, theirs)
+
+
+HOOKS = [
+    "register_forward_hook",
+    "register_forward_pre_hook",
+    "register_full_backward_hook",
+    "register_full_backward_pre_hook",
+]
+
+
+@pytest.mark.parametrize("register", HOOKS)
+@pytest.mark.parametrize("block", BLOCKS)
+def test_hook_on_any_submodule(path: str, block: str, register: str) -> None:
+    """Each submodule in turn carries the only hook; it fires as often as torchvision's and sees as much."""
+    ours, theirs = pair(block)
+    fired = 0
+    for name, _ in theirs.named_modules():
+        seen = [_watch(net, getattr(net.get_submodule(name), register)) for net in (ours, theirs)]
+        assert seen[0] == seen[1], name
+        fired += bool(seen[1])
+    assert fired > 15
+
+
+@pytest.mark.parametrize(
+    "register",
+    [
+        nn_module.register_module_forward_hook,
+        nn_module.register_module_forward_pre_hook,
+        nn_module.register_module_full_backward_hook,
+        nn_module.register_module_full_backward_pre_hook,
+    ],
+)
+@pytest.mark.parametrize("block", BLOCKS)
+def test_global_hooks(path: str, block: str, register: Callable[..., Any]) -> None:
+    ours, theirs = (_watch(net, register) for net in pair(block))
+    assert ours == theirs
+    assert len(theirs) > 15
+
+
+def _watch(net: nn.Module, register: Callable[..., Any]) -> list[Any]:
+    """Modules and shapes that a hook sees during one step, and the error if the hook made the step fail."""
+    seen: list[Any] = []
+
+    def hook(module: nn.Module, *values: Any) -> None:
+        seen.append((type(module).__name__, torch.utils._pytree.tree_map_only(Tensor, lambda t: t.shape, values)))
+
+    handle = register(hook)
+    result = outcome(lambda: step(net.eval(), images(1, 16, 16)))
+    handle.remove()
+    return seen if isinstance(result, dict) else [*seen, result[0]]
+
+
+def test_forward_hook_that_changes_the_output(path: str) -> None:
+    ours, theirs = (net.double().eval() for net in pair())
+    for net in (ours, theirs):
+        net.layer1[0].bn2.register_forward_hook(lambda module, args, output: 2 * output)
+        net.relu.register_forward_pre_hook(lambda module, args: (args[0] - 1,))
+    assert_same(step(ours, images().double()), step(theirs, images().double()))
+
+
+def test_ema(path: str) -> None:
+    nets = [net.double() for net in pair()]
+    averages = [AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True) for net in nets]
+    for _ in range(2):
+        for net, average in zip(nets, averages, strict=True):
+            optimizer = torch.optim.SGD(net.parameters(), lr=1e-4, momentum=0.9)
+            net(images().double()).square().mean().backward()
+            optimizer.step()
+            average.update_parameters(net)
+    assert_same_steps(*averages)
+
+
+def test_feature_extraction(path: str) -> None:
+    ours, theirs = (net.double() for net in pair())
+    assert get_graph_node_names(ours) == get_graph_node_names(theirs)
+    nodes = ["maxpool", "layer1.0.relu_2", "layer2.0.add", "layer2"]
+    extractors = [create_feature_extractor(net, nodes).eval() for net in (ours, theirs)]
+    features = [extractor(images().double()) for extractor in extractors]
+    assert_same(*features)
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_symbolic_trace(path: str, block: str) -> None:
+    ours, theirs = (torch.fx.symbolic_trace(net) for net in pair(block))
+    assert ours.code == theirs.code
+    assert_same_steps(ours, theirs)
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_jit(path: str, block: str) -> None:
+    ours, theirs = (net.double().eval() for net in pair(block))
+    x = images().double()
+    expected = theirs(x)
+    traced = torch.jit.trace(ours, x)
+    scripted = torch.jit.load(_scripted(ours))
+    for compiled in (traced, scripted, torch.jit.freeze(torch.jit.script(ours))):
+        assert_close_to_reference(compiled(x), expected)
+    assert_same_steps(torch.jit.script(ours), theirs)
+
+
+def _scripted(net: nn.Module) -> io.BytesIO:
+    file = io.BytesIO()
+    torch.jit.save(torch.jit.script(net), file)
+    file.seek(0)
+    return file
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+def test_export(path: str, strict: bool, training: bool) -> None:
+    ours, theirs = (net.double().train(training) for net in pair())
+    batch = torch.export.Dim("batch", min=2, max=16)
+    program = torch.export.export(ours, (images().double(),), dynamic_shapes=[{0: batch}], strict=strict)
+    x = images(4).double()
+    exported = program.module()
+    assert_close_to_reference(exported(x), theirs(x))
+    assert_same(dict(exported.named_buffers()), dict(theirs.named_buffers()))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_onnx(path: str, tmp_path: Path) -> None:
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")
+    ours, theirs = (net.eval() for net in pair())
+    file = tmp_path / "net.onnx"
+    torch.onnx.export(ours, (images(),), file, dynamo=True, verbose=False)
+    onnx.checker.check_model(str(file), full_check=True)
+    runtime = pytest.importorskip("onnxruntime")
+    session = runtime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    (scores,) = session.run(None, {session.get_inputs()[0].name: images().numpy()})
+    torch.testing.assert_close(torch.from_numpy(scores), theirs(images()), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("training", [False, True])
+def test_compile(path: str, backend: str, training: bool) -> None:
+    torch._dynamo.reset()
+    ours, theirs = (net.double().train(training) for net in pair())
+    compiled = torch.compile(ours, backend=backend, fullgraph=True)
+    result = step(compiled, images().double())
+    result = {name.removeprefix("_orig_mod."): value for name, value in result.items()}
+    assert_same(result, step(theirs, images().double()))
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_activation_checkpointing(path: str, block: str, use_reentrant: bool) -> None:
+    """Gradients as without; as with torchvision's, BatchNorm sees the batch twice and updates its statistics twice."""
+
+    class Checkpointed(nn.Module):
+        def __init__(self, net: nn.Module) -> None:
+            super().__init__()
+            self.net = net
+
+        def forward(self, x: Tensor) -> Tensor:
+            net = self.net
+            x = net.maxpool(net.relu(net.bn1(net.conv1(x))))
+            for layer in (net.layer1, net.layer2):
+                x = checkpoint(layer, x, use_reentrant=use_reentrant)
+            return net.fc(net.avgpool(x).flatten(1))
+
+    def run(net: nn.Module) -> dict[str, Tensor]:
+        net.double().zero_grad()
+        Checkpointed(net)(images().double().requires_grad_()).square().sum().backward()
+        return {f"{name}.grad": p.grad for name, p in net.named_parameters()} | dict(net.named_buffers())
+
+    ours, theirs = pair(block)
+    assert_same(run(ours), run(theirs))
+    assert int(ours.layer1[0].bn1.num_batches_tracked) == 2
+
+
+def test_functional_transforms(path: str) -> None:
+    """functional_call, reverse- and forward-mode transforms, per-sample gradients."""
+    ours, theirs = (net.double().eval() for net in pair())
+    x = images(3, 16, 16).double()
+
+    def run(net: nn.Module) -> dict[str, Tensor]:
+        state = {name: 0.5 * value.detach() for name, value in net.named_parameters()} | dict(net.named_buffers())
+        names = ["conv1.weight", "layer1.0.bn3.weight", "layer2.0.conv2.weight"]
+        chosen = {name: state[name] for name in names}
+
+        def loss(part: dict[str, Tensor], x: Tensor) -> Tensor:
+            return torch.func.functional_call(net, {**state, **part}, (x,)).square().sum()
+
+        def one(part: dict[str, Tensor], image: Tensor) -> Tensor:
+            return loss(part, image[None])
+
+        result = {"scores": torch.func.functional_call(net, state, (x,)).detach()}
+        result |= torch.func.grad(loss)(chosen, x)
+        per_sample = torch.func.vmap(torch.func.grad(one), in_dims=(None, 0))(chosen, x)
+        result |= {f"{name} per sample": value for name, value in per_sample.items()}
+        _, result["jvp"] = torch.func.jvp(lambda x: net(x), (x,), (torch.ones_like(x),))
+        with torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+            result["dual"] = torch.autograd.forward_ad.unpack_dual(net(dual)).tangent
+        return {name: value.detach() for name, value in result.items()}
+
+    results = run(ours)
+    assert_same(results, run(theirs))
+    assert results["dual"].abs().max() > 0
+
+
+def test_double_backward(path: str) -> None:
+    def run(net: nn.Module) -> Tensor:
+        x = images(2, 16, 16).double().requires_grad_()
+        (grad,) = torch.autograd.grad(net.double()(x).square().sum(), x, create_graph=True)
+        return torch.autograd.grad(grad.square().sum(), net.conv1.weight)[0]
+
+    ours, theirs = (run(net) for net in pair())
+    assert_close_to_reference(ours, theirs)
+
+
+def _weight_norm(net: nn.Module) -> None:
+    for block in (net.layer1[0], net.layer2[0]):
+        parametrizations.weight_norm(block.conv2)
+
+
+def _spectral_norm(net: nn.Module) -> None:
+    torch.manual_seed(6)
+    parametrizations.spectral_norm(net.layer1[1].conv1)
+
+
+def _prune(net: nn.Module) -> None:
+    prune.l1_unstructured(net.layer1[0].conv2, "weight", 0.5)
+    prune.ln_structured(net.layer2[0].downsample[0], "weight", 0.25, n=2, dim=0)
+
+
+@pytest.mark.parametrize("change", [_weight_norm, _spectral_norm, _prune])
+def test_parametrizations_and_pruning(path: str, change: Callable[[nn.Module], None]) -> None:
+    ours, theirs = pair()
+    for net in (ours, theirs):
+        change(net)
+    assert_same_steps(ours, theirs)
+
+
+def test_distributed_data_parallel(tmp_path: Path) -> None:
+    """Two processes over gloo; see `_rank` for what each of them asserts."""
+    mp.spawn(_rank, (str(tmp_path / "store"),), nprocs=2)
+
+
+def _rank(rank: int, store: str) -> None:
+    """Training as torchvision's net under the same DDP; in eval, as one process on both ranks' images."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    everything = images(4).double()
+    mine = everything.chunk(2)[rank]
+
+    def run(net: nn.Module, x: Tensor) -> dict[str, Tensor]:
+        F.mse_loss(net(x), x.new_ones(len(x), 5)).backward()
+        return {f"{name}.grad".removeprefix("module."): p.grad for name, p in net.named_parameters()} | {
+            name.removeprefix("module."): buffer for name, buffer in net.named_buffers()
+        }
+
+    for backend in PATHS:
+        with fastres.backend(backend):
+            for training in (True, False):
+                ours, theirs = (net.double().train(training) for net in pair())
+                alone = copy.deepcopy(theirs)
+                result = run(nn.parallel.DistributedDataParallel(ours), mine)
+                assert_same(result, run(nn.parallel.DistributedDataParallel(theirs), mine))
+                if not training:
+                    assert_same(result, run(alone, everything))
+    dist.destroy_process_group()
+
+
+def test_why_plain_says_why() -> None:
+    net, _ = pair()
+    x = images()
+    with fastres.backend("reference"):
+        assert dispatch.why_plain(x, net.stem_parts()) is None
+        net.relu.register_forward_hook(lambda *_: None)
+        assert "hook" in (dispatch.why_plain(x, net.stem_parts()) or "")
+        net.layer1[0].bn1 = nn.SyncBatchNorm(64)
+        assert "SyncBatchNorm" in (dispatch.why_plain(x, net.layer1[0].parts()) or "")
+        assert "torch.func" in torch.func.vmap(
+            lambda x: [dispatch.why_plain(x, net.layer2[0].parts())][0] or x, out_dims=None
+        )(x[None])
+    with pytest.raises(ValueError, match="accepted: 'auto'"), fastres.backend("fastest"):
+        pass
