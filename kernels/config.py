@@ -58,61 +58,69 @@ H200 = Gpu("NVIDIA H200", 132, 232448)
 # last store, and of work that other programs can't hide.
 WGMMA, MMA, FMA, L2, MEMORY, LATENCY, OVERHEAD = 2048, 1024, 128, 48, 18, 2000, 200
 
-# Instructions of a thread per element of dz or of an activation computed on load, as compiled; such instructions issued
-# per cycle; bytes of shared memory for vectors and barriers.
-COMPUTED, ISSUE, SMALL = 10, 128, 4096
+# Instructions of a thread per element of dz computed on load, per element of fprop's activation, as compiled; such
+# instructions issued per cycle; bytes of shared memory for vectors and barriers.
+COMPUTED, AFFINE, ISSUE, SMALL = 10, 6, 128, 4096
 
 
-def fprop_tiles(problem: ConvProblem, itemsize: int, tma: bool, gpu: Gpu = H200, ieee: bool = False) -> list[Tile]:
+def fprop_tiles(
+    problem: ConvProblem, itemsize: int, tma: bool, gpu: Gpu = H200, ieee: bool = False, prologue: bool = False
+) -> list[Tile]:
     """Tiles for `conv_fprop`, the most promising first: BM output channels, BN output pixels.
 
     Ordered by a model: programs run in waves, a wave takes the longest of tensor-core, L2 and memory time. ieee: fp32
-    products on the FMA units, which hold their operands in registers and so want small tiles.
+    products on the FMA units, which hold their operands in registers and so want small tiles. prologue: x is computed
+    on load, which takes instructions and registers.
     """
     channels, outputs = problem.C // problem.groups, problem.K // problem.groups
-    if tma:
+    if ieee:
+        BK, shapes = 16, [(64, 64, 4), (32, 64, 4)]
+    elif tma:
         BK = 128 // itemsize  # one swizzle span
         while problem.C % BK and not problem.pointwise:
             BK //= 2
+        shapes = [(64, 128, 4), (64, 64, 4), (128, 128, 8), (128, 64, 4), (256, 128, 8)]
+        shapes += [(64, 256, 8)] if prologue else [(64, 256, 4), (128, 256, 8)]
     else:
         BK = max(32 if itemsize == 1 else 16, min(64, _power_of_2(problem.S * row_channels(problem) or channels)))
-    if ieee:
-        BK = 16
-        shapes = [(64, 64), (32, 64)]
-    else:
-        shapes = [(64, 128), (64, 64), (128, 128), (128, 64)]
-        shapes += [(64, 256), (256, 128), (128, 256)] if tma else []  # addresses of pixels take registers
-        shapes += [(BM, BN) for BM in (16, 32) for BN in (128, 64) if outputs <= BM]
+        shapes = [(64, 128, 4), (64, 64, 4), (128, 128, 8), (128, 64, 4)]  # addresses of pixels take registers
+    if not ieee:
+        shapes += [(BM, BN, 4) for BM in (16, 32) for BN in (128, 64) if outputs <= BM]
 
     timed = []
-    for BM, BN in shapes:
-        warps = 8 if BM * BN >= 128 * 128 and BM >= 128 else 4
+    for BM, BN, warps in shapes:
         box = best_box(problem, BN) if tma else None
         steps = reduction_steps(problem, Tile(BM, BN, BK, warps, 1, box))
         step_bytes = (BM + BN) * BK * itemsize
-        stages = min(
-            3, max(1 if tma else 2, steps), gpu.shared // step_bytes
-        )  # copies by pointer are asynchronous from 2 on
+        shared = gpu.shared - (BN * BK * itemsize if prologue else 0) - SMALL
+        stages = min(3, max(1 if tma else 2, steps), shared // step_bytes)  # pointers copy asynchronously from 2 on
         if stages < min(3, steps) and BM * BN > 64 * 64:  # too few to hide a load
             continue
-        programs = math.ceil(outputs / BM) * problem.groups * pixel_tiles(problem, BN, box)
-        resident = max(1, min(gpu.shared // (stages * step_bytes), 65536 // (BM * BN + 64 * 32 * warps)))
+        resident = max(1, min(shared // (stages * step_bytes), 65536 // (BM * BN + 64 * 32 * warps)))
         rate = (FMA if ieee else WGMMA if BM >= 64 else MMA) * 2 / itemsize
+        compute = BM * BN * BK / rate
+        if prologue:
+            compute = max(compute, AFFINE * BN * BK / ISSUE)
         memory = itemsize * (BM * BN + BN * channels * BM / outputs)
-        busy = max(steps * BM * BN * BK / rate, steps * step_bytes / L2, memory / MEMORY)
-        waves = programs / (gpu.sms * resident)
-        waves = waves if waves > 8 else math.ceil(waves)
-        timed.append((waves * max(resident * (busy + OVERHEAD), busy + LATENCY), Tile(BM, BN, BK, warps, stages, box)))
+        busy = max(steps * compute, steps * step_bytes / L2, memory / MEMORY)
+        programs = math.ceil(outputs / BM) * problem.groups * pixel_tiles(problem, BN, box)
+        timed.append((_cycles(programs, resident, busy, gpu), Tile(BM, BN, BK, warps, stages, box)))
     return [tile for _, tile in sorted(timed, key=lambda pair: pair[0])]
 
 
 @lru_cache(maxsize=4096)
-def fprop_tile(problem: ConvProblem, dtype: torch.dtype, tma: bool, gpu: Gpu = H200, ieee: bool = False) -> Tile:
-    """The measured tile where the tables have one that can run, else the first of `fprop_tiles`."""
-    found = measured("fprop", problem, dtype, gpu.name)
-    if found is not None and found.tile is not None and (tma or found.tile.box is None) and not ieee:
-        return found.tile
-    return fprop_tiles(problem, dtype.itemsize, tma, gpu, ieee)[0]
+def fprop_tile(
+    problem: ConvProblem,
+    dtype: torch.dtype,
+    tma: bool,
+    gpu: Gpu = H200,
+    ieee: bool = False,
+    prologue: bool = False,
+) -> Tile:
+    """The measured tile where the tables have one that fits what else the kernel does, else the first of
+    `fprop_tiles`."""
+    candidates = fprop_tiles(problem, dtype.itemsize, tma, gpu, ieee, prologue)
+    return _measured_tile("fprop", problem, dtype, gpu, candidates)
 
 
 def row_channels(problem: ConvProblem) -> int:
@@ -287,6 +295,10 @@ def backward_tile(
     or `wgrad_tiles` (other: their last argument)."""
     tiles = dgrad_tiles if pass_ == "dgrad" else wgrad_tiles
     candidates = tiles(problem, dtype.itemsize, tma, gpu, ieee, operands, other)
+    return _measured_tile(pass_, problem, dtype, gpu, candidates)
+
+
+def _measured_tile(pass_: Pass, problem: ConvProblem, dtype: torch.dtype, gpu: Gpu, candidates: list[Tile]) -> Tile:
     found = measured(pass_, problem, dtype, gpu.name)
     if found is not None and found.tile is not None and any(_same_program(found.tile, tile) for tile in candidates):
         return found.tile

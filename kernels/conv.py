@@ -280,7 +280,7 @@ def conv_fprop(
     check_tensor("out", out, shape, x, y_dtype)
 
     y = torch.empty(shape, dtype=y_dtype, device=x.device) if out is None else out
-    tile = _choose(tile, problem, x, w, y, residual, precision)
+    tile = _choose(tile, problem, x, w, y, residual, prologue is not None, precision)
     tiles = pixel_tiles(problem, tile.BN, tile.box)
     partials = torch.empty((tiles, 3, K), dtype=torch.float32, device=x.device) if statistics else None
     launch = _launch_gather if tile.box is None else _launch_tma
@@ -328,6 +328,7 @@ def _choose(
     w: Tensor,
     y: Tensor,
     residual: Tensor | None,
+    prologue: bool,
     precision: str,
 ) -> Tile:
     if tile is not None and tile.box is None:
@@ -335,7 +336,7 @@ def _choose(
     refusal = fprop_tma_refusal(problem, x, w, y, residual)
     if tile is None:
         ieee = x.dtype == torch.float32 and precision == "ieee"
-        return fprop_tile(problem, x.dtype, refusal is None, gpu_of(x.device), ieee)
+        return fprop_tile(problem, x.dtype, refusal is None, gpu_of(x.device), ieee, prologue)
     if refusal is not None:
         raise ValueError(f"a tile with a box is fetched by TMA, which is impossible here: {refusal}")
     if math.prod(tile.box) != tile.BN or (problem.pointwise and tile.box[:2] != (1, 1)):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from binary import Launch, check, record
 from conv_cases import net_problems
+
 from fastres.kernels.config import H200, Gpu, Tile, fprop_tiles
 from fastres.kernels.conv import conv_fprop, fprop_tma_refusal
 from fastres.kernels.problem import ConvProblem
@@ -68,8 +69,8 @@ def stem_launches(n: ConvProblem, use: str, dtype: torch.dtype = torch.bfloat16)
     return recorded
 
 
-def best(n: ConvProblem, sm: int, tma: bool, itemsize: int = 2) -> Tile:
-    return fprop_tiles(n, itemsize, tma, GPUS[sm])[0]
+def best(n: ConvProblem, use: str, sm: int, tma: bool, itemsize: int = 2) -> Tile:
+    return fprop_tiles(n, itemsize, tma, GPUS[sm], prologue="prologue" in use)[0]
 
 
 def verify(launch: Launch, sm: int) -> None:
@@ -130,7 +131,7 @@ STEM = ConvProblem(256, 224, 224, 3, 64, 7, 7, 2, 3)
     ],
 )
 def test_boxes(problem: ConvProblem, use: str, sm: int) -> None:
-    for launch in launches(problem, use, best(problem, sm, tma=True)):
+    for launch in launches(problem, use, best(problem, use, sm, tma=True)):
         verify(launch, sm)
 
 
@@ -147,7 +148,7 @@ def test_boxes(problem: ConvProblem, use: str, sm: int) -> None:
     ],
 )
 def test_pointers(problem: ConvProblem, use: str, sm: int) -> None:
-    for launch in launches(problem, use, best(problem, sm, tma=False)):
+    for launch in launches(problem, use, best(problem, use, sm, tma=False)):
         verify(launch, sm)
 
 
@@ -158,9 +159,11 @@ def test_stem(use: str) -> None:
 
 
 def test_tf32_and_fp8() -> None:
-    (launch,) = launches(SQUARE, "prologue statistics", best(SQUARE, 90, tma=True, itemsize=4), torch.float32)
+    (launch,) = launches(
+        SQUARE, "prologue statistics", best(SQUARE, "prologue", 90, tma=True, itemsize=4), torch.float32
+    )
     verify(launch, 90)
-    (launch,) = launches(SQUARE, "shift residual relu", best(SQUARE, 90, tma=True, itemsize=1), torch.float8_e4m3fn)
+    (launch,) = launches(SQUARE, "shift residual relu", best(SQUARE, "", 90, tma=True, itemsize=1), torch.float8_e4m3fn)
     binary = launch.compile(90)
     check(binary, present=("QGMMA", "UTMALDG", "UTMASTG"), absent=("HGMMA", "HMMA"), shared=H200.shared)
 
@@ -168,7 +171,7 @@ def test_tf32_and_fp8() -> None:
 def test_offsets_widen_past_2_31() -> None:
     small = ConvProblem(1, 64, 64, 512, 512)
     for problem, wide in ((small, False), (ConvProblem(1024, 64, 64, 512, 512), True)):
-        (launch,) = launches(problem, "", best(problem, 90, tma=False))
+        (launch,) = launches(problem, "", best(problem, "", 90, tma=False))
         assert launch.kwargs["INT64"] is wide
     verify(launch, 90)
 
@@ -185,7 +188,7 @@ def test_everything_the_nets_launch(sm: int, dtype: torch.dtype) -> None:
         tma = sm >= 90 and fprop_tma_refusal(problem, torch.empty(0, dtype=dtype, device="meta")) is None
         for use in USES:
             if problem.C > 3 or "prologue" not in use:  # no BatchNorm stands before the images
-                recorded += launches(problem, use, best(problem, sm, tma), dtype)
+                recorded += launches(problem, use, best(problem, use, sm, tma), dtype)
             if problem.C == 3 and sm >= 90 and "prologue" not in use and "residual" not in use:
                 recorded += stem_launches(problem, use, dtype)
     for launch in distinct(recorded, sm):

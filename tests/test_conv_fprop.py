@@ -15,13 +15,13 @@ import torch
 import triton
 from cases import assert_close_to_reference, relative_error
 from conv_cases import BOXED, GATHERED, net_problems
+from torch import Tensor
+
 from fastres.kernels import conv
 from fastres.kernels.config import Tile, fprop_tiles
 from fastres.kernels.conv import conv_fprop, fprop_tma_refusal
 from fastres.kernels.problem import ConvProblem
 from fastres.kernels.stem import conv_stem, pack_filters, pack_images
-from torch import Tensor
-
 from fastres.ops import steps
 
 INTERPRETED = triton.knobs.runtime.interpret
@@ -342,7 +342,7 @@ def test_every_tile_at_every_layer(name: str) -> None:
         boxed = [True] if fprop_tma_refusal(problem, x, w) is None else []
         for options in ({}, given):
             ref64, baseline = reference(problem, x, w, **options), reference(problem, x, w, dtype, **options)
-            for tile in (t for tma in (*boxed, False) for t in fprop_tiles(problem, 2, tma)):
+            for tile in (t for tma in (*boxed, False) for t in fprop_tiles(problem, 2, tma, prologue=bool(options))):
                 y, partials = conv_fprop(x, w, **geometry(problem), **options, statistics=True, tile=tile)
                 assert_close_to_reference(y, ref64, baseline, factor=3.0, what=f"{problem} {tile} {[*options]}")
                 check_statistics(partials, y)
