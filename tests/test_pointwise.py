@@ -15,17 +15,18 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from cases import TOLERANCES, assert_close_to_reference, relative_error
+from torch import Tensor
+
 from fastres.kernels import batch_norm, pointwise
 from fastres.kernels.batch_norm import Pool
 from fastres.kernels.residual import pad_shortcut_backward
-from torch import Tensor
-
 from fastres.ops import reference
 
 INTERPRETED = triton.knobs.runtime.interpret
 DEVICE = "cpu" if INTERPRETED else "cuda"
 
 pytestmark = [
+    pytest.mark.interpret,
     pytest.mark.skipif(not INTERPRETED and not torch.cuda.is_available(), reason="neither interpreted nor on a GPU"),
     pytest.mark.usefixtures("poisoned"),
 ]

@@ -9,10 +9,11 @@ import pytest
 import torch
 import triton
 from binary import Binary, check, record
+from torch import Tensor
+
 from fastres.kernels import batch_norm
 from fastres.kernels.batch_norm import Pool
 from fastres.kernels.residual import pad_shortcut_backward
-from torch import Tensor
 
 pytestmark = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="interpreted kernels cannot be compiled")
 
