@@ -23,17 +23,27 @@ LIMIT_S = 480
 TAIL_LINES = 30
 
 PYTEST = ["-m", "pytest", "-p", "no:cacheprovider"]
+BENCH = ["bench/run.py", "--resume", "--json", "{out}/record.json"]  # one record that all parts add to
+KERNEL_TESTS = ("conv", "pointwise", "compile", "inference", "training", "binary")
 PARTS: dict[str, list[str]] = {
     "status": ["-m", "fastres", "status"],
-    "tests-nets": [*PYTEST, "tests", "--ignore-glob=*conv*", "--ignore-glob=*pointwise*", "--ignore-glob=*compile*"],
+    "tests-nets": [*PYTEST, "tests", *(f"--ignore-glob=*{part}*" for part in KERNEL_TESTS)],
     "tests-fprop": [*PYTEST, "tests/test_conv_fprop.py"],
     "tests-backward": [*PYTEST, "tests/test_conv_backward.py"],
     "tests-pointwise": [*PYTEST, "tests/test_pointwise.py"],
+    "tests-inference": [*PYTEST, "tests/test_inference.py"],
+    "tests-training": [*PYTEST, "tests/test_training.py"],
+    "kernels-50": ["bench/kernels.py", "--depth", "50", "--csv", "{out}/kernels-50.csv"],
+    "kernels-18": ["bench/kernels.py", "--depth", "18", "--csv", "{out}/kernels-18.csv"],
+    "tune-50": ["bench/tune.py", "--depth", "50", "--ship"],
+    "tune-all": ["bench/tune.py", "--depth", "all", "--ship"],
+    "bench-infer-50": [*BENCH, "--depth", "50", "--mode", "infer"],
+    "bench-infer-50-batch-1": [*BENCH, "--depth", "50", "--mode", "infer", "--batch", "1"],
+    "bench-train-50": [*BENCH, "--depth", "50", "--mode", "train"],
+    "bench-infer-all": [*BENCH, "--depth", "all", "--mode", "infer"],
+    "bench-train-all": [*BENCH, "--depth", "all", "--mode", "train"],
+    "ablate-50": ["bench/ablate.py", "--depth", "50", "--json", "{out}/ablate-50.json"],
     "shortcut": [*PYTEST, "bench/shortcut.py", "--benchmark-only"],
-    "bench-infer-50": ["bench/run.py", "--depth", "50", "--mode", "infer", "--resume"],
-    "bench-train-50": ["bench/run.py", "--depth", "50", "--mode", "train", "--resume"],
-    "bench-infer-all": ["bench/run.py", "--depth", "all", "--mode", "infer", "--resume"],
-    "bench-train-all": ["bench/run.py", "--depth", "all", "--mode", "train", "--resume"],
 }
 
 
@@ -46,9 +56,7 @@ def ensure_installed() -> None:
 
 def run_part(name: str, out: Path) -> int:
     """Run one part, streaming to the log and the terminal; returns its exit status, 124 when it ran out of time."""
-    arguments = list(PARTS[name])
-    if arguments[0] == "bench/run.py":
-        arguments += ["--json", str(out / f"{name}.record.json")]
+    arguments = [argument.replace("{out}", str(out)) for argument in PARTS[name]]
     log = out / f"{name}.log"
     print(f"== {name}: python {' '.join(arguments)}", flush=True)
     start = time.monotonic()
@@ -85,7 +93,7 @@ def main() -> int:
         parser.error(f"unknown part {', '.join(unknown)}; accepted: {', '.join(PARTS)}")
     if options.list:
         for name, arguments in PARTS.items():
-            print(f"{name:18} python {' '.join(arguments)}")
+            print(f"{name:24} python {' '.join(arguments)}")
         return 0
     ensure_installed()
     options.out.mkdir(parents=True, exist_ok=True)

@@ -24,7 +24,7 @@ from fastres.ops.shortcut import PadShortcut
 if TYPE_CHECKING:
     from fastres.kernels.problem import ConvProblem, Pass
 
-Engine = Literal["triton", "cudnn", "aten"]
+Engine = Literal["triton", "stem", "cudnn", "aten"]
 
 BACKENDS = {
     "auto": "the fastest implementation known for each call",
@@ -247,7 +247,8 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 
 def conv_engine(pass_: Pass, problem: ConvProblem, dtype: torch.dtype, device: torch.device) -> Engine:
-    """What computes one convolution: "triton", "cudnn" (ATen on a CUDA device) or "aten" (ATen elsewhere)."""
+    """What computes one convolution: "triton", "stem" (Triton too, for images of few channels, where that was measured
+    fastest), "cudnn" (ATen on a CUDA device) or "aten" (ATen elsewhere)."""
     return why_engine(pass_, problem, dtype, device)[0]
 
 
@@ -272,7 +273,7 @@ def why_engine(pass_: Pass, problem: ConvProblem, dtype: torch.dtype, device: to
 
     winner = config.measured_winner(pass_, problem, dtype, torch.cuda.get_device_name(device))
     if winner is not None:
-        return ("triton" if winner == "triton" else library), "measured fastest on this GPU"
+        return (winner if winner in ("triton", "stem") else library), "measured fastest on this GPU"
     # Unmeasured: memory-bound shapes gain from a fused epilogue, compute-bound ones are cuDNN's until measured.
     if problem.groups > 1:
         return library, "unmeasured: grouped"
@@ -289,7 +290,7 @@ def chains(problem: ConvProblem, dtype: torch.dtype, device: torch.device) -> bo
     from fastres.kernels import config
 
     gpu = torch.cuda.get_device_name(device)
-    return config.measured_winner("chain", problem, dtype, gpu) == "triton"  # type: ignore[arg-type]
+    return config.measured_winner("chain", problem, dtype, gpu) == "triton"
 
 
 def pointwise_engine(dtype: torch.dtype, device: torch.device) -> Engine:

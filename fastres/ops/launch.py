@@ -100,7 +100,9 @@ class Step:
         residual: Tensor | None = None,
         relu: bool = False,
     ) -> Tensor:
-        if self.fprop_by == "triton":
+        if self.fprop_by == "stem" and residual is None:
+            return self._stem(x, w, scale=scale, shift=shift, relu=relu)
+        if self.fprop_by in ("triton", "stem"):
             from fastres.kernels.conv import conv_fprop
 
             x, prologue = self._prologue(x, prologue)
@@ -121,8 +123,16 @@ class Step:
 
             x, prologue = self._prologue(x, prologue)
             return conv_fprop(x, w, **self._conv, prologue=prologue, statistics=True)
+        if self.fprop_by == "stem" and self.fusions.statistics:
+            return self._stem(x, w, statistics=True)
         z = self.fprop(x, w, prologue=prologue)
         return z, self._pointwise.statistics(z)
+
+    def _stem(self, x: Tensor, w: Tensor, **epilogue: Any) -> Any:
+        from fastres.kernels.stem import conv_stem, pack_filters, pack_images
+
+        images = pack_images(steps.nchw(x), self.problem, x.dtype)
+        return conv_stem(images, pack_filters(w), self.problem, precision=self.precision, **epilogue)
 
     def _prologue(self, x: Tensor, prologue: Affine | None) -> tuple[Tensor, Affine | None]:
         if prologue is None or self.fusions.prologue:

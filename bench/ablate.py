@@ -1,0 +1,91 @@
+"""What each fusion of a training step is worth: every one switched off by itself, beside all on and stock PyTorch.
+
+    python bench/ablate.py --depth 50 --json out/ablate-50.json
+
+Per row: images per second, peak memory per image, and both relative to the row with everything on. Needs a CUDA GPU
+for figures that mean anything; on a CPU fastres has no fused path and the command says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+from collections.abc import Iterator
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import backends
+import measure
+import record
+import run
+import torch
+from backends import BACKENDS, Case
+
+import fastres
+from fastres.ops import dispatch
+
+ROWS = {
+    "all fusions on": {},
+    **{f"without {field.name}": {field.name: False} for field in fields(dispatch.Fusions)},
+}
+
+
+@contextlib.contextmanager
+def setting(name: str) -> Iterator[None]:
+    """The context that makes a row what its name says."""
+    with contextlib.ExitStack() as stack:
+        if name in ROWS:
+            stack.enter_context(dispatch.fusions(**ROWS[name]))
+        elif name == "library convolutions, fused passes between":
+            stack.enter_context(fastres.backend("cudnn"))
+        yield
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--depth", type=int, choices=backends.DEPTHS, default=50)
+    parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--size", type=int, default=224)
+    parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), default="bf16")
+    parser.add_argument("--seconds", type=float, default=10, help="timed seconds per row")
+    parser.add_argument("--json", type=Path, help="write the rows here as well")
+    options = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        parser.error("no CUDA GPU: without one fastres runs no fused step that could be ablated")
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[options.dtype]
+    case = Case(options.depth, "train", options.batch, dtype, options.size, torch.device("cuda"))
+    torch.backends.cudnn.benchmark = True
+    data = run.prepare(case)
+    if isinstance(data, Exception):
+        parser.error(f"a training step of this size does not run: {measure.first_line(data)}")
+    rows: list[dict[str, Any]] = []
+    names = [*ROWS, "library convolutions, fused passes between", "stock PyTorch, channels_last"]
+    for name in names:
+        backend = BACKENDS["eager-channels-last" if name.startswith("stock") else "fastres"]
+        with setting(name):
+            found = measure.measure(
+                replace(backend), case, data, options.seconds, run.multiply_adds(options.depth, options.size)
+            )
+        rows.append({"row": name, **found})
+        print(line(rows[-1], rows[0], options.batch), flush=True)
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        document = {"created": record.now(), "code": record.code(), "environment": record.environment(case.device)}
+        shown = {key: str(value) for key, value in vars(options).items()}
+        record.write({**document, "schema": "fastres.ablation/1", "options": shown, "rows": rows}, options.json)
+    return 0
+
+
+def line(row: dict[str, Any], first: dict[str, Any], batch: int) -> str:
+    if row["status"] != "ok" or first["status"] != "ok":
+        return f"{row['row']:44} {row['status']}: {row.get('reason', 'nothing to compare with')}"
+    return (
+        f"{row['row']:44} {row['img_s']:9.0f} img/s  x {row['img_s'] / first['img_s']:5.2f}  "
+        f"{row['peak_allocated_mib'] / batch:7.2f} MiB/img  {row['path']}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

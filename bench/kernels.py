@@ -1,0 +1,120 @@
+"""Every convolution of a net on its own: our kernels, cuDNN with separate pointwise kernels, the roofline.
+
+    python bench/kernels.py --depth 50 --batch 256 --csv out/kernels-50.csv
+
+One line per distinct layer and pass: microseconds, TFLOP/s and GB/s of our kernel, its share of the roofline, and how
+many times faster it is than cuDNN's convolution plus our pointwise kernels around it (`fastres.backend("cudnn")`).
+Needs a CUDA GPU; with --roofline it prints only the floor and runs anywhere.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import sys
+from pathlib import Path
+from typing import Any
+
+import layers
+import torch
+from layers import DTYPES, PASSES, name
+
+import fastres
+from fastres.kernels.problem import H200, ConvProblem
+
+COLUMNS = ("pass", "layer", "count", "us", "tflops", "gbs", "roofline", "cudnn_us", "speedup", "winner")
+
+
+def floor_us(problem: ConvProblem, pass_: str, dtype: torch.dtype) -> float:
+    """The longer of compute and memory time on an H200."""
+    return max(
+        problem.roofline_us(dtype.itemsize), 1e6 * layers.moved_bytes(problem, pass_, dtype.itemsize) / H200.bandwidth
+    )
+
+
+def row(problem: ConvProblem, count: int, pass_: str, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    """One measured line."""
+    operands = layers.Operands.random(problem, dtype, device)
+    times = {}
+    for backend in ("triton", "cudnn"):
+        with fastres.backend(backend):
+            work = layers.call(layers.step(problem, dtype, device), pass_, operands)
+            times[backend] = layers.microseconds(work)
+    us = times["triton"]
+    return {
+        "pass": pass_,
+        "layer": name(problem),
+        "count": count,
+        "us": us,
+        "tflops": 2e-6 * problem.multiply_adds / us,
+        "gbs": 1e-3 * layers.moved_bytes(problem, pass_, dtype.itemsize) / us,
+        "roofline": floor_us(problem, pass_, dtype) / us,
+        "cudnn_us": times["cudnn"],
+        "speedup": times["cudnn"] / us,
+        "winner": "triton" if us <= times["cudnn"] else "cudnn",
+    }
+
+
+def line(values: dict[str, Any]) -> str:
+    return (
+        f"{values['pass']:6} {values['layer']:28} x{values['count']:<3} {values['us']:9.1f} us "
+        f"{values['tflops']:7.1f} TFLOP/s {values['gbs']:7.0f} GB/s {100 * values['roofline']:5.0f} % of roofline "
+        f"{values['speedup']:6.2f} x cuDNN + pointwise"
+    )
+
+
+def totals(rows: list[dict[str, Any]]) -> str:
+    """How much of the convolutions' time our kernels would win, before dispatch."""
+    lines = []
+    for pass_ in dict.fromkeys(r["pass"] for r in rows):
+        of_pass = [r for r in rows if r["pass"] == pass_]
+        won = [r for r in of_pass if r["winner"] == "triton"]
+        best = sum(r["count"] * min(r["us"], r["cudnn_us"]) for r in of_pass)
+        share = sum(r["count"] * r["us"] for r in won) / best
+        lines.append(
+            f"{pass_:6} ours wins {len(won)} of {len(of_pass)} layers, {100 * share:.0f} % of the time after dispatch; "
+            f"all layers: {best / 1e3:.2f} ms after dispatch, "
+            f"{sum(r['count'] * r['us'] for r in of_pass) / 1e3:.2f} ms ours alone, "
+            f"{sum(r['count'] * r['cudnn_us'] for r in of_pass) / 1e3:.2f} ms cuDNN"
+        )
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--depth", type=int, choices=(18, 34, 50, 101, 152), default=50)
+    parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--size", type=int, default=224, help="height and width of the images")
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16")
+    parser.add_argument("--pass", dest="passes", action="append", choices=PASSES, help="default: all of them")
+    parser.add_argument("--csv", type=Path, help="write the rows here as well")
+    parser.add_argument("--roofline", action="store_true", help="print each layer's floor on an H200 and stop")
+    options = parser.parse_args(arguments)
+    dtype, passes = DTYPES[options.dtype], options.passes or PASSES
+    found = layers.problems(options.depth, options.batch, options.size)
+    work = [(p, n, pass_) for pass_ in passes for p, n in found.items() if layers.applicable(p, pass_)]
+    if options.roofline:
+        for problem, count, pass_ in work:
+            print(f"{pass_:6} {name(problem):28} x{count:<3} {floor_us(problem, pass_, dtype):9.1f} us")
+        return 0
+    if not torch.cuda.is_available():
+        parser.error("no CUDA GPU; --roofline prints the floor of every layer without one")
+    device = torch.device("cuda")
+    torch.backends.cudnn.benchmark = True
+    print(f"ResNet-{options.depth}, batch {options.batch}, {options.dtype}, {torch.cuda.get_device_name()}", flush=True)
+    rows = []
+    for problem, count, pass_ in work:
+        rows.append(row(problem, count, pass_, dtype, device))
+        print(line(rows[-1]), flush=True)
+        if options.csv:
+            options.csv.parent.mkdir(parents=True, exist_ok=True)
+            with options.csv.open("w", newline="") as sink:
+                writer = csv.DictWriter(sink, COLUMNS)
+                writer.writeheader()
+                writer.writerows(rows)
+    print(totals(rows))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,151 @@
+"""Measures every tile of every convolution of a net and writes this GPU's table, which dispatch and kernels follow.
+
+    python bench/tune.py --depth 50 --batch 256             # into the user's cache folder
+    python bench/tune.py --depth all --batch 256 --ship     # into kernels/tables/, to be committed
+
+Per problem and pass: the candidates of `fastres.kernels.config` that agree with cuDNN's result are timed; the best is
+set against cuDNN with our pointwise kernels around it, and the faster of the two is the winner. The table is rewritten
+after every problem; a second run goes on with what is missing (--again measures anew). Needs a CUDA GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import layers
+import torch
+from layers import DTYPES, Operands, name
+from torch import Tensor
+
+import fastres
+from fastres.kernels import config
+from fastres.kernels.config import Measurement, Tile
+from fastres.kernels.conv import conv_fprop
+from fastres.kernels.dgrad import conv_dgrad
+from fastres.kernels.launch import gpu_of, tma_refusal
+from fastres.kernels.problem import ConvProblem
+from fastres.kernels.stem import stem_refusal
+from fastres.kernels.wgrad import conv_wgrad
+from fastres.ops import steps
+
+PASSES = ("fprop", "dgrad", "wgrad")
+SHIPPED = Path(config.__file__).parent / "tables"
+
+
+def candidates(problem: ConvProblem, pass_: str, operands: Operands, most: int) -> list[Tile]:
+    """The `most` most promising tiles, by TMA where it can carry the operands, and by pointers."""
+    dtype, gpu = operands.x.dtype, gpu_of(operands.x.device)
+    tiles: list[Tile] = []
+    carried = tma_refusal(problem, operands.x, operands.z) is None
+    for tma in (True, False) if carried else (False,):
+        if pass_ == "fprop":
+            tiles += config.fprop_tiles(problem, dtype.itemsize, tma, gpu)[:most]
+        elif pass_ == "dgrad":
+            tiles += config.dgrad_tiles(problem, dtype.itemsize, tma, gpu, operands=2, epilogue=True)[:most]
+        else:
+            tiles += config.wgrad_tiles(problem, dtype.itemsize, tma, gpu, operands=2, prologue=problem.C >= 8)[:most]
+    return tiles
+
+
+def ours(problem: ConvProblem, pass_: str, operands: Operands, tile: Tile) -> Callable[[], Any]:
+    """The pass on our kernel with one tile, fused as training uses it."""
+    p, o = problem, operands
+    sizes: dict[str, Any] = {"stride": p.stride, "pad": p.pad, "dilation": p.dilation, "groups": p.groups, "tile": tile}
+    prologue = None if p.C < 8 else o.a_affine
+    if pass_ == "fprop":
+        return lambda: conv_fprop(o.x, o.w, prologue=prologue, statistics=True, **sizes)
+    if pass_ == "dgrad":
+        mask = (o.x, *o.a_affine, o.mean)
+        return lambda: conv_dgrad(o.dz, o.w, (p.N, p.H, p.W, p.C), bn_backward=o.bn, relu_mask=mask, **sizes)
+    shape = (p.K, p.R, p.S, p.C // p.groups)
+    return lambda: conv_wgrad(o.dz, o.x, shape, bn_backward=o.bn, prologue=prologue, **sizes)
+
+
+def agrees(result: Any, expected: Any, dtype: torch.dtype) -> bool:
+    """Whether two results of one pass in `dtype` differ by no more than their roundings; never true for a NaN."""
+    a, b = (r if isinstance(r, Tensor) else r[0] for r in (result, expected))
+    error = (torch.dist(a.double(), b.double()) / b.double().norm()).item()
+    return error <= 8 * torch.finfo(dtype).eps
+
+
+def ways(problem: ConvProblem, pass_: str, operands: Operands, most: int) -> Iterator[tuple[str, Tile | None, Any]]:
+    """(engine, tile, work) of everything of ours that may serve."""
+    for tile in candidates(problem, pass_, operands, most):
+        yield "triton", tile, ours(problem, pass_, operands, tile)
+    if pass_ == "fprop" and stem_refusal(problem) is None:
+        packed = replace(layers.step(problem, operands.x.dtype, operands.x.device), fprop_by="stem")
+        yield "stem", None, layers.call(packed, pass_, operands)
+
+
+def tune(problem: ConvProblem, pass_: str, dtype: torch.dtype, device: torch.device, most: int) -> tuple[Any, str]:
+    """(Measurement, line): the winner of one problem."""
+    operands = Operands.random(problem, dtype, device)
+    with fastres.backend("cudnn"):
+        library = layers.call(layers.step(problem, dtype, device), pass_, operands)
+    expected, rival = library(), layers.microseconds(library)
+    if pass_ == "dgrad":  # the library's gradient still waits for the ReLU's mask
+        expected = steps.gradient(expected[0], operands.x, expected[1], None)
+    best, best_us, engine, failed = None, float("inf"), "triton", []
+    for way, tile, work in ways(problem, pass_, operands, most):
+        try:
+            if not agrees(work(), expected, dtype):
+                failed.append(f"{way} {tile} gives a wrong result")
+                continue
+            us = layers.microseconds(work)
+        except Exception as error:  # a tile that this GPU cannot run is no candidate; say so and go on
+            failed.append(f"{way} {tile}: {str(error).splitlines()[0][:120]}")
+            continue
+        if us < best_us:
+            best, best_us, engine = tile, us, way
+    winner = engine if best_us < rival else "cudnn"
+    lines = [f"{pass_:5} {name(problem):28} ours {best_us:9.1f} us, cuDNN {rival:9.1f} us -> {winner} {best}"]
+    return Measurement(winner, best), "\n".join(lines + [f"      {text}" for text in failed])
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--depth", choices=("18", "34", "50", "101", "152", "all"), default="50")
+    parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--size", type=int, default=224, help="height and width of the images")
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16")
+    parser.add_argument("--pass", dest="passes", action="append", choices=PASSES, help="default: all of them")
+    parser.add_argument("--tiles", type=int, default=6, help="candidates per way of loading, most promising first")
+    parser.add_argument("--seconds", type=float, default=460, help="start no problem after so long")
+    parser.add_argument("--ship", action="store_true", help="write kernels/tables/ instead of the user's own folder")
+    parser.add_argument("--again", action="store_true", help="measure what the table has already, too")
+    options = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        parser.error("tuning measures on a CUDA GPU, and there is none")
+    device, dtype = torch.device("cuda"), DTYPES[options.dtype]
+    torch.backends.cudnn.benchmark = True
+    path = config.table_file(torch.cuda.get_device_name(device), SHIPPED if options.ship else None)
+    table = config.read_table(path)
+    depths = (18, 34, 50, 101, 152) if options.depth == "all" else (int(options.depth),)
+    todo = {
+        (pass_, problem, dtype): None
+        for depth in depths
+        for pass_ in options.passes or PASSES
+        for problem in layers.problems(depth, options.batch, options.size)
+        if layers.applicable(problem, pass_)
+    }
+    missing = [key for key in todo if options.again or key not in table]
+    print(f"{len(missing)} of {len(todo)} problems to measure; table {path}", flush=True)
+    start = time.monotonic()
+    for i, (pass_, problem, _) in enumerate(missing):
+        if time.monotonic() - start > options.seconds:
+            print(f"{len(missing) - i} problems left: run the same command again")
+            break
+        table[pass_, problem, dtype], text = tune(problem, pass_, dtype, device, options.tiles)
+        config.write_table(table, path)
+        print(text, flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

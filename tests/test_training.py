@@ -1,0 +1,234 @@
+"""Whole nets trained on the kernels follow stock PyTorch step by step: losses, weights, running statistics.
+
+On a CPU the kernels run in Triton's interpreter, so nets and images are small; on a GPU the same tests run on it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from cases import relative_error
+from torch import Tensor, nn
+
+import fastres
+from fastres import paper
+from fastres.models.resnet import Bottleneck, ResNet
+from fastres.ops import dispatch
+
+pytestmark = pytest.mark.interpret
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+STEPS = 20
+
+
+def narrow_bottleneck_net() -> nn.Module:
+    """Every kind of block that ResNet-50 has, thin enough for the interpreter."""
+    return ResNet(Bottleneck, [2, 1, 1, 1], num_classes=10, width_per_group=8)
+
+
+NETS = {
+    "cifar-20": (lambda: paper.cifar(20), 3, 8),
+    "plain-20": (lambda: paper.cifar(20, residual=False), 3, 8),
+    "bottleneck": (narrow_bottleneck_net, 3, 32),
+}
+
+
+def batches(count: int, channels: int, size: int) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    images = [torch.randn(2, channels, size, size, generator=generator) for _ in range(4)]
+    labels = torch.randint(0, 10, (4, 2), generator=generator)
+    return [(images[i % 4].to(DEVICE), labels[i % 4].to(DEVICE)) for i in range(count)]
+
+
+def train(net: nn.Module, data: list[tuple[Tensor, Tensor]], dtype: torch.dtype) -> list[float]:
+    """Losses of SGD steps; `net` ends trained."""
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.02, momentum=0.9, weight_decay=1e-4)
+    losses = []
+    for images, labels in data:
+        loss = F.cross_entropy(net(images.to(dtype)), labels)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+class Launches:
+    """Counts launches by kernel name, through Triton's own entry point."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        from fastres.kernels import batch_norm, conv, dgrad, pool, residual, wgrad
+
+        self.count: Counter[str] = Counter()
+        for module in (batch_norm, conv, dgrad, pool, residual, wgrad):
+            for name in [n for n in vars(module) if n.endswith("_kernel")]:
+                kernel = getattr(module, name)
+                monkeypatch.setattr(module, name, _Counted(kernel, name, self.count))
+
+
+class _Counted:
+    def __init__(self, kernel, name: str, count: Counter[str]) -> None:
+        self.kernel, self.name, self.count = kernel, name, count
+
+    def __getitem__(self, grid):
+        def launch(*args, **kwargs):
+            self.count[self.name] += 1
+            return self.kernel[grid](*args, **kwargs)
+
+        return launch
+
+    def __getattr__(self, name: str):
+        return getattr(self.kernel, name)
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_training_follows_stock_step_by_step(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    build, channels, size = NETS[name]
+    steps = STEPS if name == "cifar-20" or DEVICE == "cuda" else 3
+    torch.manual_seed(0)
+    ours = build().to(DEVICE)
+    stock, exact = copy.deepcopy(ours), copy.deepcopy(ours).double()
+    data = batches(steps, channels, size)
+    truth = train(exact, data, torch.float64)
+    usual = train(stock, data, torch.float32)
+    launches = Launches(monkeypatch)
+    with fastres.backend("triton"):
+        got = train(ours, data, torch.float32)
+
+    convs = sum(isinstance(m, nn.Conv2d) for m in ours.modules())
+    count = launches.count
+    assert sum(n for k, n in count.items() if k.startswith("conv_fprop")) == steps * convs
+    assert count["wgrad_kernel"] == steps * convs
+    assert count["dgrad_kernel"] >= steps * (convs - 1)
+    assert count["statistics_kernel"] == 0, "statistics come from the convolutions' epilogue"
+
+    # Rounding grows as training amplifies it: ours may stray from the exact curve by a few times what stock does.
+    for step, (mine, theirs, true) in enumerate(zip(got, usual, truth, strict=True)):
+        spread = max(abs(a - b) for a, b in zip(usual[: step + 1], truth[: step + 1], strict=True))
+        assert abs(mine - true) <= 8 * spread + 1e-6 * abs(true), f"step {step}: {mine}, stock {theirs}, exact {true}"
+    for (key, mine), theirs, true in zip(
+        ours.state_dict().items(), stock.state_dict().values(), exact.state_dict().values(), strict=True
+    ):
+        if mine.is_floating_point():
+            allowed = 8 * relative_error(theirs, true) + 1e-5
+            assert relative_error(mine, true) <= allowed, key
+        else:
+            assert torch.equal(mine, theirs), key
+
+
+def test_same_seed_same_bits() -> None:
+    def run() -> dict[str, Tensor]:
+        torch.manual_seed(0)
+        net = paper.cifar(8).to(DEVICE)
+        with fastres.backend("triton"):
+            train(net, batches(2, 3, 8), torch.float32)
+        return net.state_dict()
+
+    first, second = run(), run()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+@pytest.mark.parametrize("off", ["statistics", "prologue", "bn_backward", "relu_mask"])
+def test_each_fusion_can_be_switched_off(off: str) -> None:
+    torch.manual_seed(0)
+    net = paper.cifar(8).to(DEVICE)
+    exact, usual = copy.deepcopy(net).double(), copy.deepcopy(net)
+    data = batches(1, 3, 8)
+    train(exact, data, torch.float64)
+    train(usual, data, torch.float32)
+    with fastres.backend("triton"), dispatch.fusions(**{off: False}):
+        train(net, data, torch.float32)
+    for name, true in exact.named_parameters():
+        got, stock = (dict(n.named_parameters())[name].grad for n in (net, usual))
+        assert relative_error(got, true.grad) <= 8 * relative_error(stock, true.grad) + 1e-5, name
+
+
+def test_autocast_keeps_master_weights_and_parameter_strides() -> None:
+    torch.manual_seed(0)
+    net = paper.cifar(8).to(DEVICE)
+    images, labels = batches(1, 3, 8)[0]
+    with fastres.backend("triton"), torch.autocast(DEVICE, torch.float16):
+        scores = net(images)
+        loss = F.cross_entropy(scores, labels)
+    loss.backward()
+    for name, p in net.named_parameters():
+        assert p.dtype == p.grad.dtype == torch.float32, name
+        assert p.grad.stride() == p.stride(), name
+
+
+def test_eval_with_frozen_statistics_trains_and_infers() -> None:
+    torch.manual_seed(0)
+    net = narrow_bottleneck_net().to(DEVICE)
+    for m in net.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            m.running_mean.normal_(0, 0.1)
+            m.running_var.uniform_(0.5, 2)
+    net.eval()
+    exact = copy.deepcopy(net).double()
+    images, labels = batches(1, 3, 32)[0]
+    F.cross_entropy(exact(images.double()), labels).backward()
+    usual = copy.deepcopy(net)
+    F.cross_entropy(usual(images), labels).backward()
+    with fastres.backend("triton"):
+        F.cross_entropy(net(images), labels).backward()
+        with torch.no_grad():
+            scores = net(images)
+    true_scores = exact(images.double())
+    assert relative_error(scores, true_scores) <= 2 * relative_error(usual(images), true_scores) + 1e-6
+    for (name, p), stock, true in zip(net.named_parameters(), usual.parameters(), exact.parameters(), strict=True):
+        assert relative_error(p.grad, true.grad) <= 8 * relative_error(stock.grad, true.grad) + 1e-5, name
+
+
+@pytest.mark.gpu
+def test_resnet50_200_steps_beside_stock_on_photographs() -> None:
+    """bf16 autocast, the loss curves of ours and torchvision's within the spread of two stock runs in other layouts."""
+    from sklearn.datasets import load_sample_images
+
+    photos = [torch.from_numpy(i.copy()).permute(2, 0, 1).float() / 255 for i in load_sample_images().images]
+    generator = torch.Generator().manual_seed(0)
+
+    def batch() -> tuple[Tensor, Tensor]:
+        labels = torch.randint(0, 2, (32,), generator=generator)
+        crops = []
+        for label in labels.tolist():
+            top, left = (int(torch.randint(0, side - 224, (), generator=generator)) for side in photos[label].shape[1:])
+            crops.append(photos[label][:, top : top + 224, left : left + 224])
+        return torch.stack(crops).sub_(0.5).div_(0.25), labels
+
+    data = [batch() for _ in range(200)]
+
+    def curve(net: nn.Module, memory_format: torch.memory_format) -> Tensor:
+        net = net.cuda().to(memory_format=memory_format)
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9, fused=True)
+        losses = []
+        for images, labels in data:
+            with torch.autocast("cuda", torch.bfloat16):
+                loss = F.cross_entropy(net(images.cuda().contiguous(memory_format=memory_format)), labels.cuda())
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.detach())
+        return torch.stack(losses).float().cpu()
+
+    torch.manual_seed(0)
+    start = torchvision.models.resnet50(num_classes=2).state_dict()
+
+    def fresh(builder) -> nn.Module:
+        net = builder(num_classes=2)
+        net.load_state_dict(start)
+        return net
+
+    channels_last, contiguous = torch.channels_last, torch.contiguous_format
+    stock = curve(fresh(torchvision.models.resnet50), channels_last)
+    again = curve(fresh(torchvision.models.resnet50), contiguous)
+    ours = curve(fresh(fastres.resnet50), channels_last)
+
+    def smooth(losses: Tensor) -> Tensor:
+        return losses.unfold(0, 20, 20).mean(1)
+
+    spread = (smooth(stock) - smooth(again)).abs().max()
+    assert (smooth(ours) - smooth(stock)).abs().max() <= 3 * spread + 0.02
