@@ -10,7 +10,7 @@ import copy
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ MAX_SHAPES = 8  # bound plans kept per net, least recently used dropped first
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
+@torch.inference_mode(False)
 def optimize(
     model: nn.Module,
     example: Tensor | None = None,
@@ -159,10 +160,9 @@ class Optimized(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """The original's answer in `dtype` to x [N, C, H, W]: x in any floating dtype, on the weights' device."""
         self._check(x)
-        with torch.no_grad(), _without_autocast(x.device.type):
+        with _plain_mode(x):
             if x.is_cuda:
-                with torch.cuda.device(x.device):
-                    return self._on_cuda(x)
+                return self._on_cuda(x)
             with self._lock:
                 program, first = self._program(x)
             return program.run(self._nhwc(x)) if first is None else first
@@ -177,7 +177,8 @@ class Optimized(nn.Module):
         if not programs:
             known = ", ".join(str(list(key[0])) for key in self._programs) or "none"
             raise ValueError(f"no plan yet for shape {shape or 'any'} (there are: {known}); call the net on one first")
-        return f"{self._title} in {self.dtype}, {programs[-1].how()}\n{programs[-1].table()}"
+        float8 = " with float8 convolutions" if self._is_float8() else ""
+        return f"{self._title} in {self.dtype}{float8}, {programs[-1].how()}\n{programs[-1].table()}"
 
     def agreement(self, model: Callable[[Tensor], Tensor], batches: Iterable[Any]) -> float:
         """The share of images in `batches` (tensors or (tensor, ...) tuples) with the same top-1 class as `model`'s.
@@ -208,7 +209,7 @@ class Optimized(nn.Module):
     def observed(self, x: Tensor, observe: Callable[[str, Any], None]) -> Tensor:
         """forward(x) without a graph; `observe` is shown every value by name."""
         self._check(x)
-        with torch.no_grad(), _without_autocast(x.device.type), self._lock:
+        with _plain_mode(x), self._lock:
             return self._program(x)[0].run(self._nhwc(x), observe)
 
     # The life of what is derived from the weights.
@@ -231,7 +232,7 @@ class Optimized(nn.Module):
         if self._weight.is_cuda:
             self._done = torch.cuda.Event()  # the last use of weights or static buffers that a stream must wait for
             self._done.record(torch.cuda.current_stream(self._weight.device))
-            self._pool = torch.cuda.graph_pool_handle()
+            self._graphs = (torch.cuda.graph_pool_handle(), torch.cuda.Stream(self._weight.device))
 
     def _adopt(self, step: Aten) -> None:
         if step.kind in ("module", "norm"):
@@ -272,15 +273,18 @@ class Optimized(nn.Module):
         return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        if any(conv.float8 is not None for step in self._steps for conv in convs(step)):
+        if self._is_float8():
             raise RuntimeError(
                 "the activation scales of a float8 net belong to the weights they were calibrated with; "
                 "load the state_dict into the original and optimize it again"
             )
         super()._load_from_state_dict(*args, **kwargs)
 
+    def _is_float8(self) -> bool:
+        return any(conv.float8 is not None for step in self._steps for conv in convs(step))
+
     def __getstate__(self) -> dict[str, Any]:
-        derived = ("_lock", "_programs", "_folded", "_layers", "_weight", "_done", "_pool")
+        derived = ("_lock", "_programs", "_folded", "_layers", "_weight", "_done", "_graphs")
         return {key: value for key, value in self.__dict__.items() if key not in derived}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -328,7 +332,7 @@ class Optimized(nn.Module):
             program, first = self._program(x)
             if self.cuda_graph and x.numel():
                 if program.graph is None:
-                    program.capture(self._nhwc(x), self._pool)
+                    program.capture(self._nhwc(x), *self._graphs)
                 result = program.replay(x)
                 self._done.record(stream)
                 return result
@@ -339,8 +343,14 @@ def _refold(net: Optimized, incompatible: Any) -> None:
     net._fold()
 
 
-def _without_autocast(device: str) -> AbstractContextManager[Any]:
-    """The plan has one dtype; autocast would cast each library call to another."""
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        return torch.autocast(device, enabled=False)
-    return nullcontext()
+@contextmanager
+def _plain_mode(x: Tensor) -> Iterator[None]:
+    """On x's device, with no gradients, no autocast (it would cast each library call to its own dtype) and no inference
+    mode (buffers kept between calls must be ordinary tensors)."""
+    kind, off = x.device.type, nullcontext()
+    casts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    autocast = torch.autocast(kind, enabled=False) if casts else off
+    inference = torch.inference_mode(False) if torch.is_inference_mode_enabled() else off
+    device = torch.cuda.device_of(x) if x.is_cuda else off
+    with autocast, inference, device, torch.no_grad():
+        yield

@@ -75,10 +75,13 @@ class Program:
                 del values[name]
         return _public(values[self.output])
 
-    def capture(self, x: Tensor, pool: Any) -> None:
-        """Record `run` as a CUDA graph, after warming up on a stream of its own."""
+    def capture(self, x: Tensor, pool: Any, side: torch.cuda.Stream) -> None:
+        """Record `run` as a CUDA graph, after warming up on the stream `side`.
+
+        Graphs may share `pool` (their intermediates then lie in the same memory) where all are captured on the same
+        stream and each replay ends before the next begins.
+        """
         self.x = x.clone()
-        side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(2):

@@ -128,6 +128,18 @@ def test_dtypes() -> None:
     assert optimize(mixed)(x).dtype == torch.bfloat16
 
 
+def test_inference_mode() -> None:
+    model, x = tiny().to(DEVICE), images().to(DEVICE)
+    with torch.inference_mode():
+        net = optimize(model, x)
+        expected = net(x).clone()
+    assert torch.equal(net(x), expected)
+    with torch.inference_mode():
+        assert torch.equal(net(x.clone()), expected)
+    net(x).add_(1)
+    net.load_state_dict(model.state_dict())
+
+
 def test_empty_batch_and_odd_sizes() -> None:
     model = tiny().double()
     net = optimize(model)
@@ -570,6 +582,7 @@ def test_float8_net(simulated: None) -> None:
     every = {step.name for step in fuse(*trace(model)) if isinstance(step, Conv)}
     assert every - small == {"0", "6.conv2"}  # the stem and the grouped convolution
     assert net._folded[next(s.out for s in net._steps if isinstance(s, Conv) and s.float8)].w.dtype == FLOAT8
+    assert "Sequential in torch.bfloat16 with float8 convolutions" in net.explain()
     assert "float8 simulated in float32" in net.explain()
     assert torch.equal(copy.deepcopy(net)(x), y)
     assert list(net.state_dict()) == list(model.state_dict())
