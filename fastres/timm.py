@@ -42,7 +42,7 @@ class BasicBlock(timm_resnet.BasicBlock):
             if dispatch.serves(x, self.parts()):
                 return residual_block(x, self.units(), self.downsample)
         shortcut = x
-        x = self.aa(self.act1(self.drop_block(self.bn1(self.conv1(x)))))
+        x = self.aa(self.act1(self.drop_block(self.bn1(self.conv1(x)))))  # type: ignore[misc]
         x = self.bn2(self.conv2(x))
         if self.se is not None:
             x = self.se(x)
@@ -72,7 +72,7 @@ class Bottleneck(timm_resnet.Bottleneck):
                 return residual_block(x, self.units(), self.downsample)
         shortcut = x
         x = self.act1(self.bn1(self.conv1(x)))
-        x = self.aa(self.act2(self.drop_block(self.bn2(self.conv2(x)))))
+        x = self.aa(self.act2(self.drop_block(self.bn2(self.conv2(x)))))  # type: ignore[misc]
         x = self.bn3(self.conv3(x))
         if self.se is not None:
             x = self.se(x)
@@ -95,7 +95,7 @@ class ResNet(timm_resnet.ResNet):
         x = self._stem(x)
         if self.grad_checkpointing and not torch.jit.is_scripting():
             return checkpoint_seq([self.layer1, self.layer2, self.layer3, self.layer4], x, flatten=True)
-        return self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        return self.layer4(self.layer3(self.layer2(self.layer1(x))))  # type: ignore[operator]
 
     def _stem(self, x: Tensor) -> Tensor:
         if not torch.jit.is_scripting():
