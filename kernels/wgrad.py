@@ -264,6 +264,8 @@ def conv_wgrad(
         check_tensor(f"prologue's {name}", tensor, (problem.C,), dy, torch.float32)
     if not out_dtype.is_floating_point:
         raise ValueError(f"out_dtype must be a floating-point dtype, got {out_dtype}")
+    if problem.N == 0:
+        return torch.zeros(filter_shape, dtype=out_dtype, device=dy.device)
     refusal = tma_refusal(problem, dy, load.z, load.mask, x)
     if stride > 2 or (stride == 2 and (problem.H % 2 or problem.W % 2)):
         refusal = refusal or f"stride {stride} on {problem.H}x{problem.W} has no view as pairs of rows and columns"
@@ -276,8 +278,6 @@ def conv_wgrad(
 
     N, H, W, C, P, Q, K = problem.N, problem.H, problem.W, problem.C, problem.P, problem.Q, problem.K
     R, S, c_group, k_group = problem.R, problem.S, C // groups, K // groups
-    if N == 0:
-        return torch.zeros(filter_shape, dtype=out_dtype, device=dy.device)
     if problem.pointwise:  # a plain GEMM: let all pixels lie in one row
         N, H, W, P, Q = 1, 1, N * H * W, 1, N * P * Q
         tile = replace(tile, box=tile.box and (1, 1, tile.BK))

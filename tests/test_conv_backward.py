@@ -17,14 +17,16 @@ import torch
 import torch.nn.functional as F
 import triton
 from cases import assert_close_to_reference
-from fastres.kernels import dgrad as dgrad_module
-from fastres.kernels import wgrad as wgrad_module
-from fastres.kernels.config import Tile
-from fastres.kernels.dgrad import conv_dgrad
-from fastres.kernels.problem import ConvProblem
-from fastres.kernels.wgrad import conv_wgrad
 from torch import Tensor
 from torch.nn.grad import conv2d_input, conv2d_weight
+
+from fastres.kernels import dgrad as dgrad_module
+from fastres.kernels import wgrad as wgrad_module
+from fastres.kernels.config import Tile, dgrad_tiles, wgrad_tiles
+from fastres.kernels.dgrad import conv_dgrad
+from fastres.kernels.launch import gpu_of
+from fastres.kernels.problem import ConvProblem
+from fastres.kernels.wgrad import conv_wgrad
 
 pytestmark = [
     pytest.mark.interpret,
@@ -188,11 +190,13 @@ def terms_of(dx: Tensor, o: Operands) -> Tensor:
     return torch.stack((dx.double(), dx.double() * (o.x.double() - o.mean.double())))
 
 
-def reference_wgrad(o: Operands, features: str) -> Tensor:
-    n, wide = o.problem, o.p.dtype
+def reference_wgrad(o: Operands, features: str, dtype: torch.dtype | None = None) -> Tensor:
+    """dw, summed in `dtype` (default: that of the operands)."""
+    n, wide, dtype = o.problem, o.p.dtype, dtype or o.x.dtype
     a = F.relu(o.scale * o.x.to(wide) + o.shift).to(o.x.dtype) if "activation" in features else o.x
     shape = (n.K, n.C // n.groups, n.R, n.S)
-    return nhwc(conv2d_weight(nchw(a), shape, nchw(dz_of(o, features)), padding=n.pad, **conv_args(n)))
+    dz = dz_of(o, features).to(dtype)
+    return nhwc(conv2d_weight(nchw(a.to(dtype)), shape, nchw(dz), padding=n.pad, **conv_args(n)))
 
 
 def load_options(o: Operands, features: str) -> dict[str, Any]:
@@ -245,15 +249,14 @@ def check_wgrad(o: Operands, features: str, tile: Tile | None, **options: Any) -
     dw = run_wgrad(o, features, tile, **options)
     assert dw.is_contiguous()
     want = reference_wgrad(o.map(Tensor.double), features)
-    baseline = reference_wgrad(o, features).to(dw.dtype)
-    assert_close_to_reference(dw, want, baseline, factor=4, what="dw")
+    assert_close_to_reference(dw, want, reference_wgrad(o, features, dw.dtype), factor=4, what="dw")
 
 
-def dgrad_tiles(problem: ConvProblem) -> list[Tile]:
+def tiles_of_dgrad(problem: ConvProblem) -> list[Tile]:
     return [GATHER, BOXES] if problem.groups == 1 and problem.C % 8 == problem.K % 8 == 0 else [GATHER]
 
 
-def wgrad_tiles(problem: ConvProblem) -> list[Tile]:
+def tiles_of_wgrad(problem: ConvProblem) -> list[Tile]:
     if problem.groups > 1 or problem.C % 8 or problem.K % 8:
         return [WGRAD_GATHER]
     if problem.stride > 2 or (problem.stride == 2 and (problem.H % 2 or problem.W % 2)):
@@ -266,7 +269,7 @@ def wgrad_tiles(problem: ConvProblem) -> list[Tile]:
 @pytest.mark.parametrize("name", SHAPES)
 def test_dgrad_shapes(name: str, features: str) -> None:
     o = make(SHAPES[name], torch.float32)
-    for tile in dgrad_tiles(o.problem):
+    for tile in tiles_of_dgrad(o.problem):
         check_dgrad(o, FEATURES.get(features, features), tile)
 
 
@@ -274,14 +277,14 @@ def test_dgrad_shapes(name: str, features: str) -> None:
 @pytest.mark.parametrize("features", FEATURES.values(), ids=FEATURES.keys())
 @pytest.mark.parametrize("problem", [ODD, POINTWISE, STRIDED], ids=["odd", "pointwise", "stride 2"])
 def test_dgrad_features(problem: ConvProblem, features: str, dtype: torch.dtype) -> None:
-    check_dgrad(make(problem, dtype), features, dgrad_tiles(problem)[-1])
+    check_dgrad(make(problem, dtype), features, tiles_of_dgrad(problem)[-1])
 
 
 @pytest.mark.parametrize("features", ["", "bn mask activation"])
 @pytest.mark.parametrize("name", SHAPES)
 def test_wgrad_shapes(name: str, features: str) -> None:
     o = make(SHAPES[name], torch.float32)
-    for tile in wgrad_tiles(o.problem):
+    for tile in tiles_of_wgrad(o.problem):
         check_wgrad(o, features, tile)
 
 
@@ -289,7 +292,7 @@ def test_wgrad_shapes(name: str, features: str) -> None:
 @pytest.mark.parametrize("features", ["bn", "activation", "bn activation", "bn sign", "mask"])
 @pytest.mark.parametrize("problem", [ODD, POINTWISE, SQUARE, STRIDED], ids=["odd", "pointwise", "3x3", "stride 2"])
 def test_wgrad_features(problem: ConvProblem, features: str, dtype: torch.dtype) -> None:
-    check_wgrad(make(problem, dtype), features, wgrad_tiles(problem)[-1])
+    check_wgrad(make(problem, dtype), features, tiles_of_wgrad(problem)[-1])
 
 
 @pytest.mark.parametrize("splits", [1, 5, 1000])
@@ -346,13 +349,13 @@ def test_integers_are_exact(problem: ConvProblem, dtype: torch.dtype) -> None:
     """Small integers: no product or sum of them is rounded, so nothing may be off by a bit."""
     o = make(problem, dtype).map(lambda t: t.float().round().clamp(-1, 1).to(t.dtype))
     o64 = o.map(Tensor.double)
-    for tile in dgrad_tiles(problem):
+    for tile in tiles_of_dgrad(problem):
         dx, partials = run_dgrad(o, FEATURES["all"], tile)
         want, sums = reference_dgrad(o64, FEATURES["all"])
         assert torch.equal(dx.double(), want)
         assert partials is not None
         assert torch.equal(partials.double().sum(0), sums)
-    for tile in wgrad_tiles(problem):
+    for tile in tiles_of_wgrad(problem):
         dw = run_wgrad(o, "bn mask activation", tile)
         assert torch.equal(dw.double(), reference_wgrad(o64, "bn mask activation"))
 
@@ -365,7 +368,7 @@ def test_nan_goes_where_torch_sends_it(problem: ConvProblem) -> None:
     for features in ("", "bn mask relu residual out"):
         want, _ = reference_dgrad(o, features)
         assert want.isnan().any()
-        for tile in dgrad_tiles(problem):
+        for tile in tiles_of_dgrad(problem):
             dx, partials = run_dgrad(o, features, tile)
             assert torch.equal(dx.isnan(), want.isnan())
             if partials is not None:
@@ -377,7 +380,7 @@ def test_nan_goes_where_torch_sends_it(problem: ConvProblem) -> None:
         want = reference_wgrad(o, features)
         assert want.isnan().any()
         assert not want.isnan().all()
-        for tile in wgrad_tiles(problem):
+        for tile in tiles_of_wgrad(problem):
             dw = run_wgrad(o, features, tile)
             assert torch.equal(dw.isnan(), want.isnan())
 
@@ -385,11 +388,11 @@ def test_nan_goes_where_torch_sends_it(problem: ConvProblem) -> None:
 @pytest.mark.parametrize("problem", [STRIDED, SHAPES["groups"]], ids=["stride 2", "groups"])
 def test_equal_inputs_give_equal_bits(problem: ConvProblem) -> None:
     o = make(problem, torch.float16)
-    for tile in dgrad_tiles(problem):
+    for tile in tiles_of_dgrad(problem):
         first, second = (run_dgrad(o, FEATURES["all"], tile) for _ in range(2))
         assert torch.equal(first[0], second[0])
         assert torch.equal(first[1], second[1])
-    for tile in wgrad_tiles(problem):
+    for tile in tiles_of_wgrad(problem):
         first, second = (run_wgrad(o, "bn activation", tile) for _ in range(2))
         assert torch.equal(first, second)
 
@@ -397,8 +400,8 @@ def test_equal_inputs_give_equal_bits(problem: ConvProblem) -> None:
 @pytest.mark.parametrize("problem", [ODD, STRIDED], ids=["odd", "stride 2"])
 def test_64_bit_offsets_change_nothing(problem: ConvProblem, monkeypatch: pytest.MonkeyPatch) -> None:
     o = make(problem, torch.float32)
-    cases = [(run_dgrad, FEATURES["all"], tile) for tile in dgrad_tiles(problem)]
-    cases += [(run_wgrad, "bn activation", tile) for tile in wgrad_tiles(problem)]
+    cases = [(run_dgrad, FEATURES["all"], tile) for tile in tiles_of_dgrad(problem)]
+    cases += [(run_wgrad, "bn activation", tile) for tile in tiles_of_wgrad(problem)]
     narrow = [run(o, features, tile) for run, features, tile in cases]
     monkeypatch.setattr(ConvProblem, "int32_safe", property(lambda self: False))
     wide = [run(o, features, tile) for run, features, tile in cases]
@@ -474,10 +477,69 @@ def test_fuzz(seed: int) -> None:
     torch.manual_seed(seed)
     print(f"reproduce: pytest 'tests/test_conv_backward.py::test_fuzz[{seed}]'  # {problem} {dtype}")
     o = make(problem, dtype)
-    for tile in dgrad_tiles(problem):
+    for tile in tiles_of_dgrad(problem):
         check_dgrad(o, dgrad_features, tile)
-    for tile in wgrad_tiles(problem):
+    for tile in tiles_of_wgrad(problem):
         check_wgrad(o, wgrad_features, tile)
+
+
+LAYERS = [  # of ResNet-50 at 8 images of 224 x 224: H = W, C, K, R = S, stride
+    (56, 64, 64, 3, 1),
+    (56, 256, 64, 1, 1),
+    (56, 256, 128, 1, 1),
+    (56, 256, 512, 1, 2),
+    (56, 128, 128, 3, 2),
+    (28, 128, 512, 1, 1),
+    (28, 256, 256, 3, 2),
+    (14, 256, 256, 3, 1),
+    (14, 512, 512, 3, 2),
+    (7, 512, 512, 3, 1),
+    (7, 512, 2048, 1, 1),
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("layer", LAYERS, ids=str)
+def test_every_tile_at_every_layer(layer: tuple[int, ...], dtype: torch.dtype) -> None:
+    size, C, K, R, stride = layer
+    problem = ConvProblem(8, size, size, C, K, R, R, stride, R // 2)
+    o = make(problem, dtype)
+    gpu = gpu_of(o.dy.device)
+    tma = torch.cuda.get_device_capability() >= (9, 0)
+    for boxes in {tma, False}:
+        for features in ("", "bn relu", "bn residual out", "bn mask relu"):
+            operands, epilogue = 1 + ("bn" in features) + ("mask" in features), "re" in features
+            for tile in dgrad_tiles(problem, 2, boxes, gpu, False, operands, epilogue):
+                check_dgrad(o, features, tile)
+        for features in ("", "bn", "activation", "bn activation", "bn mask activation"):
+            operands, prologue = 1 + ("bn" in features) + ("mask" in features), "activation" in features
+            tiles = wgrad_tiles(problem, 2, boxes, gpu, False, operands, prologue)
+            programs: dict[Tile, Tile] = {dataclasses.replace(tile, splits=1): tile for tile in reversed(tiles)}
+            for tile in programs.values():
+                check_wgrad(o, features, tile)
+
+
+@pytest.mark.gpu
+def test_more_than_2_31_elements() -> None:
+    problem = ConvProblem(N=33, H=1024, W=1024, C=8, K=64)
+    assert not problem.int32_safe
+    if torch.cuda.mem_get_info()[0] < 12 * 2**30:
+        pytest.skip("needs 12 GB")
+    dy = torch.zeros(33, 1024, 1024, 64, dtype=torch.bfloat16, device=DEVICE)
+    x = torch.zeros(33, 1024, 1024, 8, dtype=torch.bfloat16, device=DEVICE)
+    dy[-1], x[-1] = torch.randn_like(dy[-1]), torch.randn_like(x[-1])
+    w = torch.randn(64, 1, 1, 8, device=DEVICE).to(dy.dtype)
+    for tile in (dataclasses.replace(GATHER, BN=256), dataclasses.replace(BOXES, BN=256)):
+        dx = conv_dgrad(dy, w, tuple(x.shape), tile=tile)
+        want = dy[-1].double() @ w.double().view(64, 8)
+        assert not dx[:-1].any()
+        assert_close_to_reference(dx[-1], want, (dy[-1] @ w.view(64, 8)), factor=4, what="dx")
+    for tile in (dataclasses.replace(WGRAD_GATHER, splits=264), dataclasses.replace(WGRAD_BOXES, splits=264)):
+        dw = conv_wgrad(dy, x, tuple(w.shape), tile=tile)
+        want = dy[-1].double().view(-1, 64).T @ x[-1].double().view(-1, 8)
+        baseline = dy[-1].float().view(-1, 64).T @ x[-1].float().view(-1, 8)
+        assert_close_to_reference(dw.view(64, 8), want, baseline, factor=4, what="dw")
 
 
 def test_no_pixels() -> None:
