@@ -79,11 +79,11 @@ def fprop_tiles(
         BK = 128 // itemsize  # one swizzle span
         while problem.C % BK and not problem.pointwise:
             BK //= 2
-        shapes = [(64, 128, 4), (64, 64, 4), (128, 128, 8), (128, 64, 4), (256, 128, 8)]
+        shapes = [(64, 128, 4), (64, 64, 4), (64, 32, 4), (128, 128, 8), (128, 64, 4), (256, 128, 8)]
         shapes += [(64, 256, 8)] if prologue else [(64, 256, 4), (128, 256, 8)]
     else:
         BK = max(32 if itemsize == 1 else 16, min(64, _power_of_2(problem.S * row_channels(problem) or channels)))
-        shapes = [(64, 128, 4), (64, 64, 4), (128, 128, 8), (128, 64, 4)]  # addresses of pixels take registers
+        shapes = [(64, 128, 4), (64, 64, 4), (64, 32, 4), (128, 128, 8), (128, 64, 4)]  # addresses take registers
     if not ieee:
         shapes += [(BM, BN, 4) for BM in (16, 32) for BN in (128, 64) if outputs <= BM]
 
@@ -93,7 +93,9 @@ def fprop_tiles(
         steps = reduction_steps(problem, Tile(BM, BN, BK, warps, 1, box))
         step_bytes = (BM + BN) * BK * itemsize
         shared = gpu.shared - (BN * BK * itemsize if prologue else 0) - SMALL
-        stages = min(3, max(1 if tma else 2, steps), shared // step_bytes)  # pointers copy asynchronously from 2 on
+        programs = math.ceil(outputs / BM) * problem.groups * pixel_tiles(problem, BN, box)
+        depth = 3 if programs > gpu.sms else 6  # alone on a multiprocessor, a program hides its loads by itself
+        stages = min(depth, max(1 if tma else 2, steps), shared // step_bytes)  # pointers copy asynchronously from 2 on
         if stages < min(3, steps) and BM * BN > 64 * 64:  # too few to hide a load
             continue
         resident = max(1, min(shared // (stages * step_bytes), 65536 // (BM * BN + 64 * 32 * warps)))
@@ -103,7 +105,6 @@ def fprop_tiles(
             compute = max(compute, AFFINE * BN * BK / ISSUE)
         memory = itemsize * (BM * BN + BN * channels * BM / outputs)
         busy = max(steps * compute, steps * step_bytes / L2, memory / MEMORY)
-        programs = math.ceil(outputs / BM) * problem.groups * pixel_tiles(problem, BN, box)
         timed.append((_cycles(programs, resident, busy, gpu), Tile(BM, BN, BK, warps, stages, box)))
     return [tile for _, tile in sorted(timed, key=lambda pair: pair[0])]
 
@@ -316,7 +317,8 @@ def _same_program(a: Tile, b: Tile) -> bool:
 
 
 def _cycles(programs: int, resident: int, busy: float, gpu: Gpu) -> float:
-    """For programs that are busy so long, `resident` at a time on a multiprocessor."""
+    """For programs that are busy so long, at most `resident` at a time on a multiprocessor."""
+    resident = min(resident, math.ceil(programs / gpu.sms))
     waves = programs / (gpu.sms * resident)
     waves = waves if waves > 8 else math.ceil(waves)
     return waves * max(resident * (busy + OVERHEAD), busy + LATENCY)
