@@ -155,6 +155,7 @@ class Program:
         inputs = (x,) if residual is None else (x, residual)
         dtype = self.dtype if step.float8 is None else FLOAT8
         engine, why = dispatch.why_engine("fprop", problem, dtype, x.device)
+        name: str = engine
         static: dict[str, Any] = {"p": self.weights[step.out], "geometry": step.geometry, "relu": step.relu}
         if step.float8 is not None:
             residual_by, out = step.float8.residual, step.float8.out
@@ -174,7 +175,10 @@ class Program:
                 if result is not None:
                     return Bound(step, "cudnn fused", why, partial(_one, fused)), (result,)
                 why += f"; not fused: {refusal}"
-        return Bound(step, engine, why, partial(_one, call)), (call(*inputs),)
+                if dispatch.pointwise_engine(dtype, x.device) == "triton":
+                    ones = torch.ones(problem.K, device=x.device)
+                    call, name = partial(folded.by_library_and_kernel, ones=ones, **static), "cudnn + triton"
+        return Bound(step, name, why, partial(_one, call)), (call(*inputs),)
 
 
 def _public(value: Any) -> Tensor:

@@ -651,6 +651,18 @@ def test_kernels_answer_as_the_original(dtype: torch.dtype) -> None:
 
 @needs_kernels
 @pytest.mark.interpret
+def test_kernel_after_the_library() -> None:
+    p = folded.pack(torch.randn(8, 4, 3, 3).to(DEVICE), torch.randn(8).to(DEVICE), torch.float32, "layer")
+    x, residual = torch.randn(2, 5, 6, 4).to(DEVICE), torch.randn(2, 5, 6, 8).to(DEVICE)
+    static: dict[str, Any] = {"p": p, "geometry": steps.Geometry(pad=1), "relu": True}
+    for inputs in ((x,), (x, residual)):
+        expected = folded.by_library(*inputs, **static)
+        got = folded.by_library_and_kernel(*inputs, ones=torch.ones(8).to(DEVICE), **static)
+        assert relative_error(got, expected) <= 1e-6
+
+
+@needs_kernels
+@pytest.mark.interpret
 def test_float8_kernel_means_its_simulation() -> None:
     w, shift = torch.randn(16, 16, 3, 3).double().to(DEVICE), torch.randn(16).double().to(DEVICE)
     x, residual = (folded.to_float8(100 * torch.randn(1, 5, 6, 16)).to(DEVICE) for _ in range(2))

@@ -87,6 +87,16 @@ def by_library(x: Tensor, residual: Tensor | None = None, *, p: Folded, geometry
     return y.relu_() if relu else y
 
 
+def by_library_and_kernel(
+    x: Tensor, residual: Tensor | None = None, *, p: Folded, ones: Tensor, geometry: Geometry, relu: bool
+) -> Tensor:
+    """[relu](conv(x, w) + shift + residual): the convolution by ATen, the rest by our kernel in one pass; ones [K]."""
+    from fastres.kernels.batch_norm import normalize
+
+    z = nhwc(F.conv2d(nchw(x), nchw(p.w), None, *_args(geometry)))
+    return normalize(z, ones, torch.zeros_like(ones) if p.shift is None else p.shift, relu=relu, residual=residual)
+
+
 def by_cudnn(x: Tensor, residual: Tensor | None = None, *, p: Folded, geometry: Geometry) -> Tensor:
     """relu(conv(x, w) + shift + residual) by cuDNN's fused convolution."""
     stride, pad, dilation, groups = geometry
