@@ -464,6 +464,7 @@ def normalize(
 def check_shortcut(name: str, x: Tensor, z: Tensor, stride: int) -> tuple[int, int, int]:
     """H, W, C of the x [N, H, W, C] behind an option-A shortcut to z [N, P, Q, K]. ValueError where x cannot be it."""
     check_tensor(name, x, tuple(x.shape), z)
+    rows(name, x, STREAMED)
     fits = x.dim() == z.dim() == 4 and stride >= 1 and x.shape[0] == z.shape[0] and 1 <= x.shape[3] <= z.shape[3]
     if not fits or any(-(-x.shape[i] // stride) != z.shape[i] for i in (1, 2)):
         raise ValueError(f"{name} {list(x.shape)} at stride {stride} is no shortcut to {list(z.shape)}")

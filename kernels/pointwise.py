@@ -48,7 +48,7 @@ class Rows(NamedTuple):
 
 
 def rows(name: str, z: Tensor, elements: int, *, also: int = 0) -> Rows:
-    """The matrix view of z [..., K] with up to `elements` to a tile. `also`: a second channel count that offsets are made of.
+    """The matrix view of z [..., K] with up to `elements` to a tile. `also`: another channel count that offsets hold.
 
     Raises ValueError unless z is contiguous, bf16, fp16 or fp32, and has channels and fewer than 2**31 - 2**14 pixels.
     """

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .batch_norm import check_shortcut
 from .launch import check_tensor
-from .pointwise import STREAMED, WARPS, at, rows, strided_row, tile_of
+from .pointwise import REDUCED, WARPS, at, rows, strided_row, tile_of
 
 
 @triton.jit(do_not_specialize=["M", "K_VECS", "P", "Q", "H", "W", "C_VECS"])
@@ -44,9 +44,9 @@ def pad_shortcut_backward(dx: Tensor, dy: Tensor, *, stride: int, mask: Tensor |
     """
     H, W, C = check_shortcut("dx", dx, dy, stride)
     check_tensor("mask", mask, tuple(dy.shape), dy)
-    source = rows("dy", dy, STREAMED, also=C)
+    source = rows("dy", dy, REDUCED, also=C)
     if source.M:
-        view = rows("dx", dx, STREAMED, also=source.K)._replace(M=source.M)
+        view = rows("dx", dx, REDUCED, also=source.K)._replace(M=source.M)
         with torch.cuda.device_of(dx):
             pad_shortcut_backward_kernel[(view.tiles,)](
                 dx=dx, dy=dy, y=mask, M=view.M, K_VECS=source.K // view.VEC, P=dy.shape[1], Q=dy.shape[2], H=H, W=W,

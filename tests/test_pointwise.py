@@ -600,7 +600,10 @@ def test_refusals() -> None:
         ("does not fit", lambda: batch_norm.normalize_max_pool(z, v, v, kernel=9, pad=0)),
         (r"z must be \[N, P, Q, K\]", lambda: batch_norm.normalize_max_pool(z[0], v, v)),
         ("is no shortcut", lambda: pad_shortcut_backward(z, z, stride=2)),
-        ("pixels", lambda: batch_norm.statistics(torch.empty(2**31, 1, device="meta"))),
+        ("z has 2147483648 pixels", lambda: batch_norm.statistics(torch.empty(2**31, 1, device="meta"))),
+        ("residual has 2147483648 pixels", lambda: batch_norm.normalize(
+            torch.empty(2**20, 16, 32, 1, device="meta"), v[:1].to("meta"), v[:1].to("meta"), relu=True,
+            residual=torch.empty(2**20, 32, 64, 1, device="meta"), residual_stride=2)),
     ]  # fmt: skip
     for message, call in refused:
         with pytest.raises(ValueError, match=message):
