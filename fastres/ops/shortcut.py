@@ -15,7 +15,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
@@ -171,8 +170,10 @@ def _pad_aten(x: Tensor, stride: int, channels: int) -> Tensor:
     _check(x, stride, channels)
     if extension.load(x.device.type):
         return _pad(x, stride, channels)
-    out = F.pad(x[:, :, ::stride, ::stride], (0, 0, 0, 0, 0, channels - x.shape[1]))
-    return out.contiguous(memory_format=_memory_format(x))
+    out = _pad_fake(x, stride, channels)
+    out[:, : x.shape[1]] = x[:, :, ::stride, ::stride]
+    out[:, x.shape[1] :] = 0
+    return out
 
 
 def _pad_backward_aten(grad: Tensor, stride: int, C: int, H: int, W: int) -> Tensor:
@@ -187,8 +188,9 @@ def _add_relu_aten(y: Tensor, x: Tensor, stride: int) -> Tensor:
     _check_pair(y, x, stride)
     if extension.load(x.device.type):
         return _add_relu(y, x, stride)
-    out = F.relu(y + F.pad(x[:, :, ::stride, ::stride], (0, 0, 0, 0, 0, y.shape[1] - x.shape[1])))
-    return out.contiguous(memory_format=_memory_format(y))
+    out = _empty(y, *y.shape).copy_(y)
+    out[:, : x.shape[1]] += x[:, :, ::stride, ::stride]
+    return out.relu_()
 
 
 def _add_relu_backward_aten(grad: Tensor, out: Tensor, stride: int, C: int, H: int, W: int) -> tuple[Tensor, Tensor]:
@@ -211,11 +213,11 @@ class _PadFunction(_SingleLevelFunction):
         return below(x, stride, channels)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         return None, _call(_pad_backward, _PadBackwardFunction, grad, ctx.stride, *ctx.sizes), None, None
 
     @staticmethod
-    def jvp(ctx: Any, _below: None, x_t: Tensor, *_: None) -> Tensor:  # type: ignore[override]
+    def jvp(ctx: Any, _below: None, x_t: Tensor, *_: None) -> Tensor:
         return _pad(x_t, ctx.stride, ctx.channels)
 
 
@@ -226,11 +228,11 @@ class _PadBackwardFunction(_SingleLevelFunction):
         return below(grad, stride, C, H, W)
 
     @staticmethod
-    def backward(ctx: Any, dx_grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dx_grad: Tensor) -> tuple[Any, ...]:
         return None, _pad(dx_grad, ctx.stride, ctx.channels), None, None, None, None
 
     @staticmethod
-    def jvp(ctx: Any, _below: None, grad_t: Tensor, *_: None) -> Tensor:  # type: ignore[override]
+    def jvp(ctx: Any, _below: None, grad_t: Tensor, *_: None) -> Tensor:
         return _pad_backward(grad_t, ctx.stride, *ctx.sizes)
 
 
@@ -244,14 +246,14 @@ class _AddReluFunction(_SingleLevelFunction):
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         (out,) = ctx.saved_tensors
         if not ctx.needs_input_grad[2]:
             return None, _mask(grad, out, 0), None, None
         return None, *_call(_add_relu_backward, _AddReluBackwardFunction, grad, out, ctx.stride, *ctx.sizes), None
 
     @staticmethod
-    def jvp(ctx: Any, _below: None, y_t: Tensor, x_t: Tensor, _stride: None) -> Tensor:  # type: ignore[override]
+    def jvp(ctx: Any, _below: None, y_t: Tensor, x_t: Tensor, _stride: None) -> Tensor:
         (out,) = ctx.saved_tensors
         return _mask(y_t + _pad(x_t, ctx.stride, y_t.shape[1]), out, 0)
 
@@ -269,18 +271,18 @@ class _AddReluBackwardFunction(_SingleLevelFunction):
         return below(grad, out, stride, C, H, W)
 
     @staticmethod
-    def backward(ctx: Any, dy_grad: Tensor, dx_grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy_grad: Tensor, dx_grad: Tensor) -> tuple[Any, ...]:
         (out,) = ctx.saved_tensors
         grad_grad = _mask(dy_grad + _pad(dx_grad, ctx.stride, out.shape[1]), out, 0)
         return None, grad_grad, None, None, None, None, None
 
     @staticmethod
-    def jvp(ctx: Any, _below: None, grad_t: Tensor, *_: None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def jvp(ctx: Any, _below: None, grad_t: Tensor, *_: None) -> tuple[Tensor, Tensor]:
         (out,) = ctx.saved_tensors
         return _add_relu_backward(grad_t, out, ctx.stride, *ctx.sizes)
 
 
-def _autograd(op: Any, function: type[_SingleLevelFunction]) -> Callable[..., Any]:
+def _autograd(op: Any, function: Any) -> Callable[..., Any]:
     """The kernel of `op` for the Autograd key: `function` where a derivative is wanted, else straight on."""
 
     def kernel(keyset: Any, *args: Any) -> Any:
@@ -302,7 +304,7 @@ def _autograd(op: Any, function: type[_SingleLevelFunction]) -> Callable[..., An
     return kernel
 
 
-def _call(op: Any, function: type[_SingleLevelFunction], *args: Any) -> Any:
+def _call(op: Any, function: Any, *args: Any) -> Any:
     """op(*args), by a way past the dispatcher's Python autograd kernel where the tensors are plain: it costs as much as
     a small shortcut."""
     if (

@@ -1,0 +1,63 @@
+"""The option-A shortcut on the CPU against its plain-PyTorch formulation: `pytest bench/shortcut.py --benchmark-only`.
+
+Every option-A transition of ResNet-18/34 (224 pixels) and of the CIFAR nets x batch x dtype x memory format, alone and
+fused with the block's end. Rows of one group are one problem: `reference` is F.pad (+ add + relu), `fastres` the
+operator; `forward` records for autograd, `backward` is the gradient of the inputs. A record of this machine, no gate;
+`--benchmark-json FILE` keeps it, `-k` picks ("fused and nhwc and 128").
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import pytest
+import torch
+
+from fastres.ops import extension, reference, shortcut
+
+TRANSITIONS = {  # C, H = W; the transition halves H and doubles C
+    "imagenet 56": (64, 56),
+    "imagenet 28": (128, 28),
+    "imagenet 14": (256, 14),
+    "cifar 32": (16, 32),
+    "cifar 16": (32, 16),
+}
+FORMATS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
+
+
+@pytest.mark.parametrize("module", [reference, shortcut], ids=["reference", "fastres"])
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("form", ["alone", "fused"])
+@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("batch", [1, 32, 128])
+@pytest.mark.parametrize("transition", TRANSITIONS)
+def test_shortcut(
+    benchmark: pytest.FixtureRequest,
+    transition: str,
+    batch: int,
+    dtype: torch.dtype,
+    layout: str,
+    form: str,
+    direction: str,
+    module: ModuleType,
+) -> None:
+    assert extension.load("cpu"), extension.status().reason
+    C, H = TRANSITIONS[transition]
+
+    def tensor(channels: int, size: int) -> torch.Tensor:
+        data = torch.randn(batch, channels, size, size, dtype=dtype)
+        return data.contiguous(memory_format=FORMATS[layout])
+
+    x, y, grad = tensor(C, H).requires_grad_(), tensor(2 * C, H // 2).requires_grad_(), tensor(2 * C, H // 2)
+    inputs = (x,) if form == "alone" else (y, x)
+
+    def forward() -> torch.Tensor:
+        return module.pad_shortcut(x, 2, 2 * C) if form == "alone" else module.pad_shortcut_add_relu(y, x, 2)
+
+    benchmark.group = f"{transition} batch {batch} {dtype} {layout} {form} {direction}"
+    if direction == "forward":
+        benchmark(forward)
+    else:
+        out = forward()
+        benchmark(torch.autograd.grad, out, inputs, grad, retain_graph=True)

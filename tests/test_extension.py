@@ -1,0 +1,246 @@
+"""Building and loading csrc/: what happens without a compiler, when a build is killed, when two processes meet, when
+the cache can't be written; and that the CUDA source compiles for the GPUs it is meant for."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import re
+import shutil
+import signal
+import subprocess
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastres.ops import extension
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache folder, a process that has tried nothing yet, and no variable of the caller's."""
+    for name in ("FASTRES_CUDA_EXT", "CXX", "CUDA_HOME", "CUDA_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("FASTRES_CACHE_DIR", str(folder))
+    monkeypatch.setattr(extension, "_outcome", {})
+    return folder
+
+
+@pytest.fixture
+def compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
+    """Makes CXX a script, run after its calls are logged; `$out` is the file it is asked for. Returns the log."""
+
+    def make(body: str) -> Path:
+        log, script = tmp_path / "calls", tmp_path / "compiler with space"
+        find_out = 'out=; for a in "$@"; do [ "$last" = -o ] && out=$a; last=$a; done'
+        script.write_text(f"#!/bin/sh\necho $$ >> '{log}'\n{find_out}\n{body}\n")
+        script.chmod(0o755)
+        monkeypatch.setenv("CXX", f"'{script}'")
+        return log
+
+    return make
+
+
+def built(cache: Path) -> list[str]:
+    return sorted(p.suffix for p in cache.iterdir())
+
+
+def test_builds_once_and_is_found_again(cache: Path, compiler: Callable[[str], Path]) -> None:
+    log = compiler("echo library > $out")
+    first = extension.build("cpu")
+    assert extension.build("cpu") == first
+    assert len(log.read_text().split()) == 1
+    assert built(cache) == [".lock", ".so"]
+    assert extension.status().cpu
+
+
+def test_status_builds_nothing(cache: Path) -> None:
+    status = extension.status()
+    assert not status.cpu
+    assert "not built yet, builds at first use" in status.reason
+    assert not cache.exists()
+
+
+def test_key_holds_sources_and_flags(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = {extension._recipe("cpu").name}
+    monkeypatch.setattr(extension, "_instruction_set", lambda: ["-mother"])
+    names.add(extension._recipe("cpu").name)
+    monkeypatch.setattr(torch, "__version__", "0")
+    names.add(extension._recipe("cpu").name)
+    source = extension._recipe("cpu").source
+    read = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda p: b"" if p == source else read(p))
+    names.add(extension._recipe("cpu").name)
+    assert len(names) == 4
+
+
+def expect_aten(message: str) -> None:
+    """The load fails: one warning with cause and mend under auto, an error under 1, silence under 0."""
+    with pytest.warns(RuntimeWarning, match=message) as record:
+        assert not extension.load("cpu")
+        assert not extension.load("cpu")
+    assert len(record) == 1
+    assert not extension.status().cpu
+    assert re.search(message, extension.status().reason)
+    extension._outcome.clear()
+    os.environ["FASTRES_CUDA_EXT"] = "1"  # the caller's monkeypatch restores it
+    with pytest.raises(extension.BuildError, match=message):
+        extension.load("cpu")
+    os.environ["FASTRES_CUDA_EXT"] = "0"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not extension.load("cpu")
+
+
+def test_no_compiler(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTRES_CUDA_EXT", "auto")
+    monkeypatch.setenv("PATH", "")
+    expect_aten(r"there is no C\+\+ compiler; install")
+
+
+def test_named_compiler_missing(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTRES_CUDA_EXT", "auto")
+    monkeypatch.setenv("CXX", "no-such-compiler -v")
+    expect_aten("CXX names 'no-such-compiler', which isn't there")
+
+
+def test_compiler_fails(cache: Path, compiler: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTRES_CUDA_EXT", "auto")
+    compiler("echo half > $out; echo 'error: too old' >&2; exit 1")
+    expect_aten(r"building shortcut\.cpp failed:\n(.|\n)*error: too old")
+    assert built(cache) == [".lock"]
+
+
+def test_library_does_not_load(cache: Path, compiler: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTRES_CUDA_EXT", "auto")
+    compiler("echo not a library > $out")
+    expect_aten(r"doesn't load \((.|\n)*\); delete it")
+
+
+def test_cache_cannot_be_written(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache.write_text("a file where the folder should be")
+    monkeypatch.setenv("FASTRES_CUDA_EXT", "auto")
+    expect_aten("the cache folder .* can't be written .*; set FASTRES_CACHE_DIR")
+
+
+def test_read_only_cache_serves_what_it_has(
+    cache: Path, compiler: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiler("echo library > $out")
+    library = extension.build("cpu")
+
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise PermissionError(30, "Read-only file system")
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    monkeypatch.setattr(extension, "_file_lock", refuse)
+    assert extension.build("cpu") == library
+    library.unlink()
+    with pytest.raises(extension.BuildError, match="Read-only file system"):
+        extension.build("cpu")
+
+
+def test_unknown_mode_and_devices(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not extension.load("meta")
+    monkeypatch.setenv("FASTRES_CUDA_EXT", "yes")
+    with pytest.raises(ValueError, match="FASTRES_CUDA_EXT is 'yes'; accepted: 0, 1, auto"):
+        extension.load("cpu")
+
+
+def test_cuda_without_gpu_or_toolkit(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(extension.BuildError, match="there is no nvcc; install the CUDA toolkit|built without CUDA"):
+        extension.build("cuda")
+    assert not extension.status().cuda
+
+
+def test_toolkit_of_another_major(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 7.5, V7.5.1'\n")
+    nvcc.chmod(0o755)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    with pytest.raises(extension.BuildError, match=r"is of CUDA 7, torch of CUDA 13\.0; point CUDA_HOME to a CUDA 13"):
+        extension.build("cuda", ("90",))
+
+
+def test_two_processes_build_once(cache: Path, compiler: Callable[[str], Path]) -> None:
+    log = compiler("sleep 0.5; echo library > $out")
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=extension.build, args=("cpu",)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(30)
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    assert len(log.read_text().split()) == 1
+    assert built(cache) == [".lock", ".so"]
+
+
+def test_killed_build(cache: Path, compiler: Callable[[str], Path]) -> None:
+    """SIGKILL in mid-build: the lock is free, the next build succeeds and clears away what was left."""
+    log = compiler("echo half > $out; sleep 60")
+    process = multiprocessing.get_context("fork").Process(target=extension.build, args=("cpu",))
+    process.start()
+    deadline = time.monotonic() + 30
+    while not (log.exists() and log.read_text().strip() and list(cache.glob("*.build/*.so"))):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.kill()
+    process.join(10)
+    assert ".build" in built(cache)
+    orphan = int(log.read_text())  # the compiler outlives the build; ninja gave it a process group of its own
+    compiler("echo library > $out")
+    assert extension.build("cpu").read_text() == "library\n"
+    assert built(cache) == [".lock", ".so"]
+    os.killpg(orphan, signal.SIGKILL)
+
+
+def test_paths_with_special_characters(
+    cache: Path, tmp_path: Path, compiler: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiler('for a in "$@"; do case $a in *.cpp) cp "$a" "$out";; esac; done')
+    monkeypatch.setenv("FASTRES_CACHE_DIR", str(tmp_path / "a $b: c"))
+    assert "Option-A" in extension.build("cpu").read_text()
+
+
+ARCHS = ("80", "90", "100")
+
+
+def test_cuda_compiles(cache: Path) -> None:
+    """nvcc builds the library for A100, H100 and B200; the binary uses 16-byte accesses and spills nothing."""
+    try:
+        extension._nvcc()
+    except extension.BuildError as error:
+        pytest.skip(str(error))
+    library = extension.build("cuda", ARCHS)
+    triton = pytest.importorskip("triton")
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    if not tool.exists():
+        pytest.skip("triton has no cuobjdump here")
+
+    def dump(*options: str) -> str:
+        return subprocess.run([str(tool), *options, str(library)], capture_output=True, text=True, check=True).stdout
+
+    assert set(re.findall(r"sm_(\d+)", dump("--list-elf"))) == set(ARCHS)
+    usage = re.findall(r"REG:(\d+) STACK:(\d+).*?LOCAL:(\d+)", dump("--dump-resource-usage"))
+    assert len(usage) >= len(ARCHS) * 50
+    assert all(int(stack) == int(local) == 0 for _, stack, local in usage)
+    assert max(int(registers) for registers, _, _ in usage) <= 64  # 4 blocks of 256 threads a multiprocessor
+    assembly = dump("-sass", "-arch", "sm_90")
+    functions = re.split(r"Function : ", assembly)[1:]
+    wide = [f for f in functions if re.search(r"LDG\.E\.128", f) and re.search(r"STG\.E\.128", f)]
+    assert len(wide) * 3 >= len(functions)  # of three variants (packed, single, 64-bit) one is packed
+
+
+@pytest.mark.gpu
+def test_cuda_loads() -> None:
+    assert extension.load("cuda"), extension.status().reason
+    assert extension.status().cuda
