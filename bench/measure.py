@@ -43,13 +43,13 @@ def allowed(baseline: float, dtype: torch.dtype, device: torch.device, mode: str
     """The largest error of a right output, given eager PyTorch's own error `baseline` on the same case.
 
     Inference: four times the baseline, or `rounding`. Gradients: an error e of the activations puts a share e of the
-    ReLUs on the other side of zero, which moves a gradient by about sqrt(e); twice that or twice the baseline. Never
-    as much as a gradient that has nothing to do with the right one (error 1 if zero, 1.4 if random).
+    ReLUs on the other side of zero, which moves a gradient by about sqrt(e); four times that or twice the baseline.
+    Never as much as a gradient that has nothing to do with the right one (error 1 if zero, 1.4 if random).
     """
     e = rounding(dtype, device)
     if mode == "infer":
         return min(0.5, max(4 * baseline, e))
-    return min(0.9, max(2 * baseline, 2 * math.sqrt(e)))
+    return min(0.9, max(2 * baseline, min(0.5, 4 * math.sqrt(e))))
 
 
 @dataclass
