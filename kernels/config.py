@@ -318,7 +318,7 @@ def _same_program(a: Tile, b: Tile) -> bool:
 
 def _cycles(programs: int, resident: int, busy: float, gpu: Gpu) -> float:
     """For programs that are busy so long, at most `resident` at a time on a multiprocessor."""
-    resident = min(resident, math.ceil(programs / gpu.sms))
+    resident = max(1, min(resident, math.ceil(programs / gpu.sms)))
     waves = programs / (gpu.sms * resident)
     waves = waves if waves > 8 else math.ceil(waves)
     return waves * max(resident * (busy + OVERHEAD), busy + LATENCY)

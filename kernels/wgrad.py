@@ -108,6 +108,8 @@ def wgrad_kernel(
     pid = tl.program_id(0)
     split = tl.program_id(1)
     group = pid // (tiles_k * columns)
+    if INT64:
+        group = group.to(tl.int64)
     tile_k = pid % tiles_k
     tile_column = pid // tiles_k % columns
 
@@ -222,7 +224,7 @@ def wgrad_dot(dz, a, acc, SWAP: tl.constexpr, PRECISION: tl.constexpr):
 @triton.jit
 def wgrad_reduce_kernel(partials, dw, numel, splits, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """dw [numel] = the sum of partials [splits, numel], ROWS of them at a time, always in the same order."""
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
     for first in range(0, splits, ROWS):
         split = first + tl.arange(0, ROWS)[:, None]
@@ -305,64 +307,65 @@ def conv_wgrad(
     if tma_a and stride == 2:
         x_view, x_box = (N, H // 2, 2, W // 2, 2 * C), (TN, TH, 1, TW, tile.BN)
     dy_view, dy_box = (N, P, Q, K), (TN, TH, TW, tile.BM) if tma_dz else None
-    wgrad_kernel[(triton.cdiv(k_group, tile.BM) * columns * groups, splits)](
-        dy=operand(dy, dy_view, dy_box),
-        z=operand(load.z, dy_view, dy_box),
-        mask=operand(load.mask, dy_view, dy_box),
-        x=operand(x, x_view, x_box),
-        dw=partials,
-        p=load.p,
-        q=load.q,
-        r=load.r,
-        mask_scale=load.scale,
-        mask_shift=load.shift,
-        scale=scale,
-        shift=shift,
-        N=N,
-        H=H,
-        W=W,
-        C=C,
-        P=P,
-        Q=Q,
-        K=K,
-        C_GROUP=c_group,
-        K_GROUP=k_group,
-        tiles_h=tiles_h,
-        tiles_w=tiles_w,
-        steps_in_all=steps,
-        steps_per_split=steps_per_split,
-        R=R,
-        S=S,
-        STRIDE=stride,
-        PAD=pad,
-        DILATION=dilation,
-        BM=tile.BM,
-        BN=tile.BN,
-        BK=tile.BK,
-        TN=TN,
-        TH=TH,
-        TW=TW,
-        TAPS=tile.taps,
-        TMA_DZ=tma_dz,
-        TMA_A=tma_a,
-        UNIFORM=uniform,
-        SHIFT_DZ=shift_dz,
-        PADDED_DZ=not boxes_fit,
-        PADDED_A=padded_a,
-        SETTLE=both and not triton.knobs.runtime.interpret,
-        INT64=not problem.int32_safe,
-        PRECISION=precision,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-    )
-    if splits > 1:
-        numel = dw.numel()
-        wgrad_reduce_kernel[(triton.cdiv(numel, 128),)](
-            partials=partials,
-            dw=dw,
-            numel=numel,
-            splits=splits,
-            ROWS=min(16, triton.next_power_of_2(splits)),
-            BLOCK=128,
+    with torch.cuda.device_of(dy):
+        wgrad_kernel[(triton.cdiv(k_group, tile.BM) * columns * groups, splits)](
+            dy=operand(dy, dy_view, dy_box),
+            z=operand(load.z, dy_view, dy_box),
+            mask=operand(load.mask, dy_view, dy_box),
+            x=operand(x, x_view, x_box),
+            dw=partials,
+            p=load.p,
+            q=load.q,
+            r=load.r,
+            mask_scale=load.scale,
+            mask_shift=load.shift,
+            scale=scale,
+            shift=shift,
+            N=N,
+            H=H,
+            W=W,
+            C=C,
+            P=P,
+            Q=Q,
+            K=K,
+            C_GROUP=c_group,
+            K_GROUP=k_group,
+            tiles_h=tiles_h,
+            tiles_w=tiles_w,
+            steps_in_all=steps,
+            steps_per_split=steps_per_split,
+            R=R,
+            S=S,
+            STRIDE=stride,
+            PAD=pad,
+            DILATION=dilation,
+            BM=tile.BM,
+            BN=tile.BN,
+            BK=tile.BK,
+            TN=TN,
+            TH=TH,
+            TW=TW,
+            TAPS=tile.taps,
+            TMA_DZ=tma_dz,
+            TMA_A=tma_a,
+            UNIFORM=uniform,
+            SHIFT_DZ=shift_dz,
+            PADDED_DZ=not boxes_fit,
+            PADDED_A=padded_a,
+            SETTLE=both and not triton.knobs.runtime.interpret,
+            INT64=not problem.int32_safe,
+            PRECISION=precision,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
         )
+        if splits > 1:
+            numel = dw.numel()
+            wgrad_reduce_kernel[(triton.cdiv(numel, 128),)](
+                partials=partials,
+                dw=dw,
+                numel=numel,
+                splits=splits,
+                ROWS=min(16, triton.next_power_of_2(splits)),
+                BLOCK=128,
+            )
     return dw
