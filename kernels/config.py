@@ -95,7 +95,7 @@ def fprop_tiles(
         shared = gpu.shared - (BN * BK * itemsize if prologue else 0) - SMALL
         programs = math.ceil(outputs / BM) * problem.groups * pixel_tiles(problem, BN, box)
         depth = 3 if programs > gpu.sms else 6  # alone on a multiprocessor, a program hides its loads by itself
-        stages = min(depth, max(1 if tma else 2, steps), shared // step_bytes)  # pointers copy asynchronously from 2 on
+        stages = min(depth, max(2, steps), shared // step_bytes)  # only from 2 on do both operands load at once
         if stages < min(3, steps) and BM * BN > 64 * 64:  # too few to hide a load
             continue
         resident = max(1, min(shared // (stages * step_bytes), 65536 // (BM * BN + 64 * 32 * warps)))

@@ -85,8 +85,7 @@ def verify(launch: Launch, sm: int) -> None:
         matrix = "HMMA" if sm == 90 else None
     shared = GPUS[sm].shared
     if "TN" in given:
-        loop = ("LDG", "STG") if given["steps"] > 1 else ()  # not pipelined: the prologue's vectors come directly
-        check(binary, matrix=matrix, present=("UTMALDG", "UTMASTG"), loop_absent=loop, shared=shared)
+        check(binary, matrix=matrix, present=("UTMALDG", "UTMASTG"), loop_absent=("LDG", "STG"), shared=shared)
     else:
         copies = not given["ROW"] % 2  # 2 bytes are no asynchronous copy
         loop = ("LDG", "STG") if copies else ("STG",)
