@@ -2,12 +2,15 @@
 
 Every option-A transition of ResNet-18/34 (224 pixels) and of the CIFAR nets x batch x dtype x memory format, alone and
 fused with the block's end. Rows of one group are one problem: `reference` is F.pad (+ add + relu), `fastres` the
-operator; `forward` records for autograd, `backward` is the gradient of the inputs. A record of this machine, no gate;
-`--benchmark-json FILE` keeps it, `-k` picks ("fused and nhwc and 128").
+operator; `forward` records for autograd, `backward` is the gradient of the inputs. Times are one thread's CPU time, on
+which other load on the machine has little influence. A record of this machine, no gate; `--benchmark-json FILE` keeps
+it, `-k` picks ("fused and nhwc and 128").
 """
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterator
 from types import ModuleType
 
 import pytest
@@ -25,6 +28,15 @@ TRANSITIONS = {  # C, H = W; the transition halves H and doubles C
 FORMATS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 
 
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.benchmark(timer=time.thread_time)
 @pytest.mark.parametrize("module", [reference, shortcut], ids=["reference", "fastres"])
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 @pytest.mark.parametrize("form", ["alone", "fused"])

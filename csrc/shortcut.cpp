@@ -22,42 +22,81 @@ static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__);
 template <class B>
 using Pair = std::conditional_t<sizeof(B) == 2, uint32_t, uint64_t>;
 
-// out[i] = x[i * step]. `in_pairs`: x[size * 2 - 1] is there to be read, too.
+// `count` elements of x at distance two, and back with zeros between: vectors, where count is a constant.
+template <int count, class B>
+inline void narrow(B* out, const B* x) {
+  Pair<B> pairs[count];
+  B lower[count];
+  std::memcpy(pairs, x, sizeof(pairs));
+  for (int i = 0; i < count; ++i) lower[i] = static_cast<B>(pairs[i]);
+  std::memcpy(out, lower, sizeof(lower));
+}
+
+template <int count, class B>
+inline void widen(B* dx, const B* grad) {
+  B lower[count];
+  Pair<B> pairs[count];
+  std::memcpy(lower, grad, sizeof(lower));
+  for (int i = 0; i < count; ++i) pairs[i] = lower[i];
+  std::memcpy(dx, pairs, sizeof(pairs));
+}
+
+// f(i, integral constant) for blocks that cover [0, size). Rows are short (7, 8, 14, 16, 28 pixels), so the last block
+// overlaps the one before rather than leave a remainder.
+template <class F>
+inline void in_blocks(int64_t size, const F& f) {
+  const auto cover = [&](auto count) {
+    int64_t i = 0;
+    for (; i + count <= size; i += count) f(i, count);
+    if (i < size) f(size - count, count);
+  };
+  if (size >= 16) {
+    cover(std::integral_constant<int, 16>());
+  } else if (size >= 4) {
+    cover(std::integral_constant<int, 4>());
+  } else {
+    cover(std::integral_constant<int, 1>());
+  }
+}
+
+// memcpy and memset of a pixel's few channels: a call costs more than the work.
 template <class B>
-inline void gather_row(B* __restrict out, const B* __restrict x, int64_t step, int64_t size, bool in_pairs) {
-  if (step == 1) {
+inline void copy(B* __restrict out, const B* __restrict x, int64_t size) {
+  constexpr int64_t block = 32 / sizeof(B);
+  if (size % block || size > 16 * block) {
     std::memcpy(out, x, size * sizeof(B));
-    return;
+  } else {
+    for (int64_t i = 0; i < size; i += block) std::memcpy(out + i, x + i, 32);
   }
-  int64_t i = 0;
-  if constexpr (sizeof(B) < sizeof(Pair<B>)) {
-    for (; in_pairs && i < size; ++i) {
-      Pair<B> pair;
-      std::memcpy(&pair, x + 2 * i, sizeof(pair));
-      out[i] = static_cast<B>(pair);
-    }
-  }
-  for (; i < size; ++i) out[i] = x[i * step];
 }
 
 template <class B>
-inline void clear(B* dx, int64_t size) {
-  std::memset(dx, 0, size * sizeof(B));
+inline void clear(B* out, int64_t size) {
+  constexpr int64_t block = 32 / sizeof(B);
+  if (size % block || size > 16 * block) {
+    std::memset(out, 0, size * sizeof(B));
+  } else {
+    for (int64_t i = 0; i < size; i += block) std::memset(out + i, 0, 32);
+  }
+}
+
+// out[i] = x[i * step]. `in_pairs`: x[size * 2 - 1] is there to be read, too.
+template <class B>
+inline void gather_row(B* __restrict out, const B* __restrict x, int64_t step, int64_t size, bool in_pairs) {
+  if (step == 1) return copy(out, x, size);
+  if constexpr (sizeof(B) < sizeof(Pair<B>)) {
+    if (in_pairs) return in_blocks(size, [&](int64_t i, auto count) { narrow<count()>(out + i, x + 2 * i); });
+  }
+  for (int64_t i = 0; i < size; ++i) out[i] = x[i * step];
 }
 
 // A row of W elements of dx: grad at every `stride`-th, zeros between.
 template <class B>
 inline void scatter_row(const B* __restrict grad, B* __restrict dx, int64_t stride, int64_t W) {
-  if (stride == 1) {
-    std::memcpy(dx, grad, W * sizeof(B));
-    return;
-  }
+  if (stride == 1) return copy(dx, grad, W);
   if constexpr (sizeof(B) < sizeof(Pair<B>)) {
     if (stride == 2) {
-      for (int64_t i = 0; i < W / 2; ++i) {
-        const Pair<B> pair = grad[i];
-        std::memcpy(dx + 2 * i, &pair, sizeof(pair));
-      }
+      in_blocks(W / 2, [&](int64_t i, auto count) { widen<count()>(dx + 2 * i, grad + i); });
       if (W % 2) dx[W - 1] = grad[W / 2];
       return;
     }
@@ -153,7 +192,7 @@ struct Cpu {
           Bits<T>* to = dx + (n * s.H + h) * s.W * s.C;
           for (int64_t w = 0; w < s.W; w += s.stride, from += s.K) {
             const int64_t beside = std::min(s.stride, s.W - w) - 1;
-            std::memcpy(to, from, s.C * sizeof(T));
+            copy(to, from, s.C);
             clear(to + s.C, beside * s.C);
             to += (1 + beside) * s.C;
           }
