@@ -304,11 +304,11 @@ def bn_backward(g, z, p, q, r, channel, K):
 
 @triton.jit(do_not_specialize=["M", "K_VECS", "P", "Q", "U", "V"])
 def backward_apply_kernel(
-    dy, y, tap, scale, shift, z, p, q, r, dz, z_d, p_d, q_d, r_d, dz_d, dout, M, K_VECS, P, Q, U, V,
+    dy, y, tap, scale, shift, z, p, q, r, dz, z_d, p_d, q_d, r_d, dz_d, M, K_VECS, P, Q, U, V,
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, PAD: tl.constexpr,
     VEC: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """One tile of dz, of the projection's dz_d and of g itself (dout), each where wanted."""
+    """One tile of dz, and of the projection's dz_d where there is one."""
     K = K_VECS * VEC
     row, channel = tile_of(tl.program_id(0), K, BM, BK)
     valid = (row < M)[:, None] & (channel < K)[None, :]
@@ -319,15 +319,12 @@ def backward_apply_kernel(
     g = gradient(
         dy, y, tap, x, scale, shift, row, channel, valid, K, P, Q, U, V, KERNEL, STRIDE, PAD,
     )  # fmt: skip
-    if dz is not None:
-        tl.store(dz + here, bn_backward(g, x, p, q, r, channel, K).to(dz.dtype.element_ty), mask=valid)
+    tl.store(dz + here, bn_backward(g, x, p, q, r, channel, K).to(dz.dtype.element_ty), mask=valid)
     if dz_d is not None:
         x = None
         if q_d is not None:
             x = tl.load(z_d + here, mask=valid, other=0.0).to(tl.float32)
         tl.store(dz_d + here, bn_backward(g, x, p_d, q_d, r_d, channel, K).to(dz.dtype.element_ty), mask=valid)
-    if dout is not None:
-        tl.store(dout + here, g.to(dout.dtype.element_ty), mask=valid)
 
 
 class Statistics(NamedTuple):
@@ -541,10 +538,8 @@ def backward_apply(
     mask: Mask = None,
     pool: Pool | None = None,
     projection: tuple[Tensor, Tensor, Tensor | None, Tensor | None] | None = None,
-    with_g: bool = False,
-) -> Tensor | tuple[Tensor, ...]:
-    """dz = p g + q z + r like z; with a projection also its dz_d, with_g also g itself (for a shortcut that carries it
-    on), in this order.
+) -> Tensor | tuple[Tensor, Tensor]:
+    """dz = p g + q z + r like z; with a projection the pair (dz, dz_d).
 
     Arguments as of `backward_reduce`; p, q, r fp32 [K], projection: (z_d, p_d, q_d, r_d). q = r = None for statistics
     that were given: z is then read only if the mask needs it. Raises ValueError for arguments that do not fit z.
@@ -555,43 +550,17 @@ def backward_apply(
     check_tensor("projection z", z_d, tuple(z.shape), z)
     dz = torch.empty_like(z)
     dz_d = None if projection is None else torch.empty_like(z)
-    g = torch.empty_like(z) if with_g else None
     vectors = {"p": p, "q": q, "r": r, "p_d": p_d, "q_d": q_d, "r_d": r_d}
-    _backward_apply(dy, z, mask, pool, vectors, dz=dz, z_d=z_d, dz_d=dz_d, dout=g)
-    return dz if dz_d is None and g is None else tuple(t for t in (dz, dz_d, g) if t is not None)
-
-
-def max_pool_backward(
-    dy: Tensor, tap: Tensor, z: Tensor, scale: Tensor, shift: Tensor, *, kernel: int, stride: int, pad: int
-) -> Tensor:
-    """g like z [N, P, Q, K] at the BatchNorm's output, behind `normalize_max_pool`, from dy and tap [N, U, V, K].
-
-    `backward_reduce` and `backward_apply` compute the same g on the fly (`pool=`): this is for who needs it stored.
-    """
-    g = torch.empty_like(z)
-    vectors = dict.fromkeys(("p", "q", "r", "p_d", "q_d", "r_d"))
-    pool = Pool(tap, kernel, stride, pad)
-    _backward_apply(dy, z, (scale, shift), pool, vectors, dz=None, z_d=None, dz_d=None, dout=g)
-    return g
-
-
-def _backward_apply(
-    dy: Tensor,
-    z: Tensor,
-    mask: Mask,
-    pool: Pool | None,
-    vectors: dict[str, Tensor | None],
-    **tensors: Tensor | None,
-) -> None:
     view = rows("z", z, STREAMED if pool is None else WINDOWED)
     source = _gradient_source(dy, z, mask, pool)
     check_vectors(view.K, z, **vectors)
     if view.M:
         with torch.cuda.device_of(z):
             backward_apply_kernel[(view.tiles,)](
-                z=z, M=view.M, K_VECS=view.K // view.VEC, VEC=view.VEC, BM=view.BM, BK=view.BK, num_warps=WARPS,
-                **source, **vectors, **tensors,
+                z=z, dz=dz, z_d=z_d, dz_d=dz_d, M=view.M, K_VECS=view.K // view.VEC, VEC=view.VEC, BM=view.BM,
+                BK=view.BK, num_warps=WARPS, **source, **vectors,
             )  # fmt: skip
+    return dz if dz_d is None else (dz, dz_d)
 
 
 def _gradient_source(dy: Tensor, z: Tensor, mask: Mask, pool: Pool | None) -> dict[str, Any]:
@@ -652,7 +621,6 @@ __all__ = [
     "backward_reduce",
     "finish_backward",
     "finish_statistics",
-    "max_pool_backward",
     "normalize",
     "normalize_max_pool",
     "running_statistics",

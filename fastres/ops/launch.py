@@ -197,7 +197,7 @@ class Step:
         """`source`: mask, pool, projection, as `steps.backward_apply`."""
         return self._pointwise.backward_apply(dy, *bn, **source)
 
-    def pad_shortcut_backward(self, dx: Tensor, dy: Tensor, stride: int, mask: Tensor) -> Tensor:
+    def pad_shortcut_backward(self, dx: Tensor, dy: Tensor, stride: int, mask: Tensor | None) -> Tensor:
         return self._pointwise.pad_shortcut_backward(dx, dy, stride=stride, mask=mask)
 
     def dgrad(
@@ -217,7 +217,7 @@ class Step:
                 dz, w, self.x_shape, **self._conv, bn_backward=bn, residual=residual, residual_mask=residual_mask
             )
         dx = steps.conv_dgrad(self._dz(dz, bn), w, self.x_shape, geometry=self.geometry)
-        return dx if residual is None else steps.add_masked(dx, residual, residual_mask)
+        return dx if residual is None else self.pad_shortcut_backward(dx, residual, 1, residual_mask)
 
     def dgrad_masked(
         self, dz: Tensor, w: Tensor, z: Tensor, affine: Affine, mean: Tensor, bn: BNBackward | None

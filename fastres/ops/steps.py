@@ -274,13 +274,9 @@ def backward_apply(
     return dz, (p_d * g + q_d * z_d + r_d).to(dy.dtype)
 
 
-def pad_shortcut_backward(dx: Tensor, dy: Tensor, *, stride: int, mask: Tensor) -> Tensor:
-    """dx [N, H, W, C] with option A's share of dy [N, P, Q, K], masked by the block's output, added in place."""
+def pad_shortcut_backward(dx: Tensor, dy: Tensor, *, stride: int, mask: Tensor | None = None) -> Tensor:
+    """dx [N, H, W, C] with the shortcut's share of dy [N, P, Q, K], masked by the block's output, added in place:
+    option A's, or with stride 1 the identity's."""
     read = dx[:, ::stride, ::stride]
     read += _masked(dy, dy, mask)[..., : dx.shape[-1]]
     return dx
-
-
-def add_masked(dx: Tensor, residual: Tensor, mask: Tensor | None) -> Tensor:
-    """dx + residual, the residual only where the ReLU with output `mask` was open."""
-    return dx + (residual if mask is None else _masked(residual, residual, mask))
