@@ -95,8 +95,9 @@ def fprop_tiles(
         shared = gpu.shared - (BN * BK * itemsize if prologue else 0) - SMALL
         programs = math.ceil(outputs / BM) * problem.groups * pixel_tiles(problem, BN, box)
         depth = 3 if programs > gpu.sms else 6  # alone on a multiprocessor, a program hides its loads by itself
-        stages = min(depth, max(2, steps), shared // step_bytes)  # only from 2 on do both operands load at once
-        if stages < min(3, steps) and BM * BN > 64 * 64:  # too few to hide a load
+        least = 2 if tma else 3  # with 1 operands load one after the other; with 2 the gather kernel spills
+        stages = min(depth, max(least, steps), shared // step_bytes)
+        if stages < max(least, min(3, steps)) and BM * BN > 64 * 64:
             continue
         resident = max(1, min(shared // (stages * step_bytes), 65536 // (BM * BN + 64 * 32 * warps)))
         rate = (FMA if ieee else WGMMA if BM >= 64 else MMA) * 2 / itemsize
