@@ -84,7 +84,7 @@ def call(step: Step, pass_: str, operands: Operands) -> Callable[[], Any]:
     o, first = operands, step.problem.C < 8  # the stem has no activation before it
     scale, shift = o.out_affine
     if pass_ == "infer":
-        return lambda: step.fprop(o.x, o.w, scale=scale, shift=shift, relu=True)
+        return lambda: step.infer(o.x, o.w, scale, shift)
     if pass_ == "fprop":
         return lambda: step.fprop_statistics(o.x, o.w, None if first else o.a_affine)
     if pass_ == "dgrad":

@@ -20,7 +20,7 @@ from typing import Any
 
 import layers
 import torch
-from layers import DTYPES, Operands, name
+from layers import DTYPES, PASSES, Operands, name
 from torch import Tensor
 
 import fastres
@@ -34,7 +34,6 @@ from fastres.kernels.stem import stem_refusal
 from fastres.kernels.wgrad import conv_wgrad
 from fastres.ops import steps
 
-PASSES = ("fprop", "dgrad", "wgrad")
 SHIPPED = Path(config.__file__).parent / "tables"
 
 
@@ -44,8 +43,9 @@ def candidates(problem: ConvProblem, pass_: str, operands: Operands, most: int) 
     tiles: list[Tile] = []
     carried = tma_refusal(problem, operands.x, operands.z) is None
     for tma in (True, False) if carried else (False,):
-        if pass_ == "fprop":
-            tiles += config.fprop_tiles(problem, dtype.itemsize, tma, gpu)[:most]
+        if pass_ in ("infer", "fprop"):
+            computed = pass_ == "fprop" and problem.C >= 8
+            tiles += config.fprop_tiles(problem, dtype.itemsize, tma, gpu, prologue=computed)[:most]
         elif pass_ == "dgrad":
             tiles += config.dgrad_tiles(problem, dtype.itemsize, tma, gpu, operands=2, epilogue=True)[:most]
         else:
@@ -58,6 +58,9 @@ def ours(problem: ConvProblem, pass_: str, operands: Operands, tile: Tile) -> Ca
     p, o = problem, operands
     sizes: dict[str, Any] = {"stride": p.stride, "pad": p.pad, "dilation": p.dilation, "groups": p.groups, "tile": tile}
     prologue = None if p.C < 8 else o.a_affine
+    if pass_ == "infer":
+        scale, shift = o.out_affine
+        return lambda: conv_fprop(o.x, o.w, scale=scale, shift=shift, relu=True, **sizes)
     if pass_ == "fprop":
         return lambda: conv_fprop(o.x, o.w, prologue=prologue, statistics=True, **sizes)
     if pass_ == "dgrad":
@@ -78,8 +81,9 @@ def ways(problem: ConvProblem, pass_: str, operands: Operands, most: int) -> Ite
     """(engine, tile, work) of everything of ours that may serve."""
     for tile in candidates(problem, pass_, operands, most):
         yield "triton", tile, ours(problem, pass_, operands, tile)
-    if pass_ == "fprop" and stem_refusal(problem) is None:
-        packed = replace(layers.step(problem, operands.x.dtype, operands.x.device), fprop_by="stem")
+    if pass_ in ("infer", "fprop") and stem_refusal(problem) is None:
+        step = layers.step(problem, operands.x.dtype, operands.x.device)
+        packed = replace(step, infer_by="stem", fprop_by="stem")
         yield "stem", None, layers.call(packed, pass_, operands)
 
 

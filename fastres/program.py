@@ -139,7 +139,7 @@ class Program:
             return Bound(step, "aten", "between dtypes", partial(convert, scale=step.scale))
         if isinstance(step, Chain):
             weights = tuple(self.weights[part.out] for part in step.parts)
-            return Bound(step, "triton", "measured fastest on this GPU", partial(_chain, weights))
+            return Bound(step, "triton", "measured fastest on this GPU", partial(folded.by_chain, p=weights))
         assert isinstance(step, Aten)
         layer = self.layers.get(step.name)
         function = layer if layer is not None else FUNCTIONS[step.kind]
@@ -154,7 +154,7 @@ class Program:
             )
         inputs = (x,) if residual is None else (x, residual)
         dtype = self.dtype if step.float8 is None else FLOAT8
-        engine, why = dispatch.why_engine("fprop", problem, dtype, x.device)
+        engine, why = dispatch.why_engine("infer", problem, dtype, x.device)
         name: str = engine
         static: dict[str, Any] = {"p": self.weights[step.out], "geometry": step.geometry, "relu": step.relu}
         if step.float8 is not None:
@@ -164,6 +164,8 @@ class Program:
             static["out_dtype"] = self.dtype if out is None else FLOAT8
         if engine == "triton":
             call = partial(folded.by_triton, precision=dispatch.precision(dtype, x.device), **static)
+        elif engine == "stem" and residual is None:
+            call = partial(folded.by_stem, precision=dispatch.precision(dtype, x.device), **static)
         elif step.float8 is not None:
             why += "; float8 simulated in float32"
             call = partial(folded.by_simulation, **static)
@@ -223,13 +225,6 @@ def _narrow(x: Tensor, *, scale: float) -> tuple[Tensor]:
 
 def _widen(x: Tensor, *, scale: float, dtype: torch.dtype) -> tuple[Tensor]:
     return ((x.float() * scale).to(dtype),)
-
-
-def _chain(weights: Sequence[folded.Folded], x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-    from fastres.kernels.bottleneck import bottleneck_chain
-
-    spatial, expand, reduce = weights
-    return bottleneck_chain(x, spatial.w, spatial.shift, expand.w, expand.shift, residual, reduce.w, reduce.shift)
 
 
 def _aten(step: Aten, function: Callable[..., Any], layers: Mapping[str, Any], *inputs: Any) -> tuple[Any]:

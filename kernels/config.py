@@ -118,11 +118,12 @@ def fprop_tile(
     gpu: Gpu = H200,
     ieee: bool = False,
     prologue: bool = False,
+    pass_: Literal["infer", "fprop"] = "fprop",
 ) -> Tile:
     """The measured tile where the tables have one that fits what else the kernel does, else the first of
     `fprop_tiles`."""
     candidates = fprop_tiles(problem, dtype.itemsize, tma, gpu, ieee, prologue)
-    return _measured_tile("fprop", problem, dtype, gpu, candidates)
+    return _measured_tile(pass_, problem, dtype, gpu, candidates)
 
 
 def row_channels(problem: ConvProblem) -> int:

@@ -17,7 +17,7 @@ pointers and takes every shape.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import triton
@@ -280,7 +280,7 @@ def conv_fprop(
     check_tensor("out", out, shape, x, y_dtype)
 
     y = torch.empty(shape, dtype=y_dtype, device=x.device) if out is None else out
-    tile = _choose(tile, problem, x, w, y, residual, prologue is not None, precision)
+    tile = _choose(tile, problem, x, w, y, residual, prologue is not None, statistics, precision)
     tiles = pixel_tiles(problem, tile.BN, tile.box)
     partials = torch.empty((tiles, 3, K), dtype=torch.float32, device=x.device) if statistics else None
     launch = _launch_gather if tile.box is None else _launch_tma
@@ -329,6 +329,7 @@ def _choose(
     y: Tensor,
     residual: Tensor | None,
     prologue: bool,
+    statistics: bool,
     precision: str,
 ) -> Tile:
     if tile is not None and tile.box is None:
@@ -336,7 +337,8 @@ def _choose(
     refusal = fprop_tma_refusal(problem, x, w, y, residual)
     if tile is None:
         ieee = x.dtype == torch.float32 and precision == "ieee"
-        return fprop_tile(problem, x.dtype, refusal is None, gpu_of(x.device), ieee, prologue)
+        pass_: Literal["infer", "fprop"] = "fprop" if prologue or statistics else "infer"
+        return fprop_tile(problem, x.dtype, refusal is None, gpu_of(x.device), ieee, prologue, pass_)
     if refusal is not None:
         raise ValueError(f"a tile with a box is fetched by TMA, which is impossible here: {refusal}")
     if math.prod(tile.box) != tile.BN or (problem.pointwise and tile.box[:2] != (1, 1)):

@@ -13,7 +13,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-Pass = Literal["fprop", "dgrad", "wgrad"]
+# "infer": fprop with BatchNorm, residual and ReLU behind it; "chain": `bottleneck`'s three convolutions, by its 3x3.
+Pass = Literal["infer", "fprop", "dgrad", "wgrad", "chain"]
 
 
 class Gemm(NamedTuple):
@@ -88,7 +89,7 @@ class ConvProblem:
         """GEMM sizes of one group."""
         c, k = self.C // self.groups, self.K // self.groups
         taps = self.R * self.S
-        if pass_ == "fprop":
+        if pass_ in ("infer", "fprop"):
             return Gemm(k, self.pixels, taps * c)
         if pass_ == "dgrad":
             return Gemm(c, self.N * self.H * self.W, taps * k)

@@ -60,7 +60,8 @@ def _poolable(pool: nn.Module) -> bool:
 @dataclass(frozen=True)
 class End:
     """What follows the last BN: "relu"; "add" the block's input; "project" it by the last unit; "pad" it (option A,
-    `stride`); max "pool" (`kernel`, `stride`, `pad`). A ReLU stands after the addition and before the pool."""
+    `stride`); "join" another tensor; max "pool" (`kernel`, `stride`, `pad`); or nothing, "linear". A ReLU stands after
+    the addition and before the pool."""
 
     kind: str
     kernel: int = 0
@@ -106,16 +107,16 @@ def _run(x: Tensor, units: Sequence[tuple[nn.Module, nn.Module]], end: End) -> T
     dtype = dispatch.compute_dtype(x)
     layers = tuple(_layer(conv, bn) for conv, bn in units)  # type: ignore[arg-type]
     parameters: list[Any] = [t for conv, bn in units for t in (conv.weight, bn.weight, bn.bias)]
-    call = Call(layers, end, _choose_steps(x, parameters[::3], layers, end, dtype))
+    call = Call(layers, end, choose_steps(x, parameters[::3], layers, end, dtype))
     with torch.autocast(x.device.type, enabled=False):
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *parameters)):
             return _Block.apply(call, dtype, x, *parameters)
         if not any(layer.batch_statistics for layer in layers):
             return _infer(call, x.to(dtype), parameters)
-        return nchw(_forward(call, x.to(dtype), parameters)[0])
+        return nchw(forward(call, x.to(dtype), parameters)[0])
 
 
-def _choose_steps(
+def choose_steps(
     x: Tensor, weights: Sequence[Tensor], layers: Sequence[Layer], end: End, dtype: torch.dtype
 ) -> tuple[Step, ...]:
     n, _, h, w = x.shape
@@ -142,7 +143,7 @@ def _infer(call: Call, x: Tensor, parameters: Sequence[Any]) -> Tensor:
     if call.end.kind == "project":
         weight, gamma, beta = parameters[-3:]
         _, _, scale, shift = call.steps[-1].running_statistics(gamma, beta, call.layers[-1])
-        identity = call.steps[-1].fprop(x, _krsc(weight, x.dtype), scale=scale, shift=shift)
+        identity = call.steps[-1].infer(x, _krsc(weight, x.dtype), scale, shift, relu=False)
     for i in range(call.depth):
         step, layer = call.steps[i], call.layers[i]
         weight, gamma, beta = parameters[3 * i : 3 * i + 3]
@@ -150,22 +151,22 @@ def _infer(call: Call, x: Tensor, parameters: Sequence[Any]) -> Tensor:
         w = _krsc(weight, x.dtype)
         last = i == call.depth - 1
         if last and call.end.kind == "pool":
-            z = step.fprop(a, w)
+            z = step.fprop(a, w, None)
             y, _ = step.normalize_max_pool(z, scale, shift, call.end.kernel, call.end.stride, call.end.pad)
             return nchw(y)
         if last and call.end.kind == "pad":
-            z = step.fprop(a, w)
+            z = step.fprop(a, w, None)
             return nchw(step.normalize(z, scale, shift, residual=x, residual_stride=call.end.stride))
         residual = identity if last and call.end.kind in ("add", "project") else None
-        a = step.fprop(a, w, scale=scale, shift=shift, residual=residual, relu=True)
+        a = step.infer(a, w, scale, shift, residual)
     return nchw(a)
 
 
-def _forward(
-    call: Call, x: Tensor, parameters: Sequence[Any]
+def forward(
+    call: Call, x: Tensor, parameters: Sequence[Any], residual: Tensor | None = None
 ) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor], Tensor | None]:
     """out NPQK, then per layer: z, its [mean, rstd, scale, shift] in one flat list, the weight as the conv read it;
-    the pool's taps."""
+    the pool's taps. `residual` is what a "join" adds."""
     x = nhwc(x)
     zs: list[Tensor] = []
     stats: list[Tensor] = []
@@ -180,7 +181,7 @@ def _forward(
             z, partials = step.fprop_statistics(a, w, prologue)
             four = step.finish_statistics(partials, gamma, beta, layer)
         else:
-            z = step.fprop(a, w, prologue=prologue)
+            z = step.fprop(a, w, prologue)
             four = step.running_statistics(gamma, beta, layer)
         zs.append(z)
         stats += four
@@ -194,8 +195,11 @@ def _forward(
         out, taps = step.normalize_max_pool(z, scale, shift, end.kernel, end.stride, end.pad)
     elif end.kind == "project":
         out = step.normalize(z, scale, shift, residual=zs[-1], residual_affine=(stats[-2], stats[-1]))
-    elif end.kind == "relu":
-        out = step.normalize(z, scale, shift)
+    elif end.kind in ("relu", "linear"):
+        out = step.normalize(z, scale, shift, relu=end.kind == "relu")
+    elif end.kind == "join":
+        assert residual is not None
+        out = step.normalize(z, scale, shift, residual=nhwc(residual))
     else:
         out = step.normalize(z, scale, shift, residual=x, residual_stride=end.stride)
     return out, zs, stats, weights, taps
@@ -207,7 +211,7 @@ class _Block(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: Call, dtype: torch.dtype, x: Tensor, *parameters: Tensor | None) -> Tensor:
         x_read = x.to(dtype)
-        out, zs, stats, weights, taps = _forward(call, x_read, parameters)
+        out, zs, stats, weights, taps = forward(call, x_read, parameters)
         y = nchw(out)
         ctx.call, ctx.x_dtype, ctx.counts = call, x.dtype, (len(parameters), len(zs))
         ctx.save_for_backward(x, nchw(nhwc(x_read)), y, taps, *parameters, *zs, *stats, *weights)
@@ -223,7 +227,7 @@ class _Block(torch.autograd.Function):
             return None, None, *_differentiable_backward(call, y.dtype, x, parameters, dy, ctx.needs_input_grad[2:])
         zs, stats, weights = rest[:n_layers], rest[n_layers : 5 * n_layers], rest[5 * n_layers :]
         needs_x, needs = ctx.needs_input_grad[2], ctx.needs_input_grad[3:]
-        work = _Backward(call, nhwc(x_read), nhwc(y), taps, zs, stats, weights, parameters, needs_x, needs)
+        work = Backward(call, nhwc(x_read), nhwc(y), taps, zs, stats, weights, parameters, needs_x, needs)
         dx, dparameters = work.run(nhwc(dy.to(y.dtype)))
         return None, None, None if dx is None else nchw(dx).to(ctx.x_dtype), *dparameters
 
@@ -264,7 +268,7 @@ def _definition(call: Call, x: Tensor, parameters: Sequence[Any]) -> Tensor:
 
 
 @dataclass
-class _Backward:
+class Backward:
     """One block's backward, from its last BN to its input.
 
     g_i is the gradient at BN i's output with the ReLU's mask applied; dz_i = p g_i + q z_i + r. A gradient nobody needs

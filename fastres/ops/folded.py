@@ -6,6 +6,7 @@ shift = bias + (b - running_mean) scale. Activations NHWC-contiguous [N, H, W, C
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -136,6 +137,30 @@ def by_triton(
     )
     assert isinstance(y, Tensor)  # a pair only where statistics are asked for
     return y
+
+
+def by_stem(x: Tensor, *, p: Folded, geometry: Geometry, relu: bool, precision: str) -> Tensor:
+    """[relu](conv(x, w) + shift) of images of few channels by our kernel over packed images."""
+    from fastres.kernels.problem import ConvProblem
+    from fastres.kernels.stem import conv_stem, pack_filters, pack_images
+
+    k, r, s, c = p.w.shape
+    stride, pad, dilation, groups = geometry
+    problem = ConvProblem(*x.shape[:3], c * groups, k, r, s, stride, pad, dilation, groups)
+    images = pack_images(nchw(x), problem, x.dtype)
+    y = conv_stem(images, pack_filters(p.w), problem, shift=p.shift, relu=relu, precision=precision)
+    assert isinstance(y, Tensor)
+    return y
+
+
+def by_chain(x: Tensor, residual: Tensor, *, p: Sequence[Folded]) -> tuple[Tensor, Tensor]:
+    """A block's 3x3, its 1x1 expansion with residual, and the next block's 1x1 reduction, each with ReLU, by one
+    kernel: (the block's output, the reduction)."""
+    from fastres.kernels.bottleneck import bottleneck_chain
+
+    spatial, expand, reduce = p
+    shifts = [torch.zeros(f.w.shape[0], device=x.device) if f.shift is None else f.shift for f in p]
+    return bottleneck_chain(x, spatial.w, shifts[0], expand.w, shifts[1], residual, reduce.w, shifts[2])
 
 
 def by_simulation(

@@ -49,6 +49,7 @@ def _step(
     return Step(
         problem,
         geometry,
+        infer_by=dispatch.conv_engine("infer", problem, dtype, device),
         fprop_by=dispatch.conv_engine("fprop", problem, dtype, device),
         dgrad_by=dispatch.conv_engine("dgrad", problem, dtype, device),
         wgrad_by=dispatch.conv_engine("wgrad", problem, dtype, device),
@@ -72,6 +73,7 @@ class Step:
 
     problem: ConvProblem
     geometry: Geometry
+    infer_by: Engine
     fprop_by: Engine
     dgrad_by: Engine
     wgrad_by: Engine
@@ -89,43 +91,40 @@ class Step:
         stride, pad, dilation, groups = self.geometry
         return {"stride": stride, "pad": pad, "dilation": dilation, "groups": groups, "precision": self.precision}
 
-    def fprop(
-        self,
-        x: Tensor,
-        w: Tensor,
-        *,
-        prologue: Affine | None = None,
-        scale: Tensor | None = None,
-        shift: Tensor | None = None,
-        residual: Tensor | None = None,
-        relu: bool = False,
+    def infer(
+        self, x: Tensor, w: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None = None, relu: bool = True
     ) -> Tensor:
-        if self.fprop_by == "stem" and residual is None:
+        """[relu](scale conv(x) + shift + residual): a convolution with its BatchNorm's running statistics."""
+        if self.infer_by == "stem" and residual is None:
             return self._stem(x, w, scale=scale, shift=shift, relu=relu)
+        if self.infer_by in ("triton", "stem"):
+            from fastres.kernels.conv import conv_fprop
+
+            return conv_fprop(x, w, **self._conv, scale=scale, shift=shift, residual=residual, relu=relu)
+        z = steps.conv_fprop(x, w, geometry=self.geometry)
+        return self.normalize(z, scale, shift, residual=residual, relu=relu)
+
+    def fprop(self, x: Tensor, w: Tensor, prologue: Affine | None) -> Tensor:
+        """z = conv(x), or conv(relu(s x + t)) with prologue = (s, t)."""
+        if self.fprop_by == "stem" and prologue is None:
+            return self._stem(x, w)
         if self.fprop_by in ("triton", "stem"):
             from fastres.kernels.conv import conv_fprop
 
             x, prologue = self._prologue(x, prologue)
-            return conv_fprop(
-                x, w, **self._conv, prologue=prologue, scale=scale, shift=shift, residual=residual, relu=relu
-            )
-        if prologue is not None:
-            x = self.normalize(x, *prologue)
-        z = steps.conv_fprop(x, w, geometry=self.geometry)
-        if scale is None or shift is None:
-            return z
-        return self.normalize(z, scale, shift, residual=residual, relu=relu)
+            return conv_fprop(x, w, **self._conv, prologue=prologue)
+        return steps.conv_fprop(x if prologue is None else self.normalize(x, *prologue), w, geometry=self.geometry)
 
     def fprop_statistics(self, x: Tensor, w: Tensor, prologue: Affine | None) -> tuple[Tensor, Tensor]:
         """z and its statistics' partials."""
-        if self.fprop_by == "triton" and self.fusions.statistics:
+        if self.fusions.statistics and self.fprop_by == "stem" and prologue is None:
+            return self._stem(x, w, statistics=True)
+        if self.fusions.statistics and self.fprop_by in ("triton", "stem"):
             from fastres.kernels.conv import conv_fprop
 
             x, prologue = self._prologue(x, prologue)
             return conv_fprop(x, w, **self._conv, prologue=prologue, statistics=True)
-        if self.fprop_by == "stem" and self.fusions.statistics:
-            return self._stem(x, w, statistics=True)
-        z = self.fprop(x, w, prologue=prologue)
+        z = self.fprop(x, w, prologue)
         return z, self._pointwise.statistics(z)
 
     def _stem(self, x: Tensor, w: Tensor, **epilogue: Any) -> Any:

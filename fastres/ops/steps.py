@@ -42,31 +42,9 @@ def nhwc(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 1).contiguous()
 
 
-def conv_fprop(
-    x: Tensor,
-    w: Tensor,
-    *,
-    geometry: Geometry,
-    prologue: tuple[Tensor, Tensor] | None = None,
-    scale: Tensor | None = None,
-    shift: Tensor | None = None,
-    residual: Tensor | None = None,
-    relu: bool = False,
-) -> Tensor:
-    """y = [relu](scale conv([relu(s x + t)], w) + shift + residual); prologue = (s, t) on x's channels."""
-    if prologue is not None:
-        x = normalize(x, *prologue, relu=True)
-    y = nhwc(F.conv2d(nchw(x), nchw(w), None, *_conv_args(geometry)))
-    if scale is None and shift is None and residual is None and not relu:
-        return y
-    y = y.to(wide(y.dtype))
-    if scale is not None:
-        y = y * scale
-    if shift is not None:
-        y = y + shift
-    if residual is not None:
-        y = y + residual
-    return (F.relu(y) if relu else y).to(x.dtype)
+def conv_fprop(x: Tensor, w: Tensor, *, geometry: Geometry) -> Tensor:
+    """z [N, P, Q, K] = conv(x, w)."""
+    return nhwc(F.conv2d(nchw(x), nchw(w), None, *_conv_args(geometry)))
 
 
 def conv_dgrad(dy: Tensor, w: Tensor, x_shape: Sequence[int], *, geometry: Geometry) -> Tensor:
