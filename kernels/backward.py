@@ -76,9 +76,9 @@ def load_dz(
         p = tl.load(p + channel, mask=channel_valid, other=0.0)[None, :]
         q = tl.load(q + channel, mask=channel_valid, other=0.0)[None, :]
         r = tl.load(r + channel, mask=channel_valid, other=0.0)[None, :]
+        if PADDED:  # g and z are zero there already
+            r = tl.where(inside, r, 0.0)
         g = p * g + (q * z_tile + r)
-        if PADDED:
-            g = tl.where(inside, g, 0.0)
     return g.to(dy_tile.dtype)
 
 

@@ -295,6 +295,16 @@ def test_wgrad_features(problem: ConvProblem, features: str, dtype: torch.dtype)
     check_wgrad(make(problem, dtype), features, tiles_of_wgrad(problem)[-1])
 
 
+@pytest.mark.parametrize("precision", ["ieee", "tf32"])
+@pytest.mark.parametrize("name", ["odd", "pointwise", "3x3 stride 2", "1x1 stride 2 odd", "stem", "groups"])
+def test_tiles_by_default(name: str, precision: str) -> None:
+    """Larger than these problems, so that almost all of a tile is tail; float16 comes in boxes where it can."""
+    dtype = torch.float32 if precision == "ieee" else torch.float16
+    o = make(SHAPES[name], dtype)
+    check_dgrad(o, "bn relu residual", None, precision=precision)
+    check_wgrad(o, "bn activation", None, precision=precision)
+
+
 @pytest.mark.parametrize("splits", [1, 5, 1000])
 def test_wgrad_splits_and_output_dtype(splits: int) -> None:
     o = make(SQUARE, torch.float16)
