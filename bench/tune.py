@@ -25,6 +25,7 @@ from torch import Tensor
 
 import fastres
 from fastres.kernels import config
+from fastres.kernels.bottleneck import bottleneck_chain
 from fastres.kernels.config import Measurement, Tile
 from fastres.kernels.conv import conv_fprop
 from fastres.kernels.dgrad import conv_dgrad
@@ -34,6 +35,7 @@ from fastres.kernels.stem import stem_refusal
 from fastres.kernels.wgrad import conv_wgrad
 from fastres.ops import steps
 
+TUNED = (*PASSES, "chain")  # the chain last: what it is set against is then tuned
 SHIPPED = Path(config.__file__).parent / "tables"
 
 
@@ -112,13 +114,44 @@ def tune(problem: ConvProblem, pass_: str, dtype: torch.dtype, device: torch.dev
     return Measurement(winner, best), "\n".join(lines + [f"      {text}" for text in failed])
 
 
+def chained(problem: ConvProblem) -> bool:
+    """Whether a bottleneck net continues this 3x3 in a way that `bottleneck_chain` serves."""
+    p = problem
+    return (p.R, p.stride, p.groups) == (3, 1, 1) and p.C == p.K and p.C in (64, 128)
+
+
+def tune_chain(problem: ConvProblem, dtype: torch.dtype, device: torch.device) -> tuple[Any, str]:
+    """(Measurement, line): one kernel for a block's 3x3, its expansion and the next block's reduction, or three."""
+    p = problem
+    expand, reduce = (ConvProblem(p.N, p.H, p.W, c, k) for c, k in ((p.C, 4 * p.C), (4 * p.C, p.C)))
+    three = [(layers.step(q, dtype, device), Operands.random(q, dtype, device)) for q in (p, expand, reduce)]
+    (first, a), (second, b), (third, c) = three
+    one = [torch.ones(q.K, device=device) for q in (p, expand, reduce)]
+    shifts = [o.out_affine[1] for _, o in three]
+
+    def apart() -> tuple[Tensor, Tensor]:
+        hidden = first.infer(a.x, a.w, one[0], shifts[0])
+        out = second.infer(hidden, b.w, one[1], shifts[1], c.x)
+        return out, third.infer(out, c.w, one[2], shifts[2])
+
+    def together() -> tuple[Tensor, Tensor]:
+        return bottleneck_chain(a.x, a.w, shifts[0], b.w, shifts[1], c.x, c.w, shifts[2])
+
+    if not all(agrees(x, y, dtype) for x, y in zip(together(), apart(), strict=True)):
+        return Measurement("cudnn", None), f"chain {name(problem):28} gives a wrong result"
+    ours_us, apart_us = layers.microseconds(together), layers.microseconds(apart)
+    winner = "triton" if ours_us < apart_us else "cudnn"
+    line = f"chain {name(problem):28} one kernel {ours_us:9.1f} us, three {apart_us:9.1f} us -> {winner}"
+    return Measurement(winner, None), line
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--depth", choices=("18", "34", "50", "101", "152", "all"), default="50")
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--size", type=int, default=224, help="height and width of the images")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
-    parser.add_argument("--pass", dest="passes", action="append", choices=PASSES, help="default: all of them")
+    parser.add_argument("--pass", dest="passes", action="append", choices=TUNED, help="default: all of them")
     parser.add_argument("--tiles", type=int, default=6, help="candidates per way of loading, most promising first")
     parser.add_argument("--seconds", type=float, default=460, help="start no problem after so long")
     parser.add_argument("--ship", action="store_true", help="write kernels/tables/ instead of the user's own folder")
@@ -134,9 +167,9 @@ def main(arguments: list[str] | None = None) -> int:
     todo = {
         (pass_, problem, dtype): None
         for depth in depths
-        for pass_ in options.passes or PASSES
+        for pass_ in options.passes or TUNED
         for problem in layers.problems(depth, options.batch, options.size)
-        if layers.applicable(problem, pass_)
+        if (chained(problem) and depth >= 50 if pass_ == "chain" else layers.applicable(problem, pass_))
     }
     missing = [key for key in todo if options.again or key not in table]
     print(f"{len(missing)} of {len(todo)} problems to measure; table {path}", flush=True)
@@ -145,7 +178,10 @@ def main(arguments: list[str] | None = None) -> int:
         if time.monotonic() - start > options.seconds:
             print(f"{len(missing) - i} problems left: run the same command again")
             break
-        table[pass_, problem, dtype], text = tune(problem, pass_, dtype, device, options.tiles)
+        if pass_ == "chain":
+            table[pass_, problem, dtype], text = tune_chain(problem, dtype, device)
+        else:
+            table[pass_, problem, dtype], text = tune(problem, pass_, dtype, device, options.tiles)
         config.write_table(table, path)
         print(text, flush=True)
     return 0
