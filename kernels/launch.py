@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import lru_cache
 
 import torch
+import triton
 from torch import Tensor
 
 from .config import H200, Gpu
@@ -27,6 +28,17 @@ def check_tensor(name: str, tensor: Tensor | None, shape: tuple[int, ...], like:
         raise ValueError(f"{name} must be contiguous in the order {list(shape)}, got strides {list(tensor.stride())}")
 
 
+def check_device(x: Tensor, *dtypes: torch.dtype) -> None:
+    """ValueError unless kernels on tensors of `dtypes` can run where x lives."""
+    if x.is_cuda:
+        needed = (8, 9) if torch.float8_e4m3fn in dtypes else (8, 0)
+        if (found := torch.cuda.get_device_capability(x.device)) < needed:
+            names = " and ".join(sorted({str(dtype) for dtype in dtypes}))
+            raise ValueError(f"{names} needs compute capability {needed[0]}.{needed[1]}, {x.device} has {found}")
+    elif x.device.type != "meta" and not triton.knobs.runtime.interpret:
+        raise ValueError(f"x must be on a CUDA device, got {x.device}; only Triton's interpreter takes CPU tensors")
+
+
 def tma_refusal(problem: ConvProblem, *tensors: Tensor | None) -> str | None:
     """Why the tensor memory accelerator can't carry boxes of these tensors, or None where it can."""
     present = [tensor for tensor in tensors if tensor is not None]
@@ -45,10 +57,14 @@ def tma_refusal(problem: ConvProblem, *tensors: Tensor | None) -> str | None:
     return None
 
 
+INTERPRETER = H200._replace(name="interpreter", sms=1)
+
+
 def gpu_of(device: torch.device) -> Gpu:
-    """The GPU behind `device`; an H200 stands in for the interpreter's CPU and the meta device."""
+    """The GPU behind `device`. An H200 stands in for the meta device, and one with a single multiprocessor for the
+    interpreter's CPU, which runs programs one after the other: the fewer the better."""
     if device.type != "cuda":
-        return H200
+        return INTERPRETER if device.type == "cpu" else H200
     return _gpu(torch.cuda.current_device() if device.index is None else device.index)
 
 
