@@ -85,7 +85,7 @@ def fprop_tiles(
         BK = max(32 if itemsize == 1 else 16, min(64, _power_of_2(problem.S * row_channels(problem) or channels)))
         shapes = [(64, 128, 4), (64, 64, 4), (64, 32, 4), (128, 128, 8), (128, 64, 4)]  # addresses take registers
     if not ieee:
-        shapes += [(BM, BN, 4) for BM in (16, 32) for BN in (128, 64) if outputs <= BM]
+        shapes += [(BM, BN, 4) for BM in (16, 32) for BN in (128, 64, 256)[: 3 if tma else 2] if outputs <= BM]
 
     timed = []
     for BM, BN, warps in shapes:
@@ -104,7 +104,8 @@ def fprop_tiles(
         compute = BM * BN * BK / rate
         if prologue:
             compute = max(compute, AFFINE * BN * BK / ISSUE)
-        memory = itemsize * (BM * BN + BN * channels * BM / outputs)
+        stored = min(BM, outputs)
+        memory = itemsize * (stored * BN + BN * channels * stored / outputs)
         busy = max(steps * compute, steps * step_bytes / L2, memory / MEMORY)
         timed.append((_cycles(programs, resident, busy, gpu), Tile(BM, BN, BK, warps, stages, box)))
     return [tile for _, tile in sorted(timed, key=lambda pair: pair[0])]

@@ -26,7 +26,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .config import Tile, fprop_tile, pixel_tiles, reduction_steps, row_channels
-from .launch import check_tensor, gpu_of, tma_refusal
+from .launch import check_device, check_tensor, gpu_of, tma_refusal
 from .problem import ConvProblem
 from .tile import affine_relu, box_origin, box_pixels, filter_tap, finish, store_statistics, unravel
 
@@ -278,6 +278,7 @@ def conv_fprop(
         check_tensor(name, tensor, (length,), x, torch.float32)
     check_tensor("residual", residual, shape, x, x.dtype, y_dtype)
     check_tensor("out", out, shape, x, y_dtype)
+    check_device(x, x.dtype, y_dtype)
 
     y = torch.empty(shape, dtype=y_dtype, device=x.device) if out is None else out
     tile = _choose(tile, problem, x, w, y, residual, prologue is not None, statistics, precision)

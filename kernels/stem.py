@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .config import Tile, fprop_tile, pixel_tiles, reduction_steps
 from .conv import FLOATS, launch_boxes
-from .launch import check_tensor, gpu_of, tma_refusal
+from .launch import check_device, check_tensor, gpu_of, tma_refusal
 from .problem import ConvProblem
 
 WINDOW, CHANNELS = 8, 4
@@ -64,6 +64,7 @@ def pack_images(x: Tensor, problem: ConvProblem, dtype: torch.dtype) -> Tensor:
         raise ValueError(f"dtype must be bfloat16, float16 or float32, got {dtype}")
     if (reason := stem_refusal(problem)) is not None:
         raise ValueError(reason)
+    check_device(x, dtype)
     rows, columns = problem.H + problem.H % 2, 2 * (problem.Q - 1) + WINDOW
     packed = torch.empty((problem.N, rows, columns, CHANNELS), dtype=dtype, device=x.device)
     BW = 128
@@ -106,6 +107,7 @@ def conv_stem(
         check_tensor(name, tensor, (K,), packed, torch.float32)
     if precision not in ("ieee", "tf32"):
         raise ValueError(f"precision must be 'ieee' or 'tf32', got {precision!r}")
+    check_device(packed, packed.dtype)
     y = torch.empty((N, P, Q, K), dtype=packed.dtype, device=packed.device)
     as_columns = ConvProblem(N, P + R - 1, Q, WINDOW * CHANNELS, K, R, 1)  # the same sums over the same pixels
     if (reason := tma_refusal(as_columns, packed, filters, y)) is not None:

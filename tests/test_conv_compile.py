@@ -175,6 +175,11 @@ def test_offsets_widen_past_2_31() -> None:
     verify(launch, 90)
 
 
+def test_cpu_tensors_are_refused() -> None:
+    with pytest.raises(ValueError, match="x must be on a CUDA device, got cpu"):
+        conv_fprop(torch.zeros(1, 4, 4, 16), torch.zeros(16, 1, 1, 16))
+
+
 NETS = ["resnet18", "resnet50", "resnext50_32x4d", "wide_resnet50_2"]  # 34, 101 and 152 have no layer of their own
 
 

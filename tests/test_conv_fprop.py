@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 import triton
 from cases import assert_close_to_reference, relative_error
 from conv_cases import BOXED, GATHERED, net_problems
@@ -22,7 +23,6 @@ from fastres.kernels.config import Tile, fprop_tiles
 from fastres.kernels.conv import conv_fprop, fprop_tma_refusal
 from fastres.kernels.problem import ConvProblem
 from fastres.kernels.stem import conv_stem, pack_filters, pack_images
-from fastres.ops import steps
 
 INTERPRETED = triton.knobs.runtime.interpret
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -43,7 +43,11 @@ def small_tile(problem: ConvProblem, boxed: bool) -> Tile:
 
 
 def geometry(p: ConvProblem) -> dict[str, int]:
-    return {"stride": p.stride, "pad": p.pad, "dilation": p.dilation, "groups": p.groups}
+    return {"stride": p.stride, "padding": p.pad, "dilation": p.dilation, "groups": p.groups}
+
+
+def fprop(p: ConvProblem, x: Tensor, w: Tensor, **options: Any) -> Any:
+    return conv_fprop(x, w, stride=p.stride, pad=p.pad, dilation=p.dilation, groups=p.groups, **options)
 
 
 def operands(p: ConvProblem, dtype: torch.dtype, integers: bool = False) -> tuple[Tensor, Tensor]:
@@ -69,19 +73,34 @@ def extras(p: ConvProblem, dtype: torch.dtype, *names: str) -> dict[str, Any]:
     return {name: made[name] for name in names}
 
 
-def reference(p: ConvProblem, x: Tensor, w: Tensor, dtype: torch.dtype = torch.float64, **options: Any) -> Tensor:
-    """The same by PyTorch in `dtype`."""
-    wide = {k: tuple(t.double() for t in v) if k == "prologue" else v for k, v in options.items()}
-    if dtype != torch.float64:
-        return steps.conv_fprop(x, w, geometry=steps.Geometry(**geometry(p)), **options)
-    wide = {k: v.double() if isinstance(v, Tensor) else v for k, v in wide.items()}
-    return steps.conv_fprop(x.double(), w.double(), geometry=steps.Geometry(**geometry(p)), **wide)
+def reference(
+    p: ConvProblem,
+    x: Tensor,
+    w: Tensor,
+    dtype: torch.dtype = torch.float64,
+    *,
+    prologue: tuple[Tensor, Tensor] | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    residual: Tensor | None = None,
+    relu: bool = False,
+) -> Tensor:
+    """The same by PyTorch: activations and products in `dtype`, the rest in float32 or wider."""
+    wide = torch.promote_types(dtype, torch.float32)
+    x, w = x.to(dtype), w.to(dtype)
+    if prologue is not None:
+        x = F.relu(x.to(wide) * prologue[0].to(wide) + prologue[1].to(wide)).to(dtype)
+    y = F.conv2d(x.permute(0, 3, 1, 2), w.permute(0, 3, 1, 2), **geometry(p)).permute(0, 2, 3, 1).to(wide)
+    y = y if scale is None else y * scale.to(wide)
+    y = y if shift is None else y + shift.to(wide)
+    y = y if residual is None else y + residual.to(wide)
+    return (F.relu(y) if relu else y).to(dtype).contiguous()
 
 
 def check(p: ConvProblem, dtype: torch.dtype, tile: Tile | None, *names: str, **options: Any) -> None:
     x, w = operands(p, dtype)
     given = extras(p, dtype, *names)
-    y = conv_fprop(x, w, **geometry(p), **given, **options, tile=tile)
+    y = fprop(p, x, w, **given, **options, tile=tile)
     assert isinstance(y, Tensor)
     assert y.dtype == dtype
     baseline = reference(p, x, w, dtype, **given)
@@ -122,7 +141,7 @@ def test_every_prologue_with_every_epilogue(prologue: tuple[str, ...], epilogue:
 @pytest.mark.parametrize(("problem", "boxed"), CASES)
 def test_integers_are_exact(problem: ConvProblem, boxed: bool) -> None:
     x, w = operands(problem, torch.float16, integers=True)
-    y = conv_fprop(x, w, **geometry(problem), tile=small_tile(problem, boxed))
+    y = fprop(problem, x, w, tile=small_tile(problem, boxed))
     assert torch.equal(y.double(), reference(problem, x, w))
 
 
@@ -130,7 +149,7 @@ def test_integers_are_exact(problem: ConvProblem, boxed: bool) -> None:
 def test_statistics(problem: ConvProblem, boxed: bool) -> None:
     x, w = operands(problem, torch.float16)
     options = extras(problem, x.dtype, "prologue", "shift")
-    y, partials = conv_fprop(x, w, **geometry(problem), **options, statistics=True, tile=small_tile(problem, boxed))
+    y, partials = fprop(problem, x, w, **options, statistics=True, tile=small_tile(problem, boxed))
     assert_close_to_reference(
         y, reference(problem, x, w, **options), reference(problem, x, w, x.dtype, **options), factor=3.0
     )
@@ -175,9 +194,7 @@ def test_nan_comes_through_relu_and_prologue(boxed: bool) -> None:
 @pytest.mark.parametrize(("problem", "boxed"), CASES[:: 1 if not INTERPRETED else 3])
 def test_equal_inputs_give_equal_bits(problem: ConvProblem, boxed: bool) -> None:
     x, w = operands(problem, torch.float16)
-    first, again = (
-        conv_fprop(x, w, **geometry(problem), statistics=True, tile=small_tile(problem, boxed)) for _ in range(2)
-    )
+    first, again = (fprop(problem, x, w, statistics=True, tile=small_tile(problem, boxed)) for _ in range(2))
     assert all(map(torch.equal, first, again))
 
 
@@ -343,6 +360,6 @@ def test_every_tile_at_every_layer(name: str) -> None:
         for options in ({}, given):
             ref64, baseline = reference(problem, x, w, **options), reference(problem, x, w, dtype, **options)
             for tile in (t for tma in (*boxed, False) for t in fprop_tiles(problem, 2, tma, prologue=bool(options))):
-                y, partials = conv_fprop(x, w, **geometry(problem), **options, statistics=True, tile=tile)
+                y, partials = fprop(problem, x, w, **options, statistics=True, tile=tile)
                 assert_close_to_reference(y, ref64, baseline, factor=3.0, what=f"{problem} {tile} {[*options]}")
                 check_statistics(partials, y)
