@@ -114,7 +114,8 @@ def test_import_starts_nothing_and_loads_little() -> None:
     extra = {name.split(".")[0] for name in ours - theirs}
     assert extra - set(sys.stdlib_module_names) <= {"fastres"}, sorted(ours - theirs)
     heavy = {name for name in ours - theirs if name.split(".")[0] in ("torch", "torchvision", "triton")}
-    assert not heavy, sorted(heavy)
+    flop_counter = {"torch.utils.flop_counter", "torch.utils.module_tracker"}  # a millisecond; formulas stand in it
+    assert heavy <= flop_counter, sorted(heavy)
 
 
 def test_import_time() -> None:

@@ -109,6 +109,10 @@ def _run(x: Tensor, units: Sequence[tuple[nn.Module, nn.Module]], end: End) -> T
     parameters: list[Any] = [t for conv, bn in units for t in (conv.weight, bn.weight, bn.bias)]
     call = Call(layers, end, choose_steps(x, parameters[::3], layers, end, dtype))
     with torch.autocast(x.device.type, enabled=False):
+        if torch._C._len_torch_dispatch_stack():  # a mode (FlopCounterMode) sees operators, not kernels
+            from fastres.ops import registered
+
+            return registered.run(call, x.to(dtype), parameters)
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *parameters)):
             return _Block.apply(call, dtype, x, *parameters)
         if not any(layer.batch_statistics for layer in layers):
@@ -132,7 +136,7 @@ def choose_steps(
     return tuple(steps)
 
 
-def _krsc(weight: Tensor, dtype: torch.dtype) -> Tensor:
+def krsc(weight: Tensor, dtype: torch.dtype) -> Tensor:
     return nhwc(weight.detach().to(dtype))
 
 
@@ -143,12 +147,12 @@ def _infer(call: Call, x: Tensor, parameters: Sequence[Any]) -> Tensor:
     if call.end.kind == "project":
         weight, gamma, beta = parameters[-3:]
         _, _, scale, shift = call.steps[-1].running_statistics(gamma, beta, call.layers[-1])
-        identity = call.steps[-1].infer(x, _krsc(weight, x.dtype), scale, shift, relu=False)
+        identity = call.steps[-1].infer(x, krsc(weight, x.dtype), scale, shift, relu=False)
     for i in range(call.depth):
         step, layer = call.steps[i], call.layers[i]
         weight, gamma, beta = parameters[3 * i : 3 * i + 3]
         _, _, scale, shift = step.running_statistics(gamma, beta, layer)
-        w = _krsc(weight, x.dtype)
+        w = krsc(weight, x.dtype)
         last = i == call.depth - 1
         if last and call.end.kind == "pool":
             z = step.fprop(a, w, None)
@@ -176,7 +180,7 @@ def forward(
         weight, gamma, beta = parameters[3 * i : 3 * i + 3]
         if i == call.depth:  # the projection reads the block's input again
             a, prologue = x, None
-        w = _krsc(weight, x.dtype)
+        w = krsc(weight, x.dtype)
         if layer.batch_statistics:
             z, partials = step.fprop_statistics(a, w, prologue)
             four = step.finish_statistics(partials, gamma, beta, layer)
@@ -320,7 +324,11 @@ class Backward:
         end, i = self.call.end, self.call.depth - 1
         step, z, (mean, _, scale, shift) = self.call.steps[i], self.zs[i], self._stats(i)
         source: dict[str, Any] = {"mask": self.out}
-        if end.kind == "pool":
+        if end.kind == "linear":
+            source = {"mask": None}
+        elif end.kind == "relu":  # z is read anyway and says the same as the output
+            source = {"mask": (scale, shift)}
+        elif end.kind == "pool":
             assert self.taps is not None
             source = {"mask": (scale, shift), "pool": Pool(self.taps, end.kernel, end.stride, end.pad)}
         if end.kind != "project":

@@ -35,6 +35,11 @@ def register_conv_flops(op: OpOverloadPacket, *products: tuple[str | int, str | 
         def shape(end: str | int) -> torch.Size:
             return arguments[end] if isinstance(end, str) else results[end]
 
-        return sum(2 * shape(z).numel() * shape(w)[1:].numel() for z, w in products)
+        return sum(conv_flops(shape(z), shape(w)) for z, w in products)
 
     register_flop_formula(op)(formula)
+
+
+def conv_flops(z: torch.Size, w: torch.Size) -> int:
+    """2 numel(z) numel(w) / K of a convolution with output z and weight w, K first: its fprop, dgrad or wgrad."""
+    return 2 * z.numel() * w[1:].numel()
