@@ -198,8 +198,8 @@ def dgrad_tiles(
     elif not tma and channels < BK:  # a step goes through several taps, whose addresses take registers
         shapes = [(64, 64, 4)]
     else:
-        shapes = [(64, 128, 4), (64, 64, 4), (128, 128, 8), (128, 64, 4)]
-        shapes += [(64, 256, 8)] if tma else []
+        shapes = [(64, 128, 4), (64, 64, 4), (128, 128, 8)]
+        shapes += [(128, 64, 4), (64, 256, 8)] if tma else []
         shapes += [(128, 256, 8), (256, 128, 8)] if tma and operands == 1 and not epilogue else []
     shapes += [(BM, 64, 4) for BM in (16, 32) if outputs <= BM and not ieee]
     steps = math.ceil(problem.R * problem.S / problem.stride**2) * math.ceil(channels / BK)
@@ -264,7 +264,7 @@ def wgrad_tiles(
         tiles = math.ceil(outputs / BM) * columns * problem.groups
         computed = (BM if operands > 1 else 0) + (BN if prologue else 0)
         of_dz, of_a = (row, 1) if prologue and operands == 1 else (1, row)  # tiles per step; the computed one stays
-        for stages in (3, 2, 1):
+        for stages in (3, 2, 1) if tma or operands < 3 else (2, 1):  # addresses of a third tensor take registers
             buffers = buffered(stages, operands) * of_dz * BM + stages * of_a * BN
             shared = buffers * BK * itemsize + SMALL
             if shared <= gpu.shared:

@@ -10,11 +10,12 @@ import pytest
 import torch
 import triton
 from binary import Launch, check, record
+from triton.tools.tensor_descriptor import TensorDescriptor
+
 from fastres.kernels.config import H200, Gpu, Tile, dgrad_tiles, wgrad_tiles
 from fastres.kernels.dgrad import conv_dgrad
 from fastres.kernels.problem import ConvProblem
 from fastres.kernels.wgrad import conv_wgrad
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 pytestmark = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="interpreted kernels cannot be compiled")
 
@@ -126,7 +127,10 @@ def verify(launch: Launch, sm: int) -> None:
     absent = []
     if given["UNIFORM"] and not idle:
         present.append("UTMALDG" if boxes else "LDGSTS")
-        absent.append("LDG")
+        # The filters of 3 image channels come word by word; mma's transposed first operand (wgrad on sm_80) can't come
+        # asynchronously.
+        if given["C_GROUP"] % 8 == 0 and (sm >= 90 or "dx" in given):
+            absent.append("LDG")
     narrow = min(given["BM"], 64 if "dx" in given else given["BN"]) < 64
     matrix = "" if idle else "HMMA" if narrow else MATRIX[sm]
     check(binary, matrix=matrix, present=present, loop_absent=absent, shared=GPUS[sm].shared)
