@@ -14,12 +14,12 @@ $(READY): pyproject.toml constraints.txt
 	touch $(READY)
 
 test: $(READY)
-	$(VENV)/bin/python -m pytest
-	TRITON_INTERPRET=1 $(VENV)/bin/python -m pytest -m "interpret and not slow"
+	$(VENV)/bin/python -m pytest -n auto
+	TRITON_INTERPRET=1 $(VENV)/bin/python -m pytest -n auto -m "interpret and not slow"
 
 test-slow: $(READY)
-	$(VENV)/bin/python -m pytest -m "slow or not slow"
-	TRITON_INTERPRET=1 $(VENV)/bin/python -m pytest -m interpret
+	$(VENV)/bin/python -m pytest -n auto -m "slow or not slow"
+	TRITON_INTERPRET=1 $(VENV)/bin/python -m pytest -n auto -m interpret
 
 bench: $(READY)
 	$(VENV)/bin/python bench/run.py --depth $(DEPTH)

@@ -12,6 +12,7 @@ running them `@pytest.mark.compiles`.
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Callable
 from typing import Any
@@ -24,7 +25,7 @@ from torch import Tensor
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    torch.set_num_threads(2)
+    torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
