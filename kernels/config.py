@@ -83,9 +83,12 @@ def fprop_tiles(
         shapes += [(64, 256, 8)] if prologue else [(64, 256, 4), (128, 256, 8)]
     else:
         BK = max(32 if itemsize == 1 else 16, min(64, _power_of_2(problem.S * row_channels(problem) or channels)))
-        shapes = [(64, 128, 4), (64, 64, 4), (64, 32, 4), (128, 128, 8), (128, 64, 4)]  # addresses take registers
+        shapes = [(64, 64, 4), (64, 32, 4), (128, 64, 4)]
+        # Addresses of pixels take registers: the widest tiles hold them only without a prologue on top of groups.
+        shapes += [] if prologue and problem.groups > 1 else [(64, 128, 4), (128, 128, 8)]
     if not ieee:
-        shapes += [(BM, BN, 4) for BM in (16, 32) for BN in (128, 64, 256)[: 3 if tma else 2] if outputs <= BM]
+        widths = (128, 64, 256) if tma else (64,) if prologue else (128, 64)
+        shapes += [(BM, BN, 4) for BM in (16, 32) for BN in widths if outputs <= BM]
 
     timed = []
     for BM, BN, warps in shapes:
@@ -250,7 +253,8 @@ def wgrad_tiles(
     else:
         BK = 128 // itemsize if tma else 32
         shapes = [(64, 64, 4, 1), (64, 128, 4, 1), (128, 64, 4, 1), (128, 128, 8, 1)]
-        shapes += [(64, 64, 4, 3), (128, 64, 8, 3)] if tma and problem.S == 3 and itemsize == 2 else []
+        if tma and problem.S == 3 and itemsize == 2:
+            shapes += [(64, 64, 4, 3)] + ([(128, 64, 8, 3)] if operands + prologue < 4 else [])
         shapes += [(128, 256, 8, 1), (256, 128, 8, 1)] if tma and itemsize == 2 else []
         shapes += [(BM, BN, 4, 1) for BM in (16, 32) for BN in (16, 32, 64) if outputs <= BM] if not tma else []
 
