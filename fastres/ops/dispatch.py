@@ -170,9 +170,14 @@ def _unfusable_call(x: Tensor) -> str | None:
 
 
 def _unfusable_device(x: Tensor) -> str | None:
+    return why_unfused(compute_dtype(x), x.device)
+
+
+def why_unfused(dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why no fused path serves `dtype` on `device`, in words; None where one does."""
     if _forced.get() == "reference":
         return None
-    reason, dtype = _kernel_less(x.device), compute_dtype(x)
+    reason = _kernel_less(device)
     return reason if dtype in _DTYPES else f"there are no fused kernels for {dtype}"
 
 
@@ -280,6 +285,15 @@ def why_engine(pass_: Pass, problem: ConvProblem, dtype: torch.dtype, device: to
     if 2 * problem.multiply_adds / problem.min_bytes(dtype.itemsize) < 150:
         return "triton", "unmeasured: memory-bound"
     return library, "unmeasured: compute-bound"
+
+
+def bn_backward_on_load(problem: ConvProblem) -> bool:
+    """Whether dgrad and wgrad compute dz while they load it, instead of one pass that stores it before.
+
+    Where a filter has several taps, every dz would be computed once a tap: by the compiled instruction counts that
+    costs more than the pass. Not measured.
+    """
+    return problem.R == problem.S == 1
 
 
 def chains(problem: ConvProblem, dtype: torch.dtype, device: torch.device) -> bool:

@@ -84,7 +84,8 @@ class Step:
     @property
     def fuses_bn_backward(self) -> bool:
         """Whether dgrad and wgrad take dz as p g + q z + r on load."""
-        return self.fusions.bn_backward and self.dgrad_by == self.wgrad_by == "triton"
+        fuses = self.fusions.bn_backward and dispatch.bn_backward_on_load(self.problem)
+        return fuses and self.dgrad_by == self.wgrad_by == "triton"
 
     @property
     def _conv(self) -> dict[str, Any]:
