@@ -6,6 +6,7 @@ from functools import lru_cache
 
 import torch
 import torchvision
+
 from fastres.kernels.problem import ConvProblem, model_problems
 
 # By pointers: anything. By TMA: C a multiple of 16, or of 8 for a 1x1; even images for stride 2.
