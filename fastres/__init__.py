@@ -1,6 +1,7 @@
 """fastres: ResNets on fused kernels. `from fastres import resnet50` in place of torchvision's, and nothing else."""
 
 from fastres import paper
+from fastres.compile import explain
 from fastres.inference import optimize
 from fastres.models.convert import convert
 from fastres.models.resnet import *  # noqa: F403
@@ -9,4 +10,4 @@ from fastres.ops.dispatch import backend
 from fastres.status import status
 
 __version__ = "0.1.0"
-__all__ = [*_builders, "backend", "convert", "optimize", "paper", "status"]
+__all__ = [*_builders, "backend", "convert", "explain", "optimize", "paper", "status"]
