@@ -1,0 +1,296 @@
+"""Testing as in section 3.4 of the paper: a centre crop, 10 crops, fully convolutional at several scales; ensembles.
+
+One rule for every average: what is averaged are softmax scores, first over the positions of a score map, then over
+views (crops, mirror images, scales), then over nets.
+
+    images uint8 [C, H, W] ─ Views.prepare ─► groups of one shape ─ Views.of ─► preprocess ─► nets ─► mean scores
+
+He, Zhang, Ren, Sun: Deep Residual Learning for Image Recognition (2015); the crops are those of its [21], the dense
+evaluation is that of its [41].
+"""
+
+from __future__ import annotations
+
+import copy
+import csv
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchvision.transforms.v2 import functional as tvf
+
+from fastres.inference import optimize
+
+__all__ = [
+    "CROPS",
+    "SCALES",
+    "Predictor",
+    "Result",
+    "Views",
+    "evaluate",
+    "fully_convolutional",
+    "require_metrics",
+]
+
+SCALES = (224, 256, 384, 480, 640)  # shorter sides, for nets trained on 224
+CROPS = {
+    "center": "one crop from the centre",
+    "10": "four corners, the centre and their mirror images, of the central square",
+    "multiscale": "fully convolutional on the whole image at several scales",
+}
+
+
+@dataclass(frozen=True)
+class Views:
+    """Which views of an image a net sees.
+
+    crops: a key of `CROPS`. size: side of the crops, and of the training images whose pooling window the fully
+    convolutional form keeps. resize: shorter side before cropping; None for no resizing. scales: shorter sides of the
+    fully convolutional form. flip: whether that sees the mirror image of every scale as well.
+    """
+
+    crops: str = "center"
+    size: int = 224
+    resize: int | None = 256
+    scales: tuple[int, ...] = SCALES
+    flip: bool = True
+
+    def __post_init__(self) -> None:
+        if self.crops not in CROPS:
+            raise ValueError(f"crops {self.crops!r} do not exist; there are {', '.join(CROPS)}")
+        if self.crops == "multiscale":
+            small = [side for side in self.scales if side < self.size]
+            if small or not self.scales:
+                raise ValueError(
+                    f"scales {list(self.scales)}: at least one, and none below the crops' side {self.size}"
+                )
+        elif self.size < 1 or (self.resize is not None and self.resize < self.size):
+            raise ValueError(f"crops of side {self.size} don't fit images with a shorter side of {self.resize}")
+
+    def prepare(self, image: Tensor) -> Tensor:
+        """What can be done before images are batched, say by a loader's worker: uint8 [..., C, H, W] to uint8.
+
+        [..., C, size, size] for a centre crop; [..., C, resize, resize] for 10 crops, which [21] takes from the central
+        square; the image itself for the fully convolutional form. Raises ValueError for one smaller than its crop.
+        """
+        if self.crops == "multiscale":
+            return image
+        if self.resize is not None:
+            image = tvf.resize(image, [self.resize], antialias=True)
+        side = self.size if self.crops == "center" else min(image.shape[-2:])
+        if min(image.shape[-2:]) < self.size:
+            raise ValueError(f"an image of {list(image.shape)} is smaller than its crop, {self.size}x{self.size}")
+        return tvf.center_crop(image, [side, side])
+
+    def of(self, images: Tensor) -> Iterator[Tensor]:
+        """The views, each [N, C, h, w], of prepared images uint8 [N, C, H, W]."""
+        if self.crops == "center":
+            yield images
+        elif self.crops == "10":
+            yield from tvf.ten_crop(images, [self.size, self.size])
+        else:
+            for side in self.scales:
+                scaled = tvf.resize(images, [side], antialias=True)
+                yield scaled
+                if self.flip:
+                    yield tvf.horizontal_flip(scaled)
+
+
+class _Pointwise(nn.Module):
+    """A linear classifier as a 1x1 convolution: a map flattened to [N, C L] -> scores [N, K, L]."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(linear.in_features, linear.out_features, 1, bias=linear.bias is not None, device="meta")
+        self.conv.weight = nn.Parameter(linear.weight.detach()[:, :, None], requires_grad=False)
+        if linear.bias is not None:
+            self.conv.bias = nn.Parameter(linear.bias.detach(), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x.reshape(x.shape[0], self.conv.in_channels, -1))
+
+
+def fully_convolutional(model: nn.Module, size: int) -> nn.Module:
+    """`model` in eval mode for images of any size, with its classifier wherever a window of its last map is whole.
+
+    The global average pool becomes one over windows of the map that an image [size, size] has, 7x7 for the ImageNet
+    nets at 224, with stride 1; the linear layer becomes a 1x1 convolution. The result returns scores [N, K, L] for L
+    window positions, and shares parameters and buffers with `model`, which stays as it is. Each position sees what a
+    crop there sees, but for the zeros that padding puts around a crop and the pixels that really are there.
+
+    Raises ValueError for a net without exactly one global average pool and one linear layer.
+    """
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    model = copy.deepcopy(model, shared).eval()
+    pool = _only(model, nn.AdaptiveAvgPool2d, "global average pool")
+    head = _only(model, nn.Linear, "linear layer")
+    entrance = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
+    window: list[int] = []
+    hook = model.get_submodule(pool).register_forward_pre_hook(lambda _, args: window.extend(args[0].shape[-2:]))
+    with torch.no_grad():
+        model(entrance.weight.new_zeros(1, entrance.in_channels, size, size))
+    hook.remove()
+    linear = model.get_submodule(head)
+    assert isinstance(linear, nn.Linear)
+    model.set_submodule(pool, nn.AvgPool2d((window[0], window[1]), stride=1))
+    model.set_submodule(head, _Pointwise(linear))
+    return model.eval()
+
+
+def _only(model: nn.Module, kind: type[nn.Module], what: str) -> str:
+    found = [name for name, module in model.named_modules() if isinstance(module, kind)]
+    if len(found) != 1 or getattr(model.get_submodule(found[0]), "output_size", 1) not in (1, (1, 1)):
+        named = ", ".join(found) or "none"
+        raise ValueError(
+            f"the fully convolutional form needs a net with one {what}, {type(model).__name__} has {named}"
+        )
+    return found[0]
+
+
+class Predictor:
+    """Mean scores of one net or of an ensemble for images, seen in given views.
+
+    models: nets on one device with one number of classes, each [N, C, H, W] -> [N, K]; put in eval mode. preprocess:
+    uint8 [N, C, H, W] to what a net reads, a `fastres.train.data.Preprocess`; a mean image in it is resized to each
+    view; one for all nets or one each. dtype: what convolutions run in, by autocast for 16 bits; None for the nets'
+    own. fast: through `fastres.optimize`. Raises ValueError for what the two conversions refuse.
+    """
+
+    def __init__(
+        self,
+        models: nn.Module | Sequence[nn.Module],
+        views: Views,
+        preprocess: nn.Module | Sequence[nn.Module],
+        *,
+        dtype: torch.dtype | None = None,
+        fast: bool = False,
+    ) -> None:
+        nets = [models] if isinstance(models, nn.Module) else list(models)
+        before = [preprocess] * len(nets) if isinstance(preprocess, nn.Module) else list(preprocess)
+        if not nets or len(before) != len(nets):
+            raise ValueError(f"{len(nets)} nets with {len(before)} ways of preprocessing: one each, and at least one")
+        self.views = views
+        self.device = next(nets[0].parameters()).device
+        self.autocast = None if fast or dtype in (None, torch.float32) else dtype
+        dense = views.crops == "multiscale"
+        nets = [fully_convolutional(net, views.size) if dense else net.eval() for net in nets]
+        if fast:  # a CUDA graph per shape pays for one shape, not for the many of whole images
+            nets = [optimize(net, dtype=dtype, cuda_graph=not dense) for net in nets]
+        self.members = [(copy.deepcopy(p).to(self.device), net) for p, net in zip(before, nets, strict=True)]
+
+    @torch.inference_mode()
+    def __call__(self, images: Sequence[Tensor] | Tensor) -> Tensor:
+        """Scores [N, K], fp32 on the nets' device, of N images prepared by `views.prepare`; shapes may differ."""
+        groups: dict[tuple[int, ...], list[int]] = {}
+        for i, image in enumerate(images):
+            groups.setdefault(tuple(image.shape), []).append(i)
+        if not groups:
+            raise ValueError("no images")
+        parts = []
+        for members in groups.values():
+            batch = images if isinstance(images, Tensor) else torch.stack([images[i] for i in members])
+            parts.append(self._group(batch.to(self.device, non_blocking=True)))
+        order = torch.tensor([i for members in groups.values() for i in members], device=self.device)
+        return torch.cat(parts)[order.argsort()]
+
+    def _group(self, images: Tensor) -> Tensor:
+        views = [self._view(view) for view in self.views.of(images)]
+        return torch.stack(views).mean(0)
+
+    def _view(self, view: Tensor) -> Tensor:
+        scores = []
+        for preprocess, net in self.members:
+            x = preprocess(view).contiguous(memory_format=torch.channels_last)
+            with nullcontext() if self.autocast is None else torch.autocast(self.device.type, self.autocast):
+                y = net(x)
+            y = y.float().softmax(1)
+            scores.append(y.mean(2) if y.dim() == 3 else y)
+        if len({each.shape for each in scores}) != 1:
+            classes = ", ".join(str(each.shape[1]) for each in scores)
+            raise ValueError(f"nets of {classes} classes make no ensemble")
+        return torch.stack(scores).mean(0)
+
+
+@dataclass(frozen=True)
+class Result:
+    """Per class, int64 [K] on the CPU: how many images, how many with the truth first, and among the first five.
+
+    top5 is None for fewer than five classes.
+    """
+
+    images: Tensor
+    top1: Tensor
+    top5: Tensor | None
+
+    @property
+    def count(self) -> int:
+        return int(self.images.sum())
+
+    def accuracy(self, k: int = 1) -> float:
+        """The share of all images whose truth is among the first k of 1 or 5."""
+        correct = {1: self.top1, 5: self.top5}[k]
+        if correct is None:
+            raise ValueError(f"top-{k} of {len(self.images)} classes says nothing")
+        return int(correct.sum()) / self.count
+
+    def __str__(self) -> str:
+        rates = [(k, self.accuracy(k)) for k in (1, 5) if k == 1 or self.top5 is not None]
+        text = "; ".join(f"top-{k} accuracy {rate:.2%}, error {1 - rate:.2%}" for k, rate in rates)
+        return f"{text} ({self.count:,} images, {len(self.images):,} classes)"
+
+    def write_csv(self, path: str | Path, names: Sequence[str]) -> None:
+        """One line per class: index, name, images, how many were right, and their shares (empty for no images)."""
+        columns = {"top1": self.top1} | ({} if self.top5 is None else {"top5": self.top5})
+        with open(path, "w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            shares = [f"{name}_accuracy" for name in columns]
+            writer.writerow(["class", "name", "images", *(f"{name}_correct" for name in columns), *shares])
+            for k, (name, count) in enumerate(zip(names, self.images.tolist(), strict=True)):
+                correct = [int(column[k]) for column in columns.values()]
+                writer.writerow([k, name, count, *correct, *(f"{c / count:.6f}" if count else "" for c in correct)])
+
+
+def evaluate(
+    predict: Callable[[Any], Tensor], batches: Iterable[tuple[Any, Tensor]], classes: int, device: torch.device
+) -> Result:
+    """Top-1 and top-5 of `predict` (a `Predictor`, or any images -> scores [N, classes]) over (images, labels).
+
+    Labels are int64 [N]; counting happens on `device`, where the scores are, and needs no synchronisation until the
+    end. With torch.distributed running, every process gives its share of the images and gets the sum. Raises
+    ImportError without torchmetrics, ValueError for no images, a label that is no class, scores of another number of
+    classes and scores that aren't finite.
+    """
+    tops = [1] if classes < 5 else [1, 5]
+    stat_scores = require_metrics()
+    counters = [stat_scores(classes, average=None, top_k=k, validate_args=False).to(device) for k in tops]
+    broken = torch.zeros((), dtype=torch.bool, device=device)
+    for images, labels in batches:
+        if not len(labels):
+            continue
+        if not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+            raise ValueError(f"labels {int(labels.min())} to {int(labels.max())} are not those of {classes} classes")
+        scores = predict(images)
+        if scores.shape != (len(labels), classes):
+            raise ValueError(f"scores are {list(scores.shape)} for {len(labels)} images of {classes} classes")
+        broken |= ~scores.isfinite().all()
+        for counter in counters:
+            counter.update(scores, labels.to(device, non_blocking=True))
+    if not counters[0].update_called:
+        raise ValueError("there are no images to test on")
+    if broken:
+        raise ValueError("the net's scores are not finite; its weights or its BN statistics aren't")
+    top = [counter.compute().cpu() for counter in counters]  # [K, (tp, fp, tn, fn, images)]
+    return Result(top[0][:, 4], top[0][:, 0], top[1][:, 0] if len(top) > 1 else None)
+
+
+def require_metrics() -> Any:
+    """torchmetrics' counter. Raises ImportError, saying how to get it, where it is missing."""
+    try:
+        from torchmetrics.classification import MulticlassStatScores
+    except ImportError as error:
+        raise ImportError(f"top-1 and top-5 need torchmetrics ({error}): pip install 'fastres[eval]'") from error
+    return MulticlassStatScores
