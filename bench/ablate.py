@@ -28,7 +28,10 @@ from fastres.ops import dispatch
 
 ROWS = {
     "all fusions on": {},
-    **{f"without {field.name}": {field.name: False} for field in fields(dispatch.Fusions)},
+    **{
+        f"without {field.name}" if field.default else f"with {field.name}": {field.name: not field.default}
+        for field in fields(dispatch.Fusions)
+    },
 }
 
 

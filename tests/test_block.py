@@ -14,6 +14,7 @@ from cases import relative_error
 from torch import Tensor, nn
 
 from fastres.ops import conv_bn_act, reference
+from fastres.ops.stage import stage
 
 EXACT = 1e-12
 
@@ -47,6 +48,7 @@ class Block(nn.Module):
             "option-a": ([unit(6, 8, 3, 2), unit(8, 8, 3)], Pad()),
             "grouped": ([unit(6, 4, 1), unit(4, 4, 3, groups=2), unit(4, 6, 1)], None),
             "dilated": ([unit(6, 6, 3, dilation=2), unit(6, 6, 3, dilation=2)], None),
+            "wide": ([unit(8, 4, 1), unit(4, 4, 3), unit(4, 8, 1)], None),
             "plain": ([unit(6, 8, 3, 2), unit(8, 8, 3)], None),
             "stem": ([unit(6, 5, 7, 2)], nn.MaxPool2d(3, 2, 1)),
         }[kind]
@@ -199,3 +201,53 @@ def test_one_value_per_channel_is_refused_as_batch_norm_does() -> None:
     block = Block("basic").double()
     with pytest.raises(ValueError, match="Expected more than 1 value per channel when training"):
         block(torch.randn(1, 6, 1, 1, dtype=torch.double))
+
+
+def test_recomputed_outputs_change_memory_and_nothing_else() -> None:
+    """A stage that keeps no block's output: the same bits in outputs, gradients and buffers, and less kept."""
+
+    class Stack(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList([Block("projection"), Block("wide"), Block("wide"), Block("wide")])
+
+        def forward(self, x: Tensor, recompute: bool) -> Tensor:
+            if recompute:
+                return stage(x, [([tuple(layer) for layer in b.layers], b.shortcut) for b in self.blocks])
+            for block in self.blocks:
+                x = block(x)
+            return x
+
+    def run(stack: Stack, recompute: bool) -> tuple[list[Tensor], int]:
+        kept: dict[int, int] = {}
+
+        def pack(t: Tensor) -> Tensor:
+            kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            return t
+
+        x = torch.linspace(-1, 1, 2 * 6 * 9 * 8, dtype=torch.double).reshape(2, 6, 9, 8).requires_grad_()
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            y = stack(x, recompute)
+        y.backward(torch.linspace(-1, 1, y.numel(), dtype=torch.double).reshape(y.shape))
+        assert x.grad is not None
+        return [y, x.grad, *(p.grad for p in stack.parameters()), *stack.buffers()], sum(kept.values())
+
+    one_by_one = Stack().double()
+    as_one = copy.deepcopy(one_by_one)
+    want, usual = run(one_by_one, False)
+    got, less = run(as_one, True)
+    for a, b in zip(got, want, strict=True):
+        assert torch.equal(a, b)
+    output = want[0].nbytes
+    assert less <= usual - 3 * output
+
+
+def test_gradcheck_of_a_stage() -> None:
+    blocks = nn.ModuleList([Block("basic"), Block("basic")]).double()
+    x = torch.randn(2, 6, 4, 5, dtype=torch.double, requires_grad=True)
+
+    def f(x: Tensor) -> Tensor:
+        return stage(x, [([tuple(layer) for layer in b.layers], b.shortcut) for b in blocks])
+
+    assert torch.autograd.gradcheck(f, (x,), fast_mode=True)
+    assert torch.autograd.gradgradcheck(f, (x,), fast_mode=True)

@@ -146,15 +146,15 @@ def test_same_seed_same_bits() -> None:
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
-@pytest.mark.parametrize("off", ["statistics", "prologue", "bn_backward", "relu_mask"])
-def test_each_fusion_can_be_switched_off(off: str) -> None:
+@pytest.mark.parametrize("switch", ["statistics", "prologue", "bn_backward", "relu_mask", "recompute"])
+def test_each_fusion_can_be_switched(switch: str) -> None:
     torch.manual_seed(0)
     net = paper.cifar(8).to(DEVICE)
     exact, usual = copy.deepcopy(net).double(), copy.deepcopy(net)
     data = batches(1, 3, 8)
     train(exact, data, torch.float64)
     train(usual, data, torch.float32)
-    with fastres.backend("triton"), dispatch.fusions(**{off: False}):
+    with fastres.backend("triton"), dispatch.fusions(**{switch: switch == "recompute"}):
         train(net, data, torch.float32)
     for name, true in exact.named_parameters():
         got, stock = (dict(n.named_parameters())[name].grad for n in (net, usual))

@@ -30,6 +30,7 @@ from torchvision.models.resnet import (
 
 from fastres.ops import dispatch
 from fastres.ops.conv_bn_act import residual_block, stem
+from fastres.ops.stage import stage
 
 __all__ = [
     "BasicBlock",
@@ -113,11 +114,27 @@ class Bottleneck(tv.Bottleneck):
         return self.relu(out)
 
 
+class Stage(nn.Sequential):
+    """The blocks between two changes of resolution, which may run as one call (`fastres.ops.stage`)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not torch.jit.is_scripting():
+            blocks: list[Any] = list(self)
+            if dispatch.serves_stage(x, blocks):
+                return stage(x, [(block.units(), block.downsample) for block in blocks])
+        for block in self:
+            x = block(x)
+        return x
+
+
 class ResNet(tv.ResNet):
     """torchvision's `ResNet` whose stem may run fused too. Same constructor, attributes and state_dict.
 
     `forward` takes images [N, 3, H, W] and returns scores [N, num_classes].
     """
+
+    def _make_layer(self, *args: Any, **kwargs: Any) -> Stage:
+        return Stage(*super()._make_layer(*args, **kwargs))
 
     def _forward_impl(self, x: Tensor) -> Tensor:
         x = self._stem(x)

@@ -19,8 +19,10 @@ from fastres.ops import dispatch, launch, reference
 from fastres.ops.launch import Step
 from fastres.ops.steps import Geometry, Pool, nchw, nhwc
 
+Unit = tuple[nn.Module, nn.Module]  # (conv, norm)
 
-def residual_block(x: Tensor, units: Sequence[tuple[nn.Module, nn.Module]], shortcut: nn.Module | None) -> Tensor:
+
+def residual_block(x: Tensor, units: Sequence[Unit], shortcut: nn.Module | None) -> Tensor:
     """relu(F(x) + shortcut(x)) with F the (conv, norm) `units`, ReLU between them. Equivalent to
     `reference.residual_block`, which gives shapes and dtypes.
 
@@ -28,17 +30,19 @@ def residual_block(x: Tensor, units: Sequence[tuple[nn.Module, nn.Module]], shor
     """
     if dispatch.wants_reference():
         return reference.residual_block(x, units, shortcut)  # type: ignore[arg-type]
+    return _run(x, *with_end(units, shortcut))
+
+
+def with_end(units: Sequence[Unit], shortcut: nn.Module | None) -> tuple[Sequence[Unit], End]:
+    """The units of a residual block, a projection's behind the others, and its end."""
     if shortcut is None:
-        end = End("add")
-    elif isinstance(shortcut, nn.Sequential):
-        end = End("project")
-        units = [*units, (shortcut[0], shortcut[1])]
-    else:
-        end = End("pad", stride=shortcut.stride)  # type: ignore[arg-type]
-    return _run(x, units, end)
+        return units, End("add")
+    if isinstance(shortcut, nn.Sequential):
+        return [*units, (shortcut[0], shortcut[1])], End("project")
+    return units, End("pad", stride=shortcut.stride)  # type: ignore[arg-type]
 
 
-def plain_block(x: Tensor, units: Sequence[tuple[nn.Module, nn.Module]]) -> Tensor:
+def plain_block(x: Tensor, units: Sequence[Unit]) -> Tensor:
     """relu(F(x)): the block of a net without shortcuts. Equivalent to `reference.plain_block`."""
     if dispatch.wants_reference():
         return reference.plain_block(x, units)  # type: ignore[arg-type]
@@ -103,11 +107,16 @@ class Call:
         return len(self.layers) - (self.end.kind == "project")
 
 
-def _run(x: Tensor, units: Sequence[tuple[nn.Module, nn.Module]], end: End) -> Tensor:
-    dtype = dispatch.compute_dtype(x)
+def prepare(x: Tensor, units: Sequence[Unit], end: End, dtype: torch.dtype) -> tuple[Call, list[Any]]:
+    """The call on an x of this shape and device, and its parameters: weight, BN weight, BN bias a layer."""
     layers = tuple(_layer(conv, bn) for conv, bn in units)  # type: ignore[arg-type]
     parameters: list[Any] = [t for conv, bn in units for t in (conv.weight, bn.weight, bn.bias)]
-    call = Call(layers, end, choose_steps(x, parameters[::3], layers, end, dtype))
+    return Call(layers, end, choose_steps(x, parameters[::3], layers, end, dtype)), parameters
+
+
+def _run(x: Tensor, units: Sequence[Unit], end: End) -> Tensor:
+    dtype = dispatch.compute_dtype(x)
+    call, parameters = prepare(x, units, end, dtype)
     with torch.autocast(x.device.type, enabled=False):
         if torch._C._len_torch_dispatch_stack():  # a mode (FlopCounterMode) sees operators, not kernels
             from fastres.ops import registered
@@ -115,7 +124,7 @@ def _run(x: Tensor, units: Sequence[tuple[nn.Module, nn.Module]], end: End) -> T
             return registered.run(call, x.to(dtype), parameters)
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *parameters)):
             return _Block.apply(call, dtype, x, *parameters)
-        if not any(layer.batch_statistics for layer in layers):
+        if not any(layer.batch_statistics for layer in call.layers):
             return _infer(call, x.to(dtype), parameters)
         return nchw(forward(call, x.to(dtype), parameters)[0])
 
@@ -191,22 +200,26 @@ def forward(
         stats += four
         weights.append(w)
         a, prologue = z, (four[2], four[3])
-    end, last, z = call.end, call.depth - 1, zs[call.depth - 1]
-    scale, shift = stats[4 * last + 2], stats[4 * last + 3]
-    step = call.steps[last]
-    taps = None
-    if end.kind == "pool":
-        out, taps = step.normalize_max_pool(z, scale, shift, end.kernel, end.stride, end.pad)
-    elif end.kind == "project":
-        out = step.normalize(z, scale, shift, residual=zs[-1], residual_affine=(stats[-2], stats[-1]))
-    elif end.kind in ("relu", "linear"):
-        out = step.normalize(z, scale, shift, relu=end.kind == "relu")
-    elif end.kind == "join":
-        assert residual is not None
-        out = step.normalize(z, scale, shift, residual=nhwc(residual))
-    else:
-        out = step.normalize(z, scale, shift, residual=x, residual_stride=end.stride)
+    out, taps = finish(call, x, zs, stats, residual)
     return out, zs, stats, weights, taps
+
+
+def finish(
+    call: Call, x: Tensor, zs: Sequence[Tensor], stats: Sequence[Tensor], residual: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """What stands behind the last convolution: out NPQK from every z, and the pool's taps. x NHWC."""
+    end, last = call.end, call.depth - 1
+    step, z, scale, shift = call.steps[last], zs[last], stats[4 * last + 2], stats[4 * last + 3]
+    if end.kind == "pool":
+        return step.normalize_max_pool(z, scale, shift, end.kernel, end.stride, end.pad)
+    if end.kind == "project":
+        return step.normalize(z, scale, shift, residual=zs[-1], residual_affine=(stats[-2], stats[-1])), None
+    if end.kind in ("relu", "linear"):
+        return step.normalize(z, scale, shift, relu=end.kind == "relu"), None
+    if end.kind == "join":
+        assert residual is not None
+        return step.normalize(z, scale, shift, residual=nhwc(residual)), None
+    return step.normalize(z, scale, shift, residual=x, residual_stride=end.stride), None
 
 
 class _Block(torch.autograd.Function):
@@ -241,13 +254,13 @@ def _differentiable_backward(
 ) -> list[Tensor | None]:
     """The same gradients by autograd through the plain formulation, so that they can be differentiated again."""
     with torch.enable_grad():
-        out = _definition(call, x.to(dtype), parameters)
+        out = definition(call, x.to(dtype), parameters)
         inputs = [t for t, need in zip((x, *parameters), needs, strict=True) if need]
         grads = iter(torch.autograd.grad(out, inputs, dy, create_graph=True, allow_unused=True))
     return [next(grads) if need else None for need in needs]
 
 
-def _definition(call: Call, x: Tensor, parameters: Sequence[Any]) -> Tensor:
+def definition(call: Call, x: Tensor, parameters: Sequence[Any]) -> Tensor:
     """The block as autograd sees it without this file; moves no running statistics."""
 
     def unit(a: Tensor, i: int) -> Tensor:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -44,13 +44,15 @@ class Fusions:
 
     statistics: BN statistics in the conv's epilogue, not in a pass of their own. prologue: normalise + ReLU while the
     next conv loads, so that the activation is never stored. bn_backward: dz = p g + q z + r while dgrad and wgrad load.
-    relu_mask: the ReLU mask and both BN sums in dgrad's epilogue.
+    relu_mask: the ReLU mask and both BN sums in dgrad's epilogue. recompute (off unless asked for: it saves memory, not
+    time): the outputs of a stage's blocks are not kept for backward but computed again.
     """
 
     statistics: bool = True
     prologue: bool = True
     bn_backward: bool = True
     relu_mask: bool = True
+    recompute: bool = False
 
 
 _ALL_ON = Fusions()
@@ -112,6 +114,17 @@ def serves(x: Tensor, parts: Parts) -> bool:
 def why_plain(x: Tensor, parts: Parts) -> str | None:
     """The reason, in words, why `parts` run one by one on x; None where the fused path takes the call."""
     return _unfusable_call(x) or _unfusable_device(x) or foreign(parts) or _watched(parts) or _mismatch(x, parts)
+
+
+def serves_stage(x: Tensor, blocks: Sequence[Any]) -> bool:
+    """True where `blocks`, run one after the other on x, are one call that keeps no block's output."""
+    if torch.compiler.is_compiling() or not _fusions.get().recompute or wants_reference():
+        return False
+    residual = all(hasattr(block, "parts") and hasattr(block, "downsample") for block in blocks)
+    if not residual or not torch.is_grad_enabled() or any(map(has_hooks, blocks)):
+        return False
+    first, *others = (block.parts() for block in blocks)
+    return why_plain(x, first) is None and all((foreign(parts) or _watched(parts)) is None for parts in others)
 
 
 def foreign(parts: Parts) -> str | None:
