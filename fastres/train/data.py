@@ -1,0 +1,622 @@
+"""Images for training: which there are, the order in which they are seen, and their way to the device.
+
+Chance is a function of (seed, position): the n-th image shown in a training draws its crop, flip and colour from the
+four words that Philox gives at counter n. So neither workers nor processes nor a restart change what a net sees, and
+the position is all that a checkpoint needs to keep.
+
+Two kinds of images: `Resident`, small ones of one size that stay on the device and are cropped there, and `Folder`,
+photographs that workers decode and crop; they travel as uint8 and are normalised and coloured on the device.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import pickle
+import signal
+import warnings
+import zipfile
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from torchvision import datasets
+from torchvision.models._meta import _IMAGENET_CATEGORIES
+from torchvision.transforms import InterpolationMode, v2
+from tqdm import tqdm
+
+from fastres.train.checkpoint import write_atomically
+from fastres.train.recipe import IMAGENET_MEAN, IMAGENET_STD, AreaCrop, PadCrop, Recipe, ScaleCrop
+
+DATA = {
+    "digits": "scikit-learn's 1797 handwritten digits of 8x8, shipped with it; every fifth is held out",
+    "cifar10": "CIFAR-10, 32x32, as torchvision keeps it under --root",
+    "cifar100": "CIFAR-100, likewise",
+    "imagenet": "ImageNet, --root with train/<wnid>/*.JPEG and val/<wnid>/*.JPEG",
+    "folder": "any photographs, --root with train/<class>/* and val/<class>/*",
+    "synthetic": "smooth random images of the recipe's size, to measure speed",
+}
+SYNTHETIC_IMAGES = 1024
+ORDER, SAMPLE, COLOUR, MIX = range(4)  # what chance is drawn for: each has its own Philox key
+
+
+class DataError(ValueError):
+    """Images that are missing, unreadable or unfit for the recipe. The message names the path and the mend."""
+
+
+@contextmanager
+def seeded(word: int) -> Iterator[None]:
+    """Torch's CPU generator, which torchvision's transforms draw from, starts at `word` inside and is put back."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(word)
+        yield
+
+
+@lru_cache(maxsize=2)
+def _permutation(n: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.Generator(np.random.Philox(key=[seed, ORDER], counter=[0, epoch, 0, 0])).permutation(n)
+
+
+@dataclass(frozen=True)
+class Stream:
+    """The endless order of n training images: per n positions a new permutation, of which the first n / repeats images
+    stand `repeats` times in a row.
+
+    Iteration i shows positions [i batch, (i + 1) batch), dealt out to `blocks` micro-batches one by one: repeats of an
+    image then meet different BN statistics. A block belongs to one process; a process may have several, in turn.
+    """
+
+    n: int
+    batch: int
+    blocks: int
+    seed: int
+    repeats: int = 1
+
+    def positions(self, iteration: int, block: int) -> np.ndarray:
+        return iteration * self.batch + np.arange(block, self.batch, self.blocks)
+
+    def indices(self, positions: np.ndarray) -> np.ndarray:
+        """Which image each position shows."""
+        epochs, places = positions // self.n, positions % self.n // self.repeats
+        found = np.empty_like(positions)
+        for epoch in np.unique(epochs):
+            here = epochs == epoch
+            found[here] = _permutation(self.n, self.seed, int(epoch))[places[here]]
+        return found
+
+    def words(self, positions: np.ndarray, purpose: int) -> np.ndarray:
+        """Four random uint64 for each of some neighbouring positions, [len(positions), 4]."""
+        first, last = int(positions.min()), int(positions.max())
+        philox = np.random.Philox(key=[self.seed, purpose], counter=first)
+        return philox.random_raw(4 * (last - first + 1)).reshape(-1, 4)[positions - first]
+
+
+def uniform(words: np.ndarray) -> Tensor:
+    """uint64 -> float64 inside (0, 1)."""
+    return torch.from_numpy(((words >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53)
+
+
+class Preprocess(nn.Module):
+    """What happens to every image on the device, in training and in validation.
+
+    mean: [C, H, W] (the mean image, resized for images of another size) or [C, 1, 1]; std: [C, 1, 1]; axes: [C, C],
+    the eigenvectors of the training set's pixels, each times its eigenvalue (Krizhevsky et al. 2012, section 4.1), one
+    per column. All for pixels in [0, 1].
+    """
+
+    mean: Tensor
+    std: Tensor
+    axes: Tensor
+
+    def __init__(self, mean: Tensor, std: Tensor, axes: Tensor) -> None:
+        super().__init__()
+        for name, value in (("mean", mean), ("std", std), ("axes", axes)):
+            self.register_buffer(name, value.float())
+
+    def forward(self, x: Tensor, colour: Tensor | None = None) -> Tensor:
+        """uint8 [N, C, H, W] -> float32 of the same shape, channels_last. colour: [N, C], one draw per component."""
+        mean = self.mean
+        if mean.shape[1] > 1 and mean.shape[1:] != x.shape[2:]:
+            mean = F.interpolate(mean[None], x.shape[2:], mode="bilinear", antialias=True)[0]
+        y = x.to(torch.float32, memory_format=torch.channels_last) / 255
+        if colour is not None:
+            y = y + (colour @ self.axes.T)[:, :, None, None]
+        return (y - mean) / self.std
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Sums over images [C, H, W] with pixels in [0, 1], in float64: of the images, and of their pixels' products."""
+
+    count: int
+    image: Tensor
+    products: Tensor
+
+    @classmethod
+    def of(cls, images: Iterable[Tensor], channels: int, size: int) -> Moments:
+        """images: uint8 batches [N, C, size, size]."""
+        count, image = 0, torch.zeros(channels, size, size, dtype=torch.float64)
+        products = torch.zeros(channels, channels, dtype=torch.float64)
+        for batch in images:
+            x = batch.double() / 255
+            pixels = x.transpose(0, 1).reshape(channels, -1)
+            count += len(x)
+            image += x.sum(0).cpu()
+            products += (pixels @ pixels.T).cpu()
+        return cls(count, image, products)
+
+    def preprocess(self) -> Preprocess:
+        """The mean image subtracted; the axes of the PCA colour shift. The signs of eigenvectors mean nothing."""
+        channels, pixels = len(self.products), self.count * self.image[0].numel()
+        mean = self.image.sum((1, 2)) / pixels
+        values, vectors = torch.linalg.eigh(self.products / pixels - torch.outer(mean, mean))
+        return Preprocess(self.image / self.count, torch.ones(channels, 1, 1), vectors * values)
+
+
+@dataclass(frozen=True)
+class Resident:
+    """All images at once, uint8 [N, C, size, size], and their labels, int64 [N]."""
+
+    images: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def to(self, device: torch.device) -> Resident:
+        images = self.images.to(device, memory_format=torch.channels_last)
+        return Resident(images, self.labels.to(device))
+
+
+class Folder:
+    """Photographs of an ImageFolder. `dataset[(index, word)]` is one of them cropped: uint8 [H, W, C] and its label."""
+
+    def __init__(self, files: datasets.ImageFolder, transform: v2.Transform, erase: v2.Transform | None = None) -> None:
+        self.files = files
+        self.transform = transform
+        self.erase = erase
+
+    def __len__(self) -> int:
+        return len(self.files.samples)
+
+    def __getitem__(self, item: tuple[int, int]) -> tuple[Tensor, int] | DataError:
+        index, word = item
+        path, label = self.files.samples[index]
+        try:
+            with Image.open(path) as file:
+                image = file.convert("RGB")
+        except (OSError, SyntaxError, ValueError) as error:
+            return DataError(f"{path} is no image that can be read ({error}); fetch it again or remove it")
+        with seeded(word):
+            pixels = torch.from_numpy(np.array(self.transform(image)))
+            if self.erase is not None:
+                pixels = self.erase(pixels.permute(2, 0, 1)).permute(1, 2, 0)
+        return pixels, label
+
+
+def collate(items: Sequence[tuple[Tensor, int] | DataError]) -> tuple[Tensor, Tensor] | DataError:
+    """uint8 [N, C, H, W] in channels_last strides, and labels; or the first failure, which the main process raises."""
+    pairs = []
+    for item in items:
+        if isinstance(item, DataError):
+            return item
+        pairs.append(item)
+    return torch.stack([pixels for pixels, _ in pairs]).permute(0, 3, 1, 2), torch.tensor([y for _, y in pairs])
+
+
+def train_transform(recipe: Recipe) -> v2.Transform:
+    """A photograph's way to the uint8 crop that the recipe trains on."""
+    steps: list[v2.Transform] = []
+    if isinstance(recipe.crop, ScaleCrop):
+        sides = range(recipe.crop.low, recipe.crop.high + 1)
+        steps += [v2.RandomShortestSize(list(sides), antialias=True), v2.RandomCrop(recipe.size)]
+    elif isinstance(recipe.crop, AreaCrop):
+        steps.append(v2.RandomResizedCrop(recipe.size, antialias=True))
+    if recipe.flip:
+        steps.append(v2.RandomHorizontalFlip())
+    if recipe.trivial_augment:
+        steps.append(v2.TrivialAugmentWide(interpolation=InterpolationMode.BILINEAR))
+    return v2.Compose(steps)
+
+
+def erasing(recipe: Recipe) -> v2.Transform | None:
+    """Random erasing before the device normalises: filled with the mean, to the next whole grey level."""
+    grey = [float(round(255 * mean)) for mean in IMAGENET_MEAN]
+    return v2.RandomErasing(recipe.erase, value=grey) if recipe.erase else None
+
+
+def centre_crop(resize: int, size: int) -> v2.Transform:
+    """The shorter side to `resize`, then the square of `size` in the middle."""
+    return v2.Compose([v2.Resize(resize, antialias=True), v2.CenterCrop(size)])
+
+
+def crop_and_flip(x: Tensor, words: np.ndarray, pad: int, flip: bool) -> Tensor:
+    """Each image of x [N, C, H, W] zero-padded by `pad`, cropped to H x W where its words say, every other mirrored."""
+    n, _, height, width = x.shape
+    top, left, mirror = (uniform(words[:, k]) for k in range(3))
+    rows = (top * (2 * pad + 1)).long()[:, None] + torch.arange(height)
+    columns = (left * (2 * pad + 1)).long()[:, None] + torch.arange(width)
+    if flip:
+        columns = torch.where(mirror[:, None] < 0.5, columns.flip(1), columns)
+    rows, columns = rows.to(x.device), columns.to(x.device)
+    padded = F.pad(x, (pad, pad, pad, pad)).permute(0, 2, 3, 1)
+    picked = padded[torch.arange(n, device=x.device)[:, None, None], rows[:, :, None], columns[:, None, :]]
+    return picked.permute(0, 3, 1, 2)
+
+
+def mixing(recipe: Recipe, classes: int) -> v2.Transform | None:
+    """MixUp or CutMix of a whole micro-batch, by equal chance, as the recipe has them."""
+    choices: list[v2.Transform] = []
+    if recipe.mixup:
+        choices.append(v2.MixUp(alpha=recipe.mixup, num_classes=classes))
+    if recipe.cutmix:
+        choices.append(v2.CutMix(alpha=recipe.cutmix, num_classes=classes))
+    return v2.RandomChoice(choices) if choices else None
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """channels: of an image. preprocess: on the CPU; whoever trains moves it to the device."""
+
+    name: str
+    classes: tuple[str, ...]
+    channels: int
+    train: Resident | Folder
+    val: Resident | Folder
+    preprocess: Preprocess
+
+
+@dataclass
+class Loader:
+    """Batches on the device: x float32 [n, C, H, W] in channels_last, y int64 [n] or probabilities [n, classes].
+
+    rank and world: this process's place; validation images are dealt out to all.
+    """
+
+    dataset: Dataset
+    recipe: Recipe
+    stream: Stream
+    device: torch.device
+    workers: int = 0
+    rank: int = 0
+    world: int = 1
+    preprocess: Preprocess = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.preprocess = self.dataset.preprocess.to(self.device)
+        self.mixing = mixing(self.recipe, len(self.dataset.classes))
+        both = (self.dataset.train, self.dataset.val)
+        self.train, self.val = (part.to(self.device) if isinstance(part, Resident) else part for part in both)
+
+    def training(self, start: int, stop: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """This process's micro-batches of iterations [start, stop), in order."""
+        if isinstance(self.train, Resident):
+            yield from (self._resident(self.train, positions) for positions in self._schedule(start, stop))
+            return
+        items = (
+            list(zip(self.stream.indices(p).tolist(), self.stream.words(p, SAMPLE)[:, 0].tolist(), strict=True))
+            for p in self._schedule(start, stop)
+        )
+        batches = _decoded(self.train, items, self.workers, self.device)
+        for positions, (x, y) in zip(self._schedule(start, stop), batches, strict=True):
+            yield self._mixed(self.preprocess(x, self._colour(positions)), y, positions)
+
+    def validation(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """This process's share of the validation images, each once."""
+        batch = max(1, min(self.recipe.batch, 256))
+        indices = range(self.rank, len(self.val), self.world)
+        chunks = [indices[i : i + batch] for i in range(0, len(indices), batch)]
+        if isinstance(self.val, Resident):
+            for chunk in chunks:
+                index = torch.tensor(chunk, device=self.device)
+                yield self.preprocess(self.val.images[index]), self.val.labels[index]
+            return
+        items = ([(index, 0) for index in chunk] for chunk in chunks)
+        for x, y in _decoded(self.val, items, self.workers, self.device):
+            yield self.preprocess(x), y
+
+    def _schedule(self, start: int, stop: int) -> Iterator[np.ndarray]:
+        for iteration in range(start, stop):
+            for block in range(self.rank, self.stream.blocks, self.world):
+                yield self.stream.positions(iteration, block)
+
+    def _resident(self, images: Resident, positions: np.ndarray) -> tuple[Tensor, Tensor]:
+        index = torch.from_numpy(self.stream.indices(positions)).to(self.device)
+        x = self.preprocess(images.images[index], self._colour(positions))
+        pad = self.recipe.crop.pad if isinstance(self.recipe.crop, PadCrop) else 0
+        x = crop_and_flip(x, self.stream.words(positions, SAMPLE), pad, self.recipe.flip)
+        return self._mixed(x, images.labels[index], positions)
+
+    def _colour(self, positions: np.ndarray) -> Tensor | None:
+        if not self.recipe.colour or self.dataset.channels != 3:
+            return None
+        normal = torch.special.ndtri(uniform(self.stream.words(positions, COLOUR)[:, :3]))
+        return (self.recipe.colour * normal).float().to(self.device)
+
+    def _mixed(self, x: Tensor, y: Tensor, positions: np.ndarray) -> tuple[Tensor, Tensor]:
+        if self.mixing is None:
+            return x, y
+        with seeded(int(self.stream.words(positions[:1], MIX)[0, 0])):
+            x, y = self.mixing(x, y)
+        return x.contiguous(memory_format=torch.channels_last), y
+
+
+def _ignore_signals(worker: int) -> None:
+    """Ctrl-C and SIGTERM reach the whole group; the main process saves first and ends its workers itself."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _decoded(
+    folder: Folder, batches: Iterable[list[tuple[int, int]]], workers: int, device: torch.device
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The photographs of each batch of (index, word), on the device; the next is on its way while one is used."""
+    loader: DataLoader = DataLoader(
+        folder,  # type: ignore[arg-type]  # its items are addressed by (index, word)
+        batch_sampler=batches,
+        num_workers=workers,
+        collate_fn=collate,
+        pin_memory=device.type == "cuda",
+        prefetch_factor=4 if workers else None,
+        worker_init_fn=_ignore_signals,
+        generator=torch.Generator(),  # the global one is the model's
+    )
+    return _ahead(_checked(loader), device) if device.type == "cuda" else _checked(loader)
+
+
+def _checked(batches: Iterable[Any]) -> Iterator[tuple[Tensor, Tensor]]:
+    for batch in batches:
+        if isinstance(batch, DataError):
+            raise batch
+        yield batch
+
+
+def _ahead(batches: Iterator[tuple[Tensor, Tensor]], device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    """Copies batch k + 1 to the device on a stream of its own while batch k is used. Batches are in pinned memory."""
+    copies = torch.cuda.Stream(device)
+
+    def start() -> tuple[Tensor, Tensor] | None:
+        batch = next(batches, None)
+        if batch is None:
+            return None
+        with torch.cuda.stream(copies):
+            return batch[0].to(device, non_blocking=True), batch[1].to(device, non_blocking=True)
+
+    coming = start()
+    while coming is not None:
+        current = torch.cuda.current_stream(device)
+        current.wait_stream(copies)
+        for tensor in coming:
+            tensor.record_stream(current)
+        ready, coming = coming, start()
+        yield ready
+
+
+def load(
+    name: str,
+    recipe: Recipe,
+    root: Path | None = None,
+    *,
+    holdout: int = 0,
+    download: bool = False,
+    cache: Path | None = None,
+    workers: int = 0,
+    device: torch.device | None = None,
+) -> Dataset:
+    """The images called `name`, a key of `DATA`, as `recipe` sees them.
+
+    holdout: so many of the training images, always the same, are validation instead (the paper's 45k/5k split of
+    CIFAR-10 is 5000). cache: where the statistics of a folder are kept. device: where they are computed. Collective
+    under torch.distributed. Raises DataError for images that are missing, corrupt or unfit.
+    """
+    if name not in DATA:
+        raise DataError(f"data {name!r} does not exist; there are {', '.join(DATA)}")
+    if name in ("imagenet", "folder"):
+        return _photographs(name, recipe, root, holdout, cache or cache_folder(), workers, device)
+    if name == "synthetic":
+        classes, train, val = _synthetic(recipe)
+    elif name == "digits":
+        classes, train, val = _digits()
+    else:
+        classes, train, val = _cifar(name, root, download)
+    if name != "synthetic" and not isinstance(recipe.crop, PadCrop):
+        raise DataError(f"{name} has small images of one size; this recipe crops photographs")
+    if train.images.shape[2] != recipe.size:
+        sides = f"{train.images.shape[2]}x{train.images.shape[3]}"
+        raise DataError(f"{name} has images of {sides}, this recipe is for {recipe.size}x{recipe.size}")
+    if holdout:
+        kept, held = _split(len(train), holdout)
+        val = Resident(train.images[held], train.labels[held])
+        train = Resident(train.images[kept], train.labels[kept])
+    channels = train.images.shape[1]
+    if recipe.normalise == "pixel":
+        chunks = train.images.split(1024)
+        preprocess = Moments.of(chunks, channels, recipe.size).preprocess()
+    else:
+        preprocess = by_channel()
+    return Dataset(name, classes, channels, train, val, preprocess)
+
+
+def _split(n: int, holdout: int) -> tuple[Tensor, Tensor]:
+    if not 0 < holdout < n:
+        raise DataError(f"holdout {holdout} of {n} training images: any whole number from 1 to {n - 1} is accepted")
+    order = torch.from_numpy(_permutation(n, 0, 0))
+    return order[holdout:].sort().values, order[:holdout].sort().values
+
+
+def by_channel() -> Preprocess:
+    """ImageNet's channel means and deviations, as torchvision's weights expect."""
+    mean, std = (torch.tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
+    return Preprocess(mean, std, torch.zeros(3, 3))
+
+
+def _digits() -> tuple[tuple[str, ...], Resident, Resident]:
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise DataError("data digits comes with scikit-learn: pip install scikit-learn") from error
+    digits = load_digits()
+    images = torch.from_numpy(np.round(digits.images * (255 / 16)).astype(np.uint8))[:, None]
+    labels = torch.from_numpy(digits.target).long()
+    held = torch.arange(len(labels)) % 5 == 4
+    return tuple("0123456789"), Resident(images[~held], labels[~held]), Resident(images[held], labels[held])
+
+
+def _cifar(name: str, root: Path | None, download: bool) -> tuple[tuple[str, ...], Resident, Resident]:
+    kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
+    if root is None:
+        raise DataError(
+            f"data {name} needs --root, the folder that holds (or, with --download, gets) {kind.base_folder}"
+        )
+    parts = []
+    for train in (True, False):
+        try:
+            part = kind(str(root), train=train, download=download)
+        except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
+            place = root / kind.base_folder
+            how = f"--download fetches it, or unpack {kind.url} in {root}"
+            raise DataError(f"{place} is missing, incomplete or corrupt ({error}); {how}") from error
+        parts.append(Resident(torch.from_numpy(part.data).permute(0, 3, 1, 2), torch.tensor(part.targets)))
+    return tuple(part.classes), parts[0], parts[1]
+
+
+def _synthetic(recipe: Recipe) -> tuple[tuple[str, ...], Resident, Resident]:
+    classes = tuple(str(i) for i in range(10 if recipe.size <= 32 else 1000))
+    generator = torch.Generator().manual_seed(0)
+
+    def images(count: int, size: int) -> Resident:
+        coarse = torch.rand(count, 3, 8, 8, generator=generator)
+        pixels = (255 * F.interpolate(coarse, (size, size), mode="bilinear")).to(torch.uint8)
+        return Resident(pixels, torch.randint(len(classes), (count,), generator=generator))
+
+    return classes, images(SYNTHETIC_IMAGES, recipe.size), images(SYNTHETIC_IMAGES // 4, recipe.val_size)
+
+
+HOW_TO_GET = {
+    "imagenet": "ImageNet (ILSVRC 2012) comes from image-net.org after registration; unpack its archives to "
+    "train/<wnid>/*.JPEG and val/<wnid>/*.JPEG",
+    "folder": "one folder of images per class is expected: train/<class>/* and val/<class>/*",
+}
+
+
+def _photographs(
+    name: str,
+    recipe: Recipe,
+    root: Path | None,
+    holdout: int,
+    cache: Path,
+    workers: int,
+    device: torch.device | None,
+) -> Dataset:
+    if root is None:
+        raise DataError(f"data {name} needs --root. {HOW_TO_GET[name]}")
+    if isinstance(recipe.crop, PadCrop):
+        raise DataError(f"data {name} has photographs; this recipe is for small images, {recipe.size}x{recipe.size}")
+    trained, held = (_image_folder(name, root / part) for part in ("train", "val"))
+    if trained.classes != held.classes:
+        differing = sorted(set(trained.classes) ^ set(held.classes))[:5]
+        raise DataError(f"{root}: train and val have different classes, among them {', '.join(differing)}")
+    if name == "imagenet" and len(trained.classes) != 1000:
+        raise DataError(f"{root / 'train'} has {len(trained.classes)} classes, ImageNet 1000. {HOW_TO_GET[name]}")
+    if holdout:
+        kept, apart = _split(len(trained.samples), holdout)
+        held.samples = [trained.samples[i] for i in apart.tolist()]
+        trained.samples = [trained.samples[i] for i in kept.tolist()]
+    classes = tuple(_IMAGENET_CATEGORIES) if name == "imagenet" else tuple(trained.classes)
+    train = Folder(trained, train_transform(recipe), erasing(recipe))
+    val = Folder(held, centre_crop(recipe.resize, recipe.val_size))
+    if recipe.normalise == "pixel":
+        preprocess = _moments(trained, recipe, cache, workers, device or torch.device("cpu")).preprocess()
+    else:
+        preprocess = by_channel()
+    return Dataset(name, classes, 3, train, val, preprocess)
+
+
+def _image_folder(name: str, place: Path) -> datasets.ImageFolder:
+    try:
+        return datasets.ImageFolder(str(place))
+    except (FileNotFoundError, NotADirectoryError, PermissionError) as error:
+        raise DataError(f"{place}: {error}. {HOW_TO_GET[name]}") from error
+
+
+def cache_folder() -> Path:
+    """Where statistics are kept unless the user says otherwise."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastres"
+
+
+def _moments(files: datasets.ImageFolder, recipe: Recipe, cache: Path, workers: int, device: torch.device) -> Moments:
+    """Of the training images' centre crops, each seen once; read from the cache when it has them.
+
+    The key is the names of the files and the crop: a file replaced under its old name goes unnoticed. Under
+    torch.distributed each process reads its share of the images.
+    """
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    place = cache / f"statistics-{_fingerprint(files, recipe)}.npz"
+    known = [read_moments(place) if rank == 0 else None]
+    if world > 1:
+        dist.broadcast_object_list(known)
+    if known[0] is not None:
+        return known[0]
+    folder = Folder(files, centre_crop(recipe.resize, recipe.size))
+    mine = range(rank, len(folder), world)
+    batches = [[(i, 0) for i in mine[k : k + 64]] for k in range(0, len(mine), 64)]
+    images = (x for x, _ in _decoded(folder, batches, workers, device))
+    shown = tqdm(images, "mean image", len(batches), unit="batch", disable=None if rank == 0 else True)
+    moments = Moments.of(shown, 3, recipe.size)
+    if world > 1:
+        shares: list[Any] = [None] * world
+        dist.all_gather_object(shares, moments)
+        moments = Moments(*(sum(getattr(m, name) for m in shares) for name in ("count", "image", "products")))
+    if rank == 0:
+        keep_moments(place, moments)
+    return moments
+
+
+def _fingerprint(files: datasets.ImageFolder, recipe: Recipe) -> str:
+    digest = hashlib.sha256(f"{recipe.resize} {recipe.size}\n".encode())
+    for path, label in files.samples:
+        digest.update(f"{os.path.relpath(path, files.root)} {label}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+def _checksum(count: np.ndarray, image: np.ndarray, products: np.ndarray) -> str:
+    return hashlib.sha256(count.tobytes() + image.tobytes() + products.tobytes()).hexdigest()
+
+
+def keep_moments(place: Path, moments: Moments) -> None:
+    """Writes them with a checksum; a cache that can't be written costs a warning and the next run's time."""
+    arrays = (np.array(moments.count), moments.image.numpy(), moments.products.numpy())
+    data = io.BytesIO()
+    np.savez(data, count=arrays[0], image=arrays[1], products=arrays[2], checksum=_checksum(*arrays))
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(place, data.getvalue())
+    except OSError as error:
+        warnings.warn(f"the mean image can't be kept in {place}: {error}", stacklevel=2)
+
+
+def read_moments(place: Path) -> Moments | None:
+    """What `keep_moments` wrote; None if there is nothing, and with a warning if that is damaged."""
+    if not place.exists():
+        return None
+    try:
+        with np.load(place, allow_pickle=False) as kept:
+            arrays = (kept["count"], kept["image"], kept["products"])
+            if str(kept["checksum"]) != _checksum(*arrays):
+                raise ValueError("its checksum is wrong")
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        warnings.warn(f"{place} is damaged ({error}) and is computed anew", stacklevel=2)
+        return None
+    return Moments(int(arrays[0]), torch.from_numpy(arrays[1]), torch.from_numpy(arrays[2]))

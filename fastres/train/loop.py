@@ -1,0 +1,590 @@
+"""The training loop: one process, or several under torchrun; resumable at every iteration.
+
+    micro-batches ─► forward, backward (x accumulate) ─► SGD ─► EMA        every iteration
+                     training error ─► log.csv, warm-up rule               every `log_every`
+                     validation error ─► curves, plateau rule, checkpoint  every `eval_every`
+
+Whether a loss was finite is known on the GPU at once, where it holds back the update, and to the host one iteration
+later; so no iteration waits for the host, and what a bad one has touched is put back.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+import fastres
+from fastres.models import families
+from fastres.train import checkpoint
+from fastres.train.data import Loader, Stream, load
+from fastres.train.process import Place, Signals, place
+from fastres.train.recipe import Recipe
+from fastres.train.report import Report
+from fastres.train.schedule import LearningRate
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+COMPILE = ("none", "inductor", "fastres")
+
+
+class NonFiniteError(RuntimeError):
+    """The loss or its gradient was no number. The message names the iteration and the checkpoint of the one before."""
+
+
+class Interrupted(Exception):
+    """A signal came during validation, which is given up."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training: a recipe, the net and images it is used with, and how it runs here.
+
+    family, depth, shortcut, data: None for the recipe's. holdout: training images that validate instead. micro_batch:
+    images per forward pass, None for the recipe's. dtype: a key of `DTYPES`, None for bf16 on a GPU and fp32 elsewhere.
+    eval_every, save_every, in iterations: None for an epoch, and for `eval_every`. resume: go on from out/last.pt where
+    there is one.
+    """
+
+    name: str
+    recipe: Recipe
+    out: Path
+    family: str | None = None
+    depth: int | None = None
+    shortcut: str | None = None
+    data: str | None = None
+    root: Path | None = None
+    holdout: int = 0
+    download: bool = False
+    cache: Path | None = None
+    seed: int = 0
+    device: str | None = None
+    dtype: str | None = None
+    compile: str = "none"
+    cuda_graph: bool = False
+    deterministic: bool = False
+    micro_batch: int | None = None
+    workers: int = 0
+    log_every: int = 50
+    eval_every: int | None = None
+    save_every: int | None = None
+    tensorboard: bool = False
+    resume: bool = False
+
+    def __post_init__(self) -> None:
+        for name, least in (("seed", 0), ("holdout", 0), ("workers", 0), ("log_every", 1)):
+            _at_least(name, getattr(self, name), least)
+        for name in ("micro_batch", "eval_every", "save_every"):
+            if getattr(self, name) is not None:
+                _at_least(name, getattr(self, name), 1)
+        for name, accepted in (("dtype", [None, *DTYPES]), ("compile", COMPILE)):
+            if getattr(self, name) not in accepted:
+                raise ValueError(
+                    f"{name} {getattr(self, name)!r} does not exist; there are {', '.join(map(str, accepted))}"
+                )
+
+
+def _at_least(name: str, value: int, least: int) -> None:
+    if value < least:
+        raise ValueError(f"{name} {value}: any whole number from {least} is accepted")
+
+
+@dataclass(frozen=True)
+class Summary:
+    """How a training ended. Errors in [0, 1]; of the averaged weights where the recipe averages."""
+
+    iterations: int
+    error: float
+    top5: float
+    best: float
+    out: Path
+
+    def __str__(self) -> str:
+        return (
+            f"{self.iterations} iterations, validation error {self.error:.2%} (top-5 {self.top5:.2%}), "
+            f"best {self.best:.2%}; {self.out} holds log.csv, {checkpoint.LAST} and {checkpoint.BEST}"
+        )
+
+
+@dataclass(frozen=True)
+class Errors:
+    """Mean loss, top-1 and top-5 error in [0, 1] over `count` images."""
+
+    loss: float
+    top1: float
+    top5: float
+    count: int
+
+
+@torch.no_grad()
+def errors(
+    net: Callable[[Tensor], Tensor], batches: Iterable[tuple[Tensor, Tensor]], device: torch.device, classes: int
+) -> Errors:
+    """Of a net in eval mode on (images, labels [n]). Sums over all processes where there are several."""
+    sums = torch.zeros(4, dtype=torch.float64, device=device)
+    for x, y in batches:
+        scores = net(x).float()
+        hits = scores.topk(min(5, classes)).indices == y[:, None]
+        loss = F.cross_entropy(scores, y, reduction="sum")
+        sums += torch.stack([loss, hits[:, 0].sum(), hits.sum(), loss.new_tensor(len(y))])
+    if dist.is_initialized():
+        dist.all_reduce(sums)
+    loss, first, five, count = sums.tolist()
+    return Errors(loss / count, 1 - first / count, 1 - five / count, int(count))
+
+
+class Graph:
+    """A function of (x, y) with a backward pass in it, captured in a CUDA graph and replayed on batches of one shape.
+
+    touched: tensors that a call changes besides gradients; warming up and capturing leave them as they were, and leave
+    the gradients of `parameters` zero.
+    """
+
+    def __init__(
+        self,
+        function: Callable[[Tensor, Tensor], tuple[Tensor, ...]],
+        x: Tensor,
+        y: Tensor,
+        touched: list[Tensor],
+        parameters: list[nn.Parameter],
+    ) -> None:
+        self.x, self.y = x.clone(), y.clone()
+        before = [tensor.clone() for tensor in touched]
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                function(self.x, self.y)
+        torch.cuda.current_stream().wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.result = function(self.x, self.y)
+        torch._foreach_copy_(touched, before)
+        torch._foreach_zero_([p.grad for p in parameters if p.grad is not None])
+
+    def __call__(self, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+        self.x.copy_(x)
+        self.y.copy_(y)
+        self.graph.replay()
+        return self.result
+
+
+class Trainer:
+    """A training between two iterations: all that a checkpoint holds, and what moves it on."""
+
+    def __init__(self, run: Run, place: Place, signals: Signals) -> None:
+        self.run, self.place, self.signals = run, place, signals
+        recipe = self.recipe = run.recipe
+        self.family = run.family or recipe.family
+        self.depth = recipe.depth if run.depth is None else run.depth
+        self.dtype = DTYPES[run.dtype or ("bf16" if place.device.type == "cuda" else "fp32")]
+        micro, self.accumulate = micro_batches(recipe, run.micro_batch, place.world)
+        checked_compile(run.compile)
+        if run.cuda_graph and (place.device.type != "cuda" or place.world > 1):
+            raise ValueError("a step can be captured in a CUDA graph on one GPU in one process, not here")
+        torch.backends.cudnn.benchmark = not run.deterministic
+        torch.backends.cudnn.deterministic = run.deterministic
+        torch.manual_seed(run.seed)
+        data = run.data or recipe.data
+        where = {"cache": run.cache, "workers": run.workers, "device": place.device}
+        dataset = load(data, recipe, run.root, holdout=run.holdout, download=run.download, **where)  # type: ignore[arg-type]
+        sizes = {"num_classes": len(dataset.classes), "in_channels": dataset.channels}
+        model = families.build(self.family, self.depth, run.shortcut, **sizes)
+        self.model = model.to(place.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        stream = Stream(len(dataset.train), recipe.batch, recipe.batch // micro, run.seed, recipe.repeats)
+        self.loader = Loader(dataset, recipe, stream, place.device, run.workers, place.rank, place.world)
+        self.steps_per_epoch = max(1, len(dataset.train) // recipe.batch)
+        self.total = recipe.total(self.steps_per_epoch)
+        self.eval_every = run.eval_every or self.steps_per_epoch
+        self.save_every = run.save_every or self.eval_every
+        self.lr = LearningRate(recipe, self.depth, self.steps_per_epoch)
+        self.optimizer = sgd(self.model, recipe)
+        self.scaler = torch.amp.GradScaler(place.device.type, enabled=self.dtype == torch.float16)
+        self.ema: AveragedModel | None = None
+        if recipe.ema is not None:
+            average = get_ema_multi_avg_fn(recipe.ema.decay)
+            self.ema = AveragedModel(self.model, multi_avg_fn=average, use_buffers=True)
+        self.iteration = 0
+        self.evaluated = 0
+        self.best = math.inf
+        self.latest: Errors | None = None
+        self.history: list[dict[str, float]] = []
+        self.meter = torch.zeros(3, dtype=torch.float64, device=place.device)  # loss, wrong, images since the last log
+        self.held = torch.zeros((), device=place.device)  # 1 from the first loss on that was not finite
+        self.pending: deque[tuple[int, Tensor, torch.cuda.Event | None]] = deque()
+        self.touched = [*self.model.buffers(), self.meter]
+        self.before = [[tensor.clone() for tensor in self.touched] for _ in range(2)]
+        self.lag = 1 if place.device.type == "cuda" and not self.scaler.is_enabled() else 0
+        self.stopping = 0
+        self.graph: Graph | None = None
+        self.meta = {
+            "fastres": fastres.__version__,
+            "recipe": run.name,
+            "family": self.family,
+            "depth": self.depth,
+            "shortcut": run.shortcut,
+            **sizes,
+            "data": data,
+            "classes": list(dataset.classes),
+            "size": recipe.size,
+            "val_size": recipe.val_size,
+            "resize": recipe.resize,
+        }
+        self.identity = {
+            **{name: self.meta[name] for name in ("family", "depth", "shortcut", "num_classes", "in_channels", "data")},
+            "training images": len(dataset.train),
+            "holdout": run.holdout,
+            "seed": run.seed,
+            "dtype": str(self.dtype),
+            "micro-batches": recipe.batch // micro,
+            **{
+                f"recipe.{name}": value
+                for name, value in _plain(dataclasses.asdict(recipe)).items()
+                if name != "source"
+            },
+        }
+        if run.compile != "none":
+            self.model.compile(backend=run.compile)
+        self.net: nn.Module = self.model
+        if place.world > 1:
+            ids = [place.device] if place.device.type == "cuda" else None
+            self.net = DistributedDataParallel(
+                self.model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
+            )
+
+    @property
+    def main(self) -> bool:
+        """Whether this is the process that writes and speaks."""
+        return self.place.rank == 0
+
+    @property
+    def last(self) -> Path:
+        return self.run.out / checkpoint.LAST
+
+    def _autocast(self) -> AbstractContextManager[None]:
+        if self.dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.place.device.type, self.dtype, cache_enabled=not self.run.cuda_graph)
+
+    def _micro(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Forward and backward of one micro-batch: its mean loss and how many it got wrong."""
+        with self._autocast():
+            scores = self.net(x)
+        loss = F.cross_entropy(scores.float(), y, label_smoothing=self.recipe.label_smoothing)
+        self.scaler.scale(loss / self.accumulate).backward()
+        labels = y if y.dim() == 1 else y.argmax(1)
+        return loss.detach(), (scores.argmax(1) != labels).sum()
+
+    def step(self, batches: Iterator[tuple[Tensor, Tensor]]) -> None:
+        """One iteration: `accumulate` micro-batches of each process and one update. Raises NonFiniteError."""
+        torch._foreach_copy_(self.before[self.iteration % 2], self.touched)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr(self.iteration)
+        self.optimizer.zero_grad(set_to_none=not self.run.cuda_graph)
+        total = torch.zeros((), device=self.place.device)
+        for k in range(self.accumulate):
+            x, y = next(batches)
+            if self.run.cuda_graph and self.graph is None:
+                self.graph = Graph(self._micro, x, y, self.touched, list(self.model.parameters()))
+            partial = isinstance(self.net, DistributedDataParallel) and k < self.accumulate - 1
+            with self.net.no_sync() if partial else nullcontext():  # type: ignore[operator]
+                loss, wrong = (self.graph or self._micro)(x, y)
+            total += loss
+            self.meter += torch.stack([loss.double() * len(x), wrong.double(), loss.new_tensor(len(x)).double()])
+        self._update(total)
+        self.iteration += 1
+        self._heed(self.lag)
+        self._average()
+
+    def _update(self, loss: Tensor) -> None:
+        """The optimizer's step, held back on the device if the loss or the gradient is not finite."""
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        if not self.scaler.is_enabled():  # overflow there is the scaler's own business
+            loss = loss + torch.nn.utils.get_total_norm(gradients)
+        wishes = torch.stack([1 - loss.isfinite().float(), loss.new_tensor(self.signals.received)])
+        if self.place.world > 1:
+            dist.all_reduce(wishes, dist.ReduceOp.MAX)
+        self.held = torch.maximum(self.held, wishes[0])
+        if self.scaler.is_enabled():
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        else:
+            self.optimizer.found_inf = self.held  # type: ignore[attr-defined]  # torch's fused optimizers look for it
+            self.optimizer.step()
+        event = None
+        if wishes.is_cuda:
+            wishes = torch.empty(2, pin_memory=True).copy_(wishes, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+        self.pending.append((self.iteration, wishes, event))
+
+    def _heed(self, lag: int) -> None:
+        """Acts on what all but the last `lag` iterations reported."""
+        while len(self.pending) > lag:
+            iteration, wishes, event = self.pending.popleft()
+            if event is not None:
+                event.synchronize()
+            bad, self.stopping = (int(wish) for wish in wishes.tolist())
+            if bad:
+                torch._foreach_copy_(self.touched, self.before[iteration % 2])
+                self.iteration = iteration
+                self.pending.clear()
+                self.save()
+                raise NonFiniteError(
+                    f"the loss of iteration {iteration} is not finite (lr {self.lr(iteration):g}); {self.last} holds "
+                    "the weights before it. A lower --lr or --dtype fp32 may help"
+                )
+
+    def _average(self) -> None:
+        rule, done = self.recipe.ema, self.iteration - 1
+        if self.ema is None or rule is None or done % rule.every:
+            return
+        self._heed(0)
+        self.ema.update_parameters(self.model)
+        if done < rule.warm * self.steps_per_epoch:
+            self.ema.n_averaged.zero_()
+
+    def _gather_meter(self) -> None:
+        """The main process's meter holds the sums of all, the others' nothing."""
+        if self.place.world > 1:
+            dist.all_reduce(self.meter)
+
+    def log(self, seconds: float, images: int) -> dict[str, float]:
+        """The training error since the last call, which the warm-up rule hears of. The row that log.csv gets."""
+        self._gather_meter()
+        loss, wrong, count = self.meter.tolist()
+        self.meter.zero_()
+        self.lr.training_error(wrong / count)
+        row = {**self._where(), "train_loss": loss / count, "train_error": wrong / count}
+        self.history.append({**row, "images_per_second": images / seconds})
+        return self.history[-1]
+
+    def _where(self) -> dict[str, float]:
+        lr = self.optimizer.param_groups[0]["lr"]
+        return {"iteration": self.iteration, "epoch": self.iteration / self.steps_per_epoch, "lr": lr}
+
+    def _validation(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for batch in self.loader.validation():
+            if self.signals.received and self.place.world == 1:
+                raise Interrupted
+            yield batch
+
+    def evaluate(self) -> Errors:
+        """Validates the averaged weights, or the trained ones; the plateau rule hears of it. Raises Interrupted."""
+        if self.place.world > 1:
+            for buffer in self.model.buffers():
+                dist.broadcast(buffer, 0)
+        model = self.ema.module if self.ema is not None else self.model
+        model.eval()
+        try:
+            with self._autocast():
+                found = errors(model, self._validation(), self.place.device, len(self.loader.dataset.classes))
+        finally:
+            model.train()
+        self.evaluated, self.latest = self.iteration, found
+        self.lr.validation_error(found.top1)
+        row = {"val_loss": found.loss, "val_error": found.top1, "val_error_top5": found.top5}
+        self.history.append({**self._where(), **row})
+        return found
+
+    def state(self) -> dict[str, Any]:
+        """All that the training needs to go on. Collective under torch.distributed."""
+        self._gather_meter()
+        rng = [checkpoint.rng_state()]
+        if self.place.world > 1:
+            if not self.main:
+                self.meter.zero_()
+            everyone: list[Any] = [None] * self.place.world
+            dist.all_gather_object(everyone, rng[0])
+            rng = everyone
+        return {
+            "meta": {**self.meta, "iteration": self.iteration, "averaged": self.ema is not None, "best": self.best},
+            "model": self.model.state_dict(),
+            "ema": None if self.ema is None else self.ema.module.state_dict(),
+            "averaged": 0 if self.ema is None else int(self.ema.n_averaged),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.lr.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "preprocess": self.loader.preprocess.state_dict(),
+            "iteration": self.iteration,
+            "evaluated": self.evaluated,
+            "best": self.best,
+            "latest": None if self.latest is None else dataclasses.asdict(self.latest),
+            "meter": self.meter,
+            "rng": rng,
+            "history": self.history,
+            "run": self.identity,
+        }
+
+    def save(self, *, best: bool = False) -> None:
+        """Writes a checkpoint. Raises CheckpointError."""
+        state = self.state()
+        if self.main:
+            checkpoint.save(self.run.out, state, best=best)
+
+    def restore(self, path: Path) -> None:
+        """Stands where the checkpoint's training stood. Raises CheckpointError for one of another run."""
+        state = checkpoint.load(path)
+        checkpoint.require_equal(path, state["run"], self.identity)
+        self.model.load_state_dict(state["model"])
+        if self.ema is not None:
+            self.ema.module.load_state_dict(state["ema"])
+            self.ema.n_averaged.fill_(state["averaged"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.lr.load_state_dict(state["schedule"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.loader.preprocess.load_state_dict(state["preprocess"])
+        self.iteration, self.evaluated, self.best = state["iteration"], state["evaluated"], state["best"]
+        self.latest = None if state["latest"] is None else Errors(**state["latest"])
+        self.history = state["history"]
+        self.meter.copy_(state["meter"] if self.main else torch.zeros(3))
+        if len(state["rng"]) == self.place.world:
+            checkpoint.set_rng_state(state["rng"][self.place.rank])
+
+    def report(self) -> Report:
+        """Of this training, from here on."""
+        title = f"{self.family}-{self.depth} on {self.meta['data']}"
+        span = (self.recipe.batch, self.iteration, self.total)
+        return Report(self.run.out, title, *span, self.history, tensorboard=self.run.tensorboard)
+
+    def fit(self, report: Report | None = None) -> Summary:
+        """Trains to the end. Raises NonFiniteError, CheckpointError, DataError; SystemExit after a signal."""
+        self.model.train()
+        batches = self.loader.training(self.iteration, self.total)
+        start, logged = time.perf_counter(), self.iteration
+        while True:
+            self._visit(report)
+            if self.iteration == self.total:
+                break
+            self.step(batches)
+            if report is not None:
+                report.advance()
+            every = self._log_every()
+            if self.iteration % every == 0 or self.iteration == self.total:
+                self._heed(0)
+                now = time.perf_counter()
+                row = self.log(now - start, (self.iteration - logged) * self.recipe.batch)
+                start, logged = now, self.iteration
+                if report is not None:
+                    report.row(row)
+            if self.stopping:
+                self._leave(self.stopping)
+        assert self.latest is not None
+        return Summary(self.iteration, self.latest.top1, self.latest.top5, self.best, self.run.out)
+
+    def _log_every(self) -> int:
+        warmup = self.recipe.warmup
+        return warmup.window if warmup is not None and self.lr.warming else self.run.log_every
+
+    def _visit(self, report: Report | None) -> None:
+        """What is due between two iterations: validation with a checkpoint, or a checkpoint."""
+        if not self.iteration:
+            return
+        if self.iteration != self.evaluated and (self.iteration % self.eval_every == 0 or self.iteration == self.total):
+            self._heed(0)
+            try:
+                found = self.evaluate()
+            except Interrupted:
+                self._leave(self.signals.received)
+            better = found.top1 < self.best
+            self.best = min(self.best, found.top1)
+            self.save(best=better)
+            if report is not None:
+                report.evaluated(self.history, found.top1, found.top5)
+        elif self.iteration % self.save_every == 0:
+            self._heed(0)
+            self.save()
+
+    def _leave(self, number: int) -> None:
+        self._heed(0)
+        self.save()
+        if self.main:
+            print(
+                f"stopped at iteration {self.iteration}, saved {self.last}; --resume goes on from it", file=sys.stderr
+            )
+        raise SystemExit(128 + number)
+
+
+def micro_batches(recipe: Recipe, asked: int | None, world: int) -> tuple[int, int]:
+    """Images per forward pass, and passes per iteration and process. ValueError where that doesn't divide the batch."""
+    micro = recipe.micro_batch(world) if asked is None else asked
+    if micro < 1 or recipe.batch % (micro * world):
+        raise ValueError(
+            f"batch {recipe.batch} can't be dealt out as micro-batches of {max(micro, 1)} to {world} process(es): "
+            "their product must divide it"
+        )
+    return micro, recipe.batch // (micro * world)
+
+
+def checked_compile(backend: str) -> None:
+    """ValueError unless torch.compile knows `backend`."""
+    if backend == "none":
+        return
+    known = torch._dynamo.list_backends()
+    if backend not in known:
+        raise ValueError(f"torch.compile has no backend {backend!r} here; it has {', '.join(known)}")
+
+
+def sgd(model: nn.Module, recipe: Recipe) -> torch.optim.SGD:
+    """Fused SGD. BN's parameters decay by the recipe's `norm_decay` where that is set, all others by `weight_decay`.
+
+    Momentum starts from zeros that are there: then a first update held back leaves nothing undefined.
+    """
+    norms = {p for m in model.modules() if isinstance(m, nn.BatchNorm2d) for p in m.parameters()}
+    apart = norms if recipe.norm_decay is not None else set()
+    groups = [{"params": [p for p in model.parameters() if p not in apart], "weight_decay": recipe.weight_decay}]
+    if apart:
+        groups.append({"params": [p for p in model.parameters() if p in apart], "weight_decay": recipe.norm_decay})
+    optimizer = torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum, fused=True)
+    for p in model.parameters():
+        optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
+    return optimizer
+
+
+def _plain(data: dict[str, Any]) -> dict[str, Any]:
+    """Tuples as lists, so that it equals itself read from JSON."""
+    return {
+        name: _plain(v) if isinstance(v, dict) else list(v) if isinstance(v, tuple) else v for name, v in data.items()
+    }
+
+
+def train(run: Run) -> Summary:
+    """Trains as `run` says and leaves checkpoints, log.csv and curves.png in run.out.
+
+    Raises ValueError (DataError among them) for what can't be served before training starts, CheckpointError and
+    NonFiniteError; SystemExit with 143 after SIGTERM and 130 after Ctrl-C, once a checkpoint is written.
+    """
+    with Signals() as signals, place(run.device) as here:
+        return _train(run, here, signals)  # a function of its own: what holds the process group dies before that does
+
+
+def _train(run: Run, here: Place, signals: Signals) -> Summary:
+    last = run.out / checkpoint.LAST
+    if here.rank == 0:
+        checkpoint.prepare(run.out)
+    if here.world > 1:
+        dist.barrier()
+    if last.exists() and not run.resume:
+        raise ValueError(f"{last} is there already: --resume goes on from it, another --out begins anew")
+    trainer = Trainer(run, here, signals)
+    if last.exists():
+        trainer.restore(last)
+    report = trainer.report() if trainer.main else None
+    try:
+        return trainer.fit(report)
+    finally:
+        if report is not None:
+            report.close()

@@ -1,0 +1,84 @@
+"""This process among those of a training, and the signals that end one."""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import threading
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class Place:
+    """This process among those of the training."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+
+@contextmanager
+def place(device: str | None) -> Iterator[Place]:
+    """One process, or torchrun's, whose process group is up inside: NCCL on GPUs, gloo elsewhere."""
+    kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(kind)
+    except RuntimeError as error:
+        raise ValueError(f"device {kind!r} does not exist: cpu, cuda and cuda:<number> are accepted") from error
+    if chosen.type not in ("cpu", "cuda") or (chosen.type == "cuda" and not torch.cuda.is_available()):
+        raise ValueError(
+            f"device {kind} is not there: this machine trains on {'cuda or ' * torch.cuda.is_available()}cpu"
+        )
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if chosen.type == "cuda" and (chosen.index is None or world > 1):
+        chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    if world == 1:
+        yield Place(0, 1, chosen)
+        return
+    if chosen.type == "cuda":
+        dist.init_process_group("nccl", device_id=chosen)
+    else:
+        dist.init_process_group("gloo")
+    try:
+        yield Place(dist.get_rank(), world, chosen)
+    except BaseException as error:
+        traceback.clear_frames(error.__traceback__)
+        raise
+    finally:
+        gc.collect()  # a DistributedDataParallel that outlives its process group can hang when it is freed
+        dist.destroy_process_group()
+
+
+class Signals:
+    """SIGTERM and Ctrl-C as a wish that the loop grants after its iteration; a second one ends the process at once."""
+
+    def __init__(self) -> None:
+        self.received = 0
+        self._before: dict[int, Any] = {}
+
+    def _note(self, number: int, frame: object) -> None:
+        self.received = number
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
+
+    def __enter__(self) -> Signals:
+        if threading.current_thread() is threading.main_thread():  # the only one that may set handlers
+            self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._restore()

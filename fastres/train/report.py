@@ -1,0 +1,85 @@
+"""What a training shows and writes about itself."""
+
+from __future__ import annotations
+
+import csv
+import io
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from fastres.train import plot
+from fastres.train.checkpoint import write_atomically
+
+History = Sequence[Mapping[str, float]]
+COLUMNS = (
+    "iteration",
+    "epoch",
+    "lr",
+    "train_loss",
+    "train_error",
+    "val_loss",
+    "val_error",
+    "val_error_top5",
+    "images_per_second",
+)
+
+
+class Report:
+    """What the main process shows and writes while it trains: a progress bar, log.csv, curves.png, TensorBoard."""
+
+    def __init__(
+        self, out: Path, title: str, batch: int, start: int, total: int, history: History, *, tensorboard: bool
+    ) -> None:
+        """start, total: iterations. history: of a resumed run, whose log then ends where its checkpoint does."""
+        self.out, self.title, self.batch = out, title, batch
+        self.bar = tqdm(
+            total=total * batch, initial=start * batch, unit="img", unit_scale=True, desc=title, disable=None
+        )
+        text = io.StringIO(newline="")
+        rows = csv.DictWriter(text, COLUMNS, restval="")
+        rows.writeheader()
+        rows.writerows(history)
+        write_atomically(self.out / "log.csv", text.getvalue().encode())
+        self.writer = summary_writer(out / "tensorboard", start) if tensorboard else None
+
+    def advance(self) -> None:
+        self.bar.update(self.batch)
+
+    def row(self, row: Mapping[str, float]) -> None:
+        """Adds a row of `COLUMNS` to log.csv and TensorBoard."""
+        with (self.out / "log.csv").open("a", newline="") as file:
+            csv.DictWriter(file, COLUMNS, restval="").writerow(row)
+        if self.writer is not None:
+            for name in row.keys() - {"iteration", "epoch"}:
+                self.writer.add_scalar(name, row[name], int(row["iteration"]))
+        if "train_loss" in row:
+            self.bar.set_postfix(
+                {"loss": f"{row['train_loss']:.3f}", "error": f"{row['train_error']:.1%}", "lr": f"{row['lr']:g}"}
+            )
+
+    def evaluated(self, history: History, top1: float, top5: float) -> None:
+        """The last row of `history` is an evaluation."""
+        self.row(history[-1])
+        plot.curves(self.out / "curves.png", {self.title: history})
+        self.bar.write(
+            f"iteration {int(history[-1]['iteration'])}: validation error {top1:.2%}, top-5 {top5:.2%}",
+            file=sys.stderr,
+        )
+
+    def close(self) -> None:
+        self.bar.close()
+        if self.writer is not None:
+            self.writer.close()
+
+
+def summary_writer(folder: Path, iteration: int) -> Any:
+    """A SummaryWriter that drops what was written after `iteration`. Raises ValueError where there is none."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ValueError("--tensorboard needs the package tensorboard: pip install tensorboard") from error
+    return SummaryWriter(str(folder), purge_step=iteration)
