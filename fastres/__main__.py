@@ -56,8 +56,21 @@ def _summary(args: argparse.Namespace) -> str:
     return "\n\n".join(parts)
 
 
+def _train_arguments(parser: argparse.ArgumentParser) -> None:
+    from fastres.train import command
+
+    command.arguments(parser)
+
+
+def _train(args: argparse.Namespace) -> str:
+    from fastres.train import command
+
+    return command.run(args)
+
+
 COMMANDS = {
     "summary": Command("the paper's Table 1 for one net, with its cost", _summary_arguments, _summary),
+    "train": Command("train a net by one of the recipes", _train_arguments, _train),
     "status": Command("what would run on this machine, and why", lambda parser: None, _status),
 }
 
