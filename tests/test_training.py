@@ -11,6 +11,7 @@ from collections import Counter
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 import torchvision
 from cases import relative_error
 from torch import Tensor, nn
@@ -195,6 +196,72 @@ def test_eval_with_frozen_statistics_trains_and_infers() -> None:
     assert relative_error(scores, true_scores) <= 2 * relative_error(usual(images), true_scores) + 1e-6
     for (name, p), stock, true in zip(net.named_parameters(), usual.parameters(), exact.parameters(), strict=True):
         assert relative_error(p.grad, true.grad) <= 8 * relative_error(stock.grad, true.grad) + 1e-5, name
+
+
+def test_accumulated_gradients_and_checkpointing() -> None:
+    """Two backward passes add up; a checkpointed block has the same gradients (and, as stock, moves BN twice)."""
+    torch.manual_seed(0)
+    net = paper.cifar(8).to(DEVICE)
+    images, labels = batches(1, 3, 8)[0]
+    with fastres.backend("triton"):
+        F.cross_entropy(net(images), labels).backward()
+        once = [p.grad.clone() for p in net.parameters()]
+        F.cross_entropy(net(images), labels).backward()
+        for p, g in zip(net.parameters(), once, strict=True):
+            assert relative_error(p.grad, 2 * g) < 1e-5
+
+        net.zero_grad(set_to_none=True)
+        x = net._stem(images)
+        for stage in (net.layer1, net.layer2, net.layer3):
+            for block in stage:
+                x = torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False)
+        F.cross_entropy(net.fc(net.avgpool(x).flatten(1)), labels).backward()
+    for p, g in zip(net.parameters(), once, strict=True):
+        assert relative_error(p.grad, g) < 1e-5
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("depth", [18, 50])
+def test_whole_step_in_a_graph_with_scaled_gradients(depth: int) -> None:
+    """`make_graphed_callables` replays what eager computes; fp16 gradients survive a GradScaler and fused SGD."""
+    torch.manual_seed(0)
+    net = getattr(fastres, f"resnet{depth}")(num_classes=10).cuda().to(memory_format=torch.channels_last)
+    twin = copy.deepcopy(net)
+    images = torch.randn(8, 3, 64, 64, device="cuda").contiguous(memory_format=torch.channels_last)
+    labels = torch.arange(8, device="cuda")
+    graphed = torch.cuda.make_graphed_callables(copy.deepcopy(net), (images,))
+    F.cross_entropy(graphed(images), labels).backward()
+    F.cross_entropy(twin(images), labels).backward()
+    for p, q in zip(graphed.parameters(), twin.parameters(), strict=True):
+        assert relative_error(p.grad, q.grad.double()) < 1e-3
+
+    scaler = torch.amp.GradScaler("cuda")
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, fused=True)
+    for _ in range(3):
+        with torch.autocast("cuda", torch.float16):
+            loss = F.cross_entropy(net(images), labels)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+    assert torch.isfinite(loss)
+
+
+@pytest.mark.gpu
+def test_peak_memory_beside_stock() -> None:
+    """bf16 autocast, channels_last: the activations kept for backward are fewer than stock's."""
+
+    def peak(net: nn.Module) -> int:
+        net = net.cuda().to(memory_format=torch.channels_last)
+        images = torch.randn(64, 3, 224, 224, device="cuda").contiguous(memory_format=torch.channels_last)
+        for _ in range(2):
+            torch.cuda.reset_peak_memory_stats()
+            with torch.autocast("cuda", torch.bfloat16):
+                loss = net(images).float().logsumexp(1).sum()
+            loss.backward()
+        return torch.cuda.max_memory_allocated()
+
+    assert peak(fastres.resnet50()) < 0.85 * peak(torchvision.models.resnet50())
 
 
 @pytest.mark.gpu

@@ -1,0 +1,88 @@
+"""Instruction counts of the kernels' main loops on sm_90, held to what they were: a compile that gets worse shows.
+
+The counts belong to one Triton version and stand in golden.json. `python tests/test_golden.py` writes them anew, to be
+done knowingly, with the reason in the commit.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import triton
+from binary import record
+
+from fastres.kernels.batch_norm import backward_apply, backward_reduce, normalize, statistics
+from fastres.kernels.bottleneck import bottleneck_chain
+from fastres.kernels.conv import conv_fprop
+from fastres.kernels.dgrad import conv_dgrad
+from fastres.kernels.wgrad import conv_wgrad
+
+FILE = Path(__file__).with_name("golden.json")
+ALLOWED = 0.10
+N, SIZE, C = 256, 14, 256
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def launches() -> dict[str, Callable[[], Any]]:
+    """One launch of every kind of kernel at ResNet-50's stage 3, batch 256, as dispatch would ask for it."""
+    x, wide = meta(N, SIZE, SIZE, C), meta(N, SIZE, SIZE, 4 * C)
+    v, v4 = meta(C, dtype=torch.float32), meta(4 * C, dtype=torch.float32)
+    spatial, expand = meta(C, 3, 3, C), meta(4 * C, 1, 1, C)
+    narrow, broad = meta(N, 56, 56, 64), meta(N, 56, 56, 256)
+    s, s4 = meta(64, dtype=torch.float32), meta(256, dtype=torch.float32)
+    return {
+        "infer 3x3": lambda: conv_fprop(x, spatial, pad=1, scale=v, shift=v, relu=True),
+        "infer 1x1 residual": lambda: conv_fprop(x, expand, scale=v4, shift=v4, residual=wide, relu=True),
+        "fprop 3x3 prologue statistics": lambda: conv_fprop(x, spatial, pad=1, prologue=(v, v), statistics=True),
+        "fprop 1x1 prologue statistics": lambda: conv_fprop(x, expand, prologue=(v, v), statistics=True),
+        "dgrad 3x3 mask": lambda: conv_dgrad(x, spatial, x.shape, pad=1, relu_mask=(x, v, v, v)),
+        "dgrad 1x1 dz mask": lambda: conv_dgrad(
+            wide, expand, x.shape, bn_backward=(wide, v4, v4, v4), relu_mask=(x, v, v, v)
+        ),
+        "wgrad 3x3 prologue": lambda: conv_wgrad(x, x, spatial.shape, pad=1, prologue=(v, v)),
+        "wgrad 1x1 dz prologue": lambda: conv_wgrad(
+            wide, x, expand.shape, bn_backward=(wide, v4, v4, v4), prologue=(v, v)
+        ),
+        "chain": lambda: bottleneck_chain(
+            narrow, meta(64, 3, 3, 64), s, meta(256, 1, 1, 64), s4, broad, meta(64, 1, 1, 256), s
+        ),
+        "statistics": lambda: statistics(x),
+        "normalize add relu": lambda: normalize(wide, v4, v4, relu=True, residual=wide),
+        "backward reduce": lambda: backward_reduce(wide, wide, v4, mask=wide),
+        "backward apply": lambda: backward_apply(wide, wide, v4, v4, v4, mask=wide),
+    }
+
+
+def counts(launch: Callable[[], Any]) -> list[int]:
+    """Instructions in the main loop (of the whole kernel where it has none) of each kernel launched."""
+    with record() as recorded:
+        launch()
+    binaries = [one.compile(90) for one in recorded]
+    return [len(binary.loop or binary.code) for binary in binaries]
+
+
+@pytest.mark.compiles
+@pytest.mark.parametrize("name", launches())
+def test_main_loop_is_no_longer_than_it_was(name: str) -> None:
+    golden = json.loads(FILE.read_text())
+    if golden["triton"] != triton.__version__:
+        pytest.skip(f"the counts on record are of Triton {golden['triton']}, this is {triton.__version__}")
+    got, want = counts(launches()[name]), golden["counts"][name]
+    assert len(got) == len(want)
+    for mine, recorded in zip(got, want, strict=True):
+        assert mine <= recorded * (1 + ALLOWED), f"{name}: {mine} instructions, {recorded} on record"
+        assert mine >= recorded * (1 - ALLOWED), f"{name}: {mine} instructions, {recorded} on record: write it anew"
+
+
+if __name__ == "__main__":
+    found = {name: counts(launch) for name, launch in launches().items()}
+    FILE.write_text(json.dumps({"triton": triton.__version__, "counts": found}, indent=1) + "\n")
+    print(FILE.read_text())
