@@ -10,14 +10,15 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Command:
-    """What a command is for, the arguments it adds to its parser, and what it does with them: text to print.
+    """What a command is for, the arguments it adds to its parser, and what it does with them.
 
-    `run` raises ValueError for arguments that can't be served; that ends the program with code 2 and the message.
+    `run` gives text to print, or, having printed itself, the exit code. It raises ValueError for arguments that can't
+    be served; that ends the program with code 2 and the message.
     """
 
     purpose: str
     arguments: Callable[[argparse.ArgumentParser], None]
-    run: Callable[[argparse.Namespace], str]
+    run: Callable[[argparse.Namespace], str | int]
 
 
 def _status(args: argparse.Namespace) -> str:
@@ -68,9 +69,35 @@ def _train(args: argparse.Namespace) -> str:
     return command.run(args)
 
 
+def _eval_arguments(parser: argparse.ArgumentParser) -> None:
+    from fastres import commands
+
+    commands.eval_arguments(parser)
+
+
+def _eval(args: argparse.Namespace) -> int:
+    from fastres import commands
+
+    return commands.run_eval(args)
+
+
+def _predict_arguments(parser: argparse.ArgumentParser) -> None:
+    from fastres import commands
+
+    commands.predict_arguments(parser)
+
+
+def _predict(args: argparse.Namespace) -> int:
+    from fastres import commands
+
+    return commands.run_predict(args)
+
+
 COMMANDS = {
     "summary": Command("the paper's Table 1 for one net, with its cost", _summary_arguments, _summary),
     "train": Command("train a net by one of the recipes", _train_arguments, _train),
+    "eval": Command("test trained nets: a centre crop, 10 crops or several scales", _eval_arguments, _eval),
+    "predict": Command("the likeliest classes of images", _predict_arguments, _predict),
     "status": Command("what would run on this machine, and why", lambda parser: None, _status),
 }
 
@@ -84,9 +111,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         command.arguments(parsers[name])
     args = parser.parse_args(argv)
     try:
-        print(COMMANDS[args.command].run(args))
+        outcome = COMMANDS[args.command].run(args)
     except ValueError as error:
         parsers[args.command].error(str(error))
+    if isinstance(outcome, int):
+        return outcome
+    print(outcome)
     return 0
 
 

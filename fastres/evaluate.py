@@ -185,21 +185,20 @@ class Predictor:
     @torch.inference_mode()
     def __call__(self, images: Sequence[Tensor] | Tensor) -> Tensor:
         """Scores [N, K], fp32 on the nets' device, of N images prepared by `views.prepare`; shapes may differ."""
+        if not len(images):
+            raise ValueError("no images")
+        if isinstance(images, Tensor):
+            return self._group(images)
         groups: dict[tuple[int, ...], list[int]] = {}
         for i, image in enumerate(images):
             groups.setdefault(tuple(image.shape), []).append(i)
-        if not groups:
-            raise ValueError("no images")
-        parts = []
-        for members in groups.values():
-            batch = images if isinstance(images, Tensor) else torch.stack([images[i] for i in members])
-            parts.append(self._group(batch.to(self.device, non_blocking=True)))
+        parts = [self._group(torch.stack([images[i] for i in members])) for members in groups.values()]
         order = torch.tensor([i for members in groups.values() for i in members], device=self.device)
         return torch.cat(parts)[order.argsort()]
 
     def _group(self, images: Tensor) -> Tensor:
-        views = [self._view(view) for view in self.views.of(images)]
-        return torch.stack(views).mean(0)
+        images = images.to(self.device, non_blocking=True)
+        return torch.stack([self._view(view) for view in self.views.of(images)]).mean(0)
 
     def _view(self, view: Tensor) -> Tensor:
         scores = []

@@ -1,0 +1,374 @@
+"""The commands `eval` and `predict`: from arguments to nets, images and what is printed."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from torchvision.datasets import ImageFolder
+from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.transforms.v2 import functional as tvf
+from tqdm import tqdm
+
+from fastres.evaluate import CROPS, SCALES, Predictor, Views, evaluate, require_metrics
+from fastres.models import families
+from fastres.train import data
+from fastres.train.loop import DTYPES, place
+from fastres.train.recipe import RECIPES, Recipe
+from fastres.weights import Weights, load_into, read
+
+_EMBEDDED = {name: meaning for name, meaning in data.DATA.items() if name not in ("imagenet", "folder")}
+_USUAL = {"digits": "digits", "cifar10": "cifar-2015", "cifar100": "cifar-2015"}  # recipes by data
+
+
+_MODEL = "resnet50, cifar-20, paper-34-B, ...; one for all weights or one each (default: as they say themselves)"
+_WEIGHTS = "trained weights, or their torchvision name as ResNet50_Weights.IMAGENET1K_V2"
+
+
+def _common_arguments(parser: argparse.ArgumentParser) -> None:
+    crops = "; ".join(f"{name}: {meaning}" for name, meaning in CROPS.items())
+    parser.add_argument("--recipe", choices=list(RECIPES), help="whose image size and normalisation (default: theirs)")
+    parser.add_argument("--crops", choices=list(CROPS), default="center", help=f"{crops} (default: center)")
+    parser.add_argument("--size", type=int, help="side of the crops (default: as trained, else 224)")
+    parser.add_argument("--resize", type=int, help="shorter side before cropping (default: as trained, else 256)")
+    parser.add_argument(
+        "--scales",
+        type=int,
+        nargs="+",
+        help=f"shorter sides of multiscale (default: the paper's {', '.join(map(str, SCALES))} for crops of 224, in "
+        "proportion for others)",
+    )
+    parser.add_argument("--no-flip", action="store_true", help="multiscale without mirror images")
+    parser.add_argument("--batch", type=int, default=64, help="images at a time (default: 64)")
+    parser.add_argument("--workers", type=int, default=0, help="processes that decode images (default: 0)")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU where there is one)")
+    parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="default: bf16 on a GPU, else fp32")
+    parser.add_argument("--optimize", action="store_true", help="run the nets through fastres.optimize")
+
+
+def eval_arguments(parser: argparse.ArgumentParser) -> None:
+    embedded = "; ".join(f"{name}: {meaning}" for name, meaning in _EMBEDDED.items())
+    parser.add_argument("--data", required=True, help=f"a folder, [val/]<class>/<image>, or {embedded}")
+    parser.add_argument("--root", type=Path, help="where torchvision keeps CIFAR")
+    weights = f"{_WEIGHTS}; several make an ensemble"
+    parser.add_argument("--checkpoint", nargs="+", required=True, metavar="FILE", help=weights)
+    parser.add_argument("--model", nargs="+", metavar="NAME", help=_MODEL)
+    parser.add_argument("--csv", type=Path, help="file for the figures per class")
+    _common_arguments(parser)
+
+
+def predict_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("images", nargs="+", type=Path, metavar="IMG_OR_FOLDER", help="images, or folders of images")
+    weights = f"{_WEIGHTS}; given several times: an ensemble"
+    parser.add_argument("--weights", action="append", required=True, metavar="FILE", help=weights)
+    parser.add_argument("--model", action="append", metavar="NAME", help=_MODEL)
+    parser.add_argument("--top", type=int, default=5, help="classes per image (default: 5)")
+    parser.add_argument("--labels", type=Path, help="file with one class name per line (default: as the weights say)")
+    parser.add_argument("--csv", type=Path, help="file for the predictions")
+    _common_arguments(parser)
+
+
+def run_eval(args: argparse.Namespace) -> int:
+    """Prints top-1 and top-5. Returns 1 if images could not be read, else 0; raises ValueError for what can't be.
+
+    Under torchrun every process tests its share of the images and the first prints.
+    """
+    _check(args)
+    try:
+        require_metrics()
+    except ImportError as error:
+        raise ValueError(str(error)) from error
+    with place(args.device) as here:
+        nets = _nets(args, args.checkpoint, here.device)
+        images = _test_images(args, nets)
+        for weights in nets.weights:
+            if weights.classes != len(images.classes):
+                raise ValueError(
+                    f"{weights.source} holds a net of {weights.classes} classes, the data {args.data} has "
+                    f"{len(images.classes)}"
+                )
+        predictor = nets.predictor(args, images.preprocess)
+        batches = _Batches(images.share(here.rank, here.world), args, nets.channels, predictor)
+        result = evaluate(predictor, batches, len(images.classes), here.device)
+        if here.rank == 0:
+            print(f"{nets.title}, {_described(predictor.views)}, on {args.data}\n{result}")
+            if args.csv is not None:
+                result.write_csv(args.csv, images.classes)
+        return batches.report()
+
+
+def run_predict(args: argparse.Namespace) -> int:
+    """Prints the likeliest classes of each image. Returns 1 if images could not be read, else 0."""
+    _check(args)
+    if args.top < 1:
+        raise ValueError(f"--top {args.top}: any whole number from 1 is accepted")
+    paths = list(_image_files(args.images))
+    with place(args.device) as here:
+        nets = _nets(args, args.weights, here.device)
+        names = _labels(args.labels, nets)
+        predictor = nets.predictor(args, None)
+        batches = _Batches([(path, i) for i, path in enumerate(paths)], args, nets.channels, predictor)
+        rows = _predictions(predictor, batches, min(args.top, len(names)))
+        with nullcontext() if args.csv is None else open(args.csv, "w", newline="", encoding="utf-8") as file:
+            writer = None if file is None else csv.writer(file)
+            if writer is not None:
+                writer.writerow(["image", "rank", "class", "name", "score"])
+            for i, rank, k, score in rows:
+                if rank == 1:
+                    print(paths[i])
+                print(f"  {score:7.2%}  {names[k]}")
+                if writer is not None:
+                    writer.writerow([paths[i], rank, k, names[k], f"{score:.6f}"])
+        return batches.report()
+
+
+def _predictions(predictor: Predictor, batches: _Batches, top: int) -> Iterator[tuple[int, int, int, float]]:
+    """For each image its `top` likeliest classes: (which image, rank from 1, class, score)."""
+    for images, places in batches:
+        scores, classes = predictor(images).topk(top)
+        for i, row, columns in zip(places.tolist(), scores.tolist(), classes.tolist(), strict=True):
+            for rank, (score, k) in enumerate(zip(row, columns, strict=True), 1):
+                yield i, rank, k, score
+
+
+def _check(args: argparse.Namespace) -> None:
+    for name in ("batch", "size", "resize"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name} {value}: any whole number from 1 is accepted")
+    if args.workers < 0:
+        raise ValueError(f"--workers {args.workers}: any whole number from 0 is accepted")
+    if args.csv is not None and not args.csv.resolve().parent.is_dir():
+        raise ValueError(f"--csv {args.csv}: the folder {args.csv.resolve().parent} does not exist")
+
+
+@dataclass(frozen=True)
+class _Nets:
+    """The nets that the arguments name, with their weights loaded, and the recipe behind them (None: unknown)."""
+
+    weights: list[Weights]
+    models: list[nn.Module]
+    names: list[str]
+    recipe: Recipe | None
+    channels: int
+
+    @property
+    def title(self) -> str:
+        return self.names[0] if len(self.names) == 1 else f"an ensemble of {', '.join(self.names)}"
+
+    def views(self, args: argparse.Namespace) -> Views:
+        preset = self.weights[0].preset
+        if args.recipe is not None or (not preset and self.recipe is not None):
+            assert self.recipe is not None
+            preset = {"size": self.recipe.val_size, "resize": self.recipe.resize}
+        size = args.size or preset.get("size", 224)
+        resize = args.resize or max(size, preset.get("resize", 256))
+        scales = tuple(args.scales or (round(side * size / SCALES[0]) for side in SCALES))
+        return Views(args.crops, size, resize, scales, flip=not args.no_flip)
+
+    def predictor(self, args: argparse.Namespace, preprocess: nn.Module | None) -> Predictor:
+        """preprocess: of the data, for nets whose weights don't tell their own."""
+        own = [_preprocess(weights) or preprocess or self._by_recipe(weights) for weights in self.weights]
+        device = next(self.models[0].parameters()).device
+        dtype = DTYPES[args.dtype or ("bf16" if device.type == "cuda" else "fp32")]
+        return Predictor(self.models, self.views(args), own, dtype=dtype, fast=args.optimize)
+
+    def _by_recipe(self, weights: Weights) -> nn.Module:
+        if self.recipe is not None and self.recipe.normalise == "pixel":
+            raise ValueError(
+                f"{weights.source} doesn't hold the mean image that its recipe subtracts, and no training images are "
+                "at hand to compute it from; use the checkpoint that fastres train wrote (.pt)"
+            )
+        if self.channels != 3:
+            raise ValueError(f"{weights.source} reads images of {self.channels} channels and doesn't hold their mean")
+        return data.by_channel()
+
+
+def _preprocess(weights: Weights) -> nn.Module | None:
+    if not {"mean", "std"} <= weights.preprocess.keys():
+        return None
+    mean, std = weights.preprocess["mean"], weights.preprocess["std"]
+    return data.Preprocess(mean, std, torch.zeros(len(mean), len(mean)))
+
+
+def _nets(args: argparse.Namespace, sources: Sequence[str], device: torch.device) -> _Nets:
+    given = args.model or []
+    if len(given) not in (0, 1, len(sources)):
+        raise ValueError(f"--model names {len(given)} nets for {len(sources)} files: one for all or one each")
+    named = given * len(sources) if len(given) == 1 else given or [None] * len(sources)
+    weights = [read(source, name) for source, name in zip(sources, named, strict=True)]
+    names = [name or _told(each) for name, each in zip(named, weights, strict=True)]
+    models = []
+    for name, each in zip(names, weights, strict=True):
+        sizes = {"num_classes": each.classes, "in_channels": each.channels}
+        model = families.named(name, **{key: size for key, size in sizes.items() if size is not None})
+        load_into(model, each, name)
+        models.append(model.to(memory_format=torch.channels_last).to(device).eval())  # type: ignore[call-overload]
+    channels = {each.channels for each in weights}
+    if len(channels) != 1:
+        raise ValueError(f"the nets of an ensemble read images of {', '.join(map(str, channels))} channels")
+    recipe = args.recipe or weights[0].meta.get("recipe") or _USUAL.get(getattr(args, "data", ""))
+    return _Nets(weights, models, names, RECIPES.get(recipe or ""), channels.pop() or 3)
+
+
+def _told(weights: Weights) -> str:
+    """The net's name as the checkpoint tells it."""
+    meta = weights.meta
+    if "family" not in meta or "depth" not in meta:
+        raise ValueError(f"{weights.source} doesn't say which net it is of: give --model")
+    parts = (meta["family"], meta["depth"], meta.get("shortcut"))
+    return "-".join(str(part) for part in parts if part is not None)
+
+
+def _described(views: Views) -> str:
+    if views.crops == "multiscale":
+        flips = ", with mirror images" if views.flip else ""
+        return f"fully convolutional at {', '.join(map(str, views.scales))}{flips}"
+    return f"{views.crops} crop{'s' * (views.crops == '10')} of {views.size}, shorter side {views.resize}"
+
+
+@dataclass(frozen=True)
+class _TestImages:
+    """items: paths with labels, or the images themselves, uint8 [N, C, H, W], with theirs."""
+
+    items: list[tuple[Path, int]] | tuple[Tensor, Tensor]
+    classes: Sequence[str]
+    preprocess: nn.Module | None
+
+    def share(self, rank: int, world: int) -> list[tuple[Path, int]] | tuple[Tensor, Tensor]:
+        """What process `rank` of `world` tests: the shares differ by at most one image."""
+        if isinstance(self.items, tuple):
+            return self.items[0][rank::world], self.items[1][rank::world]
+        return self.items[rank::world]
+
+
+def _test_images(args: argparse.Namespace, nets: _Nets) -> _TestImages:
+    if args.data in _EMBEDDED:
+        recipe = nets.recipe or RECIPES["imagenet-modern"]
+        found = data.load(args.data, recipe, args.root)
+        assert isinstance(found.val, data.Resident)
+        return _TestImages((found.val.images, found.val.labels), found.classes, found.preprocess)
+    root = Path(args.data)
+    if not root.is_dir():
+        raise ValueError(f"--data {root}: there is no such folder, and no data of that name; {', '.join(_EMBEDDED)}")
+    place = root / "val" if (root / "val").is_dir() else root
+    try:
+        files = ImageFolder(str(place))
+    except (FileNotFoundError, PermissionError) as error:
+        raise ValueError(f"{place} has no classes to test on: {error}") from error
+    pixel = nets.recipe is not None and nets.recipe.normalise == "pixel"
+    preprocess = None
+    if pixel and (root / "train").is_dir() and not all(each.preprocess for each in nets.weights):
+        assert nets.recipe is not None
+        preprocess = data.load("folder", nets.recipe, root, workers=args.workers).preprocess
+    return _TestImages([(Path(path), label) for path, label in files.samples], files.classes, preprocess)
+
+
+def _image_files(given: Sequence[Path]) -> Iterator[Path]:
+    """The images named, and those in the folders named, sorted, at any depth. Raises ValueError if there are none."""
+    for path in given:
+        if path.is_dir():
+            found = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMG_EXTENSIONS)
+            if not found:
+                raise ValueError(f"{path} holds no images; accepted are {', '.join(IMG_EXTENSIONS)}")
+            yield from found
+        elif path.is_file():
+            yield path
+        else:
+            raise ValueError(f"{path} does not exist")
+
+
+def _labels(file: Path | None, nets: _Nets) -> list[str]:
+    classes = nets.weights[0].classes or 0
+    if file is None:
+        return nets.weights[0].names or [str(k) for k in range(classes)]
+    try:
+        names = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--labels {file} can't be read: {error}") from error
+    if len(names) != classes:
+        raise ValueError(f"--labels {file} names {len(names)} classes, {nets.weights[0].source} has {classes}")
+    return names
+
+
+class _Files(Dataset):
+    """Item i: the image of the i-th path, prepared, or the reason why there is none; and its label."""
+
+    def __init__(self, items: Sequence[tuple[Path, int]], views: Views, channels: int) -> None:
+        self.items = items
+        self.views = views
+        self.mode = "L" if channels == 1 else "RGB"
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> tuple[Tensor | str, int]:
+        path, label = self.items[index]
+        try:
+            with Image.open(path) as file:
+                image = tvf.pil_to_tensor(file.convert(self.mode))
+            return self.views.prepare(image), label
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            return f"{path} is no image that can be read ({error})", label
+
+
+def _collate(pairs: Sequence[tuple[Tensor | str, int]]) -> tuple[Tensor | list[Tensor], Tensor, list[str]]:
+    """Images, as one tensor where they are of one shape, their labels, and the reasons for those that are missing."""
+    images = [image for image, _ in pairs if not isinstance(image, str)]
+    labels = [label for image, label in pairs if not isinstance(image, str)]
+    reasons = [reason for reason, _ in pairs if isinstance(reason, str)]
+    together = len({image.shape for image in images}) == 1
+    return torch.stack(images) if together else images, torch.tensor(labels), reasons
+
+
+class _Batches:
+    """Batches (images, labels) of a data set; what can't be read is named on stderr as it is met, and counted."""
+
+    def __init__(
+        self,
+        items: Sequence[tuple[Path, int]] | tuple[Tensor, Tensor],
+        args: argparse.Namespace,
+        channels: int,
+        predictor: Predictor,
+    ) -> None:
+        self.items, self.size, self.workers = items, args.batch, args.workers
+        self.channels, self.views, self.device = channels, predictor.views, predictor.device
+        self.failed = 0
+
+    def __iter__(self) -> Iterator[tuple[Any, Tensor]]:
+        if isinstance(self.items, tuple):
+            images, labels = self.items
+            if images.shape[1] != self.channels:
+                raise ValueError(f"the net reads images of {self.channels} channels, the data has {images.shape[1]}")
+            for i in tqdm(range(0, len(labels), self.size), unit="batch", disable=None, leave=False):
+                yield self.views.prepare(images[i : i + self.size]), labels[i : i + self.size]
+            return
+        loader: DataLoader = DataLoader(
+            _Files(self.items, self.views, self.channels),
+            self.size,
+            num_workers=self.workers,
+            collate_fn=_collate,
+            pin_memory=self.device.type == "cuda",
+        )
+        for images, labels, reasons in tqdm(loader, unit="batch", disable=None, leave=False):
+            for reason in reasons:
+                tqdm.write(reason, file=sys.stderr)
+            self.failed += len(reasons)
+            if len(labels):
+                yield images, labels
+
+    def report(self) -> int:
+        """The exit status: 1 if some of the images could not be read."""
+        if self.failed:
+            print(f"{self.failed} of {len(self.items)} images could not be read", file=sys.stderr)
+        return int(self.failed > 0)

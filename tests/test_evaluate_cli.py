@@ -1,0 +1,459 @@
+"""`python -m fastres eval` and `predict`: what they print and write, how they refuse; weights from their sources."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torchvision.models import ResNet18_Weights, WeightsEnum
+
+import fastres
+from fastres import paper, weights
+from fastres.__main__ import main
+from fastres.evaluate import Predictor, Views
+from fastres.models import families
+from fastres.train.data import Preprocess, by_channel
+
+SMALL = ["--model", "cifar-8", "--size", "32", "--resize", "40", "--device", "cpu"]
+CLASSES = ["flower", "temple"]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # nets this small only lose by threads
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """An image folder val/<class>/<n>.png of crops of scikit-learn's two photographs, four of each."""
+    temple, flower = pytest.importorskip("sklearn.datasets").load_sample_images().images
+    for name, photo in (("temple", temple), ("flower", flower)):
+        folder = tmp_path / "photos" / "val" / name
+        folder.mkdir(parents=True)
+        for i in range(4):
+            Image.fromarray(photo[40 * i : 40 * i + 240, 60 * i : 60 * i + 400]).resize((72, 48)).save(
+                folder / f"{i}.png"
+            )
+    return tmp_path / "photos"
+
+
+def net(classes: int = 2, depth: int = 8, in_channels: int = 3) -> nn.Module:
+    return paper.cifar(depth, num_classes=classes, in_channels=in_channels).eval()
+
+
+def saved(path: Path, content: Any) -> str:
+    torch.save(content, path)
+    return str(path)
+
+
+def images_of(folder: Path) -> list[tuple[Path, Tensor]]:
+    """Path and pixels, classes and files in alphabetical order."""
+    paths = sorted(folder.rglob("*.png"))
+    return [(path, torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1)) for path in paths]
+
+
+def scores_of(models: list[nn.Module], views: Views, folder: Path, preprocess: nn.Module) -> Tensor:
+    return Predictor(models, views, preprocess)([views.prepare(image) for _, image in images_of(folder)])
+
+
+@pytest.fixture
+def scored(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """The scores of all batches that a command computes; what it prints of them is the likeliest class."""
+    batches: list[Tensor] = []
+    call = Predictor.__call__
+
+    def recorded(self: Predictor, images: Any) -> Tensor:
+        batches.append(call(self, images))
+        return batches[-1]
+
+    monkeypatch.setattr(Predictor, "__call__", recorded)
+    return batches
+
+
+def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The message with which the arguments are refused, exit code 2."""
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("crops", ["center", "10", "multiscale"])
+def test_eval_of_an_ensemble(
+    crops: str, photos: Path, tmp_path: Path, scored: list[Tensor], capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("torchmetrics")
+    models = [net(), net(depth=14)]
+    files = [saved(tmp_path / f"{i}.pt", model.state_dict()) for i, model in enumerate(models)]
+    table = tmp_path / "classes.csv"
+    arguments = ["eval", "--data", str(photos), "--checkpoint", *files, *SMALL, "--crops", crops, "--csv", str(table)]
+    arguments += ["--batch", "3", "--model", "cifar-8", "cifar-14"]
+    assert main(arguments) == 0
+    views = Views(crops, 32, 40, (32, 37, 55, 69, 91))
+    printed = torch.cat(scored)
+    scores = scores_of(models, views, photos, by_channel())
+    torch.testing.assert_close(printed, scores, rtol=0, atol=1e-6)
+    found = scores.argmax(1).tolist()
+    right = [found[:4].count(0), found[4:].count(1)]
+    out = capsys.readouterr().out
+    assert "an ensemble of cifar-8, cifar-14" in out
+    assert f"top-1 accuracy {sum(right) / 8:.2%}, error {1 - sum(right) / 8:.2%} (8 images, 2 classes)" in out
+    if crops == "multiscale":
+        assert "32, 37, 55, 69, 91, with mirror images" in out
+    with open(table, newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["name"], row["images"], int(row["top1_correct"])) for row in rows] == [
+        ("flower", "4", right[0]),
+        ("temple", "4", right[1]),
+    ]
+
+
+def test_eval_goes_on_past_a_corrupt_image(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("torchmetrics")
+    (photos / "val" / "temple" / "bad.jpg").write_bytes(b"no image")
+    whole = (photos / "val" / "flower" / "0.png").read_bytes()
+    (photos / "val" / "flower" / "cut.png").write_bytes(whole[: len(whole) // 2])
+    file = saved(tmp_path / "net.pt", net().state_dict())
+    assert main(["eval", "--data", str(photos), "--checkpoint", file, *SMALL, "--workers", "1"]) == 1
+    out, err = capsys.readouterr()
+    assert "(8 images, 2 classes)" in out
+    for name in ("bad.jpg", "cut.png"):
+        assert f"{name} is no image that can be read" in err
+    assert "2 of 10 images could not be read" in err
+
+
+def test_eval_of_a_training_checkpoint_needs_no_further_word(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Net, size and normalisation come from the file, the averaged weights before the others."""
+    pytest.importorskip("torchmetrics")
+    digits = pytest.importorskip("sklearn.datasets").load_digits()
+    model, other = net(10, in_channels=1), net(10, in_channels=1)
+    meta = {"family": "cifar", "depth": 8, "shortcut": None, "recipe": "digits", "val_size": 8, "resize": 8}
+    preprocess = Preprocess(torch.rand(1, 8, 8), torch.ones(1, 1, 1), torch.zeros(1, 1))
+    content = {"meta": meta, "model": other.state_dict(), "ema": model.state_dict(), "iteration": 7}
+    file = saved(tmp_path / "last.pt", {**content, "preprocess": preprocess.state_dict()})
+    assert main(["eval", "--data", "digits", "--checkpoint", file, "--device", "cpu"]) == 0
+    images = torch.from_numpy(np.round(digits.images * (255 / 16)).astype(np.uint8))[4::5, None]
+    with torch.no_grad():
+        scores = model(preprocess(images))
+    right = (scores.argmax(1) == torch.from_numpy(digits.target[4::5])).sum()
+    out = capsys.readouterr().out
+    assert f"cifar-8, center crop of 8, shorter side 8, on digits\ntop-1 accuracy {right / len(images):.2%}" in out
+    assert f"({len(images)} images, 10 classes)" in out
+    saved(tmp_path / "last.pt", {**content, "ema": None})  # without the mean image: that of the data
+    assert main(["eval", "--data", "digits", "--checkpoint", file, "--device", "cpu", "--crops", "multiscale"]) == 0
+    assert "at 8, 9, 14, 17, 23, with mirror images" in capsys.readouterr().out
+
+
+def test_eval_computes_the_mean_image_that_its_recipe_subtracts(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scored: list[Tensor]
+) -> None:
+    """From train/ beside val/, at the recipe's own size; it is resized to the crops of this test."""
+    pytest.importorskip("torchmetrics")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    shutil.copytree(photos / "val", photos / "train")
+    model = net()
+    file = saved(tmp_path / "net.pt", model.state_dict())
+    assert main(["eval", "--data", str(photos), "--checkpoint", file, *SMALL, "--recipe", "imagenet-2015"]) == 0
+    (printed,) = scored
+    images = [Views("center", 224, 256).prepare(image) for _, image in images_of(photos / "train")]
+    mean = torch.stack(images).double().mean(0) / 255
+    way = Preprocess(mean, torch.ones(3, 1, 1), torch.zeros(3, 3))
+    expected = scores_of([model], Views("center", 32, 40), photos / "val", way)
+    torch.testing.assert_close(printed, expected, rtol=0, atol=2e-3)  # training resizes by Pillow: grey levels differ
+    assert (expected - scores_of([model], Views("center", 32, 40), photos / "val", by_channel())).abs().max() > 0.02
+
+
+def test_eval_on_synthetic_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("torchmetrics")
+    file = saved(tmp_path / "net.pt", net(10).state_dict())
+    arguments = ["eval", "--data", "synthetic", "--model", "cifar-8", "--checkpoint", file, "--recipe", "cifar-2015"]
+    assert main([*arguments, "--device", "cpu", "--optimize"]) == 0
+    assert "center crop of 32, shorter side 32, on synthetic" in capsys.readouterr().out
+
+
+def test_two_processes_test_as_one(photos: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("torchmetrics")
+    file = saved(tmp_path / "net.pt", net().state_dict())
+    (photos / "val" / "flower" / "3.png").unlink()  # 7 images: the shares differ
+    arguments = ["eval", "--data", str(photos), "--checkpoint", file, *SMALL, "--csv"]
+    assert main([*arguments, str(tmp_path / "one.csv")]) == 0
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "fastres"]
+    done = subprocess.run([*run, *arguments, str(tmp_path / "two.csv")], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == capfd.readouterr().out
+    assert (tmp_path / "two.csv").read_text() == (tmp_path / "one.csv").read_text()
+
+
+def test_predict_on_photographs(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = net(6)
+    file = saved(tmp_path / "net.pt", {"state_dict": {f"module.{k}": v for k, v in model.state_dict().items()}})
+    names = [f"name {k}" for k in range(6)]
+    (tmp_path / "labels.txt").write_text("\n".join(names) + "\n")
+    (photos / "readme.txt").write_text("not an image, not named")
+    table = tmp_path / "p.csv"
+    arguments = ["predict", str(photos), "--weights", file, *SMALL, "--labels", str(tmp_path / "labels.txt")]
+    assert main([*arguments, "--top", "3", "--crops", "10", "--csv", str(table)]) == 0
+    scores = scores_of([model], Views("10", 32, 40), photos, by_channel())
+    lines = capsys.readouterr().out.splitlines()
+    with open(table, newline="") as csv_file:
+        rows = list(csv.DictReader(csv_file))
+    assert (len(lines), len(rows)) == (8 * 4, 8 * 3)
+    for i, (path, _) in enumerate(images_of(photos)):
+        top = scores[i].topk(3)
+        assert lines[4 * i] == str(path)
+        for rank in range(3):
+            score, k = float(top.values[rank]), int(top.indices[rank])
+            row = rows[3 * i + rank]
+            assert lines[4 * i + 1 + rank] == f"  {score:7.2%}  {names[k]}"
+            assert (row["image"], row["rank"], row["class"], row["name"]) == (
+                str(path),
+                str(rank + 1),
+                str(k),
+                names[k],
+            )
+            assert float(row["score"]) == pytest.approx(score, abs=2e-6)
+
+
+def test_predict_goes_on_past_a_corrupt_image(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bad, good = photos / "bad.jpg", photos / "val" / "flower" / "1.png"
+    bad.write_bytes(b"no image")
+    file = saved(tmp_path / "net.pt", net().state_dict())
+    assert main(["predict", str(bad), str(good), "--weights", file, *SMALL]) == 1
+    out, err = capsys.readouterr()
+    assert out.splitlines()[0] == str(good)
+    assert {line.split()[-1] for line in out.splitlines()[1:]} == {"0", "1"}  # no names: indices
+    assert f"{bad} is no image that can be read" in err
+    assert "1 of 2 images could not be read" in err
+
+
+def test_predict_in_grey(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A net of one channel gets grey images, and its checkpoint's class names."""
+    Image.fromarray(np.full((20, 30, 3), (250, 30, 90), np.uint8)).save(tmp_path / "red.png")
+    model = net(in_channels=1)
+    meta = {"family": "cifar", "depth": 8, "classes": CLASSES, "val_size": 16, "resize": 16}
+    way = Preprocess(torch.full((1, 1, 1), 0.3), torch.ones(1, 1, 1), torch.zeros(1, 1))
+    file = saved(tmp_path / "a.pt", {"meta": meta, "model": model.state_dict(), "preprocess": way.state_dict()})
+    assert main(["predict", str(tmp_path / "red.png"), "--weights", file, "--top", "1", "--device", "cpu"]) == 0
+    grey = torch.full((1, 1, 16, 16), int(np.array(Image.new("RGB", (1, 1), (250, 30, 90)).convert("L"))[0, 0]))
+    with torch.no_grad():
+        scores = model(way(grey.to(torch.uint8))).softmax(1)[0]
+    assert capsys.readouterr().out.splitlines()[1] == f"  {float(scores.max()):7.2%}  {CLASSES[int(scores.argmax())]}"
+
+
+@pytest.mark.parametrize("name", ["ResNet18_Weights.IMAGENET1K_V1", "IMAGENET1K_V1", "DEFAULT"])
+def test_published_weights_by_name(
+    name: str, photos: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Their class names, crops and normalisation come with them. The fetching itself is replaced."""
+    model = fastres.resnet18()
+    monkeypatch.setattr(WeightsEnum, "get_state_dict", lambda self, **_: model.state_dict())
+    image = photos / "val" / "temple" / "0.png"
+    arguments = ["predict", str(image), "--model", "resnet18", "--weights", name, "--top", "2", "--device", "cpu"]
+    assert main(arguments) == 0
+    preset = ResNet18_Weights.IMAGENET1K_V1.transforms()
+    with torch.no_grad(), Image.open(image) as file:
+        scores = model.eval()(preset(torch.from_numpy(np.array(file)).permute(2, 0, 1))[None]).softmax(1)[0]
+    categories = ResNet18_Weights.IMAGENET1K_V1.meta["categories"]
+    first, second = scores.topk(2).indices.tolist()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1] == f"  {float(scores[first]):7.2%}  {categories[first]}"
+    assert lines[2].endswith(categories[second])
+
+
+def test_weights_that_cannot_be_fetched(
+    photos: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(self: WeightsEnum, **_: Any) -> None:
+        raise OSError("no network")
+
+    monkeypatch.setattr(WeightsEnum, "get_state_dict", fail)
+    message = refused(["predict", str(photos), "--model", "resnet18", "--weights", "DEFAULT"], capsys)
+    assert "can't be fetched from https://" in message
+    assert "no network" in message
+    assert "checkpoints" in message
+
+
+# Weights.
+
+
+def test_safetensors_hold_what_training_knows(tmp_path: Path) -> None:
+    torch_files = pytest.importorskip("safetensors.torch")
+    model, meta = net(), {"family": "cifar", "depth": 8, "classes": CLASSES, "val_size": 32, "resize": 36}
+    path = tmp_path / "weights.safetensors"
+    torch_files.save_file(model.state_dict(), str(path), {"fastres": json.dumps(meta)})
+    read = weights.read(str(path))
+    assert (read.classes, read.channels, read.names, read.preset) == (2, 3, CLASSES, {"size": 32, "resize": 36})
+    other = net()
+    weights.load_into(other, read, "cifar-8")
+    for name, value in model.state_dict().items():
+        assert torch.equal(other.state_dict()[name], value)
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(ValueError, match="truncated, damaged or no safetensors"):
+        weights.read(str(path))
+
+
+def truncated(path: Path) -> str:
+    saved(path, net().state_dict())
+    path.write_bytes(path.read_bytes()[:1000])
+    return str(path)
+
+
+def text(path: Path) -> str:
+    path.write_text("hello")
+    return str(path)
+
+
+def folder(path: Path) -> str:
+    path.mkdir()
+    return str(path)
+
+
+SOURCES: dict[str, tuple[Callable[[Path], str], str]] = {
+    "missing": (lambda path: str(path), "does not exist, neither as a file nor as torchvision weights"),
+    "unknown name": (lambda path: "ResNet18_Weights.IMAGENET1K_V9", "called like ResNet50_Weights.IMAGENET1K_V2"),
+    "folder": (folder, "is a folder"),
+    "empty": (lambda path: (path.touch(), str(path))[1], "truncated, damaged"),
+    "truncated": (truncated, "truncated, damaged"),
+    "text": (text, "truncated, damaged"),
+    "code": (lambda path: saved(path, net()), "truncated, damaged or no file with weights"),
+    "number": (lambda path: saved(path, 5), "holds no weights"),
+    "no tensors": (lambda path: saved(path, {"a": 1}), "holds no weights"),
+}
+
+
+@pytest.mark.parametrize("kind", SOURCES)
+def test_sources_that_hold_no_weights(kind: str, tmp_path: Path) -> None:
+    make, named = SOURCES[kind]
+    source = make(tmp_path / "weights.pt")
+    with pytest.raises(ValueError, match=named) as refusal:
+        weights.read(source)
+    assert source in str(refusal.value)
+    assert len(str(refusal.value)) < 600
+
+
+def test_another_architecture_is_summarised(tmp_path: Path) -> None:
+    read = weights.read(saved(tmp_path / "a.pt", paper.cifar(14, num_classes=2).state_dict()))
+    with pytest.raises(
+        ValueError, match=r"not of the architecture cifar-8: 36 unexpected: layer1\.1\.bn1\.bias, .*\.\.\.$"
+    ):
+        weights.load_into(net(), read, "cifar-8")
+    read = weights.read(saved(tmp_path / "a.pt", net(5).state_dict()))
+    with pytest.raises(ValueError, match=r"2 of another shape: fc\.bias \[5\] for \[2\], fc\.weight"):
+        weights.load_into(net(), read, "cifar-8")
+    read = weights.read(saved(tmp_path / "a.pt", {"fc.weight": torch.zeros(2, 64)}))
+    with pytest.raises(ValueError, match=r"missing: bn1\.bias, "):
+        weights.load_into(net(), read, "cifar-8")
+
+
+# Arguments.
+
+
+@pytest.mark.parametrize(
+    "name", ["resnet18", "wide_resnet50_2", "cifar-8", "cifar-plain-8", "cifar-stem-18", "paper-34-C"]
+)
+def test_nets_by_name(name: str) -> None:
+    with torch.device("meta"):
+        model = families.named(name, num_classes=3)
+    assert next(m for m in model.modules() if isinstance(m, nn.Linear)).out_features == 3
+
+
+@pytest.mark.parametrize(
+    "name", ["vgg16", "resnet", "ResNet", "cifar", "cifar-", "cifar-8-A", "cifar-9", "paper-34-D", "-8"]
+)
+def test_names_of_no_net_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=r"exist|6n|choice"):
+        families.named(name)
+
+
+@pytest.mark.parametrize(
+    ("more", "named"),
+    [
+        (["--model", "cifar-14"], "not of the architecture cifar-14: 36 missing: layer1.1.bn1.bias"),
+        (["--model", "vgg"], "'vgg' does not exist; there are resnet18, "),
+        (["--model", "cifar-8", "cifar-8"], "--model names 2 nets for 1 files"),
+        (["--data", "nowhere"], "--data nowhere: there is no such folder, and no data of that name; digits, cifar10"),
+        (["--data", "digits"], "net.pt holds a net of 2 classes, the data digits has 10"),
+        (["--size", "0"], "--size 0"),
+        (["--batch", "0"], "--batch 0"),
+        (["--workers", "-1"], "--workers -1"),
+        (["--size", "32", "--resize", "30"], "shorter side of 30"),
+        (["--crops", "multiscale", "--scales", "16", "64"], "[16, 64]"),
+        (["--csv", "nowhere/a.csv"], "nowhere does not exist"),
+        (["--device", "abacus"], "abacus"),
+        (["--recipe", "cifar-2015"], "mean image"),
+    ],
+)
+def test_eval_refuses(
+    more: list[str], named: str, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("torchmetrics")
+    file = saved(tmp_path / "net.pt", net().state_dict())
+    assert named in refused(["eval", "--data", str(photos), "--checkpoint", file, *SMALL, *more], capsys)
+
+
+def test_eval_without_torchmetrics(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "torchmetrics.classification", None)
+    file = saved(tmp_path / "net.pt", net().state_dict())
+    message = refused(["eval", "--data", str(photos), "--checkpoint", file, *SMALL], capsys)
+    assert "pip install 'fastres[eval]'" in message
+
+
+def test_a_folder_without_classes_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("torchmetrics")
+    file = saved(tmp_path / "net.pt", net().state_dict())
+    assert "has no classes to test on" in refused(
+        ["eval", "--data", str(tmp_path), "--checkpoint", file, *SMALL], capsys
+    )
+
+
+@pytest.mark.parametrize(
+    ("images", "more", "named"),
+    [
+        ("nowhere.png", [], "nowhere.png does not exist"),
+        ("empty", [], "empty holds no images; accepted are .jpg"),
+        ("photos", ["--top", "0"], "--top 0"),
+        ("photos", ["--labels", "net.pt"], "net.pt can't be read"),
+        ("photos", ["--labels", "one.txt"], "one.txt names 1 classes, net.pt has 2"),
+    ],
+)
+def test_predict_refuses(
+    images: str,
+    more: list[str],
+    named: str,
+    photos: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "one.txt").write_text("one\n")
+    saved(tmp_path / "net.pt", net().state_dict())
+    assert named in refused(["predict", images, "--weights", "net.pt", *SMALL, *more], capsys)
+
+
+def test_a_net_that_does_not_say_what_it_is_needs_its_name(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = saved(tmp_path / "net.pt", net().state_dict())
+    assert "doesn't say which net it is of: give --model" in refused(
+        ["predict", str(photos), "--weights", file], capsys
+    )
