@@ -216,12 +216,25 @@ def collate(items: Sequence[tuple[Tensor, int] | DataError]) -> tuple[Tensor, Te
     return torch.stack([pixels for pixels, _ in pairs]).permute(0, 3, 1, 2), torch.tensor([y for _, y in pairs])
 
 
+class RandomScale(v2.Transform):
+    """The shorter side becomes a whole number from [low, high]. torchvision's own may be one off."""
+
+    def __init__(self, low: int, high: int) -> None:
+        super().__init__()
+        self.low, self.high = low, high
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        return {"side": int(torch.randint(self.low, self.high + 1, ()))}
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        return v2.functional.resize(inpt, [params["side"]], antialias=True)
+
+
 def train_transform(recipe: Recipe) -> v2.Transform:
     """A photograph's way to the uint8 crop that the recipe trains on."""
     steps: list[v2.Transform] = []
     if isinstance(recipe.crop, ScaleCrop):
-        sides = range(recipe.crop.low, recipe.crop.high + 1)
-        steps += [v2.RandomShortestSize(list(sides), antialias=True), v2.RandomCrop(recipe.size)]
+        steps += [RandomScale(recipe.crop.low, recipe.crop.high), v2.RandomCrop(recipe.size)]
     elif isinstance(recipe.crop, AreaCrop):
         steps.append(v2.RandomResizedCrop(recipe.size, antialias=True))
     if recipe.flip:
