@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
@@ -148,8 +149,12 @@ def _check(args: argparse.Namespace) -> None:
             raise ValueError(f"--{name} {value}: any whole number from 1 is accepted")
     if args.workers < 0:
         raise ValueError(f"--workers {args.workers}: any whole number from 0 is accepted")
-    if args.csv is not None and not args.csv.resolve().parent.is_dir():
-        raise ValueError(f"--csv {args.csv}: the folder {args.csv.resolve().parent} does not exist")
+    if args.csv is not None:
+        folder = args.csv.resolve().parent
+        if not folder.is_dir():
+            raise ValueError(f"--csv {args.csv}: the folder {folder} does not exist")
+        if args.csv.is_dir() or not os.access(args.csv if args.csv.exists() else folder, os.W_OK):
+            raise ValueError(f"--csv {args.csv} can't be written")
 
 
 @dataclass(frozen=True)

@@ -121,14 +121,15 @@ def _torch(path: Path) -> Weights:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{path} is truncated, damaged or no file with weights ({reason})") from error
     content = content if isinstance(content, dict) else {}
-    nested = content.get("ema") or content.get("model") or content.get("state_dict") or content
+    inner = {name: value for name, value in content.items() if isinstance(value, dict)}
+    nested = inner.get("ema") or inner.get("model") or inner.get("state_dict") or content
     state = {str(name): value for name, value in nested.items() if isinstance(value, Tensor)}
     if not state:
         raise ValueError(f"{path} holds no weights: a dict of tensors is expected, alone or under model or state_dict")
     if all(name.startswith("module.") for name in state):  # saved from inside DistributedDataParallel
         state = {name.removeprefix("module."): value for name, value in state.items()}
-    meta = content.get("meta") or {}
-    return Weights(str(path), state, meta, content.get("preprocess") or {}, _preset(meta))
+    meta = inner.get("meta", {})
+    return Weights(str(path), state, meta, inner.get("preprocess", {}), _preset(meta))
 
 
 def _preset(meta: dict[str, Any]) -> dict[str, int]:

@@ -186,6 +186,14 @@ def test_multiscale_without_mirror_images_is_not_symmetric(photos: list[Tensor])
     close(both(photos)[0], (one(photos)[0] + one(photos)[2]) / 2)
 
 
+def test_scores_come_in_the_images_order(photos: list[Tensor]) -> None:
+    """Images of one shape are scored together, wherever they stand."""
+    lying, standing, mirrored = photos
+    images = [lying, standing, lying[:, :, :80], mirrored, standing.flip(1)]
+    predictor = Predictor(small_net(), Views("multiscale", 32, scales=(32,)), mean_image())
+    close(predictor(images), torch.cat([predictor(image[None]) for image in images]))
+
+
 # Fully convolutional.
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -23,7 +24,9 @@ from fastres import paper, weights
 from fastres.__main__ import main
 from fastres.evaluate import Predictor, Views
 from fastres.models import families
+from fastres.train import checkpoint, loop
 from fastres.train.data import Preprocess, by_channel
+from fastres.train.recipe import RECIPES
 
 SMALL = ["--model", "cifar-8", "--size", "32", "--resize", "40", "--device", "cpu"]
 CLASSES = ["flower", "temple"]
@@ -158,6 +161,20 @@ def test_eval_of_a_training_checkpoint_needs_no_further_word(
     saved(tmp_path / "last.pt", {**content, "ema": None})  # without the mean image: that of the data
     assert main(["eval", "--data", "digits", "--checkpoint", file, "--device", "cpu", "--crops", "multiscale"]) == 0
     assert "at 8, 9, 14, 17, 23, with mirror images" in capsys.readouterr().out
+
+
+def test_eval_of_what_training_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The error is the one that the training itself reports, from each of its files."""
+    for package in ("torchmetrics", "sklearn", "matplotlib", "safetensors"):
+        pytest.importorskip(package)
+    recipe = dataclasses.replace(RECIPES["digits"], epochs=None, iterations=1, batch=32)
+    summary = loop.train(loop.Run("digits", recipe, tmp_path / "run", depth=8, device="cpu"))
+    capsys.readouterr()
+    for name in (checkpoint.LAST, checkpoint.BEST, checkpoint.WEIGHTS):
+        assert main(["eval", "--data", "digits", "--checkpoint", str(tmp_path / "run" / name), "--device", "cpu"]) == 0
+        out = capsys.readouterr().out
+        assert f"cifar-8, center crop of 8, shorter side 8, on digits\ntop-1 accuracy {1 - summary.error:.2%}" in out
+        assert f"top-5 accuracy {1 - summary.top5:.2%}" in out
 
 
 def test_eval_computes_the_mean_image_that_its_recipe_subtracts(
@@ -333,6 +350,7 @@ SOURCES: dict[str, tuple[Callable[[Path], str], str]] = {
     "text": (text, "truncated, damaged"),
     "code": (lambda path: saved(path, net()), "truncated, damaged or no file with weights"),
     "number": (lambda path: saved(path, 5), "holds no weights"),
+    "numbers": (lambda path: saved(path, {"model": 3, "meta": 1}), "holds no weights"),
     "no tensors": (lambda path: saved(path, {"a": 1}), "holds no weights"),
 }
 
@@ -395,6 +413,7 @@ def test_names_of_no_net_are_refused(name: str) -> None:
         (["--size", "32", "--resize", "30"], "shorter side of 30"),
         (["--crops", "multiscale", "--scales", "16", "64"], "[16, 64]"),
         (["--csv", "nowhere/a.csv"], "nowhere does not exist"),
+        (["--csv", "/"], "--csv / can't be written"),
         (["--device", "abacus"], "abacus"),
         (["--recipe", "cifar-2015"], "mean image"),
     ],
