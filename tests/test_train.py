@@ -1,0 +1,570 @@
+"""The loop: equal to a plain one, resumed bit for bit wherever it is killed, stopped cleanly; checkpoints' faults."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import errno
+import io
+import json
+import math
+import multiprocessing
+import os
+import resource
+import signal
+import socket
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastres.__main__ import main
+from fastres.models import families
+from fastres.train import checkpoint
+from fastres.train.checkpoint import CheckpointError
+from fastres.train.loop import Errors, NonFiniteError, Run, Summary, Trainer, errors, train
+from fastres.train.process import Place, Signals
+from fastres.train.recipe import RECIPES, Ema, Recipe, Warmup
+
+CPU = torch.device("cpu")
+SHORT = dataclasses.replace(RECIPES["digits"], epochs=None, iterations=8, bn_batch=32, ema=Ema(0.9, every=2))
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Runs that are compared have the same number, and images of 8x8 have no use for two."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def short(out: Path, recipe: Recipe = SHORT, **options: Any) -> Run:
+    defaults = {"depth": 8, "eval_every": 4, "save_every": 3, "log_every": 3, "device": "cpu"}
+    return Run("digits", recipe, out, **{**defaults, **options})
+
+
+def trainer(out: Path, recipe: Recipe = SHORT, **options: Any) -> Trainer:
+    made = Trainer(short(out, recipe, **options), Place(0, 1, CPU), Signals())
+    made.model.train()
+    return made
+
+
+def steps(training: Trainer, batches: Iterator[tuple[Tensor, Tensor]], count: int) -> None:
+    for _ in range(count):
+        training.step(batches)
+
+
+def weights(out: Path, name: str = checkpoint.LAST) -> dict[str, Tensor]:
+    return torch.load(out / name, weights_only=True)["model"]
+
+
+def assert_same(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
+    assert first.keys() == second.keys()
+    assert [name for name in first if not torch.equal(first[name], second[name])] == []
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of `SHORT` that nothing happened to."""
+    out = tmp_path_factory.mktemp("undisturbed")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    train(short(out))
+    torch.set_num_threads(threads)
+    return out
+
+
+# children: processes that may be killed
+
+
+def _child(target: Callable[..., None], args: tuple[Any, ...], environment: dict[str, str], outcome: str) -> None:
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    try:
+        target(*args)
+    except SystemExit as end:
+        os._exit(end.code if isinstance(end.code, int) else 1)
+    except Exception as error:
+        Path(outcome).write_text(f"{type(error).__name__}: {error}")
+        os._exit(1)
+    os._exit(0)
+
+
+def start(target: Callable[..., None], *args: Any, **environment: str) -> tuple[Any, Path]:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["fastres.train.loop", "torch._dynamo"])
+    outcome = Path(tempfile.mkstemp()[1])
+    process = context.Process(target=_child, args=(target, args, environment, str(outcome)))
+    process.start()
+    return process, outcome
+
+
+def ends(target: Callable[..., None], *args: Any) -> int:
+    """The exit code of `target(*args)` in a process of its own."""
+    process, outcome = start(target, *args)
+    process.join(120)
+    said = outcome.read_text()
+    outcome.unlink()
+    assert not said, said
+    assert process.exitcode is not None
+    return process.exitcode
+
+
+def _kill() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _killed_in_a_step(out: Path, iteration: int) -> None:
+    def step(self: Trainer, batches: Any) -> None:
+        if self.iteration == iteration:
+            _kill()
+        whole(self, batches)
+
+    whole = Trainer.step
+    Trainer.step = step  # type: ignore[method-assign]
+    train(short(out, resume=True))
+
+
+def _killed_while_saving(out: Path, moment: str, which: str, count: int) -> None:
+    """At the count-th time that file `which` is half written, or written and not yet named."""
+
+    def write(path: Path, content: bytes) -> None:
+        nonlocal count
+        count -= path.name == which
+        if path.name == which and count == 0:
+            if moment == "half":
+                os.write(tempfile.mkstemp(prefix=".writing-", dir=path.parent)[0], content[: len(content) // 2])
+                _kill()
+            os.replace = lambda *names: _kill()  # type: ignore[assignment]
+        whole(path, content)
+
+    whole = checkpoint.write_atomically
+    checkpoint.write_atomically = write
+    train(short(out, resume=True))
+
+
+def test_killed_anywhere_it_ends_as_if_never_killed(tmp_path: Path, undisturbed: Path) -> None:
+    """One run, killed over and over: before its first checkpoint, in steps, in the midst of each file."""
+    assert ends(_killed_in_a_step, tmp_path, 2) == -signal.SIGKILL
+    assert not (tmp_path / checkpoint.LAST).exists()
+    assert ends(_killed_while_saving, tmp_path, "half", checkpoint.LAST, 1) == -signal.SIGKILL
+    assert ends(_killed_while_saving, tmp_path, "unnamed", checkpoint.LAST, 2) == -signal.SIGKILL
+    assert torch.load(tmp_path / checkpoint.LAST, weights_only=True)["iteration"] == 3
+    assert torch.load(tmp_path / checkpoint.BEST, weights_only=True)["iteration"] == 4
+    assert list(tmp_path.glob(".writing-*"))
+    assert ends(_killed_in_a_step, tmp_path, 5) == -signal.SIGKILL
+    assert ends(_killed_while_saving, tmp_path, "half", checkpoint.WEIGHTS, 1) == -signal.SIGKILL
+    assert torch.load(tmp_path / checkpoint.LAST, weights_only=True)["iteration"] == 6
+    train(short(tmp_path, resume=True))
+    ours, theirs = (torch.load(out / checkpoint.LAST, weights_only=True) for out in (tmp_path, undisturbed))
+    for name in ("model", "ema"):
+        assert_same(ours[name], theirs[name])
+    momenta = [[entry["momentum_buffer"] for entry in run["optimizer"]["state"].values()] for run in (ours, theirs)]
+    assert all(torch.equal(a, b) for a, b in zip(*momenta, strict=True))
+    assert ours["schedule"] == theirs["schedule"]
+    assert torch.equal(ours["rng"][0]["torch"], theirs["rng"][0]["torch"])
+    timeless = [
+        [{k: v for k, v in row.items() if "per_second" not in k} for row in run["history"]] for run in (ours, theirs)
+    ]
+    assert timeless[0] == timeless[1]
+    assert_same(weights(tmp_path, checkpoint.BEST), weights(undisturbed, checkpoint.BEST))
+    assert not list(tmp_path.glob(".writing-*"))
+
+
+def _signalled(out: Path, number: int, iteration: int, validating: bool) -> None:
+    def step(self: Trainer, batches: Any) -> None:
+        if self.iteration == iteration and not validating:
+            os.kill(os.getpid(), number)
+        whole(self, batches)
+
+    def validation(self: Trainer) -> Any:
+        if self.iteration == iteration and validating:
+            os.kill(os.getpid(), number)
+        return images(self)
+
+    whole, images = Trainer.step, Trainer._validation
+    Trainer.step = step  # type: ignore[method-assign]
+    Trainer._validation = validation  # type: ignore[method-assign]
+    train(short(out, resume=True))
+
+
+def test_sigterm_and_ctrl_c_save_first(tmp_path: Path, undisturbed: Path) -> None:
+    for number, iteration, validating, code in (
+        (signal.SIGTERM, 1, False, 143),
+        (signal.SIGINT, 4, True, 130),
+        (signal.SIGINT, 6, False, 130),
+    ):
+        assert ends(_signalled, tmp_path, number, iteration, validating) == code
+        saved = torch.load(tmp_path / checkpoint.LAST, weights_only=True)
+        assert saved["iteration"] == iteration + (not validating)
+    train(short(tmp_path, resume=True))
+    assert_same(weights(tmp_path), weights(undisturbed))
+
+
+# several processes
+
+
+def _ranked(out: Path, recipe: Recipe) -> None:
+    train(short(out, recipe, eval_every=2))
+
+
+def test_two_processes_are_one_that_accumulates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """gloo. Parameters to rounding; running statistics are rank 0's; validation covers each image once."""
+    recipe = dataclasses.replace(SHORT, iterations=2, ema=None)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    ranks = [start(_ranked, tmp_path / "two", recipe, RANK=str(r), LOCAL_RANK=str(r), **common) for r in range(2)]
+    for process, outcome in ranks:
+        process.join(120)
+        assert (process.exitcode, outcome.read_text()) == (0, "")
+        outcome.unlink()
+
+    calls = 0
+
+    def micro(self: Trainer, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        nonlocal calls
+        before = [buffer.clone() for buffer in self.model.buffers()]
+        result = whole(self, x, y)
+        if calls % 2:  # rank 1's
+            torch._foreach_copy_(list(self.model.buffers()), before)
+        calls += 1
+        return result
+
+    whole = Trainer._micro
+    monkeypatch.setattr(Trainer, "_micro", micro)
+    train(short(tmp_path / "one", recipe, eval_every=2))
+    one, two = (torch.load(tmp_path / name / checkpoint.LAST, weights_only=True) for name in ("one", "two"))
+    assert calls == 4
+    for name, value in one["model"].items():
+        torch.testing.assert_close(two["model"][name], value, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+    assert one["history"][-1]["val_loss"] == pytest.approx(two["history"][-1]["val_loss"], rel=1e-3)
+    assert two["latest"]["count"] == 359
+    assert len(two["rng"]) == 2
+
+
+# the loop against a plain one
+
+
+def test_a_plain_loop_gives_the_same_weights(tmp_path: Path) -> None:
+    """Two micro-batches per iteration, torch's unfused SGD, the EMA written out."""
+    ours = trainer(tmp_path)
+    batches = list(ours.loader.training(0, 4))
+    torch.manual_seed(0)
+    net = families.build("cifar", 8, in_channels=1).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    net.train()
+    optimizer = torch.optim.SGD(net.parameters(), 1.0, momentum=0.9, weight_decay=5e-4)
+    averaged: list[Tensor] = []
+    moving = ours.loader.training(0, 4)
+    for i in range(4):
+        ours.step(moving)
+        optimizer.param_groups[0]["lr"] = ours.lr(i)
+        optimizer.zero_grad()
+        for x, y in batches[2 * i : 2 * i + 2]:
+            (F.cross_entropy(net(x), y) / 2).backward()
+        optimizer.step()
+        if i % 2 == 0:
+            values = [p.detach().clone() for p in net.parameters()]
+            averaged = [0.9 * a + 0.1 * v for a, v in zip(averaged, values, strict=True)] if averaged else values
+    for name, value in net.state_dict().items():
+        torch.testing.assert_close(ours.model.state_dict()[name], value, rtol=1e-4, atol=1e-5)
+    assert ours.ema is not None
+    for p, value in zip(ours.ema.module.parameters(), averaged, strict=True):
+        torch.testing.assert_close(p, value, rtol=1e-4, atol=1e-5)
+
+
+def test_the_average_copies_while_it_warms(tmp_path: Path) -> None:
+    ours = trainer(tmp_path, dataclasses.replace(SHORT, ema=Ema(0.9, every=2, warm=1)))
+    moving = ours.loader.training(0, 3)
+    steps(ours, moving, 3)
+    assert ours.ema is not None
+    assert_same(ours.ema.module.state_dict(), ours.model.state_dict())
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_low_precision(tmp_path: Path, dtype: str) -> None:
+    done = train(short(tmp_path, dataclasses.replace(SHORT, iterations=2), dtype=dtype))
+    assert math.isfinite(done.error)
+    saved = torch.load(tmp_path / checkpoint.LAST, weights_only=True)
+    assert all(value.dtype == torch.float32 for value in saved["model"].values() if value.is_floating_point())
+    assert bool(saved["scaler"]) == (dtype == "fp16")
+
+
+def test_warmup_ends_by_the_training_error(tmp_path: Path) -> None:
+    rule = Warmup(lr=0.05, error=0.88, from_depth=8, window=2)
+    recipe = dataclasses.replace(SHORT, warmup=rule, lr=0.2, iterations=12)
+    train(short(tmp_path, recipe, log_every=4))
+    rows = [row for row in torch.load(tmp_path / checkpoint.LAST, weights_only=True)["history"] if "train_error" in row]
+    below = [row["train_error"] < 0.88 for row in rows]
+    end = int(rows[below.index(True)]["iteration"])
+    assert 2 <= end < 12
+    assert [int(row["iteration"]) for row in rows if row["iteration"] <= end] == list(range(2, end + 1, 2))
+    assert all((row["lr"] == 0.05) == (row["iteration"] <= end) for row in rows)
+
+
+def test_errors_are_counted() -> None:
+    scores = torch.randn(50, 7)
+    labels = torch.randint(7, (50,))
+    found = errors(lambda x: x, [(scores[:32], labels[:32]), (scores[32:], labels[32:])], CPU, 7)
+    ranks = [int((row > row[label]).sum()) for row, label in zip(scores, labels, strict=True)]
+    loss = F.cross_entropy(scores, labels).item()
+    expected = Errors(loss, sum(r >= 1 for r in ranks) / 50, sum(r >= 5 for r in ranks) / 50, 50)
+    assert dataclasses.astuple(found) == pytest.approx(dataclasses.astuple(expected), rel=1e-5)
+    assert errors(lambda x: x, [(scores[:, :3], labels.clamp(max=2))], CPU, 3).top5 == 0
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_a_loss_that_is_no_number_stops_at_the_last_good_step(tmp_path: Path, lag: int, what: str) -> None:
+    ours = trainer(tmp_path)
+    ours.lag = lag  # 1 as on a GPU, where the host learns of it an iteration later
+    checkpoint.prepare(tmp_path)
+
+    def poisoned() -> Iterator[tuple[Tensor, Tensor]]:
+        for i, (x, y) in enumerate(ours.loader.training(0, 8)):
+            yield (x * float("nan") if what == "loss" and i == 2 * 3 + 1 else x), y
+
+    def explode(gradient: Tensor) -> Tensor:
+        return gradient * float("inf") if ours.iteration == 3 else gradient
+
+    if what == "gradient":
+        next(ours.model.parameters()).register_hook(explode)
+    batches = poisoned()
+    with pytest.raises(NonFiniteError, match=rf"iteration 3 is not finite .*{tmp_path / checkpoint.LAST}"):
+        steps(ours, batches, 8)
+    saved = torch.load(tmp_path / checkpoint.LAST, weights_only=True)
+    good = trainer(tmp_path / "good")
+    clean = good.loader.training(0, 3)
+    steps(good, clean, 3)
+    assert saved["iteration"] == 3
+    assert_same(saved["model"], good.model.state_dict())
+    for state, expected in zip(saved["optimizer"]["state"].values(), good.optimizer.state.values(), strict=True):
+        assert torch.equal(state["momentum_buffer"], expected["momentum_buffer"])
+    assert torch.equal(saved["meter"], good.meter)
+
+
+# checkpoints
+
+
+def test_what_is_in_the_files(undisturbed: Path) -> None:
+    from safetensors import safe_open
+    from safetensors.torch import load_file
+
+    best = torch.load(undisturbed / checkpoint.BEST, weights_only=True)
+    with safe_open(undisturbed / checkpoint.WEIGHTS, "pt") as file:
+        meta = json.loads(file.metadata()["fastres"])
+    assert meta == best["meta"]
+    assert (meta["classes"], meta["family"], meta["depth"], meta["data"]) == (list("0123456789"), "cifar", 8, "digits")
+    assert_same(load_file(undisturbed / checkpoint.WEIGHTS), best["ema"])
+    net = families.build(
+        meta["family"], meta["depth"], num_classes=meta["num_classes"], in_channels=meta["in_channels"]
+    )
+    net.load_state_dict(load_file(undisturbed / checkpoint.WEIGHTS))
+    rows = list(csv.DictReader((undisturbed / "log.csv").open()))
+    assert [(row["iteration"], bool(row["train_loss"])) for row in rows] == [
+        ("3", True),
+        ("4", False),
+        ("6", True),
+        ("8", True),
+        ("8", False),
+    ]
+    assert min(float(row["val_error"]) for row in rows if row["val_error"]) == meta["best"]
+    assert (undisturbed / "curves.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def _run_files(out: Path, undisturbed: Path) -> Path:
+    out.mkdir()
+    for name in (checkpoint.LAST, checkpoint.BEST):
+        (out / name).write_bytes((undisturbed / name).read_bytes())
+    return out
+
+
+def test_damaged_checkpoints(tmp_path: Path, undisturbed: Path) -> None:
+    out = _run_files(tmp_path / "run", undisturbed)
+    last = out / checkpoint.LAST
+    whole = last.read_bytes()
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 1
+    for content in (whole[: len(whole) // 2], bytes(flipped), b"", b"no zip"):
+        last.write_bytes(content)
+        with pytest.raises(
+            CheckpointError, match=rf"{last} is truncated, damaged or no.*{out / checkpoint.BEST} is there"
+        ):
+            train(short(out, resume=True))
+        assert last.read_bytes() == content
+    torch.save({"state": 1}, last)
+    with pytest.raises(CheckpointError, match="lacks meta, model and ema"):
+        train(short(out, resume=True))
+    torch.save({"meta": _kill}, last)
+    with pytest.raises(CheckpointError, match="no checkpoint"):
+        train(short(out, resume=True))
+    with pytest.raises(CheckpointError, match="does not exist"):
+        checkpoint.load(tmp_path / "none.pt")
+
+
+def test_checkpoints_of_other_runs(tmp_path: Path, undisturbed: Path) -> None:
+    out = _run_files(tmp_path / "run", undisturbed)
+    before = (out / checkpoint.LAST).read_bytes()
+    others: list[tuple[dict[str, Any], str]] = [
+        ({"depth": 14}, "depth: 8 there, 14 here"),
+        ({"family": "cifar-plain"}, "family: 'cifar' there, 'cifar-plain' here"),
+        (
+            {"seed": 1, "holdout": 100},
+            "training images: 1438 there, 1338 here; holdout: 0 there, 100 here; seed: 0 there",
+        ),
+        ({"recipe": dataclasses.replace(SHORT, lr=0.3)}, "recipe.lr: 0.1 there, 0.3 here"),
+        ({"micro_batch": 16}, "micro-batches: 2 there, 4 here"),
+    ]
+    for options, message in others:
+        with pytest.raises(CheckpointError, match=message):
+            train(short(out, **options, resume=True))
+    with pytest.raises(ValueError, match=r"last\.pt is there already: --resume"):
+        train(short(out))
+    assert (out / checkpoint.LAST).read_bytes() == before
+
+
+def test_a_full_disk_leaves_the_earlier_checkpoint(tmp_path: Path, undisturbed: Path) -> None:
+    """A real limit on the size of files, far below a checkpoint's."""
+    out = _run_files(tmp_path / "run", undisturbed)
+    before = (out / checkpoint.LAST).read_bytes()
+    state = checkpoint.load(out / checkpoint.LAST)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
+    try:
+        with pytest.raises(CheckpointError, match=r"last\.pt can't be written \(\d+ bytes\): File too large.*intact"):
+            checkpoint.save(out, state, best=False)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert (out / checkpoint.LAST).read_bytes() == before
+    assert sorted(path.name for path in out.iterdir()) == [checkpoint.BEST, checkpoint.LAST]
+
+
+@pytest.mark.parametrize(("number", "said"), [(errno.ENOSPC, "the disk is full"), (errno.EROFS, "system is read-only")])
+def test_what_the_system_refuses_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise OSError(number, "x")
+
+    monkeypatch.setattr(checkpoint.tempfile, "mkstemp", refuse)
+    with pytest.raises(SystemExit, match=f"{tmp_path}.* can't hold checkpoints: .*{said}; choose another --out"):
+        main(["train", "--out", str(tmp_path / "run"), "--device", "cpu"])
+
+
+def test_a_folder_that_can_t_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match=r"file/run can't hold checkpoints"):
+        train(short(tmp_path / "file" / "run"))
+
+
+def test_generators_come_back() -> None:
+    import random
+
+    import numpy as np
+
+    def draw() -> tuple[float, float, float]:
+        return torch.rand(()).item(), random.random(), float(np.random.rand())  # noqa: NPY002
+
+    torch.save(checkpoint.rng_state(), buffer := io.BytesIO())
+    first = draw()
+    buffer.seek(0)
+    checkpoint.set_rng_state(torch.load(buffer, weights_only=True))
+    assert draw() == first
+
+
+# the command
+
+
+def test_resnet_20_reads_digits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The default command: at least 97 % of the digits held out."""
+    assert main(["train", "--out", str(tmp_path), "--device", "cpu"]) == 0
+    assert "440 iterations, validation error" in capsys.readouterr().out
+    saved = torch.load(tmp_path / checkpoint.LAST, weights_only=True)
+    assert saved["latest"]["count"] == 359
+    assert saved["latest"]["top1"] <= 0.03
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--recipe alexnet", "invalid choice: 'alexnet'"),
+        ("--depth 21", "depth 21 is not 6n+2"),
+        ("--family vgg", "invalid choice: 'vgg'"),
+        ("--family torchvision --depth 18", "reads images of 3 channels, not 1"),
+        ("--shortcut C", "family cifar has no choice of shortcut"),
+        ("--data mnist", "data 'mnist' does not exist"),
+        ("--batch 0", "batch 0: any whole number from 1"),
+        ("--batch 60 --micro-batch 7", "batch 60 can't be dealt out as micro-batches of 7"),
+        ("--lr -1", "lr -1.0: any number above 0"),
+        ("--iterations 0", "iterations 0: any whole number from 1"),
+        ("--iterations 5 --epochs 5", "exclude each other"),
+        ("--seed -1", "seed -1: any whole number from 0"),
+        ("--log-every 0", "log_every 0"),
+        ("--holdout 1438", "holdout 1438 of 1438"),
+        ("--device tpu", "device"),
+        ("--cuda-graph", "on one GPU in one process, not here"),
+        ("--recipe cifar-2015", "data cifar10 needs --root"),
+        ("--recipe imagenet-2015 --root /nowhere", "image-net.org"),
+    ],
+)
+def test_bad_arguments(arguments: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["train", "--out", str(tmp_path / "run"), *arguments.split()]
+    with pytest.raises(SystemExit) as end:
+        main([*given, *([] if "--device" in arguments else ["--device", "cpu"])])
+    assert end.value.code == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.glob("run/*.*"))
+
+
+def test_a_backend_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch._dynamo, "list_backends", lambda: ["inductor"])
+    with pytest.raises(ValueError, match="no backend 'fastres' here; it has inductor"):
+        trainer(tmp_path, compile="fastres")
+
+
+def test_tensorboard_is_optional(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ValueError, match="pip install tensorboard"):
+        train(short(tmp_path, tensorboard=True))
+
+
+def test_matplotlib_and_safetensors_are_optional(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("matplotlib.figure", "safetensors.torch"):
+        monkeypatch.setitem(sys.modules, name, None)
+    done = train(short(tmp_path, dataclasses.replace(SHORT, iterations=1)))
+    assert isinstance(done, Summary)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [checkpoint.BEST, checkpoint.LAST, "log.csv"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("graph", [False, True])
+def test_on_a_gpu(tmp_path: Path, graph: bool) -> None:
+    """The same weights to rounding as on the CPU, and with the step in a CUDA graph."""
+    recipe = dataclasses.replace(SHORT, iterations=4)
+    train(short(tmp_path / "gpu", recipe, device="cuda", dtype="fp32", cuda_graph=graph))
+    train(short(tmp_path / "cpu", recipe))
+    ours, theirs = weights(tmp_path / "gpu"), weights(tmp_path / "cpu")
+    for name, value in theirs.items():
+        torch.testing.assert_close(ours[name].cpu(), value, rtol=0.05, atol=5e-3)
+    done = train(short(tmp_path / "bf16", recipe, device="cuda", cuda_graph=graph))
+    assert math.isfinite(done.error)
+
+
+@pytest.mark.gpu
+def test_a_bad_loss_on_a_gpu(tmp_path: Path) -> None:
+    checkpoint.prepare(tmp_path)
+    ours = Trainer(short(tmp_path, device="cuda"), Place(0, 1, torch.device("cuda", 0)), Signals())
+    ours.model.train()
+    poisoned = ((x * float("nan") if i == 7 else x, y) for i, (x, y) in enumerate(ours.loader.training(0, 8)))
+    with pytest.raises(NonFiniteError, match="iteration 3"):
+        steps(ours, poisoned, 8)
+    saved = torch.load(tmp_path / checkpoint.LAST, weights_only=True)
+    assert all(value.isfinite().all() for value in saved["model"].values())
