@@ -242,9 +242,13 @@ def chains_run_as_one(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
         x: Tensor, w2: Tensor, b2: Tensor, w3: Tensor, b3: Tensor, residual: Tensor, w1: Tensor, b1: Tensor
     ) -> tuple[Tensor, Tensor]:
         calls.append(tuple(x.shape))
-        y = steps.conv_fprop(x, w2, geometry=steps.Geometry(pad=1), shift=b2, relu=True)
-        out = steps.conv_fprop(y, w3, geometry=steps.Geometry(), shift=b3, residual=residual, relu=True)
-        return out, steps.conv_fprop(out, w1, geometry=steps.Geometry(), shift=b1, relu=True)
+
+        def conv(a: Tensor, w: Tensor, b: Tensor, pad: int, residual: Tensor | None = None) -> Tensor:
+            p = folded.Folded(w, b, b)
+            return folded.by_library(a, residual, p=p, geometry=steps.Geometry(pad=pad), relu=True)
+
+        out = conv(conv(x, w2, b2, 1), w3, b3, 0, residual)
+        return out, conv(out, w1, b1, 0)
 
     module = types.ModuleType("fastres.kernels.bottleneck")
     module.bottleneck_chain = bottleneck_chain  # type: ignore[attr-defined]

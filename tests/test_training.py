@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 import fastres
 from fastres import paper
+from fastres.models import resnet
 from fastres.models.resnet import Bottleneck, ResNet
 from fastres.ops import dispatch
 
@@ -148,15 +150,18 @@ def test_same_seed_same_bits() -> None:
 
 
 @pytest.mark.parametrize("switch", ["statistics", "prologue", "bn_backward", "relu_mask", "recompute"])
-def test_each_fusion_can_be_switched(switch: str) -> None:
+def test_each_fusion_can_be_switched(switch: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    net = paper.cifar(8).to(DEVICE)
+    net = Narrow().to(DEVICE)
     exact, usual = copy.deepcopy(net).double(), copy.deepcopy(net)
-    data = batches(1, 3, 8)
+    data = batches(1, 3, 32)
     train(exact, data, torch.float64)
     train(usual, data, torch.float32)
+    stages = Mock(wraps=resnet.stage)
+    monkeypatch.setattr(resnet, "stage", stages)
     with fastres.backend("triton"), dispatch.fusions(**{switch: switch == "recompute"}):
         train(net, data, torch.float32)
+    assert stages.call_count == (switch == "recompute")
     for name, true in exact.named_parameters():
         got, stock = (dict(n.named_parameters())[name].grad for n in (net, usual))
         assert relative_error(got, true.grad) <= 8 * relative_error(stock, true.grad) + 1e-5, name

@@ -127,7 +127,9 @@ class PlainBlock(nn.Module):
 _PADDED: dict[type[Any], type[Any]] = {BasicBlock: PadBasicBlock, Bottleneck: PadBottleneck}
 
 
-def _stages(block: type[Any], layers: Sequence[int], widths: Sequence[int], shortcut: str | None) -> list[v15.Stage]:
+def _stages(
+    block: type[Any], layers: Sequence[int], widths: Sequence[int], shortcut: str | None
+) -> list[nn.Sequential]:
     """conv2_x and on: `layers[i]` blocks of `widths[i]`; every stage but the first halves the image in its first block.
 
     shortcut: a key of `SHORTCUTS`, or None where `block` has none.
@@ -139,7 +141,7 @@ def _stages(block: type[Any], layers: Sequence[int], widths: Sequence[int], shor
             stride = 2 if i > 0 and j == 0 else 1
             blocks.append(_block(block, inplanes, planes, stride, shortcut))
             inplanes = planes * block.expansion
-        stages.append(v15.Stage(*blocks))
+        stages.append(nn.Sequential(*blocks))
     return stages
 
 

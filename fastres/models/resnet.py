@@ -114,17 +114,13 @@ class Bottleneck(tv.Bottleneck):
         return self.relu(out)
 
 
-class Stage(nn.Sequential):
-    """The blocks between two changes of resolution, which may run as one call (`fastres.ops.stage`)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not torch.jit.is_scripting():
-            blocks: list[Any] = list(self)
-            if dispatch.serves_stage(x, blocks):
-                return stage(x, [(block.units(), block.downsample) for block in blocks])
-        for block in self:
-            x = block(x)
-        return x
+def _run_stage(layer: nn.Module, x: Tensor) -> Tensor:
+    """`layer(x)`, its blocks as one call where `dispatch` says so."""
+    if type(layer) is nn.Sequential and not dispatch.has_hooks(layer):
+        blocks: list[Any] = list(layer)
+        if dispatch.serves_stage(x, blocks):
+            return stage(x, [(block.units(), block.downsample) for block in blocks])
+    return layer(x)
 
 
 class ResNet(tv.ResNet):
@@ -133,15 +129,20 @@ class ResNet(tv.ResNet):
     `forward` takes images [N, 3, H, W] and returns scores [N, num_classes].
     """
 
-    def _make_layer(self, *args: Any, **kwargs: Any) -> Stage:
-        return Stage(*super()._make_layer(*args, **kwargs))
-
     def _forward_impl(self, x: Tensor) -> Tensor:
         x = self._stem(x)
+        if not torch.jit.is_scripting():
+            if dispatch.recomputes():
+                for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
+                    x = _run_stage(layer, x)
+                return self._head(x)
         x = self.layer1(x)
         x = self.layer2(x)
         x = self.layer3(x)
         x = self.layer4(x)
+        return self._head(x)
+
+    def _head(self, x: Tensor) -> Tensor:
         x = self.avgpool(x)
         x = torch.flatten(x, 1)
         return self.fc(x)

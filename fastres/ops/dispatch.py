@@ -116,9 +116,14 @@ def why_plain(x: Tensor, parts: Parts) -> str | None:
     return _unfusable_call(x) or _unfusable_device(x) or foreign(parts) or _watched(parts) or _mismatch(x, parts)
 
 
+def recomputes() -> bool:
+    """True where the fusion `recompute` is asked for."""
+    return not torch.compiler.is_compiling() and _fusions.get().recompute
+
+
 def serves_stage(x: Tensor, blocks: Sequence[Any]) -> bool:
     """True where `blocks`, run one after the other on x, are one call that keeps no block's output."""
-    if torch.compiler.is_compiling() or not _fusions.get().recompute or wants_reference():
+    if not recomputes() or wants_reference():
         return False
     residual = all(hasattr(block, "parts") and hasattr(block, "downsample") for block in blocks)
     if not residual or not torch.is_grad_enabled() or any(map(has_hooks, blocks)):
