@@ -21,7 +21,7 @@ COMMANDS = [
     if line.strip()
 ]
 # Run as they stand; the others install, build and test, which CI does by running them itself.
-RUN = [c for c in COMMANDS if c.startswith("python -m fastres")]
+RUN = [c for c in COMMANDS if c.startswith(("python -m fastres status", "python -m fastres summary"))]
 
 
 def test_code() -> None:
@@ -35,6 +35,18 @@ def test_command(command: str) -> None:
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
+
+
+def test_options_of_the_other_commands_exist() -> None:
+    for command in COMMANDS:
+        if command.startswith("python -m fastres") and command not in RUN:
+            *_, name = re.findall(r"fastres (\w+)", command)
+            helped = subprocess.run(
+                [sys.executable, "-m", "fastres", name, "--help"], cwd=ROOT, capture_output=True, text=True
+            )
+            assert helped.returncode == 0, command
+            for option in re.findall(r"--[\w-]+", command):
+                assert option in helped.stdout, f"{command}: {option}"
 
 
 def test_make_targets_exist() -> None:
