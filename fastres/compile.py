@@ -352,24 +352,33 @@ def _chains(units: Sequence[_Unit]) -> list[_Match]:
             after = by_conv.get(conv) if conv is not None else None
             if after is not None and after.x is relu:
                 follows[unit] = (relu, after)
-    inner = {after for _, after in follows.values()}
     chains = []
+    seen: set[_Unit] = set()
+    before = {after: unit for unit, (_, after) in follows.items()}
     for unit in units:
-        if unit in inner:
+        if unit in seen or before.get(unit, unit) not in (unit, *seen):
             continue
         match = _Match([unit], [unit.conv, unit.bn])
-        while unit in follows:
+        while unit in follows and not _share_statistics(match.units, follows[unit][1]):
             relu, unit = follows[unit]
             match.units.append(unit)
             match.nodes += [relu, unit.conv, unit.bn]
+        seen.update(match.units)
         chains.append(match)
     return chains
+
+
+def _share_statistics(units: Sequence[_Unit], other: _Unit) -> bool:
+    """Whether a BN moves running statistics that another one of the same call moves too: the order would be lost."""
+    moved = {_storage(t) for unit in units if unit.training for t in unit.running if t is not None}
+    return other.training and any(_storage(t) in moved for t in other.running if t is not None)
 
 
 def _finish(chains: list[_Match]) -> list[_Match]:
     """Each chain with what follows its last BN. Of two that meet in one addition the longer takes it."""
     by_result = {match.last: match for match in chains}
     taken: set[_Match] = set()
+    added_by: set[fx.Node] = set()  # additions that a chain has taken
     for match in sorted(chains, key=lambda m: -len(m.units)):
         if match in taken or match.end != "linear":
             continue
@@ -384,7 +393,7 @@ def _finish(chains: list[_Match]) -> list[_Match]:
             continue
         pair = _addends(user)
         relu = _only_user(user) if pair is not None and user is not None else None
-        if pair is None or user is None or relu is None or not _is_relu(relu) or pair[0] is pair[1]:
+        if pair is None or user is None or relu is None or not _is_relu(relu) or pair[0] is pair[1] or user in added_by:
             continue
         other = pair[1] if pair[0] is match.last else pair[0]
         y, added, z = (_value(node) for node in (user, other, match.last))
@@ -392,6 +401,7 @@ def _finish(chains: list[_Match]) -> list[_Match]:
             continue
         side = by_result.get(other)
         single = side is not None and side is not match and len(side.units) == 1 and side.end == "linear"
+        single = single and side is not None and not _share_statistics(match.units, side.units[0])
         if set(_mutated(user)) - {match.last} and not (single and len(other.users) == 1):
             continue
         if single and side is not None and side.x is match.x and len(other.users) == 1 and side not in taken:
@@ -408,6 +418,7 @@ def _finish(chains: list[_Match]) -> list[_Match]:
         else:
             match.end, match.residual = "join", other
         match.nodes += [user, relu]
+        added_by.add(user)
     return [match for match in chains if match not in taken]
 
 

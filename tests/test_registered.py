@@ -158,6 +158,14 @@ def test_only_the_wanted_gradients_are_computed(monkeypatch: pytest.MonkeyPatch)
     assert asked == [(False, [True, False, False, False, False, False])]
 
 
+def test_results_are_open_to_in_place_operations() -> None:
+    """Of the operator and of the eager call, which both make their result by a permutation."""
+    args = arguments("linear", True)
+    registered.conv_bn_act(*args)[0].relu_().sum().backward()
+    unit = (nn.Conv2d(6, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6))
+    fused.residual_block(args[0], [unit], None).add_(1)
+
+
 def test_what_cannot_be_differentiated_says_so() -> None:
     args = arguments("relu", True)
     out = registered.conv_bn_act(*args)[0]

@@ -145,6 +145,12 @@ def choose_steps(
     return tuple(steps)
 
 
+def unaliased(out: Tensor) -> Tensor:
+    """`nchw(out)` that is no view to autograd: what a custom function returns must be open to in-place operations."""
+    with torch._C._AutoDispatchBelowADInplaceOrView():
+        return nchw(out)
+
+
 def krsc(weight: Tensor, dtype: torch.dtype) -> Tensor:
     return nhwc(weight.detach().to(dtype))
 
@@ -229,7 +235,7 @@ class _Block(torch.autograd.Function):
     def forward(ctx: Any, call: Call, dtype: torch.dtype, x: Tensor, *parameters: Tensor | None) -> Tensor:
         x_read = x.to(dtype)
         out, zs, stats, weights, taps = forward(call, x_read, parameters)
-        y = nchw(out)
+        y = unaliased(out)
         ctx.call, ctx.x_dtype, ctx.counts = call, x.dtype, (len(parameters), len(zs))
         ctx.save_for_backward(x, nchw(nhwc(x_read)), y, taps, *parameters, *zs, *stats, *weights)
         return y

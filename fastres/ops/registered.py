@@ -25,7 +25,7 @@ from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 from fastres.ops import launch
-from fastres.ops.conv_bn_act import Backward, Call, End, Layer, choose_steps, forward, krsc
+from fastres.ops.conv_bn_act import Backward, Call, End, Layer, choose_steps, forward, krsc, unaliased
 from fastres.ops.flop_formulas import conv_flops, register_conv_flops
 from fastres.ops.steps import Geometry, nchw, nhwc, wide
 
@@ -142,7 +142,7 @@ def _forward(
         call = Call(layers, End(end, *sizes), choose_steps(x, weights, layers, End(end, *sizes), x.dtype))
         out, zs, stats, read, taps = forward(call, x, parameters, residual)
         copies = [w for w, weight in zip(read, weights, strict=True) if _is_copied(weight, x.dtype)]
-        return nchw(out), moved, torch.cat(stats), [*zs, *([] if taps is None else [taps]), *copies]
+        return unaliased(out), moved, torch.cat(stats), [*zs, *([] if taps is None else [taps]), *copies]
 
 
 def _backward(
@@ -186,7 +186,7 @@ def _affine(
     with torch._C._DisableAutocast():
         step = launch.step((n, h, w), weight, Geometry(*geometry), x.dtype, x.device)
         added = None if residual is None else nhwc(residual)
-        return nchw(step.infer(nhwc(x), krsc(weight, x.dtype), scale, shift, added, relu))
+        return unaliased(step.infer(nhwc(x), krsc(weight, x.dtype), scale, shift, added, relu))
 
 
 # Fake: shapes, strides and dtypes of the results.

@@ -1,0 +1,616 @@
+"""torch.compile with our backend and, for our nets, with PyTorch's own: what is rewritten, and that it means the same.
+
+Most tests compile with AOTAutograd alone behind the rewriting; Inductor, which is slow to compile, has a few tiny nets.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.metadata
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch._dynamo.testing
+import torch.nn.functional as F
+import torchvision
+from cases import relative_error
+from torch import Tensor, fx, nn
+from torch._dynamo.utils import counters
+from torch.utils.checkpoint import checkpoint
+from torchvision.models.resnet import BasicBlock, Bottleneck
+
+import fastres
+from fastres import compile as compiler
+from fastres.ops import dispatch
+
+ALWAYS = {"fastres.rewrite": "always", "fastres.inner": "aot_eager"}
+EXACT = 1e-11
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> None:
+    torch._dynamo.reset()
+    torch.set_num_threads(1)
+
+
+def conv_bn(c: int, k: int, side: int = 3, stride: int = 1, **kwargs: Any) -> nn.Sequential:
+    conv = nn.Conv2d(c, k, side, stride, side // 2, bias=kwargs.pop("bias", False), **kwargs)
+    bn = nn.BatchNorm2d(k)
+    nn.init.uniform_(bn.weight, 0.5, 1.5)
+    nn.init.normal_(bn.bias)
+    bn.running_mean.normal_()
+    bn.running_var.uniform_(0.5, 2)
+    return nn.Sequential(conv, bn)
+
+
+def tiny(block: type[nn.Module] = BasicBlock, net: Any = torchvision.models.ResNet) -> nn.Module:
+    return net(block, [2, 1, 1, 1], num_classes=5)
+
+
+def outcome(model: Callable[..., Tensor], module: nn.Module, *inputs: Tensor) -> dict[str, Any]:
+    """Output, gradients and buffers after one forward and backward."""
+    inputs = tuple(x.clone().requires_grad_(x.is_floating_point()) for x in inputs)
+    y = model(*inputs)
+    if y.requires_grad:
+        y.backward(torch.linspace(-1, 1, y.numel(), dtype=y.dtype).reshape(y.shape))
+    grads = {f"d{name}": p.grad for name, p in module.named_parameters()}
+    return {"y": y.detach(), "dx": inputs[0].grad, **grads, **dict(module.named_buffers())}
+
+
+def check(
+    module: nn.Module,
+    *inputs: Tensor,
+    train: bool = True,
+    tolerance: float = EXACT,
+    options: Any = ALWAYS,
+    **kwargs: Any,
+) -> nn.Module:
+    """The compiled module does what the module does, strides included. Returns the one that was compiled."""
+    module.train(train)
+    twin = copy.deepcopy(module)
+    want = outcome(module, module, *inputs)
+    got = outcome(torch.compile(twin, backend="fastres", options=options, **kwargs), twin, *inputs)
+    for name, value in want.items():
+        if value is None:
+            assert got[name] is None, name
+            continue
+        assert relative_error(got[name].double(), value.double()) < tolerance, name
+        assert got[name].stride() == value.stride(), name
+        assert got[name].dtype == value.dtype, name
+    return twin
+
+
+# What is rewritten.
+
+
+def found(model: nn.Module, *shape: int) -> compiler.Explanation:
+    with torch.device("meta"):
+        x = torch.empty(shape or (2, 3, 64, 64))
+    return fastres.explain(model.to("meta"), x)
+
+
+def test_the_backend_is_found_by_its_entry_point() -> None:
+    (entry,) = importlib.metadata.entry_points(group="torch_dynamo_backends", name="fastres")
+    assert entry.load() is compiler.backend
+    code = "import torch._dynamo as d; 'fastres' in d.list_backends() and print(d.lookup_backend('fastres').__module__)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "fastres.compile"
+
+
+TORCHVISION = {
+    "resnet18": 9,
+    "resnet50": 17,
+    "resnet34": 17,
+    "resnet101": 34,
+    "resnet152": 51,
+    "resnext50_32x4d": 17,
+    "resnext101_32x8d": 34,
+    "resnext101_64x4d": 34,
+    "wide_resnet50_2": 17,
+    "wide_resnet101_2": 34,
+}
+
+
+@pytest.mark.parametrize(
+    "name", [name if i < 2 else pytest.param(name, marks=pytest.mark.slow) for i, name in enumerate(TORCHVISION)]
+)
+def test_all_of_torchvisions_resnets_is_rewritten(name: str) -> None:
+    """Stem and every block, each as one call, in training and in eval without gradients."""
+    with torch.device("meta"):
+        model = getattr(torchvision.models, name)()
+    told = found(model)
+    assert (len(told.hits), told.misses, told.graphs, dict(told.graph_breaks)) == (TORCHVISION[name], (), 1, {})
+    assert {hit.operator for hit in told.hits} == {"conv_bn_act"}
+    assert sum(hit.pattern.endswith("project-ReLU") for hit in told.hits) == (
+        3 if name in ("resnet18", "resnet34") else 4
+    )
+    with torch.no_grad():
+        told = found(model.eval())
+    convs = sum(isinstance(m, nn.Conv2d) for m in model.modules())
+    assert sum(int(hit.operator.removeprefix("conv_affine_act x")) for hit in told.hits) == convs
+
+
+def test_timms_resnets() -> None:
+    timm = pytest.importorskip("timm")
+    told = found(timm.create_model("resnet50"))
+    assert (len(told.hits), told.misses) == (17, ())
+    told = found(timm.create_model("seresnet50"))  # the SE gate stands between the last BN and the addition
+    assert len(told.hits) == 1 + 16 + 4
+    assert sum(hit.pattern == "conv-BN-ReLU-conv-BN-ReLU-conv-BN" for hit in told.hits) == 16
+    assert sum(miss.pattern == "add-ReLU" for miss in told.misses) == 16
+    assert sum(".se." in miss.layer for miss in told.misses) == 32
+    told = found(timm.create_model("resnetv2_50"))  # BN stands before the convolution: conv1 and conv2 have one behind
+    assert {hit.pattern for hit in told.hits} == {"conv-BN-ReLU-conv-BN-ReLU"}
+    assert len(told.hits) == 16
+    assert sum(miss.pattern == "BN-ReLU" for miss in told.misses) == 17
+    assert all(miss.reason for miss in told.misses)
+
+
+def test_explain_is_a_table_and_leaves_the_model_alone() -> None:
+    model = nn.Sequential(conv_bn(3, 4), nn.ReLU(), nn.Conv2d(4, 2, 1))
+    before = copy.deepcopy(model.state_dict())
+    told = fastres.explain(model, torch.randn(2, 3, 8, 8))
+    assert [(f.layer, f.pattern, f.operator) for f in told.findings] == [
+        ("0.0", "conv-BN-ReLU", "conv_bn_act"),
+        ("2", "conv", None),
+    ]
+    text = str(told)
+    assert text.splitlines()[0].startswith("1 rewritten, 1 left, in 1 graph(s)")
+    assert "stays: no BatchNorm behind it" in text
+    if not torch.cuda.is_available():
+        assert "not on this device: there are no fused kernels for cpu" in text
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    with pytest.raises(TypeError, match=r"nn\.Module"):
+        fastres.explain(torch.relu, torch.randn(1))
+
+
+def test_explain_counts_graph_breaks() -> None:
+    class Broken(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = conv_bn(3, 4), conv_bn(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.a(x)
+            torch._dynamo.graph_break()
+            return self.b(x)
+
+    told = fastres.explain(Broken(), torch.randn(2, 3, 8, 8))
+    assert told.graphs == 2
+    assert len(told.hits) == 2
+    assert len(told.graph_breaks) == 1
+    assert "graph break" in str(told)
+
+
+def test_options() -> None:
+    x = torch.randn(2, 3, 8, 8)
+    for options in ({"fastres.rewrite": "sometimes"}, {"fastres.tile": 1}):
+        with pytest.raises(Exception, match="unknown option"):
+            torch.compile(conv_bn(3, 4), backend="fastres", options=options)(x)
+    with pytest.raises(Exception, match="takes neither"):
+        torch.compile(conv_bn(3, 4), backend="fastres", options=ALWAYS | {"freezing": True})(x)
+
+
+def rewritten(module: nn.Module, *inputs: Tensor, always: bool = True) -> tuple[fx.Graph, list[compiler.Finding]]:
+    kept: list[Any] = []
+
+    def record(gm: fx.GraphModule, given: list[Any]) -> Any:
+        run = fx.GraphModule(gm, copy.deepcopy(gm.graph)).forward
+        kept.append((gm.graph, compiler.rewrite(gm, given, always=always)))
+        return run
+
+    torch.compile(copy.deepcopy(module), backend=record, fullgraph=True)(*inputs)
+    return kept[0]
+
+
+def test_only_operators_are_inserted() -> None:
+    """A Python function in the graph would bypass AOTAutograd's cache."""
+    module = tiny().train()
+    x = torch.randn(2, 3, 32, 32)
+    graph, _ = rewritten(module, x)
+    own = [n.target for n in graph.nodes if n.op == "call_function" and "fastres" in str(n.target)]
+    assert len(own) == 6
+    assert all(isinstance(target, torch._ops.OpOverload) for target in own)
+    for node in graph.nodes:
+        if node.op == "call_method":
+            assert "example_value" in node.args[0].meta
+
+
+def test_a_device_without_kernels_keeps_its_graph() -> None:
+    if torch.cuda.is_available() or dispatch.interpreting():
+        pytest.skip("there are kernels here")
+    module, x = conv_bn(3, 4), torch.randn(2, 3, 8, 8)
+    graph, told = rewritten(module, x, always=False)
+    assert [f.reason for f in told] == ["there are no fused kernels for cpu"]
+    assert not [n for n in graph.nodes if "fastres" in str(n.target)]
+    with fastres.backend("reference"):
+        assert [f.hit for f in rewritten(module, x, always=False)[1]] == [True]
+
+
+# That it means the same.
+
+
+@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("block", [BasicBlock, Bottleneck])
+def test_torchvisions_blocks(block: type[nn.Module], train: bool, channels_last: bool) -> None:
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    model = tiny(block).double().to(memory_format=layout)
+    check(model, torch.randn(3, 3, 40, 33).double().to(memory_format=layout), train=train, fullgraph=True)
+
+
+@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+def test_option_a(train: bool) -> None:
+    model = (
+        fastres.paper.cifar(20, width=4)
+        if "width" in fastres.paper.cifar.__code__.co_varnames
+        else fastres.paper.cifar(20)
+    )
+    graph, told = rewritten(model.train(train), torch.randn(2, 3, 16, 16))
+    assert sum(f.pattern.endswith("pad-ReLU") for f in told) == 2
+    assert not [n for n in graph.nodes if "pad_shortcut" in str(n.target)]
+    check(model.double(), torch.randn(2, 3, 16, 16).double(), train=train, fullgraph=True)
+
+
+@pytest.mark.parametrize("block", [BasicBlock, Bottleneck])
+def test_inference(block: type[nn.Module]) -> None:
+    """Without gradients every BN is its convolution's epilogue; biased convolutions too."""
+    model = nn.Sequential(tiny(block), nn.Unflatten(1, (5, 1, 1)), conv_bn(5, 4, 1, bias=True)).double().eval()
+    x = torch.randn(2, 3, 32, 32).double()
+    compiled = torch.compile(model, backend="fastres", options=ALWAYS, fullgraph=True)
+    with torch.no_grad():
+        assert relative_error(compiled(x), model(x)) < EXACT
+        graph, _ = rewritten(model, x)
+    assert not [n for n in graph.nodes if n.target is F.batch_norm]
+    torch._dynamo.reset()
+    with torch.inference_mode():
+        assert relative_error(compiled(x), model(x)) < EXACT
+    frozen = copy.deepcopy(model).requires_grad_(False)
+    assert relative_error(torch.compile(frozen, backend="fastres", options=ALWAYS)(x), model(x)) < EXACT
+
+
+def test_training_mode_without_gradients() -> None:
+    model = tiny().double().train()
+    twin, x = copy.deepcopy(model), torch.randn(2, 3, 32, 32).double()
+    with torch.no_grad():
+        got = torch.compile(twin, backend="fastres", options=ALWAYS)(x)
+        assert relative_error(got, model(x)) < EXACT
+    for (name, a), b in zip(twin.named_buffers(), model.buffers(), strict=True):
+        assert relative_error(a.double(), b.double()) < EXACT, name
+
+
+class Case(nn.Module):
+    """One conv-BN or two and a body that uses them."""
+
+    def __init__(self, body: Callable[..., Tensor], *units: nn.Module) -> None:
+        super().__init__()
+        self.units = nn.ModuleList(units)
+        self.body = body
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x, *self.units)
+
+
+def moved_in_between(x: Tensor, a: nn.Module, b: nn.Module) -> Tensor:
+    x = x * 1
+    y = b(a(x).relu())
+    x.mul_(2)
+    return (y + x).relu()
+
+
+def residual_in_place(x: Tensor, a: nn.Module) -> Tensor:
+    x = x * 1
+    x += a(x)
+    return x.relu() + x
+
+
+def read_statistics(x: Tensor, a: nn.Module) -> Tensor:
+    y = a(x)
+    return y.relu() * a[1].running_mean.sum()
+
+
+def autocast_in_between(x: Tensor, a: nn.Module) -> Tensor:
+    with torch.autocast("cpu", torch.bfloat16, enabled=False):
+        y = a(x)
+    return (y + x).relu()
+
+
+def setitem(x: Tensor, a: nn.Module) -> Tensor:
+    y = a(x)
+    y[:, 0] = 0
+    return y.relu()
+
+
+def akamaster(x: Tensor, a: nn.Module) -> Tensor:
+    return (a(x) + F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 1, 1))).relu()
+
+
+def gated(x: Tensor, a: nn.Module) -> Tensor:
+    y = a(x) * 0.5
+    return F.relu(y + F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 0, 2)))
+
+
+CASES: dict[str, tuple[Callable[[], nn.Module], list[str], list[str]]] = {
+    # name: (module on [2, 6, 8, 7], patterns that hit, words from the reasons of the misses)
+    "linear": (lambda: conv_bn(6, 8), ["conv-BN"], []),
+    "chain": (lambda: nn.Sequential(conv_bn(6, 8), nn.ReLU(), conv_bn(8, 8), nn.ReLU(True)), ["conv-BN-ReLU-conv-BN-ReLU"], []),  # noqa: E501
+    "grouped": (lambda: nn.Sequential(conv_bn(6, 8, groups=2), nn.ReLU6()), ["conv-BN"], []),
+    "two users": (lambda: Case(lambda x, a: a(x).relu() + x.mean() * a[0](x), conv_bn(6, 6)), ["conv-BN-ReLU"], ["no BatchNorm"]),  # noqa: E501
+    "conv read twice": (lambda: Case(lambda x, a: a[1](z := a[0](x)) + z, conv_bn(6, 6)), [], ["used beside"]),
+    "other residual": (lambda: Case(lambda x, a: (x.sigmoid() + a(x)).relu(), conv_bn(6, 6)), ["conv-BN-join-ReLU"], []),  # noqa: E501
+    "two branches": (
+        lambda: Case(lambda x, a, b: (a(x) + b(x.sigmoid())).relu(), conv_bn(6, 8), conv_bn(6, 8)),
+        ["conv-BN-join-ReLU", "conv-BN"],
+        [],
+    ),
+    "doubled": (lambda: Case(lambda x, a: ((y := a(x)) + y).relu(), conv_bn(6, 6)), ["conv-BN"], ["Inductor"]),
+    "broadcast": (lambda: Case(lambda x, a: (a(x) + x.mean((2, 3), True)).relu(), conv_bn(6, 6)), ["conv-BN"], ["Inductor"]),  # noqa: E501
+    "no relu": (lambda: Case(lambda x, a: a(x) + x, conv_bn(6, 6)), ["conv-BN"], []),
+    "bias": (lambda: conv_bn(6, 8, bias=True), [], ["bias"]),
+    "asymmetric": (lambda: conv_bn(6, 8, stride=(2, 1)), [], ["one number for both"]),
+    "same padding": (
+        lambda: nn.Sequential(nn.Conv2d(6, 8, 3, padding="same", bias=False), nn.BatchNorm2d(8)), [], ["one number"]
+    ),
+    "cumulative": (lambda: nn.Sequential(nn.Conv2d(6, 8, 1, bias=False), nn.BatchNorm2d(8, affine=False, track_running_stats=False)), ["conv-BN"], []),  # noqa: E501
+    "moved in between": (lambda: Case(moved_in_between, conv_bn(6, 6), conv_bn(6, 6)), [], ["writes into", "Inductor"]),
+    "residual in place": (lambda: Case(residual_in_place, conv_bn(6, 6)), ["conv-BN"], ["Inductor"]),
+    "statistics read": (lambda: Case(read_statistics, conv_bn(6, 6)), ["conv-BN-ReLU"], []),
+    "shared": (lambda: Case(lambda x, a: a(a(x).relu()).relu(), conv_bn(6, 6)), ["conv-BN-ReLU"] * 2, []),
+    "autocast": (lambda: Case(autocast_in_between, conv_bn(6, 6)), [], ["mode changes", "Inductor"]),
+    "setitem": (lambda: Case(setitem, conv_bn(6, 6)), ["conv-BN"], []),
+    "view": (lambda: Case(lambda x, a: a(x).relu().view(x.shape[0], -1), conv_bn(6, 6)), ["conv-BN-ReLU"], []),
+    "pooled view": (lambda: Case(lambda x, a: F.avg_pool2d(a(x).relu(), 2).view(x.shape[0], -1), conv_bn(6, 6)), ["conv-BN-ReLU"], []),  # noqa: E501
+    "pad in front": (lambda: Case(akamaster, conv_bn(6, 8, stride=2)), ["conv-BN-join-ReLU"], []),
+    "pad behind": (lambda: Case(gated, conv_bn(6, 8, stride=2)), ["conv-BN", "pad-add-ReLU"], []),
+    "no conv": (lambda: nn.Sequential(nn.Flatten(), nn.Linear(336, 4)), [], []),
+    "norm first": (lambda: nn.Sequential(nn.BatchNorm2d(6), nn.ReLU()), [], ["no convolution before it"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_matches_and_what_must_not(name: str) -> None:
+    build, hits, reasons = CASES[name]
+    module, x = build().double(), torch.randn(2, 6, 8, 7).double()
+    _, told = rewritten(module, x)
+    assert [f.pattern for f in told if f.hit] == hits
+    misses = [f.reason for f in told if not f.hit]
+    assert len(misses) == len(reasons)
+    assert all(words in reason for words, reason in zip(reasons, misses, strict=True)), misses
+    in_place = name in ("moved in between", "residual in place")  # autograd refuses these
+    with torch.set_grad_enabled(not in_place):
+        check(module, x)
+
+
+def test_a_torch_func_transform_in_the_graph_stays() -> None:
+    module = conv_bn(3, 4).double().eval()
+    x = torch.randn(2, 3, 6, 6).double()
+
+    def gradient(x: Tensor) -> Tensor:
+        return torch.func.grad(lambda t: module(t).relu().sum())(x)
+
+    got = torch.compile(gradient, backend="fastres", options=ALWAYS)(x)
+    assert relative_error(got, gradient(x)) < EXACT
+
+
+def test_activation_checkpointing() -> None:
+    inner = nn.Sequential(conv_bn(6, 6), nn.ReLU(), conv_bn(6, 6)).double()
+    check(
+        Case(lambda x, a: checkpoint(a, x, use_reentrant=False).relu(), inner).eval(),
+        torch.randn(2, 6, 8, 7).double(),
+        train=False,
+    )
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["around", "inside"])
+def test_autocast(inside: bool) -> None:
+    """bf16 activations with fp32 parameters; gradients come in fp32."""
+    net = tiny()
+
+    class Autocast(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = net
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.autocast("cpu", torch.bfloat16):
+                return self.net(x)
+
+    model = Autocast() if inside else net
+    x = torch.randn(4, 3, 64, 64)
+    with torch.autocast("cpu", torch.bfloat16, enabled=not inside):
+        _, told = rewritten(model, x)
+        assert all(f.hit for f in told)
+        twin = copy.deepcopy(model)
+        got = torch.compile(twin, backend="fastres", options=ALWAYS, fullgraph=True)(x)
+        want = model(x)
+    assert got.dtype == torch.bfloat16
+    assert relative_error(got.double(), want.double()) < 0.05
+    got.float().square().mean().backward()
+    want.float().square().mean().backward()
+    exact = copy.deepcopy(net).double()
+    for p in exact.parameters():
+        p.grad = None
+    exact(x.double()).square().mean().backward()
+    mine = twin.net if inside else twin
+    for (name, p), q, right in zip(mine.named_parameters(), net.parameters(), exact.parameters(), strict=True):
+        assert p.grad.dtype == torch.float32
+        assert relative_error(p.grad.double(), right.grad) < max(
+            2 * relative_error(q.grad.double(), right.grad), 0.02
+        ), name
+
+
+def test_dynamic_shapes() -> None:
+    """Batch, height and width: one compilation for all, with our backend."""
+    model = tiny().double().train()
+    twin = copy.deepcopy(model)
+    counter = torch._dynamo.testing.CompileCounterWithBackend("fastres")
+    counter.backend = "fastres"
+
+    def count(gm: fx.GraphModule, inputs: list[Any]) -> Any:
+        counter.frame_count += 1
+        return compiler.backend(gm, inputs, options=ALWAYS)
+
+    compiled = torch.compile(twin, backend=count, fullgraph=True)
+    for i, (n, h, w) in enumerate([(2, 64, 96), (3, 96, 64), (4, 128, 64), (2, 64, 160)]):
+        x = torch.randn(n, 3, h, w).double()
+        if i == 0:
+            for dim in (0, 2, 3):
+                torch._dynamo.mark_dynamic(x, dim)
+        got, want = compiled(x), model(x)
+        assert relative_error(got, want) < EXACT
+        got.sum().backward()
+        want.sum().backward()
+        for (name, p), q in zip(twin.named_parameters(), model.named_parameters(), strict=True):
+            assert relative_error(p.grad, q[1].grad) < 1e-8, name
+    assert counter.frame_count == 1
+
+
+def test_data_parallel(tmp_path: Any) -> None:
+    """DDP splits the graph between its buckets; each part is rewritten by itself."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model = tiny().double().train()
+        twin, x = copy.deepcopy(model), torch.randn(2, 3, 32, 32).double()
+        wrapped = nn.parallel.DistributedDataParallel(twin, bucket_cap_mb=16)
+        got = torch.compile(wrapped, backend="fastres", options=ALWAYS)(x)
+        want = model(x)
+        assert relative_error(got, want) < EXACT
+        got.sum().backward()
+        want.sum().backward()
+        for (name, p), q in zip(twin.named_parameters(), model.parameters(), strict=True):
+            assert relative_error(p.grad, q.grad) < 1e-9, name
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+# Inductor.
+
+
+def small() -> nn.Module:
+    body = nn.Sequential(
+        conv_bn(4, 8), nn.ReLU(), conv_bn(8, 8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3)
+    )
+    return body
+
+
+INDUCTOR = {"fastres.rewrite": "always"}
+
+
+def test_inductor_and_its_caches() -> None:
+    """The second compilation of the same net comes from AOTAutograd's cache."""
+    from torch._inductor.utils import fresh_cache
+
+    x = torch.randn(2, 4, 10, 9)
+    model = small()
+    with fresh_cache():
+        counters.clear()
+        check(copy.deepcopy(model), x, tolerance=1e-5, options=INDUCTOR, fullgraph=True)
+        assert counters["aot_autograd"]["autograd_cache_bypass"] == 0
+        assert counters["aot_autograd"]["autograd_cache_miss"] == 1
+        torch._dynamo.reset()
+        check(copy.deepcopy(model), x, tolerance=1e-5, options=INDUCTOR, fullgraph=True)
+        assert counters["aot_autograd"]["autograd_cache_hit"] == 1
+
+
+def test_inductor_freezing_with_dynamic_shapes() -> None:
+    model = small().eval()
+    options = INDUCTOR | {"freezing": True}
+    compiled = torch.compile(model, backend="fastres", options=options, dynamic=True)
+    with torch.no_grad():
+        for n, h in ((2, 10), (3, 12)):
+            x = torch.randn(n, 4, h, 9)
+            assert relative_error(compiled(x), model(x)) < 1e-5
+
+
+# Our nets and PyTorch's own backends.
+
+
+def test_our_nets_break_no_graph_and_recompile_for_no_size() -> None:
+    model = tiny(fastres.models.resnet.BasicBlock, fastres.models.resnet.ResNet).eval()
+    counter = torch._dynamo.testing.CompileCounter()
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    with torch.no_grad():
+        for i, side in enumerate((64, 72, 80, 88, 96, 104, 112, 120)):
+            x = torch.randn(1 + i % 2 + 1, 3, side, side + 8)
+            for dim in (0, 2, 3):
+                torch._dynamo.mark_dynamic(x, dim)
+            assert relative_error(compiled(x), model(x)) < 1e-5
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("kind", ["basic", "bottleneck", "cifar"])
+def test_our_nets_under_aot_eager(kind: str) -> None:
+    resnet = fastres.models.resnet
+    model: nn.Module = {
+        "basic": lambda: tiny(resnet.BasicBlock, resnet.ResNet),
+        "bottleneck": lambda: tiny(resnet.Bottleneck, resnet.ResNet),
+        "cifar": lambda: fastres.paper.cifar(20),
+    }[kind]()
+    model, x = model.double(), torch.randn(2, 3, 32, 32).double()
+    twin = copy.deepcopy(model)
+    want = outcome(model, model, x)
+    got = outcome(torch.compile(twin, backend="aot_eager", fullgraph=True), twin, x)
+    for name, value in want.items():
+        assert relative_error(got[name].double(), value.double()) < 1e-9, name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead", "max-autotune"])
+@pytest.mark.parametrize("backend", ["inductor", "fastres"])
+def test_our_nets_under_inductor(backend: str, mode: str) -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    resnet = fastres.models.resnet
+    model = tiny(resnet.BasicBlock, resnet.ResNet).to(device)
+    x = torch.randn(4, 3, 64, 64, device=device)
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        twin = copy.deepcopy(model)
+        want = outcome(model, model, x)
+        got = outcome(torch.compile(twin, backend=backend, mode=mode, fullgraph=True), twin, x)
+    for name, value in want.items():
+        assert relative_error(got[name].double(), value.double()) < 1e-3, name
+
+
+@pytest.mark.gpu
+def test_our_nets_under_cudagraphs() -> None:
+    model = fastres.resnet18().cuda().eval()
+    x = torch.randn(2, 3, 64, 64, device="cuda")
+    with torch.no_grad():
+        got = torch.compile(model, backend="cudagraphs")(x)
+        assert relative_error(got, model(x)) < 1e-2
+
+
+def test_exported_nets_hold_aten_only_and_load_without_fastres(tmp_path: Any) -> None:
+    file, x = tmp_path / "net.pt2", torch.randn(2, 3, 32, 32)
+    for model in (fastres.paper.cifar(20).eval(),):
+        program = torch.export.export(model, (x,))
+        targets = {str(n.target) for n in program.graph.nodes if n.op == "call_function"}
+        assert all(target.startswith(("aten.", "<built-in function getitem>")) for target in targets), targets
+        torch.export.save(program, file)
+        torch.save((x, model(x)), tmp_path / "pair.pt")
+        code = (
+            "import sys, torch; p = torch.export.load(sys.argv[1]).module(); x, y = torch.load(sys.argv[2]);"
+            "torch.testing.assert_close(p(x), y); assert not any(m.startswith('fastres') for m in sys.modules)"
+        )
+        command = [sys.executable, "-c", code, str(file), str(tmp_path / "pair.pt")]
+        done = subprocess.run(command, capture_output=True, text=True, env=os.environ, check=False)
+        assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.interpret
+def test_kernels_serve_a_compiled_net() -> None:
+    """Forward and backward of a rewritten net on kernels, at shapes for Triton's interpreter."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = nn.Sequential(conv_bn(8, 16), nn.ReLU(), conv_bn(16, 16, 1), nn.ReLU()).to(device)
+    x = torch.randn(2, 8, 6, 6, device=device)
+    with fastres.backend("triton"):
+        check(model, x, tolerance=1e-2, options={"fastres.inner": "aot_eager"})
+        with torch.no_grad():
+            model.eval()
+            compiled = torch.compile(model, backend="fastres", options={"fastres.inner": "aot_eager"})
+            assert relative_error(compiled(x).double(), model(x).double()) < 1e-2
