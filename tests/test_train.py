@@ -215,18 +215,36 @@ def _ranked(out: Path, recipe: Recipe) -> None:
     train(short(out, recipe, eval_every=2))
 
 
-def test_two_processes_are_one_that_accumulates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """gloo. Parameters to rounding; running statistics are rank 0's; validation covers each image once."""
-    recipe = dataclasses.replace(SHORT, iterations=2, ema=None)
+def _one_rank_signalled(out: Path) -> None:
+    if os.environ["RANK"] == "1":
+        _signalled(out, signal.SIGTERM, 4, False)
+    train(short(out))
+
+
+def ranks(target: Callable[..., None], *args: Any) -> list[tuple[int | None, str]]:
+    """Exit code and last words of two processes of one gloo group."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    ranks = [start(_ranked, tmp_path / "two", recipe, RANK=str(r), LOCAL_RANK=str(r), **common) for r in range(2)]
-    for process, outcome in ranks:
+    started = [start(target, *args, RANK=str(rank), LOCAL_RANK=str(rank), **common) for rank in range(2)]
+    ended = []
+    for process, outcome in started:
         process.join(120)
-        assert (process.exitcode, outcome.read_text()) == (0, "")
+        ended.append((process.exitcode, outcome.read_text()))
         outcome.unlink()
+    return ended
+
+
+def test_a_signal_to_one_process_stops_all(tmp_path: Path) -> None:
+    assert ranks(_one_rank_signalled, tmp_path) == [(143, ""), (143, "")]
+    assert torch.load(tmp_path / checkpoint.LAST, weights_only=True)["iteration"] == 5
+
+
+def test_two_processes_are_one_that_accumulates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """gloo. Parameters to rounding; running statistics are rank 0's; validation covers each image once."""
+    recipe = dataclasses.replace(SHORT, iterations=2, ema=None)
+    assert ranks(_ranked, tmp_path / "two", recipe) == [(0, ""), (0, "")]
 
     calls = 0
 

@@ -217,10 +217,22 @@ def test_small_images_all_together() -> None:
             np.testing.assert_allclose(x[i].numpy(), crop[:, :, ::-1] if mirror < 0.5 else crop, atol=1e-6)
 
 
+def assert_coloured(batches: Loader) -> None:
+    """Each image of the first micro-batches differs from its uncoloured self by its own shift, equal in all pixels."""
+    plain = dataclasses.replace(batches, recipe=dataclasses.replace(batches.recipe, colour=0.0))
+    for block, ((x, _), (y, _)) in enumerate(zip(batches.training(0, 1), plain.training(0, 1), strict=True)):
+        alphas = batches._colour(batches.stream.positions(0, block))
+        assert alphas is not None
+        shifts = torch.stack([batches.preprocess.axes @ alpha for alpha in alphas])
+        assert shifts.abs().max() > 1e-4
+        torch.testing.assert_close(x - y, shifts[:, :, None, None].expand_as(x), rtol=0, atol=1e-6)
+
+
 def test_colour_draws_have_deviation_one_tenth() -> None:
     recipe = dataclasses.replace(RECIPES["imagenet-2015"], size=8, val_size=8)
     images = Resident(patches(4, 8), torch.zeros(4, dtype=torch.int64))
     batches = loader(Dataset("x", ("a",), 3, images, images, Moments.of([images.images], 3, 8).preprocess()), recipe)
+    assert_coloured(batches)
     draws = batches._colour(np.arange(20_000))
     assert draws is not None
     assert draws.mean(0).abs().max() < 0.003
@@ -279,6 +291,7 @@ def test_photographs_from_a_folder(folder: Path, tmp_path: Path) -> None:
     """Workers change nothing; two processes see the micro-batches that one sees in turn; validation is centre crops."""
     dataset = data.load("folder", SMALL, folder, cache=tmp_path / "cache")
     assert dataset.classes == ("class0", "class1")
+    assert_coloured(loader(dataset, SMALL))
     one = list(loader(dataset, SMALL).training(0, 3))
     assert len(one) == 6
     for x, y in one:

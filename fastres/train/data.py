@@ -38,16 +38,8 @@ from torchvision.transforms import InterpolationMode, v2
 from tqdm import tqdm
 
 from fastres.train.checkpoint import write_atomically
-from fastres.train.recipe import IMAGENET_MEAN, IMAGENET_STD, AreaCrop, PadCrop, Recipe, ScaleCrop
+from fastres.train.recipe import DATA, IMAGENET_MEAN, IMAGENET_STD, AreaCrop, PadCrop, Recipe, ScaleCrop
 
-DATA = {
-    "digits": "scikit-learn's 1797 handwritten digits of 8x8, shipped with it; every fifth is held out",
-    "cifar10": "CIFAR-10, 32x32, as torchvision keeps it under --root",
-    "cifar100": "CIFAR-100, likewise",
-    "imagenet": "ImageNet, --root with train/<wnid>/*.JPEG and val/<wnid>/*.JPEG",
-    "folder": "any photographs, --root with train/<class>/* and val/<class>/*",
-    "synthetic": "smooth random images of the recipe's size, to measure speed",
-}
 SYNTHETIC_IMAGES = 1024
 ORDER, SAMPLE, COLOUR, MIX = range(4)  # what chance is drawn for: each has its own Philox key
 
@@ -101,6 +93,11 @@ class Stream:
         first, last = int(positions.min()), int(positions.max())
         philox = np.random.Philox(key=[self.seed, purpose], counter=first)
         return philox.random_raw(4 * (last - first + 1)).reshape(-1, 4)[positions - first]
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """`tensor.to(device)` for which neither side waits."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def uniform(words: np.ndarray) -> Tensor:
@@ -263,7 +260,7 @@ def crop_and_flip(x: Tensor, words: np.ndarray, pad: int, flip: bool) -> Tensor:
     columns = (left * (2 * pad + 1)).long()[:, None] + torch.arange(width)
     if flip:
         columns = torch.where(mirror[:, None] < 0.5, columns.flip(1), columns)
-    rows, columns = rows.to(x.device), columns.to(x.device)
+    rows, columns = send(rows, x.device), send(columns, x.device)
     padded = F.pad(x, (pad, pad, pad, pad)).permute(0, 2, 3, 1)
     picked = padded[torch.arange(n, device=x.device)[:, None, None], rows[:, :, None], columns[:, None, :]]
     return picked.permute(0, 3, 1, 2)
@@ -346,7 +343,7 @@ class Loader:
                 yield self.stream.positions(iteration, block)
 
     def _resident(self, images: Resident, positions: np.ndarray) -> tuple[Tensor, Tensor]:
-        index = torch.from_numpy(self.stream.indices(positions)).to(self.device)
+        index = send(torch.from_numpy(self.stream.indices(positions)), self.device)
         x = self.preprocess(images.images[index], self._colour(positions))
         pad = self.recipe.crop.pad if isinstance(self.recipe.crop, PadCrop) else 0
         x = crop_and_flip(x, self.stream.words(positions, SAMPLE), pad, self.recipe.flip)
@@ -356,7 +353,7 @@ class Loader:
         if not self.recipe.colour or self.dataset.channels != 3:
             return None
         normal = torch.special.ndtri(uniform(self.stream.words(positions, COLOUR)[:, :3]))
-        return (self.recipe.colour * normal).float().to(self.device)
+        return send((self.recipe.colour * normal).float(), self.device)
 
     def _mixed(self, x: Tensor, y: Tensor, positions: np.ndarray) -> tuple[Tensor, Tensor]:
         if self.mixing is None:

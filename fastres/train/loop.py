@@ -430,10 +430,12 @@ class Trainer:
         }
 
     def save(self, *, best: bool = False) -> None:
-        """Writes a checkpoint. Raises CheckpointError."""
+        """Writes a checkpoint; all processes wait for it. Raises CheckpointError."""
         state = self.state()
         if self.main:
             checkpoint.save(self.run.out, state, best=best)
+        if self.place.world > 1:
+            dist.barrier()
 
     def restore(self, path: Path) -> None:
         """Stands where the checkpoint's training stood. Raises CheckpointError for one of another run."""

@@ -60,20 +60,23 @@ def place(device: str | None) -> Iterator[Place]:
 
 
 class Signals:
-    """SIGTERM and Ctrl-C as a wish that the loop grants after its iteration; a second one ends the process at once."""
+    """SIGTERM and Ctrl-C as a wish that the loop grants after its iteration.
+
+    A second Ctrl-C ends the process at once; a second SIGTERM does not: torchrun sends one to processes still saving.
+    """
 
     def __init__(self) -> None:
         self.received = 0
         self._before: dict[int, Any] = {}
 
     def _note(self, number: int, frame: object) -> None:
-        self.received = number
-        self._restore()
+        self.received = self.received or number
+        if number == signal.SIGINT:
+            signal.signal(number, self._before[number])
 
     def _restore(self) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
-        self._before = {}
 
     def __enter__(self) -> Signals:
         if threading.current_thread() is threading.main_thread():  # the only one that may set handlers

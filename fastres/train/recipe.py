@@ -6,10 +6,19 @@ Batch, learning rate and iterations are global: neither the number of processes 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+
+DATA = {
+    "digits": "scikit-learn's 1797 handwritten digits of 8x8, shipped with it; every fifth is held out",
+    "cifar10": "CIFAR-10, 32x32, as torchvision keeps it under --root",
+    "cifar100": "CIFAR-100, likewise",
+    "imagenet": "ImageNet, --root with train/<wnid>/*.JPEG and val/<wnid>/*.JPEG",
+    "folder": "any photographs, --root with train/<class>/* and val/<class>/*",
+    "synthetic": "smooth random images of the recipe's size, to measure speed",
+}
 
 
 @dataclass(frozen=True)
@@ -219,4 +228,70 @@ RECIPES = {
         weight_decay=5e-4,
         epochs=20,
     ),
+    "digits-depths": Recipe(
+        source="ours: digits by section 4.2 in small, one lr at which residual nets of 20 to 110 layers start",
+        data="digits",
+        family="cifar",
+        depth=20,
+        size=8,
+        val_size=8,
+        resize=8,
+        crop=PadCrop(1),
+        flip=False,
+        batch=64,
+        lr=0.01,
+        schedule=Steps((1_000, 1_500)),
+        weight_decay=1e-4,
+        iterations=2_000,
+    ),
 }
+
+
+def lasting(recipe: Recipe, iterations: int) -> Recipe:
+    """The recipe over so many iterations, with the milestones of `Steps` in proportion."""
+    schedule = recipe.schedule
+    if isinstance(schedule, Steps) and recipe.iterations is not None:
+        milestones = tuple(milestone * iterations // recipe.iterations for milestone in schedule.milestones)
+        schedule = replace(schedule, milestones=milestones)
+    return replace(recipe, iterations=iterations, epochs=None, schedule=schedule)
+
+
+@dataclass(frozen=True)
+class Study:
+    """What an experiment trains: nets of `depths`, each from the seeds 0 to `seeds` - 1.
+
+    iterations: None for the recipe's. points: how often in a training both errors are taken.
+    """
+
+    depths: tuple[int, ...]
+    seeds: int
+    iterations: int | None = None
+    points: int = 40
+
+
+STUDY_RECIPES = {
+    "digits": "digits-depths",
+    "cifar10": "cifar-2015",
+    "cifar100": "cifar-2015",
+    "imagenet": "imagenet-2015",
+    "folder": "imagenet-2015",
+    "synthetic": "cifar-2015",
+}
+
+# By experiment and the family whose nets it trains.
+STUDIES = {
+    ("degradation", "cifar"): Study((20, 32, 44, 56, 110), seeds=3),
+    ("degradation", "paper"): Study((18, 34), seeds=1),
+    ("shortcuts", "paper"): Study((34,), seeds=3),
+    ("responses", "cifar"): Study((20, 56, 110), seeds=1),
+    ("responses", "paper"): Study((18, 34), seeds=1),
+}
+
+# On digits.
+QUICK = {
+    "degradation": Study((20, 32, 44, 56), seeds=3, iterations=400, points=10),
+    "shortcuts": Study((18,), seeds=3, iterations=100, points=10),
+    "responses": Study((20, 56), seeds=1, iterations=400, points=10),
+}
+
+RISE = 0.01  # a deeper net trains worse once its mean training error is this much above the shallowest net's
