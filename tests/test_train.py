@@ -13,6 +13,7 @@ import os
 import resource
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -518,7 +519,7 @@ def test_resnet_20_reads_digits(tmp_path: Path, capsys: pytest.CaptureFixture[st
         ("--family vgg", "invalid choice: 'vgg'"),
         ("--family torchvision --depth 18", "reads images of 3 channels, not 1"),
         ("--shortcut C", "family cifar has no choice of shortcut"),
-        ("--data mnist", "data 'mnist' does not exist"),
+        ("--data mnist", "invalid choice: 'mnist'"),
         ("--batch 0", "batch 0: any whole number from 1"),
         ("--batch 60 --micro-batch 7", "batch 60 can't be dealt out as micro-batches of 7"),
         ("--lr -1", "lr -1.0: any number above 0"),
@@ -540,6 +541,12 @@ def test_bad_arguments(arguments: str, message: str, tmp_path: Path, capsys: pyt
     assert end.value.code == 2
     assert message in capsys.readouterr().err
     assert not list(tmp_path.glob("run/*.*"))
+
+
+def test_nothing_of_it_is_loaded_by_import_fastres() -> None:
+    code = "import sys, fastres; print([m for m in sys.modules if m.startswith('fastres.train')])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
 
 
 def test_a_backend_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fastres.models.families import FAMILIES
 from fastres.models.paper import SHORTCUTS
-from fastres.train.recipe import RECIPES, Recipe
+from fastres.train.recipe import DATA, RECIPES, Recipe
 
 EPILOG = "Several GPUs or processes: torchrun --nproc-per-node N -m fastres train ... (batch and lr stay the recipe's)."
 
@@ -25,13 +25,14 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     net.add_argument("--depth", type=int, help="layers, one of the family's depths")
     net.add_argument("--shortcut", choices=list(SHORTCUTS), help="families paper only")
     data = parser.add_argument_group("images")
-    data.add_argument("--data", help="digits, cifar10, cifar100, imagenet, folder or synthetic (default: the recipe's)")
+    meanings = "; ".join(f"{name}: {meaning}" for name, meaning in DATA.items())
+    data.add_argument("--data", choices=list(DATA), help=f"{meanings} (default: the recipe's)")
     data.add_argument("--root", type=Path, help="where they are")
     data.add_argument("--download", action="store_true", help="fetch CIFAR to --root")
     data.add_argument(
         "--holdout", type=int, default=0, help="training images to validate on instead (the paper's 45k/5k split: 5000)"
     )
-    data.add_argument("--workers", type=int, default=0, help="processes that decode photographs (default: 0)")
+    data.add_argument("--workers", type=int, help="processes that decode photographs (default: one per CPU)")
     data.add_argument("--cache", type=Path, help="where mean images are kept (default: ~/.cache/fastres)")
     recipe = parser.add_argument_group("instead of the recipe's")
     recipe.add_argument("--batch", type=int, help="images per iteration, of all processes together")

@@ -32,7 +32,7 @@ import fastres
 from fastres.models import families
 from fastres.train import checkpoint
 from fastres.train.data import Loader, Stream, load
-from fastres.train.process import Place, Signals, place
+from fastres.train.process import Place, Signals, place, usable_cpus
 from fastres.train.recipe import Recipe
 from fastres.train.report import Report
 from fastres.train.schedule import LearningRate
@@ -54,9 +54,9 @@ class Run:
     """One training: a recipe, the net and images it is used with, and how it runs here.
 
     family, depth, shortcut, data: None for the recipe's. holdout: training images that validate instead. micro_batch:
-    images per forward pass, None for the recipe's. dtype: a key of `DTYPES`, None for bf16 on a GPU and fp32 elsewhere.
-    eval_every, save_every, in iterations: None for an epoch, and for `eval_every`. resume: go on from out/last.pt where
-    there is one.
+    images per forward pass, None for the recipe's. workers: that decode photographs, None for one per CPU. dtype: a key
+    of `DTYPES`, None for bf16 on a GPU and fp32 elsewhere. eval_every, save_every, in iterations: None for an epoch, and
+    for `eval_every`. resume: go on from out/last.pt where there is one.
     """
 
     name: str
@@ -77,7 +77,7 @@ class Run:
     cuda_graph: bool = False
     deterministic: bool = False
     micro_batch: int | None = None
-    workers: int = 0
+    workers: int | None = None
     log_every: int = 50
     eval_every: int | None = None
     save_every: int | None = None
@@ -85,11 +85,10 @@ class Run:
     resume: bool = False
 
     def __post_init__(self) -> None:
-        for name, least in (("seed", 0), ("holdout", 0), ("workers", 0), ("log_every", 1)):
-            _at_least(name, getattr(self, name), least)
-        for name in ("micro_batch", "eval_every", "save_every"):
-            if getattr(self, name) is not None:
-                _at_least(name, getattr(self, name), 1)
+        for name in ("seed", "holdout", "workers"):
+            _at_least(name, getattr(self, name), 0)
+        for name in ("micro_batch", "log_every", "eval_every", "save_every"):
+            _at_least(name, getattr(self, name), 1)
         for name, accepted in (("dtype", [None, *DTYPES]), ("compile", COMPILE)):
             if getattr(self, name) not in accepted:
                 raise ValueError(
@@ -97,8 +96,8 @@ class Run:
                 )
 
 
-def _at_least(name: str, value: int, least: int) -> None:
-    if value < least:
+def _at_least(name: str, value: int | None, least: int) -> None:
+    if value is not None and value < least:
         raise ValueError(f"{name} {value}: any whole number from {least} is accepted")
 
 
@@ -139,7 +138,7 @@ def errors(
         scores = net(x).float()
         hits = scores.topk(min(5, classes)).indices == y[:, None]
         loss = F.cross_entropy(scores, y, reduction="sum")
-        sums += torch.stack([loss, hits[:, 0].sum(), hits.sum(), loss.new_tensor(len(y))])
+        sums += torch.stack([loss, hits[:, 0].sum(), hits.sum(), torch.full_like(loss, len(y))])
     if dist.is_initialized():
         dist.all_reduce(sums)
     loss, first, five, count = sums.tolist()
@@ -199,13 +198,14 @@ class Trainer:
         torch.backends.cudnn.deterministic = run.deterministic
         torch.manual_seed(run.seed)
         data = run.data or recipe.data
-        where = {"cache": run.cache, "workers": run.workers, "device": place.device}
+        workers = usable_cpus() if run.workers is None else run.workers
+        where = {"cache": run.cache, "workers": workers, "device": place.device}
         dataset = load(data, recipe, run.root, holdout=run.holdout, download=run.download, **where)  # type: ignore[arg-type]
         sizes = {"num_classes": len(dataset.classes), "in_channels": dataset.channels}
         model = families.build(self.family, self.depth, run.shortcut, **sizes)
         self.model = model.to(place.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         stream = Stream(len(dataset.train), recipe.batch, recipe.batch // micro, run.seed, recipe.repeats)
-        self.loader = Loader(dataset, recipe, stream, place.device, run.workers, place.rank, place.world)
+        self.loader = Loader(dataset, recipe, stream, place.device, workers, place.rank, place.world)
         self.steps_per_epoch = max(1, len(dataset.train) // recipe.batch)
         self.total = recipe.total(self.steps_per_epoch)
         self.eval_every = run.eval_every or self.steps_per_epoch
@@ -303,7 +303,7 @@ class Trainer:
             with self.net.no_sync() if partial else nullcontext():  # type: ignore[operator]
                 loss, wrong = (self.graph or self._micro)(x, y)
             total += loss
-            self.meter += torch.stack([loss.double() * len(x), wrong.double(), loss.new_tensor(len(x)).double()])
+            self.meter += torch.stack([loss * len(x), wrong, torch.full_like(loss, len(x))])
         self._update(total)
         self.iteration += 1
         self._heed(self.lag)
@@ -314,7 +314,7 @@ class Trainer:
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         if not self.scaler.is_enabled():  # overflow there is the scaler's own business
             loss = loss + torch.nn.utils.get_total_norm(gradients)
-        wishes = torch.stack([1 - loss.isfinite().float(), loss.new_tensor(self.signals.received)])
+        wishes = torch.stack([1 - loss.isfinite().float(), torch.full_like(loss, self.signals.received)])
         if self.place.world > 1:
             dist.all_reduce(wishes, dist.ReduceOp.MAX)
         self.held = torch.maximum(self.held, wishes[0])

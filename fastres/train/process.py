@@ -59,6 +59,12 @@ def place(device: str | None) -> Iterator[Place]:
         dist.destroy_process_group()
 
 
+def usable_cpus() -> int:
+    """CPUs for each of the processes on this machine."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, count // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
 class Signals:
     """SIGTERM and Ctrl-C as a wish that the loop grants after its iteration.
 
