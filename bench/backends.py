@@ -19,6 +19,7 @@ import torchvision
 from torch import nn
 
 import fastres
+from fastres import compile as fastres_compile
 from fastres.ops import dispatch
 
 DEPTHS = (18, 34, 50, 101, 152)
@@ -43,6 +44,7 @@ class Backend:
 
     net: depth -> a module with torchvision's state_dict keys.
     compile: keyword arguments of `torch.compile`; None runs the module as it is.
+    freeze: what turns the prepared net into what is called, in inference only: the backend doesn't train.
     ours: fastres, compared with the best peer; the others are the peers.
     needs: device type this backend is confined to.
     package: what must be installed besides fastres' own dependencies.
@@ -52,13 +54,16 @@ class Backend:
     says: str
     compile: dict[str, Any] | None = None
     inductor: dict[str, Any] = field(default_factory=dict)
+    freeze: Callable[[nn.Module], Callable] | None = None
     channels_last: bool = True
     ours: bool = False
     needs: str | None = None
     package: str | None = None
 
-    def why_not(self, device: torch.device) -> str | None:
-        """The reason, in words, why this backend can't run on `device` here; None where it can."""
+    def why_not(self, device: torch.device, mode: str = "infer") -> str | None:
+        """The reason, in words, why this backend can't run `mode` on `device` here; None where it can."""
+        if self.freeze and mode == "train":
+            return "it only infers"
         if self.needs and device.type != self.needs:
             return f"it needs a {self.needs} device"
         if self.package and importlib.util.find_spec(self.package) is None:
@@ -82,6 +87,8 @@ class Backend:
         model.train(not infer).requires_grad_(not infer)
         dtype = case.dtype if infer or case.dtype == torch.float64 else torch.float32
         model = model.to(case.device, dtype, memory_format=self.memory_format)
+        if self.freeze is not None:
+            return model, self.freeze(model)
         if self.compile is None:
             return model, model
         return model, torch.compile(model, dynamic=False, **self.compile)
@@ -151,6 +158,19 @@ BACKENDS = {
         inductor={"freezing": True},
         ours=True,
     ),
+    "fastres-compile": Backend(
+        torchvision_net,
+        "torchvision under torch.compile, backend 'fastres', weights frozen in inference",
+        compile={"backend": "fastres"},
+        inductor={"freezing": True},
+        ours=True,
+    ),
+    "fastres-optimize": Backend(
+        fastres_net,
+        "fastres.optimize: a static plan of folded convolutions, in a CUDA graph on a GPU; inference only",
+        freeze=fastres.optimize,
+        ours=True,
+    ),
 }
 
 
@@ -161,8 +181,12 @@ def by_default(device: torch.device, depth: int, mode: str) -> list[str]:
     everything else together: one compiled row stands for all.
     """
     if device.type == "cuda":
-        every_depth = ("eager-channels-last", "inductor", "max-autotune", "fastres", "fastres-inductor")
-        return [name for name in BACKENDS if depth == 50 or name in every_depth]
+        every_depth = ("eager-channels-last", "inductor", "max-autotune")
+        return [
+            name
+            for name, backend in BACKENDS.items()
+            if (depth == 50 or backend.ours or name in every_depth) and not (backend.freeze and mode == "train")
+        ]
     chosen = ["eager-channels-last", "fastres"]
     if depth == 50:
         chosen += ["eager", "timm"]
@@ -195,21 +219,30 @@ def shared_weights(depth: int, calibration: list[torch.Tensor], seed: int) -> di
 
 @contextmanager
 def watched_paths() -> Iterator[Counter[str | None]]:
-    """Counts, while the context lasts, dispatch's answers to blocks and stem: why the plain path; None where fused."""
+    """Counts, while the context lasts, the answers to blocks and stem, and to the chains that backend "fastres" finds:
+    why the plain path; None where fused."""
     answers: Counter[str | None] = Counter()
-    ask = dispatch.why_plain
+    ask, rewrite = dispatch.why_plain, fastres_compile.rewrite
 
     def listen(*call: Any) -> str | None:
         answer = ask(*call)
         answers[answer] += 1
         return answer
 
-    with mock.patch.object(dispatch, "why_plain", listen):
+    def look(*call: Any, **options: Any) -> list[fastres_compile.Finding]:
+        findings = rewrite(*call, **options)
+        answers.update(None if finding.hit else finding.reason for finding in findings)
+        return findings
+
+    with mock.patch.object(dispatch, "why_plain", listen), mock.patch.object(fastres_compile, "rewrite", look):
         yield answers
 
 
-def path_in_words(answers: Counter[str | None], compiled: bool) -> str:
+def path_in_words(answers: Counter[str | None], backend: Backend) -> str:
     """What served a fastres row, from `watched_paths`' answers during one call."""
+    compiled = backend.compile is not None
+    if backend.freeze is not None:
+        return "a static plan of folded convolutions"
     if not answers:
         return "plain path: torch.compile traced the plain modules" if compiled else "plain path"
     total = sum(answers.values())

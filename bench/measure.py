@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from backends import Backend, Case
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 
 INPUTS = 4  # batches to rotate among: more than a GPU's L2 holds, at any useful batch
 CHECKED = 4  # images whose scores are compared in inference
@@ -195,12 +196,15 @@ def measure(backend: Backend, case: Case, data: Data, seconds: float, multiply_a
 def _measure(backend: Backend, case: Case, data: Data, seconds: float, multiply_adds: int) -> dict[str, Any]:
     device, cuda = case.device, case.device.type == "cuda"
     notes = []
+    compiled = backend.compile is not None
+    breaks, graphs = _graph_breaks(), _graphs()
     start = time.perf_counter()
     step = STEPS[case.mode](backend, case, data)
     with backends.watched_paths() as answers:
         step(0)
         synchronize(device)
     first = time.perf_counter() - start
+    breaks, known = _graph_breaks() - breaks, _graphs()
     for i in range(WARM_UPS):
         step(i + 1)
     synchronize(device)
@@ -229,9 +233,16 @@ def _measure(backend: Backend, case: Case, data: Data, seconds: float, multiply_
         "clocks": clocks_under_load(step, calls, device) if cuda else None,
     }
     if backend.ours:
-        row["path"] = backends.path_in_words(answers, backend.compile is not None)
+        row["path"] = backends.path_in_words(answers, backend)
+    row |= {
+        "graphs": known - graphs if compiled else None,
+        "graph_breaks": breaks if compiled else None,
+        "recompiles": _graphs() - known if compiled else None,
+        "kernels_per_step": None,
+    }
     if cuda:
-        notes += layout_transposes(step)
+        row["kernels_per_step"], transposes = profiled(step)
+        notes += transposes
     if case.mode == "train" and backend.channels_last and backend.compile is not None:
         notes += lost_layouts(step)
     last = step(0)
@@ -310,24 +321,36 @@ def nvidia_smi(device: torch.device, *fields: str) -> dict[str, str] | None:
     return dict(zip(fields, (value.strip() for value in answer.strip().split(",")), strict=True))
 
 
-def layout_transposes(step: Callable[[int], Any]) -> list[str]:
-    """A note where cuDNN turns NCHW into NHWC or back in a step: a layout the net lost or never had."""
+def _graph_breaks() -> int:
+    return sum(counters["graph_break"].values())
+
+
+def _graphs() -> int:
+    """Graphs compiled so far in this process."""
+    return counters["stats"]["unique_graphs"]
+
+
+def profiled(step: Callable[[int], Any]) -> tuple[int, list[str]]:
+    """How many kernels and copies a step runs on the GPU, and a note where cuDNN turns NCHW into NHWC or back in it: a
+    layout the net lost or never had."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         step(0)
         torch.cuda.synchronize()
     times: Counter[bool] = Counter()
-    count = 0
+    count = kernels = 0
     for event in profiler.events():
         if event.device_type != torch.autograd.DeviceType.CUDA or event.is_user_annotation:
             continue
         turns = any(name in event.name.lower() for name in ("nchwtonhwc", "nhwctonchw"))
         times[turns] += event.device_time_total
         count += turns
+        kernels += 1
     if not count:
-        return []
-    return [f"cuDNN transposes layouts in {count} kernels, {100 * times[True] / times.total():.0f} % of the GPU's time"]
+        return kernels, []
+    share = 100 * times[True] / times.total()
+    return kernels, [f"cuDNN transposes layouts in {count} kernels, {share:.0f} % of the GPU's time"]
 
 
 def lost_layouts(step: Train) -> list[str]:

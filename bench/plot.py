@@ -1,6 +1,7 @@
-"""A picture of a record: img/s by depth and backend beside the paper's FLOPs.
+"""Pictures of a record: img/s by depth and backend beside the paper's FLOPs; compile time against img/s.
 
 python bench/plot.py out/record.json out/record.png
+python bench/plot.py out/record.json out/compile.png compile
 """
 
 from __future__ import annotations
@@ -52,6 +53,34 @@ def draw(record: dict[str, Any], path: Path) -> None:
     grid[0][0].set_title("multiply-adds, 10⁹", fontsize=9, color=INK)
     for axes, (mode, batch, dtype, size) in zip(grid[0][1:], settings, strict=True):
         axes.set_title(f"{TITLES[mode]}, img/s (batch {batch}, {dtype}, {size}²)", fontsize=9, color=INK)
+    figure.savefig(path)
+
+
+def draw_compile(record: dict[str, Any], path: Path) -> None:
+    """Draw seconds of the first call (building and compiling included) against img/s: a panel a case of `record`.
+
+    Raises ImportError where matplotlib is missing, ValueError where no row has a rate.
+    """
+    from matplotlib.figure import Figure
+
+    rows = [row for row in record["rows"] if row["status"] == "ok"]
+    if not rows:
+        raise ValueError("no row of the record has a rate to draw")
+    cases = list(dict.fromkeys(records.key(row)[:-1] for row in rows))
+    figure = Figure(figsize=(6.4 * len(cases), 4.6), layout="constrained", dpi=150)
+    figure.suptitle(f"First call and throughput on {record['environment']['name']}", fontsize=10, color=INK)
+    for axes, case in zip(figure.subplots(1, len(cases), squeeze=False)[0], cases, strict=True):
+        for row in (row for row in rows if records.key(row)[:-1] == case):
+            at = (row["first_call_s"], row["img_s"])
+            axes.scatter(*at, color=OURS if row["ours"] else PEER, s=28)
+            axes.annotate(f"  {row['backend']}", at, **_TEXT)
+        depth, mode, batch, dtype, size = case
+        axes.set_title(f"ResNet-{depth}, {TITLES[mode]} (batch {batch}, {dtype}, {size}²)", fontsize=9, color=INK)
+        axes.set_xscale("log")
+        axes.set_xlabel("first call, s", fontsize=8, color=INK)
+        axes.set_ylabel("img/s", fontsize=8, color=INK)
+        axes.set_ylim(bottom=0)
+        axes.margins(x=0.3)
     figure.savefig(path)
 
 
@@ -114,6 +143,7 @@ def _clean(axes: Any) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 3 or Path(sys.argv[2]).suffix not in SUFFIXES:
-        sys.exit(f"usage: python bench/plot.py RECORD PICTURE, a picture that ends in {', '.join(SUFFIXES)}")
-    draw(records.read(Path(sys.argv[1])), Path(sys.argv[2]))
+    if len(sys.argv) not in (3, 4) or sys.argv[3:] not in ([], ["compile"]) or Path(sys.argv[2]).suffix not in SUFFIXES:
+        sys.exit(f"usage: python bench/plot.py RECORD PICTURE [compile], a picture that ends in {', '.join(SUFFIXES)}")
+    draw_picture = draw_compile if sys.argv[3:] else draw
+    draw_picture(records.read(Path(sys.argv[1])), Path(sys.argv[2]))

@@ -252,7 +252,7 @@ def multiply_adds(depth: int, size: int) -> int:
 
 
 def measure_row(case: Case, name: str, data: measure.Data | Exception, seconds: float) -> dict[str, Any]:
-    if reason := BACKENDS[name].why_not(case.device):
+    if reason := BACKENDS[name].why_not(case.device, case.mode):
         return {"status": "not available", "reason": reason}
     if isinstance(data, Exception):
         reason = f"eager PyTorch's step, the reference, does not fit: {measure.first_line(data)}"

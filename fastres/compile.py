@@ -512,7 +512,7 @@ def rewrite(gm: fx.GraphModule, example_inputs: Sequence[Any], *, always: bool) 
     ends = _pad_ends(graph, inside, always) if whole is None else []
     for node in graph.nodes:
         if _is_relu(node) and node not in inside and _addends(node.args[0]) and node not in [e[-1] for e in ends]:
-            miss(node, "add-ReLU", "no BatchNorm of its own before it: Inductor makes the same pass")
+            miss(node, "add-ReLU", "outside a chain: Inductor makes the same pass")
     layout = _Layout()
     for match in matches:
         became = _replace(graph, match, layout)
