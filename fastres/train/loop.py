@@ -55,8 +55,8 @@ class Run:
 
     family, depth, shortcut, data: None for the recipe's. holdout: training images that validate instead. micro_batch:
     images per forward pass, None for the recipe's. workers: that decode photographs, None for one per CPU. dtype: a key
-    of `DTYPES`, None for bf16 on a GPU and fp32 elsewhere. eval_every, save_every, in iterations: None for an epoch, and
-    for `eval_every`. resume: go on from out/last.pt where there is one.
+    of `DTYPES`, None for bf16 on a GPU and fp32 elsewhere. eval_every, save_every, in iterations: None for an epoch
+    and for `eval_every`. resume: go on from out/last.pt where there is one.
     """
 
     name: str
