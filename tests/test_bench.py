@@ -327,7 +327,8 @@ def test_photographs(bench: SimpleNamespace) -> None:
 def test_defaults_by_device(bench: SimpleNamespace) -> None:
     table, choose = bench.backends.BACKENDS, bench.backends.by_default
     for mode in ("infer", "train"):
-        assert choose(torch.device("cuda"), 50, mode) == [n for n, b in table.items() if mode == "infer" or not b.freeze]
+        served = [name for name, backend in table.items() if mode == "infer" or not backend.freeze]
+        assert choose(torch.device("cuda"), 50, mode) == served
         for device in ("cuda", "cpu"):
             for depth in (18, 34, 50, 101, 152):
                 chosen = choose(torch.device(device), depth, mode)
