@@ -93,11 +93,24 @@ def _predict(args: argparse.Namespace) -> int:
     return commands.run_predict(args)
 
 
+def _experiment_arguments(parser: argparse.ArgumentParser) -> None:
+    from fastres import experiments
+
+    experiments.arguments(parser)
+
+
+def _experiment(args: argparse.Namespace) -> int:
+    from fastres import experiments
+
+    return experiments.run(args)
+
+
 COMMANDS = {
     "summary": Command("the paper's Table 1 for one net, with its cost", _summary_arguments, _summary),
     "train": Command("train a net by one of the recipes", _train_arguments, _train),
     "eval": Command("test trained nets: a centre crop, 10 crops or several scales", _eval_arguments, _eval),
     "predict": Command("the likeliest classes of images", _predict_arguments, _predict),
+    "experiment": Command("the paper's Fig. 6, Table 3 and Fig. 7 anew", _experiment_arguments, _experiment),
     "status": Command("what would run on this machine, and why", lambda parser: None, _status),
 }
 

@@ -1,0 +1,579 @@
+"""The paper's experiments anew: `python -m fastres experiment degradation | shortcuts | responses`.
+
+Each trains its nets one after another under out/runs, every one resumable and kept, so that experiments share those
+they have in common; then it writes <experiment>.csv, .md (beside the paper's numbers, with what differs) and .png.
+
+    degradation   Fig. 6 (Fig. 4 with photographs): training and validation error of plain and residual nets by depth
+    shortcuts     Table 3: the shortcuts A, B and C
+    responses     Fig. 7: standard deviations of the responses of the 3x3 layers
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import importlib.util
+import io
+import math
+import os
+import platform
+import statistics
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from datetime import datetime, timezone
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import fastres
+from fastres.models import families
+from fastres.models.flops import PAPER_TABLE
+from fastres.models.paper import SHORTCUTS
+from fastres.train import checkpoint, data
+from fastres.train.checkpoint import CheckpointError, write_atomically
+from fastres.train.loop import DTYPES, NonFiniteError, Run, train
+from fastres.train.recipe import QUICK, RECIPES, RISE, STUDIES, STUDY_RECIPES, Recipe, Study, lasting
+
+EXPERIMENTS = {
+    "degradation": "plain and residual nets of growing depth (Fig. 6)",
+    "shortcuts": "the shortcuts A, B and C (Table 3)",
+    "responses": "standard deviations of layer responses (Fig. 7)",
+}
+PLAIN = {"cifar": "cifar-plain", "paper": "plain"}  # the family without shortcuts, by the residual one
+PAPER_RECIPE = {"cifar": "cifar-2015", "paper": "imagenet-2015"}
+SEEN = "The paper's claim is seen: all deeper plain nets train worse, no deeper residual net does."
+TAIL = 1 / 8  # of a training's iterations, at its end, over which the training error is averaged
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Net:
+    """One of the nets compared, as `fastres.models.families.build` makes it."""
+
+    family: str
+    depth: int
+    shortcut: str | None = None
+
+    @property
+    def plain(self) -> bool:
+        return self.family in PLAIN.values()
+
+    @property
+    def residual_family(self) -> str:
+        return next((family for family, plain in PLAIN.items() if plain == self.family), self.family)
+
+    def __str__(self) -> str:
+        """As the paper calls it: plain-20, ResNet-56, ResNet-34 B."""
+        name = f"{'plain' if self.plain else 'ResNet'}-{self.depth}"
+        return f"{name} {self.shortcut}" if self.shortcut else name
+
+    def errors_of_paper(self) -> str:
+        """The first error in per cent that the paper prints for it, and where."""
+        for row in PAPER_TABLE:
+            if (row.family, row.depth, row.shortcut) == (self.family, self.depth, self.shortcut) and row.errors:
+                error = row.errors[0]
+                rates = "/".join(str(rate) for rate in (error.top1, error.top5) if rate is not None)
+                return f"{', '.join(part for part in (rates, error.note) if part)} ({error.source})"
+        return "none printed"
+
+
+@dataclass(frozen=True)
+class Trained:
+    """One training that has ended. Errors in [0, 1]; train_error: the mean over the last `TAIL` of the iterations."""
+
+    net: Net
+    seed: int
+    folder: Path
+    history: Sequence[Mapping[str, float]]
+
+    @property
+    def train_error(self) -> float:
+        rows = [row for row in self.history if "train_error" in row]
+        tail = [row["train_error"] for row in rows if row["iteration"] > (1 - TAIL) * rows[-1]["iteration"]]
+        return statistics.fmean(tail)
+
+    @property
+    def val_error(self) -> float:
+        return self._last("val_error")
+
+    @property
+    def val_error_top5(self) -> float:
+        return self._last("val_error_top5")
+
+    def seconds(self, batch: int) -> float:
+        """What it took, evaluations and checkpoints but the last included, however often it was interrupted."""
+        rows = [row for row in self.history if "images_per_second" in row]
+        starts = [0.0, *(row["iteration"] for row in rows)]
+        spans = zip(rows, starts, strict=False)
+        return sum(batch * (row["iteration"] - start) / row["images_per_second"] for row, start in spans)
+
+    def _last(self, column: str) -> float:
+        return [row[column] for row in self.history if column in row][-1]
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Mean and standard deviation of a figure over seeds; the deviation of a single seed is nan."""
+
+    mean: float
+    std: float
+
+    @classmethod
+    def of(cls, values: Iterable[float]) -> Spread:
+        found = list(values)
+        return cls(statistics.fmean(found), statistics.stdev(found) if len(found) > 1 else math.nan)
+
+    def percent(self) -> str:
+        return f"{100 * self.mean:.2f}" + ("" if math.isnan(self.std) else f" ± {100 * self.std:.2f}")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """An experiment on some images: the nets, how each is trained, where everything goes."""
+
+    name: str
+    data: str
+    recipe: Recipe
+    nets: tuple[Net, ...]
+    study: Study
+    out: Path
+    options: Mapping[str, Any]
+
+    def runs(self) -> list[tuple[Net, Run]]:
+        """Net by net the trainings of all seeds."""
+        every = max(1, self.recipe.total(1) // self.study.points)
+        pairs = []
+        for seed in range(self.study.seeds):
+            for net in self.nets:
+                parts = (net.family, str(net.depth), net.shortcut, f"seed{seed}")
+                folder = self.out / "runs" / "-".join(part for part in parts if part)
+                where: Row = {"family": net.family, "depth": net.depth, "shortcut": net.shortcut, "data": self.data}
+                how: Row = {"seed": seed, "log_every": every, "eval_every": every, "resume": True, **self.options}
+                pairs.append((net, Run(STUDY_RECIPES[self.data], self.recipe, folder, **where, **how)))
+        return pairs
+
+    def differences(self) -> dict[str, str]:
+        """What differs from the paper's training of these nets: name -> in words, ours and then the paper's."""
+        paper = RECIPES[PAPER_RECIPE[self.nets[0].residual_family]]
+        found = {}
+        if self.data != paper.data:
+            found["images"] = f"{data.DATA[self.data]} ({data.DATA[paper.data]})"
+        for field in fields(Recipe):
+            ours, theirs = getattr(self.recipe, field.name), getattr(paper, field.name)
+            if field.name not in ("source", "data", "family", "depth", "size", "val_size", "resize") and ours != theirs:
+                found[field.name] = f"{ours} ({theirs})"
+        if paper.data == "imagenet":
+            found["testing"] = "one centre crop (10 crops)"
+        if self.options.get("holdout"):
+            found["validation"] = f"on {self.options['holdout']} of the training images (the test or validation set)"
+        dtype = self.options.get("dtype") or ("bf16" if _device(self.options).type == "cuda" else "fp32")
+        if dtype != "fp32":
+            found["dtype"] = f"{dtype} by autocast (fp32)"
+        return found
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What an experiment has to say: `rows` for the CSV, a table's `head` and `body`, sentences, and whether the
+    paper's claim was seen (None: nothing was asked)."""
+
+    rows: Sequence[Row]
+    head: Sequence[str]
+    body: Sequence[Sequence[str]]
+    words: Sequence[str]
+    seen: bool | None = None
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of `experiment`. Defaults that the experiment decides are None."""
+    parser.epilog = (
+        "What --out holds already is kept: a run that was killed goes on where it was. The exit code is 1 where the "
+        "claim of `degradation` (deeper plain nets train worse, deeper residual nets don't) was not seen."
+    )
+    kinds = "; ".join(f"{name}: {meaning}" for name, meaning in EXPERIMENTS.items())
+    parser.add_argument("experiment", choices=list(EXPERIMENTS), help=kinds)
+    parser.add_argument("--quick", action="store_true", help="a small budget on digits, on the CPU unless --device")
+    parser.add_argument("--data", choices=list(STUDY_RECIPES), help="what to train on (default: digits)")
+    parser.add_argument("--root", type=Path, help="where the images are")
+    parser.add_argument("--download", action="store_true", help="fetch CIFAR to --root")
+    parser.add_argument("--holdout", type=int, default=0, help="training images to validate on instead")
+    parser.add_argument("--workers", type=int, default=0, help="processes that decode photographs (default: 0)")
+    parser.add_argument("--cache", type=Path, help="where mean images are kept (default: ~/.cache/fastres)")
+    parser.add_argument("--depths", type=int, nargs="+", help="layers of the nets (default: the paper's)")
+    parser.add_argument("--seeds", type=int, help="trainings of each net, from seeds 0, 1, ...")
+    parser.add_argument("--iterations", type=int, help="of each training; milestones move in proportion")
+    parser.add_argument("--out", type=Path, help="default: out/experiment/<data>[-quick]")
+    parser.add_argument("--device", help="cpu, cuda or cuda:<number> (default: a GPU where there is one)")
+    parser.add_argument("--dtype", choices=list(DTYPES), help="default: bf16 on a GPU, else fp32")
+    parser.add_argument(
+        "--cuda-graph", action=argparse.BooleanOptionalAction, help="capture each step (default: on a GPU)"
+    )
+    parser.add_argument("--no-plot", action="store_true", help="tables only; pictures need matplotlib")
+
+
+def plan(args: argparse.Namespace) -> Plan:
+    """What the arguments ask for. Raises ValueError for what can't be served."""
+    fixed = ("data", "depths", "seeds", "iterations")
+    if args.quick and (given := [f"--{name}" for name in fixed if getattr(args, name) is not None]):
+        raise ValueError(f"--quick has settings of its own: leave out {', '.join(given)}")
+    images = args.data or "digits"
+    recipe = RECIPES[STUDY_RECIPES[images]]
+    family = "paper" if args.experiment == "shortcuts" else recipe.family
+    study = QUICK[args.experiment] if args.quick else STUDIES[args.experiment, family]
+    depths = tuple(dict.fromkeys(args.depths or study.depths))
+    study = Study(
+        depths,
+        study.seeds if args.seeds is None else args.seeds,
+        study.iterations if args.iterations is None else args.iterations,
+        study.points,
+    )
+    if study.seeds < 1:
+        raise ValueError(f"--seeds {study.seeds}: any whole number from 1 is accepted")
+    if study.iterations is not None:
+        recipe = lasting(recipe, study.iterations)
+    if args.experiment == "shortcuts":
+        nets = [Net(family, depth, shortcut) for depth in depths for shortcut in SHORTCUTS]
+    else:
+        option = "A" if family == "paper" else None
+        nets = [Net(PLAIN[family], depth) for depth in depths] + [Net(family, depth, option) for depth in depths]
+    for net in nets:
+        with torch.device("meta"):
+            families.build(net.family, net.depth, net.shortcut)
+    device = args.device or ("cpu" if args.quick else None)
+    names = ("root", "download", "holdout", "workers", "cache", "dtype")
+    options = {name: getattr(args, name) for name in names} | {"device": device}
+    graph = _device(options).type == "cuda" if args.cuda_graph is None else args.cuda_graph
+    out = args.out or Path("out/experiment") / (images + "-quick" * args.quick)
+    return Plan(args.experiment, images, recipe, tuple(nets), study, out, options | {"cuda_graph": graph})
+
+
+def run(args: argparse.Namespace) -> int:
+    """Trains what is missing, writes the files and prints the table.
+
+    Returns 1 where the paper's claim was asked for and not seen, else 0. Raises ValueError for arguments that can't be
+    served, SystemExit for what fails while training or after a signal.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError("experiments run in one process; `train` takes several for one net")
+    if not args.no_plot and importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("the pictures need matplotlib: pip install matplotlib, or leave them out with --no-plot")
+    wanted = plan(args)
+    threads = torch.get_num_threads()
+    if args.quick:
+        torch.set_num_threads(1)  # 8x8 images have little use for more, and one rounds alike everywhere
+    try:
+        trained = trainings(wanted)
+        finding = {"degradation": degradation, "shortcuts": shortcuts, "responses": responses}[wanted.name](
+            wanted, trained
+        )
+        text = report(wanted, finding, sum(one.seconds(wanted.recipe.batch) for one in trained))
+        files = {"csv": _csv(finding.rows).encode(), "md": text.encode()}
+        if not args.no_plot:
+            files["png"] = draw_responses(finding.rows) if wanted.name == "responses" else draw_errors(trained)
+        for suffix, content in files.items():
+            write_atomically(wanted.out / f"{wanted.name}.{suffix}", content)
+    except (CheckpointError, NonFiniteError, OSError) as error:
+        raise SystemExit(f"python -m fastres experiment: {error}") from error
+    finally:
+        torch.set_num_threads(threads)
+    print(text)
+    print(f"{wanted.out} holds {', '.join(f'{wanted.name}.{suffix}' for suffix in files)} and runs/")
+    return 1 if finding.seen is False else 0
+
+
+def trainings(wanted: Plan) -> list[Trained]:
+    """All of the plan's trainings, done or taken up where they were left."""
+    runs = wanted.runs()
+    found = []
+    for number, (net, one) in enumerate(runs, 1):
+        print(f"[{number}/{len(runs)}] {net}, seed {one.seed}", file=sys.stderr)
+        train(one)
+        history = checkpoint.load(one.out / checkpoint.LAST)["history"]
+        found.append(Trained(net, one.seed, one.out, history))
+    return found
+
+
+def by_net(trained: Sequence[Trained]) -> dict[Net, list[Trained]]:
+    found: dict[Net, list[Trained]] = {}
+    for one in trained:
+        found.setdefault(one.net, []).append(one)
+    return found
+
+
+def degraded(shallowest: float, deeper: Sequence[float]) -> list[bool]:
+    """Of each deeper net whether it trains worse than the shallowest, by mean training errors in [0, 1]."""
+    return [error > shallowest + RISE for error in deeper]
+
+
+def degradation(wanted: Plan, trained: Sequence[Trained]) -> Finding:
+    """Fig. 6, and its claim: plain nets all train worse than the shallowest of them, no residual net does."""
+    means = {net: statistics.fmean(one.train_error for one in ones) for net, ones in by_net(trained).items()}
+    words, verdicts = [], []
+    for plain, kind in ((True, "plain"), (False, "residual")):
+        first, *deeper = sorted((net for net in means if net.plain == plain), key=lambda net: net.depth)
+        worse = degraded(means[first], [means[net] for net in deeper])
+        names = [str(net) for net, bad in zip(deeper, worse, strict=True) if bad]
+        words.append(
+            f"Deeper {kind} nets whose mean training error is more than {100 * RISE:g} point above that of {first}: "
+            f"{', '.join(names) or 'none'} of {len(deeper)}."
+        )
+        verdicts.append(all(worse) if plain else not any(worse))
+    seen = all(verdicts) if len(wanted.study.depths) > 1 else None
+    if seen is not None:
+        claims = ("all deeper plain nets train worse", "no deeper residual net does")
+        missing = [claim for claim, verdict in zip(claims, verdicts, strict=True) if not verdict]
+        words.append(f"The paper's claim is not seen; not so here: {'; '.join(missing)}." if missing else SEEN)
+        if missing:
+            words.append(_why_unseen(means))
+    return _errors(wanted, trained, words, seen)
+
+
+def _why_unseen(means: Mapping[Net, float]) -> str:
+    """What the errors themselves say of the reason."""
+    best, worst = min(means.values()), max(means.values())
+    if best > 0.5:
+        return "The likely reason: too few iterations, after which even the best of these nets gets most images wrong."
+    if worst < RISE:
+        return "The likely reason: images or nets too easy, all of which every net learns."
+    return "The reason is not in these figures; the curves of each training are in runs/."
+
+
+def shortcuts(wanted: Plan, trained: Sequence[Trained]) -> Finding:
+    """Table 3's order (C before B before A, by little) beside ours."""
+    words = ["In the paper C is slightly better than B, and B than A; all are far better than the plain net."]
+    nets = by_net(trained)
+    for depth in wanted.study.depths:
+        errors = {
+            str(net.shortcut): statistics.fmean(one.val_error for one in ones)
+            for net, ones in nets.items()
+            if net.depth == depth
+        }
+        order = ", ".join(f"{name} {100 * errors[name]:.2f}" for name in sorted(errors, key=lambda name: errors[name]))
+        words.append(f"Here, {depth} layers, by mean validation error in per cent: {order}.")
+    return _errors(wanted, trained, words, None)
+
+
+def _errors(wanted: Plan, trained: Sequence[Trained], words: Sequence[str], seen: bool | None) -> Finding:
+    rows = [
+        {
+            "net": str(one.net),
+            "family": one.net.family,
+            "depth": one.net.depth,
+            "shortcut": one.net.shortcut,
+            "data": wanted.data,
+            "iterations": wanted.recipe.total(1),
+            "seed": one.seed,
+            "train_error": one.train_error,
+            "val_error": one.val_error,
+            "val_error_top5": one.val_error_top5,
+        }
+        for one in trained
+    ]
+    head = ("net", "paper, error %", "ours, training error %", "ours, validation error %", "ours, top-5 %", "dataset")
+    columns = ("train_error", "val_error", "val_error_top5")
+    body = []
+    for net, ones in by_net(trained).items():
+        cells = [Spread.of(getattr(one, column) for one in ones).percent() for column in columns]
+        body.append((str(net), net.errors_of_paper(), *cells, wanted.data))
+    return Finding(rows, head, body, words, seen)
+
+
+@torch.no_grad()
+def layer_responses(model: nn.Module, batches: Iterable[Tensor]) -> dict[str, float]:
+    """Standard deviation, over images, channels and places, of what each 3x3 layer gives after BN (Fig. 7).
+
+    That is before what follows the BN, be it ReLU or an addition. model: a ResNet or plain net of `fastres.models`, in
+    the mode in which it is to be asked; batches: images [N, C, H, W] as the net takes them. Layers in order, by the
+    names of their convolutions.
+    """
+    names = {module: name for name, module in model.named_modules()}
+    sums: dict[str, Tensor] = {}
+    handles = []
+    part: Any  # a net, a block, or any other module
+    for part in model.modules():
+        units = part.stem_parts().units if hasattr(part, "stem_parts") else getattr(part, "units", list)()
+        for conv, norm in units:
+            if conv.kernel_size != (3, 3):
+                continue
+            total = sums[names[conv]] = torch.zeros(3, dtype=torch.float64, device=conv.weight.device)
+
+            def add(module: nn.Module, args: object, y: Tensor, total: Tensor = total) -> None:
+                z = y.double()
+                total += torch.stack([z.sum(), z.square().sum(), z.new_tensor(z.numel())])
+
+            handles.append(norm.register_forward_hook(add))
+    try:
+        for x in batches:
+            model(x)
+    finally:
+        for handle in handles:
+            handle.remove()
+    found = {}
+    for name, total in sums.items():
+        first, second, count = total.tolist()
+        found[name] = math.sqrt(max(0.0, second / count - (first / count) ** 2))
+    return found
+
+
+def responses(wanted: Plan, trained: Sequence[Trained]) -> Finding:
+    """Fig. 7 on the validation images, by BN's running statistics; in the paper only a picture."""
+    device = _device(wanted.options)
+    options = {name: wanted.options[name] for name in ("root", "holdout", "cache", "workers")}
+    dataset = data.load(wanted.data, wanted.recipe, **options, device=device)
+    stream = data.Stream(len(dataset.train), wanted.recipe.batch, 1, 0)
+    loader = data.Loader(dataset, wanted.recipe, stream, device, wanted.options["workers"])
+    rows: list[Row] = []
+    for one in trained:
+        net = one.net
+        sizes = {"num_classes": len(dataset.classes), "in_channels": dataset.channels}
+        model = families.build(net.family, net.depth, net.shortcut, **sizes).to(device).eval()
+        model.load_state_dict(checkpoint.load(one.folder / checkpoint.LAST)["model"])
+        stds = layer_responses(model, (x for x, _ in loader.validation()))
+        for index, (layer, std) in enumerate(stds.items(), 1):
+            rows.append({"net": str(net), "seed": one.seed, "layer": index, "name": layer, "std": std})
+    nets = by_net(trained)
+    means = {net: Spread.of(row["std"] for row in rows if row["net"] == str(net)).mean for net in nets}
+    body = []
+    for net in nets:
+        stds_of_net = [row["std"] for row in rows if row["net"] == str(net)]
+        layers = max(row["layer"] for row in rows if row["net"] == str(net))
+        figures = (f"{figure:.3f}" for figure in (means[net], min(stds_of_net), max(stds_of_net)))
+        body.append((str(net), "drawn in Fig. 7, not printed", str(layers), *figures, wanted.data))
+    words = [
+        "In the paper responses of residual nets are generally smaller than those of their plain counterparts, and of "
+        "deeper residual nets smaller than of shallower ones."
+    ]
+    for net in nets:
+        other = next(other for other in nets if other.plain and other.depth == net.depth)
+        if not net.plain:
+            relation = "smaller" if means[net] < means[other] else "not smaller"
+            words.append(f"Here those of {net} are on average {relation} than those of {other}.")
+    residual = sorted((net for net in nets if not net.plain), key=lambda net: net.depth)
+    for shallower, deeper in pairwise(residual):
+        relation = "smaller" if means[deeper] < means[shallower] else "not smaller"
+        words.append(f"Here those of {deeper} are on average {relation} than those of {shallower}.")
+    head = ("net", "paper", "3x3 layers", "ours, mean std", "ours, least", "ours, largest", "dataset")
+    return Finding(rows, head, body, words)
+
+
+def report(wanted: Plan, finding: Finding, seconds: float) -> str:
+    """The Markdown: table, what was found, what differs from the paper, on what it ran."""
+    differences = wanted.differences()
+    differing = ", ".join(name.replace("_", " ") for name in differences) or "nothing known"
+    head = [*finding.head, "what differs"]
+    lines = [f"# {wanted.name}: {EXPERIMENTS[wanted.name]}, on {wanted.data}", ""]
+    lines += ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    lines += ["| " + " | ".join([*row, differing]) + " |" for row in finding.body]
+    seeds = wanted.study.seeds
+    spread = f"mean ± standard deviation over {seeds} seeds" if seeds > 1 else "one seed, so no spread"
+    lines += ["", f"Ours: {spread}; {wanted.recipe.total(1):,} iterations of {wanted.recipe.batch} images."]
+    if wanted.name != "responses":
+        lines.append(f"Training error: of augmented images, over the last {TAIL:.1%} of the iterations.")
+    else:
+        lines.append("Responses: after BN, before ReLU or addition, of all validation images at the end of training.")
+    lines += ["", *finding.words, ""]
+    if differences:
+        lines += ["What differs, the paper's in brackets:", ""]
+        lines += [f"- {name.replace('_', ' ')}: {text}" for name, text in differences.items()]
+        lines.append("")
+    lines.append(f"{_environment(_device(wanted.options))}; the trainings took {seconds:,.0f} s.")
+    return "\n".join(lines) + "\n"
+
+
+def draw_errors(trained: Sequence[Trained]) -> bytes:
+    """Fig. 6 as a PNG: a panel each for plain and residual nets; errors by iteration, means over seeds, thin for
+    training and bold for validation, whose range over seeds is shaded."""
+    from matplotlib.figure import Figure
+
+    nets = by_net(trained)
+    kinds = [plain for plain in (True, False) if any(net.plain == plain for net in nets)]
+    figure = Figure(figsize=(4.6 * len(kinds), 3.8), layout="constrained")
+    panels = figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0]
+    for axes, plain in zip(panels, kinds, strict=True):
+        for number, (net, ones) in enumerate((net, ones) for net, ones in nets.items() if net.plain == plain):
+            colour = f"C{number}"
+            for column, width, label in (("train_error", 0.7, None), ("val_error", 2.2, str(net))):
+                points: dict[float, list[float]] = {}
+                for one in ones:
+                    for row in one.history:
+                        if column in row:
+                            points.setdefault(row["iteration"], []).append(100 * row[column])
+                where = sorted(points)
+                axes.plot(where, [statistics.fmean(points[i]) for i in where], color=colour, lw=width, label=label)
+                if column == "val_error":
+                    low, high = ([extreme(points[i]) for i in where] for extreme in (min, max))
+                    axes.fill_between(where, low, high, color=colour, alpha=0.15, lw=0)
+        axes.set(xlabel="iteration", title="plain" if plain else "residual")
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.3)
+        axes.legend()
+    panels[0].set_ylabel("error (%), thin: training, bold: validation")
+    return _png(figure)
+
+
+def draw_responses(rows: Sequence[Row]) -> bytes:
+    """Fig. 7 as a PNG: standard deviations by layer above, by size below; means over seeds, plain nets dashed."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 6), layout="constrained")
+    above, below = figure.subplots(2, 1)
+    layers: dict[str, dict[int, list[float]]] = {}
+    for row in rows:
+        layers.setdefault(row["net"], {}).setdefault(row["layer"], []).append(row["std"])
+    for name, found in layers.items():
+        stds = [statistics.fmean(found[index]) for index in sorted(found)]
+        style = "--" if name.startswith("plain") else "-"
+        for axes, values in ((above, stds), (below, sorted(stds, reverse=True))):
+            axes.plot(range(1, len(values) + 1), values, style, lw=1.2, label=name)
+    above.set(xlabel="layer, in order")
+    below.set(xlabel="layer, by size of response")
+    for axes in (above, below):
+        axes.set_ylabel("std")
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.3)
+    above.legend()
+    return _png(figure)
+
+
+def _png(figure: Any) -> bytes:
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=120)
+    return image.getvalue()
+
+
+def _csv(rows: Sequence[Row]) -> str:
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def _device(options: Mapping[str, Any]) -> torch.device:
+    """The one that the trainings take."""
+    name = options.get("device") or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device {name!r} does not exist: cpu, cuda and cuda:<number> are accepted") from error
+
+
+def _environment(device: torch.device) -> str:
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        name = f"CPU ({_cpu()}), threads: {torch.get_num_threads()}"
+    versions = f"fastres {fastres.__version__}, torch {torch.__version__}, Python {platform.python_version()}"
+    return f"{datetime.now(timezone.utc):%Y-%m-%d}, {name}, {versions}"
+
+
+def _cpu() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
