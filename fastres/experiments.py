@@ -145,7 +145,7 @@ class Plan:
     options: Mapping[str, Any]
 
     def runs(self) -> list[tuple[Net, Run]]:
-        """Net by net the trainings of all seeds."""
+        """Seed by seed the trainings of all nets."""
         every = max(1, self.recipe.total(1) // self.study.points)
         pairs = []
         for seed in range(self.study.seeds):
@@ -320,7 +320,7 @@ def degradation(wanted: Plan, trained: Sequence[Trained]) -> Finding:
         names = [str(net) for net, bad in zip(deeper, worse, strict=True) if bad]
         words.append(
             f"Deeper {kind} nets whose mean training error is more than {100 * RISE:g} point above that of {first}: "
-            f"{', '.join(names) or 'none'} of {len(deeper)}."
+            f"{', '.join(names) or 'none'}."
         )
         verdicts.append(all(worse) if plain else not any(worse))
     seen = all(verdicts) if len(wanted.study.depths) > 1 else None
@@ -475,7 +475,10 @@ def report(wanted: Plan, finding: Finding, seconds: float) -> str:
     if wanted.name != "responses":
         lines.append(f"Training error: of augmented images, over the last {TAIL:.1%} of the iterations.")
     else:
-        lines.append("Responses: after BN, before ReLU or addition, of all validation images at the end of training.")
+        lines.append(
+            "Responses: after BN, before ReLU or addition, of all validation images at the end of training, by"
+        )
+        lines.append("BN's running statistics. BN starts every layer near 1; only training moves it from there.")
     lines += ["", *finding.words, ""]
     if differences:
         lines += ["What differs, the paper's in brackets:", ""]
