@@ -33,6 +33,7 @@ PARTS: dict[str, list[str]] = {
     "tests-pointwise": [*PYTEST, "tests/test_pointwise.py"],
     "tests-inference": [*PYTEST, "tests/test_inference.py"],
     "tests-training": [*PYTEST, "tests/test_training.py"],
+    "tests-compile": [*PYTEST, "tests/test_compile.py"],
     "kernels-50": ["bench/kernels.py", "--depth", "50", "--csv", "{out}/kernels-50.csv"],
     "kernels-18": ["bench/kernels.py", "--depth", "18", "--csv", "{out}/kernels-18.csv"],
     "tune-50": ["bench/tune.py", "--depth", "50", "--ship"],
@@ -43,6 +44,7 @@ PARTS: dict[str, list[str]] = {
     "bench-infer-all": [*BENCH, "--depth", "all", "--mode", "infer"],
     "bench-train-all": [*BENCH, "--depth", "all", "--mode", "train"],
     "ablate-50": ["bench/ablate.py", "--depth", "50", "--json", "{out}/ablate-50.json"],
+    "degradation": ["-m", "fastres", "experiment", "degradation", "--out", "{out}/degradation"],
     "shortcut": [*PYTEST, "bench/shortcut.py", "--benchmark-only"],
 }
 
