@@ -293,31 +293,36 @@ def one_line(row: dict[str, Any]) -> str:
     return f"{start}{row['img_s']:.4g} img/s, {row['latency_ms']:.4g} ms a batch, error {row['error']:.1e}"
 
 
+COUNTS = {"graphs": "graphs", "graph_breaks": "breaks", "recompiles": "recompiles", "kernels_per_step": "kernels"}
+COLUMNS = ["backend", "first call s", "img/s", "min..max", "latency ms", "MiB", "GFLOP/s"]
+COLUMNS += [*COUNTS.values(), "error", "/ best peer"]
+
+
 def render_rows(rows: list[dict[str, Any]]) -> str:
     """One table a case: fastest first, then what is wrong or missing, with remarks below."""
     ratio = records.ratios(rows)
     blocks = []
     for case in dict.fromkeys(records.key(row)[:-1] for row in rows):
         depth, mode, batch, dtype, size = case
-        head = ["backend", "warm-up s", "img/s", "min..max", "latency ms", "MiB", "GFLOP/s", "error", "/ best peer"]
-        lines, remarks = [head], []
+        lines, remarks = [COLUMNS], []
         mine = [row for row in rows if records.key(row)[:-1] == case]
         for row in sorted(mine, key=lambda row: -row["img_s"] if row["status"] == "ok" else 0):
             said = [row.get("path"), row.get("reason"), *row.get("notes", ())]
             remarks += [f"  {row['backend']}: {remark}" for remark in said if remark]
             if "img_s" not in row:
-                lines.append([row["backend"], "", row["status"], *[""] * 6])
+                lines.append([row["backend"], "", row["status"], *[""] * (len(COLUMNS) - 3)])
                 continue
             memory, error = row["peak_reserved_mib"], row["error"]
             lines.append(
                 [
                     row["backend"],
-                    f"{row['warm_up_s']:.1f}",
+                    f"{row['first_call_s']:.1f}",
                     f"{row['img_s']:.4g}" if row["status"] == "ok" else "WRONG",
                     f"{row['img_s_min']:.4g}..{row['img_s_max']:.4g}" if row["status"] == "ok" else "",
                     f"{row['latency_ms']:.4g}",
-                    "n/a" if memory is None else f"{memory:.0f}",
+                    "-" if memory is None else f"{memory:.0f}",
                     f"{row['gflop_s']:.4g}" if row["status"] == "ok" else "",
+                    *("-" if row[name] is None else str(row[name]) for name in COUNTS),
                     "NaN" if error is None else f"{error:.1e}",
                     f"{ratio[records.key(row)]:.2f}" if records.key(row) in ratio else "",
                 ]

@@ -530,8 +530,6 @@ def rewrite(gm: fx.GraphModule, example_inputs: Sequence[Any], *, always: bool) 
 
 def _unserved(unit: _Unit, always: bool) -> str | None:
     z = _value(unit.conv)
-    if unit.bias is not None and (unit.training or _value(unit.bn).requires_grad):
-        return "the convolution has a bias before the BatchNorm"
     if z.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         return f"it computes in {z.dtype}"
     return None if always else dispatch.why_unfused(z.dtype, z.device)
@@ -598,19 +596,42 @@ def _trained(graph: fx.Graph, match: _Match, x: fx.Node, residual: fx.Node | Non
         match.end,
         match.sizes,
     )
-    parameters = [t for unit in units for t in (unit.weight, *unit.affine)]
+    parameters = [t for unit in units for t in (unit.weight, unit.affine[0], _beta(graph, unit))]
     running = [t for unit in units for t in unit.running]
     call = graph.call_function(conv_bn_act, (x, parameters, running, residual, *map(_listed, chain.arguments)))
     out = graph.call_function(operator.getitem, (call, 0))
-    homes = [home for unit in units if unit.training for home in unit.running if home is not None]
+    homes = [
+        (home, bias, unit.momentum)
+        for unit in units
+        if unit.training
+        for home, bias in zip(unit.running, (unit.bias, None), strict=True)
+        if home is not None
+    ]
     if homes:
         moved, at = graph.call_function(operator.getitem, (call, 1)), 0
-        for home in homes:
+        for home, bias, momentum in homes:
             size = _value(home).numel()
             new = graph.call_function(_aten.slice.Tensor, (moved, 0, at, at + size))
+            if bias is not None:  # the operator saw the batch's mean without it
+                bias = graph.call_function(_aten.detach.default, (bias,))
+                new = graph.call_function(_aten.add.Tensor, (new, bias), {"alpha": momentum})
             graph.call_function(_aten.copy_.default, (home, new))
             at += size
     return out
+
+
+def _beta(graph: fx.Graph, unit: _Unit) -> fx.Node | None:
+    """BN's bias with the convolution's, b, in it: bias + scale b.
+
+    A batch's mean takes b away again: there scale is 0, which gives b the gradient 0 (eager's is rounding around it)
+    and lets b's NaN or infinity through.
+    """
+    beta = unit.affine[1]
+    if unit.bias is None:
+        return beta
+    scale = 0.0 if unit.training else _scale(graph, unit)
+    share = graph.call_function(_aten.mul.Scalar if unit.training else _aten.mul.Tensor, (unit.bias, scale))
+    return share if beta is None else graph.call_function(_aten.add.Tensor, (beta, share))
 
 
 def _listed(value: Any) -> Any:
@@ -637,25 +658,31 @@ def _inferred(graph: fx.Graph, match: _Match, x: fx.Node, residual: fx.Node | No
     return unit(main[-1], a, residual, relu=match.end != "linear")
 
 
-def _scale_shift(graph: fx.Graph, unit: _Unit) -> tuple[fx.Node, fx.Node]:
-    """scale = weight rstd, shift = bias - (mean - conv's bias) scale, in fp32 (fp64 for fp64)."""
+def _widened(graph: fx.Graph, unit: _Unit, node: fx.Node) -> fx.Node:
     dtype = wide(_value(unit.conv).dtype)
+    return node if _value(node).dtype == dtype else graph.call_function(_aten.to.dtype, (node, dtype))
 
-    def call(op: Any, *args: Any) -> fx.Node:
-        return graph.call_function(op, args)
 
-    def widened(node: fx.Node) -> fx.Node:
-        return node if _value(node).dtype == dtype else call(_aten.to.dtype, node, dtype)
+def _scale(graph: fx.Graph, unit: _Unit) -> fx.Node:
+    """scale = weight rstd of the running statistics, in fp32 (fp64 for fp64)."""
+    var, gamma = unit.running[1], unit.affine[0]
+    assert var is not None
+    shifted = graph.call_function(_aten.add.Scalar, (_widened(graph, unit, var), unit.eps))
+    rstd = graph.call_function(_aten.rsqrt.default, (shifted,))
+    return rstd if gamma is None else graph.call_function(_aten.mul.Tensor, (rstd, _widened(graph, unit, gamma)))
 
-    mean, var = (widened(t) for t in unit.running if t is not None)
-    gamma, beta = (None if t is None else widened(t) for t in unit.affine)
+
+def _scale_shift(graph: fx.Graph, unit: _Unit) -> tuple[fx.Node, fx.Node]:
+    """`_scale` and shift = bias - (mean - conv's bias) scale."""
+    mean, beta, scale = unit.running[0], unit.affine[1], _scale(graph, unit)
+    assert mean is not None
+    mean = _widened(graph, unit, mean)
     if unit.bias is not None:
-        mean = call(_aten.sub.Tensor, mean, widened(unit.bias))
-    scale = call(_aten.rsqrt.default, call(_aten.add.Scalar, var, unit.eps))
-    if gamma is not None:
-        scale = call(_aten.mul.Tensor, scale, gamma)
-    product = call(_aten.mul.Tensor, mean, scale)
-    return scale, call(_aten.neg.default, product) if beta is None else call(_aten.sub.Tensor, beta, product)
+        mean = graph.call_function(_aten.sub.Tensor, (mean, _widened(graph, unit, unit.bias)))
+    product = graph.call_function(_aten.mul.Tensor, (mean, scale))
+    if beta is None:
+        return scale, graph.call_function(_aten.neg.default, (product,))
+    return scale, graph.call_function(_aten.sub.Tensor, (_widened(graph, unit, beta), product))
 
 
 # Memory formats. The operators give channels_last where the graph was traced with another: harmless to most of what

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
@@ -344,13 +345,77 @@ def test_lost_layouts_are_noted(bench: SimpleNamespace) -> None:
         assert bench.measure.lost_layouts(step) == said
 
 
-def test_compiled_row(bench: SimpleNamespace, tmp_path: Path) -> None:
-    path = tmp_path / "r.json"
-    ask = [*TINY, "--mode", "infer", "--backend", "aot-eager,cudagraphs", "--json", str(path)]
+class Unsteady(nn.Linear):
+    """Breaks the graph and asks for another one at each of the first calls."""
+
+    calls = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        torch._dynamo.graph_break()
+        self.calls = min(self.calls + 1, 2)
+        return super().forward(x) * (self.calls > 0)
+
+
+def test_compiled_rows(
+    bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    def unsteady(depth: int) -> nn.Module:
+        model = bench.backends.torchvision_net(depth)
+        model.fc = Unsteady(512, 1000)
+        return model
+
+    entry = bench.backends.Backend(unsteady, "", compile={"backend": "eager"})
+    monkeypatch.setitem(bench.backends.BACKENDS, "unsteady", entry)
+    path, picture = tmp_path / "r.json", tmp_path / "compile.svg"
+    ask = [*TINY, "--mode", "infer", "--json", str(path)]
     with pytest.raises(SystemExit):
-        bench.run.main(ask)
-    assert bench.run.main([*ask, "--backend", "aot-eager"]) == 0
-    assert rows_of(path)["infer", "aot-eager"]["status"] == "ok"
+        bench.run.main([*ask, "--backend", "aot-eager,cudagraphs"])
+    assert bench.run.main([*ask, "--backend", "eager,aot-eager,unsteady"]) == 0
+    check_schema(json.loads(path.read_text()))
+    counts = {
+        name: tuple(row[field] for field in ("graphs", "graph_breaks", "recompiles", "kernels_per_step"))
+        for (_, name), row in rows_of(path).items()
+    }
+    assert counts["eager"] == (None,) * 4
+    assert counts["aot-eager"] == (1, 0, 0, None)
+    graphs, breaks, recompiles, _ = counts["unsteady"]
+    assert graphs > 1
+    assert breaks > 0
+    assert recompiles > 0
+    lines = [re.split(r" {2,}", line.strip()) for line in capsys.readouterr().out.splitlines()]
+    head = next(line for line in lines if line[:2] == ["backend", "first call s"])
+    printed = dict(zip(head, next(line for line in lines if line[0] == "unsteady"), strict=False))
+    assert [printed[name] for name in ("graphs", "breaks", "recompiles", "kernels")] == [
+        *map(str, (graphs, breaks, recompiles)),
+        "-",
+    ]
+    bench.plot.draw_compile(bench.record.read(path), picture)
+    drawn = picture.read_text()
+    assert all(name in drawn for name in (*counts, "first call, s", "img/s"))
+    with pytest.raises(ValueError, match="no row"):
+        bench.plot.draw_compile({"rows": [], "environment": {}}, picture)
+
+
+def test_transposed_layouts_are_noted(bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of what a profiler saw on a GPU: cuDNN's kernels that turn a layout, their share of the time; not the host's."""
+
+    def event(name: str, time: float, on: str = "CUDA", annotation: bool = False) -> SimpleNamespace:
+        device = getattr(torch.autograd.DeviceType, on)
+        return SimpleNamespace(name=name, device_type=device, is_user_annotation=annotation, device_time_total=time)
+
+    straight = [event("sm90_xmma_fprop", 60), event("Memcpy DtoD", 15), event("aten::conv2d", 9, on="CPU")]
+    straight.append(event("step", 75, annotation=True))
+    turned = [event("void cudnn::ops::nchwToNhwcKernel", 20), event("cudnn::nhwcToNchwKernel", 5)]
+
+    def profiler(events: list[SimpleNamespace]) -> Any:
+        return lambda **_: contextlib.nullcontext(SimpleNamespace(events=lambda: events))
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
+    monkeypatch.setattr(torch.profiler, "profile", profiler(straight))
+    assert bench.measure.profiled(lambda i: None) == (2, [])
+    monkeypatch.setattr(torch.profiler, "profile", profiler(straight + turned))
+    notes = ["cuDNN transposes layouts in 2 kernels, 25 % of the GPU's time"]
+    assert bench.measure.profiled(lambda i: None) == (4, notes)
 
 
 @pytest.mark.slow
