@@ -1,10 +1,19 @@
 """Everything that needs a GPU, in parts of at most eight minutes that can be run singly.
 
     python bench/gpu.py --list
-    python bench/gpu.py --out out tests-conv bench-infer-50
+    python bench/gpu.py --jobs 14 status tests-kernels tests-nets tune-50
+    python bench/gpu.py --minutes 9 --archive gpu.tar.gz bench-infer-50 bench-train-50
 
 Each part writes OUT/<part>.log as it goes and OUT/<part>.json when it ends: command, exit status, seconds, last lines.
-The exit status is the number of parts that failed. The environment is the running interpreter's; nothing is downloaded.
+Tables of tiles and built extensions lie in OUT/cache, where the parts after `tune-*` find them; to ship a table, copy
+it from OUT/cache/tables to kernels/tables. The record of all `bench-*` parts is OUT/record.json.
+
+--jobs: processes that share the tests of a part (with pytest-xdist) and compile; measurements always run alone.
+--minutes: the time for all parts together; a part that meets its end is stopped, one that would get less than a minute
+isn't begun. --archive: OUT as one file, rewritten after every part.
+
+The exit status is the number of parts that failed or were not begun. The environment is the running interpreter's;
+nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -12,40 +21,52 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import math
 import os
+import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-LIMIT_S = 480
+LIMIT_S, LEAST_S = 480, 60
 TAIL_LINES = 30
 
-PYTEST = ["-m", "pytest", "-p", "no:cacheprovider"]
+PYTEST = ["-m", "pytest", "-p", "no:cacheprovider", "--tb=short"]
+KERNELS = [f"tests/test_{name}.py" for name in ("conv_fprop", "conv_backward", "pointwise", "bottleneck")]
+NETS = [f"tests/test_{name}.py" for name in ("training", "inference", "registered", "compile")]
+OTHERS = ["tests", *(f"--ignore={file}" for file in (*KERNELS, *NETS))]
 BENCH = ["bench/run.py", "--resume", "--json", "{out}/record.json"]  # one record that all parts add to
-KERNEL_TESTS = ("conv", "pointwise", "compile", "inference", "training", "binary")
+# Ours and the strongest peers first: a part that is stopped has them. max-autotune compiles for minutes.
+INFER = (
+    "fastres-optimize,fastres,eager-channels-last,inductor,reduce-overhead,fastres-compile,fastres-inductor,"
+    "cudagraphs,timm,timm-inductor,eager,aot-eager"
+)
+TRAIN = "fastres,eager-channels-last,inductor,fastres-compile,timm,timm-inductor,reduce-overhead,cudagraphs,eager"
+AUTOTUNE = "max-autotune,max-autotune-no-cudagraphs"
 PARTS: dict[str, list[str]] = {
     "status": ["-m", "fastres", "status"],
-    "tests-nets": [*PYTEST, "tests", *(f"--ignore-glob=*{part}*" for part in KERNEL_TESTS)],
-    "tests-fprop": [*PYTEST, "tests/test_conv_fprop.py"],
-    "tests-backward": [*PYTEST, "tests/test_conv_backward.py"],
-    "tests-pointwise": [*PYTEST, "tests/test_pointwise.py"],
-    "tests-inference": [*PYTEST, "tests/test_inference.py"],
-    "tests-training": [*PYTEST, "tests/test_training.py"],
-    "tests-compile": [*PYTEST, "tests/test_compile.py"],
+    "tests-kernels": [*PYTEST, *KERNELS, "-k", "not every_tile"],
+    "tests-nets": [*PYTEST, *NETS],
+    "tests-gpu": [*PYTEST, *OTHERS, "-m", "gpu and not slow"],
+    "tune-50": ["bench/tune.py", "--depth", "50", "--jobs", "{jobs}", "--seconds", "{seconds}"],
+    "bench-infer-50": [*BENCH, "--depth", "50", "--mode", "infer", "--backend", INFER],
+    "bench-train-50": [*BENCH, "--depth", "50", "--mode", "train", "--backend", TRAIN],
+    "ablate-50": ["bench/ablate.py", "--depth", "50", "--seconds", "5", "--json", "{out}/ablate-50.json"],
+    "bench-infer-50-batch-1": [*BENCH, "--depth", "50", "--mode", "infer", "--batch", "1", "--backend", INFER],
+    "tests-tiles": [*PYTEST, *KERNELS, "-k", "every_tile"],
+    "bench-infer-50-autotune": [*BENCH, "--depth", "50", "--mode", "infer", "--backend", AUTOTUNE],
+    "bench-train-50-autotune": [*BENCH, "--depth", "50", "--mode", "train", "--backend", AUTOTUNE],
     "kernels-50": ["bench/kernels.py", "--depth", "50", "--csv", "{out}/kernels-50.csv"],
     "kernels-18": ["bench/kernels.py", "--depth", "18", "--csv", "{out}/kernels-18.csv"],
-    "tune-50": ["bench/tune.py", "--depth", "50", "--ship"],
-    "tune-all": ["bench/tune.py", "--depth", "all", "--ship"],
-    "bench-infer-50": [*BENCH, "--depth", "50", "--mode", "infer"],
-    "bench-infer-50-batch-1": [*BENCH, "--depth", "50", "--mode", "infer", "--batch", "1"],
-    "bench-train-50": [*BENCH, "--depth", "50", "--mode", "train"],
+    "tune-all": ["bench/tune.py", "--depth", "all", "--jobs", "{jobs}", "--seconds", "{seconds}"],
     "bench-infer-all": [*BENCH, "--depth", "all", "--mode", "infer"],
     "bench-train-all": [*BENCH, "--depth", "all", "--mode", "train"],
-    "ablate-50": ["bench/ablate.py", "--depth", "50", "--json", "{out}/ablate-50.json"],
     "degradation": ["-m", "fastres", "experiment", "degradation", "--out", "{out}/degradation"],
-    "shortcut": [*PYTEST, "bench/shortcut.py", "--benchmark-only"],
+    "tests-others": [*PYTEST, *OTHERS, "-m", "not gpu and not slow"],
+    "shortcut": ["-m", "pytest", "-p", "no:cacheprovider", "bench/shortcut.py", "--benchmark-only"],
 }
 
 
@@ -56,50 +77,110 @@ def ensure_installed() -> None:
         subprocess.run([sys.executable, *command], check=True)
 
 
-def run_part(name: str, out: Path) -> int:
-    """Run one part, streaming to the log and the terminal; returns its exit status, 124 when it ran out of time."""
-    arguments = [argument.replace("{out}", str(out)) for argument in PARTS[name]]
-    log = out / f"{name}.log"
-    print(f"== {name}: python {' '.join(arguments)}", flush=True)
+def command(part: str, out: Path, jobs: int, limit: float) -> list[str]:
+    """The arguments to Python. The last fifteen seconds are for a tuning run to end by itself."""
+    values = {"{jobs}": str(jobs), "{seconds}": f"{max(0.0, limit - 15):.0f}"}
+    arguments = [values.get(argument, argument.replace("{out}", str(out))) for argument in PARTS[part]]
+    if arguments[: len(PYTEST)] != PYTEST:
+        return arguments
+    if jobs > 1 and importlib.util.find_spec("xdist"):  # a kernel that breaks its process takes one worker with it
+        arguments += ["-n", str(jobs), "--dist", "worksteal", "--max-worker-restart", "100"]
+    if importlib.util.find_spec("pytest_timeout"):  # a kernel may hang; the thread ends the process, a signal can't
+        arguments += ["--timeout", "200", "--timeout-method", "thread"]
+    return arguments
+
+
+def run_part(part: str, out: Path, jobs: int, limit: float) -> int:
+    """Run one part, streaming to its log; returns its exit status, 124 when it ran out of time."""
+    arguments = command(part, out, jobs, limit)
+    log = out / f"{part}.log"
+    print(f"== {part}: python {' '.join(arguments)}", flush=True)
     start = time.monotonic()
+    environment = {"FASTRES_CACHE_DIR": str(out / "cache"), "PYTHONUNBUFFERED": "1", **os.environ}
     with log.open("w") as sink:
         process = subprocess.Popen(
-            [sys.executable, *arguments], cwd=ROOT, stdout=sink, stderr=subprocess.STDOUT, env=os.environ
+            [sys.executable, *arguments],
+            cwd=ROOT,
+            stdout=sink,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            preexec_fn=os.setpgrp,  # its workers are stopped with it
         )
         try:
-            status = process.wait(timeout=LIMIT_S)
+            status = process.wait(timeout=limit)
         except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
             status = 124
+        finally:
+            stop(process)
     tail = log.read_text(errors="replace").splitlines()[-TAIL_LINES:]
     summary = {
-        "part": name,
+        "part": part,
         "command": ["python", *arguments],
         "status": status,
         "seconds": round(time.monotonic() - start, 1),
         "tail": tail,
     }
-    (out / f"{name}.json").write_text(json.dumps(summary, indent=1) + "\n")
-    print("\n".join(tail), f"\n== {name}: exit {status} after {summary['seconds']} s", flush=True)
+    (out / f"{part}.json").write_text(json.dumps(summary, indent=1) + "\n")
+    print("\n".join(tail), f"\n== {part}: exit {status} after {summary['seconds']} s", flush=True)
     return status
+
+
+def stop(process: subprocess.Popen) -> None:
+    """End what is left of the process and of those that it started."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return
+    process.wait()
+
+
+def archive(out: Path, file: Path) -> None:
+    """OUT as one compressed file, without what was built there."""
+
+    def wanted(member: tarfile.TarInfo) -> tarfile.TarInfo | None:
+        built = "/cache/" in f"/{member.name}/" and "/cache/tables" not in f"/{member.name}"
+        return member if member.isdir() or not built else None
+
+    fresh = file.with_name(f".{file.name}.new")
+    with tarfile.open(fresh, "w:gz") as packed:
+        packed.add(out, arcname=out.name, filter=wanted)
+    fresh.replace(file)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", metavar="PART", help="parts to run; default: all, in order")
     parser.add_argument("--out", type=Path, default=ROOT / "out", help="folder of logs and summaries")
+    parser.add_argument("--jobs", type=int, default=1, help="processes that share tests and compile; default: 1")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="for all parts together; default: no end")
+    parser.add_argument("--archive", type=Path, metavar="FILE", help="OUT as one .tar.gz, after every part")
     parser.add_argument("--list", action="store_true", help="print the parts and stop")
     options = parser.parse_args()
     if unknown := [part for part in options.parts if part not in PARTS]:
         parser.error(f"unknown part {', '.join(unknown)}; accepted: {', '.join(PARTS)}")
+    if options.jobs < 1 or not options.minutes > 0:
+        parser.error(f"--jobs {options.jobs} --minutes {options.minutes}; accepted: jobs from 1, minutes above 0")
     if options.list:
         for name, arguments in PARTS.items():
             print(f"{name:24} python {' '.join(arguments)}")
         return 0
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by way of `stop`
+    end = time.monotonic() + 60 * options.minutes
     ensure_installed()
-    options.out.mkdir(parents=True, exist_ok=True)
-    return sum(run_part(part, options.out.resolve()) != 0 for part in options.parts or PARTS)
+    out = options.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    failed = []
+    for part in options.parts or PARTS:
+        left = end - time.monotonic()
+        if left < LEAST_S:
+            failed.append(f"{part} (not begun)")
+            continue
+        if status := run_part(part, out, options.jobs, min(LIMIT_S, left)):
+            failed.append(f"{part} (exit {status})")
+        if options.archive:
+            archive(out, options.archive.resolve())
+    print(f"== failed: {', '.join(failed) or 'nothing'}", flush=True)
+    return len(failed)
 
 
 if __name__ == "__main__":

@@ -232,7 +232,7 @@ class Optimized(nn.Module):
         if self._weight.is_cuda:
             self._done = torch.cuda.Event()  # the last use of weights or static buffers that a stream must wait for
             self._done.record(torch.cuda.current_stream(self._weight.device))
-            self._graphs = (torch.cuda.graph_pool_handle(), torch.cuda.Stream(self._weight.device))
+            self._graphs = _graph_memory(self._weight.device)
 
     def _adopt(self, step: Aten) -> None:
         if step.kind in ("module", "norm"):
@@ -332,11 +332,23 @@ class Optimized(nn.Module):
             program, first = self._program(x)
             if self.cuda_graph and x.numel():
                 if program.graph is None:
-                    program.capture(self._nhwc(x), *self._graphs)
+                    self._capture(program, x)
                 result = program.replay(x)
                 self._done.record(stream)
                 return result
         return program.run(self._nhwc(x)) if first is None else first
+
+    def _capture(self, program: Program, x: Tensor) -> None:
+        try:
+            program.capture(self._nhwc(x), *self._graphs)
+        except BaseException:  # torch never ends recording into the pool of a capture that failed
+            self._graphs = _graph_memory(x.device)
+            raise
+
+
+def _graph_memory(device: torch.device) -> tuple[Any, torch.cuda.Stream]:
+    """The pool that graphs share, and the stream they are all captured on."""
+    return torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
 
 
 def _refold(net: Optimized, incompatible: Any) -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -47,6 +47,29 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(
                 pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning")
             )
+
+
+def pytest_runtest_logfinish(nodeid: str) -> None:
+    """A kernel that broke the CUDA context fails its own test, not the hundreds after it: the process ends here, and
+    under pytest-xdist another one takes its place."""
+    try:
+        _wait_for_gpu()
+    except Exception as error:
+        if "PYTEST_XDIST_WORKER" in os.environ:
+            os._exit(1)
+        pytest.exit(f"the CUDA context is lost since {nodeid}: {error}", returncode=1)
+
+
+def _wait_for_gpu() -> None:
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+@pytest.fixture(autouse=True)
+def _settled() -> Iterator[None]:
+    """What a test's kernels do wrong shows in that test, not in the next one that looks at the GPU."""
+    yield
+    _wait_for_gpu()
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,59 @@
+"""Kernels compiled before they are timed, by several processes at once, into Triton's cache on disk.
+
+A launcher called on meta tensors binds and specialises its kernels as on real ones: what it compiles is what the GPU
+loads.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from multiprocessing import get_context
+from typing import Any
+from unittest.mock import patch
+
+from triton.runtime.jit import JITFunction
+
+Task = tuple[Callable[..., Any], tuple[Any, ...]]  # what a process calls; both must pickle
+
+
+def cpus() -> int:
+    """CPUs this process may run on."""
+    return len(os.sched_getaffinity(0))
+
+
+@contextmanager
+def compiling() -> Iterator[None]:
+    """Within, `fn[grid](...)` compiles for the current GPU, loads what it compiled and launches nothing."""
+    run = JITFunction.run
+
+    def compile_only(self: JITFunction[Any], *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        run(self, *args, grid=grid, warmup=True, **kwargs)._init_handles()  # its launcher is compiled there, by gcc
+
+    with patch.object(JITFunction, "run", compile_only):
+        yield
+
+
+def compile_all(tasks: Sequence[Task], processes: int) -> list[str]:
+    """Runs every task within `compiling`; returns what went wrong, in words. Nothing depends on success: a kernel that
+    is missing is compiled when it is launched."""
+    if not tasks or processes < 2:
+        return []
+    try:
+        with ProcessPoolExecutor(min(processes, len(tasks)), mp_context=get_context("spawn")) as pool:
+            return [said for said in pool.map(_compile, tasks, chunksize=4) if said is not None]
+    except BrokenProcessPool as error:
+        return [f"a process died while compiling: {error}"]
+
+
+def _compile(task: Task) -> str | None:
+    function, arguments = task
+    try:
+        with compiling():
+            function(*arguments)
+    except Exception as error:
+        return f"{function.__name__}{arguments}: {type(error).__name__}: {str(error).strip()[:200]}"
+    return None
