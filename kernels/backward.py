@@ -157,7 +157,7 @@ def choose_tile(
     refusal: str | None,
     precision: str,
     operands: int,
-    other: bool,
+    other: int,
 ) -> Tile:
     """`tile` if it is given and can run, else the best known."""
     if tile is None:

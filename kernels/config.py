@@ -64,13 +64,14 @@ COMPUTED, AFFINE, ISSUE, SMALL = 10, 6, 128, 4096
 
 
 def fprop_tiles(
-    problem: ConvProblem, itemsize: int, tma: bool, gpu: Gpu = H200, ieee: bool = False, prologue: bool = False
+    problem: ConvProblem, itemsize: int, tma: bool, gpu: Gpu = H200, ieee: bool = False, computed: int = 0
 ) -> list[Tile]:
     """Tiles for `conv_fprop`, the most promising first: BM output channels, BN output pixels.
 
     Ordered by a model: programs run in waves, a wave takes the longest of tensor-core, L2 and memory time. ieee: fp32
-    products on the FMA units, which hold their operands in registers and so want small tiles. prologue: x is computed
-    on load, which takes instructions and registers.
+    products on the FMA units, which hold their operands in registers and so want small tiles. computed: tensors that
+    the activation is computed from on load, which takes instructions and registers; 2 where it is the end of a block
+    and stored as well.
     """
     channels, outputs = problem.C // problem.groups, problem.K // problem.groups
     if ieee:
@@ -80,22 +81,22 @@ def fprop_tiles(
         while problem.C % BK and not problem.pointwise:
             BK //= 2
         shapes = [(64, 128, 4), (64, 64, 4), (64, 32, 4), (128, 128, 8), (128, 64, 4), (256, 128, 8)]
-        shapes += [(64, 256, 8)] if prologue else [(64, 256, 4), (128, 256, 8)]
+        shapes += [(64, 256, 8)] if computed else [(64, 256, 4), (128, 256, 8)]
     else:
         BK = max(32 if itemsize == 1 else 16, min(64, _power_of_2(problem.S * row_channels(problem) or channels)))
         shapes = [(64, 64, 4), (64, 32, 4), (128, 64, 4)]
         # Addresses of pixels take registers: the widest tiles hold them only without a prologue on top of groups.
-        shapes += [] if prologue and problem.groups > 1 else [(64, 128, 4), (128, 128, 8)]
+        shapes += [] if computed and problem.groups > 1 else [(64, 128, 4), (128, 128, 8)]
     if not ieee:
-        widths = (128, 64, 256) if tma else (64,) if prologue else (128, 64)
+        widths = (128, 64, 256) if tma else (64,) if computed else (128, 64)
         shapes += [(BM, BN, 4) for BM in (16, 32) for BN in widths if outputs <= BM]
 
     timed = []
     for BM, BN, warps in shapes:
         box = best_box(problem, BN) if tma else None
         steps = reduction_steps(problem, Tile(BM, BN, BK, warps, 1, box))
-        step_bytes = (BM + BN) * BK * itemsize
-        shared = gpu.shared - (BN * BK * itemsize if prologue else 0) - SMALL
+        step_bytes = (BM + max(computed, 1) * BN) * BK * itemsize
+        shared = gpu.shared - computed * BN * BK * itemsize - SMALL  # the result, and where its store starts from
         programs = math.ceil(outputs / BM) * problem.groups * pixel_tiles(problem, BN, box)
         depth = 3 if programs > gpu.sms else 6  # alone on a multiprocessor, a program hides its loads by itself
         least = 2 if tma else 3  # with 1 operands load one after the other; with 2 the gather kernel spills
@@ -105,10 +106,11 @@ def fprop_tiles(
         resident = max(1, min(shared // (stages * step_bytes), 65536 // (BM * BN + 64 * 32 * warps)))
         rate = (FMA if ieee else WGMMA if BM >= 64 else MMA) * 2 / itemsize
         compute = BM * BN * BK / rate
-        if prologue:
-            compute = max(compute, AFFINE * BN * BK / ISSUE)
+        compute = max(compute, computed * AFFINE * BN * BK / ISSUE)
         stored = min(BM, outputs)
-        memory = itemsize * (stored * BN + BN * channels * stored / outputs)
+        memory = itemsize * BN * (stored + max(computed, 1) * channels * stored / outputs)
+        if computed == 2:
+            memory += itemsize * BN * channels
         busy = max(steps * compute, steps * step_bytes / L2, memory / MEMORY)
         timed.append((_cycles(programs, resident, busy, gpu), Tile(BM, BN, BK, warps, stages, box)))
     return [tile for _, tile in sorted(timed, key=lambda pair: pair[0])]
@@ -121,12 +123,12 @@ def fprop_tile(
     tma: bool,
     gpu: Gpu = H200,
     ieee: bool = False,
-    prologue: bool = False,
+    computed: int = 0,
     pass_: Literal["infer", "fprop"] = "fprop",
 ) -> Tile:
     """The measured tile where the tables have one that fits what else the kernel does, else the first of
     `fprop_tiles`."""
-    candidates = fprop_tiles(problem, dtype.itemsize, tma, gpu, ieee, prologue)
+    candidates = fprop_tiles(problem, dtype.itemsize, tma, gpu, ieee, computed)
     return _measured_tile(pass_, problem, dtype, gpu, candidates)
 
 
@@ -186,12 +188,12 @@ def dgrad_tiles(
     gpu: Gpu = H200,
     ieee: bool = False,
     operands: int = 1,
-    epilogue: bool = False,
+    epilogue: int = 0,
 ) -> list[Tile]:
     """Tiles for `conv_dgrad`, the most promising first: BM input channels, BN input pixels of one class.
 
-    operands: tensors read for dz, more than dy where dz is computed; epilogue: whether dx meets another tensor before
-    it is stored. Either takes registers and so excludes the largest tiles. Ordered by the model of `fprop_tiles`.
+    operands: tensors read for dz, more than dy where dz is computed; epilogue: tensors that dx meets before it is
+    stored. Either takes registers and so excludes the largest tiles. Ordered by the model of `fprop_tiles`.
     """
     channels, outputs = problem.K // problem.groups, problem.C // problem.groups
     rows, cols = math.ceil(problem.H / problem.stride), math.ceil(problem.W / problem.stride)
@@ -297,7 +299,7 @@ def backward_tile(
     gpu: Gpu,
     ieee: bool,
     operands: int,
-    other: bool,
+    other: int,
 ) -> Tile:
     """The measured tile where the tables have one that fits what else the kernel does, else the first of `dgrad_tiles`
     or `wgrad_tiles` (other: their last argument)."""
@@ -374,7 +376,9 @@ def write_table(table: Mapping[tuple[Pass, ConvProblem, torch.dtype], Measuremen
         for (pass_, problem, dtype), found in table.items()
     ]
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("[\n" + ",\n".join(lines) + "\n]\n")
+    fresh = path.with_suffix(".new")  # a run that is stopped never leaves half a table
+    fresh.write_text("[\n" + ",\n".join(lines) + "\n]\n")
+    fresh.replace(path)
 
 
 def read_table(path: Path) -> Table:

@@ -6,6 +6,10 @@
     outside the image), h = p stride + r dilation - pad, likewise w. Everything but the sum is optional, and so are the
     per-tile statistics of y as stored.
 
+    For a 1x1 convolution the prologue may be the end of the residual block before it: a = relu(s[c] x + t[c] + side),
+    side the block's input or a projection s'[c] side + t'[c] yet to be normalised. Then a is stored too, because the
+    next shortcut and the backward pass read it.
+
 Layouts: x [N, H, W, C], w [K, R, S, C/groups], y and residual [N, P, Q, K], all contiguous. GEMM view: channels k on
 GEMM_M, pixels on GEMM_N, (tap, c) on GEMM_K; so x, which the prologue computes on, stands second, where wgmma reads it
 from shared memory. Sums in fp32, no atomics: equal inputs give equal bits.
@@ -17,7 +21,8 @@ pointers and takes every shape.
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
 
 import torch
 import triton
@@ -28,7 +33,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from .config import Tile, fprop_tile, pixel_tiles, reduction_steps, row_channels
 from .launch import check_device, check_tensor, gpu_of, tma_refusal
 from .problem import ConvProblem
-from .tile import affine_relu, box_origin, box_pixels, filter_tap, finish, store_statistics, unravel
+from .tile import affine_relu, box_origin, box_pixels, filter_tap, finish, join_relu, store_statistics, unravel
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 FP8 = torch.float8_e4m3fn
@@ -42,6 +47,10 @@ def conv_fprop_tma_kernel(
     residual,
     prologue_scale,
     prologue_shift,
+    side,
+    side_scale,
+    side_shift,
+    joined,
     scale,
     shift,
     partials,
@@ -74,17 +83,17 @@ def conv_fprop_tma_kernel(
 ):
     """One tile [BM channels, TN x TH x TW pixels] per program; neighbours in the grid share their pixels.
 
-    Descriptors: w [K, R S C]; y and residual [N, P, Q, K]; x [N, H, W, C], for stride 2 the same memory as
-    [N, H/2, 2, W/2, 2 C], where a tap reads one parity of rows and of columns. A box of x must not leave its tap's
-    channels: BK divides C, unless there is one tap and stride 1 (then zero fill ends the sum). FULL: boxes end where
-    the image does.
+    Descriptors: w [K, R S C]; y and residual [N, P, Q, K]; x, side and joined (a, stored) [N, H, W, C], for stride 2
+    x's memory as [N, H/2, 2, W/2, 2 C], where a tap reads one parity of rows and of columns. A box of x must not leave
+    its tap's channels: BK divides C, unless there is one tap and stride 1 (then zero fill ends the sum). FULL: boxes
+    end where the image does.
     """
     BN: tl.constexpr = TN * TH * TW
     tiles_k = tl.cdiv(K, BM)
     tile_k = tl.program_id(0) % tiles_k
     tile = tl.program_id(0) // tiles_k
     n0, p0, q0 = box_origin(tile, tiles_p, tiles_q, TN, TH, TW)
-    if prologue_scale is not None:
+    if prologue_scale is not None and side is None:
         _, p, q = box_pixels(n0, p0, q0, TN, TH, TW)
 
     acc = tl.zeros((BM, BN), tl.float32)
@@ -98,7 +107,12 @@ def conv_fprop_tma_kernel(
             down, right = r * DILATION + PAD_H, s * DILATION + PAD_W  # 2 PAD more than the offset: not negative
             a = x.load([n0, p0 + down // 2 - PAD_H, down % 2, q0 + right // 2 - PAD_W, right % 2 * C + c0])
         a = a.reshape((BN, BK))
-        if prologue_scale is not None:
+        if side is not None:
+            c = c0 + tl.arange(0, BK)
+            other = side.load([n0, p0, q0, c0]).reshape((BN, BK))
+            a = join_relu(a, other, prologue_scale, prologue_shift, side_scale, side_shift, c, c < C)
+            joined.store([n0, p0, q0, c0], a.reshape((TN, TH, TW, BK)))
+        elif prologue_scale is not None:
             c = c0 + tl.arange(0, BK)
             h = p * STRIDE + r * DILATION - PAD_H
             col = q * STRIDE + s * DILATION - PAD_W
@@ -131,6 +145,10 @@ def conv_fprop_gather_kernel(
     residual,
     prologue_scale,
     prologue_shift,
+    side,
+    side_scale,
+    side_shift,
+    joined,
     scale,
     shift,
     partials,
@@ -203,9 +221,15 @@ def conv_fprop_gather_kernel(
             w_at = (r * S + s) * channels + c
         h = (h0 + r * DILATION)[:, None]
         valid = inside[:, None] & (h >= 0) & (h < H) & (col >= 0) & (col < W)
-        a = tl.load(x_pixel + ((r * W + s) * DILATION * C + c)[None, :], mask=valid & in_k[None, :], other=0.0)
+        at_x = ((r * W + s) * DILATION * C + c)[None, :]
+        a = tl.load(x_pixel + at_x, mask=valid & in_k[None, :], other=0.0)
         filters = tl.load(w_row + w_at[None, :], mask=(k < K_GROUP)[:, None] & in_k[None, :], other=0.0)
-        if prologue_scale is not None:
+        if side is not None:
+            at_x += (pixel * C)[:, None]
+            other = tl.load(side + at_x, mask=valid & in_k[None, :], other=0.0)
+            a = join_relu(a, other, prologue_scale, prologue_shift, side_scale, side_shift, c, in_k)
+            tl.store(joined + at_x, a, mask=valid & in_k[None, :])
+        elif prologue_scale is not None:
             channel = group * channels + c
             a = affine_relu(
                 a,
@@ -228,6 +252,16 @@ def conv_fprop_gather_kernel(
         store_statistics(partials, out, tile, tl.minimum(BN, pixels - tile * BN), inside, channel, k < K_GROUP, K, FULL)
 
 
+class Join(NamedTuple):
+    """What makes a prologue the end of a residual block: the `side` that is added [N, H, W, C], the fp32 [C] scale and
+    shift of a projection's (else None), and `out` [N, H, W, C], where the sum behind its ReLU is stored."""
+
+    side: Tensor
+    scale: Tensor | None
+    shift: Tensor | None
+    out: Tensor
+
+
 def conv_fprop(
     x: Tensor,
     w: Tensor,
@@ -237,6 +271,7 @@ def conv_fprop(
     dilation: int = 1,
     groups: int = 1,
     prologue: tuple[Tensor, Tensor] | None = None,
+    join: Join | None = None,
     scale: Tensor | None = None,
     shift: Tensor | None = None,
     residual: Tensor | None = None,
@@ -256,6 +291,8 @@ def conv_fprop(
 
     prologue: (s, t), fp32 [C]; scale, shift: fp32 [K]; residual: [N, P, Q, K] in x's or y's dtype. x and w have one
     dtype: bfloat16, float16, float32 or, without a prologue, float8_e4m3fn; the two numbers are for quantised tensors.
+    join: adds a residual block's shortcut in the prologue and fills `join.out`, once for every tile of channels, so
+    that it pays where one tile holds all K.
     out: where to put y; out_dtype: y's dtype, by default x's, for fp8 bfloat16. precision of fp32 products: "ieee" or
     "tf32". tile: from `config` by default; one with a box asks for TMA, one without for pointers.
 
@@ -266,14 +303,20 @@ def conv_fprop(
     shape = (problem.N, problem.P, problem.Q, K)
     if precision not in ("ieee", "tf32"):
         raise ValueError(f"precision must be 'ieee' or 'tf32', got {precision!r}")
+    if join is not None and (prologue is None or not problem.pointwise or groups > 1):
+        raise ValueError("join needs a prologue and a 1x1 convolution of stride 1, without padding and groups")
     if prologue is not None and x.dtype == FP8:
         raise ValueError("a prologue needs a bfloat16, float16 or float32 x, got float8_e4m3fn")
     y_dtype = out_dtype or (out.dtype if out is not None else torch.bfloat16 if x.dtype == FP8 else x.dtype)
     if y_dtype not in (*FLOATS, FP8):
         raise ValueError(f"out_dtype must be bfloat16, float16, float32 or float8_e4m3fn, got {y_dtype}")
     s, t = prologue or (None, None)
-    for name, tensor, length in (("prologue scale", s, problem.C), ("prologue shift", t, problem.C)):
-        check_tensor(name, tensor, (length,), x, torch.float32)
+    side, side_scale, side_shift, joined = join or (None, None, None, None)
+    for name, tensor in (("join.side", side), ("join.out", joined)):
+        check_tensor(name, tensor, tuple(x.shape), x)
+    vectors = {"prologue scale": s, "prologue shift": t, "join.scale": side_scale, "join.shift": side_shift}
+    for name, tensor in vectors.items():
+        check_tensor(name, tensor, (problem.C,), x, torch.float32)
     for name, tensor, length in (("scale", scale, K), ("shift", shift, K)):
         check_tensor(name, tensor, (length,), x, torch.float32)
     check_tensor("residual", residual, shape, x, x.dtype, y_dtype)
@@ -281,14 +324,16 @@ def conv_fprop(
     check_device(x, x.dtype, y_dtype)
 
     y = torch.empty(shape, dtype=y_dtype, device=x.device) if out is None else out
-    tile = _choose(tile, problem, x, w, y, residual, prologue is not None, statistics, precision)
+    computed = 0 if prologue is None else 1 if join is None else 2
+    tile = _choose(tile, problem, (x, w, y, residual, side, joined), computed, statistics, precision)
     tiles = pixel_tiles(problem, tile.BN, tile.box)
     partials = torch.empty((tiles, 3, K), dtype=torch.float32, device=x.device) if statistics else None
     launch = _launch_gather if tile.box is None else _launch_tma
     if problem.pixels:
         launch(
-            problem, tile, x, w, y, residual,
-            prologue_scale=s, prologue_shift=t, scale=scale, shift=shift, partials=partials,
+            problem, tile, x, w, y, residual, side, joined,
+            prologue_scale=s, prologue_shift=t, side_scale=side_scale, side_shift=side_shift,
+            scale=scale, shift=shift, partials=partials,
             residual_scale=None if residual_scale == 1.0 else residual_scale,
             out_scale=None if out_scale == 1.0 else out_scale,
             RELU=relu, PRECISION=precision,
@@ -325,21 +370,20 @@ def fprop_tma_refusal(problem: ConvProblem, *tensors: Tensor | None) -> str | No
 def _choose(
     tile: Tile | None,
     problem: ConvProblem,
-    x: Tensor,
-    w: Tensor,
-    y: Tensor,
-    residual: Tensor | None,
-    prologue: bool,
+    tensors: Sequence[Tensor | None],
+    computed: int,
     statistics: bool,
     precision: str,
 ) -> Tile:
     if tile is not None and tile.box is None:
         return tile
-    refusal = fprop_tma_refusal(problem, x, w, y, residual)
+    x = tensors[0]
+    assert x is not None
+    refusal = fprop_tma_refusal(problem, *tensors)
     if tile is None:
         ieee = x.dtype == torch.float32 and precision == "ieee"
-        pass_: Literal["infer", "fprop"] = "fprop" if prologue or statistics else "infer"
-        return fprop_tile(problem, x.dtype, refusal is None, gpu_of(x.device), ieee, prologue, pass_)
+        pass_: Literal["infer", "fprop"] = "fprop" if computed or statistics else "infer"
+        return fprop_tile(problem, x.dtype, refusal is None, gpu_of(x.device), ieee, computed, pass_)
     if refusal is not None:
         raise ValueError(f"a tile with a box is fetched by TMA, which is impossible here: {refusal}")
     if math.prod(tile.box) != tile.BN or (problem.pointwise and tile.box[:2] != (1, 1)):
@@ -350,34 +394,48 @@ def _choose(
 
 
 def _launch_tma(
-    problem: ConvProblem, tile: Tile, x: Tensor, w: Tensor, y: Tensor, residual: Tensor | None, **rest: Any
+    problem: ConvProblem, tile: Tile, x: Tensor, w: Tensor, y: Tensor, *same_shape: Tensor | None, **rest: Any
 ) -> None:
+    residual, side, joined = same_shape
     if problem.pointwise:
         x, y = x.view(1, 1, -1, problem.C), y.view(1, 1, -1, problem.K)
         residual = None if residual is None else residual.view(y.shape)
+        side, joined = (None if each is None else each.view(x.shape) for each in (side, joined))
     elif problem.stride == 2:
         x = x.view(problem.N, problem.H // 2, 2, problem.W // 2, 2 * problem.C)
     launch_boxes(
-        tile, x, w, y, residual, H=problem.H, W=problem.W, C=problem.C, steps=reduction_steps(problem, tile),
-        R=problem.R, S=problem.S, STRIDE=problem.stride, PAD_H=problem.pad, PAD_W=problem.pad,
-        DILATION=problem.dilation, **rest,
+        tile, x, w, y, residual, side, joined, H=problem.H, W=problem.W, C=problem.C,
+        steps=reduction_steps(problem, tile), R=problem.R, S=problem.S, STRIDE=problem.stride, PAD_H=problem.pad,
+        PAD_W=problem.pad, DILATION=problem.dilation, **rest,
     )  # fmt: skip
 
 
-def launch_boxes(tile: Tile, x: Tensor, w: Tensor, y: Tensor, residual: Tensor | None, **rest: Any) -> None:
-    """Launches `conv_fprop_tma_kernel` over x in the view that the kernel reads, y and residual [N, P, Q, K]."""
+def launch_boxes(
+    tile: Tile,
+    x: Tensor,
+    w: Tensor,
+    y: Tensor,
+    residual: Tensor | None = None,
+    side: Tensor | None = None,
+    joined: Tensor | None = None,
+    **rest: Any,
+) -> None:
+    """Launches `conv_fprop_tma_kernel` over x in the view that the kernel reads, y and residual [N, P, Q, K]; side and
+    joined are like x."""
     assert tile.box is not None
     TN, TH, TW = tile.box
     N, P, Q, K = y.shape
     tiles_n, tiles_p, tiles_q = triton.cdiv(N, TN), triton.cdiv(P, TH), triton.cdiv(Q, TW)
     out_box = [TN, TH, TW, tile.BM]
     x_box = [TN, TH, TW, tile.BK] if x.dim() == 4 else [TN, TH, 1, TW, tile.BK]
+
+    def boxes(tensor: Tensor | None, box: list[int]) -> TensorDescriptor | None:
+        return None if tensor is None else TensorDescriptor.from_tensor(tensor, box)
+
     with torch.cuda.device_of(x):
         conv_fprop_tma_kernel[(tiles_n * tiles_p * tiles_q * triton.cdiv(K, tile.BM),)](
-            x=TensorDescriptor.from_tensor(x, x_box),
-            w=TensorDescriptor.from_tensor(w.view(K, -1), [tile.BM, tile.BK]),
-            y=TensorDescriptor.from_tensor(y, out_box),
-            residual=None if residual is None else TensorDescriptor.from_tensor(residual, out_box),
+            x=boxes(x, x_box), w=boxes(w.view(K, -1), [tile.BM, tile.BK]), y=boxes(y, out_box),
+            residual=boxes(residual, out_box), side=boxes(side, x_box), joined=boxes(joined, x_box),
             N=N, P=P, Q=Q, K=K, tiles_p=tiles_p, tiles_q=tiles_q,
             FULL=(N % TN, P % TH, Q % TW) == (0, 0, 0), TN=TN, TH=TH, TW=TW, BM=tile.BM, BK=tile.BK,
             num_warps=tile.warps, num_stages=tile.stages, **rest,
@@ -385,14 +443,16 @@ def launch_boxes(tile: Tile, x: Tensor, w: Tensor, y: Tensor, residual: Tensor |
 
 
 def _launch_gather(
-    problem: ConvProblem, tile: Tile, x: Tensor, w: Tensor, y: Tensor, residual: Tensor | None, **rest: Any
+    problem: ConvProblem, tile: Tile, x: Tensor, w: Tensor, y: Tensor, *same_shape: Tensor | None, **rest: Any
 ) -> None:
+    residual, side, joined = same_shape
     k_group = problem.K // problem.groups
     tiles = triton.cdiv(problem.pixels, tile.BN) * triton.cdiv(k_group, tile.BM)
     with torch.cuda.device_of(x):
         conv_fprop_gather_kernel[(tiles, problem.groups)](
-            x=x, w=w, y=y, residual=residual, pixels=problem.pixels, H=problem.H, W=problem.W, C=problem.C,
-            P=problem.P, Q=problem.Q, K=problem.K, C_GROUP=problem.C // problem.groups, K_GROUP=k_group,
+            x=x, w=w, y=y, residual=residual, side=side, joined=joined,
+            pixels=problem.pixels, H=problem.H, W=problem.W, C=problem.C, P=problem.P, Q=problem.Q, K=problem.K,
+            C_GROUP=problem.C // problem.groups, K_GROUP=k_group,
             R=problem.R, S=problem.S, STRIDE=problem.stride, PAD=problem.pad, DILATION=problem.dilation,
             steps=reduction_steps(problem, tile), FULL=problem.pixels % tile.BN == 0,
             ROW=row_channels(problem), INT64=not problem.int32_safe,

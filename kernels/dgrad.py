@@ -5,8 +5,10 @@
     on load    g  = dy where the mask is > 0 (optional)
                dz = p[k] g + q[k] z + r[k]  (optional: BatchNorm's backward; zero outside the image although r is not)
     on store   dx += dout where `out` is > 0 (optional: the gradient that came along the shortcut)
-               dx  = dx where scale[c] z_prev + shift[c] > 0 (optional), and then per tile of pixels the partial sums
-               over dx and dx (z_prev - mean[c]), from which the previous BatchNorm's p, q, r follow
+               dx  = dx where the ReLU below was open (optional): where `sign` is > 0, its saved output, or where
+                     scale[c] z_prev + shift[c] is; and then per tile of pixels the partial sums over dx and
+                     dx (z_prev - mean[c]), from which the p, q, r of the BatchNorm below follow, and the same for the
+                     BatchNorm of a projection that joins there
 
 Layouts: activations [N, H, W, C] and [N, P, Q, K], filters [K, R, S, C/groups], all contiguous. GEMM view: channels c
 on GEMM_M, pixels on GEMM_N, (tap, k) on GEMM_K; so the operand that is computed on load stands second, where wgmma
@@ -22,7 +24,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from math import gcd, prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -43,6 +45,8 @@ def dgrad_kernel(
     w,
     dx,
     z_prev,
+    z_side,
+    sign,
     dout,
     out,
     p,
@@ -53,7 +57,9 @@ def dgrad_kernel(
     scale,
     shift,
     mean,
+    mean_side,
     partials,
+    partials_side,
     N,
     P,
     Q,
@@ -93,9 +99,10 @@ def dgrad_kernel(
 ):
     """One tile of BM channels of one group x BN pixels of one parity class, for all of its TAPS_R x TAPS_S taps.
 
-    TMA (TN > 0): dy, z, mask [N, P, Q, K], dx, z_prev, dout, out [N, ROWS, COLS, C] and w [K, R S C] are descriptors; a
-    tile is the box [TN, TH, TW]. Otherwise they are pointers and a tile is BN consecutive pixels; UNIFORM: a step of BK
-    stays within one tap. Tap a of TAPS_R reads row p = i + offset_h - a STEP_H with filter row r = first_r + a SKIP_R.
+    TMA (TN > 0): dy, z, mask [N, P, Q, K], dx, z_prev, z_side, sign, dout, out [N, ROWS, COLS, C], w [K, R S C] are
+    descriptors; a tile is the box [TN, TH, TW]. Otherwise they are pointers and a tile is BN consecutive pixels;
+    UNIFORM: a step of BK stays within one tap. Tap a of TAPS_R reads row p = i + offset_h - a STEP_H with filter row
+    r = first_r + a SKIP_R.
     """
     TMA: tl.constexpr = TN > 0
     TAPS: tl.constexpr = TAPS_R * TAPS_S
@@ -163,34 +170,47 @@ def dgrad_kernel(
     at = at[None, :] + channel[:, None]
     writable = c_valid[:, None] & valid[None, :]
     if dout is not None:
-        if TMA:
-            res = dout.load([n0, i0, j0, tile_c * BM]).reshape((BN, BM)).T
-        else:
-            res = tl.load(dout + at, mask=writable, other=0.0)
+        res = load_across(dout, n0, i0, j0, tile_c * BM, at, writable, BM, BN, TMA)
         if out is not None:
-            if TMA:
-                sign = out.load([n0, i0, j0, tile_c * BM]).reshape((BN, BM)).T
-            else:
-                sign = tl.load(out + at, mask=writable, other=0.0)
-            res = tl.where(sign <= 0, 0.0, res)
+            passed = load_across(out, n0, i0, j0, tile_c * BM, at, writable, BM, BN, TMA)
+            res = tl.where(passed <= 0, 0.0, res)
         acc += res.to(tl.float32)
+    if sign is not None:
+        acc = tl.where(load_across(sign, n0, i0, j0, tile_c * BM, at, writable, BM, BN, TMA) <= 0, 0.0, acc)
     if z_prev is not None:
-        if TMA:
-            before = z_prev.load([n0, i0, j0, tile_c * BM]).reshape((BN, BM)).T.to(tl.float32)
-        else:
-            before = tl.load(z_prev + at, mask=writable, other=0.0).to(tl.float32)
-        slope = tl.load(scale + channel, mask=c_valid, other=0.0)[:, None]
-        start = tl.load(shift + channel, mask=c_valid, other=0.0)[:, None]
-        acc = tl.where(before * slope + start <= 0, 0.0, acc)
+        before = load_across(z_prev, n0, i0, j0, tile_c * BM, at, writable, BM, BN, TMA).to(tl.float32)
+        if scale is not None:
+            slope = tl.load(scale + channel, mask=c_valid, other=0.0)[:, None]
+            start = tl.load(shift + channel, mask=c_valid, other=0.0)[:, None]
+            acc = tl.where(before * slope + start <= 0, 0.0, acc)
         stored = tl.where(writable, acc.to(DTYPE).to(tl.float32), 0.0)
-        centre = tl.load(mean + channel, mask=c_valid, other=0.0)[:, None]
-        sums = partials + tile_px.to(tl.int64) * 2 * C + channel
-        tl.store(sums, tl.sum(stored, 1), mask=c_valid)
-        tl.store(sums + C, tl.sum(stored * (before - centre), 1), mask=c_valid)
+        total = tl.sum(stored, 1)
+        sums = tile_px.to(tl.int64) * 2 * C + channel
+        store_sums(partials + sums, total, stored, before, mean, channel, c_valid, C)
+        if z_side is not None:
+            before = load_across(z_side, n0, i0, j0, tile_c * BM, at, writable, BM, BN, TMA).to(tl.float32)
+            store_sums(partials_side + sums, total, stored, before, mean_side, channel, c_valid, C)
     if TMA:
         dx.store([n0, i0, j0, tile_c * BM], acc.to(DTYPE).T.reshape((TN, TH, TW, BM)))
     else:
         tl.store(dx + at, acc.to(DTYPE), mask=writable)
+
+
+@triton.jit
+def load_across(tensor, n0, i0, j0, c0, at, writable, BM: tl.constexpr, BN: tl.constexpr, TMA: tl.constexpr):
+    """The tile [BM, BN] of a tensor like dx: by its box or by pointers."""
+    if TMA:
+        return tensor.load([n0, i0, j0, c0]).reshape((BN, BM)).T
+    else:
+        return tl.load(tensor + at, mask=writable, other=0.0)
+
+
+@triton.jit
+def store_sums(sums, total, stored, before, mean, channel, c_valid, C):
+    """sums[0], sums[C] = over pixels of dx (`total`), dx (z - mean), for dx as stored and z = before, [BM, BN]."""
+    centre = tl.load(mean + channel, mask=c_valid, other=0.0)[:, None]
+    tl.store(sums, total, mask=c_valid)
+    tl.store(sums + C, tl.sum(stored * (before - centre), 1), mask=c_valid)
 
 
 class _Reach(NamedTuple):
@@ -234,21 +254,25 @@ def conv_dgrad(
     groups: int = 1,
     bn_backward: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
     dy_mask: Tensor | tuple[Tensor, Tensor] | None = None,
-    relu_mask: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
     residual: Tensor | None = None,
     residual_mask: Tensor | None = None,
+    relu_mask: Tensor | tuple[Tensor, Tensor] | None = None,
+    norm: tuple[Tensor, Tensor] | None = None,
+    projection: tuple[Tensor, Tensor] | None = None,
     precision: str = "ieee",
     tile: Tile | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | tuple[Tensor, Any]:
     """dx of x_shape (N, H, W, C) for a convolution with filters w [K, R, S, C/groups], from dy [N, P, Q, K].
 
     bn_backward (z, p, q, r): dy is the gradient of BatchNorm's output and z [N, P, Q, K] its input; p, q, r fp32 [K].
     dy_mask: dy counts only where this tensor like dy is > 0, or, for a pair (scale, shift) of fp32 [K], where
     scale z + shift > 0 (needs bn_backward).
     residual: a gradient like dx to add; residual_mask: a tensor like dx, only where it is > 0.
-    relu_mask (z_prev, scale, shift, mean): z_prev like dx, the rest fp32 [C]; dx (residual included) is kept where
-    scale z_prev + shift > 0, and returned with partial sums, fp32 [tiles, 2, C]: of dx and of dx (z_prev - mean), dx
-    as stored.
+    norm (z, mean): dx is the gradient of the output of a BatchNorm, whose input z is like dx, mean fp32 [C]; dx is then
+    returned with partial sums, fp32 [tiles, 2, C]: of dx and of dx (z - mean), dx as stored. projection: likewise for a
+    second BatchNorm whose output was added to the first one's; then the sums are a pair.
+    relu_mask: dx (residual included) is kept where this tensor like dx is > 0, or, for a pair (scale, shift) of fp32
+    [C], where scale z + shift > 0 (needs norm).
     precision of fp32 products: "ieee" or "tf32". tile: by default from `config`.
 
     Activations of one dtype (bf16, fp16, fp32), contiguous. No atomics: equal inputs give equal bits.
@@ -258,17 +282,27 @@ def conv_dgrad(
     N, H, W, C, P, Q, K = problem.N, problem.H, problem.W, problem.C, problem.P, problem.Q, problem.K
     check_tensor("w", w, tuple(w.shape), dy)
     load = BnBackward.check(dy, bn_backward, dy_mask)
-    z_prev, scale, shift, mean = relu_mask or (None, None, None, None)
+    pair = isinstance(relu_mask, tuple)
+    scale, shift = relu_mask if pair else (None, None)
+    sign = None if pair else relu_mask
+    z_prev, mean = norm or (None, None)
+    z_side, mean_side = projection or (None, None)
     if residual is None and residual_mask is not None:
         raise ValueError("residual_mask masks a residual; there is none")
-    for name, tensor in (("residual", residual), ("residual_mask", residual_mask), ("relu_mask's z_prev", z_prev)):
+    if norm is None and (pair or projection is not None):
+        name = "relu_mask=(scale, shift)" if pair else "projection"
+        raise ValueError(f"{name} belongs to a BatchNorm below; norm=(z, mean) is missing")
+    like_dx = {"residual": residual, "residual_mask": residual_mask, "relu_mask": sign}
+    like_dx |= {"norm's z": z_prev, "projection's z": z_side}
+    for name, tensor in like_dx.items():
         check_tensor(name, tensor, (N, H, W, C), dy)
-    for name, tensor in (("scale", scale), ("shift", shift), ("mean", mean)):
-        check_tensor(f"relu_mask's {name}", tensor, (C,), dy, torch.float32)
+    vectors = {"relu_mask's scale": scale, "relu_mask's shift": shift, "norm's mean": mean}
+    for name, tensor in (vectors | {"projection's mean": mean_side}).items():
+        check_tensor(name, tensor, (C,), dy, torch.float32)
     dx = torch.empty((N, H, W, C), dtype=dy.dtype, device=dy.device)
-    refusal = tma_refusal(problem, dy, load.z, load.mask, w, dx, z_prev, residual, residual_mask)
-    epilogue = residual is not None or relu_mask is not None
-    tile = choose_tile(tile, "dgrad", problem, dy, refusal, precision, load.operands, epilogue)
+    met = [tensor for tensor in like_dx.values() if tensor is not None]
+    refusal = tma_refusal(problem, dy, load.z, load.mask, w, dx, *met)
+    tile = choose_tile(tile, "dgrad", problem, dy, refusal, precision, load.operands, len(met))
 
     if problem.pointwise:  # a plain GEMM: let all pixels lie in one row
         N, H, W, P, Q = 1, 1, N * H * W, 1, N * P * Q
@@ -280,9 +314,11 @@ def conv_dgrad(
         if N > 0
     ]
     tiles = [pixel_tiles(tile.box, tile.BN, N, rows.length, cols.length) for rows, cols in classes]
-    partials = None
-    if relu_mask is not None:
-        partials = torch.empty((sum(map(prod, tiles)), 2, C), dtype=torch.float32, device=dy.device)
+    shape = (sum(map(prod, tiles)), 2, C)
+    partials, partials_side = (
+        None if each is None else torch.empty(shape, dtype=torch.float32, device=dy.device)
+        for each in (norm, projection)
+    )
     TN, TH, TW = tile.box or (0, 0, 0)
     read = partial(operand, shape=(N, P, Q, K), block=tile.box and (*tile.box, tile.BK))
     first_tile = 0
@@ -302,6 +338,8 @@ def conv_dgrad(
                 w=operand(w, (K, w.numel() // K), tile.box and (tile.BK, tile.BM)),
                 dx=across(dx),
                 z_prev=across(z_prev),
+                z_side=across(z_side),
+                sign=across(sign),
                 dout=across(residual),
                 out=across(residual_mask),
                 p=load.p,
@@ -312,7 +350,9 @@ def conv_dgrad(
                 scale=scale,
                 shift=shift,
                 mean=mean,
+                mean_side=mean_side,
                 partials=None if partials is None else partials[first_tile:],
+                partials_side=None if partials_side is None else partials_side[first_tile:],
                 N=N,
                 P=P,
                 Q=Q,
@@ -353,4 +393,6 @@ def conv_dgrad(
                 num_stages=tile.stages,
             )
         first_tile += pixels
-    return dx if partials is None else (dx, partials)
+    if partials is None:
+        return dx
+    return dx, partials if partials_side is None else (partials, partials_side)

@@ -123,9 +123,10 @@ def conv_stem(
             (N, rows // 2, 2, Q, WINDOW * CHANNELS), (rows * row, 2 * row, row, 2 * CHANNELS, 1)
         )
         launch_boxes(
-            tile, windows, filters, y, None, H=problem.H, W=problem.W, C=WINDOW * CHANNELS,
+            tile, windows, filters, y, H=problem.H, W=problem.W, C=WINDOW * CHANNELS,
             steps=reduction_steps(as_columns, tile), R=R, S=1, STRIDE=2, PAD_H=problem.pad, PAD_W=0, DILATION=1,
-            prologue_scale=None, prologue_shift=None, scale=scale, shift=shift, partials=partials,
-            residual_scale=None, out_scale=None, RELU=relu, PRECISION=precision,
+            prologue_scale=None, prologue_shift=None, side_scale=None, side_shift=None,
+            scale=scale, shift=shift, partials=partials, residual_scale=None, out_scale=None,
+            RELU=relu, PRECISION=precision,
         )  # fmt: skip
     return y if partials is None else (y, partials)

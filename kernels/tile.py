@@ -57,6 +57,19 @@ def affine_relu(x, scale, shift, valid, PADDED: tl.constexpr):
 
 
 @triton.jit
+def join_relu(x, side, scale, shift, side_scale, side_shift, c, c_valid):
+    """relu(scale x + shift + side), with a side_scale relu(scale x + shift + (side_scale side + side_shift)): the end
+    of a residual block, in x's dtype, for x, side [BN, BK] of channels c [BK]. In fp32 and in `normalize`'s order."""
+    out = x.to(tl.float32) * tl.load(scale + c, mask=c_valid, other=0.0)[None, :]
+    out += tl.load(shift + c, mask=c_valid, other=0.0)[None, :]
+    side = side.to(tl.float32)
+    if side_scale is not None:
+        side = side * tl.load(side_scale + c, mask=c_valid, other=0.0)[None, :]
+        side += tl.load(side_shift + c, mask=c_valid, other=0.0)[None, :]
+    return relu(out + side).to(x.dtype)
+
+
+@triton.jit
 def store_statistics(partials, y, tile, count, valid, channel, channel_valid, K, FULL: tl.constexpr):
     """partials[tile, :, channel] = (count, mean, M2) of the stored values y [BM, BN] over the `count` pixels that are
     valid [BN], for FULL all of them; partials is fp32 [tiles, 3, K]. M2, the sum of squared distances from the tile's

@@ -16,15 +16,18 @@ from fastres.kernels.config import H200, Gpu, Tile, dgrad_tiles, wgrad_tiles
 from fastres.kernels.dgrad import conv_dgrad
 from fastres.kernels.problem import ConvProblem
 from fastres.kernels.wgrad import conv_wgrad
+from fastres.ops import dispatch
 
 pytestmark = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="interpreted kernels cannot be compiled")
 
 GPUS = {80: Gpu("NVIDIA A100", 108, 166912), 90: H200, 100: Gpu("NVIDIA B200", 148, 232448)}
 MATRIX = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
 
-# What the step does around a conv: between two BatchNorms, behind a block's end, at its end, with dz materialised.
-DGRAD = ("bn relu", "bn residual out", "bn mask relu", "", "relu", "residual")
-WGRAD = ("bn activation", "bn", "bn mask activation", "bn mask", "", "activation")
+# What the step does around a conv: between two BatchNorms, at a block's start (alone, in the middle of a stage, as its
+# last block or next to a projection), with dz materialised.
+BLOCK_STARTS = ("residual out", "residual end", "residual out end", "residual end projection")
+DGRAD = ("bn relu", "relu", "", *BLOCK_STARTS, *(f"bn {start}" for start in BLOCK_STARTS))
+WGRAD = ("bn activation", "bn", "", "activation")
 
 
 def layers(depth: int) -> list[ConvProblem]:
@@ -74,7 +77,11 @@ def launches(pass_: str, n: ConvProblem, features: str, tile: Tile | None, dtype
     if "activation" in features:
         options["prologue"] = tuple(vectors(2, n.C))
     if "relu" in features:
-        options["relu_mask"] = (empty(*x), *vectors(3, n.C))
+        options |= {"relu_mask": tuple(vectors(2, n.C)), "norm": (empty(*x), *vectors(1, n.C))}
+    if "end" in features:
+        options |= {"relu_mask": empty(*x), "norm": (empty(*x), *vectors(1, n.C))}
+    if "projection" in features:
+        options["projection"] = (empty(*x), *vectors(1, n.C))
     if "residual" in features:
         options["residual"] = empty(*x)
     if "out" in features:
@@ -87,10 +94,14 @@ def launches(pass_: str, n: ConvProblem, features: str, tile: Tile | None, dtype
     return recorded
 
 
+MET = {"residual": 1, "out": 1, "relu": 1, "end": 2, "projection": 1}  # tensors in dgrad's epilogue
+
+
 def best(pass_: str, n: ConvProblem, features: str, tma: bool, sm: int, itemsize: int = 2) -> Tile:
     operands = 1 + ("bn" in features) + ("mask" in features)
     if pass_ == "dgrad":
-        return dgrad_tiles(n, itemsize, tma, GPUS[sm], False, operands, "relu" in features or "residual" in features)[0]
+        met = sum((name in features) * count for name, count in MET.items())
+        return dgrad_tiles(n, itemsize, tma, GPUS[sm], False, operands, met)[0]
     return wgrad_tiles(n, itemsize, tma, GPUS[sm], False, operands, "activation" in features)[0]
 
 
@@ -141,6 +152,8 @@ def verify(launch: Launch, sm: int) -> None:
 CI = [
     ("dgrad", NARROW, "bn relu", 90),
     ("dgrad", WIDE, "bn residual out", 90),
+    ("dgrad", WIDE, "bn residual end", 90),
+    ("dgrad", NARROW, "residual end projection", 90),
     ("dgrad", WIDE, "", 90),
     ("dgrad", STRIDED, "bn mask relu", 90),
     ("dgrad", WIDE, "bn relu", 100),
@@ -195,6 +208,8 @@ def test_every_layer_of_resnet_18_to_152(pass_: str, sm: int, dtype: torch.dtype
     for problem in dict.fromkeys([*layers(18), *layers(50), STEM]):
         tma = sm >= 90 and problem is not STEM
         for features in DGRAD if pass_ == "dgrad" else WGRAD:
+            if "bn" in features and not dispatch.bn_backward_on_load(problem):
+                continue
             tile = best(pass_, problem, features, tma, sm)
             recorded += launches(pass_, problem, features, tile, dtype)
     wrong = []

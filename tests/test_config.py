@@ -76,7 +76,7 @@ def test_tiles_keep_the_rules_of_the_kernels(itemsize: int, tma: bool, prologue:
         for problem in problems:
             if tma and (problem.groups > 1 or (problem.C % 32 and not problem.pointwise)):
                 continue
-            tiles = fprop_tiles(problem, itemsize, tma, gpu, prologue=prologue)
+            tiles = fprop_tiles(problem, itemsize, tma, gpu, computed=int(prologue))
             assert tiles, problem
             for tile in tiles:
                 held = (tile.BM + tile.BN) * tile.BK * itemsize * tile.stages

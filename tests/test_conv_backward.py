@@ -76,6 +76,8 @@ FEATURES = {
     "residual": "residual",
     "masked residual": "residual out",
     "all": "bn mask relu residual out",
+    "end of a block": "bn residual out end",
+    "end of a block with a projection": "residual end projection",
 }
 
 
@@ -105,6 +107,9 @@ class Operands:
     mean: Tensor
     own_scale: Tensor  # [K]
     own_shift: Tensor
+    below: Tensor  # like x: the output of the block before, its projection's input of BatchNorm
+    z_side: Tensor
+    mean_side: Tensor
 
     def map(self, convert: Callable[[Tensor], Tensor]) -> Operands:
         tensors = {f.name: convert(getattr(self, f.name)) for f in dataclasses.fields(self) if f.name != "problem"}
@@ -142,6 +147,9 @@ def make(problem: ConvProblem, dtype: torch.dtype) -> Operands:
         mean=torch.randn(C, device=DEVICE),
         own_scale=scales(K),
         own_shift=dyadic(K),
+        below=values(N, H, W, C).relu(),
+        z_side=values(N, H, W, C),
+        mean_side=torch.randn(C, device=DEVICE),
     )
 
 
@@ -173,21 +181,24 @@ def conv_args(problem: ConvProblem) -> dict[str, int]:
 
 
 def reference_dgrad(o: Operands, features: str) -> tuple[Tensor, Tensor | None]:
-    """dx and, with "relu", the sums [2, C] of dx as stored."""
+    """dx and, with "relu" or "end", the sums [2, C] of dx as stored."""
     n, wide = o.problem, o.p.dtype
     dx = conv2d_input((n.N, n.C, n.H, n.W), nchw(o.w), nchw(dz_of(o, features)), padding=n.pad, **conv_args(n))
     dx = nhwc(dx)
     if "residual" in features:
         dx = dx + (where_positive(o.out, o.dout) if "out" in features else o.dout)
-    if "relu" not in features:
+    if "relu" in features:
+        dx = where_positive(o.scale * o.x.to(wide) + o.shift, dx)
+    elif "end" in features:
+        dx = where_positive(o.below, dx)
+    else:
         return dx, None
-    dx = where_positive(o.scale * o.x.to(wide) + o.shift, dx)
-    return dx, terms_of(dx, o).sum((1, 2, 3))
+    return dx, terms_of(dx, o.x, o.mean).sum((1, 2, 3))
 
 
-def terms_of(dx: Tensor, o: Operands) -> Tensor:
-    """[2, N, H, W, C], float64: what the partial sums are sums of."""
-    return torch.stack((dx.double(), dx.double() * (o.x.double() - o.mean.double())))
+def terms_of(dx: Tensor, z: Tensor, mean: Tensor) -> Tensor:
+    """[2, N, H, W, C], float64: what the partial sums of a BatchNorm are sums of."""
+    return torch.stack((dx.double(), dx.double() * (z.double() - mean.double())))
 
 
 def reference_wgrad(o: Operands, features: str, dtype: torch.dtype | None = None) -> Tensor:
@@ -210,10 +221,14 @@ def load_options(o: Operands, features: str) -> dict[str, Any]:
     return options
 
 
-def run_dgrad(o: Operands, features: str, tile: Tile | None, **options: Any) -> tuple[Tensor, Tensor | None]:
+def run_dgrad(o: Operands, features: str, tile: Tile | None, **options: Any) -> tuple[Tensor, Any]:
     options = {**load_options(o, features), **options}
     if "relu" in features:
-        options["relu_mask"] = (o.x, o.scale, o.shift, o.mean)
+        options |= {"relu_mask": (o.scale, o.shift), "norm": (o.x, o.mean)}
+    if "end" in features:
+        options |= {"relu_mask": o.below, "norm": (o.x, o.mean)}
+    if "projection" in features:
+        options["projection"] = (o.z_side, o.mean_side)
     if "residual" in features:
         options["residual"] = o.dout
     if "out" in features:
@@ -237,10 +252,13 @@ def check_dgrad(o: Operands, features: str, tile: Tile | None, **options: Any) -
     want, _ = reference_dgrad(o.map(Tensor.double), features)
     torch_dx, _ = reference_dgrad(o, features)
     assert_close_to_reference(dx, want, torch_dx, factor=4, what="dx")
-    if partials is not None:
-        assert partials.dtype == torch.float32
-        terms = terms_of(dx, o)
-        error = (partials.double().sum(0) - terms.sum((1, 2, 3))).abs()
+    norms = [(o.x, o.mean), (o.z_side, o.mean_side)]
+    for each, norm in zip(partials if isinstance(partials, tuple) else (partials,), norms, strict=False):
+        if each is None:
+            continue
+        assert each.dtype == torch.float32
+        terms = terms_of(dx, *norm)
+        error = (each.double().sum(0) - terms.sum((1, 2, 3))).abs()
         allowed = 4 * torch.finfo(torch.float32).eps * terms.abs().sum((1, 2, 3))  # grows with the terms, not the sum
         assert (error <= allowed).all(), f"partial sums: error {error.tolist()}, allowed {allowed.tolist()}"
 
@@ -343,8 +361,9 @@ def test_training_chain_against_autograd() -> None:
     mean, scale = mean.float(), scale.float()
     options: dict[str, Any] = {"stride": 2, "pad": 1, "bn_backward": (z, p, q, r)}
     sums = torch.stack((dx.sum((0, 1, 2)), (dx * (o.x - mean)).sum((0, 1, 2))))
+    below = {"relu_mask": (scale, shift), "norm": (o.x, mean)}
     for tile in (GATHER, BOXES):
-        got, partials = conv_dgrad(g, o.w, tuple(o.x.shape), relu_mask=(o.x, scale, shift, mean), tile=tile, **options)
+        got, partials = conv_dgrad(g, o.w, tuple(o.x.shape), **below, tile=tile, **options)
         assert_close_to_reference(got, dx, torch_dx, factor=4, what="dx")
         torch_sums = torch.stack((torch_dx.sum((0, 1, 2)), (torch_dx * (o.x - mean)).sum((0, 1, 2))))
         assert_close_to_reference(partials.sum(0), sums, torch_sums, factor=4, what="partial sums")
@@ -578,10 +597,16 @@ def test_no_pixels() -> None:
         ({"residual_mask": torch.zeros(3, 6, 7, 8)}, "there is none"),
         ({"dy_mask": (torch.zeros(24), torch.zeros(24))}, "needs bn_backward"),
         ({"bn_backward": (torch.zeros(3, 6, 7, 24), *torch.zeros(3, 23))}, r"bn_backward's p must have shape \[24\]"),
+        ({"relu_mask": torch.zeros(2, 8)}, r"relu_mask must have shape \[3, 6, 7, 8\]"),
         (
-            {"relu_mask": (torch.zeros(3, 6, 7, 8), *torch.zeros(3, 8).half())},
+            {"relu_mask": (torch.zeros(8), torch.zeros(8))},
+            "belongs to a BatchNorm below; norm=\\(z, mean\\) is missing",
+        ),
+        (
+            {"relu_mask": tuple(torch.zeros(2, 8).half()), "norm": (torch.zeros(3, 6, 7, 8), torch.zeros(8))},
             "relu_mask's scale must be torch.float32",
         ),
+        ({"projection": (torch.zeros(3, 6, 7, 8), torch.zeros(8))}, r"norm=\(z, mean\) is missing"),
         ({"groups": 2, "w": torch.zeros(24, 3, 3, 4), "tile": BOXES}, "TMA, which is impossible here: groups=2"),
     ],
 )

@@ -12,9 +12,10 @@ from binary import Launch, check, record
 from conv_cases import net_problems
 
 from fastres.kernels.config import H200, Gpu, Tile, fprop_tiles
-from fastres.kernels.conv import conv_fprop, fprop_tma_refusal
+from fastres.kernels.conv import Join, conv_fprop, fprop_tma_refusal
 from fastres.kernels.problem import ConvProblem
 from fastres.kernels.stem import conv_stem, pack_filters, pack_images
+from fastres.ops import dispatch
 
 pytestmark = pytest.mark.compiles
 
@@ -33,6 +34,8 @@ USES = (
     "scale shift residual relu",
     "statistics",
     "prologue statistics",
+    "prologue join statistics",
+    "prologue join projection statistics",
     "prologue",
     "",
 )
@@ -48,6 +51,9 @@ def launches(n: ConvProblem, use: str, tile: Tile | None, dtype: torch.dtype = t
     options: dict[str, Any] = {"relu": "relu" in use, "statistics": "statistics" in use, "precision": "tf32"}
     if "prologue" in use:
         options["prologue"] = (empty(n.C), empty(n.C))
+    if "join" in use:
+        affine = (empty(n.C), empty(n.C)) if "projection" in use else (None, None)
+        options["join"] = Join(torch.empty_like(x), *affine, torch.empty_like(x))
     for name in ("scale", "shift"):
         if name in use:
             options[name] = empty(n.K)
@@ -70,7 +76,7 @@ def stem_launches(n: ConvProblem, use: str, dtype: torch.dtype = torch.bfloat16)
 
 
 def best(n: ConvProblem, use: str, sm: int, tma: bool, itemsize: int = 2) -> Tile:
-    return fprop_tiles(n, itemsize, tma, GPUS[sm], prologue="prologue" in use)[0]
+    return fprop_tiles(n, itemsize, tma, GPUS[sm], computed=("prologue" in use) + ("join" in use))[0]
 
 
 def verify(launch: Launch, sm: int) -> None:
@@ -88,7 +94,7 @@ def verify(launch: Launch, sm: int) -> None:
         check(binary, matrix=matrix, present=("UTMALDG", "UTMASTG"), loop_absent=("LDG", "STG"), shared=shared)
     else:
         copies = not given["ROW"] % 2  # 2 bytes are no asynchronous copy
-        loop = ("LDG", "STG") if copies else ("STG",)
+        loop = (("LDG",) if copies else ()) + (("STG",) if given["joined"] is None else ())
         check(binary, matrix=matrix, present=("LDGSTS",) if copies else (), loop_absent=loop, shared=shared)
     if matrix == "HGMMA":
         assert all(name.endswith("SS") for name in binary.matrix), binary.matrix
@@ -118,6 +124,8 @@ STEM = ConvProblem(256, 224, 224, 3, 64, 7, 7, 2, 3)
         (EXPAND, "prologue statistics", 90),
         (REDUCE, "shift relu", 90),
         (REDUCE, "statistics", 90),
+        (REDUCE, "prologue join statistics", 90),
+        (REDUCE, "prologue join projection statistics", 90),
         (NARROW, "shift relu", 90),
         (NARROW, "prologue statistics", 90),
         (SQUARE, "scale shift relu", 90),
@@ -139,6 +147,7 @@ def test_boxes(problem: ConvProblem, use: str, sm: int) -> None:
     [
         (SQUARE, "shift residual relu", 80),
         (SQUARE, "prologue statistics", 80),
+        (REDUCE, "prologue join statistics", 80),
         (EXPAND, "shift residual relu", 89),
         (STEM, "scale shift relu", 80),
         (SQUARE, "prologue statistics", 90),
@@ -191,7 +200,8 @@ def test_everything_the_nets_launch(sm: int, dtype: torch.dtype) -> None:
     for problem in {p for name in NETS for batch in (256, 32, 1) for p in net_problems(name, batch)}:
         tma = sm >= 90 and fprop_tma_refusal(problem, torch.empty(0, dtype=dtype, device="meta")) is None
         for use in USES:
-            if problem.C > 3 or "prologue" not in use:  # no BatchNorm stands before the images
+            # No BatchNorm stands before the images; a block's end is joined by a 1x1 alone.
+            if ("prologue" not in use or problem.C > 3) and ("join" not in use or dispatch.joins(problem)):
                 recorded += launches(problem, use, best(problem, use, sm, tma), dtype)
             if problem.C == 3 and sm >= 90 and "prologue" not in use and "residual" not in use:
                 recorded += stem_launches(problem, use, dtype)

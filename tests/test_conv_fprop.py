@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fastres.kernels import conv
 from fastres.kernels.config import Tile, fprop_tiles
-from fastres.kernels.conv import conv_fprop, fprop_tma_refusal
+from fastres.kernels.conv import Join, conv_fprop, fprop_tma_refusal
 from fastres.kernels.problem import ConvProblem
 from fastres.kernels.stem import conv_stem, pack_filters, pack_images
 
@@ -124,6 +124,29 @@ def check_statistics(partials: Tensor, y: Tensor) -> None:
 def test_every_problem(problem: ConvProblem, boxed: bool, dtype: torch.dtype) -> None:
     check(problem, dtype, small_tile(problem, boxed))
     check(problem, dtype, small_tile(problem, boxed), "prologue", "scale", "shift", "residual", "relu")
+
+
+@dtypes
+@pytest.mark.parametrize("projection", [False, True], ids=["identity", "projection"])
+@pytest.mark.parametrize("boxed", [False, True], ids=["gather", "TMA"])
+def test_end_of_the_block_before(boxed: bool, projection: bool, dtype: torch.dtype) -> None:
+    """Channels and pixels with tails, one tile of output channels and several, which store the same."""
+    problem = ConvProblem(2, 5, 7, 40, 24)
+    z, w = operands(problem, dtype)
+    side = torch.randn(z.shape).to(z)
+    (scale, shift), affine = (extras(problem, dtype, "prologue")["prologue"] for _ in range(2))
+
+    def block_end(wide: torch.dtype) -> Tensor:
+        across = side.to(wide) if not projection else side.to(wide) * affine[0].to(wide) + affine[1].to(wide)
+        return F.relu(z.to(wide) * scale.to(wide) + shift.to(wide) + across)
+
+    for tile in (small_tile(problem, boxed), None):
+        out = torch.full_like(z, float("nan"))
+        join = Join(side, *(affine if projection else (None, None)), out)
+        y, partials = fprop(problem, z, w, prologue=(scale, shift), join=join, statistics=True, tile=tile)
+        assert_close_to_reference(out, block_end(torch.float64), block_end(torch.float32).to(dtype), factor=3.0)
+        assert_close_to_reference(y, reference(problem, out, w), reference(problem, out, w, dtype), factor=3.0)
+        check_statistics(partials, y)
 
 
 EPILOGUES = [(), ("shift",), ("shift", "relu"), ("scale", "shift"), ("shift", "residual", "relu"), ("residual",)]
@@ -343,6 +366,7 @@ def test_bad_arguments_are_named() -> None:
     refused("residual must be torch.float32", residual=torch.zeros(2, 7, 6, 24, dtype=torch.int32, device=DEVICE))
     refused("out must be torch.float16", out=torch.empty(2, 7, 6, 24, device=DEVICE), out_dtype=torch.float16)
     refused("precision must be", precision="high")
+    refused("join needs a prologue and a 1x1", join=Join(x, None, None, x))
     refused("BK=64 must divide C=32", tile=Tile(16, 32, 64, 4, 2, tma.box))
     refused("the box must hold BN pixels", tile=Tile(16, 64, 32, 4, 2, tma.box))
     refused("impossible here: stride 2 over an odd image 7x6", stride=2, tile=tma)
@@ -357,9 +381,9 @@ def test_every_tile_at_every_layer(name: str) -> None:
         x, w = operands(problem, dtype)
         given = extras(problem, dtype, "prologue", "shift", "residual", "relu")
         boxed = [True] if fprop_tma_refusal(problem, x, w) is None else []
-        for options in ({}, given):
+        for options, computed in (({}, 0), (given, 1)):
             ref64, baseline = reference(problem, x, w, **options), reference(problem, x, w, dtype, **options)
-            for tile in (t for tma in (*boxed, False) for t in fprop_tiles(problem, 2, tma, prologue=bool(options))):
+            for tile in (t for tma in (*boxed, False) for t in fprop_tiles(problem, 2, tma, computed=computed)):
                 y, partials = fprop(problem, x, w, **options, statistics=True, tile=tile)
                 assert_close_to_reference(y, ref64, baseline, factor=3.0, what=f"{problem} {tile} {[*options]}")
                 check_statistics(partials, y)

@@ -43,9 +43,9 @@ def launches() -> dict[str, Callable[[], Any]]:
         "infer 1x1 residual": lambda: conv_fprop(x, expand, scale=v4, shift=v4, residual=wide, relu=True),
         "fprop 3x3 prologue statistics": lambda: conv_fprop(x, spatial, pad=1, prologue=(v, v), statistics=True),
         "fprop 1x1 prologue statistics": lambda: conv_fprop(x, expand, prologue=(v, v), statistics=True),
-        "dgrad 3x3 mask": lambda: conv_dgrad(x, spatial, x.shape, pad=1, relu_mask=(x, v, v, v)),
+        "dgrad 3x3 mask": lambda: conv_dgrad(x, spatial, x.shape, pad=1, relu_mask=(v, v), norm=(x, v)),
         "dgrad 1x1 dz mask": lambda: conv_dgrad(
-            wide, expand, x.shape, bn_backward=(wide, v4, v4, v4), relu_mask=(x, v, v, v)
+            wide, expand, x.shape, bn_backward=(wide, v4, v4, v4), relu_mask=(v, v), norm=(x, v)
         ),
         "wgrad 3x3 prologue": lambda: conv_wgrad(x, x, spatial.shape, pad=1, prologue=(v, v)),
         "wgrad 1x1 dz prologue": lambda: conv_wgrad(

@@ -6,6 +6,7 @@ On a CPU the kernels run in Triton's interpreter, so nets and images are small; 
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections import Counter
 from unittest.mock import Mock
 
@@ -52,6 +53,9 @@ NETS = {
     "plain-20": (lambda: paper.cifar(20, residual=False), 3, 8),
     "bottleneck": (Narrow, 3, 32),
 }
+# Passes of their own that a step still has: normalize where no 1x1 of the same stage follows a block, backward_reduce
+# where no block of the same stage does; both behind the stem.
+PASSES = {"cifar-20": (9 + 1, 3 + 1), "plain-20": (9 + 1, 9 + 1), "bottleneck": (2, 2 + 1)}
 
 
 def batches(count: int, channels: int, size: int) -> list[tuple[Tensor, Tensor]]:
@@ -122,6 +126,7 @@ def test_training_follows_stock_step_by_step(name: str, monkeypatch: pytest.Monk
     assert count["wgrad_kernel"] == steps * convs
     assert count["dgrad_kernel"] >= steps * (convs - 1)
     assert count["statistics_kernel"] == 0, "statistics come from the convolutions' epilogue"
+    assert (count["normalize_kernel"], count["backward_reduce_kernel"]) == tuple(steps * n for n in PASSES[name])
 
     # Rounding grows as training amplifies it: ours may stray from the exact curve by a few times what stock does.
     for step, (mine, theirs, true) in enumerate(zip(got, usual, truth, strict=True)):
@@ -149,7 +154,7 @@ def test_same_seed_same_bits() -> None:
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
-@pytest.mark.parametrize("switch", ["statistics", "prologue", "bn_backward", "relu_mask", "recompute"])
+@pytest.mark.parametrize("switch", [field.name for field in dataclasses.fields(dispatch.Fusions)])
 def test_each_fusion_can_be_switched(switch: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     net = Narrow().to(DEVICE)
@@ -161,10 +166,47 @@ def test_each_fusion_can_be_switched(switch: str, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(resnet, "stage", stages)
     with fastres.backend("triton"), dispatch.fusions(**{switch: switch == "recompute"}):
         train(net, data, torch.float32)
-    assert stages.call_count == (switch == "recompute")
+    assert stages.call_count == (switch != "block_end")
     for name, true in exact.named_parameters():
         got, stock = (dict(n.named_parameters())[name].grad for n in (net, usual))
         assert relative_error(got, true.grad) <= 8 * relative_error(stock, true.grad) + 1e-5, name
+
+
+class Counted(resnet.BasicBlock):
+    """A user's block: what its `forward` does must happen, wherever it stands."""
+
+    calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        Counted.calls += 1
+        return super().forward(x)
+
+
+def test_a_stage_leaves_other_blocks_to_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks with hooks or a forward of their own, nets without gradients: no stage, and the same result."""
+    stages = Mock(wraps=resnet.stage)
+    monkeypatch.setattr(resnet, "stage", stages)
+    torch.manual_seed(0)
+    layer = nn.Sequential(resnet.BasicBlock(8, 8), resnet.BasicBlock(8, 8)).to(DEVICE).eval()
+    x = torch.randn(2, 8, 4, 4, device=DEVICE)
+    with fastres.backend("triton"):
+        want = resnet.run_stages(x, layer)
+        assert stages.call_count == 1
+
+        with torch.no_grad():
+            resnet.run_stages(x, layer)
+        resnet.run_stages(x, copy.deepcopy(layer).requires_grad_(False))
+
+        seen: list[Tensor] = []
+        handle = layer[1].register_forward_hook(lambda module, inputs, out: seen.append(out))
+        assert relative_error(resnet.run_stages(x, layer), want.double()) < 1e-6
+        assert len(seen) == 1
+        handle.remove()
+
+        layer[0].__class__ = Counted
+        assert relative_error(resnet.run_stages(x, layer), want.double()) < 1e-6
+        assert Counted.calls == 1
+    assert stages.call_count == 1
 
 
 def test_autocast_keeps_master_weights_and_parameter_strides() -> None:

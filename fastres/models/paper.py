@@ -243,6 +243,10 @@ class CifarResNet(_SmallImageStem):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self._stem(x)
+        if not torch.jit.is_scripting():
+            if dispatch.runs_stages():
+                x = v15.run_stages(x, self.layer1, self.layer2, self.layer3)
+                return self.fc(torch.flatten(self.avgpool(x), 1))
         x = self.layer1(x)
         x = self.layer2(x)
         x = self.layer3(x)
@@ -265,6 +269,10 @@ class CifarStemResNet(_SmallImageStem):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self._stem(x)
+        if not torch.jit.is_scripting():
+            if dispatch.runs_stages():
+                x = v15.run_stages(x, self.layer1, self.layer2, self.layer3, self.layer4)
+                return self.linear(torch.flatten(self.avgpool(x), 1))
         x = self.layer1(x)
         x = self.layer2(x)
         x = self.layer3(x)

@@ -114,13 +114,15 @@ class Bottleneck(tv.Bottleneck):
         return self.relu(out)
 
 
-def _run_stage(layer: nn.Module, x: Tensor) -> Tensor:
-    """`layer(x)`, its blocks as one call where `dispatch` says so."""
-    if type(layer) is nn.Sequential and not dispatch.has_hooks(layer):
-        blocks: list[Any] = list(layer)
-        if dispatch.serves_stage(x, blocks):
-            return stage(x, [(block.units(), block.downsample) for block in blocks])
-    return layer(x)
+def run_stages(x: Tensor, *layers: nn.Module) -> Tensor:
+    """x through `layers`, the blocks of each as one call where `dispatch` says so."""
+    for layer in layers:
+        blocks: list[Any] = list(layer) if type(layer) is nn.Sequential and not dispatch.has_hooks(layer) else []
+        if blocks and dispatch.serves_stage(x, blocks):
+            x = stage(x, [(block.units(), block.downsample) for block in blocks])
+        else:
+            x = layer(x)
+    return x
 
 
 class ResNet(tv.ResNet):
@@ -132,10 +134,8 @@ class ResNet(tv.ResNet):
     def _forward_impl(self, x: Tensor) -> Tensor:
         x = self._stem(x)
         if not torch.jit.is_scripting():
-            if dispatch.recomputes():
-                for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
-                    x = _run_stage(layer, x)
-                return self._head(x)
+            if dispatch.runs_stages():
+                return self._head(run_stages(x, self.layer1, self.layer2, self.layer3, self.layer4))
         x = self.layer1(x)
         x = self.layer2(x)
         x = self.layer3(x)

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastres.ops import dispatch, launch, reference
-from fastres.ops.launch import Step
+from fastres.ops.launch import Norms, Step
 from fastres.ops.steps import Geometry, Pool, nchw, nhwc
 
 Unit = tuple[nn.Module, nn.Module]  # (conv, norm)
@@ -181,51 +181,88 @@ def _infer(call: Call, x: Tensor, parameters: Sequence[Any]) -> Tensor:
     return nchw(a)
 
 
-def forward(
-    call: Call, x: Tensor, parameters: Sequence[Any], residual: Tensor | None = None
-) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor], Tensor | None]:
-    """out NPQK, then per layer: z, its [mean, rstd, scale, shift] in one flat list, the weight as the conv read it;
-    the pool's taps. `residual` is what a "join" adds."""
-    x = nhwc(x)
+@dataclass(frozen=True)
+class Pending:
+    """A block's output that is not computed yet: relu(scale z + shift + shortcut), see `Step.normalize`."""
+
+    step: Step
+    z: Tensor
+    affine: tuple[Tensor, Tensor]
+    addend: dict[str, Any]
+
+    def compute(self) -> Tensor:
+        return self.step.normalize(self.z, *self.affine, **self.addend)
+
+
+def convolutions(
+    call: Call, x: Tensor | Pending, parameters: Sequence[Any]
+) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
+    """x NHWC, then per layer: z, its [mean, rstd, scale, shift] in one flat list, the weight as the conv read it. A
+    pending x is computed with the first convolution."""
     zs: list[Tensor] = []
     stats: list[Tensor] = []
     weights: list[Tensor] = []
-    a, prologue = x, None
+    a, prologue, partials = x, None, None
     for i, (step, layer) in enumerate(zip(call.steps, call.layers, strict=True)):
         weight, gamma, beta = parameters[3 * i : 3 * i + 3]
         if i == call.depth:  # the projection reads the block's input again
             a, prologue = x, None
-        w = krsc(weight, x.dtype)
+        if isinstance(a, Pending):
+            w = krsc(weight, a.z.dtype)
+            x, z, partials = step.fprop_joined(a.z, a.affine, w, statistics=layer.batch_statistics, **a.addend)
+        else:
+            w = krsc(weight, a.dtype)
+            if layer.batch_statistics:
+                z, partials = step.fprop_statistics(a, w, prologue)
+            else:
+                z = step.fprop(a, w, prologue)
         if layer.batch_statistics:
-            z, partials = step.fprop_statistics(a, w, prologue)
+            assert partials is not None
             four = step.finish_statistics(partials, gamma, beta, layer)
         else:
-            z = step.fprop(a, w, prologue)
             four = step.running_statistics(gamma, beta, layer)
         zs.append(z)
         stats += four
         weights.append(w)
         a, prologue = z, (four[2], four[3])
-    out, taps = finish(call, x, zs, stats, residual)
-    return out, zs, stats, weights, taps
+    assert not isinstance(x, Pending)
+    return x, zs, stats, weights
 
 
-def finish(
+def forward(
+    call: Call, x: Tensor, parameters: Sequence[Any], residual: Tensor | None = None
+) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor], Tensor | None]:
+    """out NPQK, then what `convolutions` gives per layer, and the pool's taps. `residual` is what a "join" adds."""
+    x, zs, stats, weights = convolutions(call, nhwc(x), parameters)
+    if call.end.kind == "pool":
+        end, last = call.end, call.depth - 1
+        scale, shift = stats[4 * last + 2 : 4 * last + 4]
+        out, taps = call.steps[last].normalize_max_pool(zs[last], scale, shift, end.kernel, end.stride, end.pad)
+        return out, zs, stats, weights, taps
+    return pending(call, x, zs, stats, residual).compute(), zs, stats, weights, None
+
+
+def pending(
     call: Call, x: Tensor, zs: Sequence[Tensor], stats: Sequence[Tensor], residual: Tensor | None = None
-) -> tuple[Tensor, Tensor | None]:
-    """What stands behind the last convolution: out NPQK from every z, and the pool's taps. x NHWC."""
+) -> Pending:
+    """What stands behind the last convolution of a block without a pool. x NHWC."""
     end, last = call.end, call.depth - 1
-    step, z, scale, shift = call.steps[last], zs[last], stats[4 * last + 2], stats[4 * last + 3]
-    if end.kind == "pool":
-        return step.normalize_max_pool(z, scale, shift, end.kernel, end.stride, end.pad)
+    addend: dict[str, Any] = {"residual": x, "residual_stride": end.stride}
     if end.kind == "project":
-        return step.normalize(z, scale, shift, residual=zs[-1], residual_affine=(stats[-2], stats[-1])), None
-    if end.kind in ("relu", "linear"):
-        return step.normalize(z, scale, shift, relu=end.kind == "relu"), None
-    if end.kind == "join":
+        addend = {"residual": zs[-1], "residual_affine": (stats[-2], stats[-1])}
+    elif end.kind in ("relu", "linear"):
+        addend = {"residual": None, "relu": end.kind == "relu"}
+    elif end.kind == "join":
         assert residual is not None
-        return step.normalize(z, scale, shift, residual=nhwc(residual)), None
-    return step.normalize(z, scale, shift, residual=x, residual_stride=end.stride), None
+        addend = {"residual": nhwc(residual)}
+    return Pending(call.steps[last], zs[last], (stats[4 * last + 2], stats[4 * last + 3]), addend)
+
+
+def norms(call: Call, zs: Sequence[Tensor], stats: Sequence[Tensor]) -> Norms:
+    """The BatchNorms whose sum is the block's output before its ReLU."""
+    last = call.depth - 1
+    projection = (zs[-1], stats[-4]) if call.end.kind == "project" else None
+    return (zs[last], stats[4 * last]), projection
 
 
 class _Block(torch.autograd.Function):
@@ -251,8 +288,8 @@ class _Block(torch.autograd.Function):
         zs, stats, weights = rest[:n_layers], rest[n_layers : 5 * n_layers], rest[5 * n_layers :]
         needs_x, needs = ctx.needs_input_grad[2], ctx.needs_input_grad[3:]
         work = Backward(call, nhwc(x_read), nhwc(y), taps, zs, stats, weights, parameters, needs_x, needs)
-        dx, dparameters = work.run(nhwc(dy.to(y.dtype)))
-        return None, None, None if dx is None else nchw(dx).to(ctx.x_dtype), *dparameters
+        dx, dparameters = work.run(Gradient(nhwc(dy.to(y.dtype))))
+        return None, None, None if dx is None else nchw(dx.value).to(ctx.x_dtype), *dparameters
 
 
 def _differentiable_backward(
@@ -290,12 +327,21 @@ def definition(call: Call, x: Tensor, parameters: Sequence[Any]) -> Tensor:
     return F.max_pool2d(y, end.kernel, end.stride, end.pad) if end.kind == "pool" else y
 
 
+class Gradient(NamedTuple):
+    """The gradient at a block's output, NHWC. With `sums` the mask of the block's last ReLU is applied, and they are
+    the partials of the BatchNorms before it (`steps.backward_reduce`)."""
+
+    value: Tensor
+    sums: Any = None
+
+
 @dataclass
 class Backward:
     """One block's backward, from its last BN to its input.
 
     g_i is the gradient at BN i's output with the ReLU's mask applied; dz_i = p g_i + q z_i + r. A gradient nobody needs
-    is not computed.
+    is not computed. `below`: the BatchNorms at the end of the block that x came from, where that block's backward
+    follows; its mask and sums are then taken with dx.
     """
 
     call: Call
@@ -308,13 +354,14 @@ class Backward:
     parameters: Sequence[Any]
     needs_x: bool
     needs: Sequence[bool]
+    below: Norms | None = None
 
-    def run(self, dout: Tensor) -> tuple[Tensor | None, list[Tensor | None]]:
-        """dx NHWC, and one gradient per parameter, each None where nobody needs it."""
+    def run(self, dout: Gradient) -> tuple[Gradient | None, list[Tensor | None]]:
+        """dx, and one gradient per parameter, each None where nobody needs it."""
         self.grads: list[Tensor | None] = [None] * len(self.parameters)
         i = self.call.depth - 1
-        dz, shortcut_dx = self._end(dout)
-        bn = None  # dz is stored; else dz means g, and p g + q z + r is computed on load
+        # Without bn dz is stored; else dz means g, and p g + q z + r is computed on load.
+        dz, bn, shortcut_dx = self._end(dout)
         while dz is not None and i > 0:
             step, below = self.call.steps[i], self.zs[i - 1]
             mean, _, scale, shift = self._stats(i - 1)
@@ -331,19 +378,19 @@ class Backward:
             else:
                 dz, bn = step.backward_apply(g, bn, mask=mask), None
         if dz is None:
-            return shortcut_dx, self.grads
+            return None, self.grads
         self._weight_grad(0, dz, bn, self.x, None)
         return self._into_input(dz, bn, shortcut_dx, dout) if self.needs_x else None, self.grads
 
-    def _end(self, dout: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """dz of the last layer (None where no convolution needs it), and a projection's share of dx.
+    def _end(self, dout: Gradient) -> tuple[Tensor | None, Any, Tensor | None]:
+        """dz of the last layer (None where no convolution needs it) and its bn, and a projection's share of dx.
 
-        Masked by the saved output, g costs a third tensor: dz is written once and read twice instead.
+        Still to be masked by the saved output, g costs a third tensor: dz is written once and read twice instead.
         """
-        end, i = self.call.end, self.call.depth - 1
+        end, i, dy = self.call.end, self.call.depth - 1, dout.value
         step, z, (mean, _, scale, shift) = self.call.steps[i], self.zs[i], self._stats(i)
         source: dict[str, Any] = {"mask": self.out}
-        if end.kind == "linear":
+        if end.kind == "linear" or dout.sums is not None:
             source = {"mask": None}
         elif end.kind == "relu":  # z is read anyway and says the same as the output
             source = {"mask": (scale, shift)}
@@ -351,16 +398,22 @@ class Backward:
             assert self.taps is not None
             source = {"mask": (scale, shift), "pool": Pool(self.taps, end.kernel, end.stride, end.pad)}
         if end.kind != "project":
-            bn = (z, *self._bn(i, step.backward_reduce(dout, z, mean, **source)))
-            return step.backward_apply(dout, bn, **source) if self._needed_at(i) else None, None
+            sums = step.backward_reduce(dy, z, mean, **source) if dout.sums is None else dout.sums
+            bn = (z, *self._bn(i, sums))
+            if not self._needed_at(i):
+                return None, None, None
+            if dout.sums is not None and step.fuses_bn_backward:
+                return dy, bn, None
+            return step.backward_apply(dy, bn, **source), None, None
         d, z_d = i + 1, self.zs[-1]
-        partials, partials_d = step.backward_reduce(dout, z, mean, projection=(z_d, self._stats(d)[0]), **source)
-        bn, bn_d = (z, *self._bn(i, partials)), (z_d, *self._bn(d, partials_d))
+        both = {"projection": (z_d, self._stats(d)[0]), **source}
+        sums, sums_d = step.backward_reduce(dy, z, mean, **both) if dout.sums is None else dout.sums
+        bn, bn_d = (z, *self._bn(i, sums)), (z_d, *self._bn(d, sums_d))
         if not (self._needed_at(i) or self.needs[3 * d]):
-            return None, None
-        dz, dz_d = step.backward_apply(dout, bn, projection=bn_d, **source)
+            return None, None, None
+        dz, dz_d = step.backward_apply(dy, bn, projection=bn_d, **source)
         self._weight_grad(d, dz_d, None, self.x, None)
-        return dz, self.call.steps[d].dgrad(dz_d, self.weights[d], None) if self.needs_x else None
+        return dz, None, self.call.steps[d].dgrad(dz_d, self.weights[d], None) if self.needs_x else None
 
     def _stats(self, i: int) -> Sequence[Tensor]:
         return self.stats[4 * i : 4 * i + 4]
@@ -391,15 +444,21 @@ class Backward:
             assert weight is not None
             self.grads[3 * i] = like_parameter(self.call.steps[i].wgrad(dz, a, bn, prologue, weight.dtype), weight)
 
-    def _into_input(self, dz: Tensor, bn: Any, shortcut_dx: Tensor | None, dout: Tensor) -> Tensor:
+    def _into_input(self, dz: Tensor, bn: Any, shortcut_dx: Tensor | None, dout: Gradient) -> Gradient:
         """dx: the first convolution's share plus the shortcut's."""
         end, step, w = self.call.end, self.call.steps[0], self.weights[0]
+        masked_by = self.out if dout.sums is None else None
+        if end.kind == "pad":
+            dx = step.dgrad(dz, w, bn)
+            return Gradient(step.pad_shortcut_backward(dx, dout.value, end.stride, masked_by))
+        residual: dict[str, Any] = {}
         if end.kind == "add":
-            return step.dgrad(dz, w, bn, residual=dout, residual_mask=self.out)
-        if end.kind == "project":
-            return step.dgrad(dz, w, bn, residual=shortcut_dx)
-        dx = step.dgrad(dz, w, bn)
-        return step.pad_shortcut_backward(dx, dout, end.stride, self.out) if end.kind == "pad" else dx
+            residual = {"residual": dout.value, "residual_mask": masked_by}
+        elif end.kind == "project":
+            residual = {"residual": shortcut_dx}
+        if self.below is None:
+            return Gradient(step.dgrad(dz, w, bn, **residual))
+        return Gradient(*step.dgrad_joined(dz, w, bn, self.x, self.below, **residual))
 
 
 def like_parameter(dw: Tensor, weight: Tensor) -> Tensor:

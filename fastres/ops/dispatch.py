@@ -44,14 +44,17 @@ class Fusions:
 
     statistics: BN statistics in the conv's epilogue, not in a pass of their own. prologue: normalise + ReLU while the
     next conv loads, so that the activation is never stored. bn_backward: dz = p g + q z + r while dgrad and wgrad load.
-    relu_mask: the ReLU mask and both BN sums in dgrad's epilogue. recompute (off unless asked for: it saves memory, not
-    time): the outputs of a stage's blocks are not kept for backward but computed again.
+    relu_mask: the ReLU mask and both BN sums in dgrad's epilogue. block_end: a block's end within its successor's first
+    convolution; forward it is computed while a 1x1 loads, backward its mask and sums stand in dgrad's epilogue.
+    recompute (off unless asked for: it saves memory, not time): the outputs of a stage's blocks are not kept for
+    backward but computed again.
     """
 
     statistics: bool = True
     prologue: bool = True
     bn_backward: bool = True
     relu_mask: bool = True
+    block_end: bool = True
     recompute: bool = False
 
 
@@ -116,20 +119,36 @@ def why_plain(x: Tensor, parts: Parts) -> str | None:
     return _unfusable_call(x) or _unfusable_device(x) or foreign(parts) or _watched(parts) or _mismatch(x, parts)
 
 
+def runs_stages() -> bool:
+    """True where a fusion across the blocks of a stage may be in force: then ask `serves_stage`."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return False
+    wanted = _fusions.get()
+    return wanted.recompute or (wanted.block_end and _forced.get() in ("auto", "triton"))
+
+
 def recomputes() -> bool:
     """True where the fusion `recompute` is asked for."""
-    return not torch.compiler.is_compiling() and _fusions.get().recompute
+    return _fusions.get().recompute
 
 
 def serves_stage(x: Tensor, blocks: Sequence[Any]) -> bool:
-    """True where `blocks`, run one after the other on x, are one call that keeps no block's output."""
-    if not recomputes() or wants_reference():
+    """True where `blocks`, run one after the other on x for a backward pass, are one call.
+
+    Only blocks whose `forward` is this package's: a subclass with its own may do anything.
+    """
+    if not runs_stages() or wants_reference() or torch._C._len_torch_dispatch_stack():
         return False
-    residual = all(hasattr(block, "parts") and hasattr(block, "downsample") for block in blocks)
-    if not residual or not torch.is_grad_enabled() or any(map(has_hooks, blocks)):
+    if not all(hasattr(block, "downsample") and _is_ours(block) and not has_hooks(block) for block in blocks):
+        return False
+    if not (x.requires_grad or any(p.requires_grad for block in blocks for p in block.parameters())):
         return False
     first, *others = (block.parts() for block in blocks)
     return why_plain(x, first) is None and all((foreign(parts) or _watched(parts)) is None for parts in others)
+
+
+def _is_ours(block: nn.Module) -> bool:
+    return type(block).forward.__module__.startswith(f"{__package__.partition('.')[0]}.") and hasattr(block, "parts")
 
 
 def foreign(parts: Parts) -> str | None:
@@ -312,6 +331,12 @@ def bn_backward_on_load(problem: ConvProblem) -> bool:
     costs more than the pass. Not measured.
     """
     return problem.R == problem.S == 1
+
+
+def joins(problem: ConvProblem) -> bool:
+    """Whether a convolution computes the end of the block before it while it loads: a 1x1 that reads every pixel once,
+    with so few output channels that one tile holds them, else every tile would compute it again. Not measured."""
+    return problem.pointwise and problem.groups == 1 and problem.K <= 256
 
 
 def chains(problem: ConvProblem, dtype: torch.dtype, device: torch.device) -> bool:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 Affine = tuple[Tensor, Tensor]  # (scale, shift), each [C]
 Statistics = tuple[Tensor, Tensor, Tensor, Tensor]  # (mean, rstd, scale, shift), each [K]
 BNBackward = tuple[Tensor, Tensor, Tensor, Tensor]  # (z, p, q, r)
+Norms = tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor] | None]  # (z, mean) of a block's last BN, of a projection's
 
 
 def step(x_shape: Sequence[int], weight: Tensor, geometry: Geometry, dtype: torch.dtype, device: torch.device) -> Step:
@@ -128,6 +129,28 @@ class Step:
         z = self.fprop(x, w, prologue)
         return z, self._pointwise.statistics(z)
 
+    def fprop_joined(
+        self, z: Tensor, affine: Affine, w: Tensor, *, statistics: bool, **addend: Any
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(x, conv(x), its statistics' partials) for x = relu(scale z + shift + shortcut), the end of the residual
+        block before, with the shortcut that `addend`, `normalize`'s arguments, describes."""
+        residual, fused_statistics = addend["residual"], statistics and self.fusions.statistics
+        if self.joins_block_end and residual is not None and residual.shape == z.shape:
+            from fastres.kernels.conv import Join, conv_fprop
+
+            x = torch.empty_like(z)
+            join = Join(residual, *(addend.get("residual_affine") or (None, None)), x)
+            found = conv_fprop(z, w, **self._conv, prologue=affine, join=join, statistics=fused_statistics)
+            out, partials = found if isinstance(found, tuple) else (found, None)
+            return x, out, self._pointwise.statistics(out) if statistics and partials is None else partials
+        x = self.normalize(z, *affine, **addend)
+        return x, *(self.fprop_statistics(x, w, None) if statistics else (self.fprop(x, w, None), None))
+
+    @property
+    def joins_block_end(self) -> bool:
+        """Whether the convolution can compute the end of the block before it while it loads."""
+        return self.fusions.block_end and self.fprop_by == "triton" and dispatch.joins(self.problem)
+
     def _stem(self, x: Tensor, w: Tensor, **epilogue: Any) -> Any:
         from fastres.kernels.stem import conv_stem, pack_filters, pack_images
 
@@ -227,10 +250,25 @@ class Step:
         if self.dgrad_by == "triton" and self.fusions.relu_mask:
             from fastres.kernels.dgrad import conv_dgrad
 
-            g, partials = conv_dgrad(dz, w, self.x_shape, **self._conv, bn_backward=bn, relu_mask=(z, *affine, mean))
+            below = {"relu_mask": affine, "norm": (z, mean)}
+            g, partials = conv_dgrad(dz, w, self.x_shape, **self._conv, bn_backward=bn, **below)
             return g, None, partials
         dy = self.dgrad(dz, w, bn)
         return dy, affine, self.backward_reduce(dy, z, mean, mask=affine)
+
+    def dgrad_joined(
+        self, dz: Tensor, w: Tensor, bn: BNBackward | None, out: Tensor, norms: Norms, **residual: Any
+    ) -> tuple[Tensor, Any]:
+        """Gradient through the convolution to the end of the block before it, whose output `out` is and whose
+        BatchNorms `norms` are: (dx, None), or where one kernel does it all (dx where `out` > 0, partials as of
+        `backward_reduce`). `residual`: as of `dgrad`."""
+        if self.dgrad_by == "triton" and self.fusions.block_end:
+            from fastres.kernels.dgrad import conv_dgrad
+
+            norm, projection = norms
+            below = {"relu_mask": out, "norm": norm, "projection": projection}
+            return conv_dgrad(dz, w, self.x_shape, **self._conv, bn_backward=bn, **residual, **below)
+        return self.dgrad(dz, w, bn, **residual), None
 
     def wgrad(
         self, dz: Tensor, a: Tensor, bn: BNBackward | None, prologue: Affine | None, dtype: torch.dtype

@@ -25,7 +25,7 @@ from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 from fastres.ops import launch
-from fastres.ops.conv_bn_act import Backward, Call, End, Layer, choose_steps, forward, krsc, unaliased
+from fastres.ops.conv_bn_act import Backward, Call, End, Gradient, Layer, choose_steps, forward, krsc, unaliased
 from fastres.ops.flop_formulas import conv_flops, register_conv_flops
 from fastres.ops.steps import Geometry, nchw, nhwc, wide
 
@@ -168,8 +168,8 @@ def _backward(
         call = Call(layers, End(end, *sizes), choose_steps(x, weights, layers, End(end, *sizes), x.dtype))  # type: ignore[arg-type]
         masked = nhwc(x if out is None else out)  # not read where there is no `out`
         work = Backward(call, nhwc(x), masked, taps, zs, stats, read, parameters, output_mask[0], output_mask[1:])
-        dx, grads = work.run(nhwc(dy.to(x.dtype)))
-    found = [None if dx is None else nchw(dx), *grads]
+        dx, grads = work.run(Gradient(nhwc(dy.to(x.dtype))))
+    found = [None if dx is None else nchw(dx.value), *grads]
     return [grad for grad, wanted in zip(found, output_mask, strict=True) if wanted and grad is not None]
 
 

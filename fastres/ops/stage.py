@@ -1,8 +1,11 @@
-"""Consecutive residual blocks as one differentiable call that keeps no block's output for backward.
+"""Consecutive residual blocks as one differentiable call: fusion across the border of two blocks.
 
-A block's output relu(BN(z) + shortcut) is one pass over tensors that are kept anyway, so backward can compute a stage's
-outputs again just before it needs them: less is kept, for one more such pass a block. The values are those of the
-blocks run one by one, bit for bit.
+Forward, a block's end relu(BN(z) + shortcut) is left to the next block's first convolution, which may compute it while
+loading. Backward, the gradient that leaves a block may have met the mask and the sums of the end before it already.
+
+With `dispatch.fusions(recompute=True)` no block's output is kept for backward: each is one pass over tensors that are
+kept anyway, so they can be computed again just before they are needed; less is kept, for one such pass a block. The
+values are those of the blocks run one by one.
 """
 
 from __future__ import annotations
@@ -14,7 +17,20 @@ import torch
 from torch import Tensor, nn
 
 from fastres.ops import dispatch
-from fastres.ops.conv_bn_act import Backward, Call, Unit, definition, finish, forward, prepare, with_end
+from fastres.ops.conv_bn_act import (
+    Backward,
+    Call,
+    Gradient,
+    Pending,
+    Unit,
+    convolutions,
+    definition,
+    norms,
+    pending,
+    prepare,
+    unaliased,
+    with_end,
+)
 from fastres.ops.steps import nchw, nhwc
 
 
@@ -32,7 +48,7 @@ def stage(x: Tensor, blocks: Sequence[tuple[Sequence[Unit], nn.Module | None]]) 
             problem.N, problem.K, problem.P, problem.Q
         )  # the shape is all that is asked of it
     with torch.autocast(x.device.type, enabled=False):
-        return _Stage.apply(tuple(calls), dtype, x, *parameters)
+        return _Stage.apply(tuple(calls), dtype, dispatch.recomputes(), x, *parameters)
 
 
 def _split(calls: Sequence[Call], tensors: Sequence[Any], per_layer: int) -> list[Sequence[Any]]:
@@ -47,45 +63,53 @@ def _split(calls: Sequence[Call], tensors: Sequence[Any], per_layer: int) -> lis
 
 class _Stage(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, calls: tuple[Call, ...], dtype: torch.dtype, x: Tensor, *parameters: Any) -> Tensor:
-        a = x_read = nchw(nhwc(x.to(dtype)))
+    def forward(
+        ctx: Any, calls: tuple[Call, ...], dtype: torch.dtype, recompute: bool, x: Tensor, *parameters: Any
+    ) -> Tensor:
+        a: Tensor | Pending = nhwc(x.to(dtype))
+        inputs: list[Tensor] = []
         kept: tuple[list[Tensor], ...] = ([], [], [])
         for call, own in zip(calls, _split(calls, parameters, 3), strict=True):
-            out, *of_block, _ = forward(call, a, own)
+            read, *of_block = convolutions(call, a, own)
+            inputs.append(read)
             for all_blocks, one in zip(kept, of_block, strict=True):
                 all_blocks.extend(one)
-            a = nchw(out)
+            a = pending(call, read, of_block[0], of_block[1])
+        assert isinstance(a, Pending)
+        y = unaliased(a.compute())
         ctx.calls, ctx.x_dtype, ctx.layers = calls, x.dtype, len(parameters) // 3
-        ctx.save_for_backward(x, x_read, a, *parameters, *(t for tensors in kept for t in tensors))
-        return a
+        read_again = [nchw(read) for read in (inputs[:1] if recompute else inputs)]
+        ctx.save_for_backward(x, y, *parameters, *(t for tensors in kept for t in tensors), *read_again)
+        return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         calls, n = ctx.calls, ctx.layers
-        x, x_read, y, *rest = ctx.saved_tensors
+        x, y, *rest = ctx.saved_tensors
         parameters = rest[: 3 * n]
         if torch.is_grad_enabled():  # create_graph=True: differentiate the definition instead
-            return None, None, *_differentiable(calls, y.dtype, x, parameters, dy, ctx.needs_input_grad[2:])
+            return None, None, None, *_differentiable(calls, y.dtype, x, parameters, dy, ctx.needs_input_grad[3:])
         zs, stats, weights = (
             _split(calls, tensors, k)
-            for tensors, k in ((rest[3 * n : 4 * n], 1), (rest[4 * n : 8 * n], 4), (rest[8 * n :], 1))
+            for tensors, k in ((rest[3 * n : 4 * n], 1), (rest[4 * n : 8 * n], 4), (rest[8 * n : 9 * n], 1))
         )
-        inputs = [nhwc(x_read)]
-        for call, z, four in zip(calls[:-1], zs, stats, strict=False):
-            inputs.append(finish(call, inputs[-1], z, four)[0])
-        needs = _split(calls, ctx.needs_input_grad[3:], 3)
+        inputs = [nhwc(read) for read in rest[9 * n :]]
+        while (b := len(inputs) - 1) < len(calls) - 1:  # none where they were kept
+            inputs.append(pending(calls[b], inputs[b], zs[b], stats[b]).compute())
+        needs = _split(calls, ctx.needs_input_grad[4:], 3)
         own = _split(calls, parameters, 3)
         grads: list[Sequence[Tensor | None]] = [[None] * len(p) for p in own]
-        out, dout = nhwc(y), nhwc(dy.to(y.dtype))
+        out, dout = nhwc(y), Gradient(nhwc(dy.to(y.dtype)))
         for b in reversed(range(len(calls))):
-            below = ctx.needs_input_grad[2] or any(any(flags) for flags in needs[:b])
+            needs_x = ctx.needs_input_grad[3] or any(any(flags) for flags in needs[:b])
+            below = norms(calls[b - 1], zs[b - 1], stats[b - 1]) if b else None
             a = inputs.pop()
-            work = Backward(calls[b], a, out, None, zs[b], stats[b], weights[b], own[b], below, needs[b])
+            work = Backward(calls[b], a, out, None, zs[b], stats[b], weights[b], own[b], needs_x, needs[b], below)
             dx, grads[b] = work.run(dout)
             if dx is None:
-                return None, None, None, *(g for of_block in grads for g in of_block)
+                return None, None, None, None, *(g for of_block in grads for g in of_block)
             out, dout = a, dx
-        return None, None, nchw(dout).to(ctx.x_dtype), *(g for of_block in grads for g in of_block)
+        return None, None, None, nchw(dout.value).to(ctx.x_dtype), *(g for of_block in grads for g in of_block)
 
 
 def _differentiable(
