@@ -141,10 +141,10 @@ def serves_stage(x: Tensor, blocks: Sequence[Any]) -> bool:
         return False
     if not all(hasattr(block, "downsample") and _is_ours(block) and not has_hooks(block) for block in blocks):
         return False
-    if not (x.requires_grad or any(p.requires_grad for block in blocks for p in block.parameters())):
-        return False
     first, *others = (block.parts() for block in blocks)
-    return why_plain(x, first) is None and all((foreign(parts) or _watched(parts)) is None for parts in others)
+    if why_plain(x, first) is not None or any(foreign(parts) or _watched(parts) for parts in others):
+        return False
+    return x.requires_grad or any(p.requires_grad for block in blocks for p in block.parameters())
 
 
 def _is_ours(block: nn.Module) -> bool:
