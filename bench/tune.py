@@ -4,21 +4,25 @@
     python bench/tune.py --depth all --batch 256 --ship     # into kernels/tables/, to be committed
 
 Per problem and pass: the candidates of `fastres.kernels.config` that agree with cuDNN's result are timed; the best is
-set against cuDNN with our pointwise kernels around it, and the faster of the two is the winner. The table is rewritten
-after every problem; a second run goes on with what is missing (--again measures anew). Needs a CUDA GPU.
+set against cuDNN with our pointwise kernels around it, and the faster of the two is the winner. All candidates are
+compiled first, by as many processes as there are CPUs. The table is rewritten after every problem; a second run goes on
+with what is missing (--again measures anew). Where a kernel breaks the CUDA context, the library wins that problem and
+the rest is measured by a fresh process. Needs a CUDA GPU.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import layers
+import precompile
 import torch
 from layers import DTYPES, PASSES, Operands, name
 from torch import Tensor
@@ -39,20 +43,26 @@ TUNED = (*PASSES, "chain")  # the chain last: what it is set against is then tun
 SHIPPED = Path(config.__file__).parent / "tables"
 
 
-def candidates(problem: ConvProblem, pass_: str, operands: Operands, most: int) -> list[Tile]:
+def candidates(problem: ConvProblem, pass_: str, dtype: torch.dtype, device: torch.device, most: int) -> list[Tile]:
     """The `most` most promising tiles, by TMA where it can carry the operands, and by pointers."""
-    dtype, gpu = operands.x.dtype, gpu_of(operands.x.device)
+    gpu = gpu_of(device)
     tiles: list[Tile] = []
-    carried = tma_refusal(problem, operands.x, operands.z) is None
+    hopper = torch.cuda.get_device_capability(device) >= (9, 0)
+    carried = hopper and tma_refusal(problem, torch.empty(0, dtype=dtype, device="meta")) is None
     for tma in (True, False) if carried else (False,):
         if pass_ in ("infer", "fprop"):
             computed = pass_ == "fprop" and problem.C >= 8
-            tiles += config.fprop_tiles(problem, dtype.itemsize, tma, gpu, prologue=computed)[:most]
+            tiles += config.fprop_tiles(problem, dtype.itemsize, tma, gpu, computed=computed)[:most]
         elif pass_ == "dgrad":
-            tiles += config.dgrad_tiles(problem, dtype.itemsize, tma, gpu, operands=2, epilogue=True)[:most]
+            tiles += config.dgrad_tiles(problem, dtype.itemsize, tma, gpu, operands=2, epilogue=1)[:most]
         else:
             tiles += config.wgrad_tiles(problem, dtype.itemsize, tma, gpu, operands=2, prologue=problem.C >= 8)[:most]
     return tiles
+
+
+def compile_candidate(problem: ConvProblem, pass_: str, dtype: torch.dtype, tile: Tile) -> None:
+    """What `ours` launches, for `precompile`."""
+    ours(problem, pass_, Operands.random(problem, dtype, torch.device("meta")), tile)()
 
 
 def ours(problem: ConvProblem, pass_: str, operands: Operands, tile: Tile) -> Callable[[], Any]:
@@ -66,8 +76,8 @@ def ours(problem: ConvProblem, pass_: str, operands: Operands, tile: Tile) -> Ca
     if pass_ == "fprop":
         return lambda: conv_fprop(o.x, o.w, prologue=prologue, statistics=True, **sizes)
     if pass_ == "dgrad":
-        mask = (o.x, *o.a_affine, o.mean)
-        return lambda: conv_dgrad(o.dz, o.w, (p.N, p.H, p.W, p.C), bn_backward=o.bn, relu_mask=mask, **sizes)
+        below = {"relu_mask": o.a_affine, "norm": (o.x, o.mean)}
+        return lambda: conv_dgrad(o.dz, o.w, (p.N, p.H, p.W, p.C), bn_backward=o.bn, **below, **sizes)
     shape = (p.K, p.R, p.S, p.C // p.groups)
     return lambda: conv_wgrad(o.dz, o.x, shape, bn_backward=o.bn, prologue=prologue, **sizes)
 
@@ -81,7 +91,7 @@ def agrees(result: Any, expected: Any, dtype: torch.dtype) -> bool:
 
 def ways(problem: ConvProblem, pass_: str, operands: Operands, most: int) -> Iterator[tuple[str, Tile | None, Any]]:
     """(engine, tile, work) of everything of ours that may serve."""
-    for tile in candidates(problem, pass_, operands, most):
+    for tile in candidates(problem, pass_, operands.x.dtype, operands.x.device, most):
         yield "triton", tile, ours(problem, pass_, operands, tile)
     if pass_ in ("infer", "fprop") and stem_refusal(problem) is None:
         step = layers.step(problem, operands.x.dtype, operands.x.device)
@@ -105,13 +115,31 @@ def tune(problem: ConvProblem, pass_: str, dtype: torch.dtype, device: torch.dev
                 continue
             us = layers.microseconds(work)
         except Exception as error:  # a tile that this GPU cannot run is no candidate; say so and go on
-            failed.append(f"{way} {tile}: {str(error).splitlines()[0][:120]}")
+            require_context(f"{way} {tile}", error)
+            failed.append(f"{way} {tile}: {first_line(error)}")
             continue
         if us < best_us:
             best, best_us, engine = tile, us, way
     winner = engine if best_us < rival else "cudnn"
     lines = [f"{pass_:5} {name(problem):28} ours {best_us:9.1f} us, cuDNN {rival:9.1f} us -> {winner} {best}"]
     return Measurement(winner, best), "\n".join(lines + [f"      {text}" for text in failed])
+
+
+class LostContextError(RuntimeError):
+    """A kernel broke the CUDA context: nothing runs on the GPU any more in this process."""
+
+
+def require_context(what: str, error: Exception) -> None:
+    """Raises LostContextError if CUDA fails after `what` raised `error`."""
+    try:
+        torch.cuda.synchronize()
+    except Exception as lost:
+        raise LostContextError(f"{what}: {first_line(error)}") from lost
+
+
+def first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:160] if lines else 'no message'}"
 
 
 def chained(problem: ConvProblem) -> bool:
@@ -145,6 +173,30 @@ def tune_chain(problem: ConvProblem, dtype: torch.dtype, device: torch.device) -
     return Measurement(winner, None), line
 
 
+def compile_candidates(
+    missing: Sequence[tuple[str, ConvProblem, torch.dtype]], device: torch.device, most: int, processes: int
+) -> None:
+    start = time.monotonic()
+    tasks: list[precompile.Task] = [
+        (compile_candidate, (problem, pass_, dtype, tile))
+        for pass_, problem, dtype in missing
+        if pass_ != "chain"
+        for tile in candidates(problem, pass_, dtype, device, most)
+    ]
+    failed = precompile.compile_all(tasks, processes)
+    print(f"{len(tasks)} candidates compiled in {time.monotonic() - start:.0f} s by {processes} processes", flush=True)
+    for text in failed:
+        print(f"      {text}", flush=True)
+
+
+def start_anew(arguments: list[str] | None, seconds: float) -> None:
+    """This command in a fresh process in place of this one, with so much time; what the table has is not repeated."""
+    kept = [argument for argument in (sys.argv[1:] if arguments is None else arguments) if argument != "--again"]
+    command = [sys.executable, __file__, *kept, "--seconds", str(max(0.0, seconds))]
+    sys.stdout.flush()
+    os.execv(sys.executable, command)
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--depth", choices=("18", "34", "50", "101", "152", "all"), default="50")
@@ -154,6 +206,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--pass", dest="passes", action="append", choices=TUNED, help="default: all of them")
     parser.add_argument("--tiles", type=int, default=6, help="candidates per way of loading, most promising first")
     parser.add_argument("--seconds", type=float, default=460, help="start no problem after so long")
+    parser.add_argument("--jobs", type=int, default=precompile.cpus(), help="processes that compile; default: CPUs")
     parser.add_argument("--ship", action="store_true", help="write kernels/tables/ instead of the user's own folder")
     parser.add_argument("--again", action="store_true", help="measure what the table has already, too")
     options = parser.parse_args(arguments)
@@ -174,15 +227,26 @@ def main(arguments: list[str] | None = None) -> int:
     missing = [key for key in todo if options.again or key not in table]
     print(f"{len(missing)} of {len(todo)} problems to measure; table {path}", flush=True)
     start = time.monotonic()
+    compile_candidates(missing, device, options.tiles, options.jobs)
     for i, (pass_, problem, _) in enumerate(missing):
         if time.monotonic() - start > options.seconds:
             print(f"{len(missing) - i} problems left: run the same command again")
             break
-        if pass_ == "chain":
-            table[pass_, problem, dtype], text = tune_chain(problem, dtype, device)
-        else:
-            table[pass_, problem, dtype], text = tune(problem, pass_, dtype, device, options.tiles)
-        config.write_table(table, path)
+        try:
+            if pass_ == "chain":
+                table[pass_, problem, dtype], text = tune_chain(problem, dtype, device)
+            else:
+                table[pass_, problem, dtype], text = tune(problem, pass_, dtype, device, options.tiles)
+            config.write_table(table, path)
+        except Exception as error:  # memory that ran out; the chain on a GPU that can't run it
+            text = f"{pass_:5} {name(problem):28} not measured: {first_line(error)}"
+            try:
+                require_context(text, error)
+            except LostContextError:
+                print(f"{text}\n      the CUDA context is lost, a fresh process goes on", flush=True)
+                table[pass_, problem, dtype] = Measurement("cudnn", None)
+                config.write_table(table, path)
+                start_anew(arguments, options.seconds - (time.monotonic() - start))
         print(text, flush=True)
     return 0
 
