@@ -121,7 +121,7 @@ def why_plain(x: Tensor, parts: Parts) -> str | None:
 
 def runs_stages() -> bool:
     """True where a fusion across the blocks of a stage may be in force: then ask `serves_stage`."""
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or not torch.is_grad_enabled():
         return False
     wanted = _fusions.get()
     return wanted.recompute or (wanted.block_end and _forced.get() in ("auto", "triton"))
