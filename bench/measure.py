@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import math
+import os
 import statistics
 import subprocess
 import time
@@ -21,6 +22,9 @@ import torch.nn.functional as F
 from backends import Backend, Case
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
+
+# A profiler that stayed attached to the process would slow the launches of every row after the first.
+os.environ.setdefault("TEARDOWN_CUPTI", "1")
 
 INPUTS = 4  # batches to rotate among: more than a GPU's L2 holds, at any useful batch
 CHECKED = 4  # images whose scores are compared in inference
@@ -241,8 +245,11 @@ def _measure(backend: Backend, case: Case, data: Data, seconds: float, multiply_
         "kernels_per_step": None,
     }
     if cuda:
-        row["kernels_per_step"], transposes = profiled(step)
-        notes += transposes
+        try:
+            row["kernels_per_step"], transposes = profiled(step)
+            notes += transposes
+        except Exception as error:  # a profiler that can't serve here is no reason to lose what was measured
+            notes.append(f"not profiled: {first_line(error)}")
     if case.mode == "train" and backend.channels_last and backend.compile is not None:
         notes += lost_layouts(step)
     last = step(0)

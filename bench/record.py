@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from measure import nvidia_smi
 
+from fastres.kernels import config
+
 SCHEMA = "fastres.bench/1"
 ROOT = Path(__file__).resolve().parent.parent
 CASE = ("depth", "mode", "batch", "dtype", "size")  # rows that agree in these compete
@@ -41,7 +43,7 @@ def now() -> str:
 
 
 def code() -> dict[str, Any]:
-    """What was measured: the commit, whether the tree differs from it, and a digest of the sources themselves."""
+    """What was measured: the commit, whether the tree differs from it, a digest of the sources and tables of tiles."""
     commit = _git("rev-parse", "HEAD") or os.environ.get("FASTRES_COMMIT")
     changes = _git("status", "--porcelain", "--", "fastres", "kernels", "csrc", "bench", ":!bench/records")
     return {"commit": commit, "dirty": None if changes is None else bool(changes), "sources": _digest()}
@@ -61,6 +63,8 @@ def _digest() -> str:
         for path in sorted((ROOT / folder).rglob("*")):
             if path.suffix in {".py", ".cpp", ".cu", ".h", ".json"} and "records" not in path.parts:
                 digest.update(f"{path.relative_to(ROOT).as_posix()}\0".encode() + path.read_bytes() + b"\0")
+    for path in sorted(config.table_file("any").parent.glob("*.json")):  # tiles measured on this machine
+        digest.update(f"{path.name}\0".encode() + path.read_bytes() + b"\0")
     return f"sha256:{digest.hexdigest()}"
 
 

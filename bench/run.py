@@ -196,7 +196,10 @@ def introduction(plan: Plan, record: dict[str, Any]) -> str:
 def run(plan: Plan, record: dict[str, Any]) -> None:
     """Measure every row the record lacks, writing it after each."""
     done = {records.key(row) for row in record["rows"] if row["status"] in records.DONE}
+    tried = {records.key(row) for row in record["rows"]} - done
     missing = [(case, name) for case, name in plan.rows if (*records_case(case), name) not in done]
+    # What broke an earlier run comes last, so that it can't keep the others from being measured.
+    missing.sort(key=lambda row: (*records_case(row[0]), row[1]) in tried)
     with tqdm(total=len(missing), unit="row", disable=None, leave=False) as bar:
         prepared: tuple[Case, measure.Data | Exception] | None = None
         for case, name in missing:
@@ -206,6 +209,9 @@ def run(plan: Plan, record: dict[str, Any]) -> None:
                 prepared = case, prepare(case)
             row = dict(zip(records.CASE, records_case(case), strict=True))
             row |= {"backend": name, "ours": BACKENDS[name].ours, "finished": None}
+            if plan.json:
+                records.put(record, row | {"status": "failed", "reason": "the process ended while it was measured"})
+                records.write(record, plan.json)
             row |= measure_row(case, name, prepared[1], plan.seconds)
             row["finished"] = records.now()
             records.put(record, row)
