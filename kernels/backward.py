@@ -1,9 +1,9 @@
 """What dgrad and wgrad share: dz, computed from dy while loading, and the launchers' view of their arguments.
 
-    dz[n, p, q, k] = p[k] g + q[k] z + r[k],   g = dy where the mask is > 0
+    dz[n, p, q, k] = p[k] dy + q[k] z + r[k]
 
-is the gradient at a convolution's output z, dy the one behind BatchNorm (and ReLU); p, q, r follow from the sums of
-BatchNorm's backward. Each part is optional.
+is the gradient at a convolution's output z, dy the one behind BatchNorm; p, q, r follow from the sums of BatchNorm's
+backward. Without z, dz is dy.
 """
 
 from __future__ import annotations
@@ -26,12 +26,9 @@ from .problem import ConvProblem
 def load_dz(
     dy,
     z,
-    mask,
     p,
     q,
     r,
-    scale,
-    shift,
     n0,
     row0,
     col0,
@@ -52,34 +49,23 @@ def load_dz(
     """The tile dz [pixels, channels] in dy's dtype, of shape BLOCK, at the pixels (n, row, col), each [pixels, 1] or
     like the tile; fp32 inside.
 
-    TMA: dy, z, mask are descriptors of [N, P, Q, K], read as the box with the corner (n0, row0, col0, k0), which is
-    zero where it leaves the tensor. Otherwise they are pointers, read where `inside`. dy counts where mask is > 0, or
-    for a scale where scale z + shift is. PADDED: dz is zero where not inside, which r alone would not be.
+    TMA: dy, z are descriptors of [N, P, Q, K], read as the box with the corner (n0, row0, col0, k0), which is zero
+    where it leaves the tensor. Otherwise they are pointers, read where `inside`. PADDED: dz is zero where not inside,
+    which r alone would not be.
     """
     at = ((n * P + row) * Q + col) * K + channel[None, :]
     readable = inside & channel_valid[None, :]
     dy_tile = dy.load([n0, row0, col0, k0]).reshape(BLOCK) if TMA else tl.load(dy + at, mask=readable, other=0.0)
-    if z is None and mask is None:
+    if z is None:
         return dy_tile
-
-    g = dy_tile.to(tl.float32)
-    if mask is not None:
-        sign = mask.load([n0, row0, col0, k0]).reshape(BLOCK) if TMA else tl.load(mask + at, mask=readable, other=0.0)
-        g = tl.where(sign <= 0, 0.0, g)  # not "where > 0": a NaN must pass, as in torch
-    if z is not None:
+    else:
         z_tile = z.load([n0, row0, col0, k0]).reshape(BLOCK) if TMA else tl.load(z + at, mask=readable, other=0.0)
-        z_tile = z_tile.to(tl.float32)
-        if scale is not None:
-            scale = tl.load(scale + channel, mask=channel_valid, other=0.0)[None, :]
-            shift = tl.load(shift + channel, mask=channel_valid, other=0.0)[None, :]
-            g = tl.where(z_tile * scale + shift <= 0, 0.0, g)
         p = tl.load(p + channel, mask=channel_valid, other=0.0)[None, :]
         q = tl.load(q + channel, mask=channel_valid, other=0.0)[None, :]
         r = tl.load(r + channel, mask=channel_valid, other=0.0)[None, :]
-        if PADDED:  # g and z are zero there already
+        if PADDED:  # dy and z are zero there already
             r = tl.where(inside, r, 0.0)
-        g = p * g + (q * z_tile + r)
-    return g.to(dy_tile.dtype)
+        return (p * dy_tile.to(tl.float32) + (q * z_tile.to(tl.float32) + r)).to(dy_tile.dtype)
 
 
 class BnBackward(NamedTuple):
@@ -89,34 +75,19 @@ class BnBackward(NamedTuple):
     p: Tensor | None = None
     q: Tensor | None = None
     r: Tensor | None = None
-    mask: Tensor | None = None
-    scale: Tensor | None = None
-    shift: Tensor | None = None
 
     @property
     def operands(self) -> int:
         """Tensors read for dz, dy among them."""
-        return 1 + (self.z is not None) + (self.mask is not None)
+        return 1 + (self.z is not None)
 
     @staticmethod
-    def check(
-        dy: Tensor,
-        bn_backward: tuple[Tensor, Tensor, Tensor, Tensor] | None,
-        dy_mask: Tensor | tuple[Tensor, Tensor] | None,
-    ) -> BnBackward:
-        z, p, q, r = bn_backward or (None, None, None, None)
-        pair = isinstance(dy_mask, tuple)
-        if pair and bn_backward is None:
-            raise ValueError("dy_mask=(scale, shift) masks by the sign of scale z + shift and so needs bn_backward")
-        scale, shift = dy_mask if pair else (None, None)
-        mask = None if pair else dy_mask
-        check_tensor("bn_backward's z", z, tuple(dy.shape), dy)
-        check_tensor("dy_mask", mask, tuple(dy.shape), dy)
-        for name, tensor in zip(("p", "q", "r"), (p, q, r), strict=True):
+    def check(dy: Tensor, bn_backward: tuple[Tensor, Tensor, Tensor, Tensor] | None) -> BnBackward:
+        load = BnBackward(*(bn_backward or ()))
+        check_tensor("bn_backward's z", load.z, tuple(dy.shape), dy)
+        for name, tensor in (("p", load.p), ("q", load.q), ("r", load.r)):
             check_tensor(f"bn_backward's {name}", tensor, (dy.shape[3],), dy, torch.float32)
-        for name, tensor in (("scale", scale), ("shift", shift)):
-            check_tensor(f"dy_mask's {name}", tensor, (dy.shape[3],), dy, torch.float32)
-        return BnBackward(z, p, q, r, mask, scale, shift)
+        return load
 
 
 def conv_problem(

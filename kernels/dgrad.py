@@ -2,8 +2,7 @@
 
     dx[n, h, w, c] = sum over r, s, k of w[k, r, s, c] dz[n, p, q, k],   p stride = h + pad - r dilation, likewise q
 
-    on load    g  = dy where the mask is > 0 (optional)
-               dz = p[k] g + q[k] z + r[k]  (optional: BatchNorm's backward; zero outside the image although r is not)
+    on load    dz = p[k] dy + q[k] z + r[k]  (optional: BatchNorm's backward; zero outside the image although r is not)
     on store   dx += dout where `out` is > 0 (optional: the gradient that came along the shortcut)
                dx  = dx where the ReLU below was open (optional): where `sign` is > 0, its saved output, or where
                      scale[c] z_prev + shift[c] is; and then per tile of pixels the partial sums over dx and
@@ -41,7 +40,6 @@ from .tile import box_origin, box_pixels, unravel
 def dgrad_kernel(
     dy,
     z,
-    mask,
     w,
     dx,
     z_prev,
@@ -52,8 +50,6 @@ def dgrad_kernel(
     p,
     q,
     r,
-    mask_scale,
-    mask_shift,
     scale,
     shift,
     mean,
@@ -99,7 +95,7 @@ def dgrad_kernel(
 ):
     """One tile of BM channels of one group x BN pixels of one parity class, for all of its TAPS_R x TAPS_S taps.
 
-    TMA (TN > 0): dy, z, mask [N, P, Q, K], dx, z_prev, z_side, sign, dout, out [N, ROWS, COLS, C], w [K, R S C] are
+    TMA (TN > 0): dy, z [N, P, Q, K], dx, z_prev, z_side, sign, dout, out [N, ROWS, COLS, C], w [K, R S C] are
     descriptors; a tile is the box [TN, TH, TW]. Otherwise they are pointers and a tile is BN consecutive pixels;
     UNIFORM: a step of BK stays within one tap. Tap a of TAPS_R reads row p = i + offset_h - a STEP_H with filter row
     r = first_r + a SKIP_R.
@@ -160,8 +156,7 @@ def dgrad_kernel(
                 at_w = (k_channel[None, :] * (R * S) + rs) * C_GROUP + c[:, None]
                 filters = tl.load(w + at_w, mask=c_valid[:, None] & k_valid[None, :], other=0.0)
             dz = load_dz(
-                dy, z, mask, p, q, r, mask_scale, mask_shift,
-                n0, i0 + dp, j0 + dq, step // TAPS * BK, n[:, None], row, col,
+                dy, z, p, q, r, n0, i0 + dp, j0 + dq, step // TAPS * BK, n[:, None], row, col,
                 k_channel, k_valid, inside, P, Q, K, (BN, BK), TMA, PADDED,
             )  # fmt: skip
             acc = tl.dot(filters, dz.T, acc, input_precision=PRECISION)
@@ -253,7 +248,6 @@ def conv_dgrad(
     dilation: int = 1,
     groups: int = 1,
     bn_backward: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
-    dy_mask: Tensor | tuple[Tensor, Tensor] | None = None,
     residual: Tensor | None = None,
     residual_mask: Tensor | None = None,
     relu_mask: Tensor | tuple[Tensor, Tensor] | None = None,
@@ -265,8 +259,6 @@ def conv_dgrad(
     """dx of x_shape (N, H, W, C) for a convolution with filters w [K, R, S, C/groups], from dy [N, P, Q, K].
 
     bn_backward (z, p, q, r): dy is the gradient of BatchNorm's output and z [N, P, Q, K] its input; p, q, r fp32 [K].
-    dy_mask: dy counts only where this tensor like dy is > 0, or, for a pair (scale, shift) of fp32 [K], where
-    scale z + shift > 0 (needs bn_backward).
     residual: a gradient like dx to add; residual_mask: a tensor like dx, only where it is > 0.
     norm (z, mean): dx is the gradient of the output of a BatchNorm, whose input z is like dx, mean fp32 [C]; dx is then
     returned with partial sums, fp32 [tiles, 2, C]: of dx and of dx (z - mean), dx as stored. projection: likewise for a
@@ -281,7 +273,7 @@ def conv_dgrad(
     problem = conv_problem(dy, w.shape, x_shape, stride, pad, dilation, groups, precision)
     N, H, W, C, P, Q, K = problem.N, problem.H, problem.W, problem.C, problem.P, problem.Q, problem.K
     check_tensor("w", w, tuple(w.shape), dy)
-    load = BnBackward.check(dy, bn_backward, dy_mask)
+    load = BnBackward.check(dy, bn_backward)
     pair = isinstance(relu_mask, tuple)
     scale, shift = relu_mask if pair else (None, None)
     sign = None if pair else relu_mask
@@ -301,7 +293,7 @@ def conv_dgrad(
         check_tensor(name, tensor, (C,), dy, torch.float32)
     dx = torch.empty((N, H, W, C), dtype=dy.dtype, device=dy.device)
     met = [tensor for tensor in like_dx.values() if tensor is not None]
-    refusal = tma_refusal(problem, dy, load.z, load.mask, w, dx, *met)
+    refusal = tma_refusal(problem, dy, load.z, w, dx, *met)
     tile = choose_tile(tile, "dgrad", problem, dy, refusal, precision, load.operands, len(met))
 
     if problem.pointwise:  # a plain GEMM: let all pixels lie in one row
@@ -334,7 +326,6 @@ def conv_dgrad(
             dgrad_kernel[(triton.cdiv(C // groups, tile.BM) * groups * pixels,)](
                 dy=read(dy),
                 z=read(load.z),
-                mask=read(load.mask),
                 w=operand(w, (K, w.numel() // K), tile.box and (tile.BK, tile.BM)),
                 dx=across(dx),
                 z_prev=across(z_prev),
@@ -345,8 +336,6 @@ def conv_dgrad(
                 p=load.p,
                 q=load.q,
                 r=load.r,
-                mask_scale=load.scale,
-                mask_shift=load.shift,
                 scale=scale,
                 shift=shift,
                 mean=mean,

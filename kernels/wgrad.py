@@ -2,8 +2,7 @@
 
     dw[k, r, s, c] = sum over n, p, q of dz[n, p, q, k] a[n, h, w, c],   h = p stride - pad + r dilation, likewise w
 
-    on load    g  = dy where the mask is > 0 (optional)
-               dz = p[k] g + q[k] z + r[k]  (optional: BatchNorm's backward)
+    on load    dz = p[k] dy + q[k] z + r[k]  (optional: BatchNorm's backward)
                a  = relu(scale[c] x + shift[c])  (optional: the activation, which is never stored; its padding is zero)
 
 Layouts: activations [N, H, W, C] and [N, P, Q, K], filters [K, R, S, C/groups], all contiguous. GEMM_K runs over pixels
@@ -43,14 +42,11 @@ def settle(acc, WAIT: tl.constexpr):
 def wgrad_kernel(
     dy,
     z,
-    mask,
     x,
     dw,
     p,
     q,
     r,
-    mask_scale,
-    mask_shift,
     scale,
     shift,
     N,
@@ -90,7 +86,7 @@ def wgrad_kernel(
 ):
     """BM filters x BN channels of TAPS neighbouring filter taps, summed over one split of the pixels, BK at a step.
 
-    The pixels of a step are the box [TN, TH, TW], or BK consecutive ones for TN = 0. TMA_DZ: dy, z, mask are
+    The pixels of a step are the box [TN, TH, TW], or BK consecutive ones for TN = 0. TMA_DZ: dy, z are
     descriptors of [N, P, Q, K], TMA_A: x is one of [N, H, W, C] (STRIDE 2: [N, H/2, 2, W/2, 2C]); otherwise pointers.
     UNIFORM: columns are the channels of one tap; otherwise BN of all the (r, s, c).
     SHIFT_DZ (stride 1): a step is a tile of x, read and computed once for all its taps, and dz moves; otherwise the
@@ -98,7 +94,7 @@ def wgrad_kernel(
     dw: [splits, K, R, S, C/groups] of any dtype.
     """
     TMA: tl.constexpr = TN > 0
-    SWAP: tl.constexpr = z is not None or mask is not None
+    SWAP: tl.constexpr = z is not None
     tiles_k = tl.cdiv(K_GROUP, BM)
     if UNIFORM:
         tiles_c = tl.cdiv(C_GROUP, BN)
@@ -165,7 +161,7 @@ def wgrad_kernel(
             a = affine_relu(a, slope, start, (i < H) & (j < W), PADDED_A)
         else:
             dz = load_dz(
-                dy, z, mask, p, q, r, mask_scale, mask_shift, n0, i0, j0, tile_k * BM, n, i, j,
+                dy, z, p, q, r, n0, i0, j0, tile_k * BM, n, i, j,
                 k_channel, k_valid, (n < N) & (i < P) & (j < Q), P, Q, K, (BK, BM), TMA_DZ, PADDED_DZ,
             )  # fmt: skip
         for tap in tl.static_range(TAPS):
@@ -176,7 +172,7 @@ def wgrad_kernel(
                 col = j + PAD - right
                 inside = (n < N) & (row >= 0) & (row < P) & (col >= 0) & (col < Q)
                 dz = load_dz(
-                    dy, z, mask, p, q, r, mask_scale, mask_shift, n0, 0, 0, 0, n, row, col,
+                    dy, z, p, q, r, n0, 0, 0, 0, n, row, col,
                     k_channel, k_valid, inside, P, Q, K, (BK, BM), False, False,
                 )  # fmt: skip
             else:
@@ -243,7 +239,6 @@ def conv_wgrad(
     dilation: int = 1,
     groups: int = 1,
     bn_backward: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
-    dy_mask: Tensor | tuple[Tensor, Tensor] | None = None,
     prologue: tuple[Tensor, Tensor] | None = None,
     precision: str = "ieee",
     out_dtype: torch.dtype = torch.float32,
@@ -251,7 +246,7 @@ def conv_wgrad(
 ) -> Tensor:
     """dw, contiguous, of filter_shape (K, R, S, C/groups) and `out_dtype`, from dy [N, P, Q, K] and x [N, H, W, C].
 
-    bn_backward, dy_mask: as for `conv_dgrad`. prologue (scale, shift), fp32 [C]: the conv's input was
+    bn_backward: as for `conv_dgrad`. prologue (scale, shift), fp32 [C]: the conv's input was
     relu(scale x + shift), zero-padded. precision of fp32 products: "ieee" or "tf32". tile: by default
     from `config`.
 
@@ -260,7 +255,7 @@ def conv_wgrad(
     """
     problem = conv_problem(dy, filter_shape, x.shape, stride, pad, dilation, groups, precision)
     check_tensor("x", x, tuple(x.shape), dy)
-    load = BnBackward.check(dy, bn_backward, dy_mask)
+    load = BnBackward.check(dy, bn_backward)
     scale, shift = prologue or (None, None)
     for name, tensor in (("scale", scale), ("shift", shift)):
         check_tensor(f"prologue's {name}", tensor, (problem.C,), dy, torch.float32)
@@ -268,7 +263,7 @@ def conv_wgrad(
         raise ValueError(f"out_dtype must be a floating-point dtype, got {out_dtype}")
     if problem.N == 0:
         return torch.zeros(filter_shape, dtype=out_dtype, device=dy.device)
-    refusal = tma_refusal(problem, dy, load.z, load.mask, x)
+    refusal = tma_refusal(problem, dy, load.z, x)
     if stride > 2 or (stride == 2 and (problem.H % 2 or problem.W % 2)):
         refusal = refusal or f"stride {stride} on {problem.H}x{problem.W} has no view as pairs of rows and columns"
     computed = load.operands > 1
@@ -311,14 +306,11 @@ def conv_wgrad(
         wgrad_kernel[(triton.cdiv(k_group, tile.BM) * columns * groups, splits)](
             dy=operand(dy, dy_view, dy_box),
             z=operand(load.z, dy_view, dy_box),
-            mask=operand(load.mask, dy_view, dy_box),
             x=operand(x, x_view, x_box),
             dw=partials,
             p=load.p,
             q=load.q,
             r=load.r,
-            mask_scale=load.scale,
-            mask_shift=load.shift,
             scale=scale,
             shift=shift,
             N=N,

@@ -72,8 +72,6 @@ def launches(pass_: str, n: ConvProblem, features: str, tile: Tile | None, dtype
     options: dict[str, Any] = {"stride": n.stride, "pad": n.pad, "groups": n.groups, "tile": tile, "precision": "tf32"}
     if "bn" in features:
         options["bn_backward"] = (empty(*dy), *vectors(3, n.K))
-    if "mask" in features:
-        options["dy_mask"] = empty(*dy)
     if "activation" in features:
         options["prologue"] = tuple(vectors(2, n.C))
     if "relu" in features:
@@ -98,7 +96,7 @@ MET = {"residual": 1, "out": 1, "relu": 1, "end": 2, "projection": 1}  # tensors
 
 
 def best(pass_: str, n: ConvProblem, features: str, tma: bool, sm: int, itemsize: int = 2) -> Tile:
-    operands = 1 + ("bn" in features) + ("mask" in features)
+    operands = 1 + ("bn" in features)
     if pass_ == "dgrad":
         met = sum((name in features) * count for name, count in MET.items())
         return dgrad_tiles(n, itemsize, tma, GPUS[sm], False, operands, met)[0]
@@ -155,11 +153,11 @@ CI = [
     ("dgrad", WIDE, "bn residual end", 90),
     ("dgrad", NARROW, "residual end projection", 90),
     ("dgrad", WIDE, "", 90),
-    ("dgrad", STRIDED, "bn mask relu", 90),
+    ("dgrad", STRIDED, "bn relu", 90),
     ("dgrad", WIDE, "bn relu", 100),
     ("wgrad", NARROW, "bn activation", 90),
     ("wgrad", NARROW, "activation", 90),
-    ("wgrad", WIDE, "bn mask", 90),
+    ("wgrad", WIDE, "bn", 90),
     ("wgrad", WIDE, "activation", 90),
     ("wgrad", WIDE, "bn activation", 90),
     ("wgrad", STRIDED, "bn", 90),
@@ -177,13 +175,13 @@ def test_boxes(pass_: str, problem: ConvProblem, features: str, sm: int) -> None
 @pytest.mark.parametrize(
     ("pass_", "problem", "features", "sm"),
     [
-        ("dgrad", NARROW, "bn mask relu", 80),
+        ("dgrad", NARROW, "bn relu", 80),
         ("dgrad", WIDE, "", 90),
         ("dgrad", GROUPED, "bn relu", 90),
         ("wgrad", NARROW, "bn activation", 80),
         ("wgrad", STRIDED, "", 90),
         ("wgrad", GROUPED, "bn activation", 90),
-        ("wgrad", STEM, "bn mask", 90),
+        ("wgrad", STEM, "bn", 90),
     ],
 )
 def test_pointers(pass_: str, problem: ConvProblem, features: str, sm: int) -> None:

@@ -69,13 +69,10 @@ SHAPES = {
 FEATURES = {
     "plain": "",
     "bn": "bn",
-    "bn, masked": "bn mask",
-    "bn, masked by its own sign": "bn sign",
-    "masked": "mask",
     "relu": "relu",
     "residual": "residual",
     "masked residual": "residual out",
-    "all": "bn mask relu residual out",
+    "all": "bn relu residual out",
     "end of a block": "bn residual out end",
     "end of a block with a projection": "residual end projection",
 }
@@ -96,7 +93,6 @@ class Operands:
     w: Tensor
     x: Tensor
     z: Tensor
-    mask: Tensor
     dout: Tensor
     out: Tensor
     p: Tensor
@@ -105,8 +101,6 @@ class Operands:
     scale: Tensor  # [C], of the previous layer
     shift: Tensor
     mean: Tensor
-    own_scale: Tensor  # [K]
-    own_shift: Tensor
     below: Tensor  # like x: the output of the block before, its projection's input of BatchNorm
     z_side: Tensor
     mean_side: Tensor
@@ -136,7 +130,6 @@ def make(problem: ConvProblem, dtype: torch.dtype) -> Operands:
         w=values(K, problem.R, problem.S, c_group, std=(problem.R * problem.S * c_group) ** -0.5),
         x=dyadic(N, H, W, C).to(dtype),
         z=dyadic(N, P, Q, K).to(dtype),
-        mask=values(N, P, Q, K),
         dout=values(N, H, W, C),
         out=values(N, H, W, C).relu(),
         p=torch.rand(K, device=DEVICE) + 0.5,
@@ -145,8 +138,6 @@ def make(problem: ConvProblem, dtype: torch.dtype) -> Operands:
         scale=scales(C),
         shift=dyadic(C),
         mean=torch.randn(C, device=DEVICE),
-        own_scale=scales(K),
-        own_shift=dyadic(K),
         below=values(N, H, W, C).relu(),
         z_side=values(N, H, W, C),
         mean_side=torch.randn(C, device=DEVICE),
@@ -168,12 +159,8 @@ def where_positive(sign: Tensor, g: Tensor) -> Tensor:
 
 def dz_of(o: Operands, features: str) -> Tensor:
     """By definition, in o.dy's dtype; what lies between in p's."""
-    wide, g = o.p.dtype, o.dy
-    if "mask" in features:
-        g = where_positive(o.mask, g)
-    if "sign" in features:
-        g = where_positive(o.own_scale * o.z.to(wide) + o.own_shift, g)
-    return (o.p * g.to(wide) + o.q * o.z.to(wide) + o.r).to(o.dy.dtype) if "bn" in features else g
+    wide = o.p.dtype
+    return (o.p * o.dy.to(wide) + o.q * o.z.to(wide) + o.r).to(o.dy.dtype) if "bn" in features else o.dy
 
 
 def conv_args(problem: ConvProblem) -> dict[str, int]:
@@ -214,10 +201,6 @@ def load_options(o: Operands, features: str) -> dict[str, Any]:
     options: dict[str, Any] = {"pad": o.problem.pad, **conv_args(o.problem)}
     if "bn" in features:
         options["bn_backward"] = (o.z, o.p, o.q, o.r)
-    if "mask" in features:
-        options["dy_mask"] = o.mask
-    if "sign" in features:
-        options["dy_mask"] = (o.own_scale, o.own_shift)
     return options
 
 
@@ -298,7 +281,7 @@ def test_dgrad_features(problem: ConvProblem, features: str, dtype: torch.dtype)
     check_dgrad(make(problem, dtype), features, tiles_of_dgrad(problem)[-1])
 
 
-@pytest.mark.parametrize("features", ["", "bn mask activation"])
+@pytest.mark.parametrize("features", ["", "bn activation"])
 @pytest.mark.parametrize("name", SHAPES)
 def test_wgrad_shapes(name: str, features: str) -> None:
     o = make(SHAPES[name], torch.float32)
@@ -307,7 +290,7 @@ def test_wgrad_shapes(name: str, features: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("features", ["bn", "activation", "bn activation", "bn sign", "mask"])
+@pytest.mark.parametrize("features", ["bn", "activation", "bn activation"])
 @pytest.mark.parametrize("problem", [ODD, POINTWISE, SQUARE, STRIDED], ids=["odd", "pointwise", "3x3", "stride 2"])
 def test_wgrad_features(problem: ConvProblem, features: str, dtype: torch.dtype) -> None:
     check_wgrad(make(problem, dtype), features, tiles_of_wgrad(problem)[-1])
@@ -341,7 +324,7 @@ def test_training_chain_against_autograd() -> None:
         x, w, bias = nchw(o.x).to(dtype), nchw(o.w).to(dtype).requires_grad_(), o.shift.to(dtype)
         before = F.batch_norm(x, None, None, weight, bias, training=True).requires_grad_()
         z = F.conv2d(F.relu(before), w, stride=2, padding=1)
-        y = F.batch_norm(z, None, None, o.p.to(dtype), o.own_shift.to(dtype), training=True)
+        y = F.batch_norm(z, None, None, o.p.to(dtype), o.r.to(dtype), training=True)
         y.retain_grad()
         F.relu(y).backward(nchw(o.dy).to(dtype))
         return [nhwc(t.detach()).contiguous() for t in (y.grad, z, before.grad, w.grad)]
@@ -385,16 +368,16 @@ def test_integers_are_exact(problem: ConvProblem, dtype: torch.dtype) -> None:
         assert partials is not None
         assert torch.equal(partials.double().sum(0), sums)
     for tile in tiles_of_wgrad(problem):
-        dw = run_wgrad(o, "bn mask activation", tile)
-        assert torch.equal(dw.double(), reference_wgrad(o64, "bn mask activation"))
+        dw = run_wgrad(o, "bn activation", tile)
+        assert torch.equal(dw.double(), reference_wgrad(o64, "bn activation"))
 
 
 @pytest.mark.parametrize("problem", [POINTWISE, STRIDED, ODD], ids=["pointwise", "stride 2", "odd"])
 def test_nan_goes_where_torch_sends_it(problem: ConvProblem) -> None:
     o = make(problem, torch.float32)
-    for tensor, at in ((o.dy, (0, 1, 2, 3)), (o.x, (0, 2, 1, 1)), (o.out, (0, 0, 0, 0)), (o.mask, (0, 0, 1, 1))):
+    for tensor, at in ((o.dy, (0, 1, 2, 3)), (o.x, (0, 2, 1, 1)), (o.out, (0, 0, 0, 0))):
         tensor[at] = float("nan")
-    for features in ("", "bn mask relu residual out"):
+    for features in ("", "bn relu residual out"):
         want, _ = reference_dgrad(o, features)
         assert want.isnan().any()
         for tile in tiles_of_dgrad(problem):
@@ -405,7 +388,7 @@ def test_nan_goes_where_torch_sends_it(problem: ConvProblem) -> None:
                 poisoned[1] |= True  # z_prev itself is NaN there
                 assert not partials.sum(0)[:, ~poisoned].isnan().any()
                 assert partials.sum(0)[1, poisoned].isnan().all()
-    for features in ("", "mask activation"):
+    for features in ("", "activation"):
         want = reference_wgrad(o, features)
         assert want.isnan().any()
         assert not want.isnan().all()
@@ -495,8 +478,8 @@ def random_case(seed: int) -> tuple[ConvProblem, torch.dtype, str, str]:
             )
         except ValueError:  # the filter is larger than the padded input
             continue
-        load = rng.choice(["", "bn ", "mask ", "bn mask ", "bn sign "])
-        store = load + rng.choice(["", "relu ", "residual ", "relu residual out "])
+        load = rng.choice(["", "bn "])
+        store = load + rng.choice(["", "relu ", "residual ", "relu residual out ", "residual out end projection "])
         return problem, rng.choice(DTYPES), store, load + rng.choice(["", "activation "])
 
 
@@ -537,12 +520,11 @@ def test_every_tile_at_every_layer(layer: tuple[int, ...], dtype: torch.dtype) -
     gpu = gpu_of(o.dy.device)
     tma = torch.cuda.get_device_capability() >= (9, 0)
     for boxes in {tma, False}:
-        for features in ("", "bn relu", "bn residual out", "bn mask relu"):
-            operands, epilogue = 1 + ("bn" in features) + ("mask" in features), "re" in features
-            for tile in dgrad_tiles(problem, 2, boxes, gpu, False, operands, epilogue):
+        for features, met in {"": 0, "bn relu": 1, "bn residual out": 2, "bn residual end projection": 4}.items():
+            for tile in dgrad_tiles(problem, 2, boxes, gpu, False, 1 + ("bn" in features), met):
                 check_dgrad(o, features, tile)
-        for features in ("", "bn", "activation", "bn activation", "bn mask activation"):
-            operands, prologue = 1 + ("bn" in features) + ("mask" in features), "activation" in features
+        for features in ("", "bn", "activation", "bn activation"):
+            operands, prologue = 1 + ("bn" in features), "activation" in features
             tiles = wgrad_tiles(problem, 2, boxes, gpu, False, operands, prologue)
             programs: dict[Tile, Tile] = {dataclasses.replace(tile, splits=1): tile for tile in reversed(tiles)}
             for tile in programs.values():
@@ -595,7 +577,6 @@ def test_no_pixels() -> None:
         ({"precision": "bf16"}, 'precision must be "ieee" or "tf32"'),
         ({"residual": torch.zeros(3, 6, 7, 9)}, "residual must have shape"),
         ({"residual_mask": torch.zeros(3, 6, 7, 8)}, "there is none"),
-        ({"dy_mask": (torch.zeros(24), torch.zeros(24))}, "needs bn_backward"),
         ({"bn_backward": (torch.zeros(3, 6, 7, 24), *torch.zeros(3, 23))}, r"bn_backward's p must have shape \[24\]"),
         ({"relu_mask": torch.zeros(2, 8)}, r"relu_mask must have shape \[3, 6, 7, 8\]"),
         (
