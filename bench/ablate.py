@@ -64,6 +64,8 @@ def main(arguments: list[str] | None = None) -> int:
     if isinstance(data, Exception):
         parser.error(f"a training step of this size does not run: {measure.first_line(data)}")
     rows: list[dict[str, Any]] = []
+    document = {"created": record.now(), "code": record.code(), "environment": record.environment(case.device)}
+    document |= {"schema": "fastres.ablation/1", "options": {key: str(value) for key, value in vars(options).items()}}
     names = [*ROWS, "library convolutions, fused passes between", "stock PyTorch, channels_last"]
     for name in names:
         backend = BACKENDS["eager-channels-last" if name.startswith("stock") else "fastres"]
@@ -73,11 +75,8 @@ def main(arguments: list[str] | None = None) -> int:
             )
         rows.append({"row": name, **found})
         print(line(rows[-1], rows[0], options.batch), flush=True)
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        document = {"created": record.now(), "code": record.code(), "environment": record.environment(case.device)}
-        shown = {key: str(value) for key, value in vars(options).items()}
-        record.write({**document, "schema": "fastres.ablation/1", "options": shown, "rows": rows}, options.json)
+        if options.json:
+            record.write(document | {"rows": rows}, options.json)
     return 0
 
 
