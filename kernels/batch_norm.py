@@ -32,7 +32,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import check_tensor
+from .launch import cdiv, check_tensor
 from .pointwise import (
     DTYPES,
     REDUCED,
@@ -355,7 +355,7 @@ def statistics(z: Tensor) -> Tensor:
     chunks, steps = view.chunks()
     partials = torch.empty((chunks, 3, view.K), dtype=torch.float32, device=z.device)
     with torch.cuda.device_of(z):
-        statistics_kernel[(chunks, triton.cdiv(view.K, view.BK))](
+        statistics_kernel[(chunks, cdiv(view.K, view.BK))](
             z=z, partials=partials, M=view.M, K_VECS=view.K // view.VEC, steps=steps,
             VEC=view.VEC, BM=view.BM, BK=view.BK, num_warps=WARPS,
         )  # fmt: skip
@@ -413,7 +413,7 @@ def _finish_statistics(
     check_vectors(K, like, *DTYPES, **given)
     vectors = torch.empty((4, K), dtype=torch.float32, device=like.device)
     with torch.cuda.device_of(vectors):
-        finish_statistics_kernel[(triton.cdiv(K, _BK),)](
+        finish_statistics_kernel[(cdiv(K, _BK),)](
             partials=partials, vectors=vectors, T=T, K=K, eps=eps, momentum=momentum, BT=_BT, BK=_BK, **given
         )
     return Statistics(*vectors.unbind())
@@ -496,7 +496,7 @@ def backward_reduce(
     partials = torch.empty((chunks, 2, view.K), dtype=torch.float32, device=z.device)
     partials_d = None if projection is None else torch.empty_like(partials)
     with torch.cuda.device_of(z):
-        backward_reduce_kernel[(chunks, triton.cdiv(view.K, view.BK))](
+        backward_reduce_kernel[(chunks, cdiv(view.K, view.BK))](
             z=z, mean=mean, partials=partials, z_d=z_d, mean_d=mean_d, partials_d=partials_d,
             M=view.M, K_VECS=view.K // view.VEC, steps=steps,
             VEC=view.VEC, BM=view.BM, BK=view.BK, num_warps=WARPS, **source,
@@ -521,7 +521,7 @@ def finish_backward(
     vectors = torch.empty((3, K), dtype=torch.float32, device=partials.device)
     dweight, dbias = (torch.empty_like(mean if weight is None else weight) for _ in range(2))
     with torch.cuda.device_of(partials):
-        finish_backward_kernel[(triton.cdiv(K, _BK),)](
+        finish_backward_kernel[(cdiv(K, _BK),)](
             partials=partials, weight=weight, mean=mean, rstd=rstd, dweight=dweight, dbias=dbias, vectors=vectors,
             T=partials.shape[0], K=K, inverse_count=1.0 / count, BATCH_STATISTICS=batch_statistics, BT=_BT, BK=_BK,
         )  # fmt: skip
@@ -603,10 +603,10 @@ def _merge(partials: Tensor) -> Tensor:
     """Partials merged in groups until few enough are left for one program to walk over."""
     while partials.shape[0] > _PARTIALS:
         T, sums, K = partials.shape
-        groups = triton.cdiv(T, _GROUP)
+        groups = cdiv(T, _GROUP)
         merged = torch.empty((groups, sums, K), dtype=torch.float32, device=partials.device)
         with torch.cuda.device_of(partials):
-            merge_kernel[(groups, triton.cdiv(K, _BK))](
+            merge_kernel[(groups, cdiv(K, _BK))](
                 partials=partials, merged=merged, T=T, K=K, ROWS=sums, GROUP=_GROUP, BT=_BT, BK=_BK,
             )  # fmt: skip
         partials = merged

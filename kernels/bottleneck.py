@@ -21,7 +21,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .config import cover
-from .launch import check_tensor, tma_refusal
+from .launch import cdiv, check_tensor, tma_refusal
 from .problem import ConvProblem
 from .tile import box_origin, filter_tap, relu
 
@@ -120,7 +120,7 @@ def bottleneck_chain(
         raise ValueError(f"the bottleneck chain is fetched by TMA, which is impossible here: {reason}")
     pixels, BE, BK, warps, stages = tile or chain_tile(C)
     TN, TH, TW = cover(N, H, W, pixels)
-    tiles_n, tiles_p, tiles_q = triton.cdiv(N, TN), triton.cdiv(H, TH), triton.cdiv(W, TW)
+    tiles_n, tiles_p, tiles_q = cdiv(N, TN), cdiv(H, TH), cdiv(W, TW)
     out, mid = (torch.empty(shape, dtype=x.dtype, device=x.device) for shape in (wide, (N, H, W, C)))
 
     def boxes(tensor: Tensor, channels: int) -> TensorDescriptor:

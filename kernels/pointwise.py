@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import check_tensor
+from .launch import cdiv, check_tensor
 from .tile import unravel
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -37,14 +37,14 @@ class Rows(NamedTuple):
 
     @property
     def tiles(self) -> int:
-        return triton.cdiv(self.M, self.BM) * triton.cdiv(self.K, self.BK)
+        return cdiv(self.M, self.BM) * cdiv(self.K, self.BK)
 
     def chunks(self) -> tuple[int, int]:
         """How a reduction over pixels is split, from the sizes alone so that equal inputs give equal bits on every GPU:
         the number of chunks, each one program per tile of channels, and the steps of BM pixels in a chunk."""
-        wanted = max(1, min(512, 1024 // triton.cdiv(self.K, self.BK)))
-        steps = triton.cdiv(self.M, self.BM * wanted)
-        return triton.cdiv(self.M, self.BM * steps), steps
+        wanted = max(1, min(512, 1024 // cdiv(self.K, self.BK)))
+        steps = cdiv(self.M, self.BM * wanted)
+        return cdiv(self.M, self.BM * steps), steps
 
 
 def rows(name: str, z: Tensor, elements: int, *, also: int = 0) -> Rows:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .config import Tile, fprop_tile, pixel_tiles, reduction_steps
 from .conv import FLOATS, launch_boxes
-from .launch import check_device, check_tensor, gpu_of, tma_refusal
+from .launch import cdiv, check_device, check_tensor, gpu_of, tma_refusal
 from .problem import ConvProblem
 
 WINDOW, CHANNELS = 8, 4
@@ -70,7 +70,7 @@ def pack_images(x: Tensor, problem: ConvProblem, dtype: torch.dtype) -> Tensor:
     BW = 128
     if packed.numel():
         with torch.cuda.device_of(x):
-            pack_images_kernel[(problem.N * rows, triton.cdiv(columns, BW))](
+            pack_images_kernel[(problem.N * rows, cdiv(columns, BW))](
                 x=x, packed=packed, C=problem.C, H=problem.H, W=problem.W,
                 stride_n=x.stride(0), stride_c=x.stride(1), stride_h=x.stride(2), stride_w=x.stride(3),
                 COLUMNS=columns, ROWS=rows, PAD=problem.pad, BW=BW, num_warps=4,

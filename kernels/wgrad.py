@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .backward import BnBackward, choose_tile, conv_problem, load_dz, operand, pixel_tiles
 from .config import Tile
-from .launch import check_tensor, tma_refusal
+from .launch import cdiv, check_tensor, tma_refusal
 from .tile import affine_relu, box_origin, box_pixels, unravel
 
 
@@ -288,13 +288,13 @@ def conv_wgrad(
     rows, cols = (H, W) if shift_dz else (P, Q)
     tiles_n, tiles_h, tiles_w = pixel_tiles(tile.box, tile.BK, N, rows, cols)
     steps = tiles_n * tiles_h * tiles_w
-    steps_per_split = triton.cdiv(steps, tile.splits)
-    splits = triton.cdiv(steps, steps_per_split)
+    steps_per_split = cdiv(steps, tile.splits)
+    splits = cdiv(steps, steps_per_split)
     # Where boxes fit, whatever leaves the images has a plain operand, read as zero, on one side of the product.
     boxes_fit = tma and rows % TH == 0 and cols % TW == 0
     padded_a = not (boxes_fit if shift_dz else problem.pointwise)
     uniform = tma or c_group >= tile.BN
-    columns = R * S // tile.taps * triton.cdiv(c_group, tile.BN) if uniform else triton.cdiv(R * S * c_group, tile.BN)
+    columns = R * S // tile.taps * cdiv(c_group, tile.BN) if uniform else cdiv(R * S * c_group, tile.BN)
 
     dw = torch.empty(filter_shape, dtype=out_dtype, device=dy.device)
     partials = dw[None] if splits == 1 else dw.new_empty((splits, *filter_shape), dtype=torch.float32)
@@ -303,7 +303,7 @@ def conv_wgrad(
         x_view, x_box = (N, H // 2, 2, W // 2, 2 * C), (TN, TH, 1, TW, tile.BN)
     dy_view, dy_box = (N, P, Q, K), (TN, TH, TW, tile.BM) if tma_dz else None
     with torch.cuda.device_of(dy):
-        wgrad_kernel[(triton.cdiv(k_group, tile.BM) * columns * groups, splits)](
+        wgrad_kernel[(cdiv(k_group, tile.BM) * columns * groups, splits)](
             dy=operand(dy, dy_view, dy_box),
             z=operand(load.z, dy_view, dy_box),
             x=operand(x, x_view, x_box),
@@ -352,7 +352,7 @@ def conv_wgrad(
         )
         if splits > 1:
             numel = dw.numel()
-            wgrad_reduce_kernel[(triton.cdiv(numel, 128),)](
+            wgrad_reduce_kernel[(cdiv(numel, 128),)](
                 partials=partials,
                 dw=dw,
                 numel=numel,
