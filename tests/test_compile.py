@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import functools
 import importlib.metadata
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -126,7 +125,7 @@ TORCHVISION = {
 
 
 @pytest.mark.parametrize(
-    "name", [name if i < 2 else pytest.param(name, marks=pytest.mark.slow) for i, name in enumerate(TORCHVISION)]
+    "name", [pytest.param(name, marks=pytest.mark.slow if i else ()) for i, name in enumerate(TORCHVISION)]
 )
 def test_all_of_torchvisions_resnets_is_rewritten(name: str) -> None:
     """Stem and every block, each as one call, in training and in eval without gradients."""
@@ -568,7 +567,7 @@ def test_inductor_freezing_with_dynamic_shapes() -> None:
 def our_net(kind: str) -> nn.Module:
     resnet = fastres.models.resnet
     if kind == "cifar":
-        return fastres.paper.cifar(20).double()
+        return fastres.paper.cifar(8).double()
     return tiny(getattr(resnet, kind), resnet.ResNet).double()
 
 
@@ -599,15 +598,20 @@ def same_outcome(compiled: Callable[..., Tensor], twin: nn.Module, model: nn.Mod
         ("fastres", "cifar"),
         *(
             pytest.param(backend, kind, marks=pytest.mark.slow)
-            for backend in ("aot_eager", "fastres", "inductor", "fastres-inductor")
-            for kind in ("BasicBlock", "Bottleneck", "cifar")
-            if (backend, kind) not in (("aot_eager", "cifar"), ("fastres", "cifar"))
+            for kind, backends in {
+                "BasicBlock": ("aot_eager", "fastres"),
+                "Bottleneck": ("aot_eager", "fastres"),
+                "cifar": ("inductor", "fastres-inductor"),  # of sizes left open Inductor thinks for minutes
+            }.items()
+            for backend in backends
         ),
     ],
 )
 def test_one_graph_serves_eight_sizes(backend: str, kind: str, train: bool) -> None:
     """Multi-scale testing and training: no graph break, no recompilation; outputs, gradients, statistics as eager's."""
-    model = our_net(kind).train(train)
+    # Where Inductor's forward picks another layout than eager's, its backward is compiled for the first sizes alone.
+    layout = torch.channels_last if backend == "inductor" else torch.contiguous_format
+    model = our_net(kind).train(train).to(memory_format=layout)
     twin, called, graphs = copy.deepcopy(model), backend_called(backend), 0
 
     def count(gm: fx.GraphModule, inputs: list[Any]) -> Any:
@@ -624,11 +628,12 @@ def test_one_graph_serves_eight_sizes(backend: str, kind: str, train: bool) -> N
 
     with torch.set_grad_enabled(train):
         for i in range(8):
-            same_outcome(dynamic, twin, model, torch.randn(2 + i % 2, 3, 40 + 8 * i, 96 - 8 * (i // 2)).double())
+            x = torch.randn(2 + i % 2, 3, 40 + 8 * i, 96 - 8 * (i // 2)).double()
+            same_outcome(dynamic, twin, model, x.to(memory_format=layout))
     assert graphs == 1
 
 
-@pytest.mark.parametrize("kind", ["BasicBlock", "Bottleneck", "cifar"])
+@pytest.mark.parametrize("kind", ["BasicBlock", "Bottleneck"])
 def test_our_nets_under_aot_eager(kind: str) -> None:
     model = our_net(kind)
     twin = copy.deepcopy(model)
@@ -651,30 +656,36 @@ def test_our_nets_under_inductor(backend: str, mode: str) -> None:
 
 
 @pytest.mark.gpu
-def test_our_nets_under_cudagraphs() -> None:
-    model = fastres.resnet18().cuda().eval()
-    x = torch.randn(2, 3, 64, 64, device="cuda")
-    with torch.no_grad():
-        got = torch.compile(model, backend="cudagraphs")(x)
-        assert relative_error(got, model(x)) < 1e-2
+@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+def test_our_nets_under_cudagraphs(train: bool) -> None:
+    model = our_net("BasicBlock").cuda().train(train)
+    twin = copy.deepcopy(model)
+    compiled = torch.compile(twin, backend="cudagraphs", fullgraph=True)
+    with torch.set_grad_enabled(train):
+        for _ in range(3):
+            same_outcome(compiled, twin, model, torch.randn(4, 3, 64, 64, device="cuda").double())
 
 
-def test_exported_nets_hold_aten_only_and_load_without_fastres(tmp_path: Any) -> None:
-    file, x = tmp_path / "net.pt2", torch.randn(2, 3, 32, 32)
+def test_exported_nets_hold_aten_only_and_load_without_fastres(tmp_path: Path) -> None:
+    x = torch.randn(2, 3, 32, 32)
     for kind in ("cifar", "Bottleneck"):
         model = our_net(kind).float().eval()
         program = torch.export.export(model, (x,))
         targets = {str(n.target) for n in program.graph.nodes if n.op == "call_function"}
         assert all(target.startswith(("aten.", "<built-in function getitem>")) for target in targets), targets
-        torch.export.save(program, file)
-        torch.save((x, model(x)), tmp_path / "pair.pt")
-        code = (
-            "import sys, torch; p = torch.export.load(sys.argv[1]).module(); x, y = torch.load(sys.argv[2]);"
-            "torch.testing.assert_close(p(x), y); assert not any(m.startswith('fastres') for m in sys.modules)"
-        )
-        command = [sys.executable, "-c", code, str(file), str(tmp_path / "pair.pt")]
-        done = subprocess.run(command, capture_output=True, text=True, env=os.environ, check=False)
-        assert done.returncode == 0, done.stderr
+        torch.export.save(program, tmp_path / f"{kind}.pt2")
+        torch.save((x, model(x)), tmp_path / f"{kind}.pt")
+    code = """
+import pathlib, sys, torch
+for file in sorted(pathlib.Path(sys.argv[1]).glob("*.pt2")):
+    x, y = torch.load(file.with_suffix(".pt"))
+    torch.testing.assert_close(torch.export.load(file).module()(x), y)
+    print(file.stem)
+assert not any(name.startswith("fastres") for name in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["Bottleneck", "cifar"]
 
 
 @pytest.mark.interpret
