@@ -1,0 +1,175 @@
+"""bench/gpu.py's parts, time and archive; compiling ahead of a measurement; tuning, in the interpreter."""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import json
+import os
+import sys
+import tarfile
+import time
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+
+from fastres.kernels.problem import ConvProblem
+
+BENCH = Path(__file__).resolve().parent.parent / "bench"
+SQUARE = ConvProblem(2, 8, 8, 16, 16, 3, 3, 1, 1)
+STEM = ConvProblem(1, 16, 16, 3, 16, 7, 7, 2, 3)
+
+
+@pytest.fixture(autouse=True)
+def _bench_on_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCH))
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    module = importlib.import_module("gpu")
+    monkeypatch.setattr(module, "ensure_installed", lambda: None)
+    monkeypatch.setattr(module.signal, "signal", lambda *_: None)
+    return module
+
+
+def run(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch, parts: dict[str, str], *options: str) -> int:
+    monkeypatch.setattr(gpu, "PARTS", {name: ["-c", code] for name, code in parts.items()})
+    monkeypatch.setattr(sys, "argv", ["gpu.py", *options])
+    return gpu.main()
+
+
+def test_parts_leave_logs_summaries_and_an_archive(
+    gpu: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    out, packed = tmp_path / "out", tmp_path / "all.tar.gz"
+    save = "import os, pathlib; p = pathlib.Path(os.environ['FASTRES_CACHE_DIR']); (p / 'tables').mkdir(parents=True); "
+    save += "(p / 'tables' / 'a.json').write_text('[]'); (p / 'built.so').write_text('x'); print('fine')"
+    monkeypatch.delenv("FASTRES_CACHE_DIR", raising=False)
+    parts = {"good": save, "bad": "print('no'); raise SystemExit(3)"}
+    assert run(gpu, monkeypatch, parts, "--out", str(out), "--archive", str(packed)) == 1
+    assert (out / "good.log").read_text() == "fine\n"
+    assert json.loads((out / "bad.json").read_text())["status"] == 3
+    with tarfile.open(packed) as archive:
+        files = {member.name for member in archive if member.isfile()}
+    assert files == {f"out/{name}" for name in ("good.log", "good.json", "bad.log", "bad.json", "cache/tables/a.json")}
+
+
+def test_time_ends_a_part_and_what_it_started(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    code = (
+        "import subprocess, sys, time; child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(99)'])"
+    )
+    code += "\nprint(child.pid, flush=True); time.sleep(99)"
+    monkeypatch.setattr(gpu, "LIMIT_S", 2)
+    assert run(gpu, monkeypatch, {"slow": code}, "--out", str(tmp_path)) == 1
+    assert json.loads((tmp_path / "slow.json").read_text())["status"] == 124
+    status = Path("/proc", (tmp_path / "slow.log").read_text().strip(), "status")
+    for _ in range(50):
+        if not status.exists() or "State:\tZ" in status.read_text():
+            return
+        time.sleep(0.1)
+    pytest.fail("a process that the part started runs on")
+
+
+def test_what_does_not_fit_is_not_begun(
+    gpu: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    assert run(gpu, monkeypatch, {"a": "0", "b": "0"}, "--out", str(tmp_path), "--minutes", "0.5") == 2
+    assert "failed: a (not begun), b (not begun)" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        run(gpu, monkeypatch, {}, "--jobs", "0")
+
+
+def test_commands(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests share their processes with the plugins that are there; measurements run alone."""
+    backends = importlib.import_module("backends")
+    for found in (True, False):
+        monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name, found=found: found or None)
+        tests = gpu.command("tests-nets", Path("/o"), 5, 300)
+        assert ("-n" in tests, "--timeout" in tests) == (found, found)
+        assert "5" not in gpu.command("bench-infer-50", Path("/o"), 5, 300)
+    assert gpu.command("tune-50", Path("/o"), 5, 300)[-4:] == ["--jobs", "5", "--seconds", "285"]
+    assert "/o/record.json" in gpu.command("bench-train-50", Path("/o"), 1, 300)
+    for part, command in gpu.PARTS.items():
+        for names in (value for flag, value in itertools.pairwise(command) if flag == "--backend"):
+            unknown = set(names.split(",")) - set(backends.BACKENDS)
+            refused = {n for n in names.split(",") if backends.BACKENDS[n].freeze} if "train" in part else set()
+            assert not unknown | refused, part
+        assert all((BENCH.parent / word).exists() for word in command if word[0] != "-" and word.endswith(".py")), part
+
+
+@triton.jit
+def add_kernel(x, y, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    tl.store(y + at, tl.load(x + at) + 1)
+
+
+class Driver:
+    """A Hopper GPU that compiles and can't launch."""
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+
+@pytest.mark.compiles
+@pytest.mark.skipif(torch.cuda.is_available(), reason="stands in for a missing GPU")
+def test_compiling_launches_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    precompile = importlib.import_module("precompile")
+    loaded: list[Any] = []
+    monkeypatch.setattr(triton.compiler.CompiledKernel, "_init_handles", lambda kernel: loaded.append(kernel))
+    monkeypatch.setattr(triton.runtime.driver, "_active", Driver())
+    x = torch.empty(64, device="meta")
+    with precompile.compiling():
+        add_kernel[(1,)](x, x, BLOCK=64)
+    assert [kernel.metadata.name for kernel in loaded] == ["add_kernel"]
+    assert precompile.compile_all([(print, ("x",))], 1) == []
+
+
+def test_compiling_in_processes_says_what_failed(capfd: pytest.CaptureFixture) -> None:
+    precompile = importlib.import_module("precompile")
+    found = precompile.compile_all([(os.path.getsize, ("/nowhere",)), (os.getpid, ()), (os.getpid, ())], 2)
+    assert len(found) == 1
+    assert found[0].startswith("getsize('/nowhere',): FileNotFoundError")
+
+
+@pytest.fixture
+def tune(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    module = importlib.import_module("tune")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    return module
+
+
+@pytest.mark.interpret
+@pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="for the interpreter; on a GPU tuning checks itself")
+@pytest.mark.parametrize("pass_", ["infer", "fprop", "dgrad", "wgrad"])
+def test_every_candidate_agrees_with_the_library(pass_: str, tune: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise a tuning run would refuse all of ours. Times are made up: later is faster, so the last one wins."""
+    times = iter(range(100, 0, -1))
+    monkeypatch.setattr(tune.layers, "microseconds", lambda work: float(next(times)))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    for problem in (SQUARE,) if pass_ == "dgrad" else (SQUARE, STEM):
+        found, text = tune.tune(problem, pass_, torch.float16, torch.device("cpu"), 1)
+        assert len(text.splitlines()) == 1, text
+        assert found.winner == ("stem" if problem is STEM and pass_ != "wgrad" else "triton")
+
+    def lost() -> None:
+        raise RuntimeError("an illegal memory access")
+
+    monkeypatch.setattr(tune.layers, "microseconds", lambda work: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        tune.tune(SQUARE, pass_, torch.float16, torch.device("cpu"), 1)
+    monkeypatch.setattr(torch.cuda, "synchronize", lost)
+    with pytest.raises(tune.LostContextError, match="anything: ZeroDivisionError: too small"):
+        tune.require_context("anything", ZeroDivisionError("too small"))
