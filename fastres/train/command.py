@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fastres.models.families import FAMILIES
 from fastres.models.paper import SHORTCUTS
-from fastres.train.recipe import DATA, RECIPES, Recipe
+from fastres.train.recipe import DATA, LOADERS, RECIPES, Recipe
 
 EPILOG = "Several GPUs or processes: torchrun --nproc-per-node N -m fastres train ... (batch and lr stay the recipe's)."
 
@@ -32,7 +32,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     data.add_argument(
         "--holdout", type=int, default=0, help="training images to validate on instead (the paper's 45k/5k split: 5000)"
     )
-    data.add_argument("--workers", type=int, help="processes that decode photographs (default: one per CPU)")
+    data.add_argument("--workers", type=int, help="processes that read photographs (default: one per CPU)")
+    loaders = "; ".join(f"{name}: {meaning}" for name, meaning in LOADERS.items())
+    data.add_argument("--loader", choices=list(LOADERS), default="auto", help=f"{loaders} (default: auto)")
     data.add_argument("--cache", type=Path, help="where mean images are kept (default: ~/.cache/fastres)")
     recipe = parser.add_argument_group("instead of the recipe's")
     recipe.add_argument("--batch", type=int, help="images per iteration, of all processes together")

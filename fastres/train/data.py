@@ -10,6 +10,7 @@ photographs that workers decode and crop; they travel as uint8 and are normalise
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import io
 import os
@@ -18,7 +19,7 @@ import signal
 import warnings
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -195,12 +196,16 @@ class Folder:
             with Image.open(path) as file:
                 image = file.convert("RGB")
         except (OSError, SyntaxError, ValueError) as error:
-            return DataError(f"{path} is no image that can be read ({error}); fetch it again or remove it")
+            return unreadable(path, error)
         with seeded(word):
             pixels = torch.from_numpy(np.array(self.transform(image)))
             if self.erase is not None:
                 pixels = self.erase(pixels.permute(2, 0, 1)).permute(1, 2, 0)
         return pixels, label
+
+
+def unreadable(path: str, error: Exception) -> DataError:
+    return DataError(f"{path} is no image that can be read ({error}); fetch it again or remove it")
 
 
 def collate(items: Sequence[tuple[Tensor, int] | DataError]) -> tuple[Tensor, Tensor] | DataError:
@@ -288,11 +293,16 @@ class Dataset:
     preprocess: Preprocess
 
 
+Batches = Iterable[list[tuple[int, int]]]  # of (index, word)
+Decoder = Callable[[Folder, Batches, int, torch.device], Iterator[tuple[Tensor, Tensor]]]  # as `decoded`
+
+
 @dataclass
 class Loader:
     """Batches on the device: x float32 [n, C, H, W] in channels_last, y int64 [n] or probabilities [n, classes].
 
-    rank and world: this process's place; validation images are dealt out to all.
+    rank and world: this process's place; validation images are dealt out to all. decode: what turns files into pixels,
+    None for Pillow's `decoded`.
     """
 
     dataset: Dataset
@@ -302,6 +312,7 @@ class Loader:
     workers: int = 0
     rank: int = 0
     world: int = 1
+    decode: Decoder | None = None
     preprocess: Preprocess = field(init=False)
 
     def __post_init__(self) -> None:
@@ -319,7 +330,7 @@ class Loader:
             list(zip(self.stream.indices(p).tolist(), self.stream.words(p, SAMPLE)[:, 0].tolist(), strict=True))
             for p in self._schedule(start, stop)
         )
-        batches = _decoded(self.train, items, self.workers, self.device)
+        batches = (self.decode or decoded)(self.train, items, self.workers, self.device)
         for positions, (x, y) in zip(self._schedule(start, stop), batches, strict=True):
             yield self._mixed(self.preprocess(x, self._colour(positions)), y, positions)
 
@@ -334,7 +345,7 @@ class Loader:
                 yield self.preprocess(self.val.images[index]), self.val.labels[index]
             return
         items = ([(index, 0) for index in chunk] for chunk in chunks)
-        for x, y in _decoded(self.val, items, self.workers, self.device):
+        for x, y in (self.decode or decoded)(self.val, items, self.workers, self.device):
             yield self.preprocess(x), y
 
     def _schedule(self, start: int, stop: int) -> Iterator[np.ndarray]:
@@ -369,25 +380,35 @@ def _ignore_signals(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def _decoded(
-    folder: Folder, batches: Iterable[list[tuple[int, int]]], workers: int, device: torch.device
-) -> Iterator[tuple[Tensor, Tensor]]:
+def decoded(folder: Folder, batches: Batches, workers: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
     """The photographs of each batch of (index, word), on the device; the next is on its way while one is used."""
+    pinned = device.type == "cuda"
+    found = fetched(folder, batches, workers, collate, pinned=pinned)
+    return _ahead(found, device) if pinned else found
+
+
+def fetched(
+    dataset: Any,
+    batches: Batches,
+    workers: int,
+    collate: Callable[[Sequence[Any]], Any],
+    *,
+    pinned: bool = False,
+) -> Iterator[Any]:
+    """What `collate` makes of the items of each batch of keys, in order. Raises a DataError that it meets."""
     loader: DataLoader = DataLoader(
-        folder,  # type: ignore[arg-type]  # its items are addressed by (index, word)
+        dataset,
         batch_sampler=batches,
         num_workers=workers,
         collate_fn=collate,
-        pin_memory=device.type == "cuda",
+        pin_memory=pinned,
         prefetch_factor=4 if workers else None,
         worker_init_fn=_ignore_signals,
         generator=torch.Generator(),  # the global one is the model's
     )
-    return _ahead(_checked(loader), device) if device.type == "cuda" else _checked(loader)
-
-
-def _checked(batches: Iterable[Any]) -> Iterator[tuple[Tensor, Tensor]]:
-    for batch in batches:
+    if workers:
+        gc.collect()  # a pipeline of DALI's must not be left to a worker to free: its threads aren't there to end
+    for batch in loader:
         if isinstance(batch, DataError):
             raise batch
         yield batch
@@ -582,7 +603,7 @@ def _moments(files: datasets.ImageFolder, recipe: Recipe, cache: Path, workers: 
     folder = Folder(files, centre_crop(recipe.resize, recipe.size))
     mine = range(rank, len(folder), world)
     batches = [[(i, 0) for i in mine[k : k + 64]] for k in range(0, len(mine), 64)]
-    images = (x for x, _ in _decoded(folder, batches, workers, device))
+    images = (x for x, _ in decoded(folder, batches, workers, device))
     shown = tqdm(images, "mean image", len(batches), unit="batch", disable=None if rank == 0 else True)
     moments = Moments.of(shown, 3, recipe.size)
     if world > 1:

@@ -30,10 +30,10 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import fastres
 from fastres.models import families
-from fastres.train import checkpoint
-from fastres.train.data import Loader, Stream, load
+from fastres.train import checkpoint, dali
+from fastres.train.data import Folder, Loader, Stream, load
 from fastres.train.process import Place, Signals, place, usable_cpus
-from fastres.train.recipe import Recipe
+from fastres.train.recipe import LOADERS, Recipe
 from fastres.train.report import Report
 from fastres.train.schedule import LearningRate
 
@@ -54,9 +54,9 @@ class Run:
     """One training: a recipe, the net and images it is used with, and how it runs here.
 
     family, depth, shortcut, data: None for the recipe's. holdout: training images that validate instead. micro_batch:
-    images per forward pass, None for the recipe's. workers: that decode photographs, None for one per CPU. dtype: a key
-    of `DTYPES`, None for bf16 on a GPU and fp32 elsewhere. eval_every, save_every, in iterations: None for an epoch
-    and for `eval_every`. resume: go on from out/last.pt where there is one.
+    images per forward pass, None for the recipe's. workers: that read photographs, None for one per CPU. loader: a key
+    of `LOADERS`. dtype: a key of `DTYPES`, None for bf16 on a GPU and fp32 elsewhere. eval_every, save_every, in
+    iterations: None for an epoch and for `eval_every`. resume: go on from out/last.pt where there is one.
     """
 
     name: str
@@ -78,6 +78,7 @@ class Run:
     deterministic: bool = False
     micro_batch: int | None = None
     workers: int | None = None
+    loader: str = "auto"
     log_every: int = 50
     eval_every: int | None = None
     save_every: int | None = None
@@ -89,7 +90,7 @@ class Run:
             _at_least(name, getattr(self, name), 0)
         for name in ("micro_batch", "log_every", "eval_every", "save_every"):
             _at_least(name, getattr(self, name), 1)
-        for name, accepted in (("dtype", [None, *DTYPES]), ("compile", COMPILE)):
+        for name, accepted in (("dtype", [None, *DTYPES]), ("compile", COMPILE), ("loader", LOADERS)):
             if getattr(self, name) not in accepted:
                 raise ValueError(
                     f"{name} {getattr(self, name)!r} does not exist; there are {', '.join(map(str, accepted))}"
@@ -205,7 +206,9 @@ class Trainer:
         model = families.build(self.family, self.depth, run.shortcut, **sizes)
         self.model = model.to(place.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         stream = Stream(len(dataset.train), recipe.batch, recipe.batch // micro, run.seed, recipe.repeats)
-        self.loader = Loader(dataset, recipe, stream, place.device, workers, place.rank, place.world)
+        self.decoder = dali.chosen(run.loader, dataset, recipe, place.device)
+        decode = dali.decoded if self.decoder == "dali" else None
+        self.loader = Loader(dataset, recipe, stream, place.device, workers, place.rank, place.world, decode)
         self.steps_per_epoch = max(1, len(dataset.train) // recipe.batch)
         self.total = recipe.total(self.steps_per_epoch)
         self.eval_every = run.eval_every or self.steps_per_epoch
@@ -584,6 +587,8 @@ def _train(run: Run, here: Place, signals: Signals) -> Summary:
     trainer = Trainer(run, here, signals)
     if last.exists():
         trainer.restore(last)
+    if trainer.main and isinstance(trainer.loader.train, Folder):
+        print(f"photographs are decoded by {LOADERS[trainer.decoder]}", file=sys.stderr)
     report = trainer.report() if trainer.main else None
     try:
         return trainer.fit(report)

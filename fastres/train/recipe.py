@@ -20,6 +20,12 @@ DATA = {
     "synthetic": "smooth random images of the recipe's size, to measure speed",
 }
 
+LOADERS = {
+    "auto": "dali on a GPU where it is installed and has the recipe's augmentation, else torch",
+    "torch": "Pillow in workers",
+    "dali": "NVIDIA DALI",
+}
+
 
 @dataclass(frozen=True)
 class ScaleCrop:
