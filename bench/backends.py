@@ -7,8 +7,9 @@ from __future__ import annotations
 import importlib.util
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 from unittest import mock
 
@@ -94,15 +95,27 @@ class Backend:
         return model, torch.compile(model, dynamic=False, **self.compile)
 
     @contextmanager
-    def isolated(self) -> Iterator[None]:
+    def isolated(self, device: torch.device) -> Iterator[None]:
         """Whatever this backend compiles or configures ends with the context; compilation starts with empty caches."""
         with ExitStack() as stack:
             if self.compile is not None:
+                start_compiler(self.compile["backend"], device)
                 torch.compiler.reset()
                 stack.callback(torch.compiler.reset)
                 stack.enter_context(torch._inductor.utils.fresh_cache())
                 stack.enter_context(torch._inductor.config.patch(self.inductor))
             yield
+
+
+@cache
+def start_compiler(backend: str, device: torch.device) -> None:
+    """What `backend` imports and finds out about the machine, once a process: no part of its first row.
+
+    Where it doesn't work, the rows that need it will say so.
+    """
+    with torch._inductor.utils.fresh_cache(), suppress(Exception):
+        x = torch.ones(64, device=device, requires_grad=True)
+        torch.compile(lambda x: x.sigmoid().sum(), backend=backend)(x).backward()
 
 
 def torchvision_net(depth: int) -> nn.Module:

@@ -188,7 +188,7 @@ def measure(backend: Backend, case: Case, data: Data, seconds: float, multiply_a
     """The row's measured fields (bench/records/README.md names them). What goes wrong becomes its status and reason."""
     row: dict[str, Any] = {}
     try:
-        with backend.isolated():
+        with backend.isolated(case.device):
             row |= _measure(backend, case, data, seconds, multiply_adds)
     except Exception as error:
         row["status"] = "out of memory" if is_out_of_memory(error) else "failed"
