@@ -192,7 +192,7 @@ class _Nets:
         if self.recipe is not None and self.recipe.normalise == "pixel":
             raise ValueError(
                 f"{weights.source} doesn't hold the mean image that its recipe subtracts, and no training images are "
-                "at hand to compute it from; use the checkpoint that fastres train wrote (.pt)"
+                "at hand to compute it from; all files that fastres train writes hold it"
             )
         if self.channels != 3:
             raise ValueError(f"{weights.source} reads images of {self.channels} channels and doesn't hold their mean")

@@ -6,6 +6,7 @@ that torchvision publishes.
 
 from __future__ import annotations
 
+import base64
 import json
 import pickle
 import zipfile
@@ -104,14 +105,18 @@ def _fetch(source: str, enum: WeightsEnum) -> Weights:
 def _safetensors(path: Path) -> Weights:
     try:
         from safetensors import SafetensorError, safe_open
+        from safetensors.torch import load
     except ImportError as error:
         raise ValueError(f"{path} needs the package safetensors: pip install safetensors") from error
     try:
         with safe_open(str(path), framework="pt") as file:
-            meta = json.loads((file.metadata() or {}).get("fastres", "{}"))
-            return Weights(str(path), {name: file.get_tensor(name) for name in file.keys()}, meta, preset=_preset(meta))  # noqa: SIM118 - no dict
+            known = file.metadata() or {}
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no dict
+        meta = json.loads(known.get("fastres", "{}"))
+        preprocess = load(base64.b64decode(known["preprocess"], validate=True)) if "preprocess" in known else {}
     except (SafetensorError, OSError, ValueError) as error:
         raise ValueError(f"{path} is truncated, damaged or no safetensors file ({error})") from error
+    return Weights(str(path), state, meta, preprocess, _preset(meta))
 
 
 def _torch(path: Path) -> Weights:

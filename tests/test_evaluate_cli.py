@@ -177,6 +177,50 @@ def test_eval_of_what_training_writes(tmp_path: Path, capsys: pytest.CaptureFixt
         assert f"top-5 accuracy {1 - summary.top5:.2%}" in out
 
 
+@pytest.mark.parametrize("recipe", ["digits", "imagenet-modern"])
+def test_weights_alone_predict_what_the_checkpoint_does(recipe: str, photos: Path, tmp_path: Path) -> None:
+    """weights.safetensors brings along its mean image, or its channels' means, and no tensor that a net would refuse."""
+    tensors = pytest.importorskip("safetensors.torch")
+    if recipe == "digits":
+        row = dataclasses.replace(RECIPES[recipe], epochs=None, iterations=2, batch=32)
+        run = loop.Run(recipe, row, tmp_path / "run", depth=8, device="cpu")
+    else:
+        row = dataclasses.replace(
+            RECIPES[recipe], size=32, val_size=32, resize=40, epochs=None, iterations=2, batch=4, bn_batch=2, repeats=1
+        )
+        shutil.copytree(photos / "val", photos / "train")
+        where: dict[str, Any] = {"data": "folder", "root": photos, "workers": 0}
+        run = loop.Run(recipe, row, tmp_path / "run", family="cifar", depth=8, device="cpu", **where)
+    loop.train(run)
+    rows = []
+    for name in (checkpoint.BEST, checkpoint.WEIGHTS):
+        table = tmp_path / f"{name}.csv"
+        file = str(tmp_path / "run" / name)
+        assert main(["predict", str(photos), "--weights", file, "--device", "cpu", "--csv", str(table)]) == 0
+        rows.append(table.read_text())
+    assert rows[0] == rows[1]
+    path = tmp_path / "run" / checkpoint.WEIGHTS
+    read, best = (weights.read(str(tmp_path / "run" / name)) for name in (checkpoint.WEIGHTS, checkpoint.BEST))
+    assert read.preprocess["mean"].shape == ((1, 8, 8) if recipe == "digits" else (3, 1, 1))
+    for name, value in read.preprocess.items():
+        assert torch.equal(value, best.preprocess[name])
+    assert tensors.load_file(path).keys() == best.state.keys()
+
+
+def test_weights_without_their_mean_image_are_refused(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tensors = pytest.importorskip("safetensors.torch")
+    meta = {"family": "cifar", "depth": 8, "recipe": "imagenet-2015", "classes": CLASSES}
+    path = tmp_path / "weights.safetensors"
+    tensors.save_file(net().state_dict(), str(path), {"fastres": json.dumps(meta)})
+    message = refused(["predict", str(photos), "--weights", str(path), "--device", "cpu"], capsys)
+    assert f"{path} doesn't hold the mean image that its recipe subtracts" in message
+    tensors.save_file(net().state_dict(), str(path), {"fastres": json.dumps(meta), "preprocess": "AAAA"})
+    message = refused(["predict", str(photos), "--weights", str(path), "--device", "cpu"], capsys)
+    assert f"{path} is truncated, damaged or no safetensors file" in message
+
+
 def test_eval_computes_the_mean_image_that_its_recipe_subtracts(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scored: list[Tensor]
 ) -> None:

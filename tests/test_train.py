@@ -27,7 +27,7 @@ from torch import Tensor
 
 from fastres.__main__ import main
 from fastres.models import families
-from fastres.train import checkpoint
+from fastres.train import checkpoint, report
 from fastres.train.checkpoint import CheckpointError
 from fastres.train.loop import Errors, NonFiniteError, Run, Summary, Trainer, errors, train
 from fastres.train.process import Place, Signals
@@ -559,6 +559,62 @@ def test_tensorboard_is_optional(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(ValueError, match="pip install tensorboard"):
         train(short(tmp_path, tensorboard=True))
+
+
+def test_tensorboard_gets_what_the_log_gets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of a run that was cut short: what it had written behind its last checkpoint is dropped when it goes on."""
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    def step(self: Trainer, batches: Any) -> None:
+        if self.iteration == 6 and not self.run.resume:
+            raise KeyboardInterrupt
+        whole(self, batches)
+
+    whole = Trainer.step
+    monkeypatch.setattr(Trainer, "step", step)
+    with pytest.raises(KeyboardInterrupt):
+        train(short(tmp_path, tensorboard=True, save_every=4, log_every=1))
+    train(short(tmp_path, tensorboard=True, save_every=4, log_every=1, resume=True))
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    rows = list(csv.DictReader((tmp_path / "log.csv").open()))
+    names = set(rows[0]) - {"iteration", "epoch"}
+    assert set(events.Tags()["scalars"]) == names
+    for name in names - {"images_per_second"}:  # measured anew
+        found = [(event.step, pytest.approx(event.value, rel=1e-6)) for event in events.Scalars(name)]
+        assert [(int(row["iteration"]), float(row[name])) for row in rows if row[name]] == found
+        assert len(found) >= 2
+
+
+def test_curves_are_drawn_now_and_then_and_in_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[int] = []
+    monkeypatch.setattr(report.plot, "curves", lambda path, runs: drawn.extend(len(rows) for rows in runs.values()))
+    often = {"eval_every": 1, "log_every": 1}
+    train(short(tmp_path / "rarely", **often))
+    assert drawn == [2, 16]
+    drawn.clear()
+    monkeypatch.setattr(report, "DRAW_EVERY", 0.0)
+    train(short(tmp_path / "often", **often))
+    assert drawn == [2, 4, 6, 8, 10, 12, 14, 16, 16]
+    drawn.clear()
+    monkeypatch.setattr(report, "DRAW_EVERY", 1e9)
+    monkeypatch.setattr(Trainer, "evaluate", lambda self: self._leave(signal.SIGTERM))
+    with pytest.raises(SystemExit, match="143"):
+        train(short(tmp_path / "stopped", log_every=1))
+    assert drawn == [4]
+
+
+def test_a_picture_that_can_t_be_written_ends_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*args: object) -> None:
+        raise OSError(errno.ENOSPC, "no room")
+
+    monkeypatch.setattr(report.plot, "curves", refuse)
+    done = train(short(tmp_path, dataclasses.replace(SHORT, iterations=1)))
+    assert done.iterations == 1
+    assert "curves.png can't be written: [Errno 28] no room" in capsys.readouterr().err
 
 
 def test_matplotlib_and_safetensors_are_optional(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

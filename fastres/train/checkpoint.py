@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import errno
 import io
 import json
@@ -74,15 +75,16 @@ def save(folder: Path, state: dict[str, Any], *, best: bool) -> None:
     """Writes last.pt and, if `best`, first best.pt and weights.safetensors.
 
     state: of tensors, numbers, strings, lists, tuples and dicts, so that `torch.load(weights_only=True)` reads it; with
-    "meta", "model" and "ema" (None or the averaged weights, which then are the ones in weights.safetensors). In this
-    order a process killed in between repeats the step that was best and writes it again. Raises CheckpointError.
+    "meta", "model", "ema" (None or the averaged weights, which then are the ones in weights.safetensors) and
+    "preprocess" with "mean" and "std". In this order a process killed in between repeats the step that was best and
+    writes it again. Raises CheckpointError.
     """
     buffer = io.BytesIO()
     torch.save(state, buffer)
     files = {}
     if best:
         files[BEST] = buffer.getvalue()
-        weights = _safetensors(state["ema"] or state["model"], state["meta"])
+        weights = _safetensors(state["ema"] or state["model"], state["preprocess"], state["meta"])
         if weights is not None:
             files[WEIGHTS] = weights
     files[LAST] = buffer.getvalue()
@@ -105,14 +107,23 @@ def _cause(error: OSError) -> str:
     return causes.get(error.errno or 0, os.strerror(error.errno) if error.errno else str(error))
 
 
-def _safetensors(weights: dict[str, Tensor], meta: dict[str, Any]) -> bytes | None:
-    """The bytes of a safetensors file with `meta` as JSON; None where the package is not installed."""
+def _safetensors(weights: dict[str, Tensor], preprocess: dict[str, Tensor], meta: dict[str, Any]) -> bytes | None:
+    """The bytes of a safetensors file; None where the package is not installed.
+
+    Its tensors are the weights and nothing else, so that a net loads them as they are. Its metadata hold "fastres",
+    `meta` as JSON, and "preprocess", mean and std as a safetensors file of their own in base 64.
+    """
     try:
         import safetensors.torch
     except ImportError:
         return None
-    contiguous = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
-    return safetensors.torch.save(contiguous, {"fastres": json.dumps(meta)})
+
+    def plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+
+    before = safetensors.torch.save(plain({name: preprocess[name] for name in ("mean", "std")}))
+    known = {"fastres": json.dumps(meta), "preprocess": base64.b64encode(before).decode()}
+    return safetensors.torch.save(plain(weights), known)
 
 
 def load(path: Path) -> dict[str, Any]:

@@ -508,7 +508,7 @@ class Trainer:
             self.best = min(self.best, found.top1)
             self.save(best=better)
             if report is not None:
-                report.evaluated(self.history, found.top1, found.top5)
+                report.evaluated(found.top1, found.top5)
         elif self.iteration % self.save_every == 0:
             self._heed(0)
             self.save()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,16 +27,22 @@ COLUMNS = (
     "val_error_top5",
     "images_per_second",
 )
+DRAW_EVERY = 30.0  # seconds between two drawings of the curves, each of which takes a fraction of one
 
 
 class Report:
-    """What the main process shows and writes while it trains: a progress bar, log.csv, curves.png, TensorBoard."""
+    """What the main process shows and writes while it trains: a progress bar, log.csv, curves.png, TensorBoard.
+
+    The curves are drawn with an evaluation if `DRAW_EVERY` has passed since the last time, and in the end, however the
+    training ends.
+    """
 
     def __init__(
         self, out: Path, title: str, batch: int, start: int, total: int, history: History, *, tensorboard: bool
     ) -> None:
-        """start, total: iterations. history: of a resumed run, whose log then ends where its checkpoint does."""
-        self.out, self.title, self.batch = out, title, batch
+        """start, total: iterations. history: the training's own list; log.csv begins with what is in it already."""
+        self.out, self.title, self.batch, self.history = out, title, batch, history
+        self.due = time.monotonic()
         self.bar = tqdm(
             total=total * batch, initial=start * batch, unit="img", unit_scale=True, desc=title, disable=None
         )
@@ -61,16 +68,26 @@ class Report:
                 {"loss": f"{row['train_loss']:.3f}", "error": f"{row['train_error']:.1%}", "lr": f"{row['lr']:g}"}
             )
 
-    def evaluated(self, history: History, top1: float, top5: float) -> None:
-        """The last row of `history` is an evaluation."""
-        self.row(history[-1])
-        plot.curves(self.out / "curves.png", {self.title: history})
+    def evaluated(self, top1: float, top5: float) -> None:
+        """The history's last row is an evaluation."""
+        self.row(self.history[-1])
+        if time.monotonic() >= self.due:
+            self._draw()
         self.bar.write(
-            f"iteration {int(history[-1]['iteration'])}: validation error {top1:.2%}, top-5 {top5:.2%}",
+            f"iteration {int(self.history[-1]['iteration'])}: validation error {top1:.2%}, top-5 {top5:.2%}",
             file=sys.stderr,
         )
 
+    def _draw(self) -> None:
+        try:
+            plot.curves(self.out / "curves.png", {self.title: self.history})
+        except OSError as error:  # what ends the training, if anything, is to be heard of
+            self.bar.write(f"curves.png can't be written: {error}", file=sys.stderr)
+        self.due = time.monotonic() + DRAW_EVERY
+
     def close(self) -> None:
+        if self.history:
+            self._draw()
         self.bar.close()
         if self.writer is not None:
             self.writer.close()
@@ -82,4 +99,4 @@ def summary_writer(folder: Path, iteration: int) -> Any:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise ValueError("--tensorboard needs the package tensorboard: pip install tensorboard") from error
-    return SummaryWriter(str(folder), purge_step=iteration)
+    return SummaryWriter(str(folder), purge_step=iteration + 1)
