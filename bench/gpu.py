@@ -96,7 +96,10 @@ def run_part(part: str, out: Path, jobs: int, limit: float) -> int:
     log = out / f"{part}.log"
     print(f"== {part}: python {' '.join(arguments)}", flush=True)
     start = time.monotonic()
-    environment = {"FASTRES_CACHE_DIR": str(out / "cache"), "PYTHONUNBUFFERED": "1", **os.environ}
+    environment = {"FASTRES_CACHE_DIR": str(out / "cache"), "PYTHONUNBUFFERED": "1"}
+    if "-n" in arguments:  # else each of Inductor's users among the tests has processes for every CPU
+        environment["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
+    environment |= os.environ
     with log.open("w") as sink:
         process = subprocess.Popen(
             [sys.executable, *arguments],
