@@ -179,7 +179,7 @@ def test_eval_of_what_training_writes(tmp_path: Path, capsys: pytest.CaptureFixt
 
 @pytest.mark.parametrize("recipe", ["digits", "imagenet-modern"])
 def test_weights_alone_predict_what_the_checkpoint_does(recipe: str, photos: Path, tmp_path: Path) -> None:
-    """weights.safetensors brings along its mean image, or its channels' means, and no tensor that a net would refuse."""
+    """weights.safetensors brings along its mean image, or its channels' means, and no tensor that no net has."""
     tensors = pytest.importorskip("safetensors.torch")
     if recipe == "digits":
         row = dataclasses.replace(RECIPES[recipe], epochs=None, iterations=2, batch=32)

@@ -511,6 +511,19 @@ def test_resnet_20_reads_digits(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert saved["latest"]["top1"] <= 0.03
 
 
+def test_synthetic_images_from_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("benchmark", "deterministic"):
+        monkeypatch.setattr(torch.backends.cudnn, name, getattr(torch.backends.cudnn, name))
+    arguments = "--recipe cifar-2015 --data synthetic --depth 8 --batch 16 --iterations 2 --deterministic --device cpu"
+    assert main(["train", "--out", str(tmp_path), *arguments.split()]) == 0
+    assert "2 iterations, validation error" in capsys.readouterr().out
+    assert (torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic) == (False, True)
+    saved = torch.load(tmp_path / checkpoint.LAST, weights_only=True)
+    assert (saved["meta"]["data"], saved["latest"]["count"], saved["iteration"]) == ("synthetic", 256, 2)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -553,6 +566,20 @@ def test_a_backend_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(torch._dynamo, "list_backends", lambda: ["inductor"])
     with pytest.raises(ValueError, match="no backend 'fastres' here; it has inductor"):
         trainer(tmp_path, compile="fastres")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["inductor", "fastres"])
+def test_a_compiled_net_trains_alike(tmp_path: Path, backend: str) -> None:
+    """And its checkpoint is one of the plain net, which goes on uncompiled."""
+    recipe = dataclasses.replace(SHORT, iterations=3, ema=None)
+    train(short(tmp_path / "plain", recipe))
+    train(short(tmp_path / "compiled", recipe, compile=backend))
+    ours, theirs = weights(tmp_path / "compiled"), weights(tmp_path / "plain")
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        torch.testing.assert_close(ours[name], value, rtol=1e-3, atol=1e-4)
+    train(short(tmp_path / "compiled", recipe, resume=True))
 
 
 def test_tensorboard_is_optional(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -234,23 +234,16 @@ RECIPES = {
         weight_decay=5e-4,
         epochs=20,
     ),
-    "digits-depths": Recipe(
-        source="ours: digits by section 4.2 in small, one lr at which residual nets of 20 to 110 layers start",
-        data="digits",
-        family="cifar",
-        depth=20,
-        size=8,
-        val_size=8,
-        resize=8,
-        crop=PadCrop(1),
-        flip=False,
-        batch=64,
-        lr=0.01,
-        schedule=Steps((1_000, 1_500)),
-        weight_decay=1e-4,
-        iterations=2_000,
-    ),
 }
+RECIPES["digits-depths"] = replace(
+    RECIPES["digits"],
+    source="ours: digits by section 4.2 in small, one lr at which residual nets of 20 to 110 layers start",
+    lr=0.01,
+    schedule=Steps((1_000, 1_500)),
+    weight_decay=1e-4,
+    epochs=None,
+    iterations=2_000,
+)
 
 
 def lasting(recipe: Recipe, iterations: int) -> Recipe:
