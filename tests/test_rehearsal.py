@@ -1,0 +1,115 @@
+"""A training and an inference step of whole nets on tensors without memory: every launch keeps the limits of the
+hardware, which neither the interpreter nor a compiler checks.
+
+The tensor memory accelerator: `cuTensorMapEncodeTiled` in the CUDA driver API; grids: the CUDA programming guide's
+table of compute capabilities.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+import triton
+from binary import Launch, record
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+import fastres
+from fastres.kernels.problem import ConvProblem
+from fastres.ops import dispatch, launch
+
+pytestmark = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="interpreted kernels launch otherwise")
+
+
+@pytest.fixture(autouse=True)
+def _kernels_on_meta(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Tensors without memory take the path of tensors on a GPU."""
+    launch._step.cache_clear()
+    monkeypatch.setattr(dispatch, "_kernel_less", lambda device: None)
+    monkeypatch.setattr(dispatch, "pointwise_engine", lambda *_: "triton")
+    monkeypatch.setattr(dispatch, "compute_dtype", lambda x: x.dtype)
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # there is none for meta
+    yield
+    launch._step.cache_clear()
+
+
+def broken(launched: Launch) -> Iterator[str]:
+    """The limits that a launch breaks, in words."""
+    x, y, z = (*launched.grid, 1, 1)[:3]
+    if not (0 < x * y * z < 2**31 and y < 2**16 and z < 2**16):
+        yield f"grid {launched.grid}"
+    for name, value in launched.kwargs.items():
+        if isinstance(value, TensorDescriptor):
+            for text in broken_descriptor(value):
+                yield f"{name}: {text}"
+
+
+def broken_descriptor(d: TensorDescriptor) -> Iterator[str]:
+    size = d.base.dtype.itemsize
+    if d.base.storage_offset() * size % 16:
+        yield f"starts {d.base.storage_offset() * size} bytes into its memory, no multiple of 16"
+    if not 1 <= len(d.shape) <= 5:
+        yield f"{len(d.shape)} dimensions"
+    if any(not 1 <= length <= 2**32 for length in d.shape):
+        yield f"shape {list(d.shape)}"
+    if any(stride * size % 16 or not 0 < stride * size < 2**40 for stride in d.strides[:-1]):
+        yield f"strides {list(d.strides)} of {size} bytes"
+    if d.strides[-1] != 1 or d.block_shape[-1] * size < 16:
+        yield f"boxes {d.block_shape} of {size} bytes, innermost stride {d.strides[-1]}"
+    reach = sum((length - 1) * stride for length, stride in zip(d.shape, d.strides, strict=True))
+    if d.base.storage_offset() + reach >= d.base.untyped_storage().nbytes() // size:
+        yield f"shape {list(d.shape)} by strides {list(d.strides)} leaves the tensor"
+
+
+def launches_of(depth: int, batch: int, size: int, training: bool) -> list[Launch]:
+    with torch.device("meta"):
+        net = getattr(fastres, f"resnet{depth}")()
+        net.fc = torch.nn.Identity()
+        x = torch.empty(batch, 3, size, size, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
+    net.train(training).requires_grad_(training).to(torch.bfloat16, memory_format=torch.channels_last)
+    with record() as recorded:
+        y = net(x)
+        if training:
+            y.float().sum().backward()
+    return recorded
+
+
+@pytest.mark.parametrize("first", ["triton", "stem"])
+@pytest.mark.parametrize("training", [True, False], ids=["train", "infer"])
+@pytest.mark.parametrize(("depth", "batch", "size"), [(50, 256, 224), (50, 1, 224), (18, 3, 97), (50, 2, 321)])
+def test_every_launch_keeps_the_limits(
+    depth: int, batch: int, size: int, training: bool, first: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def engine(pass_: str, problem: ConvProblem, *_: Any) -> str:
+        return first if problem.C == 3 and pass_ in ("infer", "fprop") else "triton"
+
+    monkeypatch.setattr(dispatch, "conv_engine", engine)
+    launches = launches_of(depth, batch, size, training)
+    names = [one.fn.__name__ for one in launches]
+    convs = {18: 20, 50: 53}[depth]
+    assert sum(name.startswith("conv_fprop") for name in names) == convs
+    assert names.count("wgrad_kernel") == (convs if training else 0)
+    assert names.count("pack_images_kernel") == (first == "stem")
+    assert any(isinstance(value, TensorDescriptor) for one in launches for value in one.kwargs.values())
+    wrong = [f"{one.fn.__name__}: {text}" for one in launches for text in broken(one)]
+    assert not wrong
+
+
+def test_limits_are_seen() -> None:
+    x = torch.empty(4, 8, 24, dtype=torch.bfloat16, device="meta")
+
+    def said(tensor: torch.Tensor, shape: Any = None, strides: Any = None) -> str:
+        d = object.__new__(TensorDescriptor)  # whose own check sees some of these, with data
+        d.base, d.shape, d.strides, d.block_shape = tensor, shape or tensor.shape, strides or tensor.stride(), [1, 1, 8]
+        return "; ".join(broken_descriptor(d))
+
+    assert said(x) == ""
+    assert "4 bytes into" in said(x[..., 2:])
+    assert "strides" in said(x, strides=(192, 20, 1))
+    assert "leaves the tensor" in said(x, shape=(4, 9, 24))
+    assert "innermost stride 2" in said(x, shape=(4, 8, 12), strides=(192, 24, 2))
+    assert list(broken(Launch(None, (2**16, 2**15), (), {})))
+    assert list(broken(Launch(None, (1, 2**16), (), {})))
