@@ -421,6 +421,24 @@ def test_a_bias_before_batch_norm(train: bool, affine: bool) -> None:
     assert got[:, :2].isfinite().all()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize(
+    ("name", "size", "hits"), [("vgg11_bn", 32, 5), ("densenet121", 64, 59), ("googlenet", 64, 38)]
+)
+def test_nets_of_other_families(name: str, size: int, hits: int, train: bool) -> None:
+    """VGG's convolutions have biases, DenseNet's BN stands before them, GoogLeNet's branches are concatenated."""
+    own = {"aux_logits": False, "init_weights": False} if name == "googlenet" else {}
+    model = getattr(torchvision.models, name)(num_classes=5, **own).double()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    convs = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
+    x = torch.randn(4, 3, size, size).double()
+    assert len(fastres.explain(model, x).hits) == hits
+    check(model, x, train=train, tolerance=1e-8, zero=[f"d{conv}.bias" for conv in convs] if train else [])
+
+
 def test_a_torch_func_transform_in_the_graph_stays() -> None:
     module = conv_bn(3, 4).double().eval()
     x = torch.randn(2, 3, 6, 6).double()
