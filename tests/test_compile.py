@@ -105,9 +105,8 @@ def found(model: nn.Module, *shape: int) -> compiler.Explanation:
 def test_the_backend_is_found_by_its_entry_point() -> None:
     (entry,) = importlib.metadata.entry_points(group="torch_dynamo_backends", name="fastres")
     assert entry.load() is compiler.backend
-    code = "import torch._dynamo as d; 'fastres' in d.list_backends() and print(d.lookup_backend('fastres').__module__)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "fastres.compile"
+    assert "fastres" in torch._dynamo.list_backends()
+    assert lookup_backend("fastres") is compiler.backend
 
 
 TORCHVISION = {
@@ -143,6 +142,7 @@ def test_all_of_torchvisions_resnets_is_rewritten(name: str) -> None:
     assert sum(int(hit.operator.removeprefix("conv_affine_act x")) for hit in told.hits) == convs
 
 
+@pytest.mark.slow
 def test_timms_resnets() -> None:
     timm = pytest.importorskip("timm")
     told = found(timm.create_model("resnet50"))
@@ -255,11 +255,7 @@ def test_torchvisions_blocks(block: type[nn.Module], train: bool, channels_last:
 
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
 def test_option_a(train: bool) -> None:
-    model = (
-        fastres.paper.cifar(20, width=4)
-        if "width" in fastres.paper.cifar.__code__.co_varnames
-        else fastres.paper.cifar(20)
-    )
+    model = fastres.paper.cifar(8)
     graph, told = rewritten(model.train(train), torch.randn(2, 3, 16, 16))
     assert sum(f.pattern.endswith("pad-ReLU") for f in told) == 2
     assert not [n for n in graph.nodes if "pad_shortcut" in str(n.target)]
@@ -497,6 +493,7 @@ def test_autocast(inside: bool) -> None:
         ), name
 
 
+@pytest.mark.slow
 def test_data_parallel(tmp_path: Path) -> None:
     """Two processes over gloo; see `_rank` for what each of them asserts."""
     mp.spawn(_rank, (str(tmp_path / "store"),), nprocs=2)
@@ -649,14 +646,6 @@ def test_one_graph_serves_eight_sizes(backend: str, kind: str, train: bool) -> N
             x = torch.randn(2 + i % 2, 3, 40 + 8 * i, 96 - 8 * (i // 2)).double()
             same_outcome(dynamic, twin, model, x.to(memory_format=layout))
     assert graphs == 1
-
-
-@pytest.mark.parametrize("kind", ["BasicBlock", "Bottleneck"])
-def test_our_nets_under_aot_eager(kind: str) -> None:
-    model = our_net(kind)
-    twin = copy.deepcopy(model)
-    compiled = torch.compile(twin, backend="aot_eager", fullgraph=True)
-    same_outcome(compiled, twin, model, torch.randn(2, 3, 32, 32).double())
 
 
 @pytest.mark.slow
