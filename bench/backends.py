@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache
@@ -232,22 +232,32 @@ def shared_weights(depth: int, calibration: list[torch.Tensor], seed: int) -> di
 
 @contextmanager
 def watched_paths() -> Iterator[Counter[str | None]]:
-    """Counts, while the context lasts, the answers to blocks and stem, and to the chains that backend "fastres" finds:
-    why the plain path; None where fused."""
+    """Counts, while the context lasts, the answers to stem, blocks and stages of blocks, and to the chains that backend
+    "fastres" finds: why the plain path; None where fused."""
     answers: Counter[str | None] = Counter()
-    ask, rewrite = dispatch.why_plain, fastres_compile.rewrite
+    ask, ask_together, rewrite = dispatch.why_plain, dispatch.serves_stage, fastres_compile.rewrite
 
     def listen(*call: Any) -> str | None:
         answer = ask(*call)
         answers[answer] += 1
         return answer
 
+    def listen_to_stage(x: torch.Tensor, blocks: Sequence[Any]) -> bool:
+        served = ask_together(x, blocks)
+        if served:
+            answers[None] += len(blocks)
+        return served
+
     def look(*call: Any, **options: Any) -> list[fastres_compile.Finding]:
         findings = rewrite(*call, **options)
         answers.update(None if finding.hit else finding.reason for finding in findings)
         return findings
 
-    with mock.patch.object(dispatch, "why_plain", listen), mock.patch.object(fastres_compile, "rewrite", look):
+    with (
+        mock.patch.object(dispatch, "why_plain", listen),
+        mock.patch.object(dispatch, "serves_stage", listen_to_stage),
+        mock.patch.object(fastres_compile, "rewrite", look),
+    ):
         yield answers
 
 

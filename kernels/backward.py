@@ -18,7 +18,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .config import Tile, backward_tile
-from .launch import check_tensor, gpu_of
+from .launch import cdiv, check_tensor, gpu_of
 from .problem import ConvProblem
 
 
@@ -156,5 +156,5 @@ def operand(
 def pixel_tiles(box: tuple[int, int, int] | None, pixels: int, N: int, rows: int, cols: int) -> tuple[int, int, int]:
     """Tiles along N, rows and columns; all along the first where a tile is `pixels` consecutive ones."""
     if box is None:
-        return triton.cdiv(N * rows * cols, pixels), 1, 1
-    return triton.cdiv(N, box[0]), triton.cdiv(rows, box[1]), triton.cdiv(cols, box[2])
+        return cdiv(N * rows * cols, pixels), 1, 1
+    return cdiv(N, box[0]), cdiv(rows, box[1]), cdiv(cols, box[2])

@@ -31,7 +31,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .config import Tile, fprop_tile, pixel_tiles, reduction_steps, row_channels
-from .launch import check_device, check_tensor, gpu_of, tma_refusal
+from .launch import cdiv, check_device, check_tensor, gpu_of, tma_refusal
 from .problem import ConvProblem
 from .tile import affine_relu, box_origin, box_pixels, filter_tap, finish, join_relu, store_statistics, unravel
 
@@ -425,7 +425,7 @@ def launch_boxes(
     assert tile.box is not None
     TN, TH, TW = tile.box
     N, P, Q, K = y.shape
-    tiles_n, tiles_p, tiles_q = triton.cdiv(N, TN), triton.cdiv(P, TH), triton.cdiv(Q, TW)
+    tiles_n, tiles_p, tiles_q = cdiv(N, TN), cdiv(P, TH), cdiv(Q, TW)
     out_box = [TN, TH, TW, tile.BM]
     x_box = [TN, TH, TW, tile.BK] if x.dim() == 4 else [TN, TH, 1, TW, tile.BK]
 
@@ -433,7 +433,7 @@ def launch_boxes(
         return None if tensor is None else TensorDescriptor.from_tensor(tensor, box)
 
     with torch.cuda.device_of(x):
-        conv_fprop_tma_kernel[(tiles_n * tiles_p * tiles_q * triton.cdiv(K, tile.BM),)](
+        conv_fprop_tma_kernel[(tiles_n * tiles_p * tiles_q * cdiv(K, tile.BM),)](
             x=boxes(x, x_box), w=boxes(w.view(K, -1), [tile.BM, tile.BK]), y=boxes(y, out_box),
             residual=boxes(residual, out_box), side=boxes(side, x_box), joined=boxes(joined, x_box),
             N=N, P=P, Q=Q, K=K, tiles_p=tiles_p, tiles_q=tiles_q,
@@ -447,7 +447,7 @@ def _launch_gather(
 ) -> None:
     residual, side, joined = same_shape
     k_group = problem.K // problem.groups
-    tiles = triton.cdiv(problem.pixels, tile.BN) * triton.cdiv(k_group, tile.BM)
+    tiles = cdiv(problem.pixels, tile.BN) * cdiv(k_group, tile.BM)
     with torch.cuda.device_of(x):
         conv_fprop_gather_kernel[(tiles, problem.groups)](
             x=x, w=w, y=y, residual=residual, side=side, joined=joined,

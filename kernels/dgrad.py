@@ -32,7 +32,7 @@ from torch import Tensor
 
 from .backward import BnBackward, choose_tile, conv_problem, load_dz, operand, pixel_tiles
 from .config import Tile
-from .launch import check_tensor, tma_refusal
+from .launch import cdiv, check_tensor, tma_refusal
 from .tile import box_origin, box_pixels, unravel
 
 
@@ -323,7 +323,7 @@ def conv_dgrad(
         )
         pixels = tiles_n * tiles_h * tiles_w
         with torch.cuda.device_of(dy):
-            dgrad_kernel[(triton.cdiv(C // groups, tile.BM) * groups * pixels,)](
+            dgrad_kernel[(cdiv(C // groups, tile.BM) * groups * pixels,)](
                 dy=read(dy),
                 z=read(load.z),
                 w=operand(w, (K, w.numel() // K), tile.box and (tile.BK, tile.BM)),

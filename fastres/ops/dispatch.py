@@ -141,8 +141,10 @@ def serves_stage(x: Tensor, blocks: Sequence[Any]) -> bool:
         return False
     if not all(hasattr(block, "downsample") and _is_ours(block) and not has_hooks(block) for block in blocks):
         return False
-    first, *others = (block.parts() for block in blocks)
-    if why_plain(x, first) is not None or any(foreign(parts) or _watched(parts) for parts in others):
+    parts = [block.parts() for block in blocks]
+    if _unfusable_call(x) or _unfusable_device(x) or any(foreign(each) or _watched(each) for each in parts):
+        return False
+    if _mismatch(x, parts[0]):
         return False
     return x.requires_grad or any(p.requires_grad for block in blocks for p in block.parameters())
 

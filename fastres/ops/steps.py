@@ -49,8 +49,7 @@ def conv_fprop(x: Tensor, w: Tensor, *, geometry: Geometry) -> Tensor:
 
 def conv_dgrad(dy: Tensor, w: Tensor, x_shape: Sequence[int], *, geometry: Geometry) -> Tensor:
     """dx [N, H, W, C] from dy [N, P, Q, K]."""
-    n, h, width, c = x_shape
-    x = dy.new_empty(()).expand(n, c, h, width)
+    x = nchw(dy.new_empty(tuple(x_shape)))  # never read, but ATen computes in its layout
     return nhwc(_conv_backward(nchw(dy), x, nchw(w), geometry, (True, False, False))[0])
 
 
