@@ -217,7 +217,7 @@ def test_every_layer_of_resnet_18_to_152(pass_: str, sm: int, dtype: torch.dtype
         try:
             verify(launch, sm)
         except AssertionError as error:
-            # Triton deals an sm_100 program's registers out to warps of different roles: one role of one wgrad lacks two.
+            # Triton deals out the registers of an sm_100 program by its warps' roles: one role of one wgrad lacks two.
             if pass_ == "wgrad" and str(error).endswith("for sm_100: 8 B spilled, 8 B of stack"):
                 continue
             wrong.append(f"{error} with {launch.kwargs}")
