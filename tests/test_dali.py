@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -197,6 +199,25 @@ def test_resumed_to_the_bit(
     assert [name for name, value in theirs["model"].items() if not torch.equal(ours["model"][name], value)] == []
     rows = [[{k: v for k, v in row.items() if "second" not in k} for row in one["history"]] for one in (ours, theirs)]
     assert rows[0] == rows[1]
+
+
+def test_a_signal_ends_it_with_its_workers(folder: Path, tmp_path: Path) -> None:
+    """Workers let signals pass: were they left to Python's exit, that would wait for them for ever."""
+    needs_dali()
+    out, log = tmp_path / "run", tmp_path / "run" / "log.csv"
+    arguments = "--recipe imagenet-2015 --data folder --family cifar --depth 8 --device cpu --loader dali --workers 1"
+    arguments += " --batch 2 --micro-batch 2 --iterations 10000 --eval-every 10000 --log-every 1"
+    where = ["--root", str(folder), "--out", str(out), "--cache", str(tmp_path / "cache")]
+    process = subprocess.Popen([sys.executable, "-m", "fastres", "train", *arguments.split(), *where])
+    try:
+        end = time.monotonic() + 60
+        while time.monotonic() < end and not (log.exists() and "\n2," in log.read_text()):
+            time.sleep(0.1)
+        process.terminate()
+        assert process.wait(60) == 143
+    finally:
+        process.kill()
+    assert torch.load(out / checkpoint.LAST, weights_only=True)["iteration"] >= 2
 
 
 @pytest.mark.parametrize("what", ["cut", "text"])

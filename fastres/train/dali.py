@@ -156,6 +156,8 @@ def decoded(folder: Folder, batches: Batches, workers: int, device: torch.device
             if isinstance(culprit, DataError):
                 raise culprit from error
         raise
+    finally:
+        coming.close()  # the pipeline, which may live on, holds on to the workers
 
 
 def _pipeline(source: Iterator[tuple[Any, ...]], most: int, threads: int, device: torch.device) -> Any:
