@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import torchvision
 import triton
 from binary import Launch, record
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -64,12 +65,17 @@ def broken_descriptor(d: TensorDescriptor) -> Iterator[str]:
         yield f"shape {list(d.shape)} by strides {list(d.strides)} leaves the tensor"
 
 
-def launches_of(depth: int, batch: int, size: int, training: bool) -> list[Launch]:
+def net_and_images(models: Any, depth: int, batch: int, size: int) -> tuple[torch.nn.Module, torch.Tensor]:
     with torch.device("meta"):
-        net = getattr(fastres, f"resnet{depth}")()
+        net = getattr(models, f"resnet{depth}")()
         net.fc = torch.nn.Identity()
         x = torch.empty(batch, 3, size, size, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
-    net.train(training).requires_grad_(training).to(torch.bfloat16, memory_format=torch.channels_last)
+    return net.to(torch.bfloat16, memory_format=torch.channels_last), x
+
+
+def launches_of(depth: int, batch: int, size: int, training: bool) -> list[Launch]:
+    net, x = net_and_images(fastres, depth, batch, size)
+    net.train(training).requires_grad_(training)
     with record() as recorded:
         y = net(x)
         if training:
@@ -96,6 +102,29 @@ def test_every_launch_keeps_the_limits(
     assert any(isinstance(value, TensorDescriptor) for one in launches for value in one.kwargs.values())
     wrong = [f"{one.fn.__name__}: {text}" for one in launches for text in broken(one)]
     assert not wrong
+
+
+@pytest.mark.parametrize(("depth", "part", "recomputed"), [(18, 0.63, 0.57), (34, 0.67, 0.55), (50, 0.79, 0.60)])
+def test_bytes_kept_for_backward_beside_stock(
+    depth: int, part: float, recomputed: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """16 bit, 224 x 224. Every raw convolution output and every block's output once, the last only where they are not
+    recomputed; stock keeps the activations between them, too."""
+    monkeypatch.setattr(dispatch, "conv_engine", lambda *_: "triton")
+
+    def kept(models: Any) -> int:
+        net, x = net_and_images(models, depth, 8, 224)
+        storages = {}
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: storages.setdefault(t.untyped_storage(), t), id):
+            net(x)
+        weights = {p.untyped_storage() for p in net.parameters()}
+        return sum(storage.nbytes() for storage in storages.keys() - weights)
+
+    with record():
+        ours, stock = kept(fastres), kept(torchvision.models)
+        assert ours <= part * stock
+        with dispatch.fusions(recompute=True):
+            assert kept(fastres) <= recomputed * stock
 
 
 def test_limits_are_seen() -> None:
