@@ -63,7 +63,7 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
     command.arguments(parser)
 
 
-def _train(args: argparse.Namespace) -> str:
+def _train(args: argparse.Namespace) -> int:
     from fastres.train import command
 
     return command.run(args)

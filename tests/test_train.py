@@ -511,6 +511,16 @@ def test_resnet_20_reads_digits(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert saved["latest"]["top1"] <= 0.03
 
 
+@pytest.mark.parametrize(("rank", "said"), [("0", "as trained\n"), ("1", "")])
+def test_one_process_speaks(
+    rank: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setattr("fastres.train.loop.train", lambda run: "as trained")
+    assert main(["train", "--out", str(tmp_path)]) == 0
+    assert capsys.readouterr().out == said
+
+
 def test_synthetic_images_from_the_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 from pathlib import Path
 
 from fastres.models.families import FAMILIES
@@ -66,8 +67,11 @@ def overridden(args: argparse.Namespace) -> Recipe:
     return dataclasses.replace(recipe, **changes)
 
 
-def run(args: argparse.Namespace) -> str:
-    """Trains. Raises ValueError for arguments that can't be served, SystemExit for what fails while training."""
+def run(args: argparse.Namespace) -> int:
+    """Trains; the first process prints how it ended. Returns 0.
+
+    Raises ValueError for arguments that can't be served, SystemExit for what fails while training.
+    """
     from fastres.train import loop
     from fastres.train.checkpoint import CheckpointError
 
@@ -75,6 +79,9 @@ def run(args: argparse.Namespace) -> str:
     options = {name: value for name, value in vars(args).items() if name in names}
     out = args.out or Path("out") / args.recipe
     try:
-        return str(loop.train(loop.Run(args.recipe, overridden(args), out, **options)))
+        summary = loop.train(loop.Run(args.recipe, overridden(args), out, **options))
     except (CheckpointError, loop.NonFiniteError, OSError) as error:
         raise SystemExit(f"python -m fastres train: {error}") from error
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(summary)
+    return 0

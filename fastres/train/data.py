@@ -19,7 +19,7 @@ import signal
 import warnings
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -394,7 +394,7 @@ def fetched(
     collate: Callable[[Sequence[Any]], Any],
     *,
     pinned: bool = False,
-) -> Iterator[Any]:
+) -> Generator[Any, None, None]:
     """What `collate` makes of the items of each batch of keys, in order. Raises a DataError that it meets."""
     loader: DataLoader = DataLoader(
         dataset,
