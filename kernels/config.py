@@ -86,7 +86,7 @@ def fprop_tiles(
         BK = max(32 if itemsize == 1 else 16, min(64, _power_of_2(problem.S * row_channels(problem) or channels)))
         shapes = [(64, 64, 4), (64, 32, 4), (128, 64, 4)]
         # Addresses of pixels take registers: the widest tiles hold them only without a prologue on top of groups.
-        shapes += [] if computed and problem.groups > 1 else [(64, 128, 4), (128, 128, 8)]
+        shapes += [] if computed and problem.groups > 1 else [(64, 128, 8 if computed else 4), (128, 128, 8)]
     if not ieee:
         widths = (128, 64, 256) if tma else (64,) if computed else (128, 64)
         shapes += [(BM, BN, 4) for BM in (16, 32) for BN in widths if outputs <= BM]
@@ -98,7 +98,8 @@ def fprop_tiles(
         step_bytes = (BM + max(computed, 1) * BN) * BK * itemsize
         shared = gpu.shared - computed * BN * BK * itemsize - SMALL  # the result, and where its store starts from
         programs = math.ceil(outputs / BM) * problem.groups * pixel_tiles(problem, BN, box)
-        depth = 3 if programs > gpu.sms else 6  # alone on a multiprocessor, a program hides its loads by itself
+        # Alone on a multiprocessor, a program hides its loads by itself.
+        depth = 3 if programs > gpu.sms else 4 if computed and not tma else 6
         least = 2 if tma else 3  # with 1 operands load one after the other; with 2 the gather kernel spills
         stages = min(depth, max(least, steps), shared // step_bytes)
         if stages < max(least, min(3, steps)) and BM * BN > 64 * 64:
