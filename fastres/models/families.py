@@ -32,6 +32,7 @@ def _torchvision(depth: int, shortcut: str | None, *, in_channels: int = 3, **si
 
 
 _DEPTHS = tuple(paper.LAYERS)
+BUILDERS = tuple(name for name in resnet.__all__ if name.islower())  # torchvision's names
 
 FAMILIES = {
     "torchvision": Family("torchvision's nets (v1.5: a bottleneck strides its 3x3)", _torchvision, _DEPTHS, 224),
@@ -87,16 +88,29 @@ def named(name: str, **sizes: int) -> nn.Module:
 
     sizes: num_classes, in_channels. Raises ValueError, listing what exists, for any other name.
     """
-    if name in resnet.__all__ and name.islower():
+    if name in BUILDERS:
         if sizes.get("in_channels", 3) != 3:
             raise ValueError(f"{name} reads images of 3 channels, not {sizes['in_channels']}")
         builder: Callable[..., nn.Module] = getattr(resnet, name)
         return builder(**{key: value for key, value in sizes.items() if key != "in_channels"})
+    family, depth, shortcut = split(name)
+    return build(family, depth, shortcut, **sizes)
+
+
+def split(name: str) -> tuple[str, int, str | None]:
+    """What `build` takes for the net called family-depth[-shortcut]. Raises ValueError, listing what exists, where no
+    family is called so."""
     family, _, rest = name.rpartition("-")
     shortcut = rest if rest in paper.SHORTCUTS else None
     if shortcut is not None:
         family, _, rest = family.rpartition("-")
     if family not in FAMILIES or not rest.isdecimal():
-        builders = ", ".join(each for each in resnet.__all__ if each.islower())
-        raise ValueError(f"model {name!r} does not exist; there are {builders}, and {', '.join(FAMILIES)} as cifar-20")
-    return build(family, int(rest), shortcut, **sizes)
+        raise ValueError(
+            f"model {name!r} does not exist; there are {', '.join(BUILDERS)}, and {', '.join(FAMILIES)} as cifar-20"
+        )
+    return family, int(rest), shortcut
+
+
+def usual_size(name: str) -> int:
+    """The side of the images that the net called `name` is made for. Raises ValueError as `named` does."""
+    return FAMILIES["torchvision" if name in BUILDERS else split(name)[0]].size

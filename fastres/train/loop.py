@@ -32,6 +32,7 @@ import fastres
 from fastres.models import families
 from fastres.train import checkpoint, dali
 from fastres.train.data import Folder, Loader, Stream, load
+from fastres.train.graph import Graph
 from fastres.train.process import Place, Signals, place, usable_cpus
 from fastres.train.recipe import LOADERS, Recipe
 from fastres.train.report import Report
@@ -144,42 +145,6 @@ def errors(
         dist.all_reduce(sums)
     loss, first, five, count = sums.tolist()
     return Errors(loss / count, 1 - first / count, 1 - five / count, int(count))
-
-
-class Graph:
-    """A function of (x, y) with a backward pass in it, captured in a CUDA graph and replayed on batches of one shape.
-
-    touched: tensors that a call changes besides gradients; warming up and capturing leave them as they were, and leave
-    the gradients of `parameters` zero.
-    """
-
-    def __init__(
-        self,
-        function: Callable[[Tensor, Tensor], tuple[Tensor, ...]],
-        x: Tensor,
-        y: Tensor,
-        touched: list[Tensor],
-        parameters: list[nn.Parameter],
-    ) -> None:
-        self.x, self.y = x.clone(), y.clone()
-        before = [tensor.clone() for tensor in touched]
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(3):
-                function(self.x, self.y)
-        torch.cuda.current_stream().wait_stream(side)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.result = function(self.x, self.y)
-        torch._foreach_copy_(touched, before)
-        torch._foreach_zero_([p.grad for p in parameters if p.grad is not None])
-
-    def __call__(self, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
-        self.x.copy_(x)
-        self.y.copy_(y)
-        self.graph.replay()
-        return self.result
 
 
 class Trainer:
@@ -301,7 +266,8 @@ class Trainer:
         for k in range(self.accumulate):
             x, y = next(batches)
             if self.run.cuda_graph and self.graph is None:
-                self.graph = Graph(self._micro, x, y, self.touched, list(self.model.parameters()))
+                self.graph = Graph(self._micro, (x, y), self.touched)
+                self.optimizer.zero_grad(set_to_none=False)
             partial = isinstance(self.net, DistributedDataParallel) and k < self.accumulate - 1
             with self.net.no_sync() if partial else nullcontext():  # type: ignore[operator]
                 loss, wrong = (self.graph or self._micro)(x, y)
