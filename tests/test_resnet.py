@@ -307,6 +307,28 @@ def test_replaced_submodules(path: str) -> None:
     assert_same_steps(ours, theirs, images(h=64, w=64))
 
 
+@pytest.mark.parametrize(
+    "shortcut",
+    [
+        nn.Conv2d(64, 256, 1, bias=False),
+        nn.Sequential(nn.Conv2d(64, 256, 1, bias=False)),
+        nn.Sequential(nn.BatchNorm2d(64), nn.Conv2d(64, 256, 1, bias=False)),
+        nn.Sequential(nn.Conv2d(64, 256, 1, bias=False), nn.BatchNorm2d(256), nn.Conv2d(256, 256, 1, bias=False)),
+    ],
+    ids=["conv", "conv without norm", "norm first", "one conv more"],
+)
+def test_shortcuts_that_are_no_projection(shortcut: nn.Module, fused: Counter[str]) -> None:
+    """Of the modules that a projection has, but not a convolution and then its norm."""
+    ours, theirs = pair()
+    for net in (ours, theirs):
+        net.layer1[0].downsample = copy.deepcopy(shortcut)
+    with fastres.backend("reference"):
+        assert_same_steps(ours, theirs)
+        before = Counter(fused)
+        ours(images().double())
+        assert fused - before == {"residual_block": 2, "stem": 1}
+
+
 def test_folded_batch_norm(path: str) -> None:
     ours, theirs = (net.eval() for net in pair())
     for net in (ours, theirs):

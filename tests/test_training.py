@@ -183,7 +183,8 @@ class Counted(resnet.BasicBlock):
 
 
 def test_a_stage_leaves_other_blocks_to_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks with hooks or a forward of their own, nets without gradients: no stage, and the same result."""
+    """Blocks with hooks, compiled or with a forward of their own, nets and blocks without gradients: no stage, and the
+    same result; blocks that don't fit each other: PyTorch's own error."""
     stages = Mock(wraps=resnet.stage)
     monkeypatch.setattr(resnet, "stage", stages)
     torch.manual_seed(0)
@@ -197,22 +198,41 @@ def test_a_stage_leaves_other_blocks_to_themselves(monkeypatch: pytest.MonkeyPat
             resnet.run_stages(x, layer)
         resnet.run_stages(x, copy.deepcopy(layer).requires_grad_(False))
 
+        half = copy.deepcopy(layer)
+        half[0].requires_grad_(False)
+        assert relative_error(resnet.run_stages(x, half), want.double()) < 1e-6
+        assert [len(call.args[1]) for call in stages.call_args_list] == [2, 1]
+        stages.reset_mock()
+
         seen: list[Tensor] = []
         handle = layer[1].register_forward_hook(lambda module, inputs, out: seen.append(out))
         assert relative_error(resnet.run_stages(x, layer), want.double()) < 1e-6
         assert len(seen) == 1
         handle.remove()
 
+        compiled: list[int] = []
+        layer[1].compile(backend=lambda graph, inputs: compiled.append(1) or graph)
+        assert relative_error(resnet.run_stages(x, layer), want.double()) < 1e-6
+        assert compiled
+        layer[1]._compiled_call_impl = None
+
+        for name in ("weights of another dtype", "of another number of channels"):
+            other = resnet.BasicBlock(8, 8).double() if "dtype" in name else resnet.BasicBlock(9, 9)
+            with pytest.raises(RuntimeError):  # PyTorch's own
+                resnet.run_stages(x, nn.Sequential(layer[0], other.to(DEVICE)))
+
         layer[0].__class__ = Counted
         assert relative_error(resnet.run_stages(x, layer), want.double()) < 1e-6
         assert Counted.calls == 1
-    assert stages.call_count == 1
+    assert not stages.called
 
 
-def test_autocast_keeps_master_weights_and_parameter_strides() -> None:
+def test_autocast_keeps_master_weights_and_parameter_strides(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And behind the first convolution, whose output is in 16 bits, everything still runs on the kernels."""
     torch.manual_seed(0)
     net = paper.cifar(8).to(DEVICE)
     images, labels = batches(1, 3, 8)[0]
+    launches = Launches(monkeypatch)
     with fastres.backend("triton"), torch.autocast(DEVICE, torch.float16):
         scores = net(images)
         loss = F.cross_entropy(scores, labels)
@@ -220,6 +240,9 @@ def test_autocast_keeps_master_weights_and_parameter_strides() -> None:
     for name, p in net.named_parameters():
         assert p.dtype == p.grad.dtype == torch.float32, name
         assert p.grad.stride() == p.stride(), name
+    convs = sum(isinstance(m, nn.Conv2d) for m in net.modules())
+    assert sum(n for k, n in launches.count.items() if k.startswith("conv_fprop")) == convs
+    assert launches.count["wgrad_kernel"] == convs
 
 
 def test_eval_with_frozen_statistics_trains_and_infers() -> None:

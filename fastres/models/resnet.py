@@ -119,6 +119,8 @@ def run_stages(x: Tensor, *layers: nn.Module) -> Tensor:
     for layer in layers:
         blocks: list[Any] = list(layer) if type(layer) is nn.Sequential and not dispatch.has_hooks(layer) else []
         if blocks and dispatch.serves_stage(x, blocks):
+            while not dispatch.wants_gradients(x, blocks[:1]):  # frozen: keeps nothing for backward
+                x = blocks.pop(0)(x)
             x = stage(x, [(block.units(), block.downsample) for block in blocks])
         else:
             x = layer(x)

@@ -33,8 +33,6 @@ BACKENDS = {
     "reference": "plain PyTorch through the same entry points as the fused kernels",
 }
 
-# What may stand on a shortcut that is no `PadShortcut`; anything else is run by its own `forward`, so is its block.
-_SHORTCUT = (nn.Sequential, nn.Conv2d, nn.BatchNorm2d)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -116,7 +114,8 @@ def serves(x: Tensor, parts: Parts) -> bool:
 
 def why_plain(x: Tensor, parts: Parts) -> str | None:
     """The reason, in words, why `parts` run one by one on x; None where the fused path takes the call."""
-    return _unfusable_call(x) or _unfusable_device(x) or foreign(parts) or _watched(parts) or _mismatch(x, parts)
+    reason = _unfusable_call(x) or _unfusable_device(x) or foreign(parts) or _watched(parts)
+    return reason or _mismatch(x, x.shape[1], parts)
 
 
 def runs_stages() -> bool:
@@ -139,14 +138,22 @@ def serves_stage(x: Tensor, blocks: Sequence[Any]) -> bool:
     """
     if not runs_stages() or wants_reference() or torch._C._len_torch_dispatch_stack():
         return False
-    if not all(hasattr(block, "downsample") and _is_ours(block) and not has_hooks(block) for block in blocks):
+    if _unfusable_call(x) or _unfusable_device(x):
         return False
-    parts = [block.parts() for block in blocks]
-    if _unfusable_call(x) or _unfusable_device(x) or any(foreign(each) or _watched(each) for each in parts):
-        return False
-    if _mismatch(x, parts[0]):
-        return False
-    return x.requires_grad or any(p.requires_grad for block in blocks for p in block.parameters())
+    channels = x.shape[1]
+    for block in blocks:
+        if not (hasattr(block, "downsample") and _is_ours(block)) or has_hooks(block):
+            return False
+        parts = block.parts()
+        if foreign(parts) or _watched(parts) or _mismatch(x, channels, parts):
+            return False
+        channels = parts.units[-1][0].out_channels
+    return wants_gradients(x, blocks)
+
+
+def wants_gradients(x: Tensor, modules: Sequence[nn.Module]) -> bool:
+    """True where a backward pass through `modules`, run on x, has anything to do."""
+    return x.requires_grad or any(p.requires_grad for module in modules for p in module.parameters())
 
 
 def _is_ours(block: nn.Module) -> bool:
@@ -162,14 +169,21 @@ def foreign(parts: Parts) -> str | None:
     wanted += [(layer, (nn.Identity,)) for layer in parts.idle if layer is not None]
     if parts.pool is not None:
         wanted.append((parts.pool, (nn.MaxPool2d,)))
-    if parts.shortcut is not None and type(parts.shortcut) is not PadShortcut:
-        wanted += [(module, _SHORTCUT) for module in parts.shortcut.modules()]
     for module, kinds in wanted:
         if type(module) not in kinds:
             return f"it contains {type(module).__name__} where {' or '.join(kind.__name__ for kind in kinds)} is served"
         if isinstance(module, nn.Conv2d) and (reason := _foreign_conv(module)):
             return reason
-    return None
+    return None if parts.shortcut is None else _foreign_shortcut(parts.shortcut)
+
+
+def _foreign_shortcut(shortcut: nn.Module) -> str | None:
+    if type(shortcut) is PadShortcut:
+        return None
+    modules: list[Any] = list(shortcut) if type(shortcut) is nn.Sequential else [shortcut]
+    if [type(module) for module in modules] != [nn.Conv2d, nn.BatchNorm2d]:
+        return f"its shortcut is {[type(module).__name__ for module in modules]}, not a Conv2d and a BatchNorm2d"
+    return _foreign_conv(modules[0])
 
 
 def _foreign_conv(conv: nn.Conv2d) -> str | None:
@@ -183,15 +197,15 @@ def _foreign_conv(conv: nn.Conv2d) -> str | None:
     return None
 
 
-def _mismatch(x: Tensor, parts: Parts) -> str | None:
-    """Inputs that the modules themselves refuse, in PyTorch's own words."""
-    first = parts.units[0][0].weight
+def _mismatch(x: Tensor, channels: int, parts: Parts) -> str | None:
+    """Inputs, like x but for the number of channels, that the modules themselves refuse in PyTorch's own words."""
+    first: Tensor = parts.units[0][0].weight  # type: ignore[assignment]
     if x.device != first.device:
         return f"the input is on {x.device}, the weights are on {first.device}"
-    if compute_dtype(x) == x.dtype != first.dtype:
+    if compute_dtype(x) != compute_dtype(first):
         return f"the input is {x.dtype}, the weights are {first.dtype}"
-    channels = parts.units[0][0].in_channels
-    return None if x.shape[1] == channels else f"the input has {x.shape[1]} channels, not {channels}"
+    wanted = parts.units[0][0].in_channels
+    return None if channels == wanted else f"the input has {channels} channels, not {wanted}"
 
 
 def _unfusable_call(x: Tensor) -> str | None:
@@ -264,6 +278,7 @@ def has_hooks(module: nn.Module) -> bool:
         or module._backward_hooks
         or module._backward_pre_hooks
         or "forward" in module.__dict__
+        or module._compiled_call_impl
     )
 
 
@@ -283,10 +298,10 @@ def interpreting() -> bool:
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype that convolutions of x run in: autocast's where it is on, else x's own."""
+    """The dtype in which a convolution takes its operand x: autocast's where it is on, else x's own."""
     kind = x.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
-        return torch.get_autocast_dtype(kind)
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind) if x.is_floating_point() and x.dtype != torch.float64 else x.dtype
     return x.dtype
 
 
@@ -337,7 +352,7 @@ def bn_backward_on_load(problem: ConvProblem) -> bool:
 
 def joins(problem: ConvProblem) -> bool:
     """Whether a convolution computes the end of the block before it while it loads: a 1x1 that reads every pixel once,
-    with so few output channels that one tile holds them, else every tile would compute it again. Not measured."""
+    with so few output channels that one tile holds them or two, each of which computes it. Not measured."""
     return problem.pointwise and problem.groups == 1 and problem.K <= 256
 
 
