@@ -22,6 +22,7 @@ from fastres.kernels.config import Tile, fprop_tiles
 from fastres.kernels.conv import Join, conv_fprop, fprop_tma_refusal
 from fastres.kernels.problem import ConvProblem
 from fastres.kernels.stem import conv_stem, pack_filters, pack_images
+from fastres.ops import dispatch
 
 INTERPRETED = triton.knobs.runtime.interpret
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -128,12 +129,7 @@ def test_every_problem(problem: ConvProblem, boxed: bool, dtype: torch.dtype) ->
     check(problem, dtype, small_tile(problem, boxed), "prologue", "scale", "shift", "residual", "relu")
 
 
-@dtypes
-@pytest.mark.parametrize("projection", [False, True], ids=["identity", "projection"])
-@pytest.mark.parametrize("boxed", [False, True], ids=["gather", "TMA"])
-def test_end_of_the_block_before(boxed: bool, projection: bool, dtype: torch.dtype) -> None:
-    """Channels and pixels with tails, one tile of output channels and several, which store the same."""
-    problem = ConvProblem(2, 5, 7, 40, 24)
+def check_block_end(problem: ConvProblem, dtype: torch.dtype, projection: bool, *tiles: Tile | None) -> None:
     z, w = operands(problem, dtype)
     side = torch.randn(z.shape).to(z)
     (scale, shift), affine = (extras(problem, dtype, "prologue")["prologue"] for _ in range(2))
@@ -142,13 +138,24 @@ def test_end_of_the_block_before(boxed: bool, projection: bool, dtype: torch.dty
         across = side.to(wide) if not projection else side.to(wide) * affine[0].to(wide) + affine[1].to(wide)
         return F.relu(z.to(wide) * scale.to(wide) + shift.to(wide) + across)
 
-    for tile in (small_tile(problem, boxed), None):
-        out = torch.full_like(z, float("nan"))
+    for tile in tiles:
+        out, what = torch.full_like(z, float("nan")), f"{problem} {tile}"
         join = Join(side, *(affine if projection else (None, None)), out)
         y, partials = fprop(problem, z, w, prologue=(scale, shift), join=join, statistics=True, tile=tile)
-        assert_close_to_reference(out, block_end(torch.float64), block_end(torch.float32).to(dtype), factor=3.0)
-        assert_close_to_reference(y, reference(problem, out, w), reference(problem, out, w, dtype), factor=3.0)
+        assert_close_to_reference(
+            out, block_end(torch.float64), block_end(torch.float32).to(dtype), factor=3, what=what
+        )
+        assert_close_to_reference(y, reference(problem, out, w), reference(problem, out, w, dtype), factor=3, what=what)
         check_statistics(partials, y)
+
+
+@dtypes
+@pytest.mark.parametrize("projection", [False, True], ids=["identity", "projection"])
+@pytest.mark.parametrize("boxed", [False, True], ids=["gather", "TMA"])
+def test_end_of_the_block_before(boxed: bool, projection: bool, dtype: torch.dtype) -> None:
+    """Channels and pixels with tails, one tile of output channels and several, which store the same."""
+    problem = ConvProblem(2, 5, 7, 40, 24)
+    check_block_end(problem, dtype, projection, small_tile(problem, boxed), None)
 
 
 EPILOGUES = [(), ("shift",), ("shift", "relu"), ("scale", "shift"), ("shift", "residual", "relu"), ("residual",)]
@@ -392,3 +399,13 @@ def test_every_tile_at_every_layer(name: str, dtype: torch.dtype, part: int) -> 
                 y, partials = fprop(problem, x, w, **options, statistics=True, tile=tile)
                 assert_close_to_reference(y, ref64, baseline, factor=3.0, what=f"{problem} {tile} {[*options]}")
                 check_statistics(partials, y)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("projection", [False, True], ids=["identity", "projection"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_every_tile_at_every_end_of_a_block(dtype: torch.dtype, projection: bool) -> None:
+    for problem in filter(dispatch.joins, net_problems("resnet50", 16)):
+        tma = fprop_tma_refusal(problem, *operands(problem, dtype)) is None
+        tiles = (tile for boxed in {tma, False} for tile in fprop_tiles(problem, 2, boxed, computed=2))
+        check_block_end(problem, dtype, projection, *tiles)
