@@ -117,7 +117,7 @@ class Bottleneck(tv.Bottleneck):
 def run_stages(x: Tensor, *layers: nn.Module) -> Tensor:
     """x through `layers`, the blocks of each as one call where `dispatch` says so."""
     for layer in layers:
-        blocks: list[Any] = list(layer) if type(layer) is nn.Sequential and not dispatch.has_hooks(layer) else []
+        blocks: list[Any] = list(layer) if type(layer) is nn.Sequential and dispatch.is_bare(layer) else []
         if blocks and dispatch.serves_stage(x, blocks):
             while not dispatch.wants_gradients(x, blocks[:1]):  # frozen: keeps nothing for backward
                 x = blocks.pop(0)(x)

@@ -142,7 +142,7 @@ def serves_stage(x: Tensor, blocks: Sequence[Any]) -> bool:
         return False
     channels = x.shape[1]
     for block in blocks:
-        if not (hasattr(block, "downsample") and _is_ours(block)) or has_hooks(block):
+        if not (hasattr(block, "downsample") and _is_ours(block) and is_bare(block)):
             return False
         parts = block.parts()
         if foreign(parts) or _watched(parts) or _mismatch(x, channels, parts):
@@ -278,8 +278,12 @@ def has_hooks(module: nn.Module) -> bool:
         or module._backward_hooks
         or module._backward_pre_hooks
         or "forward" in module.__dict__
-        or module._compiled_call_impl
     )
+
+
+def is_bare(module: nn.Module) -> bool:
+    """True if calling `module` runs its class's `forward` and that alone, not compiled by `module.compile()`."""
+    return not has_hooks(module) and module._compiled_call_impl is None
 
 
 def wants_reference() -> bool:
