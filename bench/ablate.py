@@ -58,7 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not torch.cuda.is_available():
         parser.error("no CUDA GPU: without one fastres runs no fused step that could be ablated")
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[options.dtype]
-    case = Case(options.depth, "train", options.batch, dtype, options.size, torch.device("cuda"))
+    case = Case(f"resnet{options.depth}", "train", options.batch, dtype, options.size, torch.device("cuda"))
     torch.backends.cudnn.benchmark = True
     data = run.prepare(case)
     if isinstance(data, Exception):
@@ -71,7 +71,7 @@ def main(arguments: list[str] | None = None) -> int:
         backend = BACKENDS["eager-channels-last" if name.startswith("stock") else "fastres"]
         with setting(name):
             found = measure.measure(
-                replace(backend), case, data, options.seconds, run.multiply_adds(options.depth, options.size)
+                replace(backend), case, data, options.seconds, run.cost(case.net, options.size).multiply_adds
             )
         rows.append({"row": name, **found})
         print(line(rows[-1], rows[0], options.batch), flush=True)
@@ -85,7 +85,7 @@ def line(row: dict[str, Any], first: dict[str, Any], batch: int) -> str:
         return f"{row['row']:44} {row['status']}: {row.get('reason', 'nothing to compare with')}"
     return (
         f"{row['row']:44} {row['img_s']:9.0f} img/s  x {row['img_s'] / first['img_s']:5.2f}  "
-        f"{row['peak_allocated_mib'] / batch:7.2f} MiB/img  {row['path']}"
+        f"{row['peak_allocated_mib'] / batch:7.2f} MiB/img  {row.get('path', '')}"
     )
 
 

@@ -13,15 +13,18 @@ from functools import cache
 from typing import Any
 from unittest import mock
 
+import plain
 import torch
 import torch._inductor.config
 import torch._inductor.utils
-import torchvision
+import torchvision.models.resnet as tv
 from torch import nn
 
 import fastres
 from fastres import compile as fastres_compile
+from fastres.models import families
 from fastres.ops import dispatch
+from fastres.train.graph import WARM_UPS
 
 DEPTHS = (18, 34, 50, 101, 152)
 MODES = ("infer", "train")
@@ -29,9 +32,10 @@ MODES = ("infer", "train")
 
 @dataclass(frozen=True)
 class Case:
-    """What one row measures, apart from the backend. `size` is the image's height and width."""
+    """What one row measures, apart from the backend. `net` is `families.named`'s word for it, `size` the image's height
+    and width."""
 
-    depth: int
+    net: str
     mode: str
     batch: int
     dtype: torch.dtype
@@ -43,28 +47,42 @@ class Case:
 class Backend:
     """One way to run a net.
 
-    net: depth -> a module with torchvision's state_dict keys.
+    net: name -> a module with the state_dict keys of `plain.net(name)`.
     compile: keyword arguments of `torch.compile`; None runs the module as it is.
     freeze: what turns the prepared net into what is called, in inference only: the backend doesn't train.
+    graph: a whole training step, optimizer included, in one CUDA graph; the backend doesn't infer.
     ours: fastres, compared with the best peer; the others are the peers.
     needs: device type this backend is confined to.
-    package: what must be installed besides fastres' own dependencies.
+    package: what must be installed besides fastres' own dependencies; it knows torchvision's nets only.
     """
 
-    net: Callable[[int], nn.Module]
+    net: Callable[[str], nn.Module]
     says: str
     compile: dict[str, Any] | None = None
     inductor: dict[str, Any] = field(default_factory=dict)
     freeze: Callable[[nn.Module], Callable] | None = None
+    graph: bool = False
     channels_last: bool = True
     ours: bool = False
     needs: str | None = None
     package: str | None = None
 
-    def why_not(self, device: torch.device, mode: str = "infer") -> str | None:
-        """The reason, in words, why this backend can't run `mode` on `device` here; None where it can."""
+    def why_not(self, case: Case) -> str | None:
+        """The reason, in words, why this backend can't run `case` here; None where it can."""
+        return self.why_never(case.net, case.mode) or self.why_not_here(case.device)
+
+    def why_never(self, net: str, mode: str) -> str | None:
+        """The reason, in words, why no machine lets this backend run `net` in `mode`; None where one may."""
         if self.freeze and mode == "train":
             return "it only infers"
+        if self.graph and mode == "infer":
+            return "it only trains"
+        if self.package and net not in families.BUILDERS:
+            return f"{self.package} has no {net}"
+        return None
+
+    def why_not_here(self, device: torch.device) -> str | None:
+        """The reason, in words, why this backend can't run anything on `device` here; None where it can."""
         if self.needs and device.type != self.needs:
             return f"it needs a {self.needs} device"
         if self.package and importlib.util.find_spec(self.package) is None:
@@ -82,7 +100,7 @@ class Backend:
         the caller's.
         """
         with torch.device("meta"):  # no time spent on an initialisation that is overwritten
-            model = self.net(case.depth)
+            model = self.net(case.net)
         model.load_state_dict({name: value.clone() for name, value in weights.items()}, assign=True)
         infer = case.mode == "infer"
         model.train(not infer).requires_grad_(not infer)
@@ -118,23 +136,15 @@ def start_compiler(backend: str, device: torch.device) -> None:
         torch.compile(lambda x: x.sigmoid().sum(), backend=backend)(x).backward()
 
 
-def torchvision_net(depth: int) -> nn.Module:
-    return getattr(torchvision.models, f"resnet{depth}")()
-
-
-def fastres_net(depth: int) -> nn.Module:
-    return getattr(fastres, f"resnet{depth}")()
-
-
-def timm_net(depth: int) -> nn.Module:
+def timm_net(name: str) -> nn.Module:
     import timm
 
-    return timm.create_model(f"resnet{depth}")
+    return timm.create_model(name)
 
 
 def inductor(mode: str = "default", **kwargs: Any) -> Backend:
     return Backend(
-        torchvision_net,
+        plain.net,
         f"torch.compile, mode {mode!r}, weights frozen in inference",
         compile={"backend": "inductor", "mode": mode},
         inductor={"freezing": True},
@@ -143,14 +153,19 @@ def inductor(mode: str = "default", **kwargs: Any) -> Backend:
 
 
 BACKENDS = {
-    "eager": Backend(torchvision_net, "torchvision as it comes: NCHW, no compiler", channels_last=False),
-    "eager-channels-last": Backend(torchvision_net, "torchvision in channels_last"),
+    "eager": Backend(
+        plain.net,
+        "plain PyTorch (torchvision's net where it has it) as it comes: NCHW, no compiler",
+        channels_last=False,
+    ),
+    "eager-channels-last": Backend(plain.net, "plain PyTorch in channels_last"),
+    "eager-graph": Backend(
+        plain.net, "the same, a whole training step in a CUDA graph; training only", graph=True, needs="cuda"
+    ),
     "cudagraphs": Backend(
-        torchvision_net, "torchvision in a CUDA graph, nothing fused", compile={"backend": "cudagraphs"}, needs="cuda"
+        plain.net, "plain PyTorch in a CUDA graph, nothing fused", compile={"backend": "cudagraphs"}, needs="cuda"
     ),
-    "aot-eager": Backend(
-        torchvision_net, "AOTAutograd's graph run by ATen, nothing fused", compile={"backend": "aot_eager"}
-    ),
+    "aot-eager": Backend(plain.net, "AOTAutograd's graph run by ATen, nothing fused", compile={"backend": "aot_eager"}),
     "inductor": inductor(),
     "reduce-overhead": inductor("reduce-overhead", needs="cuda"),
     "max-autotune": inductor("max-autotune"),
@@ -163,23 +178,30 @@ BACKENDS = {
         inductor={"freezing": True},
         package="timm",
     ),
-    "fastres": Backend(fastres_net, "fastres in channels_last, no compiler", ours=True),
+    "fastres": Backend(families.named, "fastres in channels_last, no compiler", ours=True),
+    "fastres-graph": Backend(
+        families.named,
+        "the same, a whole training step in a CUDA graph; training only",
+        graph=True,
+        ours=True,
+        needs="cuda",
+    ),
     "fastres-inductor": Backend(
-        fastres_net,
+        families.named,
         "fastres under torch.compile, weights frozen in inference",
         compile={"backend": "inductor"},
         inductor={"freezing": True},
         ours=True,
     ),
     "fastres-compile": Backend(
-        torchvision_net,
-        "torchvision under torch.compile, backend 'fastres', weights frozen in inference",
+        plain.net,
+        "plain PyTorch under torch.compile, backend 'fastres', weights frozen in inference",
         compile={"backend": "fastres"},
         inductor={"freezing": True},
         ours=True,
     ),
     "fastres-optimize": Backend(
-        fastres_net,
+        families.named,
         "fastres.optimize: a static plan of folded convolutions, in a CUDA graph on a GPU; inference only",
         freeze=fastres.optimize,
         ours=True,
@@ -187,41 +209,38 @@ BACKENDS = {
 }
 
 
-def by_default(device: torch.device, depth: int, mode: str) -> list[str]:
+def by_default(device: torch.device, net: str, mode: str) -> list[str]:
     """The backends that make sense on this device when none is named.
 
-    On a GPU depth 50 meets every peer and the other depths the strongest ones. On a CPU compilation takes longer than
+    On a GPU ResNet-50 meets every peer and the other nets the strongest ones. On a CPU compilation takes longer than
     everything else together: one compiled row stands for all.
     """
     if device.type == "cuda":
-        every_depth = ("eager-channels-last", "inductor", "max-autotune")
-        return [
-            name
-            for name, backend in BACKENDS.items()
-            if (depth == 50 or backend.ours or name in every_depth) and not (backend.freeze and mode == "train")
-        ]
-    chosen = ["eager-channels-last", "fastres"]
-    if depth == 50:
-        chosen += ["eager", "timm"]
-        if mode == "infer":
-            chosen.append("inductor")
-    return [name for name in BACKENDS if name in chosen]
+        every_net = ("eager-channels-last", "eager-graph", "inductor", "max-autotune")
+        chosen = [name for name, b in BACKENDS.items() if net == "resnet50" or b.ours or name in every_net]
+    else:
+        chosen = ["eager-channels-last", "fastres"]
+        if net == "resnet50":
+            chosen += ["eager", "timm"]
+            if mode == "infer":
+                chosen.append("inductor")
+    return [name for name, backend in BACKENDS.items() if name in chosen and not backend.why_never(net, mode)]
 
 
-def shared_weights(depth: int, calibration: list[torch.Tensor], seed: int) -> dict[str, torch.Tensor]:
-    """The state_dict, fp32 on the CPU, that every backend of a depth runs with.
+def shared_weights(net: str, calibration: list[torch.Tensor], seed: int) -> dict[str, torch.Tensor]:
+    """The state_dict, fp32 on the CPU, that every backend runs the net called `net` with.
 
-    torchvision's initialisation with BatchNorms that do something: random weight and bias, running statistics
-    gathered over the `calibration` batches. The last one of each residual branch is small, as in the usual recipes:
-    otherwise a fresh net amplifies rounding so much that right and wrong gradients can't be told apart.
+    The net's own initialisation with BatchNorms that do something: random weight and bias, running statistics gathered
+    over the `calibration` batches. The last one of each residual branch is small, as in the usual recipes: otherwise a
+    fresh net amplifies rounding so much that right and wrong gradients can't be told apart.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = torchvision_net(depth)
-        norms = {name: m for name, m in model.named_modules() if isinstance(m, nn.BatchNorm2d)}
-        last = "bn3" if depth >= 50 else "bn2"
-        for name, norm in norms.items():
-            nn.init.uniform_(norm.weight, *((0.05, 0.1) if name.endswith(f".{last}") else (0.5, 1.5)))
+        model = plain.net(net)
+        blocks = [m for m in model.modules() if isinstance(m, (tv.BasicBlock, tv.Bottleneck))]
+        last = {block.bn3 if isinstance(block, tv.Bottleneck) else block.bn2 for block in blocks}
+        for norm in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
+            nn.init.uniform_(norm.weight, *((0.05, 0.1) if norm in last else (0.5, 1.5)))
             nn.init.normal_(norm.bias, 0, 0.1)
             norm.momentum = None
     with torch.no_grad():
@@ -268,6 +287,8 @@ def path_in_words(answers: Counter[str | None], backend: Backend) -> str:
         return "a static plan of folded convolutions"
     if not answers:
         return "plain path: torch.compile traced the plain modules" if compiled else "plain path"
+    if backend.graph:  # the function that was captured ran several times
+        answers = Counter({why: n // (WARM_UPS + 1) for why, n in answers.items()})
     total = sum(answers.values())
     parts = [
         f"plain path in {n} of {total} blocks: {why}" if why else f"fused in {n} of {total} blocks"

@@ -44,7 +44,11 @@ INFER = (
     "fastres-optimize,fastres,eager-channels-last,inductor,reduce-overhead,fastres-compile,fastres-inductor,"
     "cudagraphs,timm,timm-inductor,eager,aot-eager"
 )
-TRAIN = "fastres,eager-channels-last,inductor,fastres-compile,timm,timm-inductor,reduce-overhead,cudagraphs,eager"
+TRAIN = (
+    "fastres,fastres-graph,eager-graph,eager-channels-last,inductor,fastres-compile,timm,timm-inductor,reduce-overhead,"
+    "cudagraphs,eager"
+)
+GRAPHS = "fastres-graph,eager-graph,fastres,eager-channels-last,reduce-overhead"
 AUTOTUNE = "max-autotune,max-autotune-no-cudagraphs"
 PARTS: dict[str, list[str]] = {
     "status": ["-m", "fastres", "status"],
@@ -56,6 +60,9 @@ PARTS: dict[str, list[str]] = {
     "bench-train-50": [*BENCH, "--depth", "50", "--mode", "train", "--backend", TRAIN],
     "ablate-50": ["bench/ablate.py", "--depth", "50", "--seconds", "5", "--json", "{out}/ablate-50.json"],
     "bench-infer-50-batch-1": [*BENCH, "--depth", "50", "--mode", "infer", "--batch", "1", "--backend", INFER],
+    "bench-train-50-batch-32": [*BENCH, "--depth", "50", "--mode", "train", "--batch", "32", "--backend", TRAIN],
+    "bench-cifar": [*BENCH, "--net", "cifar-20,cifar-110", "--mode", "train", "--batch", "128", "--backend", GRAPHS],
+    "bench-option-a": [*BENCH, "--net", "paper-34-A", "--mode", "train", "--backend", f"{GRAPHS},inductor"],
     "tests-tiles": [*PYTEST, *KERNELS, "-k", "every_tile"],
     "bench-infer-50-autotune": [*BENCH, "--depth", "50", "--mode", "infer", "--backend", AUTOTUNE],
     "bench-train-50-autotune": [*BENCH, "--depth", "50", "--mode", "train", "--backend", AUTOTUNE],

@@ -23,6 +23,8 @@ from backends import Backend, Case
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
+from fastres.train.graph import Graph
+
 # A profiler that stayed attached to the process would slow the launches of every row after the first.
 os.environ.setdefault("TEARDOWN_CUPTI", "1")
 
@@ -61,7 +63,7 @@ def allowed(baseline: float, dtype: torch.dtype, device: torch.device, mode: str
 class Data:
     """What all backends of one case share, in fp32 on the CPU: weights, input batches, labels; and what is right.
 
-    reference: fp64 scores [CHECKED, 1000] in inference; in training the gradient of every parameter, by name, of a
+    reference: fp64 scores [CHECKED, classes] in inference; in training the gradient of every parameter, by name, of a
     first step on the first batch. baseline: eager PyTorch's own error in the case's dtype.
     """
 
@@ -76,7 +78,8 @@ class Data:
 def prepare(case: Case, weights: dict[str, Tensor], inputs: list[Tensor], seed: int) -> Data:
     """The case's data with its reference and baseline error. Raises what PyTorch raises where a step doesn't fit."""
     generator = torch.Generator().manual_seed(seed)
-    labels = [torch.randint(1000, (case.batch,), generator=generator) for _ in inputs]
+    classes = len([*weights.values()][-1])  # the classifier's bias
+    labels = [torch.randint(classes, (case.batch,), generator=generator) for _ in inputs]
     data = Data(weights, inputs, labels)
     eager = backends.BACKENDS["eager"]
     if case.mode == "infer":  # images don't depend on each other: a few stand for the batch
@@ -129,7 +132,8 @@ class Infer:
 class Train:
     """One step: forward, cross-entropy, backward, fused SGD with momentum, gradients set to None.
 
-    Master weights in fp32; bf16 and fp16 by autocast, fp16 with a loss scale; fp64 (the reference) throughout.
+    Master weights in fp32; bf16 and fp16 by autocast, fp16 with a loss scale; fp64 (the reference) throughout. Momentum
+    starts from zeros, so that the first step is like all others and can be captured.
     """
 
     def __init__(self, backend: Backend, case: Case, data: Data) -> None:
@@ -139,34 +143,46 @@ class Train:
         self.inputs = _on_device(data.inputs, case, backend)
         self.labels = [labels.to(case.device) for labels in data.labels]
         self.optimizer = torch.optim.SGD(self.model.parameters(), fused=True, **OPTIMIZER)
+        self.momenta = {name: torch.zeros_like(p) for name, p in self.model.named_parameters()}
+        for name, p in self.model.named_parameters():
+            self.optimizer.state[p]["momentum_buffer"] = self.momenta[name]
         self.scaler = torch.amp.GradScaler(
             case.device.type, init_scale=1024, growth_interval=10**6, enabled=case.dtype == torch.float16
         )
+        self.captures = backend.graph
+        self.graph: Graph | None = None
 
-    def loss(self, i: int) -> Tensor:
+    def step(self, x: Tensor, y: Tensor) -> tuple[Tensor]:
+        """On images and labels; the loss."""
         torch.compiler.cudagraph_mark_step_begin()
         low = self.case.dtype in (torch.bfloat16, torch.float16)
-        with torch.autocast(self.case.device.type, self.case.dtype if low else None, enabled=low):
-            return F.cross_entropy(self.call(self.inputs[i % len(self.inputs)]), self.labels[i % len(self.labels)])
-
-    def __call__(self, i: int) -> Tensor:
-        loss = self.loss(i)
+        dtype = self.case.dtype if low else None
+        with torch.autocast(self.case.device.type, dtype, enabled=low, cache_enabled=not self.captures):
+            loss = F.cross_entropy(self.call(x), y)
         self.scaler.scale(loss).backward()
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
-        return loss.detach()
+        return (loss.detach(),)
+
+    def __call__(self, i: int) -> Tensor:
+        x, y = self.inputs[i % len(self.inputs)], self.labels[i % len(self.labels)]
+        if self.captures and self.graph is None:
+            touched = [*self.model.parameters(), *self.model.buffers(), *self.momenta.values()]
+            self.graph = Graph(self.step, (x, y), touched)
+        return (self.graph or self.step)(x, y)[0]
 
     def gradients(self) -> dict[str, Tensor]:
-        """Every parameter's gradient, on the CPU, of a step from the shared weights on the first batch."""
+        """Every parameter's gradient, on the CPU, of a step from the shared weights on the first batch: what that step,
+        the one that is timed, leaves as momentum, less the weight decay."""
         with torch.no_grad():
             for name, value in self.model.state_dict().items():
                 value.copy_(self.data.weights[name])
-        self.scaler.scale(self.loss(0)).backward()
-        scale = self.scaler.get_scale()
-        gradients = {name: (p.grad / scale).cpu() for name, p in self.model.named_parameters()}
-        self.optimizer.zero_grad()
-        return gradients
+            for momentum in self.momenta.values():
+                momentum.zero_()
+        self(0)
+        decay = OPTIMIZER["weight_decay"]
+        return {name: m.cpu() - decay * self.data.weights[name].to(m.dtype) for name, m in self.momenta.items()}
 
     def error(self) -> float:
         """Median over the parameters of the relative L2 error of their gradients; NaN where any gradient holds one."""

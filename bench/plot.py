@@ -1,4 +1,4 @@
-"""Pictures of a record: img/s by depth and backend beside the paper's FLOPs; compile time against img/s.
+"""Pictures of a record: img/s by net and backend beside the paper's FLOPs; compile time against img/s.
 
 python bench/plot.py out/record.json out/record.png
 python bench/plot.py out/record.json out/compile.png compile
@@ -6,6 +6,7 @@ python bench/plot.py out/record.json out/compile.png compile
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,20 +19,20 @@ TITLES = {"infer": "inference", "train": "training"}
 
 
 def draw(record: dict[str, Any], path: Path) -> None:
-    """Draw `record` to `path`: a row of panels per depth; multiply-adds left, then img/s for each mode and setting.
+    """Draw `record` to `path`: a row of panels per net; multiply-adds left, then img/s for each mode and setting.
 
     Raises ImportError where matplotlib is missing.
     """
     from matplotlib.figure import Figure
 
     rows = record["rows"]
-    depths = sorted({row["depth"] for row in rows})
+    nets = sorted({row["net"] for row in rows}, key=_natural)
     settings = list(dict.fromkeys((row["mode"], *records.key(row)[2:-1]) for row in rows))
-    panels = {(d, s): _panel(rows, d, s) for d in depths for s in settings}
-    heights = [1 + max(3, *(len(panels[d, s]) for s in settings)) for d in depths]
+    panels = {(n, s): _panel(rows, n, s) for n in nets for s in settings}
+    heights = [1 + max(3, *(len(panels[n, s]) for s in settings)) for n in nets]
     figure = Figure(figsize=(3.6 + 5.2 * len(settings), 1.3 + 0.235 * sum(heights)), layout="constrained", dpi=150)
     grid = figure.subplots(
-        len(depths),
+        len(nets),
         1 + len(settings),
         squeeze=False,
         sharex="col",
@@ -46,10 +47,10 @@ def draw(record: dict[str, Any], path: Path) -> None:
         fontsize=10,
         color=INK,
     )
-    for line, depth in zip(grid, depths, strict=True):
-        _draw_flops(line[0], record["flops"], depth, max(len(panels[depth, s]) for s in settings))
+    for line, net in zip(grid, nets, strict=True):
+        _draw_flops(line[0], record["flops"], net, max(len(panels[net, s]) for s in settings))
         for axes, setting in zip(line[1:], settings, strict=True):
-            _draw_rates(axes, panels[depth, setting])
+            _draw_rates(axes, panels[net, setting])
     grid[0][0].set_title("multiply-adds, 10⁹", fontsize=9, color=INK)
     for axes, (mode, batch, dtype, size) in zip(grid[0][1:], settings, strict=True):
         axes.set_title(f"{TITLES[mode]}, img/s (batch {batch}, {dtype}, {size}²)", fontsize=9, color=INK)
@@ -74,8 +75,8 @@ def draw_compile(record: dict[str, Any], path: Path) -> None:
             at = (row["first_call_s"], row["img_s"])
             axes.scatter(*at, color=OURS if row["ours"] else PEER, s=28)
             axes.annotate(f"  {row['backend']}", at, **_TEXT)
-        depth, mode, batch, dtype, size = case
-        axes.set_title(f"ResNet-{depth}, {TITLES[mode]} (batch {batch}, {dtype}, {size}²)", fontsize=9, color=INK)
+        net, mode, batch, dtype, size = case
+        axes.set_title(f"{net}, {TITLES[mode]} (batch {batch}, {dtype}, {size}²)", fontsize=9, color=INK)
         axes.set_xscale("log")
         axes.set_xlabel("first call, s", fontsize=8, color=INK)
         axes.set_ylabel("img/s", fontsize=8, color=INK)
@@ -84,20 +85,25 @@ def draw_compile(record: dict[str, Any], path: Path) -> None:
     figure.savefig(path)
 
 
-def _panel(rows: list[dict[str, Any]], depth: int, setting: tuple[Any, ...]) -> list[dict[str, Any]]:
+def _natural(name: str) -> list[Any]:
+    """Sorts resnet50 before resnet101."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
+
+
+def _panel(rows: list[dict[str, Any]], net: str, setting: tuple[Any, ...]) -> list[dict[str, Any]]:
     """The rows of one panel, slowest first: bars grow upwards. Rows without a rate come first of all."""
-    mine = [row for row in rows if row["depth"] == depth and (row["mode"], *records.key(row)[2:-1]) == setting]
+    mine = [row for row in rows if row["net"] == net and (row["mode"], *records.key(row)[2:-1]) == setting]
     mine = [row for row in mine if row["status"] != "not available"]
     return sorted(mine, key=lambda row: row["img_s"] if row["status"] == "ok" else -1)
 
 
-def _draw_flops(axes: Any, table: list[dict[str, Any]], depth: int, slots: int) -> None:
-    """Three bars in the middle of the height that `slots` bars of the other panels take."""
-    mine = [row for row in table if row["net"] == f"ResNet-{depth}"]
-    paper = next(row["paper"] for row in mine if row["paper"] is not None)
-    same, measured = (next(row["ours"] for row in mine if (row["paper"] is None) == own) for own in (False, True))
-    bars = [(f" measured net {measured:.2f}", measured, INK), (f" our count {same:.2f}", same, FAINT)]
-    bars.append((f" paper {paper:.1f}", paper, PAPER))
+def _draw_flops(axes: Any, table: list[dict[str, Any]], net: str, slots: int) -> None:
+    """Up to three bars in the middle of the height that `slots` bars of the other panels take."""
+    measured = next(row for row in table if row["net"] == net and row["paper"] is None)
+    bars = [(f" measured net {measured['ours']:.2f}", measured["ours"], INK)]
+    for row in (row for row in table if row["net"] == measured["beside"] and row["paper"] is not None):
+        bars.append((f" our count {row['ours']:.2f}", row["ours"], FAINT))
+        bars.append((f" paper {row['paper']:.1f}", row["paper"], PAPER))
     slots = max(slots, len(bars))
     for i, (label, value, colour) in enumerate(bars, start=(slots - len(bars)) // 2):
         axes.barh(i, value, color=colour, height=0.72)
@@ -105,7 +111,7 @@ def _draw_flops(axes: Any, table: list[dict[str, Any]], depth: int, slots: int) 
     axes.set_ylim(-0.8, slots - 0.2)
     axes.margins(x=0.9)
     axes.set_yticks([])
-    axes.set_ylabel(f"ResNet-{depth}", fontsize=10, color=INK)
+    axes.set_ylabel(net, fontsize=10, color=INK)
     _clean(axes)
 
 
@@ -113,6 +119,8 @@ _TEXT: dict[str, Any] = {"va": "center", "fontsize": 7, "color": INK}
 
 
 def _draw_rates(axes: Any, rows: list[dict[str, Any]]) -> None:
+    if not rows:
+        axes.set_axis_off()
     ratios = records.ratios(rows)
     for i, row in enumerate(rows):
         if row["status"] != "ok":

@@ -18,9 +18,9 @@ from measure import nvidia_smi
 
 from fastres.kernels import config
 
-SCHEMA = "fastres.bench/1"
+SCHEMA = "fastres.bench/2"
 ROOT = Path(__file__).resolve().parent.parent
-CASE = ("depth", "mode", "batch", "dtype", "size")  # rows that agree in these compete
+CASE = ("net", "mode", "batch", "dtype", "size")  # rows that agree in these compete
 PACKAGES = ("torch", "torchvision", "triton", "timm", "numpy", "fastres")
 DONE = {"ok", "wrong", "out of memory", "not available"}  # --resume tries the rest again
 

@@ -1,10 +1,12 @@
 """Throughput of ResNets beside the peers, and their FLOPs beside the paper's.
 
     python bench/run.py --depth 50
+    python bench/run.py --net cifar-110,paper-34-A --mode train
     python bench/run.py --depth all --mode train --json out/train.json --plot out/train.png --resume
 
 Prints the FLOPs table, a line as each backend finishes, and a table with the ratio to the best peer. `--json` keeps the
-rows as they finish; with `--resume` a run that was stopped, or split by --depth, --mode or --backend, fills one file.
+rows as they finish; with `--resume` a run that was stopped, or split by --depth, --net, --mode or --backend, fills one
+file.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ import torch
 from backends import BACKENDS, DEPTHS, MODES, Case
 from tqdm import tqdm
 
-from fastres.models import flops
+from fastres.models import families, flops
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DEFAULTS = {
@@ -34,6 +36,7 @@ DEFAULTS = {
     "cpu": {"batch": 4, "dtype": "fp32", "seconds": 2.0},
 }
 SEED = 0
+TORCHVISION = {f"resnet{depth}": depth for depth in DEPTHS}
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ class Plan:
 def main(arguments: list[str] | None = None) -> int:
     """Exit status 1 if a row of ours is wrong or failed, or nothing could be measured; else 0."""
     plan = parse(arguments)
-    table = flops_table()
+    table = flops_table(tuple(dict.fromkeys(case.net for case, _ in plan.rows)))
     print(render_flops(table), flush=True)
     options = {"seconds": plan.seconds, "windows": measure.WINDOWS, "inputs": measure.INPUTS, "seed": SEED}
     record = records.new(plan.device, options, table)
@@ -81,15 +84,18 @@ def parse(arguments: list[str] | None) -> Plan:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="backends:\n" + "\n".join(f"  {name:27} {backend.says}" for name, backend in BACKENDS.items()),
     )
-    parser.add_argument("--depth", default="50", choices=[*map(str, DEPTHS), "all"])
-    parser.add_argument("--mode", default="both", choices=[*MODES, "both"])
-    parser.add_argument(
-        "--backend", help="names from the list below, with commas; or all; default: by device and depth"
+    nets = parser.add_mutually_exclusive_group()
+    nets.add_argument("--depth", default="50", choices=[*map(str, DEPTHS), "all"], help="of torchvision's ResNets")
+    nets.add_argument(
+        "--net",
+        help="any others, with commas: cifar-20, paper-34-A, plain-18, wide_resnet50_2, ...; peers run them plain",
     )
+    parser.add_argument("--mode", default="both", choices=[*MODES, "both"])
+    parser.add_argument("--backend", help="names from the list below, with commas; or all; default: by device and net")
     parser.add_argument("--batch", type=int, help="images a batch; default: 256 on a GPU, 4 on a CPU")
     parser.add_argument("--dtype", choices=DTYPES, help="default: bf16 on a GPU, fp32 on a CPU; training: by autocast")
     parser.add_argument("--device", help="cpu, cuda or cuda:N; default: cuda if there is one")
-    parser.add_argument("--size", type=int, default=224, help="side of the images; default: 224")
+    parser.add_argument("--size", type=int, help="side of the images; default: the net's usual, 224 or 32")
     parser.add_argument("--seconds", type=float, help="timed seconds a row; default: 3 on a GPU, 2 on a CPU")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the record here, row by row")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the record here (.png, .svg, .pdf)")
@@ -105,7 +111,7 @@ def parse(arguments: list[str] | None) -> Plan:
         defaults[name] if getattr(given, name) is None else getattr(given, name)
         for name in ("batch", "dtype", "seconds")
     )
-    if batch < 1 or given.size < 32 or not seconds > 0:
+    if batch < 1 or (given.size is not None and given.size < 32) or not seconds > 0:
         parser.error(
             f"--batch {batch} --size {given.size} --seconds {seconds}; "
             "accepted: batch from 1, size from 32, seconds above 0"
@@ -124,17 +130,26 @@ def parse(arguments: list[str] | None) -> Plan:
     for name in named or ():
         if name not in BACKENDS:
             parser.error(f"unknown backend {name!r}; accepted: {', '.join(BACKENDS)}, all")
-        if reason := BACKENDS[name].why_not(device):
+        if reason := BACKENDS[name].why_not_here(device):
             parser.error(f"backend {name!r} can't run here: {reason}")
+    nets = (
+        given.net.split(",") if given.net else [net for net, d in TORCHVISION.items() if given.depth in (str(d), "all")]
+    )
     rows = []
-    for depth in DEPTHS if given.depth == "all" else [int(given.depth)]:
+    for net in nets:
+        try:
+            size = given.size or families.usual_size(net)
+            layers = cost(net, size).layers
+        except ValueError as error:
+            parser.error(str(error))
         for mode in MODES if given.mode == "both" else [given.mode]:
-            if mode == "train" and batch == 1 and given.size == 32:
+            if mode == "train" and batch == 1 and any(row.output[2:] == (1, 1) for row in layers if "Norm" in row.kind):
                 parser.error(
-                    "training batch 1 at size 32 leaves BatchNorm one value a channel; accepted: more of either"
+                    f"training {net} with batch 1 at size {size} leaves BatchNorm one value a channel; "
+                    "accepted: more of either"
                 )
-            case = Case(depth, mode, batch, DTYPES[dtype], given.size, device)
-            default = BACKENDS if given.backend == "all" else backends.by_default(device, depth, mode)
+            case = Case(net, mode, batch, DTYPES[dtype], size, device)
+            default = BACKENDS if given.backend == "all" else backends.by_default(device, net, mode)
             rows += [(case, name) for name in named or default]
     return Plan(rows, device, seconds, dtype, given.json, given.plot, given.resume)
 
@@ -172,21 +187,23 @@ def resumed(path: Path, fresh: dict[str, Any]) -> dict[str, Any]:
             f"--resume: rows of {path} and of this run could not be compared, because a ratio holds only within one "
             "run:\n  " + "\n  ".join(why) + "\nName another file, or leave --resume out to start this one anew."
         )
+    old["flops"] += [row for row in fresh["flops"] if row not in old["flops"]]
     return old
 
 
 def introduction(plan: Plan, record: dict[str, Any]) -> str:
     environment = record["environment"]
-    case = plan.rows[0][0]
+    cases = [case for case, _ in plan.rows]
+    sizes = ", ".join(dict.fromkeys(f"{case.size}x{case.size}" for case in cases))
     versions = environment["versions"]
     lines = [
         f"{environment['name']}, {environment['threads']} CPU threads, torch {versions['torch']}; "
-        f"batch {case.batch}, {plan.dtype}, {case.size}x{case.size} photographs"
+        f"batch {cases[0].batch}, {plan.dtype}, {sizes} photographs"
     ]
     if plan.device.type == "cpu":
         gpu = DEFAULTS["cuda"]
         lines.append(
-            f"On a GPU the defaults would be batch {gpu['batch']}, {gpu['dtype']}, every backend at depth 50 "
+            f"On a GPU the defaults would be batch {gpu['batch']}, {gpu['dtype']}, every backend for ResNet-50 "
             "(CUDA graphs and max-autotune among them), fastres on its fused kernels, and peak memory; "
             "on a CPU fastres runs PyTorch's own operations."
         )
@@ -203,7 +220,7 @@ def run(plan: Plan, record: dict[str, Any]) -> None:
     with tqdm(total=len(missing), unit="row", disable=None, leave=False) as bar:
         prepared: tuple[Case, measure.Data | Exception] | None = None
         for case, name in missing:
-            bar.set_description(f"resnet{case.depth} {case.mode} {name}")
+            bar.set_description(f"{case.net} {case.mode} {name}")
             if prepared is None or prepared[0] != case:
                 prepared = None  # lets go of the last case's tensors first
                 prepared = case, prepare(case)
@@ -227,13 +244,13 @@ def run(plan: Plan, record: dict[str, Any]) -> None:
 def records_case(case: Case) -> tuple[Any, ...]:
     """The case's fields as a record holds them, in the order of `record.CASE`."""
     dtype = next(name for name, dtype in DTYPES.items() if dtype == case.dtype)
-    return case.depth, case.mode, case.batch, dtype, case.size
+    return case.net, case.mode, case.batch, dtype, case.size
 
 
 def prepare(case: Case) -> measure.Data | Exception:
     """The case's data, or what kept its reference from being computed."""
     try:
-        return measure.prepare(case, weights(case.depth, case.size), inputs(case.batch, case.size), SEED)
+        return measure.prepare(case, weights(case.net, case.size), inputs(case.batch, case.size), SEED)
     except Exception as error:
         if not measure.is_out_of_memory(error):
             raise
@@ -246,41 +263,64 @@ def inputs(batch: int, size: int) -> list[torch.Tensor]:
 
 
 @cache
-def weights(depth: int, size: int) -> dict[str, torch.Tensor]:
-    return backends.shared_weights(depth, photos.batches(2, 4, size, SEED + 1), SEED)
+def weights(net: str, size: int) -> dict[str, torch.Tensor]:
+    return backends.shared_weights(net, photos.batches(2, 4, size, SEED + 1), SEED)
 
 
 @cache
-def multiply_adds(depth: int, size: int) -> int:
+def cost(net: str, size: int) -> flops.Cost:
+    """Of one image. Raises ValueError for a net that `families.named` doesn't know."""
     with torch.device("meta"):
-        model = backends.torchvision_net(depth)
-    return flops.count(model, size).multiply_adds
+        model = families.named(net)
+    return flops.count(model, size)
 
 
 def measure_row(case: Case, name: str, data: measure.Data | Exception, seconds: float) -> dict[str, Any]:
-    if reason := BACKENDS[name].why_not(case.device, case.mode):
+    if reason := BACKENDS[name].why_not(case):
         return {"status": "not available", "reason": reason}
     if isinstance(data, Exception):
         reason = f"eager PyTorch's step, the reference, does not fit: {measure.first_line(data)}"
         return {"status": "out of memory", "reason": reason}
-    return measure.measure(BACKENDS[name], case, data, seconds, multiply_adds(case.depth, case.size))
+    return measure.measure(BACKENDS[name], case, data, seconds, cost(case.net, case.size).multiply_adds)
 
 
-def flops_table() -> list[dict[str, Any]]:
-    """The paper's figures beside our counts of the paper's variants, and the v1.5 nets that the bench runs."""
+def flops_table(nets: tuple[str, ...]) -> list[dict[str, Any]]:
+    """The nets that the bench runs; where the paper prints figures for any of their kind, its table first, beside our
+    counts of the paper's variants, and all five of torchvision's."""
+    beside = {net: paper_row(net) for net in nets}
     table = []
-    for row in flops.PAPER_TABLE:
-        if row.gflops is None or not (row.family == "paper" or row.name == "VGG-19"):
-            continue
-        ours = row.cost().multiply_adds / 1e9
-        form = "the baseline" if row.family == "vgg" else f"the paper's, shortcut {row.shortcut}"
-        net = row.name.split(" ")[0]
-        table.append({"net": net, "depth": row.depth, "variant": form, "paper": row.gflops, "ours": ours})
-    for depth in DEPTHS:
-        ours = multiply_adds(depth, 224) / 1e9
-        form = "as measured below: v1.5, shortcut B" if depth >= 50 else "as measured below: shortcut B"
-        table.append({"net": f"ResNet-{depth}", "depth": depth, "variant": form, "paper": None, "ours": ours})
+    if any(beside.values()):
+        beside = {net: paper_row(net) for net in TORCHVISION} | beside
+        for row in flops.PAPER_TABLE:
+            if row.gflops is None or not (row.family == "paper" or row.name == "VGG-19" or row in beside.values()):
+                continue
+            form = "the baseline" if row.family == "vgg" else "the paper's"
+            form += f", shortcut {row.shortcut}" if row.shortcut else ""
+            ours = row.cost().multiply_adds / 1e9
+            table.append({"net": paper_name(row), "variant": form, "paper": row.gflops, "ours": ours, "beside": None})
+    for net, row in beside.items():
+        size = families.usual_size(net)
+        form = f"as measured below, at {size}x{size}"
+        if net in TORCHVISION:
+            form = "as measured below: v1.5, shortcut B" if TORCHVISION[net] >= 50 else "as measured below: shortcut B"
+        ours = cost(net, size).multiply_adds / 1e9
+        table.append({"net": net, "variant": form, "paper": None, "ours": ours, "beside": row and paper_name(row)})
     return table
+
+
+def paper_row(net: str) -> flops.PaperRow | None:
+    """The net of the paper's FLOPs table that `net` is, up to its stride and shortcuts; None if it prints none."""
+    if net in families.BUILDERS:
+        family, depth = "paper", TORCHVISION.get(net)
+    else:
+        family, depth, _ = families.split(net)
+        family = "paper" if family == "torchvision" else family
+    rows = (row for row in flops.PAPER_TABLE if row.gflops is not None)
+    return next((row for row in rows if (row.family, row.depth) == (family, depth)), None)
+
+
+def paper_name(row: flops.PaperRow) -> str:
+    return row.name.split(" ")[0]
 
 
 def render_flops(table: list[dict[str, Any]]) -> str:
@@ -289,11 +329,12 @@ def render_flops(table: list[dict[str, Any]]) -> str:
         paper, ours = row["paper"], row["ours"]
         difference = "" if paper is None else f"{100 * (ours / paper - 1):+.1f} %"
         lines.append([row["net"], "" if paper is None else f"{paper:.1f}", f"{ours:.3f}", difference, row["variant"]])
-    return "Multiply-adds of one 224x224 image, 10^9 (the paper's FLOPs)\n" + columns(lines, left={0, 4})
+    title = "Multiply-adds of one image, 224x224 unless said otherwise, 10^9 (the paper's FLOPs)"
+    return f"{title}\n{columns(lines, left={0, 4})}"
 
 
 def one_line(row: dict[str, Any]) -> str:
-    start = f"resnet{row['depth']} {row['mode']} {row['backend']}: "
+    start = f"{row['net']} {row['mode']} {row['backend']}: "
     if row["status"] != "ok":
         return f"{start}{row['status']}: {row['reason']}"
     return f"{start}{row['img_s']:.4g} img/s, {row['latency_ms']:.4g} ms a batch, error {row['error']:.1e}"
@@ -309,7 +350,7 @@ def render_rows(rows: list[dict[str, Any]]) -> str:
     ratio = records.ratios(rows)
     blocks = []
     for case in dict.fromkeys(records.key(row)[:-1] for row in rows):
-        depth, mode, batch, dtype, size = case
+        net, mode, batch, dtype, size = case
         lines, remarks = [COLUMNS], []
         mine = [row for row in rows if records.key(row)[:-1] == case]
         for row in sorted(mine, key=lambda row: -row["img_s"] if row["status"] == "ok" else 0):
@@ -333,7 +374,7 @@ def render_rows(rows: list[dict[str, Any]]) -> str:
                     f"{ratio[records.key(row)]:.2f}" if records.key(row) in ratio else "",
                 ]
             )
-        title = f"ResNet-{depth}, {mode}, batch {batch}, {dtype}, {size}x{size}"
+        title = f"{net}, {mode}, batch {batch}, {dtype}, {size}x{size}"
         errors = {"infer": "scores", "train": "gradients, median over the parameters"}[mode]
         limit = next((f"; right up to {row['error_allowed']:.1e}" for row in mine if "error_allowed" in row), "")
         title += f"; error: of the {errors}, relative to fp64{limit}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib
 import json
 import os
@@ -17,10 +18,16 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastres.models import families
+from fastres.train import graph
 
 ROOT = Path(__file__).resolve().parent.parent
 BENCH = ROOT / "bench"
-MODULES = ("backends", "measure", "photos", "plot", "record", "run")
+MODULES = ("backends", "measure", "photos", "plain", "plot", "record", "run")
+PAPER_NETS = ["paper-18-A", "paper-18-C", "paper-50-A", "paper-50-B", "plain-18", "cifar-8", "cifar-plain-8"]
+PAPER_NETS += ["cifar-stem-18"]
 TINY = ["--depth", "18", "--size", "64", "--batch", "2", "--seconds", "0.05", "--device", "cpu"]
 
 
@@ -53,7 +60,7 @@ def documented(heading: str) -> set[str]:
 def check_schema(record: dict[str, Any]) -> None:
     """The record holds what its README says, no more and no less, in the types and relations it says."""
     assert record.keys() == documented("## Schema")
-    assert record["schema"] == "fastres.bench/1"
+    assert record["schema"] == "fastres.bench/2"
     assert record["environment"]["versions"]["torch"] == torch.__version__.split("+")[0]
     for name in ("seconds", "windows", "inputs", "seed"):
         assert isinstance(record["options"][name], (int, float))
@@ -87,7 +94,7 @@ def test_script(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert re.search(r"ResNet-50 +3\.8 +3\.858 +\+1\.5 %", done.stdout)
     assert "On a GPU the defaults would be" in done.stdout
-    assert re.search(r"ResNet-18, infer, batch 2, fp32, 64x64", done.stdout)
+    assert re.search(r"resnet18, infer, batch 2, fp32, 64x64", done.stdout)
     record = json.loads(path.read_text())
     check_schema(record)
     assert [(row["mode"], row["backend"]) for row in record["rows"]] == [
@@ -104,7 +111,7 @@ def test_script(tmp_path: Path) -> None:
 
 
 def test_flops_table(bench: SimpleNamespace) -> None:
-    table = bench.run.flops_table()
+    table = bench.run.flops_table(("resnet50",))
     counts = {row["net"]: (row["paper"], round(row["ours"], 3)) for row in table if row["paper"] is not None}
     assert counts == {
         "VGG-19": (19.6, 19.632),
@@ -114,18 +121,43 @@ def test_flops_table(bench: SimpleNamespace) -> None:
         "ResNet-101": (7.6, 7.570),
         "ResNet-152": (11.3, 11.282),
     }
-    measured = {row["depth"]: round(row["ours"], 2) for row in table if row["paper"] is None}
-    assert measured == {18: 1.81, 34: 3.66, 50: 4.09, 101: 7.80, 152: 11.51}
+    measured = {row["net"]: (round(row["ours"], 2), row["beside"]) for row in table if row["paper"] is None}
+    assert measured == {
+        f"resnet{depth}": (ours, f"ResNet-{depth}")
+        for depth, ours in ((18, 1.81), (34, 3.66), (50, 4.09), (101, 7.80), (152, 11.51))
+    }
+
+
+def test_flops_table_of_other_nets(bench: SimpleNamespace) -> None:
+    """Beside the paper's figures where it prints any for nets of the kind; by themselves elsewhere."""
+    table = bench.run.flops_table(("paper-34-B", "plain-18"))
+    assert {"net": "plain-18", "paper": 1.8}.items() <= table[1].items()
+    assert [(row["net"], row["beside"]) for row in table[-2:]] == [
+        ("paper-34-B", "ResNet-34"),
+        ("plain-18", "plain-18"),
+    ]
+    assert [row["ours"] for row in bench.run.flops_table(("resnet34",)) if row["net"] == "resnet34"] == [
+        pytest.approx(table[-2]["ours"])
+    ]
+    for name, ours in (("cifar-20", 0.041), ("resnext50_32x4d", 4.230)):
+        (row,) = bench.run.flops_table((name,))
+        assert (row["net"], row["paper"], row["beside"], round(row["ours"], 3)) == (name, None, None, ours)
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (["--depth", "51"], "invalid choice"),
+        (["--net", "resnet51"], "model 'resnet51' does not exist; there are resnet18, "),
+        (["--net", "cifar-20,cifar-12"], "depth 12 is not 6n+2"),
+        (["--net", "plain-18-A"], "family plain has no choice of shortcut"),
+        (["--net", "cifar-20", "--depth", "18"], "not allowed with argument"),
         (["--mode", "test"], "invalid choice"),
         (["--dtype", "int8"], "invalid choice"),
         (["--backend", "eager,tensorrt"], "unknown backend 'tensorrt'; accepted: eager, "),
         (["--backend", "cudagraphs", "--device", "cpu"], "it needs a cuda device"),
+        (["--backend", "fastres-graph", "--device", "cpu"], "it needs a cuda device"),
+        (["--backend", "eager-graph", "--device", "cpu"], "it needs a cuda device"),
         (["--device", "tpu"], "--device tpu; accepted: cpu, cuda, cuda:N"),
         (["--device", "meta"], "--device meta; accepted: cpu, cuda, cuda:N"),
         (["--device", "cuda:99"], "CUDA device(s) here"),
@@ -177,13 +209,13 @@ class StraightReLU(nn.Module):
 def test_wrong_outputs_are_not_ranked(
     bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    def wrong_forward(depth: int) -> nn.Module:
-        model = bench.backends.torchvision_net(depth)
+    def wrong_forward(name: str) -> nn.Module:
+        model = bench.plain.net(name)
         model.layer3[1].bn2.eps = 1e-2
         return model
 
-    def wrong_backward(depth: int) -> nn.Module:
-        model = bench.backends.torchvision_net(depth)
+    def wrong_backward(name: str) -> nn.Module:
+        model = bench.plain.net(name)
         model.layer4[1].relu = StraightReLU()
         return model
 
@@ -223,8 +255,8 @@ def test_a_row_that_fails_does_not_stop_the_others(
     bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     def raises(error: Exception) -> Any:
-        def net(depth: int) -> nn.Module:
-            model = bench.backends.torchvision_net(depth)
+        def net(name: str) -> nn.Module:
+            model = bench.plain.net(name)
             model.forward = lambda x: (_ for _ in ()).throw(error)
             return model
 
@@ -286,8 +318,8 @@ def test_resume_fills_one_record(bench: SimpleNamespace, monkeypatch: pytest.Mon
     monkeypatch.setattr(bench.record, "_digest", lambda: "sha256:1")
     with pytest.raises(SystemExit, match="sources: sha256:0 then, sha256:1 now"):
         bench.run.main(ask)
-    path.write_text('{"schema": "fastres.bench/0"}')
-    with pytest.raises(SystemExit, match=r"schema 'fastres\.bench/0'; this bench reads"):
+    path.write_text('{"schema": "fastres.bench/1"}')
+    with pytest.raises(SystemExit, match=r"schema 'fastres\.bench/1'; this bench reads"):
         bench.run.main(ask)
     path.write_text('{"schema"')
     with pytest.raises(SystemExit, match="is no record"):
@@ -305,7 +337,7 @@ def test_a_write_that_fails_leaves_the_record(bench: SimpleNamespace, tmp_path: 
 
 def test_ratios_hold_within_a_case(bench: SimpleNamespace) -> None:
     def row(backend: str, img_s: float, status: str = "ok", batch: int = 1) -> dict[str, Any]:
-        case = {"depth": 50, "mode": "infer", "batch": batch, "dtype": "bf16", "size": 224}
+        case = {"net": "resnet50", "mode": "infer", "batch": batch, "dtype": "bf16", "size": 224}
         return case | {"backend": backend, "ours": backend == "fastres", "status": status, "img_s": img_s}
 
     rows = [row("a", 100), row("b", 50), row("c", 900, "wrong"), row("fastres", 150), row("fastres", 70, batch=2)]
@@ -327,14 +359,155 @@ def test_photographs(bench: SimpleNamespace) -> None:
 
 def test_defaults_by_device(bench: SimpleNamespace) -> None:
     table, choose = bench.backends.BACKENDS, bench.backends.by_default
+    idle = {"infer": {"eager-graph", "fastres-graph"}, "train": {"fastres-optimize"}}
     for mode in ("infer", "train"):
-        served = [name for name, backend in table.items() if mode == "infer" or not backend.freeze]
-        assert choose(torch.device("cuda"), 50, mode) == served
+        assert choose(torch.device("cuda"), "resnet50", mode) == [name for name in table if name not in idle[mode]]
         for device in ("cuda", "cpu"):
-            for depth in (18, 34, 50, 101, 152):
-                chosen = choose(torch.device(device), depth, mode)
-                assert {"eager-channels-last", "fastres"} <= set(chosen) <= set(table)
+            for net in ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "cifar-110", "paper-34-A"):
+                chosen = choose(torch.device(device), net, mode)
+                assert {"eager-channels-last", "fastres"} <= set(chosen) <= set(table) - idle[mode]
+                graphed = (device, mode) == ("cuda", "train")
+                assert ("eager-graph" in chosen) == ("fastres-graph" in chosen) == graphed
                 assert all(table[name].needs in (None, device) for name in chosen)
+                assert net in families.BUILDERS or not any(table[name].package for name in chosen)
+
+
+def test_why_a_backend_cannot_run(bench: SimpleNamespace) -> None:
+    table, case = bench.backends.BACKENDS, bench.backends.Case
+    cuda = case("cifar-20", "train", 2, torch.float32, 32, torch.device("cuda"))
+    infer, cpu = dataclasses.replace(cuda, mode="infer"), dataclasses.replace(cuda, device=torch.device("cpu"))
+    for name in ("eager-graph", "fastres-graph"):
+        assert table[name].why_not(cuda) is None
+        assert table[name].why_not(infer) == "it only trains"
+        assert table[name].why_not(cpu) == "it needs a cuda device"
+    assert table["fastres-optimize"].why_not(cuda) == "it only infers"
+    assert table["timm"].why_not(cuda) == "timm has no cifar-20"
+
+
+def test_other_nets(bench: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """--net: usual image size and number of classes, one record for several nets, drawn."""
+    path, picture = tmp_path / "r.json", tmp_path / "r.svg"
+    ask = ["--batch", "2", "--seconds", "0.05", "--device", "cpu", "--json", str(path), "--resume"]
+    assert bench.run.main([*ask, "--net", "cifar-20", "--backend", "eager,timm,fastres"]) == 0
+    assert bench.run.main([*ask, "--net", "cifar-plain-8,cifar-20", "--mode", "train", "--plot", str(picture)]) == 0
+    record = json.loads(path.read_text())
+    check_schema(record)
+    found = {(row["net"], row["mode"], row["backend"]): row["status"] for row in record["rows"]}
+    first = {(mode, name) for mode in ("infer", "train") for name in ("eager", "timm", "fastres")}
+    assert {key[1:] for key in found if key[0] == "cifar-20"} == first | {("train", "eager-channels-last")}
+    assert {key[2] for key in found if key[0] == "cifar-plain-8"} == {"eager-channels-last", "fastres"}
+    assert all(status == ("not available" if key[2] == "timm" else "ok") for key, status in found.items()), found
+    assert {row["size"] for row in record["rows"]} == {32}
+    assert [row["net"] for row in record["flops"]] == ["cifar-20", "cifar-plain-8"]
+    printed = capsys.readouterr().out
+    assert "VGG" not in printed, "the paper prints no FLOPs of its CIFAR nets"
+    assert re.search(r"cifar-20, train, batch 2, fp32, 32x32", printed)
+    assert "timm: timm has no cifar-20" in printed
+    drawn = picture.read_text()
+    assert all(f">{text}<" in drawn or f"<!-- {text} -->" in drawn for text in ("cifar-20", "cifar-plain-8"))
+
+    plan = bench.run.parse(["--net", "cifar-20,resnet18", "--batch", "1", "--mode", "train", "--device", "cpu"])
+    assert {(case.net, case.size) for case, _ in plan.rows} == {("cifar-20", 32), ("resnet18", 224)}
+
+
+class Namespaces(TorchDispatchMode):
+    """The namespaces of all operators that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.found.add(func.namespace)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["resnet18", *PAPER_NETS])
+def test_peers_run_no_fastres_code(name: str, bench: SimpleNamespace) -> None:
+    """And compute what our net does, from the same state_dict."""
+    peers = {backend.net for backend in bench.backends.BACKENDS.values() if not (backend.ours or backend.package)}
+    assert peers == {bench.plain.net}
+    theirs, ours = bench.plain.net(name), families.named(name)
+    assert not [m for m in theirs.modules() if type(m).__module__.startswith("fastres")]
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(2, 3, 32, 32).contiguous(memory_format=torch.channels_last)
+    if not name.startswith("cifar"):
+        x = torch.randn(2, 3, 64, 64)
+    y = torch.tensor([1, 3])
+    with bench.backends.watched_paths() as answers, Namespaces() as operators:
+        nn.functional.cross_entropy(theirs(x), y).backward()
+    assert not answers
+    assert operators.found <= {"aten", "prim", "prims"}
+    nn.functional.cross_entropy(ours(x), y).backward()
+    for (key, p), q in zip(theirs.named_parameters(), ours.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-3, atol=1e-4 * float(q.grad.abs().max()), msg=key)
+
+
+def test_the_peers_shortcut_keeps_channels_last(bench: SimpleNamespace) -> None:
+    x = torch.randn(2, 16, 8, 8).contiguous(memory_format=torch.channels_last)
+    shortcut = bench.plain.net("cifar-8").layer2[0].downsample
+    assert shortcut(x).is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(shortcut(x)[:, :16], x[:, :, ::2, ::2])
+    assert not shortcut(x)[:, 16:].any()
+
+
+def stepper(bench: SimpleNamespace, name: str, device: str, dtype: torch.dtype, **changes: Any) -> Any:
+    """A training step of the backend `name` on CIFAR's smallest net."""
+    case = bench.backends.Case("cifar-8", "train", 4, dtype, 32, torch.device(device))
+    inputs = [torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(i)) for i in range(4)]
+    weights = bench.backends.shared_weights(case.net, inputs, 0)
+    labels = [torch.tensor([i, 1, 2, 3]) for i in range(4)]
+    backend = dataclasses.replace(bench.backends.BACKENDS[name], **changes)
+    return bench.measure.Train(backend, case, bench.measure.Data(weights, inputs, labels))
+
+
+def follow(eager: Any, graphed: Any, **tolerance: float) -> None:
+    """Five steps: the same losses, parameters, running statistics and momenta; then the same gradients."""
+    for i in range(5):
+        torch.testing.assert_close(graphed(i), eager(i), **tolerance)
+    expected = eager.model.state_dict() | {f"momentum of {name}": m for name, m in eager.momenta.items()}
+    found = graphed.model.state_dict() | {f"momentum of {name}": m for name, m in graphed.momenta.items()}
+    torch.testing.assert_close(found, expected, **tolerance)
+    assert all(p.grad is None for p in graphed.model.parameters())
+    torch.testing.assert_close(graphed.gradients(), eager.gradients(), **tolerance)
+
+
+def test_a_graphed_step_touches_what_it_says(bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a GPU: warming up leaves no trace, and a replay, here a call, works on the batch that was copied in."""
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    graphed = stepper(bench, "fastres-graph", "cpu", torch.float32)
+
+    class Replay:
+        def replay(self) -> None:
+            graphed.graph.result = graphed.step(*graphed.graph.inputs)
+
+    for name, value in {
+        "Stream": lambda: stream,
+        "current_stream": lambda: stream,
+        "stream": contextlib.nullcontext,
+        "graph": lambda graph, stream: contextlib.nullcontext(),
+        "CUDAGraph": Replay,
+    }.items():
+        monkeypatch.setattr(graph.torch.cuda, name, value)
+    follow(stepper(bench, "fastres", "cpu", torch.float32), graphed, rtol=0, atol=0)
+
+
+def test_the_path_counts_a_captured_step_once(bench: SimpleNamespace) -> None:
+    answers = bench.backends.Counter({None: 4 * 17})
+    words = bench.backends.path_in_words
+    assert words(answers, bench.backends.BACKENDS["fastres-graph"]) == "fused in 17 of 17 blocks"
+    assert words(answers, bench.backends.BACKENDS["fastres"]) == "fused in 68 of 68 blocks"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("ours", [True, False])
+def test_a_graphed_step_follows_the_eager_one(ours: bool, dtype: torch.dtype, bench: SimpleNamespace) -> None:
+    names = ("fastres", "fastres-graph") if ours else ("eager-channels-last", "eager-graph")
+    eager, graphed = (stepper(bench, name, "cuda", dtype) for name in names)
+    tolerance = 1e-3 if dtype == torch.float32 else 2e-2
+    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+        follow(eager, graphed, rtol=tolerance, atol=tolerance)
 
 
 def test_lost_layouts_are_noted(bench: SimpleNamespace) -> None:
@@ -359,8 +532,8 @@ class Unsteady(nn.Linear):
 def test_compiled_rows(
     bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    def unsteady(depth: int) -> nn.Module:
-        model = bench.backends.torchvision_net(depth)
+    def unsteady(name: str) -> nn.Module:
+        model = bench.plain.net(name)
         model.fc = Unsteady(512, 1000)
         return model
 

@@ -20,6 +20,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 
 from fastres.kernels.problem import ConvProblem
+from fastres.models import families
 
 BENCH = Path(__file__).resolve().parent.parent / "bench"
 SQUARE = ConvProblem(2, 8, 8, 16, 16, 3, 3, 1, 1)
@@ -99,8 +100,11 @@ def test_commands(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     for part, command in gpu.PARTS.items():
         for names in (value for flag, value in itertools.pairwise(command) if flag == "--backend"):
             unknown = set(names.split(",")) - set(backends.BACKENDS)
-            refused = {n for n in names.split(",") if backends.BACKENDS[n].freeze} if "train" in part else set()
+            mode = command[command.index("--mode") + 1]
+            refused = {n for n in names.split(",") if backends.BACKENDS[n].why_never("resnet50", mode)}
             assert not unknown | refused, part
+        for nets in (value for flag, value in itertools.pairwise(command) if flag == "--net"):
+            assert [families.usual_size(net) for net in nets.split(",")], part
         assert all((BENCH.parent / word).exists() for word in command if word[0] != "-" and word.endswith(".py")), part
 
 

@@ -31,7 +31,7 @@ class Graph:
                 function(*self.inputs)
         torch.cuda.current_stream().wait_stream(side)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        with torch.cuda.graph(self.graph, stream=side):  # where autograd's accumulators have been, should any live on
             self.result = function(*self.inputs)
         with torch.no_grad():
             torch._foreach_copy_(list(touched), before)
