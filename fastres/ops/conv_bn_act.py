@@ -107,16 +107,18 @@ class Call:
         return len(self.layers) - (self.end.kind == "project")
 
 
-def prepare(x: Tensor, units: Sequence[Unit], end: End, dtype: torch.dtype) -> tuple[Call, list[Any]]:
-    """The call on an x of this shape and device, and its parameters: weight, BN weight, BN bias a layer."""
+def prepare(
+    shape: Sequence[int], units: Sequence[Unit], end: End, dtype: torch.dtype, device: torch.device
+) -> tuple[Call, list[Any]]:
+    """The call on an x of `shape` [N, C, H, W], and its parameters: weight, BN weight, BN bias a layer."""
     layers = tuple(_layer(conv, bn) for conv, bn in units)  # type: ignore[arg-type]
     parameters: list[Any] = [t for conv, bn in units for t in (conv.weight, bn.weight, bn.bias)]
-    return Call(layers, end, choose_steps(x, parameters[::3], layers, end, dtype)), parameters
+    return Call(layers, end, choose_steps(shape, parameters[::3], layers, end, dtype, device)), parameters
 
 
 def _run(x: Tensor, units: Sequence[Unit], end: End) -> Tensor:
     dtype = dispatch.compute_dtype(x)
-    call, parameters = prepare(x, units, end, dtype)
+    call, parameters = prepare(x.shape, units, end, dtype, x.device)
     with torch.autocast(x.device.type, enabled=False):
         if torch._C._len_torch_dispatch_stack():  # a mode (FlopCounterMode) sees operators, not kernels
             from fastres.ops import registered
@@ -130,17 +132,23 @@ def _run(x: Tensor, units: Sequence[Unit], end: End) -> Tensor:
 
 
 def choose_steps(
-    x: Tensor, weights: Sequence[Tensor], layers: Sequence[Layer], end: End, dtype: torch.dtype
+    shape: Sequence[int],
+    weights: Sequence[Tensor],
+    layers: Sequence[Layer],
+    end: End,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> tuple[Step, ...]:
-    n, _, h, w = x.shape
+    n, _, h, w = shape
     sizes, steps = (h, w), []
     for i, (weight, layer) in enumerate(zip(weights, layers, strict=True)):
         if end.kind == "project" and i == len(layers) - 1:
             sizes = (h, w)
-        step = launch.step((n, *sizes), weight, layer.geometry, dtype, x.device)
+        step = launch.step((n, *sizes), weight, layer.geometry, dtype, device)
         sizes = (step.problem.P, step.problem.Q)
         if layer.batch_statistics and n * sizes[0] * sizes[1] == 1:
-            raise ValueError(f"Expected more than 1 value per channel when training, got input size {(n, *sizes)}")
+            size = torch.Size((n, step.problem.K, *sizes))
+            raise ValueError(f"Expected more than 1 value per channel when training, got input size {size}")
         steps.append(step)
     return tuple(steps)
 

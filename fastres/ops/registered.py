@@ -117,6 +117,10 @@ def _is_copied(weight: Tensor, dtype: torch.dtype) -> bool:
 # Bodies.
 
 
+def _call(x: Tensor, weights: Sequence[Any], layers: tuple[Layer, ...], end: End) -> Call:
+    return Call(layers, end, choose_steps(x.shape, weights, layers, end, x.dtype, x.device))
+
+
 def _forward(
     x: Tensor,
     parameters: Sequence[Tensor | None],
@@ -139,7 +143,7 @@ def _forward(
     layers = _layers(geometry, training, eps, momentum, pairs)
     weights: Any = parameters[::3]
     with torch._C._DisableAutocast():
-        call = Call(layers, End(end, *sizes), choose_steps(x, weights, layers, End(end, *sizes), x.dtype))
+        call = _call(x, weights, layers, End(end, *sizes))
         out, zs, stats, read, taps = forward(call, x, parameters, residual)
         copies = [w for w, weight in zip(read, weights, strict=True) if _is_copied(weight, x.dtype)]
         return unaliased(out), moved, torch.cat(stats), [*zs, *([] if taps is None else [taps]), *copies]
@@ -165,7 +169,7 @@ def _backward(
     taps = next(rest) if end == "pool" else None
     read = [next(rest) if _is_copied(w, x.dtype) else krsc(w, x.dtype) for w in weights if w is not None]
     with torch._C._DisableAutocast():
-        call = Call(layers, End(end, *sizes), choose_steps(x, weights, layers, End(end, *sizes), x.dtype))  # type: ignore[arg-type]
+        call = _call(x, weights, layers, End(end, *sizes))
         masked = nhwc(x if out is None else out)  # not read where there is no `out`
         work = Backward(call, nhwc(x), masked, taps, zs, stats, read, parameters, output_mask[0], output_mask[1:])
         dx, grads = work.run(Gradient(nhwc(dy.to(x.dtype))))

@@ -38,15 +38,13 @@ def stage(x: Tensor, blocks: Sequence[tuple[Sequence[Unit], nn.Module | None]]) 
     """The blocks, each (units, shortcut) as `conv_bn_act.residual_block` takes them, one after the other on x
     [N, C, H, W]; for a forward that needs gradients."""
     dtype = dispatch.compute_dtype(x)
-    calls, parameters, seen = [], [], x
+    calls, parameters, shape = [], [], tuple(x.shape)
     for units, shortcut in blocks:
-        call, own = prepare(seen, *with_end(units, shortcut), dtype)
+        call, own = prepare(shape, *with_end(units, shortcut), dtype, x.device)
         calls.append(call)
         parameters += own
         problem = call.steps[call.depth - 1].problem
-        seen = x.new_empty(()).expand(
-            problem.N, problem.K, problem.P, problem.Q
-        )  # the shape is all that is asked of it
+        shape = (problem.N, problem.K, problem.P, problem.Q)
     with torch.autocast(x.device.type, enabled=False):
         return _Stage.apply(tuple(calls), dtype, dispatch.recomputes(), x, *parameters)
 
