@@ -84,9 +84,11 @@ def parse(arguments: list[str] | None) -> Plan:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="backends:\n" + "\n".join(f"  {name:27} {backend.says}" for name, backend in BACKENDS.items()),
     )
-    nets = parser.add_mutually_exclusive_group()
-    nets.add_argument("--depth", default="50", choices=[*map(str, DEPTHS), "all"], help="of torchvision's ResNets")
-    nets.add_argument(
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument(
+        "--depth", default="50", choices=[*map(str, DEPTHS), "all"], help="of torchvision's ResNets; default: 50"
+    )
+    which.add_argument(
         "--net",
         help="any others, with commas: cifar-20, paper-34-A, plain-18, wide_resnet50_2, ...; peers run them plain",
     )
