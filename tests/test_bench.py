@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import relative_error
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -427,12 +428,12 @@ def test_peers_run_no_fastres_code(name: str, bench: SimpleNamespace) -> None:
     """And compute what our net does, from the same state_dict."""
     peers = {backend.net for backend in bench.backends.BACKENDS.values() if not (backend.ours or backend.package)}
     assert peers == {bench.plain.net}
-    theirs, ours = bench.plain.net(name), families.named(name)
+    theirs, ours = bench.plain.net(name).double(), families.named(name).double()
     assert not [m for m in theirs.modules() if type(m).__module__.startswith("fastres")]
     ours.load_state_dict(theirs.state_dict())
-    x = torch.randn(2, 3, 32, 32).contiguous(memory_format=torch.channels_last)
+    x = torch.randn(2, 3, 32, 32, dtype=torch.float64).contiguous(memory_format=torch.channels_last)
     if not name.startswith("cifar"):
-        x = torch.randn(2, 3, 64, 64)
+        x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
     y = torch.tensor([1, 3])
     with bench.backends.watched_paths() as answers, Namespaces() as operators:
         nn.functional.cross_entropy(theirs(x), y).backward()
@@ -440,7 +441,7 @@ def test_peers_run_no_fastres_code(name: str, bench: SimpleNamespace) -> None:
     assert operators.found <= {"aten", "prim", "prims"}
     nn.functional.cross_entropy(ours(x), y).backward()
     for (key, p), q in zip(theirs.named_parameters(), ours.parameters(), strict=True):
-        torch.testing.assert_close(p.grad, q.grad, rtol=1e-3, atol=1e-4 * float(q.grad.abs().max()), msg=key)
+        assert relative_error(p.grad, q.grad) < 1e-9, key
 
 
 def test_the_peers_shortcut_keeps_channels_last(bench: SimpleNamespace) -> None:
@@ -505,6 +506,7 @@ def test_the_path_counts_a_captured_step_once(bench: SimpleNamespace) -> None:
 def test_a_graphed_step_follows_the_eager_one(ours: bool, dtype: torch.dtype, bench: SimpleNamespace) -> None:
     names = ("fastres", "fastres-graph") if ours else ("eager-channels-last", "eager-graph")
     eager, graphed = (stepper(bench, name, "cuda", dtype) for name in names)
+    # The same kernels, but for libraries that choose others while a graph records; steps amplify what that rounds.
     tolerance = 1e-3 if dtype == torch.float32 else 2e-2
     with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
         follow(eager, graphed, rtol=tolerance, atol=tolerance)

@@ -263,8 +263,8 @@ def test_two_processes_are_one_that_accumulates(tmp_path: Path, monkeypatch: pyt
     train(short(tmp_path / "one", recipe, eval_every=2))
     one, two = (torch.load(tmp_path / name / checkpoint.LAST, weights_only=True) for name in ("one", "two"))
     assert calls == 4
-    for name, value in one["model"].items():
-        torch.testing.assert_close(two["model"][name], value, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+    for name, value in one["model"].items():  # fp32 sums of the same terms in another order, over two steps
+        torch.testing.assert_close(two["model"][name], value, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
     assert one["history"][-1]["val_loss"] == pytest.approx(two["history"][-1]["val_loss"], rel=1e-3)
     assert two["latest"]["count"] == 359
     assert len(two["rng"]) == 2
@@ -293,11 +293,11 @@ def test_a_plain_loop_gives_the_same_weights(tmp_path: Path) -> None:
         if i % 2 == 0:
             values = [p.detach().clone() for p in net.parameters()]
             averaged = [0.9 * a + 0.1 * v for a, v in zip(averaged, values, strict=True)] if averaged else values
-    for name, value in net.state_dict().items():
-        torch.testing.assert_close(ours.model.state_dict()[name], value, rtol=1e-4, atol=1e-5)
+    for name, value in net.state_dict().items():  # fp32 by another order of operations
+        torch.testing.assert_close(ours.model.state_dict()[name], value, rtol=1e-5, atol=1e-6)
     assert ours.ema is not None
     for p, value in zip(ours.ema.module.parameters(), averaged, strict=True):
-        torch.testing.assert_close(p, value, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(p, value, rtol=1e-5, atol=1e-6)
 
 
 def test_the_average_copies_while_it_warms(tmp_path: Path) -> None:
@@ -587,8 +587,8 @@ def test_a_compiled_net_trains_alike(tmp_path: Path, backend: str) -> None:
     train(short(tmp_path / "compiled", recipe, compile=backend))
     ours, theirs = weights(tmp_path / "compiled"), weights(tmp_path / "plain")
     assert ours.keys() == theirs.keys()
-    for name, value in theirs.items():
-        torch.testing.assert_close(ours[name], value, rtol=1e-3, atol=1e-4)
+    for name, value in theirs.items():  # fp32 by another order of operations
+        torch.testing.assert_close(ours[name], value, rtol=1e-4, atol=1e-5)
     train(short(tmp_path / "compiled", recipe, resume=True))
 
 
@@ -671,6 +671,7 @@ def test_on_a_gpu(tmp_path: Path, graph: bool) -> None:
     train(short(tmp_path / "cpu", recipe))
     ours, theirs = weights(tmp_path / "gpu"), weights(tmp_path / "cpu")
     for name, value in theirs.items():
+        # PyTorch lets the GPU's fp32 convolutions round to TF32, whose error four steps amplify.
         torch.testing.assert_close(ours[name].cpu(), value, rtol=0.05, atol=5e-3)
     done = train(short(tmp_path / "bf16", recipe, device="cuda", cuda_graph=graph))
     assert math.isfinite(done.error)
