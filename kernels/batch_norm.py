@@ -48,6 +48,7 @@ from .pointwise import (
     vector,
 )
 from .pool import Pool, check_pool, gather, normalize_max_pool
+from .replay import empty, launch, remembered
 from .tile import relu
 
 # One program of the last stage walks over this many partials at most; more are first merged in groups.
@@ -346,6 +347,7 @@ class BackwardVectors(NamedTuple):
     r: Tensor
 
 
+@remembered
 def statistics(z: Tensor) -> Tensor:
     """Partial statistics [T, 3, K] fp32 of z [..., K] (bf16, fp16, fp32; contiguous): see the module's docstring.
 
@@ -353,15 +355,15 @@ def statistics(z: Tensor) -> Tensor:
     """
     view = _nonempty(rows("z", z, REDUCED))
     chunks, steps = view.chunks()
-    partials = torch.empty((chunks, 3, view.K), dtype=torch.float32, device=z.device)
-    with torch.cuda.device_of(z):
-        statistics_kernel[(chunks, cdiv(view.K, view.BK))](
-            z=z, partials=partials, M=view.M, K_VECS=view.K // view.VEC, steps=steps,
-            VEC=view.VEC, BM=view.BM, BK=view.BK, num_warps=WARPS,
-        )  # fmt: skip
+    partials = empty((chunks, 3, view.K), torch.float32, z.device)
+    launch(
+        statistics_kernel, (chunks, cdiv(view.K, view.BK)), z=z, partials=partials, M=view.M, K_VECS=view.K // view.VEC,
+        steps=steps, VEC=view.VEC, BM=view.BM, BK=view.BK, num_warps=WARPS,
+    )  # fmt: skip
     return partials
 
 
+@remembered
 def finish_statistics(
     partials: Tensor,
     weight: Tensor | None,
@@ -386,6 +388,7 @@ def finish_statistics(
     )  # fmt: skip
 
 
+@remembered
 def running_statistics(
     running_mean: Tensor, running_var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> Statistics:
@@ -411,14 +414,15 @@ def _finish_statistics(
 ) -> Statistics:
     given = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
     check_vectors(K, like, *DTYPES, **given)
-    vectors = torch.empty((4, K), dtype=torch.float32, device=like.device)
-    with torch.cuda.device_of(vectors):
-        finish_statistics_kernel[(cdiv(K, _BK),)](
-            partials=partials, vectors=vectors, T=T, K=K, eps=eps, momentum=momentum, BT=_BT, BK=_BK, **given
-        )
+    vectors = empty((4, K), torch.float32, like.device)
+    launch(
+        finish_statistics_kernel, (cdiv(K, _BK),), partials=partials, vectors=vectors, T=T, K=K, eps=eps,
+        momentum=momentum, BT=_BT, BK=_BK, **given,
+    )  # fmt: skip
     return Statistics(*vectors.unbind())
 
 
+@remembered
 def normalize(
     z: Tensor,
     scale: Tensor,
@@ -447,14 +451,13 @@ def normalize(
         P, Q, stride = z.shape[1], z.shape[2], residual_stride
     else:
         check_tensor("residual", residual, tuple(z.shape), z)
-    y = torch.empty_like(z)
+    y = empty(z.shape, z.dtype, z.device)
     if y.numel():
-        with torch.cuda.device_of(z):
-            normalize_kernel[(view.tiles,)](
-                z=z, residual=residual, y=y, M=view.M, K_VECS=view.K // view.VEC, P=P, Q=Q, H=H, W=W,
-                C_VECS=C // view.VEC, RELU=relu, STRIDE=stride, VEC=view.VEC, BM=view.BM, BK=view.BK,
-                num_warps=WARPS, **vectors,
-            )  # fmt: skip
+        launch(
+            normalize_kernel, (view.tiles,), z=z, residual=residual, y=y, M=view.M, K_VECS=view.K // view.VEC,
+            P=P, Q=Q, H=H, W=W, C_VECS=C // view.VEC, RELU=relu, STRIDE=stride, VEC=view.VEC, BM=view.BM, BK=view.BK,
+            num_warps=WARPS, **vectors,
+        )  # fmt: skip
     return y
 
 
@@ -471,6 +474,7 @@ def check_shortcut(name: str, x: Tensor, z: Tensor, stride: int) -> tuple[int, i
 Mask = Tensor | tuple[Tensor, Tensor] | None
 
 
+@remembered
 def backward_reduce(
     dy: Tensor,
     z: Tensor,
@@ -493,17 +497,18 @@ def backward_reduce(
     check_tensor("projection z", z_d, tuple(z.shape), z)
     check_vectors(view.K, z, mean=mean, projection_mean=mean_d)
     chunks, steps = view.chunks()
-    partials = torch.empty((chunks, 2, view.K), dtype=torch.float32, device=z.device)
-    partials_d = None if projection is None else torch.empty_like(partials)
-    with torch.cuda.device_of(z):
-        backward_reduce_kernel[(chunks, cdiv(view.K, view.BK))](
-            z=z, mean=mean, partials=partials, z_d=z_d, mean_d=mean_d, partials_d=partials_d,
-            M=view.M, K_VECS=view.K // view.VEC, steps=steps,
-            VEC=view.VEC, BM=view.BM, BK=view.BK, num_warps=WARPS, **source,
-        )  # fmt: skip
+    shape = (chunks, 2, view.K)
+    partials = empty(shape, torch.float32, z.device)
+    partials_d = None if projection is None else empty(shape, torch.float32, z.device)
+    launch(
+        backward_reduce_kernel, (chunks, cdiv(view.K, view.BK)), z=z, mean=mean, partials=partials, z_d=z_d,
+        mean_d=mean_d, partials_d=partials_d, M=view.M, K_VECS=view.K // view.VEC, steps=steps,
+        VEC=view.VEC, BM=view.BM, BK=view.BK, num_warps=WARPS, **source,
+    )  # fmt: skip
     return partials if partials_d is None else (partials, partials_d)
 
 
+@remembered
 def finish_backward(
     partials: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, count: int, *, batch_statistics: bool
 ) -> BackwardVectors:
@@ -518,16 +523,18 @@ def finish_backward(
     if count < 1:
         raise ValueError(f"count must be >= 1, got {count}")
     partials = _merge(partials)
-    vectors = torch.empty((3, K), dtype=torch.float32, device=partials.device)
-    dweight, dbias = (torch.empty_like(mean if weight is None else weight) for _ in range(2))
-    with torch.cuda.device_of(partials):
-        finish_backward_kernel[(cdiv(K, _BK),)](
-            partials=partials, weight=weight, mean=mean, rstd=rstd, dweight=dweight, dbias=dbias, vectors=vectors,
-            T=partials.shape[0], K=K, inverse_count=1.0 / count, BATCH_STATISTICS=batch_statistics, BT=_BT, BK=_BK,
-        )  # fmt: skip
+    vectors = empty((3, K), torch.float32, partials.device)
+    dtype = torch.float32 if weight is None else weight.dtype
+    dweight, dbias = (empty((K,), dtype, partials.device) for _ in range(2))
+    launch(
+        finish_backward_kernel, (cdiv(K, _BK),), partials=partials, weight=weight, mean=mean, rstd=rstd,
+        dweight=dweight, dbias=dbias, vectors=vectors, T=partials.shape[0], K=K, inverse_count=1.0 / count,
+        BATCH_STATISTICS=batch_statistics, BT=_BT, BK=_BK,
+    )  # fmt: skip
     return BackwardVectors(dweight, dbias, *vectors.unbind())
 
 
+@remembered
 def backward_apply(
     dy: Tensor,
     z: Tensor,
@@ -548,18 +555,17 @@ def backward_apply(
     if (q is None) != (r is None) or (q_d is None) != (r_d is None):
         raise ValueError("q and r come together")
     check_tensor("projection z", z_d, tuple(z.shape), z)
-    dz = torch.empty_like(z)
-    dz_d = None if projection is None else torch.empty_like(z)
+    dz = empty(z.shape, z.dtype, z.device)
+    dz_d = None if projection is None else empty(z.shape, z.dtype, z.device)
     vectors = {"p": p, "q": q, "r": r, "p_d": p_d, "q_d": q_d, "r_d": r_d}
     view = rows("z", z, STREAMED if pool is None else WINDOWED)
     source = _gradient_source(dy, z, mask, pool)
     check_vectors(view.K, z, **vectors)
     if view.M:
-        with torch.cuda.device_of(z):
-            backward_apply_kernel[(view.tiles,)](
-                z=z, dz=dz, z_d=z_d, dz_d=dz_d, M=view.M, K_VECS=view.K // view.VEC, VEC=view.VEC, BM=view.BM,
-                BK=view.BK, num_warps=WARPS, **source, **vectors,
-            )  # fmt: skip
+        launch(
+            backward_apply_kernel, (view.tiles,), z=z, dz=dz, z_d=z_d, dz_d=dz_d, M=view.M, K_VECS=view.K // view.VEC,
+            VEC=view.VEC, BM=view.BM, BK=view.BK, num_warps=WARPS, **source, **vectors,
+        )  # fmt: skip
     return dz if dz_d is None else (dz, dz_d)
 
 
@@ -604,11 +610,11 @@ def _merge(partials: Tensor) -> Tensor:
     while partials.shape[0] > _PARTIALS:
         T, sums, K = partials.shape
         groups = cdiv(T, _GROUP)
-        merged = torch.empty((groups, sums, K), dtype=torch.float32, device=partials.device)
-        with torch.cuda.device_of(partials):
-            merge_kernel[(groups, cdiv(K, _BK))](
-                partials=partials, merged=merged, T=T, K=K, ROWS=sums, GROUP=_GROUP, BT=_BT, BK=_BK,
-            )  # fmt: skip
+        merged = empty((groups, sums, K), torch.float32, partials.device)
+        launch(
+            merge_kernel, (groups, cdiv(K, _BK)), partials=partials, merged=merged, T=T, K=K, ROWS=sums, GROUP=_GROUP,
+            BT=_BT, BK=_BK,
+        )  # fmt: skip
         partials = merged
     return partials
 

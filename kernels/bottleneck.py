@@ -23,6 +23,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from .config import cover
 from .launch import cdiv, check_tensor, tma_refusal
 from .problem import ConvProblem
+from .replay import empty, launch, remembered
 from .tile import box_origin, filter_tap, relu
 
 CHANNELS = (16, 32, 64, 128)
@@ -89,6 +90,7 @@ def bottleneck_chain_kernel(
     mid.store([n0, p0, q0, 0], sums.to(x.dtype).T.reshape((TN, TH, TW, C)))
 
 
+@remembered
 def bottleneck_chain(
     x: Tensor,
     w2: Tensor,
@@ -121,22 +123,22 @@ def bottleneck_chain(
     pixels, BE, BK, warps, stages = tile or chain_tile(C)
     TN, TH, TW = cover(N, H, W, pixels)
     tiles_n, tiles_p, tiles_q = cdiv(N, TN), cdiv(H, TH), cdiv(W, TW)
-    out, mid = (torch.empty(shape, dtype=x.dtype, device=x.device) for shape in (wide, (N, H, W, C)))
+    out, mid = (empty(shape, x.dtype, x.device) for shape in (wide, (N, H, W, C)))
 
     def boxes(tensor: Tensor, channels: int) -> TensorDescriptor:
         return TensorDescriptor.from_tensor(tensor, [TN, TH, TW, channels])
 
     if out.numel():
-        with torch.cuda.device_of(x):
-            bottleneck_chain_kernel[(tiles_n * tiles_p * tiles_q,)](
-                x=boxes(x, BK),
-                w2=TensorDescriptor.from_tensor(w2.view(C, -1), [C, BK]),
-                w3=TensorDescriptor.from_tensor(w3.view(4 * C, C), [BE, C]),
-                w1=TensorDescriptor.from_tensor(w1.view(C, 4 * C), [C, BE]),
-                residual=boxes(residual, BE),
-                out=boxes(out, BE),
-                mid=boxes(mid, C),
-                shift2=shift2, shift3=shift3, shift1=shift1, tiles_p=tiles_p, tiles_q=tiles_q,
-                C=C, TN=TN, TH=TH, TW=TW, BE=BE, BK=BK, num_warps=warps, num_stages=stages,
-            )  # fmt: skip
+        launch(
+            bottleneck_chain_kernel, (tiles_n * tiles_p * tiles_q,),
+            x=boxes(x, BK),
+            w2=TensorDescriptor.from_tensor(w2.view(C, -1), [C, BK]),
+            w3=TensorDescriptor.from_tensor(w3.view(4 * C, C), [BE, C]),
+            w1=TensorDescriptor.from_tensor(w1.view(C, 4 * C), [C, BE]),
+            residual=boxes(residual, BE),
+            out=boxes(out, BE),
+            mid=boxes(mid, C),
+            shift2=shift2, shift3=shift3, shift1=shift1, tiles_p=tiles_p, tiles_q=tiles_q,
+            C=C, TN=TN, TH=TH, TW=TW, BE=BE, BK=BK, num_warps=warps, num_stages=stages,
+        )  # fmt: skip
     return out, mid

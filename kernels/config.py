@@ -18,6 +18,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
+from . import replay
 from .problem import ConvProblem, Pass
 
 
@@ -412,3 +413,4 @@ def forget_tables() -> None:
     _table.cache_clear()
     fprop_tile.cache_clear()
     backward_tile.cache_clear()
+    replay.forget()

@@ -33,6 +33,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from .config import Tile, fprop_tile, pixel_tiles, reduction_steps, row_channels
 from .launch import cdiv, check_device, check_tensor, gpu_of, tma_refusal
 from .problem import ConvProblem
+from .replay import empty, launch, remembered
 from .tile import affine_relu, box_origin, box_pixels, filter_tap, finish, join_relu, store_statistics, unravel
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
@@ -262,6 +263,7 @@ class Join(NamedTuple):
     out: Tensor
 
 
+@remembered
 def conv_fprop(
     x: Tensor,
     w: Tensor,
@@ -323,14 +325,14 @@ def conv_fprop(
     check_tensor("out", out, shape, x, y_dtype)
     check_device(x, x.dtype, y_dtype)
 
-    y = torch.empty(shape, dtype=y_dtype, device=x.device) if out is None else out
+    y = empty(shape, y_dtype, x.device) if out is None else out
     computed = 0 if prologue is None else 1 if join is None else 2
     tile = _choose(tile, problem, (x, w, y, residual, side, joined), computed, statistics, precision)
     tiles = pixel_tiles(problem, tile.BN, tile.box)
-    partials = torch.empty((tiles, 3, K), dtype=torch.float32, device=x.device) if statistics else None
-    launch = _launch_gather if tile.box is None else _launch_tma
+    partials = empty((tiles, 3, K), torch.float32, x.device) if statistics else None
+    launch_tiles = _launch_gather if tile.box is None else _launch_tma
     if problem.pixels:
-        launch(
+        launch_tiles(
             problem, tile, x, w, y, residual, side, joined,
             prologue_scale=s, prologue_shift=t, side_scale=side_scale, side_shift=side_shift,
             scale=scale, shift=shift, partials=partials,
@@ -432,14 +434,14 @@ def launch_boxes(
     def boxes(tensor: Tensor | None, box: list[int]) -> TensorDescriptor | None:
         return None if tensor is None else TensorDescriptor.from_tensor(tensor, box)
 
-    with torch.cuda.device_of(x):
-        conv_fprop_tma_kernel[(tiles_n * tiles_p * tiles_q * cdiv(K, tile.BM),)](
-            x=boxes(x, x_box), w=boxes(w.view(K, -1), [tile.BM, tile.BK]), y=boxes(y, out_box),
-            residual=boxes(residual, out_box), side=boxes(side, x_box), joined=boxes(joined, x_box),
-            N=N, P=P, Q=Q, K=K, tiles_p=tiles_p, tiles_q=tiles_q,
-            FULL=(N % TN, P % TH, Q % TW) == (0, 0, 0), TN=TN, TH=TH, TW=TW, BM=tile.BM, BK=tile.BK,
-            num_warps=tile.warps, num_stages=tile.stages, **rest,
-        )  # fmt: skip
+    launch(
+        conv_fprop_tma_kernel, (tiles_n * tiles_p * tiles_q * cdiv(K, tile.BM),),
+        x=boxes(x, x_box), w=boxes(w.view(K, -1), [tile.BM, tile.BK]), y=boxes(y, out_box),
+        residual=boxes(residual, out_box), side=boxes(side, x_box), joined=boxes(joined, x_box),
+        N=N, P=P, Q=Q, K=K, tiles_p=tiles_p, tiles_q=tiles_q,
+        FULL=(N % TN, P % TH, Q % TW) == (0, 0, 0), TN=TN, TH=TH, TW=TW, BM=tile.BM, BK=tile.BK,
+        num_warps=tile.warps, num_stages=tile.stages, **rest,
+    )  # fmt: skip
 
 
 def _launch_gather(
@@ -448,13 +450,13 @@ def _launch_gather(
     residual, side, joined = same_shape
     k_group = problem.K // problem.groups
     tiles = cdiv(problem.pixels, tile.BN) * cdiv(k_group, tile.BM)
-    with torch.cuda.device_of(x):
-        conv_fprop_gather_kernel[(tiles, problem.groups)](
-            x=x, w=w, y=y, residual=residual, side=side, joined=joined,
-            pixels=problem.pixels, H=problem.H, W=problem.W, C=problem.C, P=problem.P, Q=problem.Q, K=problem.K,
-            C_GROUP=problem.C // problem.groups, K_GROUP=k_group,
-            R=problem.R, S=problem.S, STRIDE=problem.stride, PAD=problem.pad, DILATION=problem.dilation,
-            steps=reduction_steps(problem, tile), FULL=problem.pixels % tile.BN == 0,
-            ROW=row_channels(problem), INT64=not problem.int32_safe,
-            BM=tile.BM, BN=tile.BN, BK=tile.BK, num_warps=tile.warps, num_stages=tile.stages, **rest,
-        )  # fmt: skip
+    launch(
+        conv_fprop_gather_kernel, (tiles, problem.groups),
+        x=x, w=w, y=y, residual=residual, side=side, joined=joined,
+        pixels=problem.pixels, H=problem.H, W=problem.W, C=problem.C, P=problem.P, Q=problem.Q, K=problem.K,
+        C_GROUP=problem.C // problem.groups, K_GROUP=k_group,
+        R=problem.R, S=problem.S, STRIDE=problem.stride, PAD=problem.pad, DILATION=problem.dilation,
+        steps=reduction_steps(problem, tile), FULL=problem.pixels % tile.BN == 0,
+        ROW=row_channels(problem), INT64=not problem.int32_safe,
+        BM=tile.BM, BN=tile.BN, BK=tile.BK, num_warps=tile.warps, num_stages=tile.stages, **rest,
+    )  # fmt: skip

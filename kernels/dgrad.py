@@ -33,6 +33,7 @@ from torch import Tensor
 from .backward import BnBackward, choose_tile, conv_problem, load_dz, operand, pixel_tiles
 from .config import Tile
 from .launch import cdiv, check_tensor, tma_refusal
+from .replay import empty, launch, remembered
 from .tile import box_origin, box_pixels, unravel
 
 
@@ -238,6 +239,7 @@ def _reach(size: int, taps: int, stride: int, pad: int, dilation: int) -> Iterat
         )
 
 
+@remembered
 def conv_dgrad(
     dy: Tensor,
     w: Tensor,
@@ -291,7 +293,7 @@ def conv_dgrad(
     vectors = {"relu_mask's scale": scale, "relu_mask's shift": shift, "norm's mean": mean}
     for name, tensor in (vectors | {"projection's mean": mean_side}).items():
         check_tensor(name, tensor, (C,), dy, torch.float32)
-    dx = torch.empty((N, H, W, C), dtype=dy.dtype, device=dy.device)
+    dx = empty((N, H, W, C), dy.dtype, dy.device)
     met = [tensor for tensor in like_dx.values() if tensor is not None]
     refusal = tma_refusal(problem, dy, load.z, w, dx, *met)
     tile = choose_tile(tile, "dgrad", problem, dy, refusal, precision, load.operands, len(met))
@@ -308,8 +310,7 @@ def conv_dgrad(
     tiles = [pixel_tiles(tile.box, tile.BN, N, rows.length, cols.length) for rows, cols in classes]
     shape = (sum(map(prod, tiles)), 2, C)
     partials, partials_side = (
-        None if each is None else torch.empty(shape, dtype=torch.float32, device=dy.device)
-        for each in (norm, projection)
+        None if each is None else empty(shape, torch.float32, dy.device) for each in (norm, projection)
     )
     TN, TH, TW = tile.box or (0, 0, 0)
     read = partial(operand, shape=(N, P, Q, K), block=tile.box and (*tile.box, tile.BK))
@@ -322,65 +323,66 @@ def conv_dgrad(
             at=(slice(None), slice(rows.phase, None, stride), slice(cols.phase, None, stride)),
         )
         pixels = tiles_n * tiles_h * tiles_w
-        with torch.cuda.device_of(dy):
-            dgrad_kernel[(cdiv(C // groups, tile.BM) * groups * pixels,)](
-                dy=read(dy),
-                z=read(load.z),
-                w=operand(w, (K, w.numel() // K), tile.box and (tile.BK, tile.BM)),
-                dx=across(dx),
-                z_prev=across(z_prev),
-                z_side=across(z_side),
-                sign=across(sign),
-                dout=across(residual),
-                out=across(residual_mask),
-                p=load.p,
-                q=load.q,
-                r=load.r,
-                scale=scale,
-                shift=shift,
-                mean=mean,
-                mean_side=mean_side,
-                partials=None if partials is None else partials[first_tile:],
-                partials_side=None if partials_side is None else partials_side[first_tile:],
-                N=N,
-                P=P,
-                Q=Q,
-                K=K,
-                C=C,
-                K_GROUP=K // groups,
-                C_GROUP=C // groups,
-                ROWS=rows.length,
-                COLS=cols.length,
-                stride_n=H * W * C,
-                stride_h=stride * W * C,
-                stride_w=stride * C,
-                tiles_h=tiles_h,
-                tiles_w=tiles_w,
-                first_r=rows.first,
-                first_s=cols.first,
-                offset_h=rows.offset,
-                offset_w=cols.offset,
-                R=problem.R,
-                S=problem.S,
-                TAPS_R=rows.count,
-                TAPS_S=cols.count,
-                SKIP_R=rows.skip,
-                SKIP_S=cols.skip,
-                STEP_H=rows.step,
-                STEP_W=cols.step,
-                BM=tile.BM,
-                BN=tile.BN,
-                BK=tile.BK,
-                TN=TN,
-                TH=TH,
-                TW=TW,
-                UNIFORM=tile.box is not None or K // groups >= tile.BK,
-                PADDED=tile.box is None or not problem.pointwise,
-                INT64=not problem.int32_safe,
-                PRECISION=precision,
-                num_warps=tile.warps,
-                num_stages=tile.stages,
-            )
+        launch(
+            dgrad_kernel,
+            (cdiv(C // groups, tile.BM) * groups * pixels,),
+            dy=read(dy),
+            z=read(load.z),
+            w=operand(w, (K, w.numel() // K), tile.box and (tile.BK, tile.BM)),
+            dx=across(dx),
+            z_prev=across(z_prev),
+            z_side=across(z_side),
+            sign=across(sign),
+            dout=across(residual),
+            out=across(residual_mask),
+            p=load.p,
+            q=load.q,
+            r=load.r,
+            scale=scale,
+            shift=shift,
+            mean=mean,
+            mean_side=mean_side,
+            partials=None if partials is None else partials[first_tile:],
+            partials_side=None if partials_side is None else partials_side[first_tile:],
+            N=N,
+            P=P,
+            Q=Q,
+            K=K,
+            C=C,
+            K_GROUP=K // groups,
+            C_GROUP=C // groups,
+            ROWS=rows.length,
+            COLS=cols.length,
+            stride_n=H * W * C,
+            stride_h=stride * W * C,
+            stride_w=stride * C,
+            tiles_h=tiles_h,
+            tiles_w=tiles_w,
+            first_r=rows.first,
+            first_s=cols.first,
+            offset_h=rows.offset,
+            offset_w=cols.offset,
+            R=problem.R,
+            S=problem.S,
+            TAPS_R=rows.count,
+            TAPS_S=cols.count,
+            SKIP_R=rows.skip,
+            SKIP_S=cols.skip,
+            STEP_H=rows.step,
+            STEP_W=cols.step,
+            BM=tile.BM,
+            BN=tile.BN,
+            BK=tile.BK,
+            TN=TN,
+            TH=TH,
+            TW=TW,
+            UNIFORM=tile.box is not None or K // groups >= tile.BK,
+            PADDED=tile.box is None or not problem.pointwise,
+            INT64=not problem.int32_safe,
+            PRECISION=precision,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+        )
         first_tile += pixels
     if partials is None:
         return dx

@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .pointwise import WARPS, WINDOWED, at, check_vectors, rows, tile_of, vector
+from .replay import empty, launch, remembered
 from .tile import relu, unravel
 
 
@@ -84,6 +85,7 @@ def gather(
     return g
 
 
+@remembered
 def normalize_max_pool(
     z: Tensor, scale: Tensor, shift: Tensor, *, kernel: int = 3, stride: int = 2, pad: int = 1
 ) -> tuple[Tensor, Tensor]:
@@ -95,18 +97,16 @@ def normalize_max_pool(
     view = rows("z", z, WINDOWED)
     shape = check_pool(z, kernel, stride, pad)
     check_vectors(view.K, z, scale=scale, shift=shift)
-    y = torch.empty(shape, dtype=z.dtype, device=z.device)
-    tap = torch.empty(shape, dtype=torch.uint8, device=z.device)
+    y, tap = empty(shape, z.dtype, z.device), empty(shape, torch.uint8, z.device)
     if y.numel():
         _, P, Q, K = z.shape
         N, U, V, _ = shape
         view = view._replace(M=N * U * V)
-        with torch.cuda.device_of(z):
-            normalize_max_pool_kernel[(view.tiles,)](
-                z=z, scale=scale, shift=shift, y=y, tap=tap,
-                M=view.M, K_VECS=K // view.VEC, P=P, Q=Q, U=U, V=V,
-                KERNEL=kernel, STRIDE=stride, PAD=pad, VEC=view.VEC, BM=view.BM, BK=view.BK, num_warps=WARPS,
-            )  # fmt: skip
+        launch(
+            normalize_max_pool_kernel, (view.tiles,), z=z, scale=scale, shift=shift, y=y, tap=tap,
+            M=view.M, K_VECS=K // view.VEC, P=P, Q=Q, U=U, V=V,
+            KERNEL=kernel, STRIDE=stride, PAD=pad, VEC=view.VEC, BM=view.BM, BK=view.BK, num_warps=WARPS,
+        )  # fmt: skip
     return y, tap
 
 

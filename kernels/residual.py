@@ -8,7 +8,6 @@ On the way forward `batch_norm.normalize` reads x at those pixels itself. Layout
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -16,6 +15,7 @@ from torch import Tensor
 from .batch_norm import check_shortcut
 from .launch import check_tensor
 from .pointwise import REDUCED, WARPS, at, rows, strided_row, tile_of
+from .replay import launch, remembered
 
 
 @triton.jit(do_not_specialize=["M", "K_VECS", "P", "Q", "H", "W", "C_VECS"])
@@ -36,6 +36,7 @@ def pad_shortcut_backward_kernel(
     tl.store(target, g.to(dx.dtype.element_ty), mask=valid)
 
 
+@remembered
 def pad_shortcut_backward(dx: Tensor, dy: Tensor, *, stride: int, mask: Tensor | None = None) -> Tensor:
     """dx [N, H, W, C], the branch's gradient, with the shortcut's added in place; returns dx.
 
@@ -47,9 +48,9 @@ def pad_shortcut_backward(dx: Tensor, dy: Tensor, *, stride: int, mask: Tensor |
     source = rows("dy", dy, REDUCED, also=C)
     if source.M:
         view = rows("dx", dx, REDUCED, also=source.K)._replace(M=source.M)
-        with torch.cuda.device_of(dx):
-            pad_shortcut_backward_kernel[(view.tiles,)](
-                dx=dx, dy=dy, y=mask, M=view.M, K_VECS=source.K // view.VEC, P=dy.shape[1], Q=dy.shape[2], H=H, W=W,
-                C_VECS=C // view.VEC, STRIDE=stride, VEC=view.VEC, BM=view.BM, BK=view.BK, num_warps=WARPS,
-            )  # fmt: skip
+        launch(
+            pad_shortcut_backward_kernel, (view.tiles,), dx=dx, dy=dy, y=mask, M=view.M, K_VECS=source.K // view.VEC,
+            P=dy.shape[1], Q=dy.shape[2], H=H, W=W, C_VECS=C // view.VEC, STRIDE=stride, VEC=view.VEC,
+            BM=view.BM, BK=view.BK, num_warps=WARPS,
+        )  # fmt: skip
     return dx

@@ -21,6 +21,7 @@ from .config import Tile, fprop_tile, pixel_tiles, reduction_steps
 from .conv import FLOATS, launch_boxes
 from .launch import cdiv, check_device, check_tensor, gpu_of, tma_refusal
 from .problem import ConvProblem
+from .replay import empty, launch, remembered
 
 WINDOW, CHANNELS = 8, 4
 
@@ -55,6 +56,7 @@ def stem_refusal(problem: ConvProblem) -> str | None:
     return None
 
 
+@remembered
 def pack_images(x: Tensor, problem: ConvProblem, dtype: torch.dtype) -> Tensor:
     """Images x [N, C, H, W], any strides and floating dtype, as `conv_stem` reads them: [N, rows, columns, 4] in
     `dtype`, where the left padding is stored and the rest of the padding is not."""
@@ -66,15 +68,15 @@ def pack_images(x: Tensor, problem: ConvProblem, dtype: torch.dtype) -> Tensor:
         raise ValueError(reason)
     check_device(x, dtype)
     rows, columns = problem.H + problem.H % 2, 2 * (problem.Q - 1) + WINDOW
-    packed = torch.empty((problem.N, rows, columns, CHANNELS), dtype=dtype, device=x.device)
+    packed = empty((problem.N, rows, columns, CHANNELS), dtype, x.device)
     BW = 128
     if packed.numel():
-        with torch.cuda.device_of(x):
-            pack_images_kernel[(problem.N * rows, cdiv(columns, BW))](
-                x=x, packed=packed, C=problem.C, H=problem.H, W=problem.W,
-                stride_n=x.stride(0), stride_c=x.stride(1), stride_h=x.stride(2), stride_w=x.stride(3),
-                COLUMNS=columns, ROWS=rows, PAD=problem.pad, BW=BW, num_warps=4,
-            )  # fmt: skip
+        launch(
+            pack_images_kernel, (problem.N * rows, cdiv(columns, BW)),
+            x=x, packed=packed, C=problem.C, H=problem.H, W=problem.W,
+            stride_n=x.stride(0), stride_c=x.stride(1), stride_h=x.stride(2), stride_w=x.stride(3),
+            COLUMNS=columns, ROWS=rows, PAD=problem.pad, BW=BW, num_warps=4,
+        )  # fmt: skip
     return packed
 
 
@@ -83,6 +85,7 @@ def pack_filters(w: Tensor) -> Tensor:
     return F.pad(w, (0, CHANNELS - w.shape[3], 0, WINDOW - w.shape[2]))
 
 
+@remembered
 def conv_stem(
     packed: Tensor,
     filters: Tensor,
@@ -108,7 +111,7 @@ def conv_stem(
     if precision not in ("ieee", "tf32"):
         raise ValueError(f"precision must be 'ieee' or 'tf32', got {precision!r}")
     check_device(packed, packed.dtype)
-    y = torch.empty((N, P, Q, K), dtype=packed.dtype, device=packed.device)
+    y = empty((N, P, Q, K), packed.dtype, packed.device)
     as_columns = ConvProblem(N, P + R - 1, Q, WINDOW * CHANNELS, K, R, 1)  # the same sums over the same pixels
     if (reason := tma_refusal(as_columns, packed, filters, y)) is not None:
         raise ValueError(f"conv_stem is impossible here: {reason}")
@@ -116,7 +119,7 @@ def conv_stem(
         ieee = packed.dtype == torch.float32 and precision == "ieee"
         tile = fprop_tile(as_columns, packed.dtype, True, gpu_of(packed.device), ieee)
     tiles = pixel_tiles(as_columns, tile.BN, tile.box)
-    partials = torch.empty((tiles, 3, K), dtype=torch.float32, device=packed.device) if statistics else None
+    partials = empty((tiles, 3, K), torch.float32, packed.device) if statistics else None
     if problem.pixels:
         row = columns * CHANNELS
         windows = packed.as_strided(

@@ -23,6 +23,7 @@ from torch import Tensor
 from .backward import BnBackward, choose_tile, conv_problem, load_dz, operand, pixel_tiles
 from .config import Tile
 from .launch import cdiv, check_tensor, tma_refusal
+from .replay import empty, launch, remembered
 from .tile import affine_relu, box_origin, box_pixels, unravel
 
 
@@ -229,6 +230,7 @@ def wgrad_reduce_kernel(partials, dw, numel, splits, ROWS: tl.constexpr, BLOCK: 
     tl.store(dw + at, total.to(dw.dtype.element_ty), mask=at < numel)
 
 
+@remembered
 def conv_wgrad(
     dy: Tensor,
     x: Tensor,
@@ -296,68 +298,71 @@ def conv_wgrad(
     uniform = tma or c_group >= tile.BN
     columns = R * S // tile.taps * cdiv(c_group, tile.BN) if uniform else cdiv(R * S * c_group, tile.BN)
 
-    dw = torch.empty(filter_shape, dtype=out_dtype, device=dy.device)
-    partials = dw[None] if splits == 1 else dw.new_empty((splits, *filter_shape), dtype=torch.float32)
+    dw = empty(filter_shape, out_dtype, dy.device)
+    partials = dw if splits == 1 else empty((splits, *filter_shape), torch.float32, dy.device)
     x_view, x_box = (N, H, W, C), (TN, TH, TW, tile.BN) if tma_a else None
     if tma_a and stride == 2:
         x_view, x_box = (N, H // 2, 2, W // 2, 2 * C), (TN, TH, 1, TW, tile.BN)
     dy_view, dy_box = (N, P, Q, K), (TN, TH, TW, tile.BM) if tma_dz else None
-    with torch.cuda.device_of(dy):
-        wgrad_kernel[(cdiv(k_group, tile.BM) * columns * groups, splits)](
-            dy=operand(dy, dy_view, dy_box),
-            z=operand(load.z, dy_view, dy_box),
-            x=operand(x, x_view, x_box),
-            dw=partials,
-            p=load.p,
-            q=load.q,
-            r=load.r,
-            scale=scale,
-            shift=shift,
-            N=N,
-            H=H,
-            W=W,
-            C=C,
-            P=P,
-            Q=Q,
-            K=K,
-            C_GROUP=c_group,
-            K_GROUP=k_group,
-            tiles_h=tiles_h,
-            tiles_w=tiles_w,
-            steps_in_all=steps,
-            steps_per_split=steps_per_split,
-            R=R,
-            S=S,
-            STRIDE=stride,
-            PAD=pad,
-            DILATION=dilation,
-            BM=tile.BM,
-            BN=tile.BN,
-            BK=tile.BK,
-            TN=TN,
-            TH=TH,
-            TW=TW,
-            TAPS=tile.taps,
-            TMA_DZ=tma_dz,
-            TMA_A=tma_a,
-            UNIFORM=uniform,
-            SHIFT_DZ=shift_dz,
-            PADDED_DZ=not boxes_fit,
-            PADDED_A=padded_a,
-            SETTLE=both and not triton.knobs.runtime.interpret,
-            INT64=not problem.int32_safe,
-            PRECISION=precision,
-            num_warps=tile.warps,
-            num_stages=tile.stages,
+    launch(
+        wgrad_kernel,
+        (cdiv(k_group, tile.BM) * columns * groups, splits),
+        dy=operand(dy, dy_view, dy_box),
+        z=operand(load.z, dy_view, dy_box),
+        x=operand(x, x_view, x_box),
+        dw=partials,
+        p=load.p,
+        q=load.q,
+        r=load.r,
+        scale=scale,
+        shift=shift,
+        N=N,
+        H=H,
+        W=W,
+        C=C,
+        P=P,
+        Q=Q,
+        K=K,
+        C_GROUP=c_group,
+        K_GROUP=k_group,
+        tiles_h=tiles_h,
+        tiles_w=tiles_w,
+        steps_in_all=steps,
+        steps_per_split=steps_per_split,
+        R=R,
+        S=S,
+        STRIDE=stride,
+        PAD=pad,
+        DILATION=dilation,
+        BM=tile.BM,
+        BN=tile.BN,
+        BK=tile.BK,
+        TN=TN,
+        TH=TH,
+        TW=TW,
+        TAPS=tile.taps,
+        TMA_DZ=tma_dz,
+        TMA_A=tma_a,
+        UNIFORM=uniform,
+        SHIFT_DZ=shift_dz,
+        PADDED_DZ=not boxes_fit,
+        PADDED_A=padded_a,
+        SETTLE=both and not triton.knobs.runtime.interpret,
+        INT64=not problem.int32_safe,
+        PRECISION=precision,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+    if splits > 1:
+        numel = dw.numel()
+        launch(
+            wgrad_reduce_kernel,
+            (cdiv(numel, 128),),
+            partials=partials,
+            dw=dw,
+            numel=numel,
+            splits=splits,
+            ROWS=min(16, triton.next_power_of_2(splits)),
+            BLOCK=128,
         )
-        if splits > 1:
-            numel = dw.numel()
-            wgrad_reduce_kernel[(cdiv(numel, 128),)](
-                partials=partials,
-                dw=dw,
-                numel=numel,
-                splits=splits,
-                ROWS=min(16, triton.next_power_of_2(splits)),
-                BLOCK=128,
-            )
     return dw

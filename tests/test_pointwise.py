@@ -17,7 +17,7 @@ import triton.language as tl
 from cases import TOLERANCES, assert_close_to_reference, relative_error
 from torch import Tensor
 
-from fastres.kernels import batch_norm, pointwise
+from fastres.kernels import batch_norm, pointwise, replay
 from fastres.kernels.batch_norm import Pool
 from fastres.kernels.residual import pad_shortcut_backward
 from fastres.ops import reference
@@ -552,6 +552,7 @@ def test_a_wrong_kernel_is_caught(name: str, monkeypatch: pytest.MonkeyPatch) ->
     case = Case((2, 9, 8, 5), torch.bfloat16)
     hold(case)
     monkeypatch.setattr(batch_norm, name, globals()[f"wrong_{name}"])
+    replay.forget()
     with pytest.raises(AssertionError, match="error"):
         hold(case)
 

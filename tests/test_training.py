@@ -98,7 +98,7 @@ class _Counted:
     def __getitem__(self, grid):
         def launch(*args, **kwargs):
             self.count[self.name] += 1
-            return self.kernel[grid](*args, **kwargs)
+            self.kernel[grid](*args, **kwargs)  # whose binary nobody gets: a launch that is replayed comes by again
 
         return launch
 

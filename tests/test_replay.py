@@ -1,0 +1,302 @@
+"""Remembered launches: the second call of a launcher does what it would do if it decided everything again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+import triton
+from torch import Tensor
+from triton.compiler import CompiledKernel
+from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from fastres.kernels import batch_norm, conv, replay, stem
+from fastres.kernels.batch_norm import Pool
+from fastres.kernels.bottleneck import bottleneck_chain
+from fastres.kernels.conv import Join, conv_fprop
+from fastres.kernels.dgrad import conv_dgrad
+from fastres.kernels.problem import ConvProblem
+from fastres.kernels.residual import pad_shortcut_backward
+from fastres.kernels.stem import conv_stem, pack_images
+from fastres.kernels.wgrad import conv_wgrad
+
+INTERPRETED = triton.knobs.runtime.interpret
+DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
+
+
+class Operands:
+    """Random tensors of one dtype, drawn anew for every call; vectors are fp32 and lie in one memory, as those of a
+    BatchNorm do."""
+
+    def __init__(self, seed: int, dtype: torch.dtype) -> None:
+        self.generator, self.dtype = torch.Generator().manual_seed(seed), dtype
+
+    def __call__(self, *shape: int, dtype: torch.dtype | None = None, draw: Any = torch.randn) -> Tensor:
+        return draw(shape, generator=self.generator).to(DEVICE, dtype or self.dtype)
+
+    def vectors(self, count: int, length: int) -> tuple[Tensor, ...]:
+        return self(count, length, dtype=torch.float32).unbind()
+
+
+STEM = ConvProblem(2, 10, 12, 3, 16, 7, 7, 2, 3)
+CALLS: dict[str, Callable[[Operands], Any]] = {
+    "fprop 1x1": lambda o: conv_fprop(o(2, 8, 8, 32), o(64, 1, 1, 32), prologue=o.vectors(2, 32), statistics=True),
+    "fprop 3x3": lambda o: conv_fprop(o(2, 8, 8, 32), o(16, 3, 3, 32), pad=1, stride=2, residual=o(2, 4, 4, 16)),
+    "fprop, grouped": lambda o: conv_fprop(o(2, 5, 7, 6), o(8, 3, 3, 3), groups=2, pad=1, out=o(2, 5, 7, 8)),
+    "fprop, joined": lambda o: conv_fprop(
+        o(2, 8, 8, 32),
+        o(16, 1, 1, 32),
+        prologue=o.vectors(2, 32),
+        join=Join(o(2, 8, 8, 32), None, None, o(2, 8, 8, 32)),
+    ),
+    "dgrad": lambda o: conv_dgrad(o(2, 4, 4, 64), o(64, 3, 3, 32), (2, 8, 8, 32), stride=2, pad=1),
+    "dgrad, sums": lambda o: conv_dgrad(
+        o(2, 8, 8, 64),
+        o(64, 1, 1, 32),
+        (2, 8, 8, 32),
+        bn_backward=(o(2, 8, 8, 64), *o.vectors(3, 64)),
+        relu_mask=o(2, 8, 8, 32),
+        norm=(o(2, 8, 8, 32), *o.vectors(1, 32)),
+        projection=(o(2, 8, 8, 32), *o.vectors(1, 32)),
+    ),
+    "wgrad": lambda o: conv_wgrad(o(2, 8, 8, 32), o(2, 8, 8, 16), (32, 3, 3, 16), pad=1, prologue=o.vectors(2, 16)),
+    "wgrad, strided": lambda o: conv_wgrad(o(2, 4, 4, 32), o(2, 8, 8, 16), (32, 1, 1, 16), stride=2),
+    "statistics": lambda o: batch_norm.statistics(o(2, 9, 8, 5)),
+    "finish_statistics": lambda o: batch_norm.finish_statistics(
+        o(300, 3, 8, dtype=torch.float32, draw=torch.rand),
+        *o.vectors(2, 8),
+        1e-5,
+        running_mean=o(8),
+        running_var=o(8, draw=torch.rand),
+        momentum=0.1,
+    ),
+    "running_statistics": lambda o: batch_norm.running_statistics(o(8), o(8, draw=torch.rand), None, None, 1e-5),
+    "normalize": lambda o: batch_norm.normalize(o(2, 8, 8, 16), *o.vectors(2, 16), relu=True, residual=o(2, 8, 8, 16)),
+    "pool": lambda o: batch_norm.normalize_max_pool(o(2, 8, 8, 16), *o.vectors(2, 16)),
+    "backward_reduce": lambda o: batch_norm.backward_reduce(
+        o(2, 8, 8, 16), o(2, 8, 8, 16), *o.vectors(1, 16), projection=(o(2, 8, 8, 16), *o.vectors(1, 16))
+    ),
+    "backward_reduce, pool": lambda o: batch_norm.backward_reduce(
+        o(2, 4, 4, 16),
+        o(2, 8, 8, 16),
+        *o.vectors(1, 16),
+        mask=o.vectors(2, 16),
+        pool=Pool(o(2, 4, 4, 16, dtype=torch.uint8, draw=torch.rand), 3, 2, 1),
+    ),
+    "finish_backward": lambda o: batch_norm.finish_backward(
+        o(300, 2, 8, dtype=torch.float32), o(8), *o.vectors(2, 8), 100, batch_statistics=True
+    ),
+    "backward_apply": lambda o: batch_norm.backward_apply(
+        o(2, 8, 8, 16), o(2, 8, 8, 16), *o.vectors(3, 16), mask=o.vectors(2, 16)
+    ),
+    "pad_shortcut_backward": lambda o: pad_shortcut_backward(o(2, 8, 8, 16), o(2, 4, 4, 32), stride=2),
+    "pack_images": lambda o: pack_images(o(2, 3, 10, 12), STEM, o.dtype),
+    "stem": lambda o: conv_stem(o(2, 10, 18, 4), o(16, 7, 8, 4), STEM, statistics=True),
+    "chain": lambda o: bottleneck_chain(
+        o(1, 4, 8, 64),
+        o(64, 3, 3, 64),
+        *o.vectors(1, 64),
+        o(256, 1, 1, 64),
+        *o.vectors(1, 256),
+        o(1, 4, 8, 256),
+        o(64, 1, 1, 256),
+        *o.vectors(1, 64),
+    ),
+}
+
+
+def leaves(result: Any) -> Iterator[Tensor]:
+    if isinstance(result, Tensor):
+        yield result
+    elif isinstance(result, tuple):
+        for each in result:
+            yield from leaves(each)
+
+
+def decided() -> Any:
+    """Counts the calls that decide, within."""
+    return patch.object(replay, "_record", wraps=replay._record)
+
+
+@pytest.mark.interpret
+@pytest.mark.skipif(not INTERPRETED and DEVICE == "cpu", reason="nothing runs here")
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("name", CALLS)
+def test_the_second_call_gives_what_deciding_anew_gives(name: str) -> None:
+    call, dtype = CALLS[name], torch.float16
+    first = call(Operands(0, dtype))
+    with decided() as deciding:
+        second = call(Operands(1, dtype))
+    assert not deciding.called
+    with replay.anew():
+        anew = call(Operands(1, dtype))
+    assert type(second) is type(anew)
+    tensors = [list(leaves(result)) for result in (first, second, anew)]
+    assert len(tensors[0]) == len(tensors[1]) == len(tensors[2]) > 0
+    for old, new, wanted in zip(*tensors, strict=True):
+        assert new.data_ptr() != old.data_ptr()
+        assert (new.dtype, new.stride()) == (wanted.dtype, wanted.stride())
+        written = ~wanted.isnan()  # the stem's padding isn't
+        assert torch.equal(new[written], wanted[written])
+
+
+class Compiled(CompiledKernel):
+    """Stands for a compiled kernel; keeps what it is launched with."""
+
+    def __init__(self, kernel: JITFunction[Any], launched: list[Any]) -> None:
+        self.kernel, self.launched = kernel, launched
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        assert len(grid) == 3
+
+        def run(*values: Any) -> None:
+            names = [p.name for p in self.kernel.params]
+            self.launched.append((self.kernel, grid, dict(zip(names, values, strict=True))))
+
+        return run
+
+
+def addressed(value: Any) -> Any:
+    """What of an argument reaches the GPU."""
+    if isinstance(value, TensorDescriptor):
+        fields = tuple(map(tuple, (value.shape, value.strides, value.block_shape)))
+        return value.base.data_ptr(), *fields, value.padding
+    return value.data_ptr() if isinstance(value, Tensor) else value
+
+
+@pytest.mark.skipif(INTERPRETED, reason="an interpreted kernel is not compiled")
+@pytest.mark.parametrize("name", CALLS)
+def test_compiled_kernels_get_the_arguments_of_a_launch_anew(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By position, with the addresses of the second call's tensors: on CPU tensors, without launching anything."""
+    launched: list[Any] = []
+    taken: list[Tensor] = []
+    drawn: list[Tensor] = []
+    empty = torch.empty
+
+    def run(self: JITFunction[Any], *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Compiled:
+        launched.append((self, (*grid, 1, 1)[:3], {p.name: kwargs.get(p.name, p.default) for p in self.params}))
+        return Compiled(self, launched)
+
+    def allocate(*args: Any, **kwargs: Any) -> Tensor:
+        taken.append(empty(*args, **kwargs))
+        return taken[-1]
+
+    monkeypatch.setattr(JITFunction, "run", run)
+    for module in (conv, stem):
+        monkeypatch.setattr(module, "check_device", lambda *_: None)
+    monkeypatch.setattr(Operands, "__call__", _kept(Operands.__call__, drawn))
+    monkeypatch.setattr(torch, "empty", allocate)
+    CALLS[name](Operands(0, torch.bfloat16))
+    assert launched
+    launched.clear()
+    first_drawn, first_taken = len(drawn), len(taken)  # kept, so that the next call's lie elsewhere
+    with decided() as deciding:
+        CALLS[name](Operands(1, torch.bfloat16))
+    assert not deciding.called
+    replayed = list(launched)
+    launched.clear()
+    # Once more on the very same tensors, and with the same memory for what is taken.
+    given, memory = iter(drawn[first_drawn:]), iter(taken[first_taken:])
+    monkeypatch.setattr(Operands, "__call__", lambda *_, **__: next(given))
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: next(memory))
+    with replay.anew():
+        CALLS[name](Operands(1, torch.bfloat16))
+    assert len(replayed) == len(launched)
+    for (kernel, grid, values), (wanted_kernel, wanted_grid, wanted) in zip(replayed, launched, strict=True):
+        assert (kernel, grid) == (wanted_kernel, wanted_grid)
+        for parameter, value in values.items():
+            assert addressed(value) == addressed(wanted[parameter]), parameter
+
+
+def _kept(draw: Callable[..., Tensor], drawn: list[Tensor]) -> Callable[..., Tensor]:
+    def call(self: Operands, *shape: int, **kwargs: Any) -> Tensor:
+        drawn.append(draw(self, *shape, **kwargs))
+        return drawn[-1]
+
+    return call
+
+
+@pytest.fixture
+def add() -> Callable[..., Tensor]:
+    """A launcher of a kernel that is none: it adds on the spot."""
+
+    class Kernel:
+        def __getitem__(self, grid: Any) -> Callable[..., None]:
+            return lambda a, b, out: out.copy_(a + b)
+
+    @replay.remembered
+    def add(a: Tensor, b: Tensor, sizes: Any = None, *, within: tuple[Tensor, ...] = ()) -> Tensor:
+        if a.shape != b.shape:
+            raise ValueError("shapes differ")
+        out = replay.empty(a.shape, a.dtype, a.device)
+        replay.launch(Kernel(), (1,), a=a, b=within[0] if within else b, out=out)
+        return out
+
+    return add
+
+
+def test_what_is_decided_again(add: Callable[..., Tensor]) -> None:
+    """Everything that a launcher may decide by: shape, dtype, strides, alignment, which tensors are the same."""
+    a, b = torch.arange(16.0), torch.ones(16)
+
+    def decides(*args: Any, **kwargs: Any) -> bool:
+        with decided() as deciding:
+            out = add(*args, **kwargs)
+        assert torch.equal(out, args[0] + (kwargs.get("within") or args[1:])[0])
+        return deciding.called
+
+    assert decides(a, b)
+    assert not decides(b, a + 1)
+    assert decides(a, a), "one tensor twice"
+    assert not decides(b, b)
+    assert decides(a, b, None), "an argument that was left out"
+    assert decides(a[:8], b[:8])
+    assert decides(a[::2], b[::2])
+    assert decides(a[1:9], b[1:9]), "4 bytes past a multiple of 16"
+    assert not decides(b[1:9], a[1:9])
+    assert decides(a.double(), b.double())
+    assert decides(a, b, within=(a + 1,))
+    assert not decides(b, a, within=(b + 1,))
+    replay.forget()
+    assert decides(a, b)
+    with replay.anew():
+        assert decides(a, b)
+    assert not decides(a, b)
+
+
+def test_what_is_not_remembered(add: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = torch.arange(32.0)
+    a, b = memory[:16], memory[4:20]
+    assert torch.equal(add(a, b), a + b)
+    with pytest.raises(ValueError, match="shapes differ"):
+        add(a, b[:4])
+    assert torch.equal(add(a, b, [16]), a + b), "a list is no key"
+    assert torch.equal(add(a, b), a + b), "an error leaves nothing behind"
+    replay.forget()
+    meta = torch.empty(16, device="meta")
+    monkeypatch.setattr(replay, "_Call", None)  # would fail
+    add(meta, meta)
+
+
+def test_memory_is_bounded(add: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replay, "LIMIT", 3)
+    for n in range(1, 9):
+        add(torch.ones(n), torch.zeros(n))
+        assert len(replay._calls) <= 3
+
+
+def test_views_that_could_lie_in_either_of_two_tensors() -> None:
+    """One argument within another: an address between them says nothing about whose it is."""
+
+    @replay.remembered
+    def first_half(whole: Tensor, part: Tensor) -> Tensor:
+        return part[:2] if whole.shape[0] > 4 else whole[:2]
+
+    memory = torch.arange(8.0)
+    for shift in (2, 4):
+        assert torch.equal(first_half(memory, memory[shift:]), memory[shift : shift + 2])
+    assert not replay._calls
