@@ -247,6 +247,7 @@ def _measure(backend: Backend, case: Case, data: Data, seconds: float, multiply_
         "img_s_min": rates[0],
         "img_s_max": rates[-1],
         "latency_ms": 1e3 * statistics.median(single),
+        "host_ms": 1e3 * statistics.median(host_seconds(step, i, device) for i in range(5)) if cuda else None,
         "gflop_s": 2e-9 * multiply_adds * (3 if case.mode == "train" else 1) * statistics.median(rates),
         "peak_reserved_mib": torch.cuda.max_memory_reserved(device) / 2**20 if cuda else None,
         "peak_allocated_mib": torch.cuda.max_memory_allocated(device) / 2**20 if cuda else None,
@@ -299,6 +300,14 @@ def _seconds(step: Callable[[int], Any], calls: range, device: torch.device) -> 
     end.record()
     end.synchronize()
     return begin.elapsed_time(end) / 1e3
+
+
+def host_seconds(step: Callable[[int], Any], call: int, device: torch.device) -> float:
+    """Seconds until a call returns whose work starts at once: where that is the latency, the GPU waits for the host."""
+    synchronize(device)
+    start = time.perf_counter()
+    step(call)
+    return time.perf_counter() - start
 
 
 def synchronize(device: torch.device) -> None:

@@ -18,7 +18,7 @@ from measure import nvidia_smi
 
 from fastres.kernels import config
 
-SCHEMA = "fastres.bench/2"
+SCHEMA = "fastres.bench/3"
 ROOT = Path(__file__).resolve().parent.parent
 CASE = ("net", "mode", "batch", "dtype", "size")  # rows that agree in these compete
 PACKAGES = ("torch", "torchvision", "triton", "timm", "numpy", "fastres")

@@ -343,7 +343,7 @@ def one_line(row: dict[str, Any]) -> str:
 
 
 COUNTS = {"graphs": "graphs", "graph_breaks": "breaks", "recompiles": "recompiles", "kernels_per_step": "kernels"}
-COLUMNS = ["backend", "first call s", "img/s", "min..max", "latency ms", "MiB", "GFLOP/s"]
+COLUMNS = ["backend", "first call s", "img/s", "min..max", "latency ms", "host ms", "MiB", "GFLOP/s"]
 COLUMNS += [*COUNTS.values(), "error", "/ best peer"]
 
 
@@ -361,7 +361,7 @@ def render_rows(rows: list[dict[str, Any]]) -> str:
             if "img_s" not in row:
                 lines.append([row["backend"], "", row["status"], *[""] * (len(COLUMNS) - 3)])
                 continue
-            memory, error = row["peak_reserved_mib"], row["error"]
+            memory, host, error = row["peak_reserved_mib"], row["host_ms"], row["error"]
             lines.append(
                 [
                     row["backend"],
@@ -369,6 +369,7 @@ def render_rows(rows: list[dict[str, Any]]) -> str:
                     f"{row['img_s']:.4g}" if row["status"] == "ok" else "WRONG",
                     f"{row['img_s_min']:.4g}..{row['img_s_max']:.4g}" if row["status"] == "ok" else "",
                     f"{row['latency_ms']:.4g}",
+                    "-" if host is None else f"{host:.4g}",
                     "-" if memory is None else f"{memory:.0f}",
                     f"{row['gflop_s']:.4g}" if row["status"] == "ok" else "",
                     *("-" if row[name] is None else str(row[name]) for name in COUNTS),
