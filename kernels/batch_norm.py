@@ -273,7 +273,7 @@ def finish_backward_kernel(
     partials, weight, mean, rstd, dweight, dbias, vectors, T, K, inverse_count,
     BATCH_STATISTICS: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """vectors [3, K] = p, q, r, and the gradients of weight and bias."""
+    """vectors [3, K] = p, q, r, without BATCH_STATISTICS [1, K] = p; and the gradients of weight and bias."""
     channel = tl.program_id(0) * BK + tl.arange(0, BK)
     valid = channel < K
     sum_g, sum_gz = merged_sums(partials, 0, T, channel, K, BT, BK)
@@ -282,16 +282,14 @@ def finish_backward_kernel(
     if weight is not None:
         p *= tl.load(weight + channel, mask=valid, other=0.0).to(tl.float32)
     sum_gz *= inverse_std
-    q = tl.zeros_like(p)
-    r = tl.zeros_like(p)
     if BATCH_STATISTICS:
         q = -p * inverse_std * sum_gz * inverse_count
         r = -p * sum_g * inverse_count - q * tl.load(mean + channel, mask=valid, other=0.0)
+        tl.store(vectors + K + channel, q, mask=valid)
+        tl.store(vectors + 2 * K + channel, r, mask=valid)
     tl.store(dweight + channel, sum_gz.to(dweight.dtype.element_ty), mask=valid)
     tl.store(dbias + channel, sum_g.to(dbias.dtype.element_ty), mask=valid)
     tl.store(vectors + channel, p, mask=valid)
-    tl.store(vectors + K + channel, q, mask=valid)
-    tl.store(vectors + 2 * K + channel, r, mask=valid)
 
 
 @triton.jit
@@ -338,13 +336,14 @@ class Statistics(NamedTuple):
 
 
 class BackwardVectors(NamedTuple):
-    """dweight, dbias [K] in the weight's dtype (fp32 without one) and p, q, r fp32 [K] of dz = p g + q z + r."""
+    """dweight, dbias [K] in the weight's dtype (fp32 without one) and p, q, r fp32 [K] of dz = p g + q z + r; q and r
+    are None for statistics that were given."""
 
     dweight: Tensor
     dbias: Tensor
     p: Tensor
-    q: Tensor
-    r: Tensor
+    q: Tensor | None = None
+    r: Tensor | None = None
 
 
 @remembered
@@ -514,7 +513,7 @@ def finish_backward(
 ) -> BackwardVectors:
     """dweight, dbias, p, q, r from partials [T, 2, K] of any producer; count = N P Q.
 
-    batch_statistics: gradients flow through mean and rstd as well; else they were given, and q = r = 0. weight: [K] in
+    batch_statistics: gradients flow through mean and rstd as well; else they were given, and dz = p g. weight: [K] in
     bf16, fp16 or fp32, or None. Raises ValueError for arguments that do not fit together.
     """
     K = _check_partials(partials, 2)
@@ -523,7 +522,7 @@ def finish_backward(
     if count < 1:
         raise ValueError(f"count must be >= 1, got {count}")
     partials = _merge(partials)
-    vectors = empty((3, K), torch.float32, partials.device)
+    vectors = empty((3 if batch_statistics else 1, K), torch.float32, partials.device)
     dtype = torch.float32 if weight is None else weight.dtype
     dweight, dbias = (empty((K,), dtype, partials.device) for _ in range(2))
     launch(

@@ -91,6 +91,21 @@ def test_forward_backward_and_buffers_equal_the_definition(kind: str, training: 
         assert p.grad.stride() == p.stride(), f"{name}'s gradient has other strides than the parameter"
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_past_an_infinite_activation(kind: str) -> None:
+    """Given statistics: dz = p g doesn't hang on z, so that what one pixel spoils ends where it does in PyTorch."""
+    block = Block(kind).double().eval()
+    x = torch.randn(3, 6, 9, 8, dtype=torch.double)
+    x[1, 2, 4, 4] = float("inf")
+    want = results(copy.deepcopy(block), x, reference)
+    got = results(block, x, conv_bn_act)
+    assert want["dx"].isfinite().all()
+    for name, value in want.items():
+        finite = value.isfinite()
+        assert torch.equal(got[name].isfinite(), finite), name
+        assert relative_error(got[name][finite], value[finite]) < EXACT, name
+
+
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_without_gradients(kind: str, training: bool) -> None:

@@ -155,7 +155,8 @@ def ours(t: dict[str, Tensor], case: Case) -> dict[str, Tensor]:
         )
         if case.affine:
             out["dweight" + d], out["dbias" + d] = v.dweight, v.dbias
-        return [v.p, v.q, v.r] if case.batch_statistics else [v.p, None, None]
+        assert (v.q is None) == (v.r is None) == (not case.batch_statistics)
+        return [v.p, v.q, v.r]
 
     s = bn("")
     mask: Any = (s.scale, s.shift)

@@ -381,7 +381,7 @@ class Backward:
             step, bn = self.call.steps[i], (below, *self._bn(i, partials))
             if not self._needed_at(i):
                 return None, self.grads
-            if mask is None and step.fuses_bn_backward:
+            if mask is None and step.fuses_bn_backward(bn):
                 dz = g
             else:
                 dz, bn = step.backward_apply(g, bn, mask=mask), None
@@ -410,7 +410,7 @@ class Backward:
             bn = (z, *self._bn(i, sums))
             if not self._needed_at(i):
                 return None, None, None
-            if dout.sums is not None and step.fuses_bn_backward:
+            if dout.sums is not None and step.fuses_bn_backward(bn):
                 return dy, bn, None
             return step.backward_apply(dy, bn, **source), None, None
         d, z_d = i + 1, self.zs[-1]
@@ -434,7 +434,7 @@ class Backward:
         """Whether layer i's convolution has anything to do."""
         return self._needed_below(i) or self.needs[3 * i]
 
-    def _bn(self, i: int, partials: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _bn(self, i: int, partials: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Store dweight and dbias of BN i; return its (p, q, r)."""
         mean, rstd, _, _ = self._stats(i)
         gamma = self.parameters[3 * i + 1]

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 Affine = tuple[Tensor, Tensor]  # (scale, shift), each [C]
 Statistics = tuple[Tensor, Tensor, Tensor, Tensor]  # (mean, rstd, scale, shift), each [K]
-BNBackward = tuple[Tensor, Tensor, Tensor, Tensor]  # (z, p, q, r)
+BNBackward = tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # (z, p, q, r)
 Norms = tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor] | None]  # (z, mean) of a block's last BN, of a projection's
 
 
@@ -60,6 +60,13 @@ def _step(
     )
 
 
+def _scaled(w: Tensor, bn: BNBackward | None) -> tuple[Tensor, BNBackward | None]:
+    """(w, bn), or where dz is p g the filters p w, by which g gives the same dx, and None."""
+    if bn is None or bn[2] is not None:
+        return w, bn
+    return (w * bn[1][:, None, None, None]).to(w.dtype), None
+
+
 @lru_cache
 def _pointwise_kernels() -> SimpleNamespace:
     """The kernels between convolutions, by the names that `steps` gives them."""
@@ -82,9 +89,10 @@ class Step:
     fusions: Fusions
     precision: Literal["ieee", "tf32"]
 
-    @property
-    def fuses_bn_backward(self) -> bool:
-        """Whether dgrad and wgrad take dz as p g + q z + r on load."""
+    def fuses_bn_backward(self, bn: BNBackward) -> bool:
+        """Whether dgrad and wgrad take dz as p g + q z + r: on load, or without q and r by what p does to filters."""
+        if bn[2] is None:
+            return self.fusions.bn_backward
         fuses = self.fusions.bn_backward and dispatch.bn_backward_on_load(self.problem)
         return fuses and self.dgrad_by == self.wgrad_by == "triton"
 
@@ -212,7 +220,7 @@ class Step:
 
     def finish_backward(
         self, partials: Tensor, gamma: Tensor | None, mean: Tensor, rstd: Tensor, batch_statistics: bool
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
         count = self.problem.pixels
         return self._pointwise.finish_backward(partials, gamma, mean, rstd, count, batch_statistics=batch_statistics)
 
@@ -233,6 +241,7 @@ class Step:
         residual_mask: Tensor | None = None,
     ) -> Tensor:
         """dx = conv_transpose(dz) + residual [masked where residual_mask <= 0]."""
+        w, bn = _scaled(w, bn)
         if self.dgrad_by == "triton":
             from fastres.kernels.dgrad import conv_dgrad
 
@@ -247,6 +256,7 @@ class Step:
     ) -> tuple[Tensor, Affine | None, Tensor]:
         """Gradient through the convolution to the BN below, whose raw input is z: (dy, mask still to apply, partials of
         sum g and sum g (z - mean))."""
+        w, bn = _scaled(w, bn)
         if self.dgrad_by == "triton" and self.fusions.relu_mask:
             from fastres.kernels.dgrad import conv_dgrad
 
@@ -262,6 +272,7 @@ class Step:
         """Gradient through the convolution to the end of the block before it, whose output `out` is and whose
         BatchNorms `norms` are: (dx, None), or where one kernel does it all (dx where `out` > 0, partials as of
         `backward_reduce`). `residual`: as of `dgrad`."""
+        w, bn = _scaled(w, bn)
         if self.dgrad_by == "triton" and self.fusions.block_end:
             from fastres.kernels.dgrad import conv_dgrad
 
@@ -273,6 +284,9 @@ class Step:
     def wgrad(
         self, dz: Tensor, a: Tensor, bn: BNBackward | None, prologue: Affine | None, dtype: torch.dtype
     ) -> Tensor:
+        if bn is not None and bn[2] is None:  # each filter's gradient is that of p g
+            p = bn[1][:, None, None, None]
+            return (p * self.wgrad(dz, a, None, prologue, p.dtype)).to(dtype)
         if self.wgrad_by == "triton":
             from fastres.kernels.wgrad import conv_wgrad
 

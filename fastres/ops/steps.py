@@ -218,15 +218,16 @@ def backward_reduce(
 
 def finish_backward(
     partials: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, count: int, *, batch_statistics: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """(dweight, dbias, p, q, r), each [K]: dz = p g + q z + r.
 
-    With batch statistics dz = weight rstd (g - mean(g) - z_hat mean(g z_hat)); with given ones dz = weight rstd g.
+    With batch statistics dz = weight rstd (g - mean(g) - z_hat mean(g z_hat)); with given ones dz = weight rstd g, and
+    q and r are None.
     """
     sum_g, sum_gz = partials.sum(0)
     dweight, p = sum_gz * rstd, rstd if weight is None else weight.to(rstd.dtype) * rstd
     if not batch_statistics:
-        return dweight, sum_g, p, torch.zeros_like(p), torch.zeros_like(p)
+        return dweight, sum_g, p, None, None
     q = -p * rstd * dweight / count
     return dweight, sum_g, p, q, -p * sum_g / count - q * mean
 
@@ -235,20 +236,18 @@ def backward_apply(
     dy: Tensor,
     z: Tensor,
     p: Tensor,
-    q: Tensor,
-    r: Tensor,
+    q: Tensor | None,
+    r: Tensor | None,
     *,
     mask: Mask = None,
     pool: Pool | None = None,
-    projection: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
+    projection: tuple[Tensor, Tensor, Tensor | None, Tensor | None] | None = None,
 ) -> Any:
-    """dz = p g + q z + r; with projection = (z_d, p_d, q_d, r_d) the pair (dz, dz_d)."""
+    """dz = p g + q z + r, or p g where q and r are None; with projection = (z_d, p_d, q_d, r_d) the pair (dz, dz_d)."""
     g = gradient(dy, z, mask, pool)
-    dz = (p * g + q * z + r).to(dy.dtype)
-    if projection is None:
-        return dz
-    z_d, p_d, q_d, r_d = projection
-    return dz, (p_d * g + q_d * z_d + r_d).to(dy.dtype)
+    sides = [(z, p, q, r)] if projection is None else [(z, p, q, r), projection]
+    both = [(b * g if c is None or d is None else b * g + c * t + d).to(dy.dtype) for t, b, c, d in sides]
+    return both[0] if projection is None else tuple(both)
 
 
 def pad_shortcut_backward(dx: Tensor, dy: Tensor, *, stride: int, mask: Tensor | None = None) -> Tensor:
