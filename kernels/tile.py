@@ -7,6 +7,8 @@ one-dimensional; who needs them as rows or columns broadcasts.
 import triton
 import triton.language as tl
 
+COMPILED = tl.constexpr(not triton.knobs.runtime.interpret)  # the interpreter runs no inline assembly
+
 
 @triton.jit
 def unravel(pixel, P, Q):
@@ -119,4 +121,9 @@ def finish(
         acc = relu(acc)
     if out_scale is not None:
         acc *= out_scale
+    if COMPILED and DTYPE.is_fp16() and scale is None and shift is None and res is None:
+        # wgmma's own sums, rounded one by one and widened again for statistics: ptxas 12.8 takes that for reading them
+        # in flight and serialises wgmma (C7514). Rounded by pairs, as bf16 is by itself, they are not.
+        pair: tl.constexpr = "cvt.rn.f16x2.f32 $0, $2, $1;"
+        return tl.inline_asm_elementwise(pair, "=r,r,r", [acc], dtype=tl.float16, is_pure=True, pack=2)
     return acc.to(DTYPE)  # e4m3 has no infinity: the conversion saturates at +-448

@@ -176,6 +176,12 @@ def test_tf32_and_fp8() -> None:
     check(binary, present=("QGMMA", "UTMALDG", "UTMASTG"), absent=("HGMMA", "HMMA"), shared=H200.shared)
 
 
+def test_statistics_of_fp16_sums() -> None:
+    """Rounded and widened again, they are no reason to serialise wgmma."""
+    (launch,) = launches(SINGLE, "statistics", best(SINGLE, "statistics", 90, tma=False), torch.float16)
+    verify(launch, 90)
+
+
 def test_offsets_widen_past_2_31() -> None:
     small = ConvProblem(1, 64, 64, 512, 512)
     for problem, wide in ((small, False), (ConvProblem(1024, 64, 64, 512, 512), True)):
