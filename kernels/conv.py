@@ -432,7 +432,9 @@ def launch_boxes(
     x_box = [TN, TH, TW, tile.BK] if x.dim() == 4 else [TN, TH, 1, TW, tile.BK]
 
     def boxes(tensor: Tensor | None, box: list[int]) -> TensorDescriptor | None:
-        return None if tensor is None else TensorDescriptor.from_tensor(tensor, box)
+        if tensor is None:
+            return None
+        return TensorDescriptor.from_tensor(tensor.view(tensor.shape), box)  # strides of single pixels may be anything
 
     launch(
         conv_fprop_tma_kernel, (tiles_n * tiles_p * tiles_q * cdiv(K, tile.BM),),

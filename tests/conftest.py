@@ -87,6 +87,12 @@ def _nothing_remembered() -> None:
     replay.forget()
 
 
+@pytest.fixture(autouse=True)
+def _full_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests in float32 mean it; those of TF32 ask for it."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
 def poison(tensor: Tensor) -> Tensor:
     """Overwrites a tensor with what no computation yields by chance: NaN, or the dtype's largest integer."""
     if tensor.is_floating_point() or tensor.is_complex():

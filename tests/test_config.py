@@ -10,9 +10,11 @@ import pytest
 import torch
 from conv_cases import GATHERED, net_problems
 
+import fastres
 from fastres.kernels import config
 from fastres.kernels.config import H200, Gpu, Measurement, Tile, fprop_tile, fprop_tiles
 from fastres.kernels.problem import ConvProblem
+from fastres.ops import dispatch
 
 PROBLEM = ConvProblem(8, 14, 14, 64, 64, 3, 3, 1, 1)
 TILE = Tile(64, 128, 64, 4, 2, (2, 8, 8))
@@ -52,6 +54,30 @@ def test_the_measured_tile_wins_over_the_heuristic(monkeypatch: pytest.MonkeyPat
     assert fprop_tile(PROBLEM, torch.bfloat16, False).box is None, "a tile for TMA is no tile for pointers"
     assert config.measured_winner("fprop", PROBLEM, torch.bfloat16, H200.name) == "triton"
     assert config.measured_winner("dgrad", PROBLEM, torch.bfloat16, H200.name) is None
+
+
+def test_who_computes_a_convolution(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: H200.name)
+    measured = ConvProblem(256, 14, 14, 256, 256, 3, 3, 1, 1)
+    table = {("fprop", measured, dtype): Measurement("triton", None) for dtype in (torch.bfloat16, torch.float32)}
+    config.write_table(table, config.table_file(H200.name))  # type: ignore[arg-type]
+
+    def engine(problem: ConvProblem, dtype: torch.dtype) -> str:
+        return dispatch.conv_engine("fprop", problem, dtype, torch.device("cuda", 0))
+
+    assert engine(measured, torch.bfloat16) == "triton"
+    assert engine(measured, torch.float16) == "cudnn", "bound by arithmetic, not measured"
+    thin = ConvProblem(256, 56, 56, 64, 64)
+    assert engine(thin, torch.float16) == "triton", "bound by memory"
+    assert engine(thin, torch.float32) == engine(measured, torch.float32) == "triton"
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    assert engine(thin, torch.float32) == engine(measured, torch.float32) == "cudnn"
+    assert engine(measured, torch.bfloat16) == "triton"
+    with fastres.backend("triton"):
+        assert engine(thin, torch.float32) == "triton"
+    with fastres.backend("cudnn"):
+        assert engine(measured, torch.bfloat16) == "cudnn"
 
 
 def test_a_table_file_is_named_after_its_gpu(tmp_path: Path) -> None:

@@ -16,11 +16,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 import triton
-from cases import assert_close_to_reference
+from cases import assert_close_to_reference, cut_off
 from torch import Tensor
 from torch.nn.grad import conv2d_input, conv2d_weight
 
 from fastres.kernels import dgrad as dgrad_module
+from fastres.kernels import replay
 from fastres.kernels import wgrad as wgrad_module
 from fastres.kernels.config import Tile, dgrad_tiles, wgrad_tiles
 from fastres.kernels.dgrad import conv_dgrad
@@ -33,7 +34,7 @@ pytestmark = [
     pytest.mark.skipif(
         not (torch.cuda.is_available() or triton.knobs.runtime.interpret), reason="needs a GPU or TRITON_INTERPRET=1"
     ),
-    pytest.mark.usefixtures("poisoned", "_full_float32"),
+    pytest.mark.usefixtures("poisoned"),
 ]
 
 DEVICE = "cpu" if triton.knobs.runtime.interpret else "cuda"
@@ -76,11 +77,6 @@ FEATURES = {
     "end of a block": "bn residual out end",
     "end of a block with a projection": "residual end projection",
 }
-
-
-@pytest.fixture
-def _full_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
 @dataclass
@@ -250,7 +246,8 @@ def check_wgrad(o: Operands, features: str, tile: Tile | None, **options: Any) -
     dw = run_wgrad(o, features, tile, **options)
     assert dw.is_contiguous()
     want = reference_wgrad(o.map(Tensor.double), features)
-    assert_close_to_reference(dw, want, reference_wgrad(o, features, dw.dtype), factor=4, what="dw")
+    lost = cut_off(o.problem.pixels, o.x)
+    assert_close_to_reference(dw, want, reference_wgrad(o, features, dw.dtype), factor=4, what="dw", lost=lost)
 
 
 def tiles_of_dgrad(problem: ConvProblem) -> list[Tile]:
@@ -416,6 +413,7 @@ def test_64_bit_offsets_change_nothing(problem: ConvProblem, monkeypatch: pytest
     cases += [(run_wgrad, "bn activation", tile) for tile in tiles_of_wgrad(problem)]
     narrow = [run(o, features, tile) for run, features, tile in cases]
     monkeypatch.setattr(ConvProblem, "int32_safe", property(lambda self: False))
+    replay.forget()
     wide = [run(o, features, tile) for run, features, tile in cases]
     for a, b in zip(narrow, wide, strict=True):
         for left, right in zip(a, b, strict=True):
@@ -538,7 +536,8 @@ def test_more_than_2_31_elements() -> None:
         pytest.skip("needs 20 GB")
     dy = torch.zeros(33, 1024, 1024, 64, dtype=torch.bfloat16, device=DEVICE)
     x = torch.zeros(33, 1024, 1024, 64, dtype=torch.bfloat16, device=DEVICE)
-    dy[-1], x[-1] = torch.randn_like(dy[-1]), torch.randn_like(x[-1])
+    for t in (dy, x):  # whole numbers, so that sums over a million pixels are exact
+        t[-1] = torch.randint(-2, 3, t[-1].shape, device=DEVICE)
     w = torch.randn(64, 1, 1, 64, device=DEVICE).to(dy.dtype)
     for tile in (dataclasses.replace(GATHER, BN=256), dataclasses.replace(BOXES, BN=256)):
         dx = conv_dgrad(dy, w, tuple(x.shape), tile=tile)
@@ -548,8 +547,7 @@ def test_more_than_2_31_elements() -> None:
     for tile in (dataclasses.replace(WGRAD_GATHER, splits=264), dataclasses.replace(WGRAD_BOXES, splits=264)):
         dw = conv_wgrad(dy, x, tuple(w.shape), tile=tile)
         want = dy[-1].double().view(-1, 64).T @ x[-1].double().view(-1, 64)
-        baseline = dy[-1].float().view(-1, 64).T @ x[-1].float().view(-1, 64)
-        assert_close_to_reference(dw.view(64, 64), want, baseline, factor=4, what="dw")
+        assert torch.equal(dw.view(64, 64).double(), want)
 
 
 def test_no_pixels() -> None:

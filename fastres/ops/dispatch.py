@@ -332,6 +332,8 @@ def why_engine(pass_: Pass, problem: ConvProblem, dtype: torch.dtype, device: to
         return "triton", "backend('triton')"
     if dtype == torch.float8_e4m3fn:
         return "triton", "the library has no float8 convolution"
+    if precision(dtype, device) == "tf32":  # as accurate as PyTorch, whatever was faster
+        return library, "TF32: the library rounds to it what our kernels cut off"
     from fastres.kernels import config
 
     winner = config.measured_winner(pass_, problem, dtype, torch.cuda.get_device_name(device))
