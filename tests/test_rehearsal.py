@@ -1,5 +1,6 @@
 """A training and an inference step of whole nets on tensors without memory: every launch keeps the limits of the
-hardware, which neither the interpreter nor a compiler checks.
+hardware, which neither the interpreter nor a compiler checks. And of tensors whose memory nobody touches: every launch
+is compiled and accepted as far as the driver.
 
 The tensor memory accelerator: `cuTensorMapEncodeTiled` in the CUDA driver API; grids: the CUDA programming guide's
 table of compute capabilities.
@@ -7,11 +8,13 @@ table of compute capabilities.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
 
 import pytest
+import stub_cuda
 import torch
 import torchvision
 import triton
@@ -19,6 +22,9 @@ from binary import Launch, record
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 import fastres
+from fastres.kernels import conv, stem
+from fastres.kernels import launch as kernels_launch
+from fastres.kernels.config import H200
 from fastres.kernels.problem import ConvProblem
 from fastres.ops import dispatch, launch
 
@@ -102,6 +108,33 @@ def test_every_launch_keeps_the_limits(
     assert any(isinstance(value, TensorDescriptor) for one in launches for value in one.kwargs.values())
     wrong = [f"{one.fn.__name__}: {text}" for one in launches for text in broken(one)]
     assert not wrong
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has a driver")
+@pytest.mark.skipif(stub_cuda.unbuildable() is not None, reason=str(stub_cuda.unbuildable()))
+@pytest.mark.parametrize(
+    ("name", "batch", "size"), [("resnet50", 256, 224), ("resnet18", 3, 97), ("resnext50_32x4d", 32, 224)]
+)
+def test_training_steps_as_far_as_the_driver(name: str, batch: int, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Binder, binaries' demands, tensor maps: what Triton and the driver refuse at a launch, without running it. The
+    second step's launches are the first's, remembered."""
+    monkeypatch.setattr(dispatch, "conv_engine", lambda *_: "triton")
+    monkeypatch.setattr(kernels_launch, "INTERPRETER", H200)
+    for module in (conv, stem):
+        monkeypatch.setattr(module, "check_device", lambda *_: None)
+    net = getattr(fastres, name)().to(torch.bfloat16, memory_format=torch.channels_last)
+    net.avgpool = net.fc = torch.nn.Identity()  # what else would read the memory
+    x = torch.empty(batch, size, size, 3, dtype=torch.bfloat16).permute(0, 3, 1, 2)
+    with stub_cuda.driver() as launched:
+        counts = [0]
+        for _ in range(2):
+            y = net(x)
+            y.backward(torch.empty_like(y))
+            counts.append(len(launched))
+    steps = [[(one.name, one.grid, one.shared) for one in launched[a:b]] for a, b in itertools.pairwise(counts)]
+    assert steps[0] == steps[1]
+    assert len(steps[0]) > 100
 
 
 @pytest.mark.parametrize(("depth", "part", "recomputed"), [(18, 0.63, 0.57), (34, 0.67, 0.55), (50, 0.79, 0.60)])
