@@ -336,10 +336,12 @@ def _cycles(programs: int, resident: int, busy: float, gpu: Gpu) -> float:
 
 
 class Measurement(NamedTuple):
-    """What won for one problem, "triton" or "cudnn", and the tile with which Triton ran best."""
+    """What won for one problem, "triton" or "cudnn", the tile with which Triton ran best, and whether its kernel there
+    computed what it reads while it loads (`fastres.ops.dispatch.on_load`)."""
 
     winner: str
     tile: Tile | None
+    on_load: bool = True
 
 
 Table = dict[tuple[Pass, ConvProblem, torch.dtype], Measurement]
@@ -373,6 +375,7 @@ def write_table(table: Mapping[tuple[Pass, ConvProblem, torch.dtype], Measuremen
                 "problem": asdict(problem),
                 "winner": found.winner,
                 "tile": None if found.tile is None else asdict(found.tile),
+                "on_load": found.on_load,
             }
         )
         for (pass_, problem, dtype), found in table.items()
@@ -399,7 +402,7 @@ def _entries(rows: Iterable[dict]) -> Iterator[tuple[tuple[Pass, ConvProblem, to
         if tile is not None:
             tile = Tile(**{**tile, "box": tile["box"] and tuple(tile["box"])})
         key = (row["pass"], ConvProblem(**row["problem"]), getattr(torch, row["dtype"]))
-        yield key, Measurement(row["winner"], tile)
+        yield key, Measurement(row["winner"], tile, row["on_load"])
 
 
 @lru_cache

@@ -31,7 +31,7 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None
 def test_a_table_comes_back_as_it_was_written(tmp_path: Path) -> None:
     table = {
         ("fprop", PROBLEM, torch.bfloat16): Measurement("triton", TILE),
-        ("wgrad", PROBLEM, torch.float16): Measurement("cudnn", Tile(64, 64, 32, 4, 3, splits=7)),
+        ("wgrad", PROBLEM, torch.float16): Measurement("cudnn", Tile(64, 64, 32, 4, 3, splits=7), on_load=False),
         ("dgrad", PROBLEM, torch.float8_e4m3fn): Measurement("cudnn", None),
     }
     path = tmp_path / "deep" / "table.json"
@@ -78,6 +78,21 @@ def test_who_computes_a_convolution(monkeypatch: pytest.MonkeyPatch) -> None:
         assert engine(thin, torch.float32) == "triton"
     with fastres.backend("cudnn"):
         assert engine(measured, torch.bfloat16) == "cudnn"
+
+
+def test_what_is_computed_on_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: H200.name)
+    table = {
+        (pass_, PROBLEM, torch.bfloat16): Measurement("triton", None, on_load=pass_ == "dgrad")
+        for pass_ in ("fprop", "wgrad", "dgrad")
+    }
+    config.write_table(table, config.table_file(H200.name))  # type: ignore[arg-type]
+
+    def answers(dtype: torch.dtype, device: str) -> list[bool]:
+        return [dispatch.on_load(p, PROBLEM, dtype, torch.device(device)) for p in ("fprop", "wgrad", "dgrad")]
+
+    assert answers(torch.bfloat16, "cuda") == [False, False, True], "as measured"
+    assert answers(torch.float16, "cuda") == answers(torch.bfloat16, "cpu") == [True, True, False], "by rule: a 3x3"
 
 
 def test_a_table_file_is_named_after_its_gpu(tmp_path: Path) -> None:

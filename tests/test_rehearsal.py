@@ -110,6 +110,24 @@ def test_every_launch_keeps_the_limits(
     assert not wrong
 
 
+def test_what_is_not_computed_on_load_is_stored_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As measured for a layer or as asked for by `fusions`, it is the same."""
+    monkeypatch.setattr(dispatch, "conv_engine", lambda *_: "triton")
+
+    def names() -> list[str]:
+        return [one.fn.__name__ for one in launches_of(50, 2, 64, training=True)]
+
+    fused = names()
+    with dispatch.fusions(block_end=False):
+        with dispatch.fusions(prologue=False, bn_backward=False):
+            wanted = names()
+        launch._step.cache_clear()
+        monkeypatch.setattr(dispatch, "on_load", lambda *_: False)
+        assert names() == wanted
+    launch._step.cache_clear()
+    assert names().count("normalize_kernel") == wanted.count("normalize_kernel") > fused.count("normalize_kernel")
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has a driver")
 @pytest.mark.skipif(stub_cuda.unbuildable() is not None, reason=str(stub_cuda.unbuildable()))

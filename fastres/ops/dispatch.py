@@ -347,18 +347,32 @@ def why_engine(pass_: Pass, problem: ConvProblem, dtype: torch.dtype, device: to
     return library, "unmeasured: compute-bound"
 
 
+def on_load(pass_: Pass, problem: ConvProblem, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether our kernel computes what it reads while it loads, instead of one pass that stores it before: in "fprop"
+    and "wgrad" the activation (first in a block: the end of the block before), in "dgrad" dz, which wgrad then gets in
+    the same way. As measured on this GPU, else by rule."""
+    found = None
+    if device.type == "cuda":
+        from fastres.kernels import config
+
+        found = config.measured(pass_, problem, dtype, torch.cuda.get_device_name(device))
+    if found is not None:
+        return found.on_load
+    return pass_ != "dgrad" or bn_backward_on_load(problem)
+
+
 def bn_backward_on_load(problem: ConvProblem) -> bool:
-    """Whether dgrad and wgrad compute dz while they load it, instead of one pass that stores it before.
+    """Whether dgrad and wgrad compute dz on load where that isn't measured.
 
     Where a filter has several taps, every dz would be computed once a tap: by the compiled instruction counts that
-    costs more than the pass. Not measured.
+    costs more than the pass.
     """
     return problem.R == problem.S == 1
 
 
 def joins(problem: ConvProblem) -> bool:
     """Whether a convolution computes the end of the block before it while it loads: a 1x1 that reads every pixel once,
-    with so few output channels that one tile holds them or two, each of which computes it. Not measured."""
+    with so few output channels that one tile holds them or two, each of which computes it; see `on_load`, too."""
     return problem.pointwise and problem.groups == 1 and problem.K <= 256
 
 

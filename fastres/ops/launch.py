@@ -55,6 +55,9 @@ def _step(
         dgrad_by=dispatch.conv_engine("dgrad", problem, dtype, device),
         wgrad_by=dispatch.conv_engine("wgrad", problem, dtype, device),
         pointwise_by=dispatch.pointwise_engine(dtype, device),
+        fprop_on_load=dispatch.on_load("fprop", problem, dtype, device),
+        wgrad_on_load=dispatch.on_load("wgrad", problem, dtype, device),
+        dz_on_load=dispatch.on_load("dgrad", problem, dtype, device),
         fusions=choice.fusions,
         precision=choice.precision,
     )
@@ -86,6 +89,9 @@ class Step:
     dgrad_by: Engine
     wgrad_by: Engine
     pointwise_by: Engine
+    fprop_on_load: bool
+    wgrad_on_load: bool
+    dz_on_load: bool
     fusions: Fusions
     precision: Literal["ieee", "tf32"]
 
@@ -93,7 +99,7 @@ class Step:
         """Whether dgrad and wgrad take dz as p g + q z + r: on load, or without q and r by what p does to filters."""
         if bn[2] is None:
             return self.fusions.bn_backward
-        fuses = self.fusions.bn_backward and dispatch.bn_backward_on_load(self.problem)
+        fuses = self.fusions.bn_backward and self.dz_on_load
         return fuses and self.dgrad_by == self.wgrad_by == "triton"
 
     @property
@@ -121,7 +127,7 @@ class Step:
         if self.fprop_by in ("triton", "stem"):
             from fastres.kernels.conv import conv_fprop
 
-            x, prologue = self._prologue(x, prologue)
+            x, prologue = self._prologue(x, prologue, self.fprop_on_load)
             return conv_fprop(x, w, **self._conv, prologue=prologue)
         return steps.conv_fprop(x if prologue is None else self.normalize(x, *prologue), w, geometry=self.geometry)
 
@@ -132,7 +138,7 @@ class Step:
         if self.fusions.statistics and self.fprop_by in ("triton", "stem"):
             from fastres.kernels.conv import conv_fprop
 
-            x, prologue = self._prologue(x, prologue)
+            x, prologue = self._prologue(x, prologue, self.fprop_on_load)
             return conv_fprop(x, w, **self._conv, prologue=prologue, statistics=True)
         z = self.fprop(x, w, prologue)
         return z, self._pointwise.statistics(z)
@@ -157,7 +163,8 @@ class Step:
     @property
     def joins_block_end(self) -> bool:
         """Whether the convolution can compute the end of the block before it while it loads."""
-        return self.fusions.block_end and self.fprop_by == "triton" and dispatch.joins(self.problem)
+        fuses = self.fusions.block_end and self.fprop_on_load and self.fprop_by == "triton"
+        return fuses and dispatch.joins(self.problem)
 
     def _stem(self, x: Tensor, w: Tensor, **epilogue: Any) -> Any:
         from fastres.kernels.stem import conv_stem, pack_filters, pack_images
@@ -165,8 +172,8 @@ class Step:
         images = pack_images(steps.nchw(x), self.problem, x.dtype)
         return conv_stem(images, pack_filters(w), self.problem, precision=self.precision, **epilogue)
 
-    def _prologue(self, x: Tensor, prologue: Affine | None) -> tuple[Tensor, Affine | None]:
-        if prologue is None or self.fusions.prologue:
+    def _prologue(self, x: Tensor, prologue: Affine | None, on_load: bool) -> tuple[Tensor, Affine | None]:
+        if prologue is None or (self.fusions.prologue and on_load):
             return x, prologue
         return self.normalize(x, *prologue), None
 
@@ -290,7 +297,7 @@ class Step:
         if self.wgrad_by == "triton":
             from fastres.kernels.wgrad import conv_wgrad
 
-            a, prologue = self._prologue(a, prologue)
+            a, prologue = self._prologue(a, prologue, self.wgrad_on_load)
             return conv_wgrad(
                 dz, a, self.filter_shape, **self._conv, bn_backward=bn, prologue=prologue, out_dtype=dtype
             )
