@@ -10,7 +10,7 @@ from __future__ import annotations
 import layers
 import pytest
 import torch
-from layers import Operands, name
+from layers import Operands, Role, name
 
 import fastres
 from fastres.kernels.problem import ConvProblem
@@ -32,8 +32,9 @@ SHAPES = [
 def test_convolution(benchmark, problem: ConvProblem, pass_: str, backend: str) -> None:
     device = torch.device("cuda")
     operands = Operands.random(problem, torch.bfloat16, device)
+    role = Role("inner", summed=True)
     with fastres.backend(backend):
-        work = layers.call(layers.step(problem, torch.bfloat16, device), pass_, operands)
+        work = layers.call(layers.step(problem, torch.bfloat16, device), pass_, operands, role)
 
     def synchronised() -> None:
         work()

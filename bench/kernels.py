@@ -1,10 +1,12 @@
-"""Every convolution of a net on its own: our kernels, cuDNN with separate pointwise kernels, the roofline.
+"""Every convolution of a net on its own: our kernels, cuDNN's, the roofline.
 
     python bench/kernels.py --depth 50 --batch 256 --csv out/kernels-50.csv
 
 One line per distinct layer and pass: microseconds, TFLOP/s and GB/s of our kernel, its share of the roofline, and how
-many times faster it is than cuDNN's convolution plus our pointwise kernels around it (`fastres.backend("cudnn")`).
-Needs a CUDA GPU; with --roofline it prints only the floor and runs anywhere.
+many times faster it is than the library at the same work, which is what the net does around the layer in its most
+frequent role (bench/layers.py): in training cuDNN's convolution plus our pointwise kernels, as of
+`fastres.backend("cudnn")`, in inference cuDNN's fused convolution where that serves. Needs a CUDA GPU; with --roofline
+it prints only the floor and runs anywhere.
 """
 
 from __future__ import annotations
@@ -17,38 +19,43 @@ from typing import Any
 
 import layers
 import torch
-from layers import DTYPES, PASSES, name
+from layers import DTYPES, PASSES, Role, name
 
 import fastres
 from fastres.kernels.problem import H200, ConvProblem
 
-COLUMNS = ("pass", "layer", "count", "us", "tflops", "gbs", "roofline", "cudnn_us", "speedup", "winner")
+COLUMNS = ("pass", "layer", "role", "count", "us", "tflops", "gbs", "roofline", "cudnn_us", "speedup", "winner")
 
 
-def floor_us(problem: ConvProblem, pass_: str, dtype: torch.dtype) -> float:
+def floor_us(problem: ConvProblem, pass_: str, dtype: torch.dtype, role: Role) -> float:
     """The longer of compute and memory time on an H200."""
-    return max(
-        problem.roofline_us(dtype.itemsize), 1e6 * layers.moved_bytes(problem, pass_, dtype.itemsize) / H200.bandwidth
-    )
+    moved = layers.moved_bytes(problem, pass_, dtype.itemsize, role)
+    return max(problem.roofline_us(dtype.itemsize), 1e6 * moved / H200.bandwidth)
 
 
-def row(problem: ConvProblem, count: int, pass_: str, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+def row(
+    problem: ConvProblem, count: int, role: Role, pass_: str, dtype: torch.dtype, device: torch.device
+) -> dict[str, Any]:
     """One measured line."""
     operands = layers.Operands.random(problem, dtype, device)
-    times = {}
+    times, stores = {}, {}
     for backend in ("triton", "cudnn"):
         with fastres.backend(backend):
-            work = layers.call(layers.step(problem, dtype, device), pass_, operands)
-            times[backend] = layers.microseconds(work)
+            step = layers.step(problem, dtype, device)
+        times[backend] = layers.microseconds(layers.call(step, pass_, operands, role))
+        stores[backend] = layers.stores_dz(step, role, operands)
+    if pass_ in ("dgrad", "wgrad") and stores["cudnn"] and not stores["triton"]:
+        times["cudnn"] += layers.half_of_dz(step, operands)
     us = times["triton"]
     return {
         "pass": pass_,
         "layer": name(problem),
+        "role": role.place,
         "count": count,
         "us": us,
         "tflops": 2e-6 * problem.multiply_adds / us,
-        "gbs": 1e-3 * layers.moved_bytes(problem, pass_, dtype.itemsize) / us,
-        "roofline": floor_us(problem, pass_, dtype) / us,
+        "gbs": 1e-3 * layers.moved_bytes(problem, pass_, dtype.itemsize, role) / us,
+        "roofline": floor_us(problem, pass_, dtype, role) / us,
         "cudnn_us": times["cudnn"],
         "speedup": times["cudnn"] / us,
         "winner": "triton" if us <= times["cudnn"] else "cudnn",
@@ -57,9 +64,9 @@ def row(problem: ConvProblem, count: int, pass_: str, dtype: torch.dtype, device
 
 def line(values: dict[str, Any]) -> str:
     return (
-        f"{values['pass']:6} {values['layer']:28} x{values['count']:<3} {values['us']:9.1f} us "
+        f"{values['pass']:6} {values['layer']:28} {values['role']:7} x{values['count']:<3} {values['us']:9.1f} us "
         f"{values['tflops']:7.1f} TFLOP/s {values['gbs']:7.0f} GB/s {100 * values['roofline']:5.0f} % of roofline "
-        f"{values['speedup']:6.2f} x cuDNN + pointwise"
+        f"{values['speedup']:6.2f} x cuDNN"
     )
 
 
@@ -91,11 +98,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--roofline", action="store_true", help="print each layer's floor on an H200 and stop")
     options = parser.parse_args(arguments)
     dtype, passes = DTYPES[options.dtype], options.passes or PASSES
-    found = layers.problems(options.depth, options.batch, options.size)
-    work = [(p, n, pass_) for pass_ in passes for p, n in found.items() if layers.applicable(p, pass_)]
+    found = layers.problems([options.depth], options.batch, options.size)
+    work = [(p, *found[p], pass_) for pass_ in passes for p in found if layers.applicable(p, pass_)]
     if options.roofline:
-        for problem, count, pass_ in work:
-            print(f"{pass_:6} {name(problem):28} x{count:<3} {floor_us(problem, pass_, dtype):9.1f} us")
+        for problem, count, role, pass_ in work:
+            us = floor_us(problem, pass_, dtype, role)
+            print(f"{pass_:6} {name(problem):28} {role.place:7} x{count:<3} {us:9.1f} us")
         return 0
     if not torch.cuda.is_available():
         parser.error("no CUDA GPU; --roofline prints the floor of every layer without one")
@@ -103,8 +111,8 @@ def main(arguments: list[str] | None = None) -> int:
     torch.backends.cudnn.benchmark = True
     print(f"ResNet-{options.depth}, batch {options.batch}, {options.dtype}, {torch.cuda.get_device_name()}", flush=True)
     rows = []
-    for problem, count, pass_ in work:
-        rows.append(row(problem, count, pass_, dtype, device))
+    for problem, count, role, pass_ in work:
+        rows.append(row(problem, count, role, pass_, dtype, device))
         print(line(rows[-1]), flush=True)
         if options.csv:
             options.csv.parent.mkdir(parents=True, exist_ok=True)

@@ -1,30 +1,92 @@
-"""What `kernels.py` and `tune.py` share: the convolutions of a net, random operands for one, timing on a GPU."""
+"""What `kernels.py` and `tune.py` share: the convolutions of a net, each in its role and with random operands; the work
+of a pass as the net runs it; timing on a GPU."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 import fastres
+from fastres import plan
 from fastres.kernels.problem import ConvProblem, model_problems
-from fastres.ops import launch
+from fastres.ops import dispatch, folded, launch
 from fastres.ops.launch import Step
 from fastres.ops.steps import Geometry
+from fastres.program import Program
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # What a user waits for: inference with everything in one epilogue, and the three passes of training.
 PASSES = ("infer", "fprop", "dgrad", "wgrad")
 
 
-def problems(depth: int, batch: int, size: int) -> Counter[ConvProblem]:
-    """The convolutions of torchvision's ResNet of that depth and how often each occurs."""
-    with torch.device("meta"):
-        return model_problems(getattr(fastres, f"resnet{depth}")(), (batch, 3, size, size))
+class Role(NamedTuple):
+    """What stands around a convolution in a net.
+
+    place: "stem"; "first" of a block, which reads a finished activation; "inner" and "last", which read z of the
+    convolution before them through BatchNorm and ReLU; "project", on the shortcut.
+    border: a "first" whose block follows another one in its stage, whose end is fused with it forward and backward.
+    summed: the gradient comes masked and with its sums, so that our dgrad and wgrad may compute dz on load; elsewhere
+    dz is stored, whatever the engine. It comes so from our dgrad of the convolution behind: where the library wins that
+    one, dz is stored here, too, and what is measured here is not quite what runs.
+    """
+
+    place: Literal["stem", "first", "inner", "last", "project"]
+    border: bool = False
+    summed: bool = False
+
+    @property
+    def normed(self) -> bool:
+        return self.place in ("inner", "last")
+
+
+def roles(depth: int, batch: int, size: int) -> Counter[tuple[ConvProblem, Role]]:
+    """The convolutions of torchvision's ResNet of that depth in their roles, and how often each occurs."""
+    found: Counter[tuple[ConvProblem, Role]] = Counter()
+    with torch.device("meta"), torch.no_grad():
+        net = getattr(fastres, f"resnet{depth}")().eval()
+        x = torch.empty(batch, 3, size, size)
+
+        def count(conv: torch.nn.Module, x: Tensor, place: Any, border: bool = False, summed: bool = False) -> Tensor:
+            (problem,) = model_problems(conv, tuple(x.shape))  # type: ignore[arg-type]
+            found[problem, Role(place, border, summed)] += 1
+            return conv(x)
+
+        x = net.maxpool(count(net.conv1, x, "stem"))
+        for stage in (net.layer1, net.layer2, net.layer3, net.layer4):
+            for b, block in enumerate(stage):
+                units, shortcut = block.parts().units, block.parts().shortcut
+                if shortcut is not None:
+                    count(shortcut[0], x, "project")
+                first, *inner, last = (conv for conv, _ in units)
+                x = count(first, x, "first", border=b > 0, summed=True)
+                for conv in inner:
+                    x = count(conv, x, "inner", summed=True)
+                x = count(last, x, "last", summed=shortcut is None and b + 1 < len(stage))
+    return found
+
+
+def problems(depths: Iterable[int], batch: int, size: int) -> dict[ConvProblem, tuple[int, Role]]:
+    """The convolutions of torchvision's ResNets of those depths: how often each occurs, and its most frequent role, for
+    which it is measured: a table has one entry a problem."""
+    found: dict[ConvProblem, Counter[Role]] = {}
+    for depth in depths:
+        for (problem, role), count in roles(depth, batch, size).items():
+            found.setdefault(problem, Counter())[role] += count
+    return {problem: (counts.total(), _usual(counts)) for problem, counts in found.items()}
+
+
+def _usual(counts: Counter[Role]) -> Role:
+    """The most frequent role in the most frequent place."""
+    places: Counter[str] = Counter()
+    for role, count in counts.items():
+        places[role.place] += count
+    return max(counts, key=lambda role: (places[role.place], role.place, counts[role], role.summed, role.border))
 
 
 def name(p: ConvProblem) -> str:
@@ -36,16 +98,22 @@ def name(p: ConvProblem) -> str:
 
 @dataclass
 class Operands:
-    """Random tensors for every pass of one convolution, as a net in training holds them."""
+    """Random tensors for every pass of one convolution, as a net holds them.
+
+    x, side, below: like the input; z, dz: like the output. a_affine, mean: of the BatchNorm before it; bn: (z, p, q, r)
+    of its own; shift: its folded one.
+    """
 
     x: Tensor
+    side: Tensor
+    below: Tensor
     w: Tensor
     z: Tensor
     dz: Tensor
     a_affine: tuple[Tensor, Tensor]
     mean: Tensor
     bn: tuple[Tensor, Tensor, Tensor, Tensor]
-    out_affine: tuple[Tensor, Tensor]
+    shift: Tensor
 
     @classmethod
     def random(cls, problem: ConvProblem, dtype: torch.dtype, device: torch.device) -> Operands:
@@ -61,13 +129,15 @@ class Operands:
         z = normal(p.N, p.P, p.Q, p.K)
         return cls(
             x=normal(p.N, p.H, p.W, p.C),
+            side=normal(p.N, p.H, p.W, p.C),
+            below=normal(p.N, p.H, p.W, p.C),
             w=normal(p.K, p.R, p.S, p.C // p.groups) * (p.R * p.S * p.C // p.groups) ** -0.5,
             z=z,
             dz=normal(p.N, p.P, p.Q, p.K),
             a_affine=(vector(p.C), vector(p.C) - 1),
             mean=vector(p.C) - 1,
             bn=(z, vector(p.K), 0.01 * vector(p.K), 0.01 * vector(p.K)),
-            out_affine=(vector(p.K), vector(p.K) - 1),
+            shift=vector(p.K) - 1,
         )
 
 
@@ -78,24 +148,92 @@ def step(problem: ConvProblem, dtype: torch.dtype, device: torch.device) -> Step
     return launch.step((p.N, p.H, p.W), weight, Geometry(p.stride, p.pad, p.dilation, p.groups), dtype, device)
 
 
-def call(step: Step, pass_: str, operands: Operands) -> Callable[[], Any]:
-    """The work of one pass on one engine, everything between two convolutions of a net included: "infer" ends with BN
-    and ReLU, "fprop" begins with them and ends with statistics, "dgrad" and "wgrad" apply BN's backward first."""
-    o, first = operands, step.problem.C < 8  # the stem has no activation before it
-    scale, shift = o.out_affine
+def call(step: Step, pass_: str, operands: Operands, role: Role) -> Callable[[], Any]:
+    """The work of one pass with what the net does around it in that role, by the engines of `step`.
+
+    It returns, for "infer", the activation; "fprop": (z, partials), or (x, z, partials) where x is the end of the block
+    before, which our kernel may compute on load; "dgrad": dx, or (dx, the mask still to apply, partials of the
+    BatchNorm below); "wgrad": dw.
+    """
+    o, prologue = operands, operands.a_affine if role.normed else None
     if pass_ == "infer":
-        return lambda: step.infer(o.x, o.w, scale, shift)
+        projects = role.place == "project"  # its shift is folded into that of the convolution it is added to
+        inputs = (o.x, o.z) if role.place == "last" else (o.x,)
+        return partial(infer(step, o.w, None if projects else o.shift, inputs, relu=not projects), *inputs)
     if pass_ == "fprop":
-        return lambda: step.fprop_statistics(o.x, o.w, None if first else o.a_affine)
-    if pass_ == "dgrad":
-        return lambda: step.dgrad_masked(o.dz, o.w, o.x, o.a_affine, o.mean, o.bn)
-    return lambda: step.wgrad(o.dz, o.x, o.bn, None if first else o.a_affine, torch.float32)
+        if joins(step.problem, role):
+            return lambda: step.fprop_joined(o.x, o.a_affine, o.w, statistics=True, residual=o.side)
+        return lambda: step.fprop_statistics(o.x, o.w, prologue)
+    bn = o.bn if role.summed and step.fuses_bn_backward(o.bn) else None
+    dz = step.backward_apply(o.dz, o.bn) if stores_dz(step, role, o) else o.dz
+    if pass_ == "wgrad":
+        return lambda: step.wgrad(dz, o.x, bn, prologue, torch.float32)
+    if role.normed:
+        return lambda: step.dgrad_masked(dz, o.w, o.x, o.a_affine, o.mean, bn)
+    if not role.border:
+        residual = {} if role.place == "project" else {"residual": o.side}
+        return lambda: step.dgrad(dz, o.w, bn, **residual)
+
+    def into_the_block_before() -> tuple[Tensor, Tensor | None, Tensor]:
+        dx, sums = step.dgrad_joined(dz, o.w, bn, o.x, ((o.below, o.mean), None), residual=o.side)
+        if sums is None:  # that block then takes them in a pass of its own
+            return dx, o.x, step.backward_reduce(dx, o.below, o.mean, mask=o.x)
+        return dx, None, sums
+
+    return into_the_block_before
 
 
-def moved_bytes(problem: ConvProblem, pass_: str, itemsize: int) -> int:
-    """The fewest bytes that `call` can move: dgrad also reads z of both BNs, wgrad z of one."""
-    extra = {"dgrad": problem.x_numel + problem.y_numel, "wgrad": problem.y_numel}.get(pass_, 0)
-    return problem.min_bytes(itemsize) + itemsize * extra
+def infer(step: Step, w: Tensor, shift: Tensor | None, inputs: tuple[Tensor, ...], relu: bool) -> Callable[..., Tensor]:
+    """What computes [relu](conv(x, w) + shift + residual) of inputs like (x,) or (x, residual) in `optimize`, which
+    folds weights: our kernel, or what it binds of the library, which has an operator for all of it.
+
+    A table's "infer" decides the live eval path, too, whose library convolution has the normalise pass behind it and so
+    loses to ours more often than what ours is set against here; `optimize` is where speed is asked for.
+    """
+    p = folded.Folded(w, shift, None if shift is None else shift.to(w.dtype))
+    if step.infer_by in ("triton", "stem"):
+        by: Any = folded.by_stem if step.infer_by == "stem" else folded.by_triton
+        return partial(by, p=p, geometry=step.geometry, relu=relu, precision=step.precision)
+    added, shape = "residual" if len(inputs) > 1 else None, tuple(w.shape)
+    conv = plan.Conv(plan.Unit("conv"), plan.INPUT, "y", step.geometry, shape, added, relu)  # type: ignore[arg-type]
+    with fastres.backend("cudnn"):
+        bound, _ = Program([conv], "y", {"y": p}, {}, w.dtype)._bind_conv(conv, *inputs)
+    return lambda *inputs: bound.call(*inputs)[0]
+
+
+def joins(problem: ConvProblem, role: Role) -> bool:
+    """Whether the end of the block before belongs to fprop's work: our kernel may do it on load. Elsewhere it is the
+    same pass whatever the engine."""
+    return role.border and dispatch.joins(problem)
+
+
+def stores_dz(step: Step, role: Role, operands: Operands) -> bool:
+    """Whether a pass has to store dz before dgrad and wgrad, where another engine may need none."""
+    return role.summed and not step.fuses_bn_backward(operands.bn)
+
+
+def half_of_dz(step: Step, operands: Operands) -> float:
+    """Microseconds of the pass that stores dz, of which dgrad and wgrad owe one half each."""
+    return microseconds(lambda: step.backward_apply(operands.dz, operands.bn)) / 2
+
+
+def moved_bytes(problem: ConvProblem, pass_: str, itemsize: int, role: Role) -> int:
+    """The fewest bytes that `call` can move, by the rules for what is computed on load."""
+    p = problem
+    z_numel = p.y_numel if role.summed and dispatch.bn_backward_on_load(p) else 0
+    extra = {
+        "infer": p.y_numel if role.place == "last" else 0,
+        "fprop": 2 * p.x_numel if joins(p, role) else 0,
+        "dgrad": p.x_numel * met_by_dx(role) + z_numel,
+        "wgrad": z_numel,
+    }
+    return p.min_bytes(itemsize) + itemsize * extra[pass_]
+
+
+def met_by_dx(role: Role) -> int:
+    """Tensors like dx that dgrad's epilogue reads: z of the BatchNorm below, or the shortcut's gradient, with which the
+    end of a block brings its output and its z."""
+    return 0 if role.place == "project" else 3 if role.border else 1
 
 
 def applicable(problem: ConvProblem, pass_: str) -> bool:

@@ -4,125 +4,243 @@
     python bench/tune.py --depth all --batch 256 --ship     # into kernels/tables/, to be committed
 
 Per problem and pass: the candidates of `fastres.kernels.config` that agree with cuDNN's result are timed; the best is
-set against cuDNN with our pointwise kernels around it, and the faster of the two is the winner. All candidates are
-compiled first, by as many processes as there are CPUs. The table is rewritten after every problem; a second run goes on
-with what is missing (--again measures anew). Where a kernel breaks the CUDA context, the library wins that problem and
-the rest is measured by a fresh process. Needs a CUDA GPU.
+set against cuDNN, and the faster of the two is the winner. Either does what the net has it do in the problem's most
+frequent role there (bench/layers.py): in training cuDNN's convolution with our passes around it, in inference cuDNN's
+fused convolution as `fastres.optimize` runs it. What our kernel could compute while it loads is tried that way and
+stored by a pass before it. All candidates are compiled first, by as many processes as there are
+CPUs. The table is rewritten after every problem; a second run goes on with what is missing (--again measures anew).
+Where a kernel breaks the CUDA context, the library wins that problem and the rest is measured by a fresh process. Needs
+a CUDA GPU.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import layers
 import precompile
 import torch
-from layers import DTYPES, PASSES, Operands, name
+from layers import DTYPES, PASSES, Operands, Role, name
 from torch import Tensor
 
 import fastres
-from fastres.kernels import config
-from fastres.kernels.bottleneck import bottleneck_chain
+from fastres.kernels import bottleneck, config, conv, dgrad, wgrad
 from fastres.kernels.config import Measurement, Tile
-from fastres.kernels.conv import conv_fprop
-from fastres.kernels.dgrad import conv_dgrad
+from fastres.kernels.conv import fprop_tma_refusal
 from fastres.kernels.launch import gpu_of, tma_refusal
 from fastres.kernels.problem import ConvProblem
 from fastres.kernels.stem import stem_refusal
-from fastres.kernels.wgrad import conv_wgrad
-from fastres.ops import steps
+from fastres.ops import dispatch, launch, steps
+from fastres.ops.launch import Step
 
 TUNED = (*PASSES, "chain")  # the chain last: what it is set against is then tuned
 SHIPPED = Path(config.__file__).parent / "tables"
+FEW = 2  # candidates that have little hope: without TMA where it serves, and against the rule for what is done on load
+ON_LOAD = {"fprop": "fprop_on_load", "dgrad": "dz_on_load", "wgrad": "wgrad_on_load"}  # a table's `on_load`, by pass
 
 
-def candidates(problem: ConvProblem, pass_: str, dtype: torch.dtype, device: torch.device, most: int) -> list[Tile]:
+def candidates(step: Step, pass_: str, role: Role, dtype: torch.dtype, device: torch.device, most: int) -> list[Tile]:
     """The `most` most promising tiles, by TMA where it can carry the operands, and by pointers."""
-    gpu = gpu_of(device)
+    problem, gpu = step.problem, gpu_of(device)
+    like = torch.empty(0, dtype=dtype, device="meta")
+    refusal = tma_refusal if pass_ == "dgrad" else fprop_tma_refusal  # wgrad reads x as fprop does
+    carried = torch.cuda.get_device_capability(device) >= (9, 0) and refusal(problem, like) is None
+    operands = 2 if role.summed and step.dz_on_load else 1
     tiles: list[Tile] = []
-    hopper = torch.cuda.get_device_capability(device) >= (9, 0)
-    carried = hopper and tma_refusal(problem, torch.empty(0, dtype=dtype, device="meta")) is None
     for tma in (True, False) if carried else (False,):
-        if pass_ in ("infer", "fprop"):
-            computed = pass_ == "fprop" and problem.C >= 8
-            tiles += config.fprop_tiles(problem, dtype.itemsize, tma, gpu, computed=computed)[:most]
+        of_pass = problem, dtype.itemsize, tma, gpu, dtype == torch.float32
+        if pass_ == "infer":
+            found = config.fprop_tiles(*of_pass)
+        elif pass_ == "fprop":
+            computed = 2 if layers.joins(problem, role) else int(role.normed)
+            found = config.fprop_tiles(*of_pass, computed if step.fprop_on_load else 0)
         elif pass_ == "dgrad":
-            tiles += config.dgrad_tiles(problem, dtype.itemsize, tma, gpu, operands=2, epilogue=1)[:most]
+            found = config.dgrad_tiles(*of_pass, operands, layers.met_by_dx(role))
         else:
-            tiles += config.wgrad_tiles(problem, dtype.itemsize, tma, gpu, operands=2, prologue=problem.C >= 8)[:most]
+            found = config.wgrad_tiles(*of_pass, operands, role.normed and step.wgrad_on_load)
+        tiles += found[: most if tma == carried else max(0, min(FEW, most - FEW))]
     return tiles
 
 
-def compile_candidate(problem: ConvProblem, pass_: str, dtype: torch.dtype, tile: Tile) -> None:
-    """What `ours` launches, for `precompile`."""
-    ours(problem, pass_, Operands.random(problem, dtype, torch.device("meta")), tile)()
+def our_steps(
+    problem: ConvProblem, pass_: str, role: Role, dtype: torch.dtype, device: torch.device, dz_on_load: bool
+) -> list[Step]:
+    """The convolution's step with our kernel for every pass, by what it computes on load: as the rules have it, and
+    where the pass has a choice the other way. dz_on_load: the rule for dgrad; for wgrad what dgrad does."""
+    ours: Any = dict.fromkeys(("infer_by", "fprop_by", "dgrad_by", "wgrad_by"), "triton")
+    ours |= {"fprop_on_load": True, "wgrad_on_load": True, "dz_on_load": dz_on_load}
+    step = replace(layers.step(problem, dtype, device), **ours)
+    choices = {"fprop": role.normed or layers.joins(problem, role), "dgrad": role.summed, "wgrad": role.normed}
+    if not choices.get(pass_, False):
+        return [step]
+    field = ON_LOAD[pass_]
+    return [step, replace(step, **{field: not getattr(step, field)})]
 
 
-def ours(problem: ConvProblem, pass_: str, operands: Operands, tile: Tile) -> Callable[[], Any]:
-    """The pass on our kernel with one tile, fused as training uses it."""
-    p, o = problem, operands
-    sizes: dict[str, Any] = {"stride": p.stride, "pad": p.pad, "dilation": p.dilation, "groups": p.groups, "tile": tile}
-    prologue = None if p.C < 8 else o.a_affine
-    if pass_ == "infer":
-        scale, shift = o.out_affine
-        return lambda: conv_fprop(o.x, o.w, scale=scale, shift=shift, relu=True, **sizes)
-    if pass_ == "fprop":
-        return lambda: conv_fprop(o.x, o.w, prologue=prologue, statistics=True, **sizes)
+@contextmanager
+def tile_in_force(tile: Tile | None) -> Iterator[None]:
+    """Within, our convolutions run with `tile`."""
+    with ExitStack() as stack:
+        for module, launcher in ((conv, "conv_fprop"), (dgrad, "conv_dgrad"), (wgrad, "conv_wgrad")):
+            stack.enter_context(patch.object(module, launcher, partial(getattr(module, launcher), tile=tile)))
+        yield
+
+
+def with_tile(tile: Tile | None, work: Callable[[], Any]) -> Any:
+    with tile_in_force(tile):
+        return work()
+
+
+def compile_candidate(step: Step, pass_: str, role: Role, dtype: torch.dtype, tile: Tile) -> None:
+    """What `ways` yields, launched on meta tensors for `precompile`."""
+    operands = Operands.random(step.problem, dtype, torch.device("meta"))
+    with_tile(tile, layers.call(step, pass_, operands, role))
+
+
+def tolerance(problem: ConvProblem, pass_: str, dtype: torch.dtype) -> float:
+    """The relative L2 by which two right results of one pass may differ.
+
+    Each is rounded once, and may be made of tensors rounded once more, by half of an eps at most: two in all. Sums in
+    fp32 go astray like a random walk.
+    """
+    terms = problem.gemm(pass_).k  # type: ignore[arg-type]
+    return 2 * (torch.finfo(dtype).eps + math.sqrt(terms) * torch.finfo(torch.float32).eps)
+
+
+def agrees(result: Tensor, expected: Tensor, tolerance: float) -> bool:
+    """Whether two tensors differ by a relative L2 of `tolerance` at most; never true for a NaN."""
+    error = torch.dist(result.double(), expected.double()) / expected.double().norm()
+    return error.item() <= tolerance
+
+
+def parts(pass_: str, result: Any, operands: Operands) -> tuple[list[Tensor], Tensor | None]:
+    """What `layers.call` returned: the tensors that both engines compute, and the partials of sums over the last."""
+    if isinstance(result, Tensor):
+        return [result], None
+    *tensors, partials = result
     if pass_ == "dgrad":
-        below = {"relu_mask": o.a_affine, "norm": (o.x, o.mean)}
-        return lambda: conv_dgrad(o.dz, o.w, (p.N, p.H, p.W, p.C), bn_backward=o.bn, **below, **sizes)
-    shape = (p.K, p.R, p.S, p.C // p.groups)
-    return lambda: conv_wgrad(o.dz, o.x, shape, bn_backward=o.bn, prologue=prologue, **sizes)
+        dx, mask = tensors
+        tensors = [steps.gradient(dx, operands.x, mask, None)]
+    return tensors, partials
 
 
-def agrees(result: Any, expected: Any, dtype: torch.dtype) -> bool:
-    """Whether two results of one pass in `dtype` differ by no more than their roundings; never true for a NaN."""
-    a, b = (r if isinstance(r, Tensor) else r[0] for r in (result, expected))
-    error = (torch.dist(a.double(), b.double()) / b.double().norm()).item()
-    return error <= 8 * torch.finfo(dtype).eps
+def sums_agree(partials: Tensor, value: Tensor, below: tuple[Tensor, Tensor] | None) -> bool:
+    """Whether partials [T, 3 or 2, K], merged, are the sums over `value` [N, H, W, K], as stored: number, mean and
+    squared distances from it; with below = (z, mean) its sum and that of value (z - mean).
+
+    Each partial sums n/T values in fp32, which errs by up to eps sqrt(n/T) of their magnitudes, like a random walk, and
+    T such errors of either sign meet as sqrt(T). Four times that: of 10^4 channels the worst must pass.
+    """
+    v, pixels = value.double(), (0, 1, 2)
+    if below is None:
+        number, mean, squares = partials.double().unbind(1)
+        total = number.sum(0)
+        middle = (number * mean).sum(0) / total
+        found = [total, middle * total, (squares + number * (mean - middle) ** 2).sum(0)]
+        terms = [torch.ones_like(v), v, (v - v.mean(pixels)) ** 2]
+    else:
+        z, mean = below
+        found = [*partials.double().sum(0)]
+        terms = [v, v * (z.double() - mean)]
+    n, tiles = value.numel() // value.shape[-1], len(partials)
+    share = 4 * torch.finfo(torch.float32).eps * math.sqrt(n) / tiles
+    wrong = [(a - t.sum(pixels)).abs() > share * t.abs().sum(pixels) for a, t in zip(found, terms, strict=True)]
+    return bool(torch.stack(found).isfinite().all()) and not bool(torch.stack(wrong).any())
 
 
-def ways(problem: ConvProblem, pass_: str, operands: Operands, most: int) -> Iterator[tuple[str, Tile | None, Any]]:
-    """(engine, tile, work) of everything of ours that may serve."""
-    for tile in candidates(problem, pass_, operands.x.dtype, operands.x.device, most):
-        yield "triton", tile, ours(problem, pass_, operands, tile)
-    if pass_ in ("infer", "fprop") and stem_refusal(problem) is None:
-        step = layers.step(problem, operands.x.dtype, operands.x.device)
-        packed = replace(step, infer_by="stem", fprop_by="stem")
-        yield "stem", None, layers.call(packed, pass_, operands)
+def right(
+    pass_: str, role: Role, operands: Operands, result: Any, expected: Sequence[Tensor], tolerance: float
+) -> bool:
+    """Whether `result` is the library's up to rounding, and the sums that come with it are those of its own values."""
+    tensors, partials = parts(pass_, result, operands)
+    if not all(agrees(a, b, tolerance) for a, b in zip(tensors, expected, strict=True)):
+        return False
+    if partials is None:
+        return True
+    z_below = operands.below if role.border else operands.x
+    return sums_agree(partials, tensors[-1], (z_below, operands.mean) if pass_ == "dgrad" else None)
 
 
-def tune(problem: ConvProblem, pass_: str, dtype: torch.dtype, device: torch.device, most: int) -> tuple[Any, str]:
-    """(Measurement, line): the winner of one problem."""
+def ways(
+    ours: Sequence[Step], pass_: str, role: Role, operands: Operands, most: int
+) -> Iterator[tuple[str, Tile | None, Step, Callable[[], Any]]]:
+    """(engine, tile, step, work) of everything of ours that may serve; `ours` as of `our_steps`."""
+    x = operands.x
+    for step, number in zip(ours, (most, min(most, FEW)), strict=False):
+        work = layers.call(step, pass_, operands, role)
+        for tile in candidates(step, pass_, role, x.dtype, x.device, number):
+            yield "triton", tile, step, partial(with_tile, tile, work)
+    if pass_ in ("infer", "fprop") and stem_refusal(ours[0].problem) is None:
+        packed = replace(ours[0], infer_by="stem", fprop_by="stem")
+        yield "stem", None, packed, layers.call(packed, pass_, operands, role)
+
+
+def tune(
+    problem: ConvProblem,
+    pass_: str,
+    role: Role,
+    dtype: torch.dtype,
+    device: torch.device,
+    most: int,
+    dz_on_load: bool,
+) -> tuple[Measurement, str]:
+    """(Measurement, line): the winner of one problem. dz_on_load as of `our_steps`.
+
+    dz is computed on load only where dgrad and wgrad are both ours, yet each has a winner of its own in the table.
+    dgrad comes first, as if wgrad had the same engine; wgrad then reads dz as dgrad's winner has it. What stores dz
+    where another way needs no pass for it is charged half of that pass; where all of them store it, none is. (Where
+    wgrad then goes to the library after all, dz is stored for both, and the pair takes longer than either line says.)
+    """
     operands = Operands.random(problem, dtype, device)
     with fastres.backend("cudnn"):
-        library = layers.call(layers.step(problem, dtype, device), pass_, operands)
-    expected, rival = library(), layers.microseconds(library)
-    if pass_ == "dgrad":  # the library's gradient still waits for the ReLU's mask
-        expected = steps.gradient(expected[0], operands.x, expected[1], None)
-    best, best_us, engine, failed = None, float("inf"), "triton", []
-    for way, tile, work in ways(problem, pass_, operands, most):
+        theirs = layers.step(problem, dtype, device)
+    ours = our_steps(problem, pass_, role, dtype, device, dz_on_load)
+    library = layers.call(theirs, pass_, operands, role)
+    (expected, _), allowed = parts(pass_, library(), operands), tolerance(problem, pass_, dtype)
+    stores = partial(layers.stores_dz, role=role, operands=operands)
+    charged = pass_ in ("dgrad", "wgrad") and stores(theirs) and not all(map(stores, ours))
+    half = layers.half_of_dz(theirs, operands) if charged else 0.0
+
+    def cost(step: Step, work: Callable[[], Any]) -> float:
+        return layers.microseconds(work) + (half if stores(step) else 0.0)
+
+    rival, best, best_us, failed = cost(theirs, library), ("triton", None, ours[0]), float("inf"), []
+    for engine, tile, step, work in ways(ours, pass_, role, operands, most):
         try:
-            if not agrees(work(), expected, dtype):
-                failed.append(f"{way} {tile} gives a wrong result")
+            if not right(pass_, role, operands, work(), expected, allowed):
+                failed.append(f"{engine} {tile} gives a wrong result")
                 continue
-            us = layers.microseconds(work)
+            us = cost(step, work)
         except Exception as error:  # a tile that this GPU cannot run is no candidate; say so and go on
-            require_context(f"{way} {tile}", error)
-            failed.append(f"{way} {tile}: {first_line(error)}")
+            require_context(f"{engine} {tile}", error)
+            failed.append(f"{engine} {tile}: {first_line(error)}")
             continue
         if us < best_us:
-            best, best_us, engine = tile, us, way
-    winner = engine if best_us < rival else "cudnn"
-    lines = [f"{pass_:5} {name(problem):28} ours {best_us:9.1f} us, cuDNN {rival:9.1f} us -> {winner} {best}"]
-    return Measurement(winner, best), "\n".join(lines + [f"      {text}" for text in failed])
+            best, best_us = (engine, tile, step), us
+    engine, tile, step = best
+    winner, on_load = engine if best_us < rival else "cudnn", getattr(step, ON_LOAD.get(pass_, ""), True)
+    how = f"{tile}" if len(ours) == 1 else f"{tile}, {'computed on load' if on_load else 'stored first'}"
+    lines = [f"{pass_:5} {name(problem):28} ours {best_us:9.1f} us, cuDNN {rival:9.1f} us -> {winner} {how}"]
+    return Measurement(winner, tile, on_load), "\n".join(lines + [f"      {text}" for text in failed])
+
+
+def dz_on_load(table: config.Table, pass_: str, problem: ConvProblem, dtype: torch.dtype) -> bool:
+    """Whether dz is computed on load: the rule, but for wgrad what won for dgrad where that was measured."""
+    found = table.get(("dgrad", problem, dtype)) if pass_ == "wgrad" else None
+    if found is None:
+        return dispatch.bn_backward_on_load(problem)
+    return found.winner == "triton" and found.on_load
 
 
 class LostContextError(RuntimeError):
@@ -142,30 +260,32 @@ def first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0][:160] if lines else 'no message'}"
 
 
-def chained(problem: ConvProblem) -> bool:
+def chained(problem: ConvProblem, role: Role) -> bool:
     """Whether a bottleneck net continues this 3x3 in a way that `bottleneck_chain` serves."""
     p = problem
-    return (p.R, p.stride, p.groups) == (3, 1, 1) and p.C == p.K and p.C in (64, 128)
+    return role.place == "inner" and (p.R, p.stride, p.groups) == (3, 1, 1) and p.C == p.K and p.C in (64, 128)
 
 
 def tune_chain(problem: ConvProblem, dtype: torch.dtype, device: torch.device) -> tuple[Any, str]:
     """(Measurement, line): one kernel for a block's 3x3, its expansion and the next block's reduction, or three."""
     p = problem
+    config.forget_tables()  # dispatch goes by what this run has measured so far
+    launch._step.cache_clear()
     expand, reduce = (ConvProblem(p.N, p.H, p.W, c, k) for c, k in ((p.C, 4 * p.C), (4 * p.C, p.C)))
     three = [(layers.step(q, dtype, device), Operands.random(q, dtype, device)) for q in (p, expand, reduce)]
-    (first, a), (second, b), (third, c) = three
-    one = [torch.ones(q.K, device=device) for q in (p, expand, reduce)]
-    shifts = [o.out_affine[1] for _, o in three]
+    (_, a), (_, b), (_, c) = three
+    reads = (a.x,), (b.x, c.x), (c.x,)
+    first, second, third = (layers.infer(s, o.w, o.shift, x, True) for (s, o), x in zip(three, reads, strict=True))
 
     def apart() -> tuple[Tensor, Tensor]:
-        hidden = first.infer(a.x, a.w, one[0], shifts[0])
-        out = second.infer(hidden, b.w, one[1], shifts[1], c.x)
-        return out, third.infer(out, c.w, one[2], shifts[2])
+        out = second(first(a.x), c.x)
+        return out, third(out)
 
     def together() -> tuple[Tensor, Tensor]:
-        return bottleneck_chain(a.x, a.w, shifts[0], b.w, shifts[1], c.x, c.w, shifts[2])
+        return bottleneck.bottleneck_chain(a.x, a.w, a.shift, b.w, b.shift, c.x, c.w, c.shift)
 
-    if not all(agrees(x, y, dtype) for x, y in zip(together(), apart(), strict=True)):
+    allowed = 2 * torch.finfo(dtype).eps
+    if not all(agrees(x, y, allowed) for x, y in zip(together(), apart(), strict=True)):
         return Measurement("cudnn", None), f"chain {name(problem):28} gives a wrong result"
     ours_us, apart_us = layers.microseconds(together), layers.microseconds(apart)
     winner = "triton" if ours_us < apart_us else "cudnn"
@@ -174,14 +294,22 @@ def tune_chain(problem: ConvProblem, dtype: torch.dtype, device: torch.device) -
 
 
 def compile_candidates(
-    missing: Sequence[tuple[str, ConvProblem, torch.dtype]], device: torch.device, most: int, processes: int
+    missing: Sequence[tuple[str, ConvProblem, Role]],
+    dtype: torch.dtype,
+    device: torch.device,
+    most: int,
+    processes: int,
 ) -> None:
     start = time.monotonic()
     tasks: list[precompile.Task] = [
-        (compile_candidate, (problem, pass_, dtype, tile))
-        for pass_, problem, dtype in missing
+        (compile_candidate, (step, pass_, role, dtype, tile))
+        for pass_, problem, role in missing
         if pass_ != "chain"
-        for tile in candidates(problem, pass_, dtype, device, most)
+        for dz in ((True, False) if pass_ == "wgrad" and role.summed else (dispatch.bn_backward_on_load(problem),))
+        for step, number in zip(
+            our_steps(problem, pass_, role, dtype, device, dz), (most, min(most, FEW)), strict=False
+        )
+        for tile in candidates(step, pass_, role, dtype, device, number)
     ]
     failed = precompile.compile_all(tasks, processes)
     print(f"{len(tasks)} candidates compiled in {time.monotonic() - start:.0f} s by {processes} processes", flush=True)
@@ -204,7 +332,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--size", type=int, default=224, help="height and width of the images")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument("--pass", dest="passes", action="append", choices=TUNED, help="default: all of them")
-    parser.add_argument("--tiles", type=int, default=6, help="candidates per way of loading, most promising first")
+    parser.add_argument("--tiles", type=int, default=6, help="candidates, most promising first")
     parser.add_argument("--seconds", type=float, default=460, help="start no problem after so long")
     parser.add_argument("--jobs", type=int, default=precompile.cpus(), help="processes that compile; default: CPUs")
     parser.add_argument("--ship", action="store_true", help="write kernels/tables/ instead of the user's own folder")
@@ -214,21 +342,22 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("tuning measures on a CUDA GPU, and there is none")
     device, dtype = torch.device("cuda"), DTYPES[options.dtype]
     torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.allow_tf32 = False  # with TF32, fp32 is the library's whatever is faster
     path = config.table_file(torch.cuda.get_device_name(device), SHIPPED if options.ship else None)
     table = config.read_table(path)
     depths = (18, 34, 50, 101, 152) if options.depth == "all" else (int(options.depth),)
-    todo = {
-        (pass_, problem, dtype): None
-        for depth in depths
+    found = layers.problems(depths, options.batch, options.size)
+    todo = [
+        (pass_, problem, role)
         for pass_ in options.passes or TUNED
-        for problem in layers.problems(depth, options.batch, options.size)
-        if (chained(problem) and depth >= 50 if pass_ == "chain" else layers.applicable(problem, pass_))
-    }
-    missing = [key for key in todo if options.again or key not in table]
+        for problem, (_, role) in found.items()
+        if (chained(problem, role) if pass_ == "chain" else layers.applicable(problem, pass_))
+    ]
+    missing = [one for one in todo if options.again or (*one[:2], dtype) not in table]
     print(f"{len(missing)} of {len(todo)} problems to measure; table {path}", flush=True)
     start = time.monotonic()
-    compile_candidates(missing, device, options.tiles, options.jobs)
-    for i, (pass_, problem, _) in enumerate(missing):
+    compile_candidates(missing, dtype, device, options.tiles, options.jobs)
+    for i, (pass_, problem, role) in enumerate(missing):
         if time.monotonic() - start > options.seconds:
             print(f"{len(missing) - i} problems left: run the same command again")
             break
@@ -236,7 +365,8 @@ def main(arguments: list[str] | None = None) -> int:
             if pass_ == "chain":
                 table[pass_, problem, dtype], text = tune_chain(problem, dtype, device)
             else:
-                table[pass_, problem, dtype], text = tune(problem, pass_, dtype, device, options.tiles)
+                dz = dz_on_load(table, pass_, problem, dtype)
+                table[pass_, problem, dtype], text = tune(problem, pass_, role, dtype, device, options.tiles, dz)
             config.write_table(table, path)
         except Exception as error:  # memory that ran out; the chain on a GPU that can't run it
             text = f"{pass_:5} {name(problem):28} not measured: {first_line(error)}"

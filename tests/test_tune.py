@@ -1,0 +1,490 @@
+"""What bench/tune.py and bench/kernels.py time is what the nets run, and a wrong result never wins."""
+
+from __future__ import annotations
+
+import importlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import triton
+from binary import record
+from torch import Tensor
+
+import fastres
+from fastres import plan
+from fastres.kernels import backward, config, conv, dgrad, wgrad
+from fastres.kernels.problem import ConvProblem
+from fastres.ops import dispatch, launch, steps
+
+BENCH = Path(__file__).resolve().parent.parent / "bench"
+SQUARE = ConvProblem(2, 8, 8, 16, 16, 3, 3, 1, 1)
+STEM = ConvProblem(1, 16, 16, 3, 16, 7, 7, 2, 3)
+POINTWISE = ConvProblem(2, 8, 8, 16, 32)
+META, CPU, BF16 = torch.device("meta"), torch.device("cpu"), torch.bfloat16
+
+interpreted = pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="for the interpreter")
+compiled = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="interpreted kernels launch otherwise")
+
+
+@pytest.fixture(autouse=True)
+def _own_tables(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    monkeypatch.syspath_prepend(str(BENCH))
+    monkeypatch.setenv("FASTRES_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "none")
+    config.forget_tables()
+    launch._step.cache_clear()
+    yield
+    config.forget_tables()
+    launch._step.cache_clear()
+
+
+@pytest.fixture
+def layers() -> ModuleType:
+    return importlib.import_module("layers")
+
+
+@pytest.fixture
+def tune(layers: ModuleType) -> ModuleType:
+    return importlib.import_module("tune")
+
+
+@pytest.fixture
+def on_meta(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors without memory take the path of tensors on a GPU."""
+    monkeypatch.setattr(dispatch, "_kernel_less", lambda device: None)
+    monkeypatch.setattr(dispatch, "pointwise_engine", lambda *_: "triton")
+    monkeypatch.setattr(dispatch, "compute_dtype", lambda x: x.dtype)
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # there is none for meta
+
+
+class Calls(list[tuple[str, ConvProblem, frozenset[str]]]):
+    """(launcher, problem, what is fused) of every convolution that our kernels run."""
+
+    def watch(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        for module, name in ((conv, "conv_fprop"), (dgrad, "conv_dgrad"), (wgrad, "conv_wgrad")):
+            monkeypatch.setattr(module, name, self._watched(getattr(module, name)))
+
+    def _watched(self, launcher: Callable[..., Any]) -> Callable[..., Any]:
+        def call(first: Tensor, second: Tensor, *shape: tuple[int, ...], **given: Any) -> Any:
+            name, sizes = launcher.__name__, [given[key] for key in ("stride", "pad", "dilation", "groups")]
+            x, w = {"conv_fprop": (first, second), "conv_dgrad": (None, second), "conv_wgrad": (second, None)}[name]
+            n, h, width, c = shape[0] if x is None else x.shape
+            k, r, s, _ = shape[0] if w is None else w.shape
+            fused = ("prologue", "join", "statistics", "bn_backward", "residual", "relu_mask", "norm")
+            on = frozenset(key for key in fused if given.get(key) is not None and given[key] is not False)
+            self.append((name, ConvProblem(n, h, width, c, k, r, s, *sizes), on))
+            return launcher(first, second, *shape, **given)
+
+        return call
+
+
+@compiled
+@pytest.mark.parametrize("depth", [18, 50])
+def test_every_role_is_timed_as_the_net_runs_it(
+    depth: int, layers: ModuleType, tune: ModuleType, on_meta: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A training step of the whole net on our kernels launches, convolution by convolution, what the roles launch."""
+    monkeypatch.setattr(dispatch, "conv_engine", lambda *_: "triton")
+    calls = Calls()
+    calls.watch(monkeypatch)
+    net = getattr(fastres, f"resnet{depth}")().to(META, BF16, memory_format=torch.channels_last)
+    net.fc = torch.nn.Identity()
+    x = torch.empty(2, 3, 224, 224, dtype=BF16, device=META).contiguous(memory_format=torch.channels_last)
+    with record():
+        net(x).float().sum().backward()
+        run, timed = Counter(calls), Counter[Any]()
+        for (problem, role), count in layers.roles(depth, 2, 224).items():
+            for pass_ in ("fprop", "dgrad", "wgrad"):
+                if layers.applicable(problem, pass_):
+                    operands = layers.Operands.random(problem, BF16, META)
+                    calls.clear()
+                    dz = dispatch.bn_backward_on_load(problem)
+                    layers.call(tune.our_steps(problem, pass_, role, BF16, META, dz)[0], pass_, operands, role)()
+                    assert len(calls) == 1
+                    timed[calls[0]] += count
+    # The pool's side of the stem's BatchNorm and a stage's two ends are fused with no convolution.
+    assert timed == run
+
+
+@pytest.mark.parametrize("depth", [34, 50])
+def test_every_role_infers_as_optimize_does(
+    depth: int, tune: ModuleType, layers: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls, found = Counter[Any](), Counter[Any]()
+
+    def by_triton(x: Tensor, residual: Tensor | None = None, *, p: Any, geometry: Any, relu: bool, **_: Any) -> Any:
+        return tuple(p.w.shape), tuple(geometry), residual is not None, relu, p.shift is None
+
+    monkeypatch.setattr(layers.folded, "by_triton", by_triton)
+    for (problem, role), count in layers.roles(depth, 1, 64).items():
+        (step,) = tune.our_steps(problem, "infer", role, BF16, META, True)
+        calls[layers.call(step, "infer", layers.Operands.random(problem, BF16, META), role)()] += count
+    for step in plan.fuse(*plan.trace(getattr(fastres, f"resnet{depth}")().eval())):
+        for c in plan.convs(step):
+            found[c.filter, tuple(c.geometry), c.residual is not None, c.relu, c.bare] += 1
+    assert calls == found
+
+
+def test_a_problem_is_measured_in_its_most_frequent_role(layers: ModuleType) -> None:
+    found = layers.problems([50], 256, 224)
+    expand = ConvProblem(256, 56, 56, 64, 256)
+    assert found[expand] == (4, layers.Role("last")), "three times, beside the projection of the same sizes"
+    assert found[ConvProblem(256, 14, 14, 1024, 256)] == (5, layers.Role("first", border=True, summed=True))
+    of_two = layers.problems([18, 50], 256, 224)
+    square = ConvProblem(256, 56, 56, 64, 64, 3, 3, 1, 1)
+    assert [one[square] for one in (found, of_two)] == [
+        (3, layers.Role("inner", summed=True)),
+        (7, layers.Role("inner", summed=True)),
+    ]
+    assert sum(count for count, _ in of_two.values()) == 20 + 53
+
+
+def named_roles(layers: ModuleType, problem: ConvProblem) -> list[Any]:
+    role = layers.Role
+    found = [role("inner", summed=True), role("last"), role("first", summed=True), role("first", True, True)]
+    return [*found, role("project")] if problem.R == 1 else found
+
+
+@compiled
+@pytest.mark.parametrize("problem", [SQUARE, ConvProblem(256, 28, 28, 512, 128)], ids=["3x3", "1x1"])
+@pytest.mark.parametrize("pass_", ["fprop", "dgrad", "wgrad"])
+def test_either_way_of_loading_is_launched(
+    problem: ConvProblem,
+    pass_: str,
+    layers: ModuleType,
+    tune: ModuleType,
+    on_meta: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As the rules have it, dz on load for 1x1 filters only, and the other way; one way where there is no choice."""
+    calls = Calls()
+    calls.watch(monkeypatch)
+    operands, rule = layers.Operands.random(problem, BF16, META), dispatch.bn_backward_on_load(problem)
+    assert rule == (problem.R == 1)
+    of_pass = {"fprop": {"prologue", "join"}, "dgrad": {"bn_backward"}, "wgrad": {"prologue"}}[pass_]
+    for role in named_roles(layers, problem):
+        ours = tune.our_steps(problem, pass_, role, BF16, META, rule)
+        calls.clear()
+        with record():
+            for step in ours:
+                layers.call(step, pass_, operands, role)()
+        loaded = [bool(of_pass & fused) for _, _, fused in calls]
+        joined = role.border and rule
+        choice = {"fprop": role.normed or joined, "dgrad": role.summed, "wgrad": role.normed}[pass_]
+        first = rule if pass_ == "dgrad" else True
+        assert loaded == ([first, not first] if choice else [False]), role
+        if pass_ == "wgrad":
+            assert all(("bn_backward" in fused) == (role.summed and rule) for _, _, fused in calls)
+
+
+@compiled
+@pytest.mark.parametrize("problem", [SQUARE, POINTWISE], ids=["3x3", "1x1"])
+@pytest.mark.parametrize("pass_", ["dgrad", "wgrad"])
+@pytest.mark.parametrize("on_load", [True, False])
+@pytest.mark.parametrize("summed", [True, False])
+def test_who_pays_for_a_stored_dz(
+    pass_: str,
+    on_load: bool,
+    summed: bool,
+    problem: ConvProblem,
+    layers: ModuleType,
+    tune: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Half of the pass, on whoever needs it where another way doesn't; and the entry says which way was the best."""
+    role = layers.Role("inner", summed=summed)
+    monkeypatch.setattr(dispatch, "_kernel_less", lambda device: None)
+    monkeypatch.setattr(tune, "right", lambda *_: True)
+    monkeypatch.setattr(tune, "candidates", lambda step, *_: ["on load" if step.dz_on_load else "stored"])
+    monkeypatch.setattr(tune, "with_tile", lambda tile, work: tile)
+    charged = []
+    monkeypatch.setattr(layers, "half_of_dz", lambda step, operands: charged.append(step) or 4.0)
+    monkeypatch.setattr(layers, "microseconds", lambda work: 20.0 if type(work()) is str else 17.0)
+    found, line = tune.tune(problem, pass_, role, torch.float32, CPU, 6, on_load)
+    free = summed and (on_load or pass_ == "dgrad")  # dgrad tries both ways, wgrad has dz as dgrad has it
+    assert len(charged) == free
+    assert f"ours {20.0:9.1f} us, cuDNN {21.0 if free else 17.0:9.1f} us" in line
+    assert found.winner == ("triton" if free else "cudnn")
+    assert found.on_load == (free or on_load if pass_ == "dgrad" else True)
+    assert found.tile == ("on load" if (found.on_load if pass_ == "dgrad" else on_load) else "stored")
+
+
+def test_half_of_a_pass(layers: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    operands, ran = layers.Operands.random(POINTWISE, torch.float32, CPU), []
+    monkeypatch.setattr(layers, "microseconds", lambda work: ran.append(work()) or 8.0)
+    assert layers.half_of_dz(layers.step(POINTWISE, torch.float32, CPU), operands) == 4
+    torch.testing.assert_close(ran[0], steps.backward_apply(operands.dz, *operands.bn))
+
+
+def test_wgrad_reads_dz_as_the_winner_for_dgrad_has_it(tune: ModuleType) -> None:
+    def asked(*entry: Any) -> list[bool]:
+        table = {("dgrad", POINTWISE, BF16): config.Measurement(*entry)} if entry else {}
+        return [tune.dz_on_load(table, pass_, POINTWISE, BF16) for pass_ in ("dgrad", "wgrad")]
+
+    assert asked() == [True, True], "the rule for 1x1 filters"
+    assert asked("triton", None, True) == [True, True]
+    assert asked("triton", None, False) == [True, False]
+    assert asked("cudnn", None, True) == [True, False], "it takes both to compute dz on load"
+    assert tune.dz_on_load({}, "wgrad", SQUARE, BF16) is False
+
+
+@compiled
+@pytest.mark.parametrize("pass_", ["infer", "fprop", "dgrad", "wgrad"])
+def test_candidates_are_what_the_launchers_would_choose(
+    pass_: str, layers: ModuleType, tune: ModuleType, on_meta: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The most promising one is the tile that a launcher takes without a table: for the same operands and epilogue."""
+    chosen = []
+    for module, name in ((conv, "fprop_tile"), (backward, "backward_tile")):
+        choose = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, f=choose, **k: chosen.append(f(*a, **k)) or chosen[-1])
+    for problem in (ConvProblem(256, 28, 28, 128, 512), ConvProblem(256, 56, 56, 256, 64), SQUARE):
+        operands = layers.Operands.random(problem, BF16, META)
+        for role in named_roles(layers, problem):
+            for dz in (True, False):
+                for step in tune.our_steps(problem, pass_, role, BF16, META, dz):
+                    chosen.clear()
+                    with record():
+                        layers.call(step, pass_, operands, role)()
+                    assert chosen == tune.candidates(step, pass_, role, BF16, META, 1), (step, role)
+
+
+def test_few_candidates_by_pointers_where_tma_serves(tune: ModuleType, layers: ModuleType) -> None:
+    problem = ConvProblem(256, 56, 56, 64, 64, 3, 3, 1, 1)
+    odd = ConvProblem(256, 55, 55, 64, 64, 3, 3, 2, 1)
+    role = layers.Role("inner", summed=True)
+    for pass_ in ("infer", "fprop", "dgrad", "wgrad"):
+
+        def boxed(of: ConvProblem, most: int, pass_: str = pass_) -> list[bool]:
+            step = tune.our_steps(of, pass_, role, BF16, META, False)[0]
+            return [tile.box is not None for tile in tune.candidates(step, pass_, role, BF16, META, most)]
+
+        assert boxed(problem, 5) == [True] * 5 + [False] * 2
+        assert boxed(problem, 2) == [True] * 2
+        if pass_ != "dgrad":
+            assert boxed(odd, 3) == [False] * 3, "no view as pairs of rows: pointers are all there is"
+
+
+def test_the_way_against_the_rule_gets_few_candidates(tune: ModuleType, layers: ModuleType) -> None:
+    problem, role = ConvProblem(256, 56, 56, 64, 64, 3, 3, 1, 1), layers.Role("inner", summed=True)
+    for pass_ in ("fprop", "dgrad", "wgrad"):
+        steps_of_ours = tune.our_steps(problem, pass_, role, BF16, META, False)
+        found = Counter(
+            getattr(step, tune.ON_LOAD[pass_])
+            for _, _, step, _ in tune.ways(steps_of_ours, pass_, role, layers.Operands.random(problem, BF16, META), 5)
+        )
+        rule = pass_ != "dgrad"
+        assert found == {rule: 5 + 2, not rule: 2}
+
+
+@compiled
+@pytest.mark.parametrize(
+    ("place", "operator"), [("last", "cudnn_convolution_add_relu"), ("inner", "cudnn_convolution_relu")]
+)
+def test_inference_is_set_against_the_fused_operator(
+    place: str, operator: str, layers: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """cuDNN's own of convolution, bias, addition and ReLU; where it refuses, the convolution and one pass of ours."""
+    monkeypatch.setattr(dispatch, "_kernel_less", lambda device: None)
+    monkeypatch.setattr(dispatch, "why_engine", lambda *_: ("cudnn", ""))
+    monkeypatch.setattr(dispatch, "pointwise_engine", lambda *_: "triton")
+    operands = layers.Operands.random(POINTWISE, torch.float32, CPU)
+    step = layers.step(POINTWISE, torch.float32, CPU)
+    assert step.infer_by == "cudnn"
+    conv2d, passes = torch.nn.functional.conv2d, []
+
+    def fused(x: Tensor, w: Tensor, *rest: Any) -> Tensor:
+        passes.append(operator)
+        z, _, bias = rest[:3] if place == "last" else (0, 1.0, rest[0])
+        return (conv2d(x, w, bias) + z).relu()
+
+    def refused(*_: Any) -> None:
+        raise RuntimeError("CUDNN_STATUS_NOT_SUPPORTED")
+
+    def normalize(z: Tensor, *rest: Any, **given: Any) -> Tensor:
+        passes.append("normalize")
+        return steps.normalize(z, *rest, **given)
+
+    monkeypatch.setattr(torch, operator, fused)
+    monkeypatch.setattr("fastres.kernels.batch_norm.normalize", normalize)
+    expected = steps.conv_fprop(operands.x, operands.w, geometry=step.geometry) + operands.shift
+    expected = (expected + operands.z if place == "last" else expected).relu()
+    for rival, said in ((fused, operator), (refused, "normalize")):
+        monkeypatch.setattr(torch, operator, rival)
+        work = layers.call(step, "infer", operands, layers.Role(place))
+        passes.clear()
+        torch.testing.assert_close(work(), expected)
+        assert passes == [said]
+
+
+@pytest.mark.interpret
+@interpreted
+@pytest.mark.parametrize("pass_", ["infer", "fprop", "dgrad", "wgrad"])
+def test_every_candidate_agrees_with_the_library(
+    pass_: str, tune: ModuleType, layers: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise a tuning run would refuse all of ours. Times are made up: later is faster, so the last one wins."""
+    times = iter(range(1000, 0, -1))
+    monkeypatch.setattr(tune.layers, "microseconds", lambda work: float(next(times)))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    cases = [(problem, role) for problem in (SQUARE, POINTWISE) for role in named_roles(layers, problem)]
+    for problem, role in cases if pass_ == "dgrad" else [*cases, (STEM, layers.Role("stem"))]:
+        found, text = tune.tune(problem, pass_, role, torch.float16, CPU, 1, problem.R == 1)
+        assert len(text.splitlines()) == 1, text
+        assert found.winner == ("stem" if problem is STEM and pass_ != "wgrad" else "triton")
+
+    role = layers.Role("inner")
+    monkeypatch.setattr(tune.layers, "microseconds", lambda work: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        tune.tune(SQUARE, pass_, role, torch.float16, CPU, 1, False)
+
+
+@pytest.mark.interpret
+@interpreted
+def test_a_candidate_that_is_wrong_never_wins(
+    tune: ModuleType, layers: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even one that is fast, has the right tensor and forgets a pixel in the sums that come with it."""
+    monkeypatch.setattr(tune.layers, "microseconds", lambda work: 1.0)
+    launcher = conv.conv_fprop
+
+    def forgetful(*args: Any, **given: Any) -> Any:
+        y, partials = launcher(*args, **given)
+        partials[0, 1] += 1e-2 * partials[0, 1].abs().amax()
+        return y, partials
+
+    monkeypatch.setattr(tune.conv, "conv_fprop", forgetful)
+    found, text = tune.tune(POINTWISE, "fprop", layers.Role("inner"), torch.float16, CPU, 1, True)
+    assert found == config.Measurement("cudnn", None)
+    assert "gives a wrong result" in text
+
+
+def test_a_lost_context_is_seen(tune: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lost() -> None:
+        raise RuntimeError("an illegal memory access")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    tune.require_context("anything", ZeroDivisionError("too small"))
+    monkeypatch.setattr(torch.cuda, "synchronize", lost)
+    with pytest.raises(tune.LostContextError, match="anything: ZeroDivisionError: too small"):
+        tune.require_context("anything", ZeroDivisionError("too small"))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_two_roundings_agree_and_three_do_not(dtype: torch.dtype, tune: ModuleType) -> None:
+    x = torch.randn(4, 16, 16, 64, dtype=torch.float64)
+    allowed = tune.tolerance(SQUARE, "fprop", dtype)
+    assert tune.agrees(x.to(dtype), x, allowed)
+    twice = (x * 1.25).to(dtype).double() / 1.25
+    assert tune.agrees(x.to(dtype), twice.to(dtype), allowed)
+    assert not tune.agrees(x * (1 + 2.5 * torch.finfo(dtype).eps), x, allowed)
+    assert not tune.agrees(x.clone().fill_(torch.nan), x, allowed)
+    wrong = x.clone()
+    wrong[0, 0, 0] = 0  # one pixel of a thousand
+    assert not tune.agrees(wrong, x, allowed)
+
+
+def tiled(v: Tensor, *others: Tensor) -> list[Tensor]:
+    return [t.reshape(-1, 128, v.shape[-1]) for t in (v, *others)]
+
+
+def test_sums_are_checked_by_what_they_mean(tune: ModuleType) -> None:
+    """fp32 sums over tiles of 128 pass; a tile left out, or sums of what wasn't rounded yet, don't."""
+    z, below, mean = torch.randn(2, 64, 64, 32), torch.randn(2, 64, 64, 32), torch.randn(32)
+    raw, z = z, z.bfloat16()
+
+    def statistics(value: Tensor) -> Tensor:
+        (tiles,) = tiled(value.float())
+        m2 = tiles.var(1, correction=0) * 128
+        return torch.stack([torch.full_like(m2, 128), tiles.mean(1), m2], 1)
+
+    def sums(value: Tensor) -> Tensor:
+        g, centred = tiled(value.float(), below - mean)
+        return torch.stack([g.sum(1), (g * centred).sum(1)], 1)
+
+    for make, under in ((statistics, None), (sums, (below, mean))):
+        partials = make(z)
+        assert tune.sums_agree(partials, z, under)
+        assert not tune.sums_agree(partials[1:], z, under)
+        assert not tune.sums_agree(make(raw), z, under)
+        for row in range(partials.shape[1]):
+            broken = partials.clone()
+            broken[3, row] *= 1.01
+            assert not tune.sums_agree(broken, z, under), row
+        broken[0] = torch.nan
+        assert not tune.sums_agree(broken, z, under)
+    assert not tune.sums_agree(sums(z), z, (below, mean + 1e-2))
+
+
+def test_masks_that_wait_are_applied_before_comparing(tune: ModuleType) -> None:
+    x, dx = torch.randn(1, 4, 4, 8), torch.randn(1, 4, 4, 8)
+    o = SimpleNamespace(x=x)
+    sums = torch.zeros(1, 2, 8)
+    (masked,), partials = tune.parts("dgrad", (dx, (torch.ones(8), torch.zeros(8)), sums), o)
+    assert torch.equal(masked, dx * (x > 0))
+    assert partials is sums
+    assert torch.equal(tune.parts("dgrad", (dx, x, sums), o)[0][0], masked)
+    assert torch.equal(tune.parts("dgrad", (dx, None, sums), o)[0][0], dx)
+    assert tune.parts("wgrad", dx, o) == ([dx], None)
+
+
+def test_the_chain_is_set_against_tuned_kernels(
+    tune: ModuleType, layers: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What dispatch read before this run measured anything is forgotten."""
+    config.measured_winner("infer", SQUARE, BF16, "any")
+    layers.step(SQUARE, BF16, META)
+    assert config._table.cache_info().currsize == launch._step.cache_info().currsize == 1
+    seen = []
+
+    def step(*_: Any) -> None:
+        seen.append(config._table.cache_info().currsize + launch._step.cache_info().currsize)
+        raise InterruptedError
+
+    monkeypatch.setattr(layers, "step", step)
+    with pytest.raises(InterruptedError):
+        tune.tune_chain(SQUARE, BF16, CPU)
+    assert seen == [0]
+
+
+@compiled
+def test_three_kernels_are_those_of_optimize(
+    tune: ModuleType, layers: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The chain's rival has the residual and the folded shifts, each convolution by what dispatch chose."""
+    times = iter((2.0, 1.0))
+    monkeypatch.setattr(layers, "microseconds", lambda work: work() and next(times))
+    made = []
+    infer = layers.infer
+
+    def watched(step: Any, w: Tensor, shift: Tensor, inputs: Any, relu: bool) -> Any:
+        made.append((step.infer_by, len(inputs), relu))
+        monkeypatch.setattr(dispatch, "_kernel_less", lambda device: "there is none")
+        return infer(step, w, shift, inputs, relu)
+
+    def chain(x: Tensor, w1: Tensor, s1: Tensor, w2: Tensor, s2: Tensor, res: Tensor, w3: Tensor, s3: Tensor) -> Any:
+        hidden = (steps.conv_fprop(x, w1, geometry=steps.Geometry(1, 1)) + s1).relu()
+        out = (steps.conv_fprop(hidden, w2, geometry=steps.Geometry()) + s2 + res).relu()
+        return out, (steps.conv_fprop(out, w3, geometry=steps.Geometry()) + s3).relu()
+
+    monkeypatch.setattr(layers, "infer", watched)
+    monkeypatch.setattr(tune.bottleneck, "bottleneck_chain", chain)
+    found, text = tune.tune_chain(SQUARE, torch.float32, CPU)
+    assert made == [("aten", 1, True), ("aten", 2, True), ("aten", 1, True)]
+    assert found == config.Measurement("cudnn", None), text
+    assert "one kernel       2.0 us, three       1.0 us" in text
+
+
+def test_only_bottlenecks_are_chained(tune: ModuleType, layers: ModuleType) -> None:
+    def found(*depths: int) -> list[int]:
+        return [p.C for p, (_, role) in layers.problems(depths, 8, 224).items() if tune.chained(p, role)]
+
+    assert found(18) == found(34) == []
+    assert found(50) == found(18, 34, 50, 101, 152) == [64, 128]
