@@ -16,14 +16,27 @@ TOLERANCES = {
 }
 
 
-def cut_off(summed: int, operands: Tensor) -> float:
-    """What a GPU's tensor cores may lose of an fp32 sum of `summed` products of 16-bit operands, relative to its
-    largest value: 16 products at a time are aligned to the sum so far and cut off, not rounded (Fasi et al. 2021,
-    "Numerical behavior of NVIDIA tensor cores"). PyTorch's own sums in the operands' dtype lose as much, but their last
-    rounding hides it."""
-    if not operands.is_cuda or operands.itemsize != 2:
+def lost_in_sums(summed: int, operands: Tensor) -> float:
+    """What a sum of `summed` products may lose on a GPU beyond the baseline's error, relative to its largest value.
+
+    float32: the products are added one after the other and each sum is rounded, a walk that takes the worst of some
+    thousand results about sqrt(summed) / 4 epsilons away (simulated); a library may add in blocks, and so round less.
+    16 bits: tensor cores align 16 products at a time to the sum so far and cut them off in fp32, without rounding (Fasi
+    et al. 2021, "Numerical behavior of NVIDIA tensor cores"). PyTorch's own sums in the operands' dtype lose as much,
+    but their last rounding hides it.
+    8 bits: on Hopper they are cut off 13 bits below the largest, 32 at a time (DeepSeek-V3's report, section 3.3.2):
+    each by less than 2^-13, of deviation 2^-13 / sqrt(3); four deviations, and half a step of the sum each time.
+    """
+    if not operands.is_cuda:
         return 0.0
-    return -(-summed // 16) * torch.finfo(torch.float32).eps
+    eps = torch.finfo(torch.float32).eps
+    if operands.itemsize == 4:
+        return summed**0.5 / 4 * eps
+    if operands.itemsize == 2:
+        return -(-summed // 16) * eps
+    if operands.itemsize == 1:
+        return (4 * (summed / 3) ** 0.5 + -(-summed // 32) / 2) * 2.0**-13
+    return 0.0
 
 
 def relative_error(actual: Tensor, ref64: Tensor) -> float:

@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import triton
-from cases import assert_close_to_reference, cut_off
+from cases import assert_close_to_reference, lost_in_sums
 from torch import Tensor
 from torch.nn.grad import conv2d_input, conv2d_weight
 
@@ -230,7 +230,8 @@ def check_dgrad(o: Operands, features: str, tile: Tile | None, **options: Any) -
     dx, partials = run_dgrad(o, features, tile, **options)
     want, _ = reference_dgrad(o.map(Tensor.double), features)
     torch_dx, _ = reference_dgrad(o, features)
-    assert_close_to_reference(dx, want, torch_dx, factor=4, what="dx")
+    lost = lost_in_sums(o.problem.gemm("dgrad").k, o.dy)
+    assert_close_to_reference(dx, want, torch_dx, factor=4, what="dx", lost=lost)
     norms = [(o.x, o.mean), (o.z_side, o.mean_side)]
     for each, norm in zip(partials if isinstance(partials, tuple) else (partials,), norms, strict=False):
         if each is None:
@@ -246,7 +247,7 @@ def check_wgrad(o: Operands, features: str, tile: Tile | None, **options: Any) -
     dw = run_wgrad(o, features, tile, **options)
     assert dw.is_contiguous()
     want = reference_wgrad(o.map(Tensor.double), features)
-    lost = cut_off(o.problem.pixels, o.x)
+    lost = lost_in_sums(o.problem.pixels, o.x)
     assert_close_to_reference(dw, want, reference_wgrad(o, features, dw.dtype), factor=4, what="dw", lost=lost)
 
 
@@ -352,21 +353,28 @@ def test_training_chain_against_autograd() -> None:
         assert_close_to_reference(got, dw, torch_dw, factor=4, what="dw")
 
 
+def double_on_cpu(t: Tensor) -> Tensor:
+    """There a convolution is a sum of products: a GPU's library may transform, round integers and spread a NaN."""
+    return t.double().cpu()
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("problem", [ODD, STRIDED, SHAPES["groups"]], ids=["odd", "stride 2", "groups"])
 def test_integers_are_exact(problem: ConvProblem, dtype: torch.dtype) -> None:
     """Small integers: no product or sum of them is rounded, so nothing may be off by a bit."""
     o = make(problem, dtype).map(lambda t: t.float().round().clamp(-1, 1).to(t.dtype))
-    o64 = o.map(Tensor.double)
+    o.w = torch.randint_like(o.w, -1, 2)  # rounded, almost all would be zero
+    exact = o.map(double_on_cpu)
     for tile in tiles_of_dgrad(problem):
         dx, partials = run_dgrad(o, FEATURES["all"], tile)
-        want, sums = reference_dgrad(o64, FEATURES["all"])
-        assert torch.equal(dx.double(), want)
+        want, sums = reference_dgrad(exact, FEATURES["all"])
+        assert torch.equal(double_on_cpu(dx), want)
         assert partials is not None
-        assert torch.equal(partials.double().sum(0), sums)
+        assert sums is not None
+        assert torch.equal(double_on_cpu(partials).sum(0), sums)
     for tile in tiles_of_wgrad(problem):
         dw = run_wgrad(o, "bn activation", tile)
-        assert torch.equal(dw.double(), reference_wgrad(o64, "bn activation"))
+        assert torch.equal(double_on_cpu(dw), reference_wgrad(exact, "bn activation"))
 
 
 @pytest.mark.parametrize("problem", [POINTWISE, STRIDED, ODD], ids=["pointwise", "stride 2", "odd"])
@@ -374,24 +382,25 @@ def test_nan_goes_where_torch_sends_it(problem: ConvProblem) -> None:
     o = make(problem, torch.float32)
     for tensor, at in ((o.dy, (0, 1, 2, 3)), (o.x, (0, 2, 1, 1)), (o.out, (0, 0, 0, 0))):
         tensor[at] = float("nan")
+    exact = o.map(double_on_cpu)
     for features in ("", "bn relu residual out"):
-        want, _ = reference_dgrad(o, features)
-        assert want.isnan().any()
+        want = reference_dgrad(exact, features)[0].isnan()
+        assert want.any()
         for tile in tiles_of_dgrad(problem):
             dx, partials = run_dgrad(o, features, tile)
-            assert torch.equal(dx.isnan(), want.isnan())
+            assert torch.equal(dx.isnan().cpu(), want)
             if partials is not None:
-                poisoned = want.isnan().any(0).any(0).any(0)
+                poisoned = want.any(0).any(0).any(0)
                 poisoned[1] |= True  # z_prev itself is NaN there
-                assert not partials.sum(0)[:, ~poisoned].isnan().any()
-                assert partials.sum(0)[1, poisoned].isnan().all()
+                sums = partials.sum(0).cpu()
+                assert not sums[:, ~poisoned].isnan().any()
+                assert sums[1, poisoned].isnan().all()
     for features in ("", "activation"):
-        want = reference_wgrad(o, features)
-        assert want.isnan().any()
-        assert not want.isnan().all()
+        want = reference_wgrad(exact, features).isnan()
+        assert want.any()
+        assert not want.all()
         for tile in tiles_of_wgrad(problem):
-            dw = run_wgrad(o, features, tile)
-            assert torch.equal(dw.isnan(), want.isnan())
+            assert torch.equal(run_wgrad(o, features, tile).isnan().cpu(), want)
 
 
 @pytest.mark.parametrize("problem", [STRIDED, SHAPES["groups"]], ids=["stride 2", "groups"])
@@ -408,16 +417,19 @@ def test_equal_inputs_give_equal_bits(problem: ConvProblem) -> None:
 
 @pytest.mark.parametrize("problem", [ODD, STRIDED], ids=["odd", "stride 2"])
 def test_64_bit_offsets_change_nothing(problem: ConvProblem, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In any result; partial sums a compiler may order anew, so they are held against their terms."""
     o = make(problem, torch.float32)
-    cases = [(run_dgrad, FEATURES["all"], tile) for tile in tiles_of_dgrad(problem)]
-    cases += [(run_wgrad, "bn activation", tile) for tile in tiles_of_wgrad(problem)]
-    narrow = [run(o, features, tile) for run, features, tile in cases]
+
+    def results() -> list[Tensor]:
+        dx = [run_dgrad(o, FEATURES["all"], tile)[0] for tile in tiles_of_dgrad(problem)]
+        return dx + [run_wgrad(o, "bn activation", tile) for tile in tiles_of_wgrad(problem)]
+
+    narrow = results()
     monkeypatch.setattr(ConvProblem, "int32_safe", property(lambda self: False))
     replay.forget()
-    wide = [run(o, features, tile) for run, features, tile in cases]
-    for a, b in zip(narrow, wide, strict=True):
-        for left, right in zip(a, b, strict=True):
-            assert torch.equal(left, right)
+    assert all(map(torch.equal, narrow, results()))
+    for tile in tiles_of_dgrad(problem):
+        check_dgrad(o, FEATURES["all"], tile)
 
 
 @pytest.mark.parametrize("precision", ["ieee", "tf32"])
@@ -508,25 +520,38 @@ LAYERS = [  # of ResNet-50 at 8 images of 224 x 224: H = W, C, K, R = S, stride
 ]
 
 
+def layer_operands(layer: tuple[int, ...], dtype: torch.dtype) -> Operands:
+    size, C, K, R, stride = layer
+    return make(ConvProblem(8, size, size, C, K, R, R, stride, R // 2), dtype)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("features", "met"), {"": 0, "bn relu": 1, "bn residual out": 2, "bn residual end projection": 4}.items()
+)
 @pytest.mark.parametrize("layer", LAYERS, ids=str)
-def test_every_tile_at_every_layer(layer: tuple[int, ...], dtype: torch.dtype) -> None:
-    size, C, K, R, stride = layer
-    problem = ConvProblem(8, size, size, C, K, R, R, stride, R // 2)
-    o = make(problem, dtype)
-    gpu = gpu_of(o.dy.device)
-    tma = torch.cuda.get_device_capability() >= (9, 0)
-    for boxes in {tma, False}:
-        for features, met in {"": 0, "bn relu": 1, "bn residual out": 2, "bn residual end projection": 4}.items():
-            for tile in dgrad_tiles(problem, 2, boxes, gpu, False, 1 + ("bn" in features), met):
-                check_dgrad(o, features, tile)
-        for features in ("", "bn", "activation", "bn activation"):
-            operands, prologue = 1 + ("bn" in features), "activation" in features
-            tiles = wgrad_tiles(problem, 2, boxes, gpu, False, operands, prologue)
-            programs: dict[Tile, Tile] = {dataclasses.replace(tile, splits=1): tile for tile in reversed(tiles)}
-            for tile in programs.values():
-                check_wgrad(o, features, tile)
+def test_every_tile_of_dgrad_at_every_layer(
+    layer: tuple[int, ...], features: str, met: int, dtype: torch.dtype
+) -> None:
+    o = layer_operands(layer, dtype)
+    for boxes in {torch.cuda.get_device_capability() >= (9, 0), False}:
+        for tile in dgrad_tiles(o.problem, 2, boxes, gpu_of(o.dy.device), False, 1 + ("bn" in features), met):
+            check_dgrad(o, features, tile)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("features", ["", "bn", "activation", "bn activation"])
+@pytest.mark.parametrize("layer", LAYERS, ids=str)
+def test_every_tile_of_wgrad_at_every_layer(layer: tuple[int, ...], features: str, dtype: torch.dtype) -> None:
+    o = layer_operands(layer, dtype)
+    for boxes in {torch.cuda.get_device_capability() >= (9, 0), False}:
+        operands, prologue = 1 + ("bn" in features), "activation" in features
+        tiles = wgrad_tiles(o.problem, 2, boxes, gpu_of(o.dy.device), False, operands, prologue)
+        programs: dict[Tile, Tile] = {dataclasses.replace(tile, splits=1): tile for tile in reversed(tiles)}
+        for tile in programs.values():
+            check_wgrad(o, features, tile)
 
 
 @pytest.mark.gpu

@@ -13,13 +13,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 import triton
-from cases import assert_close_to_reference, cut_off, relative_error
+from cases import assert_close_to_reference, lost_in_sums, relative_error
 from conv_cases import BOXED, GATHERED, net_problems
 from torch import Tensor
 
 from fastres.kernels import conv
 from fastres.kernels.config import Tile, fprop_tiles
-from fastres.kernels.conv import Join, conv_fprop, fprop_tma_refusal
+from fastres.kernels.conv import Join, RunningNorm, conv_fprop, fprop_tma_refusal
 from fastres.kernels.problem import ConvProblem
 from fastres.kernels.stem import conv_stem, pack_filters, pack_images
 from fastres.ops import dispatch
@@ -67,10 +67,12 @@ def extras(p: ConvProblem, dtype: torch.dtype, *names: str) -> dict[str, Any]:
         "prologue": (torch.rand(p.C, device=DEVICE) + 0.5, torch.randn(p.C, device=DEVICE)),
         "scale": torch.randn(p.K, device=DEVICE),
         "shift": torch.randn(p.K, device=DEVICE),
+        "norm": RunningNorm(*(torch.rand(4, p.K, device=DEVICE) + 0.5).to(dtype), 1e-3),
+        "norm without affine": RunningNorm(*(torch.rand(2, p.K, device=DEVICE) + 0.5), None, None, 1e-3),
         "residual": torch.randn(p.N, p.P, p.Q, p.K, device=DEVICE).to(dtype),
         "relu": True,
     }
-    return {name: made[name] for name in names}
+    return {name.partition(" ")[0]: made[name] for name in names}
 
 
 def reference(
@@ -82,6 +84,7 @@ def reference(
     prologue: tuple[Tensor, Tensor] | None = None,
     scale: Tensor | None = None,
     shift: Tensor | None = None,
+    norm: RunningNorm | None = None,
     residual: Tensor | None = None,
     relu: bool = False,
 ) -> Tensor:
@@ -93,18 +96,26 @@ def reference(
     y = F.conv2d(x.permute(0, 3, 1, 2), w.permute(0, 3, 1, 2), **geometry(p)).permute(0, 2, 3, 1).to(wide)
     y = y if scale is None else y * scale.to(wide)
     y = y if shift is None else y + shift.to(wide)
+    if norm is not None:
+        mean, var, weight, bias = (None if t is None else t.to(wide) for t in norm[:4])
+        y = F.batch_norm(y.permute(0, 3, 1, 2), mean, var, weight, bias, eps=norm.eps).permute(0, 2, 3, 1)
     y = y if residual is None else y + residual.to(wide)
     return (F.relu(y) if relu else y).to(dtype).contiguous()
+
+
+def hold(p: ConvProblem, y: Any, x: Tensor, w: Tensor, tile: Tile | None = None, **given: Any) -> None:
+    """y against what it means, with PyTorch's own error as the measure."""
+    assert isinstance(y, Tensor)
+    assert y.dtype == x.dtype
+    ref64, baseline = reference(p, x, w, **given), reference(p, x, w, x.dtype, **given)
+    lost = lost_in_sums(p.gemm("fprop").k, x)
+    assert_close_to_reference(y, ref64, baseline, factor=3.0, what=f"{p} {tile} {[*given]}", lost=lost)
 
 
 def check(p: ConvProblem, dtype: torch.dtype, tile: Tile | None, *names: str, **options: Any) -> None:
     x, w = operands(p, dtype)
     given = extras(p, dtype, *names)
-    y = fprop(p, x, w, **given, **options, tile=tile)
-    assert isinstance(y, Tensor)
-    assert y.dtype == dtype
-    baseline = reference(p, x, w, dtype, **given)
-    assert_close_to_reference(y, reference(p, x, w, **given), baseline, factor=3.0, what=f"{p} {tile} {names}")
+    hold(p, fprop(p, x, w, **given, **options, tile=tile), x, w, tile, **given)
 
 
 def check_statistics(partials: Tensor, y: Tensor) -> None:
@@ -145,7 +156,7 @@ def check_block_end(problem: ConvProblem, dtype: torch.dtype, projection: bool, 
         assert_close_to_reference(
             out, block_end(torch.float64), block_end(torch.float32).to(dtype), factor=3, what=what
         )
-        assert_close_to_reference(y, reference(problem, out, w), reference(problem, out, w, dtype), factor=3, what=what)
+        hold(problem, y, out, w, tile)
         check_statistics(partials, y)
 
 
@@ -159,6 +170,7 @@ def test_end_of_the_block_before(boxed: bool, projection: bool, dtype: torch.dty
 
 
 EPILOGUES = [(), ("shift",), ("shift", "relu"), ("scale", "shift"), ("shift", "residual", "relu"), ("residual",)]
+EPILOGUES += [("norm", "relu"), ("norm", "residual", "relu"), ("norm without affine",)]
 
 
 @pytest.mark.parametrize("boxed", [False, True], ids=["gather", "TMA"])
@@ -174,7 +186,7 @@ def test_every_prologue_with_every_epilogue(prologue: tuple[str, ...], epilogue:
 def test_integers_are_exact(problem: ConvProblem, boxed: bool) -> None:
     x, w = operands(problem, torch.float16, integers=True)
     y = fprop(problem, x, w, tile=small_tile(problem, boxed))
-    assert torch.equal(y.double(), reference(problem, x, w))
+    assert torch.equal(y.double(), reference(problem, x, w).round())  # a library may transform what it convolves
 
 
 @pytest.mark.parametrize(("problem", "boxed"), CASES[::2] if INTERPRETED else CASES)
@@ -182,9 +194,7 @@ def test_statistics(problem: ConvProblem, boxed: bool) -> None:
     x, w = operands(problem, torch.float16)
     options = extras(problem, x.dtype, "prologue", "shift")
     y, partials = fprop(problem, x, w, **options, statistics=True, tile=small_tile(problem, boxed))
-    assert_close_to_reference(
-        y, reference(problem, x, w, **options), reference(problem, x, w, x.dtype, **options), factor=3.0
-    )
+    hold(problem, y, x, w, **options)
     check_statistics(partials, y)
 
 
@@ -218,7 +228,8 @@ def test_nan_comes_through_relu_and_prologue(boxed: bool) -> None:
     options = extras(problem, x.dtype, "prologue", "relu")
     y = conv_fprop(x, w, pad=1, **options, tile=small_tile(problem, boxed))
     assert isinstance(y, Tensor)
-    assert torch.equal(y.isnan(), reference(problem, x, w, **options).isnan())
+    want = reference(problem, x.cpu(), w.cpu(), prologue=tuple(v.cpu() for v in options["prologue"]), relu=True)
+    assert torch.equal(y.isnan().cpu(), want.isnan())  # a GPU's library may spread a NaN over a tile
     assert y.isnan().any()
     assert not y.isnan().all()
 
@@ -237,10 +248,10 @@ def test_wide_offsets(problem: ConvProblem, monkeypatch: pytest.MonkeyPatch) -> 
     check(problem, torch.float32, small_tile(problem, False), "prologue", "residual")
 
 
-def test_tiles_of_the_heuristic() -> None:
+@pytest.mark.parametrize("problem", (*GATHERED.values(), *BOXED.values())[:: 3 if INTERPRETED else 1], ids=str)
+def test_tiles_of_the_heuristic(problem: ConvProblem) -> None:
     """What runs when nobody chooses."""
-    for problem in (*GATHERED.values(), *BOXED.values())[:: 3 if INTERPRETED else 1]:
-        check(problem, torch.float16, None, "shift", "relu")
+    check(problem, torch.float16, None, "shift", "relu")
 
 
 def test_out_and_empty() -> None:
@@ -248,7 +259,7 @@ def test_out_and_empty() -> None:
     x, w = operands(problem, torch.float32)
     out = torch.full((2, 7, 6, 24), float("nan"), device=DEVICE)
     assert conv_fprop(x, w, pad=1, out=out) is out
-    assert_close_to_reference(out, reference(problem, x, w), reference(problem, x, w, x.dtype), factor=3.0)
+    hold(problem, out, x, w)
     y, partials = conv_fprop(x[:0], w, pad=1, statistics=True)
     assert y.shape == (0, 7, 6, 24)
     assert partials.shape[0] == 0
@@ -267,7 +278,7 @@ def test_single_pixels_of_any_strides() -> None:
         residual=torch.zeros(3, 16, 1, 1, device=DEVICE).permute(0, 2, 3, 1),
         tile=small_tile(problem, True),
     )
-    assert_close_to_reference(y, reference(problem, x, w), reference(problem, x, w, x.dtype), factor=3.0)
+    hold(problem, y, x, w)
 
 
 def test_other_output_dtype() -> None:
@@ -275,7 +286,7 @@ def test_other_output_dtype() -> None:
     x, w = operands(problem, torch.float16)
     y = conv_fprop(x, w, pad=1, out_dtype=torch.float32)
     assert isinstance(y, Tensor)
-    assert relative_error(y, reference(problem, x, w)) < 1e-6 + cut_off(9 * 32, x)
+    assert relative_error(y, reference(problem, x, w)) < 1e-6 + lost_in_sums(9 * 32, x)
 
 
 @pytest.mark.parametrize("boxed", [False, True], ids=["gather", "TMA"])
@@ -321,9 +332,7 @@ def test_stem(problem: ConvProblem, dtype: torch.dtype) -> None:
     options = extras(problem, dtype, "scale", "shift", "relu")
     tile = Tile(16, 32, 32, 4, 2, (1, 4, 8))
     y, partials = conv_stem(packed, pack_filters(w), problem, **options, statistics=True, tile=tile)
-    assert_close_to_reference(
-        y, reference(problem, x, w, **options), reference(problem, x, w, dtype, **options), factor=3.0
-    )
+    hold(problem, y, x, w, **options)
     check_statistics(partials, y)
 
 
@@ -345,15 +354,12 @@ def random_case(seed: int) -> tuple[ConvProblem, bool, tuple[str, ...]]:
         return problem, boxed, tuple(name for name in names if draw.random() < 0.5)
 
 
-def test_fuzz() -> None:
-    for seed in range(16 if INTERPRETED else 1000):
-        problem, boxed, names = random_case(seed)
-        torch.manual_seed(seed)
-        try:
-            check(problem, torch.float32, small_tile(problem, boxed), *names)
-        except Exception:
-            print(f"reproduce with: torch.manual_seed({seed}); random_case({seed})")
-            raise
+@pytest.mark.parametrize("seed", range(16 if INTERPRETED else 300))
+def test_fuzz(seed: int) -> None:
+    problem, boxed, names = random_case(seed)
+    torch.manual_seed(seed)
+    print(f"reproduce: pytest 'tests/test_conv_fprop.py::test_fuzz[{seed}]'  # {problem} {names}")
+    check(problem, torch.float32, small_tile(problem, boxed), *names)
 
 
 def test_a_wrong_kernel_fails(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -391,6 +397,8 @@ def test_bad_arguments_are_named() -> None:
     refused("residual must be torch.float32", residual=torch.zeros(2, 7, 6, 24, dtype=torch.int32, device=DEVICE))
     refused("out must be torch.float16", out=torch.empty(2, 7, 6, 24, device=DEVICE), out_dtype=torch.float16)
     refused("precision must be", precision="high")
+    refused("norm gives scale and shift", norm=RunningNorm(*[vector] * 4, 1e-5), shift=vector)
+    refused(r"norm.var must have shape .24., got .5.", norm=RunningNorm(vector, vector[:5], None, None, 1e-5))
     refused("join needs a prologue and a 1x1", join=Join(x, None, None, x))
     refused("BK=64 must divide C=32", tile=Tile(16, 32, 64, 4, 2, tma.box))
     refused("the box must hold BN pixels", tile=Tile(16, 64, 32, 4, 2, tma.box))
@@ -399,22 +407,22 @@ def test_bad_arguments_are_named() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("part", range(6))
+@pytest.mark.parametrize("part", range(12))
+@pytest.mark.parametrize("names", [(), ("prologue", "shift", "residual", "relu")], ids=["plain", "everything"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", ["resnet18", "resnet50", "resnext50_32x4d"])
-def test_every_tile_at_every_layer(name: str, dtype: torch.dtype, part: int) -> None:
+def test_every_tile_at_every_layer(name: str, dtype: torch.dtype, names: tuple[str, ...], part: int) -> None:
     """On real images' sizes, against float64: every tile that the heuristic can choose, plain and with everything; in
     parts that processes share."""
-    for problem in net_problems(name, 16)[part::6]:
+    for problem in net_problems(name, 16)[part::12]:
         x, w = operands(problem, dtype)
-        given = extras(problem, dtype, "prologue", "shift", "residual", "relu")
+        given = extras(problem, dtype, *names)
         boxed = [True] if fprop_tma_refusal(problem, x, w) is None else []
-        for options, computed in (({}, 0), (given, 1)):
-            ref64, baseline = reference(problem, x, w, **options), reference(problem, x, w, dtype, **options)
-            for tile in (t for tma in (*boxed, False) for t in fprop_tiles(problem, 2, tma, computed=computed)):
-                y, partials = fprop(problem, x, w, **options, statistics=True, tile=tile)
-                assert_close_to_reference(y, ref64, baseline, factor=3.0, what=f"{problem} {tile} {[*options]}")
-                check_statistics(partials, y)
+        ref64, baseline = reference(problem, x, w, **given), reference(problem, x, w, dtype, **given)
+        for tile in (t for tma in (*boxed, False) for t in fprop_tiles(problem, 2, tma, computed=len(names) > 0)):
+            y, partials = fprop(problem, x, w, **given, statistics=True, tile=tile)
+            assert_close_to_reference(y, ref64, baseline, factor=3.0, what=f"{problem} {tile} {names}")
+            check_statistics(partials, y)
 
 
 @pytest.mark.gpu
