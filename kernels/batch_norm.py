@@ -49,7 +49,7 @@ from .pointwise import (
 )
 from .pool import Pool, check_pool, gather, normalize_max_pool
 from .replay import empty, launch, remembered
-from .tile import relu
+from .tile import bn_affine, relu
 
 # One program of the last stage walks over this many partials at most; more are first merged in groups.
 _PARTIALS = 512
@@ -174,13 +174,7 @@ def finish_statistics_kernel(
             old = tl.load(running_var + channel, mask=valid, other=0.0).to(tl.float32)
             new = old + momentum * (tl.div_rn(m2, count - 1.0) - old)
             tl.store(running_var + channel, new.to(running_var.dtype.element_ty), mask=valid)
-    rstd = tl.div_rn(1.0, tl.sqrt_rn(var + eps))
-    scale = rstd
-    if weight is not None:
-        scale *= tl.load(weight + channel, mask=valid, other=0.0).to(tl.float32)
-    shift = -mean * scale
-    if bias is not None:
-        shift += tl.load(bias + channel, mask=valid, other=0.0).to(tl.float32)
+    rstd, scale, shift = bn_affine(mean, var, weight, bias, eps, channel, valid)
     tl.store(vectors + channel, mean, mask=valid)
     tl.store(vectors + K + channel, rstd, mask=valid)
     tl.store(vectors + 2 * K + channel, scale, mask=valid)

@@ -40,7 +40,9 @@ FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 FP8 = torch.float8_e4m3fn
 
 
-@triton.jit(do_not_specialize=["N", "H", "W", "P", "Q", "tiles_p", "tiles_q", "steps", "residual_scale", "out_scale"])
+@triton.jit(
+    do_not_specialize=["N", "H", "W", "P", "Q", "tiles_p", "tiles_q", "steps", "residual_scale", "out_scale", "eps"]
+)
 def conv_fprop_tma_kernel(
     x,
     w,
@@ -54,6 +56,9 @@ def conv_fprop_tma_kernel(
     joined,
     scale,
     shift,
+    mean,
+    var,
+    eps,
     partials,
     residual_scale,
     out_scale,
@@ -130,7 +135,7 @@ def conv_fprop_tma_kernel(
     res = None
     if residual is not None:
         res = residual.load([n0, p0, q0, tile_k * BM]).reshape((BN, BM)).T
-    out = finish(acc, res, scale, shift, k, k < K, residual_scale, out_scale, RELU, y.dtype)
+    out = finish(acc, res, scale, shift, mean, var, eps, k, k < K, residual_scale, out_scale, RELU, y.dtype)
     y.store([n0, p0, q0, tile_k * BM], out.T.reshape((TN, TH, TW, BM)))
     if partials is not None:
         count = tl.minimum(TN, N - n0) * tl.minimum(TH, P - p0) * tl.minimum(TW, Q - q0)
@@ -138,7 +143,7 @@ def conv_fprop_tma_kernel(
         store_statistics(partials, out, tile, count, (n < N) & (p < P) & (q < Q), k, k < K, K, FULL)
 
 
-@triton.jit(do_not_specialize=["pixels", "H", "W", "P", "Q", "steps", "residual_scale", "out_scale"])
+@triton.jit(do_not_specialize=["pixels", "H", "W", "P", "Q", "steps", "residual_scale", "out_scale", "eps"])
 def conv_fprop_gather_kernel(
     x,
     w,
@@ -152,6 +157,9 @@ def conv_fprop_gather_kernel(
     joined,
     scale,
     shift,
+    mean,
+    var,
+    eps,
     partials,
     residual_scale,
     out_scale,
@@ -247,7 +255,10 @@ def conv_fprop_gather_kernel(
     res = None
     if residual is not None:
         res = tl.load(residual + at, mask=writable, other=0.0)
-    out = finish(acc, res, scale, shift, channel, k < K_GROUP, residual_scale, out_scale, RELU, y.dtype.element_ty)
+    out = finish(
+        acc, res, scale, shift, mean, var, eps, channel, k < K_GROUP, residual_scale, out_scale, RELU,
+        y.dtype.element_ty,
+    )  # fmt: skip
     tl.store(y + at, out, mask=writable)
     if partials is not None:
         store_statistics(partials, out, tile, tl.minimum(BN, pixels - tile * BN), inside, channel, k < K_GROUP, K, FULL)
@@ -263,6 +274,16 @@ class Join(NamedTuple):
     out: Tensor
 
 
+class RunningNorm(NamedTuple):
+    """A BatchNorm in eval mode: its statistics, weight and bias (or None), [K] of any floating dtype, and its eps."""
+
+    mean: Tensor
+    var: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+
+
 @remembered
 def conv_fprop(
     x: Tensor,
@@ -276,6 +297,7 @@ def conv_fprop(
     join: Join | None = None,
     scale: Tensor | None = None,
     shift: Tensor | None = None,
+    norm: RunningNorm | None = None,
     residual: Tensor | None = None,
     relu: bool = False,
     statistics: bool = False,
@@ -291,8 +313,9 @@ def conv_fprop(
 
         y = out_scale [relu](scale conv([relu(s x + t)], w) + shift + residual_scale residual)
 
-    prologue: (s, t), fp32 [C]; scale, shift: fp32 [K]; residual: [N, P, Q, K] in x's or y's dtype. x and w have one
-    dtype: bfloat16, float16, float32 or, without a prologue, float8_e4m3fn; the two numbers are for quantised tensors.
+    prologue: (s, t), fp32 [C]; scale, shift: fp32 [K]; norm: gives both of them; residual: [N, P, Q, K] in x's or y's
+    dtype. x and w have one dtype: bfloat16, float16, float32 or, without a prologue, float8_e4m3fn; the two numbers are
+    for quantised tensors.
     join: adds a residual block's shortcut in the prologue and fills `join.out`, once for every tile of channels, so
     that it pays where one tile holds all K.
     out: where to put y; out_dtype: y's dtype, by default x's, for fp8 bfloat16. precision of fp32 products: "ieee" or
@@ -312,15 +335,21 @@ def conv_fprop(
     y_dtype = out_dtype or (out.dtype if out is not None else torch.bfloat16 if x.dtype == FP8 else x.dtype)
     if y_dtype not in (*FLOATS, FP8):
         raise ValueError(f"out_dtype must be bfloat16, float16, float32 or float8_e4m3fn, got {y_dtype}")
+    if norm is not None and (scale is not None or shift is not None):
+        raise ValueError("norm gives scale and shift; they can't be given, too")
     s, t = prologue or (None, None)
+    mean, var, weight, bias, eps = norm or (None, None, scale, shift, None)
     side, side_scale, side_shift, joined = join or (None, None, None, None)
     for name, tensor in (("join.side", side), ("join.out", joined)):
         check_tensor(name, tensor, tuple(x.shape), x)
     vectors = {"prologue scale": s, "prologue shift": t, "join.scale": side_scale, "join.shift": side_shift}
     for name, tensor in vectors.items():
         check_tensor(name, tensor, (problem.C,), x, torch.float32)
-    for name, tensor, length in (("scale", scale, K), ("shift", shift, K)):
-        check_tensor(name, tensor, (length,), x, torch.float32)
+    for name, tensor in (("scale", scale), ("shift", shift)):
+        check_tensor(name, tensor, (K,), x, torch.float32)
+    if norm is not None:
+        for name, tensor in zip(RunningNorm._fields[:4], norm[:4], strict=True):
+            check_tensor(f"norm.{name}", tensor, (K,), x, *FLOATS)
     check_tensor("residual", residual, shape, x, x.dtype, y_dtype)
     check_tensor("out", out, shape, x, y_dtype)
     check_device(x, x.dtype, y_dtype)
@@ -335,7 +364,7 @@ def conv_fprop(
         launch_tiles(
             problem, tile, x, w, y, residual, side, joined,
             prologue_scale=s, prologue_shift=t, side_scale=side_scale, side_shift=side_shift,
-            scale=scale, shift=shift, partials=partials,
+            scale=weight, shift=bias, mean=mean, var=var, eps=eps, partials=partials,
             residual_scale=None if residual_scale == 1.0 else residual_scale,
             out_scale=None if out_scale == 1.0 else out_scale,
             RELU=relu, PRECISION=precision,

@@ -129,7 +129,8 @@ def conv_stem(
             tile, windows, filters, y, H=problem.H, W=problem.W, C=WINDOW * CHANNELS,
             steps=reduction_steps(as_columns, tile), R=R, S=1, STRIDE=2, PAD_H=problem.pad, PAD_W=0, DILATION=1,
             prologue_scale=None, prologue_shift=None, side_scale=None, side_shift=None,
-            scale=scale, shift=shift, partials=partials, residual_scale=None, out_scale=None,
+            scale=scale, shift=shift, mean=None, var=None, eps=None, partials=partials, residual_scale=None,
+            out_scale=None,
             RELU=relu, PRECISION=precision,
         )  # fmt: skip
     return y if partials is None else (y, partials)

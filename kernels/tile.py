@@ -90,11 +90,27 @@ def store_statistics(partials, y, tile, count, valid, channel, channel_valid, K,
 
 
 @triton.jit
+def bn_affine(mean, var, weight, bias, eps, channel, valid):
+    """(rstd, scale, shift) of a BatchNorm with these statistics, fp32 like mean; weight, bias: pointers or None."""
+    rstd = tl.div_rn(1.0, tl.sqrt_rn(var + eps))
+    scale = rstd
+    if weight is not None:
+        scale *= tl.load(weight + channel, mask=valid, other=0.0).to(tl.float32)
+    shift = -mean * scale
+    if bias is not None:
+        shift += tl.load(bias + channel, mask=valid, other=0.0).to(tl.float32)
+    return rstd, scale, shift
+
+
+@triton.jit
 def finish(
     acc,
     res,
     scale,
     shift,
+    mean,
+    var,
+    eps,
     channel,
     channel_valid,
     residual_scale,
@@ -106,12 +122,19 @@ def finish(
 
         out_scale [relu](scale[channel] acc + shift[channel] + residual_scale res)
 
-    Whatever is None is left out; res is [BM, BN], the scales of quantised tensors are numbers.
+    Whatever is None is left out; res is [BM, BN], the scales of quantised tensors are numbers. With mean and var, scale
+    and shift are the weight and bias of a BatchNorm.
     """
-    if scale is not None:
-        acc *= tl.load(scale + channel, mask=channel_valid, other=0.0)[:, None]
-    if shift is not None:
-        acc += tl.load(shift + channel, mask=channel_valid, other=0.0)[:, None]
+    if var is not None:
+        centre = tl.load(mean + channel, mask=channel_valid, other=0.0).to(tl.float32)
+        spread = tl.load(var + channel, mask=channel_valid, other=1.0).to(tl.float32)
+        _, slope, start = bn_affine(centre, spread, scale, shift, eps, channel, channel_valid)
+        acc = acc * slope[:, None] + start[:, None]
+    else:
+        if scale is not None:
+            acc *= tl.load(scale + channel, mask=channel_valid, other=0.0)[:, None]
+        if shift is not None:
+            acc += tl.load(shift + channel, mask=channel_valid, other=0.0)[:, None]
     if res is not None:
         res = res.to(tl.float32)
         if residual_scale is not None:
@@ -121,7 +144,7 @@ def finish(
         acc = relu(acc)
     if out_scale is not None:
         acc *= out_scale
-    if COMPILED and DTYPE.is_fp16() and scale is None and shift is None and res is None:
+    if COMPILED and DTYPE.is_fp16() and var is None and scale is None and shift is None and res is None:
         # wgmma's own sums, rounded one by one and widened again for statistics: ptxas 12.8 takes that for reading them
         # in flight and serialises wgmma (C7514). Rounded by pairs, as bf16 is by itself, they are not.
         pair: tl.constexpr = "cvt.rn.f16x2.f32 $0, $2, $1;"

@@ -12,7 +12,7 @@ from binary import Launch, check, record
 from conv_cases import net_problems
 
 from fastres.kernels.config import H200, Gpu, Tile, fprop_tiles
-from fastres.kernels.conv import Join, conv_fprop, fprop_tma_refusal
+from fastres.kernels.conv import Join, RunningNorm, conv_fprop, fprop_tma_refusal
 from fastres.kernels.problem import ConvProblem
 from fastres.kernels.stem import conv_stem, pack_filters, pack_images
 from fastres.ops import dispatch
@@ -30,8 +30,9 @@ MATRIX = {80: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
 # What a net asks of a conv: folded or live BatchNorm at inference; statistics when training; the bare conv.
 USES = (
     "shift relu",
-    "scale shift relu",
     "scale shift residual relu",
+    "norm relu",
+    "norm residual relu",
     "statistics",
     "prologue statistics",
     "prologue join statistics",
@@ -57,6 +58,8 @@ def launches(n: ConvProblem, use: str, tile: Tile | None, dtype: torch.dtype = t
     for name in ("scale", "shift"):
         if name in use:
             options[name] = empty(n.K)
+    if "norm" in use:
+        options["norm"] = RunningNorm(*(empty(n.K) for _ in range(4)), 1e-5)
     if "residual" in use:
         wide = torch.bfloat16 if dtype.itemsize == 1 else dtype
         options["residual"] = empty(n.N, n.P, n.Q, n.K, dtype=wide)
@@ -129,6 +132,7 @@ STEM = ConvProblem(256, 224, 224, 3, 64, 7, 7, 2, 3)
         (NARROW, "shift relu", 90),
         (NARROW, "prologue statistics", 90),
         (SQUARE, "scale shift relu", 90),
+        (SQUARE, "norm residual relu", 90),
         (SQUARE, "prologue statistics", 90),
         (STRIDED, "prologue statistics", 90),
         (SINGLE, "shift relu", 90),

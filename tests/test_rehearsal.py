@@ -105,6 +105,8 @@ def test_every_launch_keeps_the_limits(
     assert sum(name.startswith("conv_fprop") for name in names) == convs
     assert names.count("wgrad_kernel") == (convs if training else 0)
     assert names.count("pack_images_kernel") == (first == "stem")
+    own = convs if training else 1  # in eval mode the epilogues do it, but for the convolution before the pool
+    assert names.count("finish_statistics_kernel") == own
     assert any(isinstance(value, TensorDescriptor) for one in launches for value in one.kwargs.values())
     wrong = [f"{one.fn.__name__}: {text}" for one in launches for text in broken(one)]
     assert not wrong

@@ -15,7 +15,7 @@ from torch import Tensor
 from fastres.kernels import batch_norm, conv, replay, stem
 from fastres.kernels.batch_norm import Pool
 from fastres.kernels.bottleneck import bottleneck_chain
-from fastres.kernels.conv import Join, conv_fprop
+from fastres.kernels.conv import Join, RunningNorm, conv_fprop
 from fastres.kernels.dgrad import conv_dgrad
 from fastres.kernels.problem import ConvProblem
 from fastres.kernels.residual import pad_shortcut_backward
@@ -45,6 +45,9 @@ CALLS: dict[str, Callable[[Operands], Any]] = {
     "fprop 1x1": lambda o: conv_fprop(o(2, 8, 8, 32), o(64, 1, 1, 32), prologue=o.vectors(2, 32), statistics=True),
     "fprop 3x3": lambda o: conv_fprop(o(2, 8, 8, 32), o(16, 3, 3, 32), pad=1, stride=2, residual=o(2, 4, 4, 16)),
     "fprop, grouped": lambda o: conv_fprop(o(2, 5, 7, 6), o(8, 3, 3, 3), groups=2, pad=1, out=o(2, 5, 7, 8)),
+    "fprop, live norm": lambda o: conv_fprop(
+        o(2, 8, 8, 32), o(16, 1, 1, 32), norm=RunningNorm(o(16), o(16, draw=torch.rand), None, o(16), 1e-5), relu=True
+    ),
     "fprop, joined": lambda o: conv_fprop(
         o(2, 8, 8, 32),
         o(16, 1, 1, 32),

@@ -169,23 +169,20 @@ def _infer(call: Call, x: Tensor, parameters: Sequence[Any]) -> Tensor:
     identity: Tensor | None = x
     if call.end.kind == "project":
         weight, gamma, beta = parameters[-3:]
-        _, _, scale, shift = call.steps[-1].running_statistics(gamma, beta, call.layers[-1])
-        identity = call.steps[-1].infer(x, krsc(weight, x.dtype), scale, shift, relu=False)
+        identity = call.steps[-1].infer_live(x, krsc(weight, x.dtype), gamma, beta, call.layers[-1], relu=False)
     for i in range(call.depth):
         step, layer = call.steps[i], call.layers[i]
         weight, gamma, beta = parameters[3 * i : 3 * i + 3]
-        _, _, scale, shift = step.running_statistics(gamma, beta, layer)
-        w = krsc(weight, x.dtype)
-        last = i == call.depth - 1
-        if last and call.end.kind == "pool":
+        w, last = krsc(weight, x.dtype), i == call.depth - 1
+        if last and call.end.kind in ("pool", "pad"):
             z = step.fprop(a, w, None)
+            _, _, scale, shift = step.running_statistics(gamma, beta, layer)
+            if call.end.kind == "pad":
+                return nchw(step.normalize(z, scale, shift, residual=x, residual_stride=call.end.stride))
             y, _ = step.normalize_max_pool(z, scale, shift, call.end.kernel, call.end.stride, call.end.pad)
             return nchw(y)
-        if last and call.end.kind == "pad":
-            z = step.fprop(a, w, None)
-            return nchw(step.normalize(z, scale, shift, residual=x, residual_stride=call.end.stride))
         residual = identity if last and call.end.kind in ("add", "project") else None
-        a = step.infer(a, w, scale, shift, residual)
+        a = step.infer_live(a, w, gamma, beta, layer, residual)
     return nchw(a)
 
 

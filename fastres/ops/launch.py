@@ -120,6 +120,26 @@ class Step:
         z = steps.conv_fprop(x, w, geometry=self.geometry)
         return self.normalize(z, scale, shift, residual=residual, relu=relu)
 
+    def infer_live(
+        self,
+        x: Tensor,
+        w: Tensor,
+        gamma: Tensor | None,
+        beta: Tensor | None,
+        layer: Layer,
+        residual: Tensor | None = None,
+        relu: bool = True,
+    ) -> Tensor:
+        """`infer` by the BatchNorm's running statistics as they are now."""
+        if self.infer_by == "triton":
+            from fastres.kernels.conv import RunningNorm, conv_fprop
+
+            assert layer.running is not None
+            norm = RunningNorm(*layer.running, gamma, beta, layer.eps)
+            return conv_fprop(x, w, **self._conv, norm=norm, residual=residual, relu=relu)
+        _, _, scale, shift = self.running_statistics(gamma, beta, layer)
+        return self.infer(x, w, scale, shift, residual, relu)
+
     def fprop(self, x: Tensor, w: Tensor, prologue: Affine | None) -> Tensor:
         """z = conv(x), or conv(relu(s x + t)) with prologue = (s, t)."""
         if self.fprop_by == "stem" and prologue is None:
