@@ -13,7 +13,7 @@ import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import backends
@@ -47,7 +47,7 @@ def rounding(dtype: torch.dtype, device: torch.device) -> float:
 
 
 def allowed(baseline: float, dtype: torch.dtype, device: torch.device, mode: str) -> float:
-    """The largest error of a right output, given eager PyTorch's own error `baseline` on the same case.
+    """The largest of one of the errors of a right output, given eager PyTorch's own `baseline` on the same case.
 
     Inference: four times the baseline, or `rounding`. Gradients: an error e of the activations puts a share e of the
     ReLUs on the other side of zero, which moves a gradient by about sqrt(e); four times that or twice the baseline.
@@ -64,7 +64,7 @@ class Data:
     """What all backends of one case share, in fp32 on the CPU: weights, input batches, labels; and what is right.
 
     reference: fp64 scores [CHECKED, classes] in inference; in training the gradient of every parameter, by name, of a
-    first step on the first batch. baseline: eager PyTorch's own error in the case's dtype.
+    first step on the first batch. baseline: eager PyTorch's own errors in the case's dtype.
     """
 
     weights: dict[str, Tensor]
@@ -72,7 +72,7 @@ class Data:
     labels: list[Tensor]
     reference: Any = None
     reference_dtype: str = "float64"
-    baseline: float = math.nan
+    baseline: dict[str, float] = field(default_factory=dict)
 
 
 def prepare(case: Case, weights: dict[str, Tensor], inputs: list[Tensor], seed: int) -> Data:
@@ -86,10 +86,10 @@ def prepare(case: Case, weights: dict[str, Tensor], inputs: list[Tensor], seed: 
         few = replace(data, inputs=[inputs[0][:CHECKED]])
         exact = replace(case, dtype=torch.float64, device=torch.device("cpu"))
         data.reference = few.reference = Infer(eager, exact, few)(0)
-        data.baseline = Infer(eager, case, few).error()
+        data.baseline = Infer(eager, case, few).errors()
     else:
         data.reference, data.reference_dtype = _reference_gradients(eager, case, data)
-        data.baseline = Train(eager, case, data).error()
+        data.baseline = Train(eager, case, data).errors()
     release(case.device)
     return data
 
@@ -123,10 +123,10 @@ class Infer:
         with torch.inference_mode():
             return self.call(self.inputs[i % len(self.inputs)])
 
-    def error(self) -> float:
-        """Relative L2 of the first scores against fp64; NaN where they hold one."""
+    def errors(self) -> dict[str, float]:
+        """error: relative L2 of the first scores against fp64; NaN where they hold one."""
         scores = self(0)[:CHECKED].double().cpu()
-        return (torch.dist(scores, self.data.reference) / self.data.reference.norm()).item()
+        return {"error": (torch.dist(scores, self.data.reference) / self.data.reference.norm()).item()}
 
 
 class Train:
@@ -184,13 +184,16 @@ class Train:
         decay = OPTIMIZER["weight_decay"]
         return {name: m.cpu() - decay * self.data.weights[name].to(m.dtype) for name, m in self.momenta.items()}
 
-    def error(self) -> float:
-        """Median over the parameters of the relative L2 error of their gradients; NaN where any gradient holds one."""
+    def errors(self) -> dict[str, float]:
+        """Over the parameters, of the relative L2 error of their gradients: the median (error) and the 95th percentile
+        (error_p95); NaN where any gradient holds one."""
         errors = []
         for name, gradient in self.gradients().items():
             right = self.data.reference[name].double()
             errors.append((torch.dist(gradient.double(), right) / right.norm()).item())
-        return math.nan if any(map(math.isnan, errors)) else statistics.median(errors)
+        if any(map(math.isnan, errors)):
+            return {"error": math.nan, "error_p95": math.nan}
+        return {"error": statistics.median(errors), "error_p95": sorted(errors)[math.ceil(0.95 * len(errors)) - 1]}
 
 
 STEPS = {"infer": Infer, "train": Train}
@@ -271,18 +274,19 @@ def _measure(backend: Backend, case: Case, data: Data, seconds: float, multiply_
         notes += lost_layouts(step)
     last = step(0)
     finite = bool(torch.isfinite(last).all())
-    error, limit = step.error(), allowed(data.baseline, case.dtype, device, case.mode)
-    row |= {
-        "error": error if math.isfinite(error) else None,
-        "error_allowed": limit,
-        "error_of_eager": data.baseline,
-        "reference": data.reference_dtype,
-        "notes": notes,
-    }
-    if finite and error <= limit:
-        return row | {"status": "ok"}
-    said = f"error {error:.2g} where {limit:.2g} is allowed" if finite else "NaN or infinity after the timed calls"
-    return row | {"status": "wrong", "reason": said}
+    errors = step.errors()
+    limits = {name: allowed(baseline, case.dtype, device, case.mode) for name, baseline in data.baseline.items()}
+    for name in ("error", "error_p95"):
+        error = errors.get(name, math.nan)
+        row |= {name: error if math.isfinite(error) else None, f"{name}_allowed": limits.get(name)}
+        row[f"{name}_of_eager"] = data.baseline.get(name)
+    row |= {"reference": data.reference_dtype, "notes": notes}
+    if not finite:
+        return row | {"status": "wrong", "reason": "NaN or infinity after the timed calls"}
+    for name, error in errors.items():
+        if not error <= limits[name]:
+            return row | {"status": "wrong", "reason": f"{name} {error:.2g} where {limits[name]:.2g} is allowed"}
+    return row | {"status": "ok"}
 
 
 def _seconds(step: Callable[[int], Any], calls: range, device: torch.device) -> float:

@@ -104,6 +104,7 @@ def test_script(tmp_path: Path) -> None:
     for row in record["rows"]:
         assert row["status"] == "ok"
         assert row["error"] <= row["error_allowed"]
+        assert row["error_p95"] is None if row["mode"] == "infer" else row["error_p95"] <= row["error_p95_allowed"]
         if row["ours"]:
             assert re.fullmatch(r"plain path in 9 of 9 blocks: .*cpu.*", row["path"]), "a CPU has no fused path"
     assert picture.read_bytes().startswith(b"\x89PNG")
@@ -240,6 +241,32 @@ def test_wrong_outputs_are_not_ranked(
     assert re.search(r"wrong-backward .*WRONG", printed)
     assert re.search(r"wrong-backward: error .* is allowed", printed)
     assert "wrong" in (tmp_path / "r.svg").read_text()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_few_gradients_that_are_zero_are_wrong(
+    dtype: torch.dtype, bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One in ten: the median over the parameters knows nothing of them."""
+    case = bench.backends.Case("cifar-8", "train", 4, dtype, 32, torch.device("cpu"))
+    inputs = bench.photos.batches(bench.measure.INPUTS, 4, 32, seed=0)
+    data = bench.measure.prepare(case, bench.backends.shared_weights(case.net, inputs, 0), inputs, 0)
+    eager, gradients = bench.backends.BACKENDS["eager"], bench.measure.Train.gradients
+    assert bench.measure.measure(eager, case, data, 0.01, 1)["status"] == "ok"
+
+    def some_zero(step: Any) -> dict[str, torch.Tensor]:
+        return {name: g * (i % 10 > 0) for i, (name, g) in enumerate(gradients(step).items())}
+
+    monkeypatch.setattr(bench.measure.Train, "gradients", some_zero)
+    row = bench.measure.measure(eager, case, data, 0.01, 1)
+    assert row["status"] == "wrong"
+    assert row["error"] <= row["error_allowed"]
+    assert row["reason"].startswith("error_p95 1 where 0.")
+    monkeypatch.setattr(
+        bench.measure.Train, "gradients", lambda step: {n: g * torch.nan for n, g in gradients(step).items()}
+    )
+    row = bench.measure.measure(eager, case, data, 0.01, 1)
+    assert (row["status"], row["error"], row["error_p95"]) == ("wrong", None, None)
 
 
 @pytest.mark.parametrize(("baseline", "mode"), [(0.0, "infer"), (0.0, "train"), (0.9, "infer"), (0.9, "train")])
