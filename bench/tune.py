@@ -6,11 +6,10 @@
 Per problem and pass: the candidates of `fastres.kernels.config` that agree with cuDNN's result are timed; the best is
 set against cuDNN, and the faster of the two is the winner. Either does what the net has it do in the problem's most
 frequent role there (bench/layers.py): in training cuDNN's convolution with our passes around it, in inference cuDNN's
-fused convolution as `fastres.optimize` runs it. What our kernel could compute while it loads is tried that way and
-stored by a pass before it. All candidates are compiled first, by as many processes as there are
-CPUs. The table is rewritten after every problem; a second run goes on with what is missing (--again measures anew).
-Where a kernel breaks the CUDA context, the library wins that problem and the rest is measured by a fresh process. Needs
-a CUDA GPU.
+fused convolution as `fastres.optimize` runs it. What our kernel may compute while it loads is tried both ways, on load
+and stored before. All candidates are compiled first, by as many processes as there are CPUs. The table is rewritten
+after every problem; a second run goes on with what is missing (--again measures anew). Where a kernel breaks the CUDA
+context, the library wins that problem and the rest is measured by a fresh process. Needs a CUDA GPU.
 """
 
 from __future__ import annotations
