@@ -69,8 +69,9 @@ def test_equals_three_convolutions(poisoned: None, N: int, H: int, W: int, C: in
 def test_nan_stays_where_its_window_reaches() -> None:
     given = operands(1, 8, 8, 16, torch.float16)
     given[0][0, 2, 2] = float("nan")
-    for got, want in zip(bottleneck_chain(*given), plain(*given), strict=True):
-        assert torch.equal(got.isnan(), want.isnan())
+    exact = plain(*(t.double().cpu() for t in given))  # a GPU's library may spread a NaN over a tile
+    for got, want in zip(bottleneck_chain(*given), exact, strict=True):
+        assert torch.equal(got.isnan().cpu(), want.isnan())
 
 
 def test_refuses_what_it_cannot_do() -> None:

@@ -194,17 +194,19 @@ def masked_gradient(dy: Tensor, z: Tensor, mask: batch_norm.Mask, pool: Pool | N
 def hold(case: Case) -> None:
     """Our results are as close to float64 as PyTorch's in the same dtype, within a factor of 2.
 
-    Vectors, sums over pixels in fp32, may be off by some roundings more: PyTorch on the CPU sums in float64. In
-    dz = p g + q z + r the last two cancel where |mean| >> std, which costs some fp32 roundings of their size.
+    Vectors, sums over pixels in fp32, may be off by some roundings more: PyTorch on the CPU sums in float64. The terms
+    of y = scale z + shift, and the last two of dz = p g + q z + r, cancel where |mean| >> std, which costs some fp32
+    roundings of their size; PyTorch on a GPU subtracts the mean first.
     """
     t = inputs(case)
     truth, baseline, actual = stock(t, case, torch.float64), stock(t, case, case.dtype), ours(t, case)
     assert sorted(actual) == sorted(truth)
     for name, value in actual.items():
         allowed = TOLERANCES[value.dtype] * (8 if value.dim() == 1 else 1)
-        if name.startswith("dz"):
-            mean, rstd = vectors(t[name[1:]])
-            allowed += 4 * TOLERANCES[torch.float32] * float((mean.abs() * rstd).max())
+        for z in t.keys() & {"z", "z_d"}:
+            if name in ("y", f"d{z}"):
+                mean, rstd = vectors(t[z])
+                allowed += 4 * TOLERANCES[torch.float32] * float((mean.abs() * rstd).max())
         allowed += 2 * relative_error(baseline[name], truth[name])
         error = relative_error(value, truth[name])
         assert error <= allowed, f"{name} of {case}: error {error:.3g}, allowed {allowed:.3g}"
@@ -264,7 +266,7 @@ def test_statistics_do_not_cancel(mean: float, std: float, dtype: torch.dtype) -
     assert relative_error(s.rstd, true_rstd) < 5e-6
     x = z.float()
     naive = ((x * x).mean((0, 1, 2)) - x.mean((0, 1, 2)) ** 2 + EPS).rsqrt()
-    assert not relative_error(naive, true_rstd) < 1e-4, "this input is too easy to tell good statistics from bad"
+    assert not relative_error(naive, true_rstd) < 2e-5, "this input is too easy to tell good statistics from bad"
 
 
 def test_statistics_partials() -> None:
@@ -526,7 +528,7 @@ def wrong_normalize_kernel(
     tl.store(y + here, out.to(y.dtype.element_ty), mask=valid)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["steps"])
 def wrong_statistics_kernel(z, partials, M, K_VECS, steps, VEC: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr):
     """Counts the rows of the tail that are not there."""
     K = K_VECS * VEC
