@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import pickle
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -488,3 +489,68 @@ def test_only_bottlenecks_are_chained(tune: ModuleType, layers: ModuleType) -> N
 
     assert found(18) == found(34) == []
     assert found(50) == found(18, 34, 50, 101, 152) == [64, 128]
+
+
+def test_main_measures_what_is_missing(
+    tune: ModuleType, layers: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """Pass by pass, wgrad with what dgrad found, the chain last; a second run has nothing to do. fp32 means it."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(tune, "compile_candidates", lambda missing, *_: compiled_first.append(len(missing)))
+    compiled_first: list[int] = []
+    measured: list[Any] = []
+
+    def measure(problem: ConvProblem, pass_: str, role: Any, dtype: torch.dtype, *rest: Any) -> Any:
+        assert not torch.backends.cudnn.allow_tf32
+        measured.append((pass_, problem, role, rest[-1]))
+        return config.Measurement("triton", None, on_load=problem.C > 64), ""
+
+    def measure_chain(problem: ConvProblem, *_: Any) -> Any:
+        measured.append(("chain", problem))
+        return config.Measurement("cudnn", None), ""
+
+    monkeypatch.setattr(tune, "tune", measure)
+    monkeypatch.setattr(tune, "tune_chain", measure_chain)
+    with torch.backends.cudnn.flags():
+        assert tune.main(["--depth", "50", "--batch", "8", "--jobs", "1"]) == 0
+        passes = [one[0] for one in measured]
+        assert list(dict.fromkeys(passes)) == list(tune.TUNED)
+        assert Counter(passes) == {"infer": 23, "fprop": 23, "dgrad": 22, "wgrad": 23, "chain": 2}
+        asked = {(pass_, problem): dz for pass_, problem, _, dz in measured[:-2]}
+        for (pass_, problem), dz in asked.items():
+            wanted = problem.C > 64 if pass_ == "wgrad" and problem.C > 3 else problem.R == 1
+            assert dz == wanted, (pass_, problem)
+        assert {problem: role for _, problem, role, _ in measured[:-2]} == {
+            problem: role for problem, (_, role) in layers.problems([50], 8, 224).items()
+        }
+        capsys.readouterr()
+        assert tune.main(["--depth", "50", "--batch", "8", "--jobs", "1"]) == 0
+    assert "0 of 93 problems to measure" in capsys.readouterr().out
+    assert len(measured) == 93
+    assert compiled_first == [93, 0]
+
+
+@compiled
+def test_what_is_compiled_ahead_is_what_is_timed(
+    tune: ModuleType, layers: ModuleType, on_meta: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every way of every problem, wgrad with dz either way: it isn't known yet what dgrad finds."""
+    monkeypatch.setattr(tune, "gpu_of", lambda device: config.H200)
+    tasks: list[Any] = []
+    monkeypatch.setattr(tune.precompile, "compile_all", lambda found, processes: tasks.extend(found) or [])
+    role, cuda = layers.Role("inner", summed=True), torch.device("cuda")
+    problem = ConvProblem(8, 28, 28, 64, 64)
+    passes = ("infer", "fprop", "dgrad", "wgrad", "chain")
+    tune.compile_candidates([(pass_, problem, role) for pass_ in passes], BF16, cuda, 3, 1)
+    operands, timed = layers.Operands.random(problem, BF16, META), []
+    with record():
+        for pass_ in passes[:-1]:
+            for dz in (True, False) if pass_ == "wgrad" else (True,):
+                ours = tune.our_steps(problem, pass_, role, BF16, cuda, dz)
+                timed += [(step, pass_, tile) for _, tile, step, _ in tune.ways(ours, pass_, role, operands, 3)]
+    assert [(step, pass_, tile) for _, (step, pass_, _, _, tile) in tasks] == timed
+    for function, arguments in pickle.loads(pickle.dumps(tasks)):
+        with record() as launched:
+            function(*arguments)
+        convolutions = [one for one in launched if "PRECISION" in one.kwargs]
+        assert [one.kwargs["BM"] for one in convolutions] == [arguments[-1].BM]
