@@ -67,9 +67,12 @@ def _wait_for_gpu() -> None:
 
 @pytest.fixture(autouse=True)
 def _settled() -> Iterator[None]:
-    """What a test's kernels do wrong shows in that test, not in the next one that looks at the GPU."""
+    """What a test's kernels do wrong shows in that test, not in the next one that looks at the GPU; and its memory is
+    there for the other processes' tests."""
     yield
     _wait_for_gpu()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 @pytest.fixture(autouse=True)

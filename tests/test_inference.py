@@ -16,7 +16,7 @@ import timm
 import torch
 import torch.nn.functional as F
 import torchvision
-from cases import assert_close_to_reference, relative_error
+from cases import assert_close_to_reference, lost_in_sums, relative_error
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torchvision.models.resnet import BasicBlock, Bottleneck, conv1x1
@@ -669,20 +669,22 @@ def test_kernels_answer_as_the_original(dtype: torch.dtype) -> None:
     (baseline,) = answers(copy.deepcopy(model).to(dtype), x.to(dtype))
     with fastres.backend("triton"):
         net = optimize(model, dtype=dtype)
-        assert_close_to_reference(net(x), reference, baseline)
+        assert_close_to_reference(net(x), reference, baseline, lost=lost_in_sums(9 * 32, baseline))
         assert net.explain().count("  triton  ") == sum(isinstance(m, nn.Conv2d) for m in model.modules())
 
 
 @needs_kernels
 @pytest.mark.interpret
 def test_kernel_after_the_library() -> None:
-    p = folded.pack(torch.randn(8, 4, 3, 3).to(DEVICE), torch.randn(8).to(DEVICE), torch.float32, "layer")
+    w, shift = torch.randn(8, 4, 3, 3).to(DEVICE), torch.randn(8).to(DEVICE)
     x, residual = torch.randn(2, 5, 6, 4).to(DEVICE), torch.randn(2, 5, 6, 8).to(DEVICE)
-    static: dict[str, Any] = {"p": p, "geometry": steps.Geometry(pad=1), "relu": True}
+    packed, exact = (folded.pack(w, shift, dtype, "layer") for dtype in (torch.float32, torch.float64))
+    static: dict[str, Any] = {"geometry": steps.Geometry(pad=1), "relu": True}
     for inputs in ((x,), (x, residual)):
-        expected = folded.by_library(*inputs, **static)
-        got = folded.by_library_and_kernel(*inputs, ones=torch.ones(8).to(DEVICE), **static)
-        assert relative_error(got, expected) <= 1e-6
+        reference = folded.by_library(*(t.double() for t in inputs), p=exact, **static)
+        baseline = folded.by_library(*inputs, p=packed, **static)
+        got = folded.by_library_and_kernel(*inputs, ones=torch.ones(8).to(DEVICE), p=packed, **static)
+        assert_close_to_reference(got, reference, baseline)
 
 
 @needs_kernels
@@ -700,15 +702,14 @@ def test_float8_kernel_means_its_simulation() -> None:
     }
     expected = folded.by_simulation(x, residual, **arguments)
     got = folded.by_triton(x, residual, precision="ieee", **arguments)
-    assert relative_error(got, expected) <= 1e-5
+    assert relative_error(got, expected) <= 1e-5 + lost_in_sums(9 * 16, x)
 
 
 # CUDA graphs and streams.
 
 
-def on_gpu(dtype: torch.dtype = torch.float16, **kwargs: Any) -> tuple[nn.Module, Optimized]:
-    model = tiny().cuda()
-    return model, optimize(model, dtype=dtype, **kwargs)
+def on_gpu() -> Optimized:
+    return optimize(tiny().cuda(), dtype=torch.float16)
 
 
 @pytest.mark.gpu
@@ -722,15 +723,15 @@ def test_gpu_answers_as_the_original(backend: str, dtype: torch.dtype) -> None:
         (baseline,) = answers(copy.deepcopy(model).to(dtype), x.to(dtype))
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False), fastres.backend(backend):
         graphed, stepped = optimize(model, x, dtype=dtype), optimize(model, dtype=dtype, cuda_graph=False)
-        assert_close_to_reference(graphed(x), reference, baseline)
-        assert_close_to_reference(stepped(x), reference, baseline)
+        for net in (graphed, stepped):
+            assert_close_to_reference(net(x), reference, baseline, lost=lost_in_sums(9 * 512, baseline))
         assert "replayed as a CUDA graph" in graphed.explain()
         assert "one step after the other" in stepped.explain()
 
 
 @pytest.mark.gpu
 def test_gpu_results_survive_later_calls_threads_and_streams() -> None:
-    _, net = on_gpu()
+    net = on_gpu()
     inputs = [images(1 + i % 3).cuda() for i in range(12)]
     expected = [net(x).clone() for x in inputs]
     torch.cuda.synchronize()
@@ -753,7 +754,7 @@ def test_gpu_results_survive_later_calls_threads_and_streams() -> None:
 
 @pytest.mark.gpu
 def test_gpu_number_of_graphs_is_bounded() -> None:
-    _, net = on_gpu()
+    net = on_gpu()
     for _ in range(2):
         for size in range(8, 8 + MAX_SHAPES + 2):
             x = images(1, size).cuda()
@@ -764,7 +765,7 @@ def test_gpu_number_of_graphs_is_bounded() -> None:
 
 @pytest.mark.gpu
 def test_gpu_inside_anothers_graph() -> None:
-    _, net = on_gpu()
+    net = on_gpu()
     x = images().cuda()
     expected = net(x)
     graph = torch.cuda.CUDAGraph()
@@ -776,8 +777,8 @@ def test_gpu_inside_anothers_graph() -> None:
 
 @pytest.mark.gpu
 def test_gpu_switches_of_pytorch() -> None:
-    model, net = on_gpu(torch.float32)
-    x = images(8).cuda()
+    model = lived_in(fastres.resnet18()).cuda()  # wide enough that the library has TF32 kernels for it
+    net, x = optimize(model), images(8, 64).cuda()
     (reference,) = answers(copy.deepcopy(model).double(), x.double())
     errors = {}
     for tf32 in (False, True):
