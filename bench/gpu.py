@@ -34,10 +34,11 @@ ROOT = Path(__file__).resolve().parent.parent
 LIMIT_S, LEAST_S = 480, 60
 TAIL_LINES = 30
 
-PYTEST = ["-m", "pytest", "-p", "no:cacheprovider", "--tb=short"]
+PYTEST = ["-m", "pytest", "-p", "no:cacheprovider", "--tb=short", "--continue-on-collection-errors"]
 KERNELS = [f"tests/test_{name}.py" for name in ("conv_fprop", "conv_backward", "pointwise", "bottleneck")]
 NETS = [f"tests/test_{name}.py" for name in ("training", "inference", "registered", "compile")]
 OTHERS = ["tests", *(f"--ignore={file}" for file in (*KERNELS, *NETS))]
+ON_GPU = "(gpu or interpret) and not slow"
 BENCH = ["bench/run.py", "--resume", "--json", "{out}/record.json"]  # one record that all parts add to
 # Ours and the strongest peers first: a part that is stopped has them. max-autotune compiles for minutes.
 INFER = (
@@ -53,8 +54,8 @@ AUTOTUNE = "max-autotune,max-autotune-no-cudagraphs"
 PARTS: dict[str, list[str]] = {
     "status": ["-m", "fastres", "status"],
     "tests-kernels": [*PYTEST, *KERNELS, "-k", "not every_tile"],
-    "tests-nets": [*PYTEST, *NETS],
-    "tests-gpu": [*PYTEST, *OTHERS, "-m", "gpu and not slow"],
+    "tests-nets": [*PYTEST, *NETS, "-m", ON_GPU],
+    "tests-gpu": [*PYTEST, *OTHERS, "-m", ON_GPU],
     "tune-50": ["bench/tune.py", "--depth", "50", "--jobs", "{jobs}", "--seconds", "{seconds}"],
     "bench-infer-50": [*BENCH, "--depth", "50", "--mode", "infer", "--backend", INFER],
     "bench-train-50": [*BENCH, "--depth", "50", "--mode", "train", "--backend", TRAIN],
@@ -72,7 +73,7 @@ PARTS: dict[str, list[str]] = {
     "bench-infer-all": [*BENCH, "--depth", "all", "--mode", "infer"],
     "bench-train-all": [*BENCH, "--depth", "all", "--mode", "train"],
     "degradation": ["-m", "fastres", "experiment", "degradation", "--out", "{out}/degradation"],
-    "tests-others": [*PYTEST, *OTHERS, "-m", "not gpu and not slow"],
+    "tests-others": [*PYTEST, "tests", "-m", "not gpu and not interpret and not slow"],
     "shortcut": ["-m", "pytest", "-p", "no:cacheprovider", "bench/shortcut.py", "--benchmark-only"],
 }
 
