@@ -2,7 +2,8 @@
 
     pytest bench/handful.py --benchmark-only --benchmark-json out/handful.json
 
-Ours and the library's engine side by side, in bf16 at batch 256. Needs a CUDA GPU.
+Ours and the library's engine side by side, in bf16 at batch 256; where an engine wants dz stored, it is. Needs a CUDA
+GPU.
 """
 
 from __future__ import annotations

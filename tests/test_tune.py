@@ -19,7 +19,7 @@ from torch import Tensor
 
 import fastres
 from fastres import plan
-from fastres.kernels import backward, config, conv, dgrad, wgrad
+from fastres.kernels import config, conv, dgrad, wgrad
 from fastres.kernels.problem import ConvProblem
 from fastres.ops import dispatch, launch, steps
 
@@ -238,23 +238,36 @@ def test_wgrad_reads_dz_as_the_winner_for_dgrad_has_it(tune: ModuleType) -> None
 
 @compiled
 @pytest.mark.parametrize("pass_", ["infer", "fprop", "dgrad", "wgrad"])
-def test_candidates_are_what_the_launchers_would_choose(
+def test_candidates_are_what_the_launchers_would_choose_among(
     pass_: str, layers: ModuleType, tune: ModuleType, on_meta: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The most promising one is the tile that a launcher takes without a table: for the same operands and epilogue."""
-    chosen = []
-    for module, name in ((conv, "fprop_tile"), (backward, "backward_tile")):
-        choose = getattr(module, name)
-        monkeypatch.setattr(module, name, lambda *a, f=choose, **k: chosen.append(f(*a, **k)) or chosen[-1])
+    """Tiles for the same operands and epilogue, the most promising one first."""
+    asked: list[Any] = []
+
+    def watched(tiles: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            found = tiles(*arguments)
+            asked.append((arguments if len(arguments) > 5 else (*arguments, 0), found[0]))
+            return found
+
+        return call
+
+    for name in ("fprop_tiles", "dgrad_tiles", "wgrad_tiles"):
+        monkeypatch.setattr(config, name, watched(getattr(config, name)))
     for problem in (ConvProblem(256, 28, 28, 128, 512), ConvProblem(256, 56, 56, 256, 64), SQUARE):
         operands = layers.Operands.random(problem, BF16, META)
         for role in named_roles(layers, problem):
             for dz in (True, False):
                 for step in tune.our_steps(problem, pass_, role, BF16, META, dz):
-                    chosen.clear()
+                    asked.clear()
+                    config.forget_tables()
                     with record():
                         layers.call(step, pass_, operands, role)()
-                    assert chosen == tune.candidates(step, pass_, role, BF16, META, 1), (step, role)
+                    (by_launcher,) = asked
+                    asked.clear()
+                    found = tune.candidates(step, pass_, role, BF16, META, 1)
+                    assert asked[0] == by_launcher, (step, role)
+                    assert found == [by_launcher[1]]
 
 
 def test_few_candidates_by_pointers_where_tma_serves(tune: ModuleType, layers: ModuleType) -> None:
@@ -295,7 +308,7 @@ def test_inference_is_set_against_the_fused_operator(
     """cuDNN's own of convolution, bias, addition and ReLU; where it refuses, the convolution and one pass of ours."""
     monkeypatch.setattr(dispatch, "_kernel_less", lambda device: None)
     monkeypatch.setattr(dispatch, "why_engine", lambda *_: ("cudnn", ""))
-    monkeypatch.setattr(dispatch, "pointwise_engine", lambda *_: "triton")
+    monkeypatch.setattr(dispatch, "pointwise_engine", lambda *_: "aten" if dispatch.wants_reference() else "triton")
     operands = layers.Operands.random(POINTWISE, torch.float32, CPU)
     step = layers.step(POINTWISE, torch.float32, CPU)
     assert step.infer_by == "cudnn"
@@ -499,9 +512,10 @@ def test_main_measures_what_is_missing(
     monkeypatch.setattr(tune, "compile_candidates", lambda missing, *_: compiled_first.append(len(missing)))
     compiled_first: list[int] = []
     measured: list[Any] = []
+    tf32: list[bool] = []
 
     def measure(problem: ConvProblem, pass_: str, role: Any, dtype: torch.dtype, *rest: Any) -> Any:
-        assert not torch.backends.cudnn.allow_tf32
+        tf32.append(torch.backends.cudnn.allow_tf32)
         measured.append((pass_, problem, role, rest[-1]))
         return config.Measurement("triton", None, on_load=problem.C > 64), ""
 
@@ -513,6 +527,7 @@ def test_main_measures_what_is_missing(
     monkeypatch.setattr(tune, "tune_chain", measure_chain)
     with torch.backends.cudnn.flags():
         assert tune.main(["--depth", "50", "--batch", "8", "--jobs", "1"]) == 0
+        assert not any(tf32)
         passes = [one[0] for one in measured]
         assert list(dict.fromkeys(passes)) == list(tune.TUNED)
         assert Counter(passes) == {"infer": 23, "fprop": 23, "dgrad": 22, "wgrad": 23, "chain": 2}
