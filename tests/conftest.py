@@ -91,9 +91,10 @@ def _nothing_remembered() -> None:
 
 
 @pytest.fixture(autouse=True)
-def _full_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tests in float32 mean it; those of TF32 ask for it."""
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+def _same_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests in float32 mean it; those of TF32 ask for it. What a training has set for itself ends with its test."""
+    for switch in ("allow_tf32", "benchmark", "deterministic"):
+        monkeypatch.setattr(torch.backends.cudnn, switch, False)
 
 
 def poison(tensor: Tensor) -> Tensor:

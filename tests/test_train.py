@@ -671,8 +671,8 @@ def test_on_a_gpu(tmp_path: Path, graph: bool) -> None:
     train(short(tmp_path / "cpu", recipe))
     ours, theirs = weights(tmp_path / "gpu"), weights(tmp_path / "cpu")
     for name, value in theirs.items():
-        # PyTorch lets the GPU's fp32 convolutions round to TF32, whose error four steps amplify.
-        torch.testing.assert_close(ours[name].cpu(), value, rtol=0.05, atol=5e-3)
+        # Four steps amplify what sums in another order round: weights moved by an epsilon end up to 5e-6 apart.
+        torch.testing.assert_close(ours[name].cpu(), value, rtol=1e-2, atol=1e-3)
     done = train(short(tmp_path / "bf16", recipe, device="cuda", cuda_graph=graph))
     assert math.isfinite(done.error)
 
