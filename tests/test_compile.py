@@ -59,7 +59,7 @@ def outcome(model: Callable[..., Tensor], module: nn.Module, *inputs: Tensor) ->
     inputs = tuple(x.clone().requires_grad_(x.is_floating_point()) for x in inputs)
     y = model(*inputs)
     if y.requires_grad:
-        y.backward(torch.linspace(-1, 1, y.numel(), dtype=y.dtype).reshape(y.shape))
+        y.backward(torch.linspace(-1, 1, y.numel(), dtype=y.dtype, device=y.device).reshape(y.shape))
     grads = {f"d{name}": p.grad for name, p in module.named_parameters()}
     return {"y": y.detach(), "dx": inputs[0].grad, **grads, **dict(module.named_buffers())}
 
