@@ -94,7 +94,7 @@ def command(part: str, out: Path, jobs: int, limit: float) -> list[str]:
     if jobs > 1 and importlib.util.find_spec("xdist"):  # a kernel that breaks its process takes one worker with it
         arguments += ["-n", str(jobs), "--dist", "worksteal", "--max-worker-restart", "100"]
     if importlib.util.find_spec("pytest_timeout"):  # a kernel may hang; the thread ends the process, a signal can't
-        arguments += ["--timeout", "200", "--timeout-method", "thread"]
+        arguments += ["--timeout", "240", "--timeout-method", "thread"]
     return arguments
 
 
