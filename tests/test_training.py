@@ -1,4 +1,4 @@
-"""Whole nets trained on the kernels follow stock PyTorch step by step: losses, weights, running statistics.
+"""Whole nets trained on the kernels follow stock PyTorch step by step: losses, gradients, running statistics.
 
 On a CPU the kernels run in Triton's interpreter, so nets and images are small; on a GPU the same tests run on it.
 """
@@ -8,7 +8,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import itertools
-from collections import Counter
+import statistics
+from collections import Counter, defaultdict
 from unittest.mock import Mock
 
 import pytest
@@ -66,17 +67,12 @@ def batches(count: int, channels: int, size: int) -> list[tuple[Tensor, Tensor]]
     return [(images[i % 4].to(DEVICE), labels[i % 4].to(DEVICE)) for i in range(count)]
 
 
-def train(net: nn.Module, data: list[tuple[Tensor, Tensor]], dtype: torch.dtype) -> list[float]:
-    """Losses of SGD steps; `net` ends trained."""
+def train(net: nn.Module, data: list[tuple[Tensor, Tensor]]) -> None:
     optimizer = torch.optim.SGD(net.parameters(), lr=0.02, momentum=0.9, weight_decay=1e-4)
-    losses = []
     for images, labels in data:
-        loss = F.cross_entropy(net(images.to(dtype)), labels)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        F.cross_entropy(net(images), labels).backward()
         optimizer.step()
-        losses.append(loss.item())
-    return losses
 
 
 class Launches:
@@ -107,21 +103,53 @@ class _Counted:
         return getattr(self.kernel, name)
 
 
+def results(net: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """Loss, gradients and buffers after one forward and backward pass."""
+    net.zero_grad(set_to_none=True)
+    loss = F.cross_entropy(net(images), labels)
+    loss.backward()
+    return {"loss": loss.detach(), **{n: p.grad for n, p in net.named_parameters()}, **dict(net.named_buffers())}
+
+
+def hold(net: nn.Module, data: list[tuple[Tensor, Tensor]], **fusions: bool) -> None:
+    """Our kernels' losses, gradients and running statistics are as near to float64 as PyTorch's, in the median over
+    steps: in any one of them a value within rounding of zero may open a ReLU here and not there, whose effect no
+    rounding bounds. Each step starts where SGD in float64 has come."""
+    stock, exact = copy.deepcopy(net), copy.deepcopy(net).double()
+    optimizer = torch.optim.SGD(exact.parameters(), lr=0.02, momentum=0.9, weight_decay=1e-4)
+    errors: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    for images, labels in data:
+        state = {
+            key: value.float() if value.is_floating_point() else value for key, value in exact.state_dict().items()
+        }
+        for each in (net, stock, exact):
+            each.load_state_dict(state)
+        truth = results(exact, images.double(), labels)
+        with fastres.backend("reference"):
+            usual = results(stock, images, labels)
+        with fastres.backend("triton"), dispatch.fusions(**fusions):
+            got = results(net, images, labels)
+        for name, true in truth.items():
+            if true.is_floating_point():
+                errors[name].append((relative_error(got[name], true), relative_error(usual[name], true)))
+            else:
+                assert torch.equal(got[name], true), name
+        optimizer.step()
+    for name, pairs in errors.items():
+        mine, theirs = (statistics.median(column) for column in zip(*pairs, strict=True))
+        assert mine <= 8 * theirs + 1e-6, f"{name}: {mine:.2e}, PyTorch {theirs:.2e}"
+
+
 @pytest.mark.parametrize("name", NETS)
 def test_training_follows_stock_step_by_step(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     build, channels, size = NETS[name]
     steps = 3 if name == "plain-20" and DEVICE == "cpu" else STEPS
     torch.manual_seed(0)
-    ours = build().to(DEVICE)
-    stock, exact = copy.deepcopy(ours), copy.deepcopy(ours).double()
-    data = batches(steps, channels, size)
-    truth = train(exact, data, torch.float64)
-    usual = train(stock, data, torch.float32)
+    net = build().to(DEVICE)
     launches = Launches(monkeypatch)
-    with fastres.backend("triton"):
-        got = train(ours, data, torch.float32)
+    hold(net, batches(steps, channels, size))
 
-    convs = sum(isinstance(m, nn.Conv2d) for m in ours.modules())
+    convs = sum(isinstance(m, nn.Conv2d) for m in net.modules())
     count = launches.count
     assert sum(n for k, n in count.items() if k.startswith("conv_fprop")) == steps * convs
     assert count["wgrad_kernel"] == steps * convs
@@ -129,26 +157,13 @@ def test_training_follows_stock_step_by_step(name: str, monkeypatch: pytest.Monk
     assert count["statistics_kernel"] == 0, "statistics come from the convolutions' epilogue"
     assert (count["normalize_kernel"], count["backward_reduce_kernel"]) == tuple(steps * n for n in PASSES[name])
 
-    # Rounding grows as training amplifies it: ours may stray from the exact curve by a few times what stock does.
-    for step, (mine, theirs, true) in enumerate(zip(got, usual, truth, strict=True)):
-        spread = max(abs(a - b) for a, b in zip(usual[: step + 1], truth[: step + 1], strict=True))
-        assert abs(mine - true) <= 8 * spread + 1e-6 * abs(true), f"step {step}: {mine}, stock {theirs}, exact {true}"
-    for (key, mine), theirs, true in zip(
-        ours.state_dict().items(), stock.state_dict().values(), exact.state_dict().values(), strict=True
-    ):
-        if mine.is_floating_point():
-            allowed = 8 * relative_error(theirs, true) + 1e-5
-            assert relative_error(mine, true) <= allowed, key
-        else:
-            assert torch.equal(mine, theirs), key
-
 
 def test_same_seed_same_bits() -> None:
     def run() -> dict[str, Tensor]:
         torch.manual_seed(0)
         net = paper.cifar(8).to(DEVICE)
         with fastres.backend("triton"):
-            train(net, batches(2, 3, 8), torch.float32)
+            train(net, batches(2, 3, 8))
         return net.state_dict()
 
     first, second = run(), run()
@@ -159,18 +174,10 @@ def test_same_seed_same_bits() -> None:
 def test_each_fusion_can_be_switched(switch: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     net = Narrow().to(DEVICE)
-    exact, usual = copy.deepcopy(net).double(), copy.deepcopy(net)
-    data = batches(1, 3, 32)
-    train(exact, data, torch.float64)
-    train(usual, data, torch.float32)
     stages = Mock(wraps=resnet.stage)
     monkeypatch.setattr(resnet, "stage", stages)
-    with fastres.backend("triton"), dispatch.fusions(**{switch: switch == "recompute"}):
-        train(net, data, torch.float32)
-    assert stages.call_count == (switch != "block_end")
-    for name, true in exact.named_parameters():
-        got, stock = (dict(n.named_parameters())[name].grad for n in (net, usual))
-        assert relative_error(got, true.grad) <= 8 * relative_error(stock, true.grad) + 1e-5, name
+    hold(net, batches(3, 3, 32), **{switch: switch == "recompute"})
+    assert stages.call_count == 3 * (switch != "block_end")
 
 
 class Counted(resnet.BasicBlock):
@@ -265,13 +272,15 @@ def test_eval_with_frozen_statistics_trains_and_infers() -> None:
     images, labels = batches(1, 3, 32)[0]
     F.cross_entropy(exact(images.double()), labels).backward()
     usual = copy.deepcopy(net)
-    F.cross_entropy(usual(images), labels).backward()
+    with fastres.backend("reference"):
+        F.cross_entropy(usual(images), labels).backward()
+        stock_scores = usual(images)
     with fastres.backend("triton"):
         F.cross_entropy(net(images), labels).backward()
         with torch.no_grad():
             scores = net(images)
     true_scores = exact(images.double())
-    assert relative_error(scores, true_scores) <= 2 * relative_error(usual(images), true_scores) + 1e-6
+    assert relative_error(scores, true_scores) <= 2 * relative_error(stock_scores, true_scores) + 1e-6
     for (name, p), stock, true in zip(net.named_parameters(), usual.parameters(), exact.parameters(), strict=True):
         assert relative_error(p.grad, true.grad) <= 8 * relative_error(stock.grad, true.grad) + 1e-5, name
 
