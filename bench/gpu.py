@@ -78,6 +78,12 @@ PARTS: dict[str, list[str]] = {
 }
 
 
+def sees_gpu() -> bool:
+    """Whether torch does; asked in a process of its own, since this one stays to the end."""
+    question = "import torch; raise SystemExit(not torch.cuda.is_available())"
+    return subprocess.run([sys.executable, "-c", question], check=False).returncode == 0
+
+
 def ensure_installed() -> None:
     """An editable install without index or build isolation: GPU machines often reach no package index."""
     if importlib.util.find_spec("fastres") is None:
@@ -175,6 +181,8 @@ def main() -> int:
         for name, arguments in PARTS.items():
             print(f"{name:24} python {' '.join(arguments)}")
         return 0
+    if not sees_gpu():
+        parser.error("torch sees no CUDA GPU here, and nothing of this can be run or confirmed without one")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by way of `stop`
     end = time.monotonic() + 60 * options.minutes
     ensure_installed()

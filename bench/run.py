@@ -64,7 +64,12 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"\n{introduction(plan, record)}", flush=True)
 
     torch.backends.cudnn.benchmark = True
-    run(plan, record)
+    try:
+        run(plan, record)
+    except KeyboardInterrupt:
+        kept = f"; {plan.json} holds the finished rows, --resume goes on with it" if plan.json else ""
+        print(f"\nstopped{kept}", file=sys.stderr)
+        return 130
     asked = {(*records_case(case), backend) for case, backend in plan.rows}
     rows = [row for row in record["rows"] if records.key(row) in asked]
     print(f"\n{render_rows(rows)}", flush=True)
@@ -113,15 +118,18 @@ def parse(arguments: list[str] | None) -> Plan:
         defaults[name] if getattr(given, name) is None else getattr(given, name)
         for name in ("batch", "dtype", "seconds")
     )
-    if batch < 1 or (given.size is not None and given.size < 32) or not seconds > 0:
-        parser.error(
-            f"--batch {batch} --size {given.size} --seconds {seconds}; "
-            "accepted: batch from 1, size from 32, seconds above 0"
-        )
+    if batch < 1:
+        parser.error(f"--batch {batch}; accepted: from 1")
+    if given.size is not None and given.size < 32:
+        parser.error(f"--size {given.size}; accepted: from 32")
+    if not seconds > 0:
+        parser.error(f"--seconds {seconds}; accepted: above 0")
     if dtype == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         parser.error(f"{torch.cuda.get_device_name(device)} has no bf16; accepted here: --dtype fp16, fp32")
     if given.resume and not given.json:
         parser.error("--resume goes on with a record: name it with --json FILE")
+    if given.json and given.json.exists() and not given.resume:
+        parser.error(f"{given.json} exists: go on with it by --resume, or name another --json FILE")
     for option, package in (("--plot", "matplotlib"), ("photographs", "sklearn")):
         if (option != "--plot" or given.plot) and importlib.util.find_spec(package) is None:
             parser.error(f"{option}: {package} is not installed: pip install 'fastres[bench]'")

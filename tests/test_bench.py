@@ -163,9 +163,9 @@ def test_flops_table_of_other_nets(bench: SimpleNamespace) -> None:
         (["--device", "tpu"], "--device tpu; accepted: cpu, cuda, cuda:N"),
         (["--device", "meta"], "--device meta; accepted: cpu, cuda, cuda:N"),
         (["--device", "cuda:99"], "CUDA device(s) here"),
-        (["--batch", "0"], "accepted: batch from 1"),
-        (["--size", "31"], "size from 32"),
-        (["--seconds", "nan"], "seconds above 0"),
+        (["--batch", "0"], "--batch 0; accepted: from 1"),
+        (["--size", "31"], "--size 31; accepted: from 32"),
+        (["--seconds", "nan"], "--seconds nan; accepted: above 0"),
         (["--resume"], "name it with --json FILE"),
         (["--plot", "picture.doc"], "ends in .png"),
         (["--batch", "1", "--size", "32", "--mode", "train"], "one value a channel"),
@@ -178,6 +178,27 @@ def test_impossible_requests_are_refused(
         bench.run.main(arguments)
     assert stop.value.code == 2
     assert said in capsys.readouterr().err
+
+
+def test_a_record_is_neither_replaced_nor_lost(
+    bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    path = tmp_path / "r.json"
+    ask = [*TINY, "--mode", "infer", "--json", str(path), "--backend", "eager,aot-eager"]
+    measured = bench.run.measure_row
+
+    def interrupted(case: Any, name: str, *rest: Any) -> dict[str, Any]:
+        if name == "aot-eager":
+            raise KeyboardInterrupt
+        return measured(case, name, *rest)
+
+    monkeypatch.setattr(bench.run, "measure_row", interrupted)
+    assert bench.run.main(ask) == 130
+    assert f"stopped; {path} holds the finished rows, --resume goes on" in capsys.readouterr().err
+    assert rows_of(path)["infer", "eager"]["status"] == "ok"
+    with pytest.raises(SystemExit):
+        bench.run.main(ask)
+    assert f"{path} exists: go on with it by --resume, or name another" in capsys.readouterr().err
 
 
 def test_bf16_without_bf16(

@@ -34,6 +34,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     module = importlib.import_module("gpu")
     monkeypatch.setattr(module, "ensure_installed", lambda: None)
     monkeypatch.setattr(module.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(module, "sees_gpu", lambda: True)
     return module
 
 
@@ -82,6 +83,16 @@ def test_what_does_not_fit_is_not_begun(
     assert "failed: a (not begun), b (not begun)" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         run(gpu, monkeypatch, {}, "--jobs", "0")
+
+
+def test_without_a_gpu_nothing_is_called_a_success(
+    gpu: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(gpu, "sees_gpu", lambda: False)
+    with pytest.raises(SystemExit, match="2"):
+        run(gpu, monkeypatch, {"a": "0"}, "--out", str(tmp_path / "out"))
+    assert "torch sees no CUDA GPU" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_commands(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
