@@ -403,13 +403,34 @@ def test_missing_or_unfit_images(folder: Path, tmp_path: Path) -> None:
         ("digits", imagenet, None, 0, "digits has small images"),
         ("digits", cifar, None, 0, "images of 8x8, this recipe is for 32x32"),
         ("digits", digits, None, 5000, "holdout 5000 of 1438 training images"),
+        ("digits", digits, folder, 0, "data digits needs no --root"),
+        ("synthetic", cifar, folder, 0, "data synthetic needs no --root"),
     ]
     for name, recipe, root, holdout, message in cases:
         with pytest.raises(DataError, match=message):
-            data.load(name, recipe, root, holdout=holdout)
+            data.load(name, recipe, root, holdout=holdout, download=False)
     (folder / "val" / "class1").rename(folder / "val" / "class2")
     with pytest.raises(DataError, match="different classes, among them class1, class2"):
         data.load("folder", imagenet, folder)
+
+
+def test_download_is_advised_where_one_can_ask_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`eval`, which says nothing of it, can't."""
+
+    def refuse(self: object) -> None:
+        raise OSError("no network")
+
+    monkeypatch.setattr(datasets.CIFAR10, "download", refuse)
+    recipe = RECIPES["cifar-2015"]
+    for root, said in ((None, "needs --root"), (tmp_path, "unpack https")):
+        for download in (None, False, True):
+            with pytest.raises(DataError, match=said) as refusal:
+                data.load("cifar10", recipe, root, download=download)
+            advised = "--download" in str(refusal.value)
+            assert advised == (download is not None if root is None else download is False)
+    for name in ("digits", "synthetic", "folder"):
+        with pytest.raises(DataError, match=f"--download fetches cifar10 and cifar100, not {name}"):
+            data.load(name, recipe, download=True)
 
 
 def _cifar(root: Path, monkeypatch: pytest.MonkeyPatch) -> np.ndarray:

@@ -441,7 +441,7 @@ def load(
     root: Path | None = None,
     *,
     holdout: int = 0,
-    download: bool = False,
+    download: bool | None = None,
     cache: Path | None = None,
     workers: int = 0,
     device: torch.device | None = None,
@@ -449,11 +449,16 @@ def load(
     """The images called `name`, a key of `DATA`, as `recipe` sees them.
 
     holdout: so many of the training images, always the same, are validation instead (the paper's 45k/5k split of
-    CIFAR-10 is 5000). cache: where the statistics of a folder are kept. device: where they are computed. Collective
-    under torch.distributed. Raises DataError for images that are missing, corrupt or unfit.
+    CIFAR-10 is 5000). download: whether to fetch CIFAR; None where the user can't ask for it. cache: where the
+    statistics of a folder are kept. device: where they are computed. Collective under torch.distributed. Raises
+    DataError for images that are missing, corrupt or unfit, and for a root or download that they have no use for.
     """
     if name not in DATA:
         raise DataError(f"data {name!r} does not exist; there are {', '.join(DATA)}")
+    if root is not None and name in ("digits", "synthetic"):
+        raise DataError(f"data {name} needs no --root: leave it out")
+    if download and name not in ("cifar10", "cifar100"):
+        raise DataError(f"--download fetches cifar10 and cifar100, not {name}: leave it out")
     if name in ("imagenet", "folder"):
         return _photographs(name, recipe, root, holdout, cache or cache_folder(), workers, device)
     if name == "synthetic":
@@ -505,19 +510,19 @@ def _digits() -> tuple[tuple[str, ...], Resident, Resident]:
     return tuple("0123456789"), Resident(images[~held], labels[~held]), Resident(images[held], labels[held])
 
 
-def _cifar(name: str, root: Path | None, download: bool) -> tuple[tuple[str, ...], Resident, Resident]:
+def _cifar(name: str, root: Path | None, download: bool | None) -> tuple[tuple[str, ...], Resident, Resident]:
     kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
     if root is None:
-        raise DataError(
-            f"data {name} needs --root, the folder that holds (or, with --download, gets) {kind.base_folder}"
-        )
+        holds = "holds" if download is None else "holds (or, with --download, gets)"
+        raise DataError(f"data {name} needs --root, the folder that {holds} {kind.base_folder}")
     parts = []
     for train in (True, False):
         try:
-            part = kind(str(root), train=train, download=download)
+            part = kind(str(root), train=train, download=bool(download))
         except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
             place = root / kind.base_folder
-            how = f"--download fetches it, or unpack {kind.url} in {root}"
+            fetch = "--download fetches it, or " if download is False else ""
+            how = f"{fetch}unpack {kind.url} in {root}"
             raise DataError(f"{place} is missing, incomplete or corrupt ({error}); {how}") from error
         parts.append(Resident(torch.from_numpy(part.data).permute(0, 3, 1, 2), torch.tensor(part.targets)))
     return tuple(part.classes), parts[0], parts[1]
