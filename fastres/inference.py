@@ -175,8 +175,9 @@ class Optimized(nn.Module):
         with self._lock:
             programs = [p for key, p in self._programs.items() if shape is None or key[0] == tuple(shape)]
         if not programs:
-            known = ", ".join(str(list(key[0])) for key in self._programs) or "none"
-            raise ValueError(f"no plan yet for shape {shape or 'any'} (there are: {known}); call the net on one first")
+            known = ", ".join(str(list(key[0])) for key in self._programs)
+            wanted = f" for shape {list(shape)} (there are: {known})" if shape and known else ""
+            raise ValueError(f"no plan yet{wanted}; call it on a batch first")
         float8 = " with float8 convolutions" if self._is_float8() else ""
         return f"{self._title} in {self.dtype}{float8}, {programs[-1].how()}\n{programs[-1].table()}"
 

@@ -265,7 +265,11 @@ def trace(model: nn.Module) -> tuple[list[Step], str]:
     try:
         graph = _Tracer().trace(model)
     except Exception as error:  # whatever the model's own code raises on proxies
-        raise ValueError(f"optimize() can't trace {type(model).__name__}: {error}") from error
+        reason = str(error).split(". ")[0]  # torch.fx goes on about its proxies
+        raise ValueError(
+            f"optimize() takes a model of one tensor to one tensor that torch.fx can trace, {type(model).__name__} is "
+            f"none ({reason}); a ResNet inside it, as a detector's backbone, runs fused after fastres.convert(model)"
+        ) from error
     env: dict[fx.Node, Any] = {}
     steps: list[Step] = []
     for node in graph.nodes:
@@ -286,7 +290,8 @@ def _refuse_training(model: nn.Module) -> None:
         path, module = next((p for p in training if isinstance(p[1], _BatchNorm)), training[0])
         raise ValueError(
             f"optimize() freezes a net for inference, but {_layer(path)} ({type(module).__name__}) is in training "
-            "mode; call model.eval() first"
+            "mode; call model.eval() after the last change: what is added later, parametrizations too, starts in "
+            "training mode"
         )
 
 
