@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import json
 import pickle
+import re
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -122,9 +123,10 @@ def _safetensors(path: Path) -> Weights:
 def _torch(path: Path) -> Weights:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, EOFError, RuntimeError, ValueError, KeyError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{path} is truncated, damaged or no file with weights ({reason})") from error
+    except OSError as error:
+        raise ValueError(f"{path} is truncated, damaged or can't be read ({error})") from error
+    except (EOFError, RuntimeError, ValueError, KeyError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
+        raise ValueError(f"{path} {_not_weights(error)}") from error
     content = content if isinstance(content, dict) else {}
     inner = {name: value for name, value in content.items() if isinstance(value, dict)}
     nested = inner.get("ema") or inner.get("model") or inner.get("state_dict") or content
@@ -135,6 +137,19 @@ def _torch(path: Path) -> Weights:
         state = {name.removeprefix("module."): value for name, value in state.items()}
     meta = inner.get("meta", {})
     return Weights(str(path), state, meta, inner.get("preprocess", {}), _preset(meta))
+
+
+def _not_weights(error: Exception) -> str:
+    """What a file is that `torch.load` refuses with `error`, whose own advice is to run the code in it."""
+    told = str(error)
+    instead = "save its weights instead: torch.save(model.state_dict(), FILE)"
+    if pickled := re.search(r"GLOBAL (\S+)", told):
+        return (
+            f"holds a pickled module, or another object of Python's ({pickled[1]}), which is never unpickled; {instead}"
+        )
+    if "TorchScript" in told:
+        return f"holds a TorchScript module; {instead}"
+    return "is truncated, damaged or no file with weights"
 
 
 def _preset(meta: dict[str, Any]) -> dict[str, int]:

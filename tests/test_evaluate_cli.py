@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import pickle
 import shutil
 import subprocess
 import sys
@@ -385,6 +386,7 @@ def folder(path: Path) -> str:
     return str(path)
 
 
+STATE_DICT = r"torch\.save\(model\.state_dict\(\), FILE\)$"
 SOURCES: dict[str, tuple[Callable[[Path], str], str]] = {
     "missing": (lambda path: str(path), "does not exist, neither as a file nor as torchvision weights"),
     "unknown name": (lambda path: "ResNet18_Weights.IMAGENET1K_V9", "called like ResNet50_Weights.IMAGENET1K_V2"),
@@ -392,7 +394,17 @@ SOURCES: dict[str, tuple[Callable[[Path], str], str]] = {
     "empty": (lambda path: (path.touch(), str(path))[1], "truncated, damaged"),
     "truncated": (truncated, "truncated, damaged"),
     "text": (text, "truncated, damaged"),
-    "code": (lambda path: saved(path, net()), "truncated, damaged or no file with weights"),
+    "pickle": (lambda path: (path.write_bytes(pickle.dumps({"a": 1})), str(path))[1], "no file with weights$"),
+    "module": (lambda path: saved(path, net()), rf"a pickled module.*CifarResNet.*{STATE_DICT}"),
+    "module in a dict": (lambda path: saved(path, {"model": net()}), rf"a pickled module.*CifarResNet.*{STATE_DICT}"),
+    "module of old": (
+        lambda path: (torch.save(net(), path, _use_new_zipfile_serialization=False), str(path))[1],
+        rf"a pickled module.*CifarResNet.*{STATE_DICT}",
+    ),
+    "script": (
+        lambda path: (torch.jit.script(nn.Linear(2, 2)).save(str(path)), str(path))[1],
+        f"a TorchScript module.*{STATE_DICT}",
+    ),
     "number": (lambda path: saved(path, 5), "holds no weights"),
     "numbers": (lambda path: saved(path, {"model": 3, "meta": 1}), "holds no weights"),
     "no tensors": (lambda path: saved(path, {"a": 1}), "holds no weights"),
@@ -407,6 +419,8 @@ def test_sources_that_hold_no_weights(kind: str, tmp_path: Path) -> None:
         weights.read(source)
     assert source in str(refusal.value)
     assert len(str(refusal.value)) < 600
+    for advice in ("weights_only", "torch.load", "\x1b", "\n"):  # torch's own: to run what the file holds
+        assert advice not in str(refusal.value)
 
 
 def test_another_architecture_is_summarised(tmp_path: Path) -> None:
