@@ -285,6 +285,7 @@ def test_what_can_t_be_served_is_refused(
         main(["experiment", *arguments, "--out", str(tmp_path)])
     assert stopped.value.code == 2
     assert named in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_without_matplotlib_it_says_so_before_it_trains(

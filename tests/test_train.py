@@ -209,6 +209,17 @@ def test_sigterm_and_ctrl_c_save_first(tmp_path: Path, undisturbed: Path) -> Non
     assert_same(weights(tmp_path), weights(undisturbed))
 
 
+@pytest.mark.parametrize(("resume", "how"), [(False, "--resume"), (True, "the same command")])
+def test_what_is_stopped_says_how_to_go_on(
+    resume: bool, how: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    training = trainer(tmp_path, resume=resume)
+    checkpoint.prepare(tmp_path)
+    with pytest.raises(SystemExit, match="130"):
+        training._leave(signal.SIGINT)
+    assert f"saved {tmp_path / checkpoint.LAST}; {how} goes on from it" in capsys.readouterr().err
+
+
 # several processes
 
 
@@ -357,8 +368,9 @@ def test_a_loss_that_is_no_number_stops_at_the_last_good_step(tmp_path: Path, la
     if what == "gradient":
         next(ours.model.parameters()).register_hook(explode)
     batches = poisoned()
-    with pytest.raises(NonFiniteError, match=rf"iteration 3 is not finite .*{tmp_path / checkpoint.LAST}"):
+    with pytest.raises(NonFiniteError, match=rf"iteration 3 is not finite .*{tmp_path / checkpoint.LAST}") as stopped:
         steps(ours, batches, 8)
+    assert str(stopped.value).endswith("A lower lr may help, which is another run: begin it in another --out")
     saved = torch.load(tmp_path / checkpoint.LAST, weights_only=True)
     good = trainer(tmp_path / "good")
     clean = good.loader.training(0, 3)
@@ -450,6 +462,18 @@ def test_checkpoints_of_other_runs(tmp_path: Path, undisturbed: Path) -> None:
     assert (out / checkpoint.LAST).read_bytes() == before
 
 
+def test_a_resumed_run_says_where_it_begins(
+    tmp_path: Path, undisturbed: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(short(tmp_path / "none", dataclasses.replace(SHORT, iterations=1)))
+    assert "begins anew" not in capsys.readouterr().err
+    train(short(tmp_path / "new", dataclasses.replace(SHORT, iterations=1), resume=True))
+    assert f"no checkpoint in {tmp_path / 'new'}: begins anew\n" in capsys.readouterr().err
+    out = _run_files(tmp_path / "run", undisturbed)
+    train(short(out, resume=True))
+    assert f"{out / checkpoint.LAST}: goes on from iteration 8\n" in capsys.readouterr().err
+
+
 def test_a_full_disk_leaves_the_earlier_checkpoint(tmp_path: Path, undisturbed: Path) -> None:
     """A real limit on the size of files, far below a checkpoint's."""
     out = _run_files(tmp_path / "run", undisturbed)
@@ -458,7 +482,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(tmp_path: Path, undisturbed: 
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
     try:
-        with pytest.raises(CheckpointError, match=r"last\.pt can't be written \(\d+ bytes\): File too large.*intact"):
+        with pytest.raises(CheckpointError, match=r"last\.pt can't be written \(\d+ bytes\): File too large.*intact, make room and go on from"):
             checkpoint.save(out, state, best=False)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -505,7 +529,9 @@ def test_generators_come_back() -> None:
 def test_resnet_20_reads_digits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The default command: at least 97 % of the digits held out."""
     assert main(["train", "--out", str(tmp_path), "--device", "cpu"]) == 0
-    assert "440 iterations, validation error" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "440 iterations, validation error" in said
+    assert f"; {tmp_path} holds log.csv, curves.png, last.pt, best.pt, weights.safetensors\n" in said
     saved = torch.load(tmp_path / checkpoint.LAST, weights_only=True)
     assert saved["latest"]["count"] == 359
     assert saved["latest"]["top1"] <= 0.03
@@ -563,7 +589,7 @@ def test_bad_arguments(arguments: str, message: str, tmp_path: Path, capsys: pyt
         main([*given, *([] if "--device" in arguments else ["--device", "cpu"])])
     assert end.value.code == 2
     assert message in capsys.readouterr().err
-    assert not list(tmp_path.glob("run/*.*"))
+    assert not (tmp_path / "run").exists()
 
 
 def test_nothing_of_it_is_loaded_by_import_fastres() -> None:
@@ -595,7 +621,8 @@ def test_a_compiled_net_trains_alike(tmp_path: Path, backend: str) -> None:
 def test_tensorboard_is_optional(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(ValueError, match="pip install tensorboard"):
-        train(short(tmp_path, tensorboard=True))
+        train(short(tmp_path / "run", tensorboard=True))
+    assert not (tmp_path / "run").exists()
 
 
 def test_tensorboard_gets_what_the_log_gets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -660,6 +687,7 @@ def test_matplotlib_and_safetensors_are_optional(tmp_path: Path, monkeypatch: py
     done = train(short(tmp_path, dataclasses.replace(SHORT, iterations=1)))
     assert isinstance(done, Summary)
     assert sorted(path.name for path in tmp_path.iterdir()) == [checkpoint.BEST, checkpoint.LAST, "log.csv"]
+    assert str(done).endswith(f"; {tmp_path} holds log.csv, last.pt, best.pt")
 
 
 @pytest.mark.gpu

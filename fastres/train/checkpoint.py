@@ -94,7 +94,7 @@ def save(folder: Path, state: dict[str, Any], *, best: bool) -> None:
         except OSError as error:
             raise CheckpointError(
                 f"{folder / name} can't be written ({len(data)} bytes): {_cause(error)}; the checkpoints before it are "
-                "intact, make room and go on with --resume"
+                "intact, make room and go on from them"
             ) from error
 
 

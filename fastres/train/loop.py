@@ -35,11 +35,12 @@ from fastres.train.data import Folder, Loader, Stream, load
 from fastres.train.graph import Graph
 from fastres.train.process import Place, Signals, place, usable_cpus
 from fastres.train.recipe import LOADERS, Recipe
-from fastres.train.report import Report
+from fastres.train.report import CURVES, LOG, TENSORBOARD, Report, require_tensorboard
 from fastres.train.schedule import LearningRate
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 COMPILE = ("none", "inductor", "fastres")
+FILES = (LOG, CURVES, checkpoint.LAST, checkpoint.BEST, checkpoint.WEIGHTS, TENSORBOARD)  # of a run
 
 
 class NonFiniteError(RuntimeError):
@@ -114,9 +115,10 @@ class Summary:
     out: Path
 
     def __str__(self) -> str:
+        found = ", ".join(name for name in FILES if (self.out / name).exists())
         return (
             f"{self.iterations} iterations, validation error {self.error:.2%} (top-5 {self.top5:.2%}), "
-            f"best {self.best:.2%}; {self.out} holds log.csv, {checkpoint.LAST} and {checkpoint.BEST}"
+            f"best {self.best:.2%}; {self.out} holds {found}"
         )
 
 
@@ -312,9 +314,10 @@ class Trainer:
                 self.iteration = iteration
                 self.pending.clear()
                 self.save()
+                other = "A lower lr" if self.dtype == torch.float32 else "A lower lr or --dtype fp32"
                 raise NonFiniteError(
                     f"the loss of iteration {iteration} is not finite (lr {self.lr(iteration):g}); {self.last} holds "
-                    "the weights before it. A lower --lr or --dtype fp32 may help"
+                    f"the weights before it. {other} may help, which is another run: begin it in another --out"
                 )
 
     def _average(self) -> None:
@@ -483,9 +486,8 @@ class Trainer:
         self._heed(0)
         self.save()
         if self.main:
-            print(
-                f"stopped at iteration {self.iteration}, saved {self.last}; --resume goes on from it", file=sys.stderr
-            )
+            how = "the same command" if self.run.resume else "--resume"
+            print(f"stopped at iteration {self.iteration}, saved {self.last}; {how} goes on from it", file=sys.stderr)
         raise SystemExit(128 + number)
 
 
@@ -544,15 +546,19 @@ def train(run: Run) -> Summary:
 
 def _train(run: Run, here: Place, signals: Signals) -> Summary:
     last = run.out / checkpoint.LAST
-    if here.rank == 0:
-        checkpoint.prepare(run.out)
-    if here.world > 1:
-        dist.barrier()
-    if last.exists() and not run.resume:
+    resuming = last.exists()
+    if resuming and not run.resume:
         raise ValueError(f"{last} is there already: --resume goes on from it, another --out begins anew")
+    if run.tensorboard:
+        require_tensorboard()
     trainer = Trainer(run, here, signals)
-    if last.exists():
+    if resuming:
         trainer.restore(last)
+    if trainer.main:
+        checkpoint.prepare(run.out)  # only now: a run that is refused leaves no folder
+    if trainer.main and run.resume:
+        begun = f"{last}: goes on from iteration {trainer.iteration}"
+        print(begun if resuming else f"no checkpoint in {run.out}: begins anew", file=sys.stderr)
     if trainer.main and isinstance(trainer.loader.train, Folder):
         print(f"photographs are decoded by {LOADERS[trainer.decoder]}", file=sys.stderr)
     report = trainer.report() if trainer.main else None

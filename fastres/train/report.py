@@ -27,6 +27,7 @@ COLUMNS = (
     "val_error_top5",
     "images_per_second",
 )
+LOG, CURVES, TENSORBOARD = "log.csv", "curves.png", "tensorboard"
 DRAW_EVERY = 30.0  # seconds between two drawings of the curves, each of which takes a fraction of one
 
 
@@ -50,15 +51,15 @@ class Report:
         rows = csv.DictWriter(text, COLUMNS, restval="")
         rows.writeheader()
         rows.writerows(history)
-        write_atomically(self.out / "log.csv", text.getvalue().encode())
-        self.writer = summary_writer(out / "tensorboard", start) if tensorboard else None
+        write_atomically(self.out / LOG, text.getvalue().encode())
+        self.writer = summary_writer(out / TENSORBOARD, start) if tensorboard else None
 
     def advance(self) -> None:
         self.bar.update(self.batch)
 
     def row(self, row: Mapping[str, float]) -> None:
         """Adds a row of `COLUMNS` to log.csv and TensorBoard."""
-        with (self.out / "log.csv").open("a", newline="") as file:
+        with (self.out / LOG).open("a", newline="") as file:
             csv.DictWriter(file, COLUMNS, restval="").writerow(row)
         if self.writer is not None:
             for name in row.keys() - {"iteration", "epoch"}:
@@ -80,9 +81,9 @@ class Report:
 
     def _draw(self) -> None:
         try:
-            plot.curves(self.out / "curves.png", {self.title: self.history})
+            plot.curves(self.out / CURVES, {self.title: self.history})
         except OSError as error:  # what ends the training, if anything, is to be heard of
-            self.bar.write(f"curves.png can't be written: {error}", file=sys.stderr)
+            self.bar.write(f"{CURVES} can't be written: {error}", file=sys.stderr)
         self.due = time.monotonic() + DRAW_EVERY
 
     def close(self) -> None:
@@ -93,10 +94,16 @@ class Report:
             self.writer.close()
 
 
-def summary_writer(folder: Path, iteration: int) -> Any:
-    """A SummaryWriter that drops what was written after `iteration`. Raises ValueError where there is none."""
+def require_tensorboard() -> None:
+    """Raises ValueError where TensorBoard is not installed."""
     try:
-        from torch.utils.tensorboard import SummaryWriter
+        import torch.utils.tensorboard  # noqa: F401
     except ImportError as error:
         raise ValueError("--tensorboard needs the package tensorboard: pip install tensorboard") from error
+
+
+def summary_writer(folder: Path, iteration: int) -> Any:
+    """A SummaryWriter that drops what was written after `iteration`."""
+    from torch.utils.tensorboard import SummaryWriter
+
     return SummaryWriter(str(folder), purge_step=iteration + 1)
