@@ -144,9 +144,7 @@ def _not_weights(error: Exception) -> str:
     told = str(error)
     instead = "save its weights instead: torch.save(model.state_dict(), FILE)"
     if pickled := re.search(r"GLOBAL (\S+)", told):
-        return (
-            f"holds a pickled module, or another object of Python's ({pickled[1]}), which is never unpickled; {instead}"
-        )
+        return f"holds a pickled module, or another object that isn't a tensor ({pickled[1]}); {instead}"
     if "TorchScript" in told:
         return f"holds a TorchScript module; {instead}"
     return "is truncated, damaged or no file with weights"

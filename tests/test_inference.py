@@ -276,7 +276,7 @@ def test_chain_means_its_parts(chains_run_as_one: list[tuple[int, ...]], monkeyp
 
 def test_explain() -> None:
     net = optimize(tiny())
-    with pytest.raises(ValueError, match="^no plan yet; call it on a batch first$"):
+    with pytest.raises(ValueError, match=r"^no plan yet; call it on a batch first$"):
         net.explain()
     net(images())
     lines = net.explain().splitlines()
