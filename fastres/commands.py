@@ -7,7 +7,7 @@ import csv
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,7 +59,8 @@ def _common_arguments(parser: argparse.ArgumentParser) -> None:
 
 def eval_arguments(parser: argparse.ArgumentParser) -> None:
     embedded = "; ".join(f"{name}: {meaning}" for name, meaning in _EMBEDDED.items())
-    parser.add_argument("--data", required=True, help=f"a folder, [val/]<class>/<image>, or {embedded}")
+    data_help = f"a folder, [val/]<class>/<image>, or {embedded} (default: as the checkpoint says, unless photographs)"
+    parser.add_argument("--data", help=data_help)
     parser.add_argument("--root", type=Path, help="where torchvision keeps CIFAR")
     weights = f"{_WEIGHTS}; several make an ensemble"
     parser.add_argument("--checkpoint", nargs="+", required=True, metavar="FILE", help=weights)
@@ -69,9 +70,9 @@ def eval_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def predict_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("images", nargs="+", type=Path, metavar="IMG_OR_FOLDER", help="images, or folders of images")
-    weights = f"{_WEIGHTS}; given several times: an ensemble"
-    parser.add_argument("--weights", action="append", required=True, metavar="FILE", help=weights)
+    parser.add_argument("images", nargs="*", type=Path, metavar="IMG_OR_FOLDER", help="images, or folders of images")
+    weights = f"{_WEIGHTS}; several make an ensemble"
+    parser.add_argument("--weights", action="extend", nargs="+", required=True, metavar="FILE", help=weights)
     parser.add_argument("--model", action="append", metavar="NAME", help=_MODEL)
     parser.add_argument("--top", type=int, default=5, help="classes per image (default: 5)")
     parser.add_argument("--labels", type=Path, help="file with one class name per line (default: as the weights say)")
@@ -79,6 +80,17 @@ def predict_arguments(parser: argparse.ArgumentParser) -> None:
     _common_arguments(parser)
 
 
+@contextmanager
+def _interruptible(command: str) -> Iterator[None]:
+    """Ctrl-C ends the program with 130 and one line."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        tqdm.write(f"python -m fastres {command}: interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+@_interruptible("eval")
 def run_eval(args: argparse.Namespace) -> int:
     """Prints top-1 and top-5. Returns 1 if images could not be read, else 0; raises ValueError for what can't be.
 
@@ -91,33 +103,40 @@ def run_eval(args: argparse.Namespace) -> int:
         raise ValueError(str(error)) from error
     with place(args.device) as here:
         nets = _nets(args, args.checkpoint, here.device)
-        images = _test_images(args, nets)
+        name = args.data or _told_data(nets)
+        images = _test_images(args, name, nets)
         for weights in nets.weights:
             if weights.classes != len(images.classes):
                 raise ValueError(
-                    f"{weights.source} holds a net of {weights.classes} classes, the data {args.data} has "
+                    f"{weights.source} holds a net of {weights.classes} classes, the data {name} has "
                     f"{len(images.classes)}"
                 )
         predictor = nets.predictor(args, images.preprocess)
+        if here.rank == 0:
+            nets.note(predictor.views)
         batches = _Batches(images.share(here.rank, here.world), args, nets.channels, predictor)
         result = evaluate(predictor, batches, len(images.classes), here.device)
         if here.rank == 0:
-            print(f"{nets.title}, {_described(predictor.views)}, on {args.data}\n{result}")
+            where = name if args.data else f"{name}, as the checkpoint says"
+            print(f"{nets.title}, {_described(predictor.views)}, on {where}\n{result}")
             if args.csv is not None:
                 result.write_csv(args.csv, images.classes)
         return batches.report()
 
 
+@_interruptible("predict")
 def run_predict(args: argparse.Namespace) -> int:
     """Prints the likeliest classes of each image. Returns 1 if images could not be read, else 0."""
     _check(args)
     if args.top < 1:
         raise ValueError(f"--top {args.top}: any whole number from 1 is accepted")
-    paths = list(_image_files(args.images))
+    weights, images = _apart(args)
+    paths = list(_image_files(images))
     with place(args.device) as here:
-        nets = _nets(args, args.weights, here.device)
+        nets = _nets(args, weights, here.device)
         names = _labels(args.labels, nets)
         predictor = nets.predictor(args, None)
+        nets.note(predictor.views)
         batches = _Batches([(path, i) for i, path in enumerate(paths)], args, nets.channels, predictor)
         rows = _predictions(predictor, batches, min(args.top, len(names)))
         with nullcontext() if args.csv is None else open(args.csv, "w", newline="", encoding="utf-8") as file:
@@ -147,6 +166,13 @@ def _check(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name} {value}: any whole number from 1 is accepted")
+    for name in ("scales", "no_flip"):
+        if getattr(args, name) and args.crops != "multiscale":
+            raise ValueError(f"--{name.replace('_', '-')} belongs to --crops multiscale, not to --crops {args.crops}")
+    cards = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    there = ["cpu", "cuda", *cards] if cards else ["cpu"]
+    if args.device not in (None, *there):
+        raise ValueError(f"--device {args.device} is not there: this machine has {', '.join(there)}")
     if args.workers < 0:
         raise ValueError(f"--workers {args.workers}: any whole number from 0 is accepted")
     if args.csv is not None:
@@ -170,6 +196,23 @@ class _Nets:
     @property
     def title(self) -> str:
         return self.names[0] if len(self.names) == 1 else f"an ensemble of {', '.join(self.names)}"
+
+    def note(self, views: Views) -> None:
+        """Says on stderr which views of an image add nothing, or are unlike all that a net was trained on."""
+        if views.crops == "10" and views.size == views.resize:
+            print(
+                f"note: crops of {views.size} from a shorter side of {views.resize} coincide: the 10 are one crop and "
+                "its mirror image, five times each",
+                file=sys.stderr,
+            )
+        recipes = {each.source: each.meta.get("recipe", "") for each in self.weights}
+        unlike = [source for source, recipe in recipes.items() if recipe in RECIPES and not RECIPES[recipe].flip]
+        if unlike and (views.crops == "10" or (views.crops == "multiscale" and views.flip)):
+            mend = "--crops center" if views.crops == "10" else "--no-flip"
+            print(
+                f"note: {', '.join(unlike)}: trained without mirror images, which these views hold; {mend} has none",
+                file=sys.stderr,
+            )
 
     def views(self, args: argparse.Namespace) -> Views:
         preset = self.weights[0].preset
@@ -222,7 +265,8 @@ def _nets(args: argparse.Namespace, sources: Sequence[str], device: torch.device
     channels = {each.channels for each in weights}
     if len(channels) != 1:
         raise ValueError(f"the nets of an ensemble read images of {', '.join(map(str, channels))} channels")
-    recipe = args.recipe or weights[0].meta.get("recipe") or _USUAL.get(getattr(args, "data", ""))
+    meta = weights[0].meta
+    recipe = args.recipe or meta.get("recipe") or _USUAL.get(getattr(args, "data", None) or meta.get("data", ""))
     return _Nets(weights, models, names, RECIPES.get(recipe or ""), channels.pop() or 3)
 
 
@@ -233,6 +277,15 @@ def _told(weights: Weights) -> str:
         raise ValueError(f"{weights.source} doesn't say which net it is of: give --model")
     parts = (meta["family"], meta["depth"], meta.get("shortcut"))
     return "-".join(str(part) for part in parts if part is not None)
+
+
+def _told_data(nets: _Nets) -> str:
+    """The data that all checkpoints tell they were trained on, if it has a name of its own."""
+    told = {each.source: each.meta.get("data") for each in nets.weights}
+    if len(set(told.values())) == 1 and (name := next(iter(told.values()))) in _EMBEDDED:
+        return str(name)
+    said = "; ".join(f"{source} says {name or 'nothing'}" for source, name in told.items())
+    raise ValueError(f"--data is needed ({said}): a folder, [val/]<class>/<image>, or {', '.join(_EMBEDDED)}")
 
 
 def _described(views: Views) -> str:
@@ -257,13 +310,13 @@ class _TestImages:
         return self.items[rank::world]
 
 
-def _test_images(args: argparse.Namespace, nets: _Nets) -> _TestImages:
-    if args.data in _EMBEDDED:
+def _test_images(args: argparse.Namespace, name: str, nets: _Nets) -> _TestImages:
+    if name in _EMBEDDED:
         recipe = nets.recipe or RECIPES["imagenet-modern"]
-        found = data.load(args.data, recipe, args.root)
+        found = data.load(name, recipe, args.root)
         assert isinstance(found.val, data.Resident)
         return _TestImages((found.val.images, found.val.labels), found.classes, found.preprocess)
-    root = Path(args.data)
+    root = Path(name)
     if not root.is_dir():
         raise ValueError(f"--data {root}: there is no such folder, and no data of that name; {', '.join(_EMBEDDED)}")
     place = root / "val" if (root / "val").is_dir() else root
@@ -277,6 +330,17 @@ def _test_images(args: argparse.Namespace, nets: _Nets) -> _TestImages:
         assert nets.recipe is not None
         preprocess = data.load("folder", nets.recipe, root, workers=args.workers).preprocess
     return _TestImages([(Path(path), label) for path, label in files.samples], files.classes, preprocess)
+
+
+def _apart(args: argparse.Namespace) -> tuple[list[str], list[Path]]:
+    """The weights, and the images, among which those named after the weights: folders and *.png etc."""
+    after = [text for text in args.weights if Path(text).is_dir() or Path(text).suffix.lower() in IMG_EXTENSIONS]
+    weights, images = [text for text in args.weights if text not in after], [*args.images, *map(Path, after)]
+    if not weights:
+        raise ValueError(f"--weights {' '.join(after)}: a file with weights is expected, no image and no folder")
+    if not images:
+        raise ValueError("the images are missing: python -m fastres predict IMG_OR_FOLDER ... --weights FILE ...")
+    return weights, images
 
 
 def _image_files(given: Sequence[Path]) -> Iterator[Path]:

@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import json
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -164,6 +165,90 @@ def test_eval_of_a_training_checkpoint_needs_no_further_word(
     assert "at 8, 9, 14, 17, 23, with mirror images" in capsys.readouterr().out
 
 
+def of_digits(path: Path, **meta: Any) -> str:
+    """A checkpoint as training on digits writes it, and what else its metadata are to say (None: not that)."""
+    known = {"family": "cifar", "depth": 8, "recipe": "digits", "data": "digits", "val_size": 8, "resize": 8} | meta
+    content = {name: value for name, value in known.items() if value is not None}
+    preprocess = Preprocess(torch.rand(1, 8, 8), torch.ones(1, 1, 1), torch.zeros(1, 1))
+    state = net(10, in_channels=1).state_dict()
+    return saved(path, {"meta": content, "model": state, "preprocess": preprocess.state_dict()})
+
+
+def test_eval_on_the_data_that_the_checkpoint_tells(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("torchmetrics")
+    pytest.importorskip("sklearn")
+    files = [of_digits(tmp_path / f"{i}.pt") for i in range(2)]
+    assert main(["eval", "--checkpoint", *files, "--device", "cpu"]) == 0
+    first, told = capsys.readouterr().out.splitlines()
+    assert first.endswith("shorter side 8, on digits, as the checkpoint says")
+    assert main(["eval", "--checkpoint", *files, "--device", "cpu", "--data", "digits"]) == 0
+    assert capsys.readouterr().out.splitlines() == [first.removesuffix(", as the checkpoint says"), told]
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [((None,), "says nothing"), (("imagenet",), "says imagenet"), (("digits", "cifar10"), "says digits; .* cifar10")],
+)
+def test_data_that_no_checkpoint_tells_must_be_given(
+    data: tuple[str | None, ...], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("torchmetrics")
+    files = [of_digits(tmp_path / f"{i}.pt", data=name) for i, name in enumerate(data)]
+    message = refused(["eval", "--checkpoint", *files, "--device", "cpu"], capsys)
+    assert re.search(rf"--data is needed \(.*0\.pt {said}\): a folder, .*, or digits, cifar10, ", message)
+
+
+COINCIDE, MIRRORED = "crops of 8 from a shorter side of 8 coincide", "trained without mirror images"
+
+
+@pytest.mark.parametrize(
+    ("more", "meta", "notes"),
+    [
+        ([], {}, []),
+        (["--crops", "10"], {}, [COINCIDE, MIRRORED]),
+        (["--crops", "10", "--resize", "9"], {}, [MIRRORED]),
+        (["--crops", "10", "--recipe", "digits"], {"recipe": "cifar-2015"}, [COINCIDE]),
+        (["--crops", "10"], {"recipe": None}, [COINCIDE]),
+        (["--crops", "multiscale"], {}, [MIRRORED]),
+        (["--crops", "multiscale", "--no-flip"], {}, []),
+    ],
+)
+def test_views_that_add_nothing_are_noted(
+    more: list[str], meta: dict[str, Any], notes: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("torchmetrics")
+    pytest.importorskip("sklearn")
+    file = of_digits(tmp_path / "a.pt", **meta)
+    assert main(["eval", "--checkpoint", file, "--device", "cpu", "--batch", "400", *more]) == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == len(notes)
+    for line, note in zip(lines, notes, strict=True):
+        assert line.startswith("note: ")
+        assert note in line
+        assert note == COINCIDE or f"{file}: trained" in line
+
+
+@pytest.mark.parametrize("command", ["eval", "predict"])
+def test_ctrl_c_ends_with_130_and_one_line(
+    command: str, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("torchmetrics")
+
+    def interrupted(self: Predictor, images: Any) -> Tensor:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Predictor, "__call__", interrupted)
+    file = saved(tmp_path / "net.pt", net().state_dict())
+    given = {
+        "eval": ["--data", str(photos), "--checkpoint", file, *SMALL],
+        "predict": [str(photos), "--weights", file, *SMALL],
+    }
+    with pytest.raises(SystemExit) as stopped:
+        main([command, *given[command]])
+    assert stopped.value.code == 130
+    assert capsys.readouterr().err == f"python -m fastres {command}: interrupted\n"
+
+
 def test_eval_of_what_training_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The error is the one that the training itself reports, from each of its files."""
     for package in ("torchmetrics", "sklearn", "matplotlib", "safetensors"):
@@ -290,6 +375,37 @@ def test_predict_on_photographs(photos: Path, tmp_path: Path, capsys: pytest.Cap
                 names[k],
             )
             assert float(row["score"]) == pytest.approx(score, abs=2e-6)
+
+
+def test_predict_takes_weights_and_images_in_any_order(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.pt", "b.pt"):
+        saved(tmp_path / name, net().state_dict())
+    image = str(photos / "val" / "temple" / "0.png")
+    orders = [
+        [image, str(photos), "--weights", "a.pt", "--weights", "b.pt"],
+        [image, str(photos), "--weights", "a.pt", "b.pt"],
+        ["--weights", "a.pt", "b.pt", image, str(photos)],
+        [image, "--weights", "a.pt", "b.pt", str(photos)],
+        ["--weights", "a.pt", "--weights", "b.pt", image, str(photos)],
+    ]
+    printed = []
+    for order in orders:
+        assert main(["predict", *SMALL, *order]) == 0
+        printed.append(capsys.readouterr().out)
+    assert printed[0].count(".png") == 9
+    assert set(printed) == {printed[0]}
+    assert main(["predict", *SMALL, image, str(photos), "--weights", "a.pt"]) == 0
+    assert capsys.readouterr().out != printed[0]
+
+
+def test_predict_without_images_or_weights(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = saved(tmp_path / "net.pt", net().state_dict())
+    assert "the images are missing: python -m fastres predict IMG" in refused(["predict", "--weights", file], capsys)
+    message = refused(["predict", str(photos), "--weights", str(photos)], capsys)
+    assert f"--weights {photos}: a file with weights is expected" in message
 
 
 def test_predict_goes_on_past_a_corrupt_image(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -472,7 +588,10 @@ def test_names_of_no_net_are_refused(name: str) -> None:
         (["--crops", "multiscale", "--scales", "16", "64"], "[16, 64]"),
         (["--csv", "nowhere/a.csv"], "nowhere does not exist"),
         (["--csv", "/"], "--csv / can't be written"),
-        (["--device", "abacus"], "abacus"),
+        (["--device", "abacus"], "--device abacus is not there: this machine has cpu"),
+        (["--device", "cuda:77"], "--device cuda:77 is not there: this machine has cpu"),
+        (["--crops", "10", "--no-flip"], "--no-flip belongs to --crops multiscale, not to --crops 10"),
+        (["--scales", "32", "40"], "--scales belongs to --crops multiscale, not to --crops center"),
         (["--recipe", "cifar-2015"], "mean image"),
     ],
 )
