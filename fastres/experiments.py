@@ -35,6 +35,7 @@ from fastres.models.flops import PAPER_TABLE
 from fastres.models.paper import SHORTCUTS
 from fastres.train import checkpoint, data
 from fastres.train.checkpoint import CheckpointError, write_atomically
+from fastres.train.command import whole
 from fastres.train.loop import DTYPES, NonFiniteError, Run, train
 from fastres.train.recipe import QUICK, RECIPES, RISE, STUDIES, STUDY_RECIPES, Recipe, Study, lasting
 
@@ -201,12 +202,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", choices=list(STUDY_RECIPES), help="what to train on (default: digits)")
     parser.add_argument("--root", type=Path, help="where the images are")
     parser.add_argument("--download", action="store_true", help="fetch CIFAR to --root")
-    parser.add_argument("--holdout", type=int, default=0, help="training images to validate on instead")
-    parser.add_argument("--workers", type=int, default=0, help="processes that decode photographs (default: 0)")
+    parser.add_argument("--holdout", type=whole(0), default=0, help="training images to validate on instead")
+    parser.add_argument("--workers", type=whole(0), default=0, help="processes that decode photographs (default: 0)")
     parser.add_argument("--cache", type=Path, help="where mean images are kept (default: ~/.cache/fastres)")
     parser.add_argument("--depths", type=int, nargs="+", help="layers of the nets (default: the paper's)")
-    parser.add_argument("--seeds", type=int, help="trainings of each net, from seeds 0, 1, ...")
-    parser.add_argument("--iterations", type=int, help="of each training; milestones move in proportion")
+    parser.add_argument("--seeds", type=whole(1), help="trainings of each net, from seeds 0, 1, ...")
+    parser.add_argument("--iterations", type=whole(1), help="of each training; milestones move in proportion")
     parser.add_argument("--out", type=Path, help="default: out/experiment/<data>[-quick]")
     parser.add_argument("--device", help="cpu, cuda or cuda:<number> (default: a GPU where there is one)")
     parser.add_argument("--dtype", choices=list(DTYPES), help="default: bf16 on a GPU, else fp32")
@@ -232,8 +233,6 @@ def plan(args: argparse.Namespace) -> Plan:
         study.iterations if args.iterations is None else args.iterations,
         study.points,
     )
-    if study.seeds < 1:
-        raise ValueError(f"--seeds {study.seeds}: any whole number from 1 is accepted")
     if study.iterations is not None:
         recipe = lasting(recipe, study.iterations)
     if args.experiment == "shortcuts":

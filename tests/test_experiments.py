@@ -269,8 +269,11 @@ def test_lasting_moves_milestones_in_proportion() -> None:
     [
         (["depth"], "degradation"),
         (["degradation", "--quick", "--seeds", "1"], "leave out --seeds"),
-        (["degradation", "--seeds", "0"], "--seeds 0"),
-        (["degradation", "--iterations", "0"], "iterations 0"),
+        (["degradation", "--seeds", "0"], "--seeds: 0: any whole number from 1"),
+        (["degradation", "--iterations", "0"], "--iterations: 0: any whole number from 1"),
+        (["degradation", "--holdout", "-1"], "--holdout: -1: any whole number from 0"),
+        (["degradation", "--workers", "-1"], "--workers: -1: any whole number from 0"),
+        (["degradation", "--quick", "--root", "/nowhere"], "data digits needs no --root"),
         (["degradation", "--depths", "21"], "20, 32, 44, 56, 110, 1202"),
         (["shortcuts", "--depths", "20"], "18, 34, 50"),
         (["degradation", "--data", "mnist"], "cifar10"),

@@ -482,7 +482,10 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(tmp_path: Path, undisturbed: 
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
     try:
-        with pytest.raises(CheckpointError, match=r"last\.pt can't be written \(\d+ bytes\): File too large.*intact, make room and go on from"):
+        with pytest.raises(
+            CheckpointError,
+            match=r"last\.pt can't be written \(\d+ bytes\): File too large.*intact, make room and go on from",
+        ):
             checkpoint.save(out, state, best=False)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -569,14 +572,22 @@ def test_synthetic_images_from_the_command(
         ("--family torchvision --depth 18", "reads images of 3 channels, not 1"),
         ("--shortcut C", "family cifar has no choice of shortcut"),
         ("--data mnist", "invalid choice: 'mnist'"),
-        ("--batch 0", "batch 0: any whole number from 1"),
+        ("--batch 0", "--batch: 0: any whole number from 1"),
         ("--batch 60 --micro-batch 7", "batch 60 can't be dealt out as micro-batches of 7"),
-        ("--lr -1", "lr -1.0: any number above 0"),
-        ("--iterations 0", "iterations 0: any whole number from 1"),
+        ("--batch many", "--batch: many: any whole number from 1"),
+        ("--lr -1", "--lr: -1: any number above 0"),
+        ("--lr nan", "--lr: nan: any number above 0"),
+        ("--iterations 0", "--iterations: 0: any whole number from 1"),
+        ("--epochs 0", "--epochs: 0: any whole number from 1"),
         ("--iterations 5 --epochs 5", "exclude each other"),
-        ("--seed -1", "seed -1: any whole number from 0"),
-        ("--log-every 0", "log_every 0"),
-        ("--holdout 1438", "holdout 1438 of 1438"),
+        ("--seed -1", "--seed: -1: any whole number from 0"),
+        ("--micro-batch 0", "--micro-batch: 0: any whole number from 1"),
+        ("--log-every 0", "--log-every: 0: any whole number from 1"),
+        ("--eval-every 0", "--eval-every: 0: any whole number from 1"),
+        ("--save-every 0", "--save-every: 0: any whole number from 1"),
+        ("--workers -1", "--workers: -1: any whole number from 0"),
+        ("--holdout -1", "--holdout: -1: any whole number from 0"),
+        ("--holdout 1438", "--holdout 1438 of 1438"),
         ("--device tpu", "device"),
         ("--cuda-graph", "on one GPU in one process, not here"),
         ("--recipe cifar-2015", "data cifar10 needs --root"),

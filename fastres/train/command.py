@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import os
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from fastres.models.families import FAMILIES
@@ -12,6 +15,26 @@ from fastres.models.paper import SHORTCUTS
 from fastres.train.recipe import DATA, LOADERS, RECIPES, Recipe
 
 EPILOG = "Several GPUs or processes: torchrun --nproc-per-node N -m fastres train ... (batch and lr stay the recipe's)."
+
+
+def whole(least: int) -> Callable[[str], int]:
+    """For argparse, which names the option itself: a whole number from `least`."""
+
+    def number(text: str) -> int:
+        with suppress(ValueError):
+            if int(text) >= least:
+                return int(text)
+        raise argparse.ArgumentTypeError(f"{text}: any whole number from {least} is accepted")
+
+    return number
+
+
+def positive(text: str) -> float:
+    """For argparse: a number above 0."""
+    with suppress(ValueError):
+        if 0 < float(text) < math.inf:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text}: any number above 0 is accepted")
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,28 +54,31 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     data.add_argument("--root", type=Path, help="where they are")
     data.add_argument("--download", action="store_true", help="fetch CIFAR to --root")
     data.add_argument(
-        "--holdout", type=int, default=0, help="training images to validate on instead (the paper's 45k/5k split: 5000)"
+        "--holdout",
+        type=whole(0),
+        default=0,
+        help="training images to validate on instead (the paper's 45k/5k split: 5000)",
     )
-    data.add_argument("--workers", type=int, help="processes that read photographs (default: one per CPU)")
+    data.add_argument("--workers", type=whole(0), help="processes that read photographs (default: one per CPU)")
     loaders = "; ".join(f"{name}: {meaning}" for name, meaning in LOADERS.items())
     data.add_argument("--loader", choices=list(LOADERS), default="auto", help=f"{loaders} (default: auto)")
     data.add_argument("--cache", type=Path, help="where mean images are kept (default: ~/.cache/fastres)")
     recipe = parser.add_argument_group("instead of the recipe's")
-    recipe.add_argument("--batch", type=int, help="images per iteration, of all processes together")
-    recipe.add_argument("--lr", type=float)
-    recipe.add_argument("--iterations", type=int)
-    recipe.add_argument("--epochs", type=int)
-    recipe.add_argument("--micro-batch", type=int, help="images per forward pass, which BN normalises together")
+    recipe.add_argument("--batch", type=whole(1), help="images per iteration, of all processes together")
+    recipe.add_argument("--lr", type=positive)
+    recipe.add_argument("--iterations", type=whole(1))
+    recipe.add_argument("--epochs", type=whole(1))
+    recipe.add_argument("--micro-batch", type=whole(1), help="images per forward pass, which BN normalises together")
     how = parser.add_argument_group("how it runs")
-    how.add_argument("--seed", type=int, default=0)
+    how.add_argument("--seed", type=whole(0), default=0)
     how.add_argument("--device", help="cpu, cuda or cuda:<number> (default: a GPU where there is one)")
     how.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="default: bf16 on a GPU, else fp32")
     how.add_argument("--compile", choices=("none", "inductor", "fastres"), default="none", help="default: none")
     how.add_argument("--cuda-graph", action="store_true", help="capture forward and backward in a CUDA graph")
     how.add_argument("--deterministic", action="store_true", help="only cuDNN algorithms that repeat bit for bit")
-    how.add_argument("--log-every", type=int, default=50, help="iterations (default: 50)")
-    how.add_argument("--eval-every", type=int, help="iterations (default: an epoch)")
-    how.add_argument("--save-every", type=int, help="iterations (default: with every evaluation)")
+    how.add_argument("--log-every", type=whole(1), default=50, help="iterations (default: 50)")
+    how.add_argument("--eval-every", type=whole(1), help="iterations (default: an epoch)")
+    how.add_argument("--save-every", type=whole(1), help="iterations (default: with every evaluation)")
     how.add_argument("--tensorboard", action="store_true", help="write for TensorBoard too")
 
 

@@ -487,7 +487,7 @@ def load(
 
 def _split(n: int, holdout: int) -> tuple[Tensor, Tensor]:
     if not 0 < holdout < n:
-        raise DataError(f"holdout {holdout} of {n} training images: any whole number from 1 to {n - 1} is accepted")
+        raise DataError(f"--holdout {holdout} of {n} training images: any whole number from 1 to {n - 1} is accepted")
     order = torch.from_numpy(_permutation(n, 0, 0))
     return order[holdout:].sort().values, order[:holdout].sort().values
 
