@@ -122,7 +122,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, command in COMMANDS.items():
         parsers[name] = commands.add_parser(name, help=command.purpose, description=command.purpose)
         command.arguments(parsers[name])
-    args = parser.parse_args(argv)
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        parsers[args.command].error(f"unrecognized arguments: {' '.join(unknown)}")
     try:
         outcome = COMMANDS[args.command].run(args)
     except ValueError as error:

@@ -83,6 +83,20 @@ def test_what_is_unknown_is_refused_with_what_exists(
     assert named in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "command", ["summary --depth 18", "train", "eval --data x --checkpoint y", "experiment responses"]
+)
+def test_what_a_command_doesn_t_know_is_refused_with_its_usage(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main([*command.split(), "--sise", "32"])
+    assert stopped.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"usage: python -m fastres {command.split()[0]} ")
+    assert "unrecognized arguments: --sise 32" in said
+
+
 def test_status(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(fastres, "status", lambda: ValueError("as text"), raising=False)
     assert main(["status"]) == 0
