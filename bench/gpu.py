@@ -23,6 +23,7 @@ import importlib.util
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -64,6 +65,8 @@ PARTS: dict[str, list[str]] = {
     "bench-train-50-batch-32": [*BENCH, "--depth", "50", "--mode", "train", "--batch", "32", "--backend", TRAIN],
     "bench-cifar": [*BENCH, "--net", "cifar-20,cifar-110", "--mode", "train", "--batch", "128", "--backend", GRAPHS],
     "bench-option-a": [*BENCH, "--net", "paper-34-A", "--mode", "train", "--backend", f"{GRAPHS},inductor"],
+    "bench-cifar-1202": [*BENCH, "--net", "cifar-1202", "--mode", "train", "--batch", "32", "--backend", GRAPHS],
+    "tests-memory": [*PYTEST, *KERNELS, "-k", "features or every_problem or single_pixels"],
     "tests-tiles": [*PYTEST, *KERNELS, "-k", "every_tile"],
     "bench-infer-50-autotune": [*BENCH, "--depth", "50", "--mode", "infer", "--backend", AUTOTUNE],
     "bench-train-50-autotune": [*BENCH, "--depth", "50", "--mode", "train", "--backend", AUTOTUNE],
@@ -72,10 +75,17 @@ PARTS: dict[str, list[str]] = {
     "tune-all": ["bench/tune.py", "--depth", "all", "--jobs", "{jobs}", "--seconds", "{seconds}"],
     "bench-infer-all": [*BENCH, "--depth", "all", "--mode", "infer"],
     "bench-train-all": [*BENCH, "--depth", "all", "--mode", "train"],
+    "bench-infer-all-batch-32": [*BENCH, "--depth", "all", "--mode", "infer", "--batch", "32"],
+    "bench-infer-all-batch-1": [*BENCH, "--depth", "all", "--mode", "infer", "--batch", "1"],
+    "bench-train-all-batch-32": [*BENCH, "--depth", "all", "--mode", "train", "--batch", "32"],
     "degradation": ["-m", "fastres", "experiment", "degradation", "--out", "{out}/degradation"],
     "tests-others": [*PYTEST, "tests", "-m", "not gpu and not interpret and not slow"],
     "shortcut": ["-m", "pytest", "-p", "no:cacheprovider", "bench/shortcut.py", "--benchmark-only"],
 }
+
+
+# Every access of every kernel is checked there, and no allocation hides in a larger one.
+SANITIZED = {"tests-memory": ["compute-sanitizer", "--target-processes", "all", "--error-exitcode", "9"]}
 
 
 def sees_gpu() -> bool:
@@ -106,17 +116,19 @@ def command(part: str, out: Path, jobs: int, limit: float) -> list[str]:
 
 def run_part(part: str, out: Path, jobs: int, limit: float) -> int:
     """Run one part, streaming to its log; returns its exit status, 124 when it ran out of time."""
-    arguments = command(part, out, jobs, limit)
+    arguments, watch = command(part, out, jobs, limit), SANITIZED.get(part, [])
     log = out / f"{part}.log"
-    print(f"== {part}: python {' '.join(arguments)}", flush=True)
+    print(f"== {part}: {' '.join([*watch, 'python', *arguments])}", flush=True)
     start = time.monotonic()
     environment = {"FASTRES_CACHE_DIR": str(out / "cache"), "PYTHONUNBUFFERED": "1"}
     if "-n" in arguments:  # else each of Inductor's users among the tests has processes for every CPU
         environment["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
+    if watch:
+        environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
     environment |= os.environ
     with log.open("w") as sink:
         process = subprocess.Popen(
-            [sys.executable, *arguments],
+            [*watch, sys.executable, *arguments],
             cwd=ROOT,
             stdout=sink,
             stderr=subprocess.STDOUT,
@@ -132,7 +144,7 @@ def run_part(part: str, out: Path, jobs: int, limit: float) -> int:
     tail = log.read_text(errors="replace").splitlines()[-TAIL_LINES:]
     summary = {
         "part": part,
-        "command": ["python", *arguments],
+        "command": [*watch, "python", *arguments],
         "status": status,
         "seconds": round(time.monotonic() - start, 1),
         "tail": tail,
@@ -179,7 +191,7 @@ def main() -> int:
         parser.error(f"--jobs {options.jobs} --minutes {options.minutes}; accepted: jobs from 1, minutes above 0")
     if options.list:
         for name, arguments in PARTS.items():
-            print(f"{name:24} python {' '.join(arguments)}")
+            print(f"{name:24} {' '.join([*SANITIZED.get(name, []), 'python', *arguments])}")
         return 0
     if not sees_gpu():
         parser.error("torch sees no CUDA GPU here, and nothing of this can be run or confirmed without one")
@@ -193,6 +205,9 @@ def main() -> int:
         left = end - time.monotonic()
         if left < LEAST_S:
             failed.append(f"{part} (not begun)")
+            continue
+        if part in SANITIZED and shutil.which(SANITIZED[part][0]) is None:
+            failed.append(f"{part} ({SANITIZED[part][0]} is not installed)")
             continue
         if status := run_part(part, out, options.jobs, min(LIMIT_S, left)):
             failed.append(f"{part} (exit {status})")

@@ -95,6 +95,18 @@ def test_without_a_gpu_nothing_is_called_a_success(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_part_under_a_sanitizer(
+    gpu: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    part = {"watched": "import os; print(os.environ['PYTORCH_NO_CUDA_MEMORY_CACHING'], os.environ['WATCHED'])"}
+    monkeypatch.setattr(gpu, "SANITIZED", {"watched": ["env", "WATCHED=yes"]})
+    assert run(gpu, monkeypatch, part, "--out", str(tmp_path)) == 0
+    assert (tmp_path / "watched.log").read_text() == "1 yes\n"
+    monkeypatch.setattr(gpu, "SANITIZED", {"watched": ["no-such-sanitizer"]})
+    assert run(gpu, monkeypatch, part, "--out", str(tmp_path)) == 1
+    assert "failed: watched (no-such-sanitizer is not installed)" in capsys.readouterr().out
+
+
 def test_commands(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tests share their processes with the plugins that are there; measurements run alone."""
     backends = importlib.import_module("backends")
