@@ -20,7 +20,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -87,17 +87,11 @@ def our_steps(
     return [step, replace(step, **{field: not getattr(step, field)})]
 
 
-@contextmanager
-def tile_in_force(tile: Tile | None) -> Iterator[None]:
-    """Within, our convolutions run with `tile`."""
+def with_tile(tile: Tile | None, work: Callable[[], Any]) -> Any:
+    """`work()`, whose convolutions by our kernels run with `tile`."""
     with ExitStack() as stack:
         for module, launcher in ((conv, "conv_fprop"), (dgrad, "conv_dgrad"), (wgrad, "conv_wgrad")):
             stack.enter_context(patch.object(module, launcher, partial(getattr(module, launcher), tile=tile)))
-        yield
-
-
-def with_tile(tile: Tile | None, work: Callable[[], Any]) -> Any:
-    with tile_in_force(tile):
         return work()
 
 

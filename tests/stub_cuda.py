@@ -10,6 +10,7 @@ runs nothing.
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import os
 import re
@@ -58,6 +59,7 @@ def unbuildable() -> str | None:
 def library() -> ctypes.CDLL:
     """The stub, loaded under the name by which Triton's modules ask for the driver."""
     folder = Path(tempfile.mkdtemp(prefix="stub-cuda-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)  # till then launchers are linked against it
     built, source = folder / "libcuda.so.1", Path(__file__).with_name("stub_cuda.c")
     command = [os.environ.get("CC") or shutil.which("gcc") or "clang", "-Wall", "-Wextra", "-Werror", "-O1", "-shared"]
     command += ["-fPIC", *(f"-I{path}" for path in nvidia.include_dirs), str(source), "-o", str(built)]

@@ -124,7 +124,6 @@ def decided() -> Any:
 
 
 @pytest.mark.interpret
-@pytest.mark.skipif(not INTERPRETED and DEVICE == "cpu", reason="nothing runs here")
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("name", CALLS)
 def test_the_second_call_gives_what_deciding_anew_gives(name: str) -> None:
@@ -145,7 +144,7 @@ def test_the_second_call_gives_what_deciding_anew_gives(name: str) -> None:
         assert torch.equal(new[written], wanted[written])
 
 
-@pytest.mark.skipif(INTERPRETED, reason="an interpreted kernel is not compiled")
+@pytest.mark.compiles
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs the test above")
 @pytest.mark.skipif(stub_cuda.unbuildable() is not None, reason=str(stub_cuda.unbuildable()))
 @pytest.mark.parametrize("name", CALLS)
