@@ -257,7 +257,7 @@ def vectors(z: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("mean", "std"), [(5.0, 0.1), (100.0, 0.1)])
+@pytest.mark.parametrize(("mean", "std"), [(20.0, 0.1), (100.0, 0.1)])
 def test_statistics_do_not_cancel(mean: float, std: float, dtype: torch.dtype) -> None:
     z = (torch.randn(4, 20, 16, 8, device=DEVICE) * std + mean).to(dtype)
     true_mean, true_rstd = vectors(z)
@@ -266,7 +266,7 @@ def test_statistics_do_not_cancel(mean: float, std: float, dtype: torch.dtype) -
     assert relative_error(s.rstd, true_rstd) < 5e-6
     x = z.float()
     naive = ((x * x).mean((0, 1, 2)) - x.mean((0, 1, 2)) ** 2 + EPS).rsqrt()
-    assert not relative_error(naive, true_rstd) < 2e-5, "this input is too easy to tell good statistics from bad"
+    assert not relative_error(naive, true_rstd) < 1e-4, "this input is too easy to tell good statistics from bad"
 
 
 def test_statistics_partials() -> None:
