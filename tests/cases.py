@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -69,3 +72,15 @@ def assert_close_to_reference(
         allowed += factor * relative_error(baseline, ref64)
     error = relative_error(actual, ref64)
     assert error <= allowed, f"{what}: error {error:.3g}, allowed {allowed:.3g}"  # a NaN fails too
+
+
+def by_library(convolve: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+    """convolve(*args, **kwargs), by PyTorch's own loops where cuDNN has no engine for it (float64 with groups, a
+    padding wider than the filter, ...)."""
+    try:
+        return convolve(*args, **kwargs)
+    except RuntimeError as error:
+        if not any(said in str(error) for said in ("unable to find an engine", "CUDNN_STATUS_NOT_SUPPORTED")):
+            raise
+    with torch.backends.cudnn.flags(enabled=False):
+        return convolve(*args, **kwargs)

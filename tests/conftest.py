@@ -12,20 +12,45 @@ running them `@pytest.mark.compiles`.
 
 from __future__ import annotations
 
+import json
 import os
+import platform
 import random
+import subprocess
 from collections.abc import Callable, Iterator
+from datetime import datetime, timezone
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torchvision
 import triton
 from torch import Tensor
 
 
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
+
+
+def pytest_report_header() -> str:
+    """Where and on what the tests run, as `bench/proof.py` reads it from a log."""
+    where = {"date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "device": "CPU"}
+    if torch.cuda.is_available():
+        where["device"] = torch.cuda.get_device_name()
+        where["driver"] = _said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").partition("\n")[0]
+    where |= {"python": platform.python_version(), "numpy": np.__version__, "torch": torch.__version__}
+    where |= {"torchvision": torchvision.__version__, "triton": triton.__version__}
+    where["cuDNN"] = str(torch.backends.cudnn.version())
+    where["commit"] = os.environ.get("FASTRES_COMMIT") or _said("git", "rev-parse", "HEAD")
+    return f"tested on: {json.dumps(where)}"
+
+
+def _said(*command: str) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import triton
-from cases import assert_close_to_reference, lost_in_sums
+from cases import assert_close_to_reference, by_library, lost_in_sums
 from torch import Tensor
 from torch.nn.grad import conv2d_input, conv2d_weight
 
@@ -166,8 +166,8 @@ def conv_args(problem: ConvProblem) -> dict[str, int]:
 def reference_dgrad(o: Operands, features: str) -> tuple[Tensor, Tensor | None]:
     """dx and, with "relu" or "end", the sums [2, C] of dx as stored."""
     n, wide = o.problem, o.p.dtype
-    dx = conv2d_input((n.N, n.C, n.H, n.W), nchw(o.w), nchw(dz_of(o, features)), padding=n.pad, **conv_args(n))
-    dx = nhwc(dx)
+    shape, dz = (n.N, n.C, n.H, n.W), dz_of(o, features)
+    dx = nhwc(by_library(conv2d_input, shape, nchw(o.w), nchw(dz), padding=n.pad, **conv_args(n)))
     if "residual" in features:
         dx = dx + (where_positive(o.out, o.dout) if "out" in features else o.dout)
     if "relu" in features:
@@ -190,7 +190,7 @@ def reference_wgrad(o: Operands, features: str, dtype: torch.dtype | None = None
     a = F.relu(o.scale * o.x.to(wide) + o.shift).to(o.x.dtype) if "activation" in features else o.x
     shape = (n.K, n.C // n.groups, n.R, n.S)
     dz = dz_of(o, features).to(dtype)
-    return nhwc(conv2d_weight(nchw(a.to(dtype)), shape, nchw(dz), padding=n.pad, **conv_args(n)))
+    return nhwc(by_library(conv2d_weight, nchw(a.to(dtype)), shape, nchw(dz), padding=n.pad, **conv_args(n)))
 
 
 def load_options(o: Operands, features: str) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import triton
-from cases import assert_close_to_reference, lost_in_sums, relative_error
+from cases import assert_close_to_reference, by_library, lost_in_sums, relative_error
 from conv_cases import BOXED, GATHERED, net_problems
 from torch import Tensor
 
@@ -93,7 +93,8 @@ def reference(
     x, w = x.to(dtype), w.to(dtype)
     if prologue is not None:
         x = F.relu(x.to(wide) * prologue[0].to(wide) + prologue[1].to(wide)).to(dtype)
-    y = F.conv2d(x.permute(0, 3, 1, 2), w.permute(0, 3, 1, 2), **geometry(p)).permute(0, 2, 3, 1).to(wide)
+    y = by_library(F.conv2d, x.permute(0, 3, 1, 2), w.permute(0, 3, 1, 2), **geometry(p))
+    y = y.permute(0, 2, 3, 1).to(wide)
     y = y if scale is None else y * scale.to(wide)
     y = y if shift is None else y + shift.to(wide)
     if norm is not None:

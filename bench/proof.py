@@ -1,0 +1,140 @@
+"""The record of what tests said on a machine, from pytest's own logs.
+
+    python -m pytest -v -n 14 -k every_tile 2>&1 | tee out/tiles.log
+    python bench/proof.py out/tiles.log out/nets.log --record bench/records/nvidia-h200-tests.md
+
+Reads logs of `pytest -v` (pytest-xdist's lines too) in the order given: of a test that ran more than once the last
+result counts, and that it had failed before is told. What stands in the record below "## Failures and their mends" is
+written by hand and stays.
+
+The exit status is 1 where a test failed last or was not reached, else 0.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+BY_HAND = "## Failures and their mends"
+RESULTS = {"PASSED": "passed", "FAILED": "failed", "ERROR": "failed", "SKIPPED": "skipped"}
+# "[gw3] [ 12%] PASSED tests/x.py::y " of xdist, "tests/x.py::y PASSED   [ 12%]" without it.
+SHARED = re.compile(rf"^\[gw\d+\] \[ *\d+%\] ({'|'.join(RESULTS)}) (tests/\S+?\.py::.*?) *$")
+ALONE = re.compile(rf"^(tests/\S+?\.py::.*?) ({'|'.join(RESULTS)})\b.*\[ *\d+%\] *$")
+ITEMS = (
+    re.compile(r"^\d+ workers \[(\d+) items?\]"),
+    re.compile(r"^(?:collecting \.\.\. )?collected (?:.* )?(\d+) (?:items?|selected)$"),
+)
+
+
+@dataclass
+class Run:
+    """One log: where it ran, how many tests were to run, and the results, test by test."""
+
+    name: str
+    where: dict[str, str] = field(default_factory=dict)
+    items: int = 0
+    results: dict[str, str] = field(default_factory=dict)
+
+
+def read(path: Path) -> Run:
+    """Raises ValueError for a log without the line by which tests/conftest.py says where it ran."""
+    run = Run(path.stem)
+    for line in path.read_text(errors="replace").splitlines():
+        if line.startswith("tested on: "):
+            run.where = json.loads(line.partition(": ")[2])
+        elif found := SHARED.match(line):
+            note(run, found[2], found[1])
+        elif found := ALONE.match(line):
+            note(run, found[1], found[2])
+        else:
+            for pattern in ITEMS:
+                if found := pattern.match(line):
+                    run.items = int(found[1])
+    if not run.where:
+        raise ValueError(f"{path} is no log of `pytest -v`: it lacks the line 'tested on: ...'")
+    return run
+
+
+def note(run: Run, test: str, said: str) -> None:
+    """A test that passed and whose teardown then failed has failed."""
+    if run.results.get(test) != "failed":
+        run.results[test] = RESULTS[said]
+
+
+def render(runs: list[Run]) -> str:
+    """The record's generated part. The runs must share device and versions."""
+    first = runs[0].where
+    for run in runs:
+        for name in first.keys() | run.where.keys():
+            if name not in ("date", "commit") and run.where.get(name) != first.get(name):
+                raise ValueError(f"{run.name} ran with {name} {run.where.get(name)}, {runs[0].name} {first.get(name)}")
+    versions = ", ".join(f"{name} {first[name]}" for name in first if name not in ("device", "date", "commit"))
+    lines = [f"# Tests on {first['device']}", "", f"Written by `bench/proof.py`. {versions}.", ""]
+    lines += [
+        "| run | began | commit | tests | passed | failed | skipped | not reached |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for run in runs:
+        count = Counter(run.results.values())
+        numbers = (run.items, count["passed"], count["failed"], count["skipped"], missing(run))
+        cells = " | ".join(map(str, numbers))
+        lines.append(f"| {run.name} | {run.where['date'][:16]} | {run.where['commit'][:10]} | {cells} |")
+    last, failed_once = final(runs)
+    files: dict[str, Counter[str]] = {}
+    for test, result in last.items():
+        files.setdefault(test.partition("::")[0], Counter())[result] += 1
+    lines += ["", "Every test once, by its last run:", "", "| file | passed | failed | skipped |", "|---|---|---|---|"]
+    for file, count in sorted(files.items()):
+        lines.append(f"| {file} | {count['passed']} | {count['failed']} | {count['skipped']} |")
+    total = Counter(last.values())
+    lines.append(f"| **all** | **{total['passed']}** | **{total['failed']}** | **{total['skipped']}** |")
+    for title, tests in (
+        ("Failed", [test for test, result in last.items() if result == "failed"]),
+        ("Failed first, passed after a mend", [test for test in failed_once if last[test] == "passed"]),
+    ):
+        if tests:
+            lines += ["", f"{title}:", "", *(f"- `{test}`" for test in sorted(tests))]
+    return "\n".join(lines) + "\n"
+
+
+def missing(run: Run) -> int:
+    """Tests of a run that was stopped before it reached them."""
+    return max(0, run.items - len(run.results))
+
+
+def final(runs: list[Run]) -> tuple[dict[str, str], set[str]]:
+    """The last result of every test, and the tests that have failed at least once."""
+    last: dict[str, str] = {}
+    failed: set[str] = set()
+    for run in runs:
+        last |= run.results
+        failed |= {test for test, result in run.results.items() if result == "failed"}
+    return last, failed
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("logs", nargs="+", type=Path, metavar="LOG", help="logs of pytest -v, oldest first")
+    parser.add_argument("--record", type=Path, metavar="FILE", help="write it here; default: print it")
+    options = parser.parse_args(arguments)
+    try:
+        runs = [read(path) for path in options.logs]
+        text = render(runs)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    if options.record is None:
+        print(text, end="")
+    else:
+        old = options.record.read_text() if options.record.exists() else ""
+        options.record.write_text(text + ("\n" + BY_HAND + old.partition(BY_HAND)[2] if BY_HAND in old else ""))
+    failed = [test for test, result in final(runs)[0].items() if result == "failed"]
+    return int(bool(failed) or any(missing(run) for run in runs))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
