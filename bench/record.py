@@ -44,8 +44,10 @@ def now() -> str:
 
 def code() -> dict[str, Any]:
     """What was measured: the commit, whether the tree differs from it, a digest of the sources and tables of tiles."""
-    commit = _git("rev-parse", "HEAD") or os.environ.get("FASTRES_COMMIT")
-    changes = _git("status", "--porcelain", "--", "fastres", "kernels", "csrc", "bench", ":!bench/records")
+    head, given = _git("rev-parse", "HEAD"), os.environ.get("FASTRES_COMMIT")
+    commit, changes = given or head, None
+    if commit == head:
+        changes = _git("status", "--porcelain", "--", "fastres", "kernels", "csrc", "bench", ":!bench/records")
     return {"commit": commit, "dirty": None if changes is None else bool(changes), "sources": _digest()}
 
 

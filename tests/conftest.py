@@ -136,6 +136,8 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     def poisoning(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return lambda *args, **kwargs: poison(allocate(*args, **kwargs))
 
+    with torch.device("meta"):  # which functions heed this is looked up once: by what they are before they are replaced
+        torch.empty(0)
     sources: list[tuple[Any, str]] = [(torch, name) for name in ("empty", "empty_like", "empty_strided")]
     sources += [(Tensor, "new_empty"), (Tensor, "new_empty_strided")]
     for owner, name in sources:

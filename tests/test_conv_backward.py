@@ -449,6 +449,7 @@ class _Broken:
 
     def __init__(self, kernel: Any, **wrong: Any) -> None:
         self.kernel, self.wrong = kernel, wrong
+        self.params = getattr(kernel, "params", None)
 
     def __getitem__(self, grid: Any) -> Callable[..., None]:
         return lambda **arguments: self.kernel[grid](**{**arguments, **self.wrong})
