@@ -206,7 +206,7 @@ def dgrad_tiles(
         shapes = [(64, 64, 4)]
     else:
         shapes = [(64, 128, 4), (64, 64, 4), (128, 128, 8)]
-        shapes += [(128, 64, 4), (64, 256, 8)] if tma else []
+        shapes += [(128, 64, 4), (64, 128, 8), (64, 256, 8)] if tma else []
         shapes += [(128, 256, 8), (256, 128, 8)] if tma and operands == 1 and not epilogue else []
     shapes += [(BM, 64, 4) for BM in (16, 32) if outputs <= BM and not ieee]
     steps = math.ceil(problem.R * problem.S / problem.stride**2) * math.ceil(channels / BK)
@@ -218,7 +218,7 @@ def dgrad_tiles(
         else:
             box = cover(problem.N, rows, cols, BN)
             pixels = boxes(problem.N, rows, cols, box) if tma else math.ceil(problem.N * rows * cols / BN)
-        for stages in (3, 2, 1):
+        for stages in range(max(2, min(3, steps)), 0, -1):
             shared = (stages * BM + buffered(stages, operands) * BN) * BK * itemsize + SMALL
             if max(shared, BM * BN * itemsize) <= gpu.shared:
                 break

@@ -129,9 +129,12 @@ def check_statistics(partials: Tensor, y: Tensor) -> None:
     merged = (m2 + count * (mean - total) ** 2).sum(0)
     eps, distances = torch.finfo(torch.float32).eps, values - values.mean(0)
     assert ((total - values.mean(0)).abs() <= 4 * eps * values.abs().mean(0)).all()
-    # A tile's own mean is rounded, too, and with it every distance from it.
+    # A tile's own mean is rounded, too, and with it every distance from it. A thread adds up a fourth of a tile's
+    # squares one after the other, each time rounding a sum that only grows by up to eps / 2; behind a ReLU one tile may
+    # hold nearly all of a channel, and then no other tile's errors meet its own.
     slack = eps * values.abs().mean(0) * distances.abs().sum(0)
-    assert ((merged - (distances**2).sum(0)).abs() <= 8 * eps * (distances**2).sum(0) + slack).all()
+    rounded = max(8.0, (float(count.max()) / 4 + 4) / 2) * eps if y.is_cuda else 8 * eps
+    assert ((merged - (distances**2).sum(0)).abs() <= rounded * (distances**2).sum(0) + slack).all()
 
 
 @dtypes

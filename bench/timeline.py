@@ -1,0 +1,101 @@
+"""Where a step's time on the GPU goes, kernel by kernel.
+
+    python bench/timeline.py --backend fastres-graph --mode train
+    python bench/timeline.py --backend fastres-optimize --mode infer --batch 1 --csv out/timeline.csv
+
+Runs one backend of bench/run.py on ResNet-50 (or --net) under PyTorch's profiler and prints, for every kernel, how
+often a step runs it, its microseconds a step and its share; then the sum, and the time from the first kernel's start to
+the last one's end: the difference is the GPU waiting. Needs a CUDA GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import re
+import sys
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import backends
+import measure
+import torch
+from run import DTYPES, SEED, inputs, weights
+from torch.profiler import ProfilerActivity, profile
+
+from fastres.models import families
+
+COLUMNS = ("kernel", "calls", "us", "share")
+STEPS = 3  # profiled, behind as many that warm up
+
+
+def kernels(step: Any) -> tuple[dict[str, tuple[float, float]], float]:
+    """name -> (calls, microseconds) a step; and microseconds a step from first start to last end."""
+    for i in range(STEPS):
+        step(i)
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        for i in range(STEPS):
+            step(i)
+        torch.cuda.synchronize()
+    times: dict[str, list[float]] = defaultdict(list)
+    start, end = float("inf"), 0.0
+    for event in profiler.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation:
+            times[event.name].append(event.device_time_total)
+            start, end = min(start, event.time_range.start), max(end, event.time_range.end)
+    return {name: (len(us) / STEPS, sum(us) / STEPS) for name, us in times.items()}, (end - start) / STEPS
+
+
+def short(name: str) -> str:
+    """A kernel's name without its template arguments and parameters."""
+    while (bare := re.sub(r"<[^<>]*>|\([^()]*\)", "", name)) != name:
+        name = bare
+    return re.sub(r"^void ", "", name)[:90]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--net", default="resnet50")
+    parser.add_argument("--mode", choices=backends.MODES, default="train")
+    parser.add_argument("--backend", choices=backends.BACKENDS, default="fastres-graph")
+    parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16")
+    parser.add_argument("--csv", type=Path, help="write the rows here as well")
+    options = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        parser.error("no CUDA GPU, whose time this tells")
+    size = families.usual_size(options.net)
+    device = torch.device("cuda", torch.cuda.current_device())
+    case = backends.Case(options.net, options.mode, options.batch, DTYPES[options.dtype], size, device)
+    backend = backends.BACKENDS[options.backend]
+    if reason := backend.why_not(case):
+        parser.error(f"backend {options.backend!r} can't run this: {reason}")
+    torch.backends.cudnn.benchmark = True
+    batches = inputs(options.batch, size)
+    generator = torch.Generator().manual_seed(SEED)
+    labels = [torch.randint(10, (options.batch,), generator=generator) for _ in batches]
+    with backend.isolated(device):
+        step = measure.STEPS[options.mode](backend, case, measure.Data(weights(options.net, size), batches, labels))
+        found, span = kernels(step)
+    total = sum(us for _, us in found.values())
+    rows = [
+        {"kernel": short(name), "calls": calls, "us": round(us, 1), "share": round(us / total, 4)}
+        for name, (calls, us) in sorted(found.items(), key=lambda item: -item[1][1])
+    ]
+    print(f"{options.net}, {options.mode}, {options.backend}, batch {options.batch}, {torch.cuda.get_device_name()}")
+    for row in rows:
+        print(f"{row['us']:9.1f} us {100 * row['share']:5.1f} % {row['calls']:6.1f} x  {row['kernel']}")
+    print(f"{total:9.1f} us in kernels, {span:.1f} us from the first one's start to the last one's end")
+    if options.csv:
+        options.csv.parent.mkdir(parents=True, exist_ok=True)
+        with options.csv.open("w", newline="") as sink:
+            writer = csv.DictWriter(sink, COLUMNS)
+            writer.writeheader()
+            writer.writerows(rows)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
