@@ -34,12 +34,12 @@ from layers import DTYPES, PASSES, Operands, Role, name
 from torch import Tensor
 
 import fastres
-from fastres.kernels import bottleneck, config, conv, dgrad, wgrad
+from fastres.kernels import bottleneck, config, conv, dgrad, stem, wgrad
 from fastres.kernels.config import Measurement, Tile
 from fastres.kernels.conv import fprop_tma_refusal
 from fastres.kernels.launch import gpu_of, tma_refusal
 from fastres.kernels.problem import ConvProblem
-from fastres.kernels.stem import stem_refusal
+from fastres.kernels.stem import stem_columns, stem_refusal
 from fastres.ops import dispatch, launch, steps
 from fastres.ops.launch import Step
 
@@ -72,6 +72,16 @@ def candidates(step: Step, pass_: str, role: Role, dtype: torch.dtype, device: t
     return tiles
 
 
+def stem_candidates(problem: ConvProblem, dtype: torch.dtype, device: torch.device, most: int) -> list[Tile]:
+    """The `most` most promising tiles of `conv_stem`, each with every box of 8 or 16 neighbouring windows, too."""
+    columns, gpu = stem_columns(problem), gpu_of(device)
+    tiles = config.fprop_tiles(columns, dtype.itemsize, True, gpu, dtype == torch.float32)
+    tiles = [tile for tile in tiles if max(64, problem.K) >= tile.BM][:most]
+    boxes = ((n, h, w) for n in (1, 2, 4) for h in (1, 2, 4, 8, 16) for w in (8, 16))
+    shaped = [replace(tile, box=box) for box in boxes for tile in tiles if math.prod(box) == tile.BN]
+    return list(dict.fromkeys([*tiles, *shaped]))
+
+
 def our_steps(
     problem: ConvProblem, pass_: str, role: Role, dtype: torch.dtype, device: torch.device, dz_on_load: bool
 ) -> list[Step]:
@@ -90,7 +100,8 @@ def our_steps(
 def with_tile(tile: Tile | None, work: Callable[[], Any]) -> Any:
     """`work()`, whose convolutions by our kernels run with `tile`."""
     with ExitStack() as stack:
-        for module, launcher in ((conv, "conv_fprop"), (dgrad, "conv_dgrad"), (wgrad, "conv_wgrad")):
+        of_passes = (conv, "conv_fprop"), (stem, "conv_stem"), (dgrad, "conv_dgrad"), (wgrad, "conv_wgrad")
+        for module, launcher in of_passes:
             stack.enter_context(patch.object(module, launcher, partial(getattr(module, launcher), tile=tile)))
         return work()
 
@@ -176,7 +187,9 @@ def ways(
             yield "triton", tile, step, partial(with_tile, tile, work)
     if pass_ in ("infer", "fprop") and stem_refusal(ours[0].problem) is None:
         packed = replace(ours[0], infer_by="stem", fprop_by="stem")
-        yield "stem", None, packed, layers.call(packed, pass_, operands, role)
+        work = layers.call(packed, pass_, operands, role)
+        for tile in stem_candidates(packed.problem, x.dtype, x.device, most):
+            yield "stem", tile, packed, partial(with_tile, tile, work)
 
 
 def tune(

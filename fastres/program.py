@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -123,8 +124,7 @@ class Program:
             if isinstance(part, Conv):
                 bound, results = self._bind_conv(part, *inputs)
             else:
-                bound = self._bind(part)
-                results = bound.call(*inputs)
+                bound, results = self._bind(part, *inputs)
             values.update(zip(part.writes, results, strict=True))
             last = results[0]
             bound.shape = tuple(nchw(last).shape if last.dim() == 4 else last.shape) if isinstance(last, Tensor) else ()
@@ -133,17 +133,23 @@ class Program:
     def _chains(self, step: Chain, x: Tensor) -> bool:
         return dispatch.chains(_problem(step.spatial, x), self.dtype, x.device)
 
-    def _bind(self, step: Step) -> Bound:
+    def _bind(self, step: Step, *inputs: Any) -> tuple[Bound, Sequence[Any]]:
         if isinstance(step, Convert):
             convert = partial(_widen, dtype=self.dtype) if step.back else _narrow
-            return Bound(step, "aten", "between dtypes", partial(convert, scale=step.scale))
-        if isinstance(step, Chain):
+            bound = Bound(step, "aten", "between dtypes", partial(convert, scale=step.scale))
+        elif isinstance(step, Chain):
             weights = tuple(self.weights[part.out] for part in step.parts)
-            return Bound(step, "triton", "measured fastest on this GPU", partial(folded.by_chain, p=weights))
-        assert isinstance(step, Aten)
-        layer = self.layers.get(step.name)
-        function = layer if layer is not None else FUNCTIONS[step.kind]
-        return Bound(step, "aten", "no kernel of ours", partial(_aten, step, function, self.layers))
+            bound = Bound(step, "triton", "measured fastest on this GPU", partial(folded.by_chain, p=weights))
+        else:
+            assert isinstance(step, Aten)
+            layer = self.layers.get(step.name)
+            if (sizes := folded.pool_sizes(layer)) is not None and _pools(*inputs):
+                pool = partial(folded.by_pool, **sizes)
+                with suppress(ValueError):  # sizes beyond the kernel's
+                    return Bound(step, "triton", "writes no indices", partial(_one, pool)), (pool(*inputs),)
+            function = layer if layer is not None else FUNCTIONS[step.kind]
+            bound = Bound(step, "aten", "no kernel of ours", partial(_aten, step, function, self.layers))
+        return bound, bound.call(*inputs)
 
     def _bind_conv(self, step: Conv, x: Tensor, residual: Tensor | None = None) -> tuple[Bound, Sequence[Tensor]]:
         problem = _problem(step, x)
@@ -181,6 +187,11 @@ class Program:
                     ones = torch.ones(problem.K, device=x.device)
                     call, name = partial(folded.by_library_and_kernel, ones=ones, **static), "cudnn + triton"
         return Bound(step, name, why, partial(_one, call)), (call(*inputs),)
+
+
+def _pools(x: Tensor) -> bool:
+    """Whether a kernel of ours may pool x [N, H, W, C]."""
+    return dispatch.why_unfused(x.dtype, x.device) is None and dispatch.pointwise_engine(x.dtype, x.device) == "triton"
 
 
 def _public(value: Any) -> Tensor:

@@ -47,14 +47,16 @@ from .pointwise import (
     tile_of,
     vector,
 )
-from .pool import Pool, check_pool, gather, normalize_max_pool
+from .pool import Pool, block_pixel, check_pool, gather, normalize_max_pool
 from .replay import empty, launch, remembered
 from .tile import bn_affine, relu
 
-# One program of the last stage walks over this many partials at most; more are first merged in groups.
+# One program of the last stage walks over this many partials at most, a tile [_BT, _BK] at a time; more are first
+# merged in groups, by tiles whose rows fill a cache line.
 _PARTIALS = 512
 _GROUP = 128
 _BT, _BK = 128, 8
+_MERGED_BT, _MERGED_BK = 32, 32
 
 
 @triton.jit
@@ -209,16 +211,17 @@ def normalize_kernel(
 
 @triton.jit
 def gradient(
-    dy, y, tap, z, scale, shift, row, channel, valid, K, P, Q, U, V,
+    dy, y, tap, z, scale, shift, here, block, channel, valid, K, P, Q, U, V, a: tl.constexpr, b: tl.constexpr,
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, PAD: tl.constexpr,
 ):  # fmt: skip
-    """g, fp32 [BM, BK]: dy (behind a max pool: gathered by tap), zero where y <= 0 or scale z + shift <= 0."""
+    """g, fp32 [BM, BK]: dy (behind a max pool: gathered by tap), zero where y <= 0 or scale z + shift <= 0. Offsets
+    `here` are of the pixels (a, b) of their blocks."""
     if tap is None:
-        g = tl.load(dy + at(row, channel, K), mask=valid, other=0.0).to(tl.float32)
+        g = tl.load(dy + here, mask=valid, other=0.0).to(tl.float32)
     else:
-        g = gather(dy, tap, row, channel, valid, K, P, Q, U, V, KERNEL, STRIDE, PAD)
+        g = gather(dy, tap, block, channel, valid, K, P, Q, U, V, a, b, KERNEL, STRIDE, PAD)
     if y is not None:
-        g = tl.where(tl.load(y + at(row, channel, K), mask=valid, other=0.0) <= 0, 0.0, g)
+        g = tl.where(tl.load(y + here, mask=valid, other=0.0) <= 0, 0.0, g)
     if scale is not None:
         g = tl.where(z * vector(scale, channel, K) + vector(shift, channel, K) <= 0, 0.0, g)
     return g
@@ -230,11 +233,13 @@ def backward_reduce_kernel(
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, PAD: tl.constexpr,
     VEC: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """partials [T, 2, K] (and those of the projection's z_d, which shares g) of chunks of steps BM pixels."""
+    """partials [T, 2, K] (and those of the projection's z_d, which shares g) of chunks of steps BM pixels; behind a max
+    pool of steps BM blocks of STRIDE x STRIDE pixels, M in all."""
     K = K_VECS * VEC
+    SIDE: tl.constexpr = 1 if tap is None else STRIDE
     chunk = tl.program_id(0)
-    row, channel = tile_of(tl.program_id(1), K, BM, BK)
-    row += chunk * steps * BM
+    block, channel = tile_of(tl.program_id(1), K, BM, BK)
+    block += chunk * steps * BM
     centre = vector(mean, channel, K)
     sum_g = tl.zeros((BM, BK), tl.float32)
     sum_gz = tl.zeros((BM, BK), tl.float32)
@@ -242,17 +247,20 @@ def backward_reduce_kernel(
         centre_d = vector(mean_d, channel, K)
         sum_gz_d = tl.zeros((BM, BK), tl.float32)
     for _ in range(steps):
-        valid = (row < M)[:, None] & (channel < K)[None, :]
-        x = tl.load(z + at(row, channel, K), mask=valid, other=0.0).to(tl.float32)
-        g = gradient(
-            dy, y, tap, x, scale, shift, row, channel, valid, K, P, Q, U, V, KERNEL, STRIDE, PAD,
-        )  # fmt: skip
-        sum_g += g
-        sum_gz += g * (x - centre)
-        if z_d is not None:
-            x = tl.load(z_d + at(row, channel, K), mask=valid, other=0.0).to(tl.float32)
-            sum_gz_d += g * (x - centre_d)
-        row += BM
+        for a in tl.static_range(SIDE):
+            for b in tl.static_range(SIDE):
+                row, inside = block_pixel(block, M, P, Q, a, b, SIDE)
+                here, valid = at(row, channel, K), inside[:, None] & (channel < K)[None, :]
+                x = tl.load(z + here, mask=valid, other=0.0).to(tl.float32)
+                g = gradient(
+                    dy, y, tap, x, scale, shift, here, block, channel, valid, K, P, Q, U, V, a, b, KERNEL, STRIDE, PAD,
+                )  # fmt: skip
+                sum_g += g
+                sum_gz += g * (x - centre)
+                if z_d is not None:
+                    x = tl.load(z_d + here, mask=valid, other=0.0).to(tl.float32)
+                    sum_gz_d += g * (x - centre_d)
+        block += BM
     out = chunk * 2 * K + channel
     total = tl.sum(sum_g, 0)
     tl.store(partials + out, total, mask=channel < K)
@@ -301,23 +309,29 @@ def backward_apply_kernel(
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, PAD: tl.constexpr,
     VEC: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """One tile of dz, and of the projection's dz_d where there is one."""
+    """One tile of dz, and of the projection's dz_d where there is one; behind a max pool a tile of blocks of
+    STRIDE x STRIDE pixels, M in all."""
     K = K_VECS * VEC
-    row, channel = tile_of(tl.program_id(0), K, BM, BK)
-    valid = (row < M)[:, None] & (channel < K)[None, :]
-    here = at(row, channel, K)
-    x = None
-    if (q is not None) or (scale is not None):
-        x = tl.load(z + here, mask=valid, other=0.0).to(tl.float32)
-    g = gradient(
-        dy, y, tap, x, scale, shift, row, channel, valid, K, P, Q, U, V, KERNEL, STRIDE, PAD,
-    )  # fmt: skip
-    tl.store(dz + here, bn_backward(g, x, p, q, r, channel, K).to(dz.dtype.element_ty), mask=valid)
-    if dz_d is not None:
-        x = None
-        if q_d is not None:
-            x = tl.load(z_d + here, mask=valid, other=0.0).to(tl.float32)
-        tl.store(dz_d + here, bn_backward(g, x, p_d, q_d, r_d, channel, K).to(dz.dtype.element_ty), mask=valid)
+    SIDE: tl.constexpr = 1 if tap is None else STRIDE
+    block, channel = tile_of(tl.program_id(0), K, BM, BK)
+    for a in tl.static_range(SIDE):
+        for b in tl.static_range(SIDE):
+            row, inside = block_pixel(block, M, P, Q, a, b, SIDE)
+            here, valid = at(row, channel, K), inside[:, None] & (channel < K)[None, :]
+            x = None
+            if (q is not None) or (scale is not None):
+                x = tl.load(z + here, mask=valid, other=0.0).to(tl.float32)
+            g = gradient(
+                dy, y, tap, x, scale, shift, here, block, channel, valid, K, P, Q, U, V, a, b, KERNEL, STRIDE, PAD,
+            )  # fmt: skip
+            tl.store(dz + here, bn_backward(g, x, p, q, r, channel, K).to(dz.dtype.element_ty), mask=valid)
+            if dz_d is not None:
+                x_d = None
+                if q_d is not None:
+                    x_d = tl.load(z_d + here, mask=valid, other=0.0).to(tl.float32)
+                tl.store(
+                    dz_d + here, bn_backward(g, x_d, p_d, q_d, r_d, channel, K).to(dz.dtype.element_ty), mask=valid
+                )
 
 
 class Statistics(NamedTuple):
@@ -484,7 +498,7 @@ def backward_reduce(
     projection: (z_d, mean_d) of the shortcut's BatchNorm, which has the same g; its partials are returned second.
     Raises ValueError for arguments that do not fit z, and where z has no values.
     """
-    view = _nonempty(rows("z", z, REDUCED if pool is None else WINDOWED))
+    view = _nonempty(_blocks(rows("z", z, REDUCED if pool is None else WINDOWED), z, pool))
     source = _gradient_source(dy, z, mask, pool)
     z_d, mean_d = projection or (None, None)
     check_tensor("projection z", z_d, tuple(z.shape), z)
@@ -551,7 +565,7 @@ def backward_apply(
     dz = empty(z.shape, z.dtype, z.device)
     dz_d = None if projection is None else empty(z.shape, z.dtype, z.device)
     vectors = {"p": p, "q": q, "r": r, "p_d": p_d, "q_d": q_d, "r_d": r_d}
-    view = rows("z", z, STREAMED if pool is None else WINDOWED)
+    view = _blocks(rows("z", z, STREAMED if pool is None else WINDOWED), z, pool)
     source = _gradient_source(dy, z, mask, pool)
     check_vectors(view.K, z, **vectors)
     if view.M:
@@ -583,6 +597,14 @@ def _gradient_source(dy: Tensor, z: Tensor, mask: Mask, pool: Pool | None) -> di
     }  # fmt: skip
 
 
+def _blocks(view: Rows, z: Tensor, pool: Pool | None) -> Rows:
+    """Behind a max pool the rows are blocks of stride x stride pixels."""
+    if pool is None or z.dim() != 4:  # `check_pool` refuses the latter
+        return view
+    N, P, Q, _ = z.shape
+    return view._replace(M=N * cdiv(P, pool.stride) * cdiv(Q, pool.stride))
+
+
 def _nonempty(view: Rows) -> Rows:
     if view.M == 0:
         raise ValueError("a reduction over no values: z is empty")
@@ -605,8 +627,8 @@ def _merge(partials: Tensor) -> Tensor:
         groups = cdiv(T, _GROUP)
         merged = empty((groups, sums, K), torch.float32, partials.device)
         launch(
-            merge_kernel, (groups, cdiv(K, _BK)), partials=partials, merged=merged, T=T, K=K, ROWS=sums, GROUP=_GROUP,
-            BT=_BT, BK=_BK,
+            merge_kernel, (groups, cdiv(K, _MERGED_BK)), partials=partials, merged=merged, T=T, K=K, ROWS=sums,
+            GROUP=_GROUP, BT=_MERGED_BT, BK=_MERGED_BK,
         )  # fmt: skip
         partials = merged
     return partials

@@ -134,6 +134,19 @@ def fprop_tile(
     return _measured_tile(pass_, problem, dtype, gpu, candidates)
 
 
+@lru_cache(maxsize=4096)
+def stem_tile(
+    problem: ConvProblem,
+    columns: ConvProblem,
+    dtype: torch.dtype,
+    gpu: Gpu,
+    ieee: bool,
+    pass_: Literal["infer", "fprop"],
+) -> Tile:
+    """For `conv_stem` of `problem`, which convolves as `columns` does: the measured tile, else the first of theirs."""
+    return _measured_tile(pass_, problem, dtype, gpu, fprop_tiles(columns, dtype.itemsize, True, gpu, ieee))
+
+
 def row_channels(problem: ConvProblem) -> int:
     """C/groups where they are so few that a row of the filter makes a better reduction step than one tap; else 0."""
     channels = problem.C // problem.groups
@@ -414,6 +427,6 @@ def _table(gpu: str) -> Table:
 def forget_tables() -> None:
     """Tables are read once per process; after this, once more."""
     _table.cache_clear()
-    fprop_tile.cache_clear()
-    backward_tile.cache_clear()
+    for chosen in (fprop_tile, stem_tile, backward_tile):
+        chosen.cache_clear()
     replay.forget()

@@ -11,13 +11,15 @@ and dtype, so that it is at once the one conversion that a net's input needs any
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .config import Tile, fprop_tile, pixel_tiles, reduction_steps
+from .config import Tile, pixel_tiles, reduction_steps, stem_tile
 from .conv import FLOATS, launch_boxes
 from .launch import cdiv, check_device, check_tensor, gpu_of, tma_refusal
 from .problem import ConvProblem
@@ -54,6 +56,11 @@ def stem_refusal(problem: ConvProblem) -> str | None:
     if (problem.stride, problem.dilation, problem.groups) != (2, 1, 1):
         return f"stride={problem.stride}, dilation={problem.dilation}, groups={problem.groups}; 2, 1 and 1 are served"
     return None
+
+
+def stem_columns(problem: ConvProblem) -> ConvProblem:
+    """The convolution without stride of the same sums over the same pixels: R x 1 over one window's values a pixel."""
+    return ConvProblem(problem.N, problem.P + problem.R - 1, problem.Q, WINDOW * CHANNELS, problem.K, problem.R, 1)
 
 
 @remembered
@@ -112,12 +119,13 @@ def conv_stem(
         raise ValueError(f"precision must be 'ieee' or 'tf32', got {precision!r}")
     check_device(packed, packed.dtype)
     y = empty((N, P, Q, K), packed.dtype, packed.device)
-    as_columns = ConvProblem(N, P + R - 1, Q, WINDOW * CHANNELS, K, R, 1)  # the same sums over the same pixels
+    as_columns = stem_columns(problem)
     if (reason := tma_refusal(as_columns, packed, filters, y)) is not None:
         raise ValueError(f"conv_stem is impossible here: {reason}")
     if tile is None:
         ieee = packed.dtype == torch.float32 and precision == "ieee"
-        tile = fprop_tile(as_columns, packed.dtype, True, gpu_of(packed.device), ieee)
+        pass_: Literal["infer", "fprop"] = "fprop" if statistics else "infer"
+        tile = stem_tile(problem, as_columns, packed.dtype, gpu_of(packed.device), ieee, pass_)
     tiles = pixel_tiles(as_columns, tile.BN, tile.box)
     partials = empty((tiles, 3, K), torch.float32, packed.device) if statistics else None
     if problem.pixels:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fastres.kernels import batch_norm, pointwise, replay
 from fastres.kernels.batch_norm import Pool
+from fastres.kernels.pool import max_pool
 from fastres.kernels.residual import pad_shortcut_backward
 from fastres.ops import reference
 
@@ -384,6 +385,8 @@ def hold_pool(shape: tuple[int, int, int, int], dtype: torch.dtype, kernel: int,
     expected, expected_tap = stock_pool(a, kernel, stride, pad)
     assert torch.equal(y, expected.to(dtype))
     assert torch.equal(tap, expected_tap.to(torch.uint8))
+    bare = max_pool(z, kernel=kernel, stride=stride, pad=pad)
+    assert torch.equal(bare, nhwc(F.max_pool2d(nchw(z.float()), kernel, stride, pad)).to(dtype))
 
     dy = torch.randint(-4, 5, y.shape, device=DEVICE).to(dtype)
     F.max_pool2d(nchw(a), kernel, stride, pad).backward(nchw(dy.float()))
@@ -419,6 +422,7 @@ def test_max_pool_nan() -> None:
     z[1, 0, 0] = float("inf")
     z[1, 5] = -float("inf")
     one, zero = torch.ones(8, device=DEVICE), torch.zeros(8, device=DEVICE)
+    assert torch.equal(max_pool(z).nan_to_num(7.0), nhwc(F.max_pool2d(nchw(z), 3, 2, 1)).nan_to_num(7.0))
     y, tap = batch_norm.normalize_max_pool(z, one, zero)
     leaf = z.clone().requires_grad_()
     expected, expected_tap = stock_pool(F.relu(leaf), 3, 2, 1)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastres.kernels import batch_norm
 from fastres.kernels.batch_norm import Pool
+from fastres.kernels.pool import max_pool
 from fastres.kernels.residual import pad_shortcut_backward
 
 pytestmark = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="interpreted kernels cannot be compiled")
@@ -25,7 +26,7 @@ def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def calls(K: int, dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
-    """Every way the launchers are called in training, for activations of K channels."""
+    """Every way the launchers are called, for activations of K channels."""
     z = meta(N, P, Q, K, dtype=dtype)
     half = meta(N, 2 * P, 2 * Q, max(1, K // 2), dtype=dtype)
     pooled = meta(N, P // 2, Q // 2, K, dtype=dtype)
@@ -43,6 +44,7 @@ def calls(K: int, dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
         ),
         "normalize pad relu": lambda: bn.normalize(z, v, v, relu=True, residual=half, residual_stride=2),
         "normalize max pool": lambda: bn.normalize_max_pool(z, v, v),
+        "max pool": lambda: max_pool(z),
         "reduce": lambda: bn.backward_reduce(z, z, v),
         "reduce, mask y": lambda: bn.backward_reduce(z, z, v, mask=z),
         "reduce, mask z": lambda: bn.backward_reduce(z, z, v, mask=affine),

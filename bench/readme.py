@@ -1,0 +1,102 @@
+"""README's results, table and picture, from the record of a GPU.
+
+    python bench/readme.py bench/records/nvidia-h200.json
+
+Writes the table between README's two `results` marks, and beside the record its picture, `<record>.svg`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import record as records
+
+README = records.ROOT / "README.md"
+BEGIN, END = "<!-- results: bench/readme.py -->\n", "<!-- /results -->\n"
+MODES = {"train": "training", "infer": "inference"}
+
+
+def cases(record: dict[str, Any]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """(title, the rows that have a rate, fastest first) of every case of the record, in the order measured."""
+    rows = [row for row in record["rows"] if row["status"] == "ok"]
+    for case in dict.fromkeys(records.key(row)[:-1] for row in rows):
+        net, mode, batch, dtype, _ = case
+        mine = [row for row in rows if records.key(row)[:-1] == case]
+        title = f"{net.replace('resnet', 'ResNet-')} {MODES[mode]}, {dtype}, batch {batch}"
+        yield title, sorted(mine, key=lambda row: -row["img_s"])
+
+
+def figure(row: dict[str, Any] | None, latency: bool) -> str:
+    """A row's rate, or of a single image its latency, and whose it is."""
+    if row is None:
+        return ""
+    value = f"{row['latency_ms']:.2f} ms" if latency else f"{row['img_s']:,.0f}"
+    return f"{value} (`{row['backend']}`)"
+
+
+def table(record: dict[str, Any]) -> str:
+    """A line a case: ours, the best peer, eager PyTorch, and the ratios of the rates."""
+    lines = ["| img/s | fastres | best peer | eager PyTorch | x best peer | x eager |", "|---|---|---|---|---|---|"]
+    for title, rows in cases(record):
+        ours = next((row for row in rows if row["ours"]), None)
+        peer = next((row for row in rows if not row["ours"]), None)
+        eager = next((row for row in rows if row["backend"] == "eager-channels-last"), None)
+        if ours is None:
+            continue
+        figures = [figure(row, rows[0]["batch"] == 1) for row in (ours, peer, eager)]
+        ratios = ["" if row is None else f"{ours['img_s'] / row['img_s']:.2f}" for row in (peer, eager)]
+        lines.append(f"| {' | '.join([title, *figures, *ratios])} |")
+    return "\n".join(lines) + "\n"
+
+
+def block(record: dict[str, Any], picture: Path) -> str:
+    """What stands between README's marks."""
+    where, versions = record["environment"], record["environment"]["versions"]
+    source = picture.with_suffix(".json")
+    return (
+        f"![{where['name']}: training and inference beside the peers]({picture})\n\n{table(record)}\n"
+        f"One {where['name']}, {record['created'][:10]}, torch {versions['torch']}, triton {versions['triton']}, cuDNN "
+        f"{versions['cudnn']}; every row, with its error against float64: [`{source}`]({source}).\n"
+    )
+
+
+def written(text: str, inside: str) -> str:
+    """README's `text` with `inside` between its marks. Raises ValueError where it lacks them."""
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"README.md lacks the line {BEGIN.strip()} or {END.strip()}")
+    return f"{before}{begin}{inside}{end}{after}"
+
+
+def drawn(record: dict[str, Any]) -> dict[str, Any]:
+    """The part of a record that the picture shows: the largest batch of each mode in the record's first dtype."""
+    rows = record["rows"]
+    most = {mode: max(row["batch"] for row in rows if row["mode"] == mode) for mode in {row["mode"] for row in rows}}
+    shown = [row for row in rows if row["batch"] == most[row["mode"]] and row["dtype"] == rows[0]["dtype"]]
+    return record | {"rows": shown}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("record", type=Path, help="a record of bench/run.py, in bench/records")
+    options = parser.parse_args(arguments)
+    try:
+        record = records.read(options.record)
+        picture = options.record.resolve().with_suffix(".svg")
+        text = written(README.read_text(), block(record, picture.relative_to(records.ROOT)))
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    import plot
+
+    plot.draw(drawn(record), picture)
+    README.write_text(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
