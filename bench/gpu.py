@@ -4,6 +4,8 @@
     python bench/gpu.py --jobs 14 status tests-kernels tests-nets tune-50
     python bench/gpu.py --minutes 9 --archive gpu.tar.gz bench-infer-50 bench-train-50
 
+`python bench/proof.py OUT/tests-*.log --record FILE` makes one record of the parts that are tests.
+
 Each part writes OUT/<part>.log as it goes and OUT/<part>.json when it ends: command, exit status, seconds, last lines.
 Tables of tiles and built extensions lie in OUT/cache, where the parts after `tune-*` find them; to ship a table, copy
 it from OUT/cache/tables to kernels/tables. The record of all `bench-*` parts is OUT/record.json.
@@ -35,12 +37,13 @@ ROOT = Path(__file__).resolve().parent.parent
 LIMIT_S, LEAST_S = 480, 60
 TAIL_LINES = 30
 
-PYTEST = ["-m", "pytest", "-p", "no:cacheprovider", "--tb=short", "--continue-on-collection-errors"]
+PYTEST = ["-m", "pytest", "-p", "no:cacheprovider", "-v", "--tb=short", "--continue-on-collection-errors"]
 KERNELS = [f"tests/test_{name}.py" for name in ("conv_fprop", "conv_backward", "pointwise", "bottleneck")]
 NETS = [f"tests/test_{name}.py" for name in ("training", "inference", "registered", "compile")]
 OTHERS = ["tests", *(f"--ignore={file}" for file in (*KERNELS, *NETS))]
 ON_GPU = "(gpu or interpret) and not slow"
 BENCH = ["bench/run.py", "--resume", "--json", "{out}/record.json"]  # one record that all parts add to
+TIMELINE = ["bench/timeline.py", "--net", "resnet50"]
 # Ours and the strongest peers first: a part that is stopped has them. max-autotune compiles for minutes.
 INFER = (
     "fastres-optimize,fastres,eager-channels-last,inductor,reduce-overhead,fastres-compile,fastres-inductor,"
@@ -54,12 +57,32 @@ GRAPHS = "fastres-graph,eager-graph,fastres,eager-channels-last,reduce-overhead"
 AUTOTUNE = "max-autotune,max-autotune-no-cudagraphs"
 PARTS: dict[str, list[str]] = {
     "status": ["-m", "fastres", "status"],
+    "tests-tiles-50": [*PYTEST, *KERNELS[:2], "-k", "every_tile and bfloat16 and not resnet18 and not resnext"],
     "tests-kernels": [*PYTEST, *KERNELS, "-k", "not every_tile"],
     "tests-nets": [*PYTEST, *NETS, "-m", ON_GPU],
     "tests-gpu": [*PYTEST, *OTHERS, "-m", ON_GPU],
     "tune-50": ["bench/tune.py", "--depth", "50", "--jobs", "{jobs}", "--seconds", "{seconds}"],
     "bench-infer-50": [*BENCH, "--depth", "50", "--mode", "infer", "--backend", INFER],
     "bench-train-50": [*BENCH, "--depth", "50", "--mode", "train", "--backend", TRAIN],
+    "timeline-train-50": [
+        *TIMELINE,
+        "--mode",
+        "train",
+        "--backend",
+        "fastres-graph",
+        "--csv",
+        "{out}/timeline-train.csv",
+    ],
+    "timeline-infer-50": [
+        *TIMELINE,
+        "--mode",
+        "infer",
+        "--backend",
+        "fastres-optimize",
+        "--csv",
+        "{out}/timeline-infer.csv",
+    ],
+    "hopper": ["bench/hopper.py", "--markdown", "{out}/hopper.md"],
     "ablate-50": ["bench/ablate.py", "--depth", "50", "--seconds", "5", "--json", "{out}/ablate-50.json"],
     "bench-infer-50-batch-1": [*BENCH, "--depth", "50", "--mode", "infer", "--batch", "1", "--backend", INFER],
     "bench-train-50-batch-32": [*BENCH, "--depth", "50", "--mode", "train", "--batch", "32", "--backend", TRAIN],

@@ -5,8 +5,8 @@
 One line per distinct layer and pass: microseconds, TFLOP/s and GB/s of our kernel, its share of the roofline, and how
 many times faster it is than the library at the same work, which is what the net does around the layer in its most
 frequent role (bench/layers.py): in training cuDNN's convolution plus our pointwise kernels, as of
-`fastres.backend("cudnn")`, in inference cuDNN's fused convolution where that serves. Needs a CUDA GPU; with --roofline
-it prints only the floor and runs anywhere.
+`fastres.backend("cudnn")`, in inference cuDNN's fused convolution where that serves. Needs a CUDA GPU. Two forms run
+anywhere: --roofline prints only the floor, --losses FILE the ten layers of a written table that lose most to it.
 """
 
 from __future__ import annotations
@@ -87,6 +87,19 @@ def totals(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def losses(rows: list[dict[str, Any]]) -> str:
+    """The ten lines that lose most to their floor in a step of the net, with the faster of ours and the library's."""
+
+    def lost(r: dict[str, Any]) -> float:
+        us, theirs = float(r["us"]), float(r["cudnn_us"])
+        return int(r["count"]) * (min(us, theirs) - float(r["roofline"]) * us)
+
+    return "\n".join(
+        f"{lost(r):9.1f} us  {r['pass']:6} {r['layer']:28} {r['role']:7} x{r['count']:<3} {r['winner']}"
+        for r in sorted(rows, key=lost, reverse=True)[:10]
+    )
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--depth", type=int, choices=(18, 34, 50, 101, 152), default=50)
@@ -96,7 +109,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--pass", dest="passes", action="append", choices=PASSES, help="default: all of them")
     parser.add_argument("--csv", type=Path, help="write the rows here as well")
     parser.add_argument("--roofline", action="store_true", help="print each layer's floor on an H200 and stop")
+    parser.add_argument("--losses", type=Path, metavar="FILE", help="of a table that --csv wrote, then stop")
     options = parser.parse_args(arguments)
+    if options.losses:
+        with options.losses.open(newline="") as source:
+            print(losses(list(csv.DictReader(source))))
+        return 0
     dtype, passes = DTYPES[options.dtype], options.passes or PASSES
     found = layers.problems([options.depth], options.batch, options.size)
     work = [(p, *found[p], pass_) for pass_ in passes for p in found if layers.applicable(p, pass_)]
@@ -120,7 +138,7 @@ def main(arguments: list[str] | None = None) -> int:
                 writer = csv.DictWriter(sink, COLUMNS)
                 writer.writeheader()
                 writer.writerows(rows)
-    print(totals(rows))
+    print(f"{totals(rows)}\nlost to the floor in a step:\n{losses(rows)}")
     return 0
 
 

@@ -62,7 +62,7 @@ def block(record: dict[str, Any], picture: Path) -> str:
     return (
         f"![{where['name']}: training and inference beside the peers]({picture})\n\n{table(record)}\n"
         f"One {where['name']}, {record['created'][:10]}, torch {versions['torch']}, triton {versions['triton']}, cuDNN "
-        f"{versions['cudnn']}; every row, with its error against float64: [`{source}`]({source}).\n"
+        f"{versions['cudnn']}.\nEvery row, with its error against float64: [`{source}`]({source}).\n"
     )
 
 

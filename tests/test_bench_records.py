@@ -1,0 +1,144 @@
+"""Records of a GPU: bench/proof.py reads pytest's logs, README shows what bench/readme.py writes."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from conftest import pytest_report_header
+
+BENCH = Path(__file__).resolve().parent.parent / "bench"
+WHERE = {"date": "2026-11-26T14:13:20+00:00", "device": "NVIDIA H200", "torch": "2.11.0", "commit": "0317540999"}
+
+
+@pytest.fixture(autouse=True)
+def _bench_on_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCH))
+
+
+@pytest.fixture
+def proof() -> ModuleType:
+    return importlib.import_module("proof")
+
+
+@pytest.fixture
+def readme() -> ModuleType:
+    return importlib.import_module("readme")
+
+
+def log(path: Path, *lines: str, where: dict[str, str] | None = None) -> Path:
+    path.write_text("\n".join((f"tested on: {json.dumps(where or WHERE)}", *lines)) + "\n")
+    return path
+
+
+def row_of(text: str, start: str) -> list[str]:
+    """The cells of the table row that starts with `start`."""
+    (line,) = (line for line in text.splitlines() if line.startswith(f"| {start} |"))
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_this_run_says_where_it_runs(proof: ModuleType, tmp_path: Path) -> None:
+    """The header that tests/conftest.py writes is the one that proof.py reads."""
+    run = proof.read(log(tmp_path / "x.log", pytest_report_header(), "collected 1 item"))
+    assert (run.where["torch"], run.items) == (torch.__version__, 1)
+
+
+def test_the_last_result_counts(proof: ModuleType, tmp_path: Path) -> None:
+    first = log(
+        tmp_path / "first.log",
+        "14 workers [5 items]",
+        "[gw3] [ 20%] PASSED tests/test_a.py::test_one[(1, 2)-x] ",
+        "[gw0] [ 40%] FAILED tests/test_a.py::test_two[{'PAD': 0}] ",
+        "[gw0] [ 60%] PASSED tests/test_b.py::test_three ",
+        "[gw0] [ 60%] ERROR tests/test_b.py::test_three ",
+        "[gw1] [ 80%] SKIPPED tests/test_b.py::test_four ",
+    )
+    again = log(
+        tmp_path / "again.log",
+        "collecting ... collected 9 items / 7 deselected / 2 selected",
+        "tests/test_a.py::test_two[{'PAD': 0}] PASSED                 [ 50%]",
+        "tests/test_b.py::test_three PASSED                           [100%]",
+    )
+    record = tmp_path / "record.md"
+    assert proof.main([str(first), "--record", str(record)]) == 1
+    text = record.read_text()
+    assert row_of(text, "first")[3:] == ["5", "1", "2", "1", "1"]
+    assert row_of(text, "tests/test_b.py") == ["tests/test_b.py", "0", "1", "1"]
+    assert "Failed:\n\n- `tests/test_a.py::test_two[{'PAD': 0}]`\n- `tests/test_b.py::test_three`" in text
+
+    record.write_text(text + f"\n{proof.BY_HAND}\n\nwritten by hand\n")
+    assert proof.main([str(again), "--record", str(record)]) == 0
+    assert proof.main([str(first), str(again), "--record", str(record)]) == 1, "a test was never reached"
+    text = record.read_text()
+    assert row_of(text, "**all**") == ["**all**", "**3**", "**0**", "**1**"]
+    assert "Failed first, passed after a mend:\n\n- `tests/test_a.py" in text
+    assert text.endswith(f"\n{proof.BY_HAND}\n\nwritten by hand\n")
+
+
+def test_what_is_no_log_or_another_machines(proof: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    bare = tmp_path / "bare.log"
+    bare.write_text("[gw0] [100%] PASSED tests/test_a.py::test_one \n")
+    here, there = (log(tmp_path / f"{name}.log", where=WHERE | {"device": name}) for name in ("here", "there"))
+    for arguments, message in (([bare], "is no log of"), ([here, there], "there ran with device there, here here")):
+        with pytest.raises(SystemExit):
+            proof.main(list(map(str, arguments)))
+        assert message in capsys.readouterr().err
+
+
+def test_readme_shows_its_record(readme: ModuleType) -> None:
+    records, text = importlib.import_module("record"), readme.README.read_text()
+    named = text.partition(readme.BEGIN)[2].partition("](")[2].partition(")")[0]
+    picture = records.ROOT / named
+    assert picture.exists()
+    record = records.read(picture.with_suffix(".json"))
+    assert readme.written(text, readme.block(record, Path(named))) == text
+
+
+def row(mode: str, backend: str, img_s: float, **other: Any) -> dict[str, Any]:
+    fields = {"net": "resnet50", "mode": mode, "batch": 256, "dtype": "bf16", "size": 224, "latency_ms": 2.5}
+    return fields | {"backend": backend, "ours": "fastres" in backend, "status": "ok", "img_s": img_s} | other
+
+
+def test_a_table_compares_what_was_measured(readme: ModuleType) -> None:
+    rows = [row("train", *one) for one in (("eager-channels-last", 100.0), ("inductor", 200.0), ("fastres", 150.0))]
+    rows += [row("train", "fastres-graph", 300.0), row("train", "timm", 900.0, status="wrong")]
+    rows += [row("infer", "eager-channels-last", 10.0, batch=1), row("infer", "fastres-optimize", 30.0, batch=1)]
+    text = readme.table({"rows": rows})
+    want = ["150", "300 (`fastres-graph`)", "200 (`inductor`)", "100", "1.50", "3.00"]
+    assert row_of(text, "ResNet-50 training, bf16, batch 256")[1:] == want
+    alone = ["", "2.50 ms (`fastres-optimize`)", "", "2.50 ms", "", "3.00"]
+    assert row_of(text, "ResNet-50 inference, bf16, batch 1")[1:] == alone, "one peer is best of nothing"
+    with pytest.raises(ValueError, match="lacks the line"):
+        readme.written("no marks", text)
+
+
+@pytest.mark.parametrize(
+    ("script", "message"), [("timeline", "no CUDA GPU"), ("hopper", "needs a CUDA GPU of compute capability 9.0")]
+)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu(script: str, message: str, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        importlib.import_module(script).main([])
+    assert message in capsys.readouterr().err
+
+
+def test_short_names_of_kernels() -> None:
+    short = importlib.import_module("timeline").short
+    assert short("void at::native::add<float, int<2>>(float*, (anonymous namespace)::T)") == "at::native::add"
+    assert short("dgrad_kernel") == "dgrad_kernel"
+
+
+def test_losses_of_a_written_table(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    kernels = importlib.import_module("kernels")
+    table = tmp_path / "table.csv"
+    lines = ["dgrad,1x1,last,4,100,0,0,0.5,80,0.8,cudnn", "wgrad,3x3,inner,1,300,0,0,0.5,900,3,triton"]
+    table.write_text("\n".join([",".join(kernels.COLUMNS), *lines]) + "\n")
+    assert kernels.main(["--losses", str(table)]) == 0
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.split()[:3] == ["150.0", "us", "wgrad"]  # 300 - 0.5 x 300
+    assert second.split()[:3] == ["120.0", "us", "dgrad"]  # 4 (80 - 0.5 x 100)
