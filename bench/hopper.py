@@ -17,14 +17,12 @@ Needs a CUDA GPU of compute capability 9.0.
 from __future__ import annotations
 
 import argparse
-import os
 import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -284,21 +282,16 @@ def line_of(child: subprocess.Popen, name: str) -> tuple[str, int]:
     return found[0] if found else f"{name} | no answer | {why}, exit status {child.returncode}", child.returncode
 
 
-def said_by(*command: str) -> str:
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, cwd=gpu.ROOT).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
 def head() -> str:
     """What a Markdown file of answers starts with."""
-    driver = said_by("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").partition("\n")[0]
-    versions = f"torch {torch.__version__}, triton {triton.__version__}, driver {driver}"
-    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    commit = os.environ.get("FASTRES_COMMIT") or said_by("git", "rev-parse", "HEAD")
-    title = f"# `bench/hopper.py` on {torch.cuda.get_device_name()}"
-    return f"{title}\n\n{versions}; {now}; commit {commit}\n\n| question | answer | figures |\n|---|---|---|\n"
+    import record as records  # brings the whole bench, which the questions' processes don't need
+
+    where, code = records.environment(torch.device("cuda", torch.cuda.current_device())), records.code()
+    versions = ", ".join(f"{name} {where['versions'][name]}" for name in ("torch", "triton"))
+    versions += f", driver {(where['gpu'] or {}).get('driver_version')}"
+    title = f"# `bench/hopper.py` on {where['name']}"
+    what = f"{versions}; {records.now()}; commit {code['commit']}"
+    return f"{title}\n\n{what}\n\n| question | answer | figures |\n|---|---|---|\n"
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -3,11 +3,12 @@
     python -m pytest -v -n 14 -k every_tile 2>&1 | tee out/tiles.log
     python bench/proof.py out/tiles.log out/nets.log --record bench/records/nvidia-h200-tests.md
 
-Reads logs of `pytest -v` (pytest-xdist's lines too) in the order given: of a test that ran more than once the last
-result counts, and that it had failed before is told. What stands in the record below "## Failures and their mends" is
-written by hand and stays.
+Reads logs of `pytest -v` (pytest-xdist's lines too), oldest first by the date in them. Of a test that ran more than
+once the last result counts; a skip counts only where there is no other result, and an earlier failure is told. A file
+that pytest could not collect has failed. What stands in the record below "## Failures and their mends" is written by
+hand and stays.
 
-The exit status is 1 where a test failed last or was not reached, else 0.
+The exit status is 1 where a test failed last or a run ended before its last test, else 0.
 """
 
 from __future__ import annotations
@@ -21,14 +22,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 BY_HAND = "## Failures and their mends"
-RESULTS = {"PASSED": "passed", "FAILED": "failed", "ERROR": "failed", "SKIPPED": "skipped"}
+RESULTS = {"PASSED": "passed", "FAILED": "failed", "ERROR": "failed", "SKIPPED": "skipped", "XFAIL": "skipped"}
+RESULTS["XPASS"] = "passed"
 # "[gw3] [ 12%] PASSED tests/x.py::y " of xdist, "tests/x.py::y PASSED   [ 12%]" without it.
 SHARED = re.compile(rf"^\[gw\d+\] \[ *\d+%\] ({'|'.join(RESULTS)}) (tests/\S+?\.py::.*?) *$")
 ALONE = re.compile(rf"^(tests/\S+?\.py::.*?) ({'|'.join(RESULTS)})\b.*\[ *\d+%\] *$")
-ITEMS = (
-    re.compile(r"^\d+ workers \[(\d+) items?\]"),
-    re.compile(r"^(?:collecting \.\.\. )?collected (?:.* )?(\d+) (?:items?|selected)$"),
-)
+COLLECTED = re.compile(r"^(?:collecting \.\.\. )?collected (\d+) items?(?:.* (\d+) selected)?")
+WORKERS = re.compile(r"^\d+ workers? \[(\d+) items?\]")
+UNCOLLECTED = re.compile(r"^ERROR (tests/\S+?\.py)(?: - |$)")
+COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 
 @dataclass
@@ -42,21 +44,24 @@ class Run:
 
 
 def read(path: Path) -> Run:
-    """Raises ValueError for a log without the line by which tests/conftest.py says where it ran."""
+    """Raises ValueError for a log without results, or without the line by which tests/conftest.py says where it ran."""
     run = Run(path.stem)
-    for line in path.read_text(errors="replace").splitlines():
+    for line in COLOUR.sub("", path.read_text(errors="replace")).splitlines():
         if line.startswith("tested on: "):
             run.where = json.loads(line.partition(": ")[2])
         elif found := SHARED.match(line):
             note(run, found[2], found[1])
         elif found := ALONE.match(line):
             note(run, found[1], found[2])
-        else:
-            for pattern in ITEMS:
-                if found := pattern.match(line):
-                    run.items = int(found[1])
-    if not run.where:
-        raise ValueError(f"{path} is no log of `pytest -v`: it lacks the line 'tested on: ...'")
+        elif found := UNCOLLECTED.match(line):
+            note(run, found[1], "ERROR")
+            run.items += 1
+        elif found := COLLECTED.match(line):
+            run.items += int(found[2] or found[1])
+        elif found := WORKERS.match(line):
+            run.items += int(found[1])
+    if not (run.where and run.items and run.results):
+        raise ValueError(f"{path} is no log of `pytest -v` with results and the line 'tested on: ...'")
     return run
 
 
@@ -112,24 +117,25 @@ def final(runs: list[Run]) -> tuple[dict[str, str], set[str]]:
     last: dict[str, str] = {}
     failed: set[str] = set()
     for run in runs:
-        last |= run.results
+        last |= {test: result for test, result in run.results.items() if result != "skipped" or test not in last}
         failed |= {test for test, result in run.results.items() if result == "failed"}
     return last, failed
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("logs", nargs="+", type=Path, metavar="LOG", help="logs of pytest -v, oldest first")
+    parser.add_argument("logs", nargs="+", type=Path, metavar="LOG", help="logs of pytest -v")
     parser.add_argument("--record", type=Path, metavar="FILE", help="write it here; default: print it")
     options = parser.parse_args(arguments)
     try:
-        runs = [read(path) for path in options.logs]
+        runs = sorted(map(read, options.logs), key=lambda run: run.where["date"])
         text = render(runs)
     except (OSError, ValueError) as error:
         parser.error(str(error))
     if options.record is None:
         print(text, end="")
     else:
+        options.record.parent.mkdir(parents=True, exist_ok=True)
         old = options.record.read_text() if options.record.exists() else ""
         options.record.write_text(text + ("\n" + BY_HAND + old.partition(BY_HAND)[2] if BY_HAND in old else ""))
     failed = [test for test, result in final(runs)[0].items() if result == "failed"]

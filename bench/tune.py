@@ -82,6 +82,11 @@ def stem_candidates(problem: ConvProblem, dtype: torch.dtype, device: torch.devi
     return list(dict.fromkeys([*tiles, *shaped]))
 
 
+def packed_step(step: Step) -> Step:
+    """The step by the kernel over packed images."""
+    return replace(step, infer_by="stem", fprop_by="stem")
+
+
 def our_steps(
     problem: ConvProblem, pass_: str, role: Role, dtype: torch.dtype, device: torch.device, dz_on_load: bool
 ) -> list[Step]:
@@ -186,7 +191,7 @@ def ways(
         for tile in candidates(step, pass_, role, x.dtype, x.device, number):
             yield "triton", tile, step, partial(with_tile, tile, work)
     if pass_ in ("infer", "fprop") and stem_refusal(ours[0].problem) is None:
-        packed = replace(ours[0], infer_by="stem", fprop_by="stem")
+        packed = packed_step(ours[0])
         work = layers.call(packed, pass_, operands, role)
         for tile in stem_candidates(packed.problem, x.dtype, x.device, most):
             yield "stem", tile, packed, partial(with_tile, tile, work)
@@ -317,6 +322,11 @@ def compile_candidates(
         )
         for tile in candidates(step, pass_, role, dtype, device, number)
     ]
+    for pass_, problem, role in missing:
+        if pass_ in ("infer", "fprop") and stem_refusal(problem) is None:
+            packed = packed_step(our_steps(problem, pass_, role, dtype, device, True)[0])
+            found = stem_candidates(problem, dtype, device, most)
+            tasks += [(compile_candidate, (packed, pass_, role, dtype, tile)) for tile in found]
     failed = precompile.compile_all(tasks, processes)
     print(f"{len(tasks)} candidates compiled in {time.monotonic() - start:.0f} s by {processes} processes", flush=True)
     for text in failed:

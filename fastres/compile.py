@@ -424,6 +424,8 @@ def _finish(chains: list[_Match]) -> list[_Match]:
 
 def _pool(node: fx.Node) -> tuple[int, int, int] | None:
     """(kernel, stride, pad) of a max pool that the stem's kernel does."""
+    from fastres.kernels.problem import pool_refusal
+
     if not _is(node, (F.max_pool2d, torch.max_pool2d)):
         return None
     args = _bind(node, _POOL_ARGUMENTS)
@@ -431,7 +433,7 @@ def _pool(node: fx.Node) -> tuple[int, int, int] | None:
     stride = kernel if args["stride"] in (None, [], ()) else _same(args["stride"])
     if None in (kernel, pad, stride) or _same(args["dilation"]) != 1 or args["ceil_mode"] or args["return_indices"]:
         return None
-    return (kernel, stride, pad) if kernel <= 16 else None  # type: ignore[operator, return-value]
+    return (kernel, stride, pad) if pool_refusal(kernel, stride, pad) is None else None  # type: ignore[return-value]
 
 
 def _obstacle(match: _Match, order: Mapping[fx.Node, int]) -> str | None:

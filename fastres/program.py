@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -106,12 +105,16 @@ class Program:
     def table(self) -> str:
         rows = [("step", "layer", "what", "output", "engine", "why")]
         for i, bound in enumerate(self.bound):
-            layer = self.layers.get(bound.step.name)
+            layer = self._layer(bound.step)
             what = _what(bound.step) if layer is None else type(layer).__name__
             rows.append((str(i), bound.step.name, what, str(list(bound.shape)), bound.engine, bound.why))
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
         return "\n".join(line.rstrip() for line in lines)
+
+    def _layer(self, step: Step) -> Any:
+        """The module that `step` calls; None where it calls a function, whatever that is named."""
+        return self.layers[step.name] if isinstance(step, Aten) and step.kind in ("module", "norm") else None
 
     def _bound(self, step: Step, values: dict[str, Any]) -> Iterator[Bound]:
         """`step`, or the parts of a chain that doesn't run as one, bound and done: `values` holds their results."""
@@ -142,13 +145,14 @@ class Program:
             bound = Bound(step, "triton", "measured fastest on this GPU", partial(folded.by_chain, p=weights))
         else:
             assert isinstance(step, Aten)
-            layer = self.layers.get(step.name)
-            if (sizes := folded.pool_sizes(layer)) is not None and _pools(*inputs):
-                pool = partial(folded.by_pool, **sizes)
-                with suppress(ValueError):  # sizes beyond the kernel's
-                    return Bound(step, "triton", "writes no indices", partial(_one, pool)), (pool(*inputs),)
-            function = layer if layer is not None else FUNCTIONS[step.kind]
-            bound = Bound(step, "aten", "no kernel of ours", partial(_aten, step, function, self.layers))
+            layer = self._layer(step)
+            if layer is not None and len(inputs) == 1 and dispatch.serves_pool(inputs[0], layer):
+                kernel, stride, pad = layer.kernel_size, layer.stride, layer.padding
+                pool = partial(folded.by_pool, kernel=kernel, stride=stride, pad=pad)
+                bound = Bound(step, "triton", "writes no indices", partial(_one, pool))
+            else:
+                function = layer if layer is not None else FUNCTIONS[step.kind]
+                bound = Bound(step, "aten", "no kernel of ours", partial(_aten, step, function, self.layers))
         return bound, bound.call(*inputs)
 
     def _bind_conv(self, step: Conv, x: Tensor, residual: Tensor | None = None) -> tuple[Bound, Sequence[Tensor]]:
@@ -187,11 +191,6 @@ class Program:
                     ones = torch.ones(problem.K, device=x.device)
                     call, name = partial(folded.by_library_and_kernel, ones=ones, **static), "cudnn + triton"
         return Bound(step, name, why, partial(_one, call)), (call(*inputs),)
-
-
-def _pools(x: Tensor) -> bool:
-    """Whether a kernel of ours may pool x [N, H, W, C]."""
-    return dispatch.why_unfused(x.dtype, x.device) is None and dispatch.pointwise_engine(x.dtype, x.device) == "triton"
 
 
 def _public(value: Any) -> Tensor:

@@ -214,8 +214,8 @@ def gradient(
     dy, y, tap, z, scale, shift, here, block, channel, valid, K, P, Q, U, V, a: tl.constexpr, b: tl.constexpr,
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, PAD: tl.constexpr,
 ):  # fmt: skip
-    """g, fp32 [BM, BK]: dy (behind a max pool: gathered by tap), zero where y <= 0 or scale z + shift <= 0. Offsets
-    `here` are of the pixels (a, b) of their blocks."""
+    """g, fp32 [BM, BK]: dy (behind a max pool: gathered by tap), zero where y <= 0 or scale z + shift <= 0. `here` are
+    the offsets of the blocks' pixels (a, b); without a pool a block is one pixel."""
     if tap is None:
         g = tl.load(dy + here, mask=valid, other=0.0).to(tl.float32)
     else:
@@ -498,8 +498,9 @@ def backward_reduce(
     projection: (z_d, mean_d) of the shortcut's BatchNorm, which has the same g; its partials are returned second.
     Raises ValueError for arguments that do not fit z, and where z has no values.
     """
-    view = _nonempty(_blocks(rows("z", z, REDUCED if pool is None else WINDOWED), z, pool))
+    view = _nonempty(rows("z", z, REDUCED if pool is None else WINDOWED))
     source = _gradient_source(dy, z, mask, pool)
+    view = _blocks(view, z, pool)
     z_d, mean_d = projection or (None, None)
     check_tensor("projection z", z_d, tuple(z.shape), z)
     check_vectors(view.K, z, mean=mean, projection_mean=mean_d)
@@ -565,8 +566,9 @@ def backward_apply(
     dz = empty(z.shape, z.dtype, z.device)
     dz_d = None if projection is None else empty(z.shape, z.dtype, z.device)
     vectors = {"p": p, "q": q, "r": r, "p_d": p_d, "q_d": q_d, "r_d": r_d}
-    view = _blocks(rows("z", z, STREAMED if pool is None else WINDOWED), z, pool)
+    view = rows("z", z, STREAMED if pool is None else WINDOWED)
     source = _gradient_source(dy, z, mask, pool)
+    view = _blocks(view, z, pool)
     check_vectors(view.K, z, **vectors)
     if view.M:
         launch(
@@ -598,8 +600,8 @@ def _gradient_source(dy: Tensor, z: Tensor, mask: Mask, pool: Pool | None) -> di
 
 
 def _blocks(view: Rows, z: Tensor, pool: Pool | None) -> Rows:
-    """Behind a max pool the rows are blocks of stride x stride pixels."""
-    if pool is None or z.dim() != 4:  # `check_pool` refuses the latter
+    """Behind a max pool, whose sizes are checked, the rows are blocks of stride x stride pixels."""
+    if pool is None:
         return view
     N, P, Q, _ = z.shape
     return view._replace(M=N * cdiv(P, pool.stride) * cdiv(Q, pool.stride))

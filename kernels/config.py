@@ -231,7 +231,7 @@ def dgrad_tiles(
         else:
             box = cover(problem.N, rows, cols, BN)
             pixels = boxes(problem.N, rows, cols, box) if tma else math.ceil(problem.N * rows * cols / BN)
-        for stages in range(max(2, min(3, steps)), 0, -1):
+        for stages in range(max(2, min(3, steps)), 0, -1):  # no more than there are steps: memory for other programs
             shared = (stages * BM + buffered(stages, operands) * BN) * BK * itemsize + SMALL
             if max(shared, BM * BN * itemsize) <= gpu.shared:
                 break

@@ -1,4 +1,5 @@
-"""The stem's end: BatchNorm's scale and shift, ReLU and max pool in one pass over the net's largest tensor.
+"""Max pools: the stem's end, BatchNorm's scale and shift, ReLU and max pool in one pass over the net's largest tensor,
+and `max_pool` alone, for nets whose BatchNorm is folded.
 
     a[n, p, q, k] = relu(scale[k] z[n, p, q, k] + shift[k])                      never stored
     y[n, u, v, k] = max over r, s of a[n, u stride - pad + r, v stride - pad + s, k]
@@ -21,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .pointwise import WARPS, WINDOWED, Rows, at, check_vectors, rows, tile_of, vector
+from .problem import pool_refusal
 from .replay import empty, launch, remembered
 from .tile import relu, unravel
 
@@ -40,7 +42,7 @@ def max_pool_kernel(
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, PAD: tl.constexpr,
     VEC: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """One tile of y and tap, seen as [M, K] with M = N U V. Without scale and shift a is z; tap may be None."""
+    """One tile of y, seen as [M, K] with M = N U V, and of tap; or, without scale, shift and tap, of max_pool(z)."""
     K = K_VECS * VEC
     row, channel = tile_of(tl.program_id(0), K, BM, BK)
     if scale is not None:
@@ -91,8 +93,8 @@ def gather(
 ):  # fmt: skip
     """The max pool's input gradient, fp32 [BM, BK], at pixels (a, b) of blocks of STRIDE x STRIDE pixels.
 
-    Row r of window u = i + (a + PAD - r) / STRIDE reaches pixel p = i STRIDE + a, likewise columns: which taps do
-    depends on a and b alone.
+    Row r of window u = i + (a + PAD - r) / STRIDE reaches pixel p = i STRIDE + a, likewise columns: a and b alone
+    decide which taps reach the pixel.
     """
     n, i, j = unravel(block, tl.cdiv(P, STRIDE), tl.cdiv(Q, STRIDE))
     g = tl.zeros(valid.shape, tl.float32)
@@ -127,7 +129,7 @@ def normalize_max_pool(
 
 @remembered
 def max_pool(x: Tensor, *, kernel: int = 3, stride: int = 2, pad: int = 1) -> Tensor:
-    """max_pool(x) [N, U, V, K] of x [N, P, Q, K] (bf16, fp16, fp32), without a word of where the maxima were.
+    """max_pool(x) [N, U, V, K] of x [N, P, Q, K] (bf16, fp16, fp32), for inference: it stores no taps.
 
     Equivalent to `torch.max_pool2d`, NaN included. Raises ValueError as `normalize_max_pool` does.
     """
@@ -159,14 +161,12 @@ def _launch(
 
 
 def check_pool(z: Tensor, kernel: int, stride: int, pad: int) -> tuple[int, int, int, int]:
-    """(N, U, V, K), the shape of the pooled z. Raises ValueError unless z is [N, P, Q, K], 1 <= kernel <= 15,
-    stride >= 1, 0 <= pad <= kernel / 2 and the window fits at least once."""
+    """(N, U, V, K), the shape of the pooled z. Raises ValueError unless z is [N, P, Q, K], `pool_refusal` has nothing
+    against the sizes and the window fits at least once."""
     if z.dim() != 4:
-        raise ValueError(f"z must be [N, P, Q, K] for a pool, got shape {list(z.shape)}")
-    if not (1 <= kernel <= 15 and stride >= 1 and 0 <= 2 * pad <= kernel):
-        raise ValueError(
-            f"1 <= kernel <= 15, stride >= 1 and 0 <= pad <= kernel / 2 are needed, got {kernel}, {stride} and {pad}"
-        )
+        raise ValueError(f"what is pooled must be [N, P, Q, K], got shape {list(z.shape)}")
+    if (reason := pool_refusal(kernel, stride, pad)) is not None:
+        raise ValueError(reason)
     N, P, Q, K = z.shape
     U, V = ((size + 2 * pad - kernel) // stride + 1 for size in (P, Q))
     if U < 1 or V < 1:

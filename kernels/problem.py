@@ -129,6 +129,16 @@ class ConvProblem:
         return max(self.x_numel, self.y_numel, self.w_numel) < 2**31
 
 
+def pool_refusal(kernel: int, stride: int, pad: int) -> str | None:
+    """Why no kernel serves a max pool of kernel x kernel windows, or None where one does. Taps are bytes; the backward
+    is unrolled over stride x stride pixels."""
+    if 1 <= kernel <= 15 and 1 <= stride <= 4 and 0 <= 2 * pad <= kernel:
+        return None
+    return (
+        f"1 <= kernel <= 15, 1 <= stride <= 4 and 0 <= pad <= kernel / 2 are needed, got {kernel}, {stride} and {pad}"
+    )
+
+
 def model_problems(model: nn.Module, shape: tuple[int, int, int, int]) -> Counter[ConvProblem]:
     """The convolutions that `model` runs on an input of `shape` [N, C, H, W], in order, and how often each. Computes
     nothing where the model is on the meta device. Raises ValueError for one that is not square or pads unequally."""

@@ -19,6 +19,7 @@ import random
 import subprocess
 from collections.abc import Callable, Iterator
 from datetime import datetime, timezone
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -36,9 +37,9 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_report_header() -> str:
     """Where and on what the tests run, as `bench/proof.py` reads it from a log."""
     where = {"date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "device": "CPU"}
-    if torch.cuda.is_available():
-        where["device"] = torch.cuda.get_device_name()
-        where["driver"] = _said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").partition("\n")[0]
+    if torch.cuda.is_available():  # nvidia-smi knows the name without starting CUDA in xdist's own process
+        said = _said("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader").partition("\n")[0]
+        where["device"], _, where["driver"] = said.partition(", ")
     where |= {"python": platform.python_version(), "numpy": np.__version__, "torch": torch.__version__}
     where |= {"torchvision": torchvision.__version__, "triton": triton.__version__}
     where["cuDNN"] = str(torch.backends.cudnn.version())
@@ -48,7 +49,8 @@ def pytest_report_header() -> str:
 
 def _said(*command: str) -> str:
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        here = Path(__file__).parent
+        return subprocess.run(command, capture_output=True, text=True, check=True, cwd=here).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return "unknown"
 

@@ -44,7 +44,9 @@ def row_of(text: str, start: str) -> list[str]:
 
 def test_this_run_says_where_it_runs(proof: ModuleType, tmp_path: Path) -> None:
     """The header that tests/conftest.py writes is the one that proof.py reads."""
-    run = proof.read(log(tmp_path / "x.log", pytest_report_header(), "collected 1 item"))
+    run = proof.read(
+        log(tmp_path / "x.log", pytest_report_header(), "1 worker [1 item]", "[gw0] [100%] PASSED tests/a.py::b ")
+    )
     assert (run.where["torch"], run.items) == (torch.__version__, 1)
 
 
@@ -81,13 +83,34 @@ def test_the_last_result_counts(proof: ModuleType, tmp_path: Path) -> None:
 
 
 def test_what_is_no_log_or_another_machines(proof: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    bare = tmp_path / "bare.log"
-    bare.write_text("[gw0] [100%] PASSED tests/test_a.py::test_one \n")
-    here, there = (log(tmp_path / f"{name}.log", where=WHERE | {"device": name}) for name in ("here", "there"))
-    for arguments, message in (([bare], "is no log of"), ([here, there], "there ran with device there, here here")):
+    result = "1 worker [1 item]", "[gw0] [100%] PASSED tests/test_a.py::test_one "
+    bare, empty = tmp_path / "bare.log", log(tmp_path / "empty.log", result[0])
+    bare.write_text("\n".join(result) + "\n")
+    here, there = (log(tmp_path / f"{name}.log", *result, where=WHERE | {"device": name}) for name in ("here", "there"))
+    told = [([bare], "is no log of"), ([empty], "is no log of"), ([here, there], "there ran with device there")]
+    for arguments, message in told:
         with pytest.raises(SystemExit):
             proof.main(list(map(str, arguments)))
         assert message in capsys.readouterr().err
+
+
+def test_what_was_lost_is_no_success(proof: ModuleType, tmp_path: Path) -> None:
+    """A file that can't be collected, a run that was killed, a failure that is skipped later; logs in any order."""
+    broken = log(
+        tmp_path / "broken.log",
+        "collecting ... collected 1 item / 1 error",
+        "tests/test_a.py::test_one PASSED [100%]",
+        "ERROR tests/test_b.py - ImportError: no such thing",
+    )
+    assert proof.main([str(broken)]) == 1
+    assert proof.read(broken).results["tests/test_b.py"] == "failed"
+    killed = log(tmp_path / "killed.log", "1 worker [2 items]", "\x1b[32m[gw0] [ 50%] PASSED tests/a.py::b \x1b[0m")
+    assert proof.missing(proof.read(killed)) == 1
+    assert proof.main([str(killed)]) == 1
+    run = "1 worker [1 item]", "[gw0] [100%] {} tests/a.py::b "
+    later = log(tmp_path / "later.log", run[0], run[1].format("SKIPPED"), where=WHERE | {"date": "2026-11-27"})
+    failed = log(tmp_path / "failed.log", run[0], run[1].format("FAILED"))
+    assert proof.main([str(later), str(failed)]) == 1
 
 
 def test_readme_shows_its_record(readme: ModuleType) -> None:
@@ -107,11 +130,12 @@ def row(mode: str, backend: str, img_s: float, **other: Any) -> dict[str, Any]:
 def test_a_table_compares_what_was_measured(readme: ModuleType) -> None:
     rows = [row("train", *one) for one in (("eager-channels-last", 100.0), ("inductor", 200.0), ("fastres", 150.0))]
     rows += [row("train", "fastres-graph", 300.0), row("train", "timm", 900.0, status="wrong")]
-    rows += [row("infer", "eager-channels-last", 10.0, batch=1), row("infer", "fastres-optimize", 30.0, batch=1)]
+    rows += [row("infer", "eager-channels-last", 10.0, batch=1, latency_ms=5.0)]
+    rows += [row("infer", "fastres-optimize", 30.0, batch=1)]
     text = readme.table({"rows": rows})
     want = ["150", "300 (`fastres-graph`)", "200 (`inductor`)", "100", "1.50", "3.00"]
     assert row_of(text, "ResNet-50 training, bf16, batch 256")[1:] == want
-    alone = ["", "2.50 ms (`fastres-optimize`)", "", "2.50 ms", "", "3.00"]
+    alone = ["", "2.50 ms (`fastres-optimize`)", "", "5.00 ms", "", "2.00"]
     assert row_of(text, "ResNet-50 inference, bf16, batch 1")[1:] == alone, "one peer is best of nothing"
     with pytest.raises(ValueError, match="lacks the line"):
         readme.written("no marks", text)

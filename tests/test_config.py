@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ import fastres
 from fastres.kernels import config
 from fastres.kernels.config import H200, Gpu, Measurement, Tile, fprop_tile, fprop_tiles
 from fastres.kernels.problem import ConvProblem
+from fastres.kernels.stem import stem_columns
 from fastres.ops import dispatch
 
 PROBLEM = ConvProblem(8, 14, 14, 64, 64, 3, 3, 1, 1)
@@ -136,3 +138,22 @@ def test_boxes_waste_no_pixel_of_a_large_batch() -> None:
             box = config.cover(256, side, side, pixels)
             assert math.prod(box) == pixels
             assert config.boxes(256, side, side, box) * pixels == 256 * side * side
+
+
+def test_the_stems_tile_is_the_tables() -> None:
+    """By the pass that was measured; where the gather kernel won, or nothing was measured, the first candidate."""
+    problem, dtype = ConvProblem(24, 224, 224, 3, 64, 7, 7, 2, 3), torch.bfloat16
+    columns = stem_columns(problem)
+    candidates = config.fprop_tiles(columns, 2, True, H200)
+    wanted = replace(candidates[1], box=(1, 16, 8))
+    gathered = Tile(64, 64, 32, 4, 3)
+
+    def chosen() -> list[Tile]:
+        config.forget_tables()
+        return [config.stem_tile(problem, columns, dtype, H200, False, pass_) for pass_ in ("infer", "fprop")]
+
+    assert chosen() == [candidates[0], candidates[0]]
+    table = {("infer", problem, dtype): Measurement("stem", wanted)}
+    table["fprop", problem, dtype] = Measurement("triton", gathered)
+    config.write_table(table, config.table_file(H200.name))  # type: ignore[arg-type]
+    assert chosen() == [wanted, candidates[0]]

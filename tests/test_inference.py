@@ -694,6 +694,53 @@ def test_kernels_answer_as_the_original(dtype: torch.dtype) -> None:
         assert net.explain().count("  triton  ") == ours
 
 
+class Named(nn.Module):
+    """A module and a function of one name, which pool differently, and a pool of what never changes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.max_pool2d = nn.Conv2d(3, 4, 3, padding=1), nn.MaxPool2d(3, 2, 1)
+        self.register_buffer("fixed", torch.randn(1, 4, 8, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.max_pool2d(F.max_pool2d(self.conv(x), 2)) + self.max_pool2d(self.fixed)
+
+
+@needs_kernels
+@pytest.mark.interpret
+def test_a_function_named_like_a_module() -> None:
+    model, x = Named().eval().to(DEVICE), images(2, 16).to(DEVICE)
+    with fastres.backend("triton"):
+        net = optimize(model)
+        assert_close_to_reference(net(x), *answers(copy.deepcopy(model).double(), x.double()), *answers(model, x))
+
+
+@needs_kernels
+@pytest.mark.interpret
+@pytest.mark.parametrize(
+    ("pool", "ours"),
+    [
+        (nn.MaxPool2d(3, 2, 1), True),
+        (nn.MaxPool2d(2), True),
+        (nn.MaxPool2d(3, 2, 1, ceil_mode=True), False),
+        (nn.MaxPool2d(3, 2, 1, dilation=2), False),
+        (nn.MaxPool2d((3, 2), 2, 1), False),
+        (nn.MaxPool2d(3, 5, 1), False),
+        (nn.MaxPool2d(17, 2, 8), False),
+    ],
+    ids=str,
+)
+def test_which_pools_are_ours(pool: nn.Module, ours: bool) -> None:
+    """Whatever computes it, the answer is PyTorch's."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), pool).eval().to(DEVICE)
+    x = images(2, 18).to(DEVICE)
+    with fastres.backend("triton"):
+        net = optimize(model)
+        assert_close_to_reference(net(x), *answers(copy.deepcopy(model).double(), x.double()), *answers(model, x))
+        row = next(line for line in net.explain().splitlines() if "MaxPool2d" in line)
+    assert ("writes no indices" in row) == ours, row
+
+
 @needs_kernels
 @pytest.mark.interpret
 def test_kernel_after_the_library() -> None:

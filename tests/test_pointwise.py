@@ -355,7 +355,7 @@ def stock_pool(a: Tensor, kernel: int, stride: int, pad: int) -> tuple[Tensor, T
     return nhwc(y), nhwc(tap)
 
 
-POOLS = [(3, 2, 1), (2, 2, 0), (3, 1, 1), (2, 3, 0), (5, 2, 2)]
+POOLS = [(3, 2, 1), (2, 2, 0), (3, 1, 1), (2, 3, 0), (5, 2, 2), (5, 4, 1)]
 
 
 @pytest.mark.parametrize(("kernel", "stride", "pad"), POOLS)
@@ -420,7 +420,7 @@ def test_max_pool_nan() -> None:
     z[0, 2, 3, :4] = float("nan")
     z[0, 3, 3, :2] = float("nan")
     z[1, 0, 0] = float("inf")
-    z[1, 5] = -float("inf")
+    z[1, 3:6, 3:6] = -float("inf")  # a whole window
     one, zero = torch.ones(8, device=DEVICE), torch.zeros(8, device=DEVICE)
     assert torch.equal(max_pool(z).nan_to_num(7.0), nhwc(F.max_pool2d(nchw(z), 3, 2, 1)).nan_to_num(7.0))
     y, tap = batch_norm.normalize_max_pool(z, one, zero)
@@ -606,9 +606,11 @@ def test_refusals() -> None:
          lambda: batch_norm.finish_backward(z[0], None, v, v, 48, batch_statistics=True)),
         ("count must be >= 1",
          lambda: batch_norm.finish_backward(z[0, :, :2].contiguous(), None, v, v, 0, batch_statistics=True)),
+        ("stride <= 4", lambda: batch_norm.backward_reduce(z, z, v, pool=Pool(z, 3, 0, 1))),
+        ("stride <= 4", lambda: max_pool(z, stride=5)),
         ("kernel <= 15", lambda: batch_norm.normalize_max_pool(z, v, v, kernel=3, pad=2)),
         ("does not fit", lambda: batch_norm.normalize_max_pool(z, v, v, kernel=9, pad=0)),
-        (r"z must be \[N, P, Q, K\]", lambda: batch_norm.normalize_max_pool(z[0], v, v)),
+        (r"what is pooled must be \[N, P, Q, K\]", lambda: batch_norm.normalize_max_pool(z[0], v, v)),
         ("is no shortcut", lambda: pad_shortcut_backward(z, z, stride=2)),
         ("z has 2147483648 pixels", lambda: batch_norm.statistics(torch.empty(2**31, 1, device="meta"))),
         ("residual has 2147483648 pixels", lambda: batch_norm.normalize(

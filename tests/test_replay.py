@@ -17,6 +17,7 @@ from fastres.kernels.batch_norm import Pool
 from fastres.kernels.bottleneck import bottleneck_chain
 from fastres.kernels.conv import Join, RunningNorm, conv_fprop
 from fastres.kernels.dgrad import conv_dgrad
+from fastres.kernels.pool import max_pool
 from fastres.kernels.problem import ConvProblem
 from fastres.kernels.residual import pad_shortcut_backward
 from fastres.kernels.stem import conv_stem, pack_images
@@ -78,6 +79,7 @@ CALLS: dict[str, Callable[[Operands], Any]] = {
     "running_statistics": lambda o: batch_norm.running_statistics(o(8), o(8, draw=torch.rand), None, None, 1e-5),
     "normalize": lambda o: batch_norm.normalize(o(2, 8, 8, 16), *o.vectors(2, 16), relu=True, residual=o(2, 8, 8, 16)),
     "pool": lambda o: batch_norm.normalize_max_pool(o(2, 8, 8, 16), *o.vectors(2, 16)),
+    "pool, bare": lambda o: max_pool(o(2, 8, 8, 16)),
     "backward_reduce": lambda o: batch_norm.backward_reduce(
         o(2, 8, 8, 16), o(2, 8, 8, 16), *o.vectors(1, 16), projection=(o(2, 8, 8, 16), *o.vectors(1, 16))
     ),

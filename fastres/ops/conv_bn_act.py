@@ -51,14 +51,9 @@ def plain_block(x: Tensor, units: Sequence[Unit]) -> Tensor:
 
 def stem(x: Tensor, conv: nn.Module, bn: nn.Module, pool: nn.Module) -> Tensor:
     """maxpool(relu(bn(conv(x)))). Equivalent to `reference.stem`, which gives shapes and dtypes."""
-    if dispatch.wants_reference() or not _poolable(pool):
+    if dispatch.wants_reference() or (sizes := dispatch.pool_sizes(pool)) is None:
         return reference.stem(x, conv, bn, pool)  # type: ignore[arg-type]
-    return _run(x, [(conv, bn)], End("pool", kernel=pool.kernel_size, stride=pool.stride, pad=pool.padding))  # type: ignore[arg-type]
-
-
-def _poolable(pool: nn.Module) -> bool:
-    sizes = (pool.kernel_size, pool.stride, pool.padding)
-    return all(isinstance(v, int) for v in sizes) and bool(pool.dilation == 1 and not pool.ceil_mode)
+    return _run(x, [(conv, bn)], End("pool", *sizes))
 
 
 @dataclass(frozen=True)

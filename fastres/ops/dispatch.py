@@ -281,6 +281,28 @@ def has_hooks(module: nn.Module) -> bool:
     )
 
 
+def pool_sizes(pool: nn.Module | None) -> tuple[int, int, int] | None:
+    """(kernel, stride, pad) of a max pool that a kernel serves; None for any other module."""
+    from fastres.kernels.problem import pool_refusal
+
+    if type(pool) is not nn.MaxPool2d or pool.dilation != 1 or pool.ceil_mode or pool.return_indices:
+        return None
+    kernel, stride, pad = pool.kernel_size, pool.stride, pool.padding
+    if not (isinstance(kernel, int) and isinstance(stride, int) and isinstance(pad, int)):
+        return None
+    return (kernel, stride, pad) if pool_refusal(kernel, stride, pad) is None else None
+
+
+def serves_pool(x: Tensor, pool: nn.Module | None) -> bool:
+    """True where a kernel computes `pool` of x [N, H, W, C] in inference."""
+    sizes = pool_sizes(pool)
+    if sizes is None or x.dim() != 4 or not x.is_contiguous() or x.numel() == 0 or x.numel() // x.shape[3] >= 2**30:
+        return False
+    kernel, _, pad = sizes
+    fits = min(x.shape[1:3]) + 2 * pad >= kernel
+    return fits and why_unfused(x.dtype, x.device) is None and pointwise_engine(x.dtype, x.device) == "triton"
+
+
 def is_bare(module: nn.Module) -> bool:
     """True if calling `module` runs its class's `forward` and that alone, not compiled by `module.compile()`."""
     return not has_hooks(module) and module._compiled_call_impl is None

@@ -170,14 +170,6 @@ def by_pool(x: Tensor, *, kernel: int, stride: int, pad: int) -> Tensor:
     return max_pool(x, kernel=kernel, stride=stride, pad=pad)
 
 
-def pool_sizes(layer: Any) -> dict[str, Any] | None:
-    """The arguments by which `by_pool` computes the module `layer`; None where it doesn't."""
-    if type(layer) is not nn.MaxPool2d or layer.dilation != 1 or layer.ceil_mode or layer.return_indices:
-        return None
-    sizes = {"kernel": layer.kernel_size, "stride": layer.stride, "pad": layer.padding}
-    return sizes if all(isinstance(size, int) for size in sizes.values()) else None
-
-
 def by_simulation(
     x: Tensor,
     residual: Tensor | None = None,
