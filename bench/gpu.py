@@ -82,6 +82,7 @@ PARTS: dict[str, list[str]] = {
         "--csv",
         "{out}/timeline-infer.csv",
     ],
+    "passes": ["bench/passes.py"],
     "hopper": ["bench/hopper.py", "--markdown", "{out}/hopper.md"],
     "ablate-50": ["bench/ablate.py", "--depth", "50", "--seconds", "5", "--json", "{out}/ablate-50.json"],
     "bench-infer-50-batch-1": [*BENCH, "--depth", "50", "--mode", "infer", "--batch", "1", "--backend", INFER],

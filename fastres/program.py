@@ -146,8 +146,9 @@ class Program:
         else:
             assert isinstance(step, Aten)
             layer = self._layer(step)
-            if layer is not None and len(inputs) == 1 and dispatch.serves_pool(inputs[0], layer):
-                kernel, stride, pad = layer.kernel_size, layer.stride, layer.padding
+            sizes = dispatch.pool_sizes(layer) if len(inputs) == 1 else None
+            if sizes is not None and dispatch.serves_pool(inputs[0], kernel=sizes[0], pad=sizes[2]):
+                kernel, stride, pad = sizes
                 pool = partial(folded.by_pool, kernel=kernel, stride=stride, pad=pad)
                 bound = Bound(step, "triton", "writes no indices", partial(_one, pool))
             else:

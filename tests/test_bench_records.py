@@ -142,13 +142,38 @@ def test_a_table_compares_what_was_measured(readme: ModuleType) -> None:
 
 
 @pytest.mark.parametrize(
-    ("script", "message"), [("timeline", "no CUDA GPU"), ("hopper", "needs a CUDA GPU of compute capability 9.0")]
+    ("script", "message"),
+    [
+        ("timeline", "no CUDA GPU"),
+        ("passes", "no CUDA GPU"),
+        ("hopper", "needs a CUDA GPU of compute capability 9.0"),
+    ],
 )
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu(script: str, message: str, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit):
         importlib.import_module(script).main([])
     assert message in capsys.readouterr().err
+
+
+def test_every_pass_is_timed_by_every_cut() -> None:
+    """What is in force while a pass is timed is what its line says; afterwards what was before."""
+    passes, norm = importlib.import_module("passes"), importlib.import_module("fastres.kernels.batch_norm")
+    before = norm.STREAMED, norm.REDUCED, norm.WINDOWED, norm.WARPS
+    seen: list[Any] = []
+
+    def time(call: Any) -> float:
+        seen.append((norm.STREAMED, norm.REDUCED, norm.WINDOWED, norm.WARPS))
+        return 1.0 + (seen[-1][-1] == 8)
+
+    for name, _, _ in passes.PLACES:
+        seen.clear()
+        text = passes.line((name, 8, 16), 1, torch.float32, torch.device("cpu"), time)
+        kind = passes.work(name, 1, 8, 16, torch.float32, torch.device("cpu"))[1]
+        assert seen[0] == before, "the shipped cut first"
+        assert len(set(seen)) == len(seen) == len({*passes.CUTS[kind], before[list(passes.CUTS).index(kind)]}) * 2
+        assert "fastest: 1.0 (" in text
+    assert before == (norm.STREAMED, norm.REDUCED, norm.WINDOWED, norm.WARPS)
 
 
 def test_short_names_of_kernels() -> None:

@@ -293,12 +293,10 @@ def pool_sizes(pool: nn.Module | None) -> tuple[int, int, int] | None:
     return (kernel, stride, pad) if pool_refusal(kernel, stride, pad) is None else None
 
 
-def serves_pool(x: Tensor, pool: nn.Module | None) -> bool:
-    """True where a kernel computes `pool` of x [N, H, W, C] in inference."""
-    sizes = pool_sizes(pool)
-    if sizes is None or x.dim() != 4 or not x.is_contiguous() or x.numel() == 0 or x.numel() // x.shape[3] >= 2**30:
+def serves_pool(x: Tensor, kernel: int, pad: int) -> bool:
+    """True where a kernel computes a max pool that `pool_sizes` lets pass on x [N, H, W, C], in inference."""
+    if x.dim() != 4 or not x.is_contiguous() or x.numel() == 0 or x.numel() // x.shape[3] >= 2**30:
         return False
-    kernel, _, pad = sizes
     fits = min(x.shape[1:3]) + 2 * pad >= kernel
     return fits and why_unfused(x.dtype, x.device) is None and pointwise_engine(x.dtype, x.device) == "triton"
 
