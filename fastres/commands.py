@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import ImageFolder
@@ -21,7 +20,9 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms.v2 import functional as tvf
 from tqdm import tqdm
 
+from fastres.classes import difference, out_of_order
 from fastres.evaluate import CROPS, SCALES, Predictor, Views, evaluate, require_metrics
+from fastres.images import ImageError, read_image
 from fastres.models import families
 from fastres.train import data
 from fastres.train.loop import DTYPES, place
@@ -32,6 +33,7 @@ _EMBEDDED = {name: meaning for name, meaning in data.DATA.items() if name not in
 _USUAL = {"digits": "digits", "cifar10": "cifar-2015", "cifar100": "cifar-2015"}  # recipes by data
 
 
+_GO_ON = "--ignore-class-names goes on, with class i of the one as class i of the other"
 _MODEL = "resnet50, cifar-20, paper-34-B, ...; one for all weights or one each (default: as they say themselves)"
 _WEIGHTS = "trained weights, or their torchvision name as ResNet50_Weights.IMAGENET1K_V2"
 
@@ -55,6 +57,11 @@ def _common_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU where there is one)")
     parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="default: bf16 on a GPU, else fp32")
     parser.add_argument("--optimize", action="store_true", help="run the nets through fastres.optimize")
+    parser.add_argument(
+        "--ignore-class-names",
+        action="store_true",
+        help="go on although weights and data, or two of the weights, call class i by different names",
+    )
 
 
 def eval_arguments(parser: argparse.ArgumentParser) -> None:
@@ -92,7 +99,8 @@ def _interruptible(command: str) -> Iterator[None]:
 
 @_interruptible("eval")
 def run_eval(args: argparse.Namespace) -> int:
-    """Prints top-1 and top-5. Returns 1 if images could not be read, else 0; raises ValueError for what can't be.
+    """Prints top-1 and top-5. Returns 1 if images could not be read, else 0; raises ValueError for what can't be, and
+    for weights and data whose classes are not the same in the same order, as far as both name them.
 
     Under torchrun every process tests its share of the images and the first prints.
     """
@@ -106,12 +114,8 @@ def run_eval(args: argparse.Namespace) -> int:
         name = args.data or _told_data(nets)
         images = _test_images(args, name, nets)
         for weights in nets.weights:
-            if weights.classes != len(images.classes):
-                raise ValueError(
-                    f"{weights.source} holds a net of {weights.classes} classes, the data {name} has "
-                    f"{len(images.classes)}"
-                )
-        predictor = nets.predictor(args, images.preprocess)
+            _require_same_classes(args, weights, name, images.classes)
+        predictor = nets.predictor(args, images.preprocess or _mean_image(args, name, nets))
         if here.rank == 0:
             nets.note(predictor.views)
         batches = _Batches(images.share(here.rank, here.world), args, nets.channels, predictor)
@@ -246,6 +250,11 @@ def _preprocess(weights: Weights) -> nn.Module | None:
     if not {"mean", "std"} <= weights.preprocess.keys():
         return None
     mean, std = weights.preprocess["mean"], weights.preprocess["std"]
+    if mean.dim() != 3 or len(mean) != weights.channels:
+        raise ValueError(
+            f"{weights.source} holds a mean of shape {list(mean.shape)} for a net of {weights.channels} channels; "
+            "[channels, height, width] is expected"
+        )
     return data.Preprocess(mean, std, torch.zeros(len(mean), len(mean)))
 
 
@@ -255,6 +264,7 @@ def _nets(args: argparse.Namespace, sources: Sequence[str], device: torch.device
         raise ValueError(f"--model names {len(given)} nets for {len(sources)} files: one for all or one each")
     named = given * len(sources) if len(given) == 1 else given or [None] * len(sources)
     weights = [read(source, name) for source, name in zip(sources, named, strict=True)]
+    _require_ensemble(args, weights)
     names = [name or _told(each) for name, each in zip(named, weights, strict=True)]
     models = []
     for name, each in zip(names, weights, strict=True):
@@ -268,6 +278,42 @@ def _nets(args: argparse.Namespace, sources: Sequence[str], device: torch.device
     meta = weights[0].meta
     recipe = args.recipe or meta.get("recipe") or _USUAL.get(getattr(args, "data", None) or meta.get("data", ""))
     return _Nets(weights, models, names, RECIPES.get(recipe or ""), channels.pop() or 3)
+
+
+def _require_ensemble(args: argparse.Namespace, weights: Sequence[Weights]) -> None:
+    """Raises ValueError unless class i is the same to all of them, as far as they name their classes."""
+    if len({each.classes for each in weights}) != 1:
+        found = ", ".join(f"{each.source} has {each.classes}" for each in weights)
+        raise ValueError(f"the nets of an ensemble have one number of classes: {found}")
+    named = [(each.source, each.names) for each in weights if each.names is not None]
+    for source, names in named[1:]:
+        said = difference(named[0][1], names, (named[0][0], source))
+        if said is not None and not args.ignore_class_names:
+            raise ValueError(f"the nets of an ensemble have different classes: {said}. {_GO_ON}")
+
+
+def _require_same_classes(args: argparse.Namespace, weights: Weights, name: str, classes: Sequence[str]) -> None:
+    """Raises ValueError unless class i is the same to the weights and to the data called `name`.
+
+    Numbers of classes always must agree. Names are compared where the weights tell them, but not with those of
+    synthetic images, which show nothing. Weights that tell none fit folders called by numbers only if the folders are
+    read in the order of the numbers: otherwise class i might as well be meant to be folder i.
+    """
+    told = weights.names
+    said = None if told is None or name == "synthetic" else difference(told, classes, ("the net", "the data"))
+    order = None if name in _EMBEDDED else out_of_order(classes)
+    if weights.classes != len(classes):
+        raise ValueError(
+            f"{weights.source} holds a net of {weights.classes} classes, the data {name} has {len(classes)}"
+            + (f": {said}" if said else "")
+        )
+    if args.ignore_class_names:
+        return
+    if said is not None:
+        said = "; ".join(part for part in (said, order) if part)
+        raise ValueError(f"{weights.source} and the data {name} have different classes: {said}. {_GO_ON}")
+    if told is None and order is not None:
+        raise ValueError(f"{weights.source} doesn't name its classes, and {name}'s {order}. {_GO_ON}")
 
 
 def _told(weights: Weights) -> str:
@@ -297,7 +343,8 @@ def _described(views: Views) -> str:
 
 @dataclass(frozen=True)
 class _TestImages:
-    """items: paths with labels, or the images themselves, uint8 [N, C, H, W], with theirs."""
+    """items: paths with labels, or the images themselves, uint8 [N, C, H, W], with theirs. preprocess: of images whose
+    training images are at hand."""
 
     items: list[tuple[Path, int]] | tuple[Tensor, Tensor]
     classes: Sequence[str]
@@ -324,12 +371,16 @@ def _test_images(args: argparse.Namespace, name: str, nets: _Nets) -> _TestImage
         files = ImageFolder(str(place))
     except (FileNotFoundError, PermissionError) as error:
         raise ValueError(f"{place} has no classes to test on: {error}") from error
+    return _TestImages([(Path(path), label) for path, label in files.samples], files.classes, None)
+
+
+def _mean_image(args: argparse.Namespace, name: str, nets: _Nets) -> nn.Module | None:
+    """The recipe's preprocessing, from the folder's own training images, if a net needs it and they are there."""
     pixel = nets.recipe is not None and nets.recipe.normalise == "pixel"
-    preprocess = None
-    if pixel and (root / "train").is_dir() and not all(each.preprocess for each in nets.weights):
-        assert nets.recipe is not None
-        preprocess = data.load("folder", nets.recipe, root, workers=args.workers).preprocess
-    return _TestImages([(Path(path), label) for path, label in files.samples], files.classes, preprocess)
+    if not pixel or not (Path(name) / "train").is_dir() or all(each.preprocess for each in nets.weights):
+        return None
+    assert nets.recipe is not None
+    return data.load("folder", nets.recipe, Path(name), workers=args.workers).preprocess
 
 
 def _apart(args: argparse.Namespace) -> tuple[list[str], list[Path]]:
@@ -360,7 +411,7 @@ def _image_files(given: Sequence[Path]) -> Iterator[Path]:
 def _labels(file: Path | None, nets: _Nets) -> list[str]:
     classes = nets.weights[0].classes or 0
     if file is None:
-        return nets.weights[0].names or [str(k) for k in range(classes)]
+        return next((each.names for each in nets.weights if each.names), [str(k) for k in range(classes)])
     try:
         names = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -384,11 +435,13 @@ class _Files(Dataset):
     def __getitem__(self, index: int) -> tuple[Tensor | str, int]:
         path, label = self.items[index]
         try:
-            with Image.open(path) as file:
-                image = tvf.pil_to_tensor(file.convert(self.mode))
+            image = tvf.pil_to_tensor(read_image(path, self.mode))
+        except ImageError as error:
+            return str(error), label
+        try:
             return self.views.prepare(image), label
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            return f"{path} is no image that can be read ({error})", label
+        except ValueError as error:
+            return f"{path} can't be shown to the net ({error})", label
 
 
 def _collate(pairs: Sequence[tuple[Tensor | str, int]]) -> tuple[Tensor | list[Tensor], Tensor, list[str]]:

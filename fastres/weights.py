@@ -56,7 +56,7 @@ class Weights:
     def names(self) -> list[str] | None:
         """Of the classes, where the source tells them."""
         names = self.meta.get("categories", self.meta.get("classes"))
-        return list(names) if isinstance(names, (list, tuple)) and len(names) == self.classes else None
+        return list(map(str, names)) if isinstance(names, (list, tuple)) and len(names) == self.classes else None
 
 
 def read(source: str, model: str | None = None) -> Weights:

@@ -420,6 +420,23 @@ def test_predict_goes_on_past_a_corrupt_image(photos: Path, tmp_path: Path, caps
     assert "1 of 2 images could not be read" in err
 
 
+def test_predict_of_16_bits_is_that_of_8(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """And what has no certain white gets no answer."""
+    grey = np.asarray(Image.open(photos / "val" / "temple" / "0.png").convert("L"))
+    images = [tmp_path / name for name in ("8.png", "16.png", "16.tif", "float.tif")]
+    for path, pixels in zip(
+        images, (grey, *[257 * grey.astype(np.uint16)] * 2, grey.astype(np.float32) / 255), strict=True
+    ):
+        Image.fromarray(pixels).save(path)
+    file = saved(tmp_path / "net.pt", net().state_dict())
+    assert main(["predict", *map(str, images), "--weights", file, *SMALL]) == 1
+    out, err = capsys.readouterr()
+    answers = [out.split(f"{path}\n")[1].splitlines()[:2] for path in images[:3]]
+    assert answers[0] == answers[1] == answers[2]
+    assert str(images[3]) not in out
+    assert f"{images[3]} is no image that can be read (mode F in a TIFF file" in err
+
+
 def test_predict_in_grey(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A net of one channel gets grey images, and its checkpoint's class names."""
     Image.fromarray(np.full((20, 30, 3), (250, 30, 90), np.uint8)).save(tmp_path / "red.png")

@@ -338,6 +338,9 @@ def test_statistics_are_computed_once(folder: Path, tmp_path: Path, monkeypatch:
         assert torch.equal(first.axes, again.axes)
         with pytest.raises(AssertionError, match="computed again"):
             data.load("folder", dataclasses.replace(SMALL, resize=60), folder, cache=cache)
+        patch.setattr(data, "READING", data.READING + 1)  # what another reading saw
+        with pytest.raises(AssertionError, match="computed again"):
+            data.load("folder", SMALL, folder, cache=cache)
     content = bytearray(kept.read_bytes())
     for damage in (content[: len(content) // 2], content[:2000] + b"x" + content[2001:], b""):
         kept.write_bytes(bytes(damage))

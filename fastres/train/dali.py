@@ -6,7 +6,9 @@ drawn; DALI, without chance or state of its own, decodes and resizes that window
 
     bytes, window ─► decode ─► resize the window ─► flip ─► uint8 [N, H, W, 3]
 
-On a CPU, decoding is Pillow's to the bit and resizing to one grey level; a GPU's decoder rounds in its own way.
+On a CPU, decoding is Pillow's to the bit and resizing to one grey level; a GPU's decoder rounds in its own way. What
+DALI might decode otherwise is decoded by `fastres.images`, which also says what is refused and why EXIF orientation is
+ignored.
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from fastres.train.data import Batches, DataError, Dataset, Folder, fetched, seeded, unreadable
+from fastres.images import ImageError, eight_bits, opened
+from fastres.train.data import Batches, DataError, Dataset, Folder, fetched, seeded
 from fastres.train.recipe import Recipe, ScaleCrop
 
 Item = tuple[int, Tensor, Tensor, int]  # which photograph, its bytes, its window, its label
@@ -88,26 +91,38 @@ class Encoded:
         index, word = item
         path, label = self.folder.files.samples[index]
         try:
-            data = Path(path).read_bytes()
-            with Image.open(io.BytesIO(data)) as image:
-                if image.format not in ("JPEG", "PNG") or image.mode not in ("L", "RGB"):
-                    data = _as_ppm(image)
-        except (OSError, SyntaxError, ValueError) as error:
-            return unreadable(path, error)
+            content = io.BytesIO()
+            with opened(path) as image:
+                if _is_common(image):
+                    size = image.size
+                    content.write(Path(path).read_bytes())
+                else:
+                    picture = eight_bits(image)
+                    size = picture.size
+                    picture.save(content, "PPM")
+        except ImageError as error:
+            return DataError(str(error))
         with seeded(word):
             return (
                 index,
-                torch.frombuffer(bytearray(data), dtype=torch.uint8),
-                window(self.folder.transform, *image.size),
+                torch.frombuffer(content.getbuffer(), dtype=torch.uint8),
+                window(self.folder.transform, *size),
                 label,
             )
 
 
-def _as_ppm(image: Image.Image) -> bytes:
-    """Decoded by Pillow: whatever is rare looks as it does without DALI."""
-    buffer = io.BytesIO()
-    image.convert("RGB").save(buffer, "PPM")
-    return buffer.getvalue()
+def _is_common(image: Image.Image) -> bool:
+    """Whether every decoder makes the same of the file, by its header: 8 bits of grey, or of RGB without transparency;
+    a JPEG as YCbCr, which is what a GPU takes it for."""
+    if image.mode not in ("L", "RGB") or "transparency" in image.info:
+        return False
+    if image.format == "JPEG":
+        components = [layer[0] for layer in image.layer]  # type: ignore[attr-defined]
+        return image.info.get("adobe_transform") != 0 and bytes(components) != b"RGB"
+    if image.format == "PNG":
+        layout = image.tile[0][3]  # type: ignore[attr-defined]
+        return layout == image.mode  # else it has more bits or fewer
+    return False
 
 
 def collate(items: Sequence[Item | DataError]) -> tuple[list[int], Tensor, list[int], Tensor, Tensor] | DataError:

@@ -30,14 +30,14 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchvision import datasets
-from torchvision.models._meta import _IMAGENET_CATEGORIES
 from torchvision.transforms import InterpolationMode, v2
 from tqdm import tqdm
 
+from fastres.classes import IMAGENET, are_imagenet_ids
+from fastres.images import READING, ImageError, read_image
 from fastres.train.checkpoint import write_atomically
 from fastres.train.recipe import DATA, IMAGENET_MEAN, IMAGENET_STD, AreaCrop, PadCrop, Recipe, ScaleCrop
 
@@ -179,7 +179,8 @@ class Resident:
 
 
 class Folder:
-    """Photographs of an ImageFolder. `dataset[(index, word)]` is one of them cropped: uint8 [H, W, C] and its label."""
+    """Photographs of an ImageFolder, read as `fastres.images` says. `dataset[(index, word)]` is one of them cropped:
+    uint8 [H, W, C] and its label; or, as an error that travels from a worker to the main process, why it isn't."""
 
     def __init__(self, files: datasets.ImageFolder, transform: v2.Transform, erase: v2.Transform | None = None) -> None:
         self.files = files
@@ -193,19 +194,14 @@ class Folder:
         index, word = item
         path, label = self.files.samples[index]
         try:
-            with Image.open(path) as file:
-                image = file.convert("RGB")
-        except (OSError, SyntaxError, ValueError) as error:
-            return unreadable(path, error)
+            image = read_image(path)
+        except ImageError as error:
+            return DataError(str(error))
         with seeded(word):
             pixels = torch.from_numpy(np.array(self.transform(image)))
             if self.erase is not None:
                 pixels = self.erase(pixels.permute(2, 0, 1)).permute(1, 2, 0)
         return pixels, label
-
-
-def unreadable(path: str, error: Exception) -> DataError:
-    return DataError(f"{path} is no image that can be read ({error}); fetch it again or remove it")
 
 
 def collate(items: Sequence[tuple[Tensor, int] | DataError]) -> tuple[Tensor, Tensor] | DataError:
@@ -566,11 +562,16 @@ def _photographs(
         raise DataError(f"{root}: train and val have different classes, among them {', '.join(differing)}")
     if name == "imagenet" and len(trained.classes) != 1000:
         raise DataError(f"{root / 'train'} has {len(trained.classes)} classes, ImageNet 1000. {HOW_TO_GET[name]}")
+    if name == "imagenet" and not are_imagenet_ids(trained.classes):
+        raise DataError(
+            f"{root / 'train'} has 1000 classes ({', '.join(trained.classes[:3])}, ...), but they are not called by "
+            f"ImageNet's ids; data folder takes any. {HOW_TO_GET[name]}"
+        )
     if holdout:
         kept, apart = _split(len(trained.samples), holdout)
         held.samples = [trained.samples[i] for i in apart.tolist()]
         trained.samples = [trained.samples[i] for i in kept.tolist()]
-    classes = tuple(_IMAGENET_CATEGORIES) if name == "imagenet" else tuple(trained.classes)
+    classes = IMAGENET if name == "imagenet" else tuple(trained.classes)
     train = Folder(trained, train_transform(recipe), erasing(recipe))
     val = Folder(held, centre_crop(recipe.resize, recipe.val_size))
     if recipe.normalise == "pixel":
@@ -595,8 +596,8 @@ def cache_folder() -> Path:
 def _moments(files: datasets.ImageFolder, recipe: Recipe, cache: Path, workers: int, device: torch.device) -> Moments:
     """Of the training images' centre crops, each seen once; read from the cache when it has them.
 
-    The key is the names of the files and the crop: a file replaced under its old name goes unnoticed. Under
-    torch.distributed each process reads its share of the images.
+    The key is the names of the files, how they are read and the crop: a file replaced under its old name goes
+    unnoticed. Under torch.distributed each process reads its share of the images.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     place = cache / f"statistics-{_fingerprint(files, recipe)}.npz"
@@ -621,7 +622,7 @@ def _moments(files: datasets.ImageFolder, recipe: Recipe, cache: Path, workers: 
 
 
 def _fingerprint(files: datasets.ImageFolder, recipe: Recipe) -> str:
-    digest = hashlib.sha256(f"{recipe.resize} {recipe.size}\n".encode())
+    digest = hashlib.sha256(f"{READING} {recipe.resize} {recipe.size}\n".encode())
     for path, label in files.samples:
         digest.update(f"{os.path.relpath(path, files.root)} {label}\n".encode())
     return digest.hexdigest()[:16]

@@ -29,6 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import fastres
+from fastres.classes import difference, out_of_order
 from fastres.models import families
 from fastres.train import checkpoint, dali
 from fastres.train.data import Folder, Loader, Stream, load
@@ -413,6 +414,12 @@ class Trainer:
         """Stands where the checkpoint's training stood. Raises CheckpointError for one of another run."""
         state = checkpoint.load(path)
         checkpoint.require_equal(path, state["run"], self.identity)
+        classes = self.loader.dataset.classes
+        said = difference(state["meta"]["classes"], classes, ("the checkpoint", "the data"))
+        if said is not None:
+            raise checkpoint.CheckpointError(
+                f"{path} is of another run: {said}. Resume with its images or choose another --out"
+            )
         self.model.load_state_dict(state["model"])
         if self.ema is not None:
             self.ema.module.load_state_dict(state["ema"])
@@ -561,6 +568,8 @@ def _train(run: Run, here: Place, signals: Signals) -> Summary:
         print(begun if resuming else f"no checkpoint in {run.out}: begins anew", file=sys.stderr)
     if trainer.main and isinstance(trainer.loader.train, Folder):
         print(f"photographs are decoded by {LOADERS[trainer.decoder]}", file=sys.stderr)
+        if (order := out_of_order(trainer.loader.dataset.classes)) is not None:
+            print(f"note: {order}", file=sys.stderr)
     report = trainer.report() if trainer.main else None
     try:
         return trainer.fit(report)
