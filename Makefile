@@ -2,10 +2,11 @@
 PYTHON ?= python3
 DEPTH ?= 50
 OUT ?= out
+NETS ?= 5000
 VENV := .venv
 READY := $(VENV)/.ready
 
-.PHONY: test test-slow bench lint gpu clean
+.PHONY: test test-all test-slow fuzz bench lint gpu clean
 
 $(READY): pyproject.toml constraints.txt
 	@echo "== making $(VENV): torch, torchvision, triton and the test tools at the versions of constraints.txt"
@@ -13,13 +14,24 @@ $(READY): pyproject.toml constraints.txt
 	$(VENV)/bin/python -m pip install -c constraints.txt -e '.[test]'
 	touch $(READY)
 
+# Kernels are compiled in the first run, interpreted in the second. A covering choice of the cases.
 test: $(READY)
 	$(VENV)/bin/python -m pytest -n auto
-	TRITON_INTERPRET=1 $(VENV)/bin/python -m pytest -n auto -m "interpret and not slow"
+	TRITON_INTERPRET=1 $(VENV)/bin/python -m pytest -n auto
 
+# All cases and a few long tests; what .ci/run runs.
+test-all: $(READY)
+	$(VENV)/bin/python -m pytest -n auto -m "not slow"
+	TRITON_INTERPRET=1 $(VENV)/bin/python -m pytest -n auto -m "not slow"
+
+# The full sweeps as well.
 test-slow: $(READY)
 	$(VENV)/bin/python -m pytest -n auto -m "slow or not slow"
 	TRITON_INTERPRET=1 $(VENV)/bin/python -m pytest -n auto -m interpret
+
+# Random nets, eager PyTorch beside `optimize` and torch.compile's backend.
+fuzz: $(READY)
+	$(VENV)/bin/python -W ignore tests/fuzz.py --nets $(NETS) --jobs 0
 
 bench: $(READY)
 	$(VENV)/bin/python bench/run.py --depth $(DEPTH)

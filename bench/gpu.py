@@ -38,6 +38,7 @@ LIMIT_S, LEAST_S = 480, 60
 TAIL_LINES = 30
 
 PYTEST = ["-m", "pytest", "-p", "no:cacheprovider", "-v", "--tb=short", "--continue-on-collection-errors"]
+PYTEST += ["-m", "not slow"]  # the extra cases, too; a later -m takes its place
 KERNELS = [f"tests/test_{name}.py" for name in ("conv_fprop", "conv_backward", "pointwise", "bottleneck")]
 NETS = [f"tests/test_{name}.py" for name in ("training", "inference", "registered", "compile")]
 OTHERS = ["tests", *(f"--ignore={file}" for file in (*KERNELS, *NETS))]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Callable
 from typing import Any
 
@@ -72,6 +73,13 @@ def assert_close_to_reference(
         allowed += factor * relative_error(baseline, ref64)
     error = relative_error(actual, ref64)
     assert error <= allowed, f"{what}: error {error:.3g}, allowed {allowed:.3g}"  # a NaN fails too
+
+
+def preload_children() -> None:
+    """Processes of multiprocessing's start method "forkserver" begin with what takes long to import: the first one
+    says it for all."""
+    slow = ["torch._dynamo", "torchvision", "fastres.train.loop", "sklearn.datasets", "matplotlib.backends.backend_agg"]
+    multiprocessing.get_context("forkserver").set_forkserver_preload([*slow, "pytest"])
 
 
 def by_library(convolve: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:

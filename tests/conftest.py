@@ -1,13 +1,13 @@
-"""Fixed seeds and thread count for every test, skips for what can't run here, poisoned memory on request.
+"""Fixed seeds and thread count for every test, poisoned memory on request; what can't run here is left out and counted.
 
 Triton decides when a kernel is defined whether it is interpreted or compiled, so one process does one of the two and
 `make test` runs pytest twice:
 
-    pytest                                everything but the interpreter's tests; kernels are compiled, ahead of time
-    TRITON_INTERPRET=1 pytest -m interpret    the tests that run kernels, on CPU tensors
+    pytest                       everything but the interpreter's tests; kernels are compiled, ahead of time
+    TRITON_INTERPRET=1 pytest    the tests that run kernels, on CPU tensors
 
 On a GPU the first run has both. Tests that run kernels carry `@pytest.mark.interpret`, tests that compile them without
-running them `@pytest.mark.compiles`.
+running them `@pytest.mark.compiles`. Neither run has the tests marked `extra` or `slow`, unless -m says so.
 """
 
 from __future__ import annotations
@@ -55,25 +55,72 @@ def _said(*command: str) -> str:
         return "unknown"
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    interpreting = triton.knobs.runtime.interpret
-    reasons = {}
-    if interpreting:
-        reasons["compiles"] = "interpreted kernels cannot be compiled"
-        reasons["gpu"] = "kernels are interpreted"
-        if np.lib.NumpyVersion(np.__version__) >= "2.4.0":
-            reasons["interpret"] = f"Triton {triton.__version__}'s interpreter fails under numpy {np.__version__}"
-    elif not torch.cuda.is_available():
-        reasons["gpu"] = "needs a CUDA GPU"
-        reasons["interpret"] = "needs a CUDA GPU or TRITON_INTERPRET=1"
+LEFT_OUT = pytest.StashKey[dict[str, int]]()  # why -> how many tests
+
+
+def impossible(markers: set[str]) -> str | None:
+    """Why no test with these markers can run in this process, in the words of the summary."""
+    interpreting, gpu = triton.knobs.runtime.interpret, torch.cuda.is_available()
+    if "gpu" in markers and not gpu:
+        return "for want of a CUDA GPU (make gpu)"
+    if interpreting and ("gpu" in markers or "interpret" not in markers):
+        return "that aren't for the interpreter (pytest without TRITON_INTERPRET)"
+    if interpreting and np.lib.NumpyVersion(np.__version__) >= "2.4.0":
+        return f"because Triton {triton.__version__}'s interpreter fails under numpy {np.__version__}"
+    if "interpret" in markers and not (interpreting or gpu):
+        return "that run kernels in the interpreter (TRITON_INTERPRET=1)"
+    return None
+
+
+def postponed(markers: set[str]) -> str | None:
+    """Why `make test` leaves out a test with these markers."""
+    if "slow" in markers:
+        return "of the full sweeps (make test-slow)"
+    return "beyond the covering choice (make test-all)" if "extra" in markers else None
+
+
+def markers_of(item: pytest.Item) -> set[str]:
+    return {marker.name for marker in item.iter_markers()}
+
+
+@pytest.hookimpl(trylast=True)  # behind -k and -m: counted is what was asked for
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if left_out := [item for item in items if impossible(markers_of(item))]:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if not impossible(markers_of(item))]
     for item in items:
-        for marker, reason in reasons.items():
-            if item.get_closest_marker(marker):
-                item.add_marker(pytest.mark.skip(reason=reason))
         if item.get_closest_marker("interpret"):
             item.add_marker(
                 pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning")
             )
+
+
+def pytest_deselected(items: list[pytest.Item]) -> None:
+    """Counts what is left out here. A -k, or a -m that leaves out tests which `make test` has, is the caller's own
+    choice and needs no explanation."""
+    reasons = [impossible(markers) or postponed(markers) for markers in map(markers_of, items)]
+    if None not in reasons:
+        config = items[0].config
+        left_out = config.stash.setdefault(LEFT_OUT, {})
+        for reason in reasons:
+            left_out[reason] = left_out.get(reason, 0) + 1
+        if hasattr(config, "workeroutput"):
+            config.workeroutput["left_out"] = left_out
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Every worker of pytest-xdist collects the same tests: one's word is enough."""
+    if left_out := getattr(node, "workeroutput", {}).get("left_out"):
+        node.config.stash[LEFT_OUT] = left_out
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    left_out = config.stash.get(LEFT_OUT, {})
+    if left_out:
+        terminalreporter.section("not run")
+    for reason, count in sorted(left_out.items(), key=lambda pair: -pair[1]):
+        terminalreporter.write_line(f"{count:7,} {reason}")
 
 
 def pytest_runtest_logfinish(nodeid: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from functools import lru_cache
 
 import torch
@@ -34,6 +35,12 @@ BOXED = {
     "3x3 stride 2, dilation, wide pad": ConvProblem(1, 10, 8, 16, 16, 3, 3, 2, 3, dilation=2),
     "5x5 dilation": ConvProblem(1, 6, 5, 16, 16, 5, 5, 1, 4, dilation=2),
 }
+
+
+def traits(problem: ConvProblem) -> tuple[Hashable, ...]:
+    """What a kernel may take another way for: filter, stride, dilation, groups, channels that fill no vector."""
+    filters = "1x1" if problem.R == problem.S == 1 else "3x3" if problem.R == problem.S == 3 else "other"
+    return filters, problem.stride, problem.dilation > 1, problem.groups > 1, problem.C % 8 > 0
 
 
 @lru_cache

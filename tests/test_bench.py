@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 from cases import relative_error
+from covering import extra
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -29,7 +30,9 @@ BENCH = ROOT / "bench"
 MODULES = ("backends", "measure", "photos", "plain", "plot", "record", "run")
 PAPER_NETS = ["paper-18-A", "paper-18-C", "paper-50-A", "paper-50-B", "plain-18", "cifar-8", "cifar-plain-8"]
 PAPER_NETS += ["cifar-stem-18"]
-TINY = ["--depth", "18", "--size", "64", "--batch", "2", "--seconds", "0.05", "--device", "cpu"]
+FEW = ["--batch", "2", "--seconds", "0.05", "--device", "cpu"]
+TINY = ["--net", "cifar-8", *FEW]
+RESNET = ["--depth", "18", "--size", "64", *FEW]  # with the paper's table of FLOPs and every peer
 
 
 @pytest.fixture(autouse=True)
@@ -83,7 +86,7 @@ def check_schema(record: dict[str, Any]) -> None:
 def test_script(tmp_path: Path) -> None:
     """As the README runs it: FLOPs table, both modes, record, picture."""
     path, picture = tmp_path / "new" / "r.json", tmp_path / "r.png"
-    command = [sys.executable, str(BENCH / "run.py"), *TINY, "--backend", "eager,timm,fastres"]
+    command = [sys.executable, str(BENCH / "run.py"), *RESNET, "--backend", "eager,timm,fastres"]
     done = subprocess.run(
         [*command, "--json", str(path), "--plot", str(picture)],
         cwd=tmp_path,
@@ -234,12 +237,12 @@ def test_wrong_outputs_are_not_ranked(
 ) -> None:
     def wrong_forward(name: str) -> nn.Module:
         model = bench.plain.net(name)
-        model.layer3[1].bn2.eps = 1e-2
+        model.layer2[0].bn2.eps = 1e-2
         return model
 
     def wrong_backward(name: str) -> nn.Module:
         model = bench.plain.net(name)
-        model.layer4[1].relu = StraightReLU()
+        model.layer3[0].relu = StraightReLU()
         return model
 
     entry = bench.backends.Backend
@@ -436,24 +439,24 @@ def test_why_a_backend_cannot_run(bench: SimpleNamespace) -> None:
 def test_other_nets(bench: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """--net: usual image size and number of classes, one record for several nets, drawn."""
     path, picture = tmp_path / "r.json", tmp_path / "r.svg"
-    ask = ["--batch", "2", "--seconds", "0.05", "--device", "cpu", "--json", str(path), "--resume"]
-    assert bench.run.main([*ask, "--net", "cifar-20", "--backend", "eager,timm,fastres"]) == 0
-    assert bench.run.main([*ask, "--net", "cifar-plain-8,cifar-20", "--mode", "train", "--plot", str(picture)]) == 0
+    ask = [*FEW, "--json", str(path), "--resume"]
+    assert bench.run.main([*ask, "--net", "cifar-8", "--backend", "eager,timm,fastres"]) == 0
+    assert bench.run.main([*ask, "--net", "cifar-plain-8,cifar-8", "--mode", "train", "--plot", str(picture)]) == 0
     record = json.loads(path.read_text())
     check_schema(record)
     found = {(row["net"], row["mode"], row["backend"]): row["status"] for row in record["rows"]}
     first = {(mode, name) for mode in ("infer", "train") for name in ("eager", "timm", "fastres")}
-    assert {key[1:] for key in found if key[0] == "cifar-20"} == first | {("train", "eager-channels-last")}
+    assert {key[1:] for key in found if key[0] == "cifar-8"} == first | {("train", "eager-channels-last")}
     assert {key[2] for key in found if key[0] == "cifar-plain-8"} == {"eager-channels-last", "fastres"}
     assert all(status == ("not available" if key[2] == "timm" else "ok") for key, status in found.items()), found
     assert {row["size"] for row in record["rows"]} == {32}
-    assert [row["net"] for row in record["flops"]] == ["cifar-20", "cifar-plain-8"]
+    assert [row["net"] for row in record["flops"]] == ["cifar-8", "cifar-plain-8"]
     printed = capsys.readouterr().out
     assert "VGG" not in printed, "the paper prints no FLOPs of its CIFAR nets"
-    assert re.search(r"cifar-20, train, batch 2, fp32, 32x32", printed)
-    assert "timm: timm has no cifar-20" in printed
+    assert re.search(r"cifar-8, train, batch 2, fp32, 32x32", printed)
+    assert "timm: timm has no cifar-8" in printed
     drawn = picture.read_text()
-    assert all(f">{text}<" in drawn or f"<!-- {text} -->" in drawn for text in ("cifar-20", "cifar-plain-8"))
+    assert all(f">{text}<" in drawn or f"<!-- {text} -->" in drawn for text in ("cifar-8", "cifar-plain-8"))
 
     plan = bench.run.parse(["--net", "cifar-20,resnet18", "--batch", "1", "--mode", "train", "--device", "cpu"])
     assert {(case.net, case.size) for case, _ in plan.rows} == {("cifar-20", 32), ("resnet18", 224)}
@@ -471,7 +474,9 @@ class Namespaces(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("name", ["resnet18", *PAPER_NETS])
+@pytest.mark.parametrize(
+    "name", ["resnet18", *(extra(net) if net in ("paper-18-C", "paper-50-A") else net for net in PAPER_NETS)]
+)
 def test_peers_run_no_fastres_code(name: str, bench: SimpleNamespace) -> None:
     """And compute what our net does, from the same state_dict."""
     peers = {backend.net for backend in bench.backends.BACKENDS.values() if not (backend.ours or backend.package)}
@@ -584,7 +589,7 @@ def test_compiled_rows(
 ) -> None:
     def unsteady(name: str) -> nn.Module:
         model = bench.plain.net(name)
-        model.fc = Unsteady(512, 1000)
+        model.fc = Unsteady(64, 10)
         return model
 
     entry = bench.backends.Backend(unsteady, "", compile={"backend": "eager"})
@@ -644,7 +649,7 @@ def test_transposed_layouts_are_noted(bench: SimpleNamespace, monkeypatch: pytes
 @pytest.mark.slow
 def test_every_backend_of_this_device(bench: SimpleNamespace, tmp_path: Path) -> None:
     path = tmp_path / "r.json"
-    assert bench.run.main([*TINY, "--backend", "all", "--json", str(path)]) == 0
+    assert bench.run.main([*RESNET, "--backend", "all", "--json", str(path)]) == 0
     record = json.loads(path.read_text())
     check_schema(record)
     assert {row["status"] for row in record["rows"]} == {"ok", "not available"}

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from binary import Binary, check, compile_kernel, record
 
-pytestmark = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="interpreted kernels cannot be compiled")
+pytestmark = pytest.mark.compiles
 
 
 @triton.jit

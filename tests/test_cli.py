@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 
 import fastres
@@ -18,10 +15,11 @@ def rows(text: str) -> dict[str, list[str]]:
     return {cells[0]: cells[1:] for cells in lines if cells}
 
 
-def test_table_1_of_resnet_34() -> None:
-    done = subprocess.run([sys.executable, "-m", "fastres", "summary", "--depth", "34"], capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
-    table = rows(done.stdout)
+def test_table_1_of_resnet_34(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["summary", "--depth", "34"]) == 0
+    printed, said = capsys.readouterr()
+    assert not said
+    table = rows(printed)
     assert table["conv1"] == ["112x112", "7x7, 64, stride 2", "118,013,952", "9,536"]
     assert "3x3 max pool, stride 2" in table
     assert table["conv2_x"][:2] == ["56x56", "[3x3, 64; 3x3, 64] x 3"]
@@ -30,8 +28,8 @@ def test_table_1_of_resnet_34() -> None:
     assert table["conv5_x"][:2] == ["7x7", "[3x3, 512; 3x3, 512] x 3"]
     assert table["1x1"] == ["average pool, 1000-d fc", "512,000", "513,000"]
     assert table["total"][0] == "3,644,493,824"
-    assert "FLOPs (multiply-adds): 3.644e9, paper 3.6e9, +1.2%" in done.stdout
-    assert "top-1 25.03%, top-5 7.76%" in done.stdout
+    assert "FLOPs (multiply-adds): 3.644e9, paper 3.6e9, +1.2%" in printed
+    assert "top-1 25.03%, top-5 7.76%" in printed
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 import triton
 from cases import assert_close_to_reference, by_library, lost_in_sums
+from conv_cases import traits
+from covering import covered, some_seeds
 from torch import Tensor
 from torch.nn.grad import conv2d_input, conv2d_weight
 
@@ -29,15 +31,9 @@ from fastres.kernels.launch import gpu_of
 from fastres.kernels.problem import ConvProblem
 from fastres.kernels.wgrad import conv_wgrad
 
-pytestmark = [
-    pytest.mark.interpret,
-    pytest.mark.skipif(
-        not (torch.cuda.is_available() or triton.knobs.runtime.interpret), reason="needs a GPU or TRITON_INTERPRET=1"
-    ),
-    pytest.mark.usefixtures("poisoned"),
-]
+pytestmark = [pytest.mark.interpret, pytest.mark.usefixtures("poisoned")]
 
-DEVICE = "cpu" if triton.knobs.runtime.interpret else "cuda"
+DEVICE = "cuda" if torch.cuda.is_available() and not triton.knobs.runtime.interpret else "cpu"
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])
 
 GATHER = Tile(16, 32, 16, warps=4, stages=2)
@@ -264,38 +260,43 @@ def tiles_of_wgrad(problem: ConvProblem) -> list[Tile]:
     return [WGRAD_GATHER, WGRAD_BOXES, *row]
 
 
-@pytest.mark.parametrize("features", ["", "all"])
-@pytest.mark.parametrize("name", SHAPES)
+def of_shape(name: str, *others: str) -> tuple[Any, ...]:
+    return *traits(SHAPES[name]), *others
+
+
+@covered(by=of_shape, name=[*SHAPES], features=["", "all"])
 def test_dgrad_shapes(name: str, features: str) -> None:
     o = make(SHAPES[name], torch.float32)
     for tile in tiles_of_dgrad(o.problem):
         check_dgrad(o, FEATURES.get(features, features), tile)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("features", FEATURES.values(), ids=FEATURES.keys())
-@pytest.mark.parametrize("problem", [ODD, POINTWISE, STRIDED], ids=["odd", "pointwise", "stride 2"])
+@covered(problem={"odd": ODD, "pointwise": POINTWISE, "stride 2": STRIDED}, features=FEATURES, dtype=DTYPES)
 def test_dgrad_features(problem: ConvProblem, features: str, dtype: torch.dtype) -> None:
     check_dgrad(make(problem, dtype), features, tiles_of_dgrad(problem)[-1])
 
 
-@pytest.mark.parametrize("features", ["", "bn activation"])
-@pytest.mark.parametrize("name", SHAPES)
+@covered(by=of_shape, name=[*SHAPES], features=["", "bn activation"])
 def test_wgrad_shapes(name: str, features: str) -> None:
     o = make(SHAPES[name], torch.float32)
     for tile in tiles_of_wgrad(o.problem):
         check_wgrad(o, features, tile)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("features", ["bn", "activation", "bn activation"])
-@pytest.mark.parametrize("problem", [ODD, POINTWISE, SQUARE, STRIDED], ids=["odd", "pointwise", "3x3", "stride 2"])
+@covered(
+    problem={"odd": ODD, "pointwise": POINTWISE, "3x3": SQUARE, "stride 2": STRIDED},
+    features=["bn", "activation", "bn activation"],
+    dtype=DTYPES,
+)
 def test_wgrad_features(problem: ConvProblem, features: str, dtype: torch.dtype) -> None:
     check_wgrad(make(problem, dtype), features, tiles_of_wgrad(problem)[-1])
 
 
-@pytest.mark.parametrize("precision", ["ieee", "tf32"])
-@pytest.mark.parametrize("name", ["odd", "pointwise", "3x3 stride 2", "1x1 stride 2 odd", "stem", "groups"])
+@covered(
+    by=of_shape,
+    name=["odd", "pointwise", "3x3 stride 2", "1x1 stride 2 odd", "stem", "groups"],
+    precision=["ieee", "tf32"],
+)
 def test_tiles_by_default(name: str, precision: str) -> None:
     """Larger than these problems, so that almost all of a tile is tail; float16 comes in boxes where it can."""
     dtype = torch.float32 if precision == "ieee" else torch.float16
@@ -494,7 +495,7 @@ def random_case(seed: int) -> tuple[ConvProblem, torch.dtype, str, str]:
         return problem, rng.choice(DTYPES), store, load + rng.choice(["", "activation "])
 
 
-@pytest.mark.parametrize("seed", range(12 if DEVICE == "cpu" else 200))
+@pytest.mark.parametrize("seed", some_seeds(12 if DEVICE == "cpu" else 200))
 def test_fuzz(seed: int) -> None:
     problem, dtype, dgrad_features, wgrad_features = random_case(seed)
     torch.manual_seed(seed)

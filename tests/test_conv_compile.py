@@ -10,6 +10,7 @@ import pytest
 import torch
 from binary import Launch, check, record
 from conv_cases import net_problems
+from covering import extra
 
 from fastres.kernels.config import H200, Gpu, Tile, fprop_tiles
 from fastres.kernels.conv import Join, RunningNorm, conv_fprop, fprop_tma_refusal
@@ -124,16 +125,16 @@ STEM = ConvProblem(256, 224, 224, 3, 64, 7, 7, 2, 3)
     ("problem", "use", "sm"),
     [
         (EXPAND, "shift residual relu", 90),
-        (EXPAND, "prologue statistics", 90),
-        (REDUCE, "shift relu", 90),
+        extra(EXPAND, "prologue statistics", 90),
+        extra(REDUCE, "shift relu", 90),
         (REDUCE, "statistics", 90),
         (REDUCE, "prologue join statistics", 90),
         (REDUCE, "prologue join projection statistics", 90),
-        (NARROW, "shift relu", 90),
+        extra(NARROW, "shift relu", 90),
         (NARROW, "prologue statistics", 90),
-        (SQUARE, "scale shift relu", 90),
+        extra(SQUARE, "scale shift relu", 90),
         (SQUARE, "norm residual relu", 90),
-        (SQUARE, "prologue statistics", 90),
+        extra(SQUARE, "prologue statistics", 90),
         (STRIDED, "prologue statistics", 90),
         (SINGLE, "shift relu", 90),
         (CIFAR, "prologue statistics", 90),

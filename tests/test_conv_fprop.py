@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 import triton
 from cases import assert_close_to_reference, by_library, lost_in_sums, relative_error
-from conv_cases import BOXED, GATHERED, net_problems
+from conv_cases import BOXED, GATHERED, net_problems, traits
+from covering import covered, some_seeds
 from torch import Tensor
 
 from fastres.kernels import conv
@@ -24,14 +25,14 @@ from fastres.kernels.problem import ConvProblem
 from fastres.kernels.stem import conv_stem, pack_filters, pack_images
 from fastres.ops import dispatch
 
-INTERPRETED = triton.knobs.runtime.interpret
-DEVICE = "cpu" if INTERPRETED else "cuda"
-DTYPES = [torch.float32, torch.float16] + ([] if INTERPRETED else [torch.bfloat16])
+DEVICE = "cuda" if torch.cuda.is_available() and not triton.knobs.runtime.interpret else "cpu"
+DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])
 
 pytestmark = [pytest.mark.interpret, pytest.mark.usefixtures("poisoned")]
 
-CASES = [pytest.param(p, False, id=f"gather, {name}") for name, p in GATHERED.items()]
-CASES += [pytest.param(p, True, id=f"TMA, {name}") for name, p in BOXED.items()]
+ROUTES = {f"gather, {name}": (p, False) for name, p in GATHERED.items()}
+ROUTES |= {f"TMA, {name}": (p, True) for name, p in BOXED.items()}
+CASES = [pytest.param(*route, id=name) for name, route in ROUTES.items()]
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 
 
@@ -137,9 +138,13 @@ def check_statistics(partials: Tensor, y: Tensor) -> None:
     assert ((merged - (distances**2).sum(0)).abs() <= rounded * (distances**2).sum(0) + slack).all()
 
 
-@dtypes
-@pytest.mark.parametrize(("problem", "boxed"), CASES)
-def test_every_problem(problem: ConvProblem, boxed: bool, dtype: torch.dtype) -> None:
+@covered(
+    by=lambda route, dtype: (route[1], *traits(route[0]), dtype),
+    route=ROUTES,
+    dtype={str(d).removeprefix("torch."): d for d in DTYPES},
+)
+def test_every_problem(route: tuple[ConvProblem, bool], dtype: torch.dtype) -> None:
+    problem, boxed = route
     check(problem, dtype, small_tile(problem, boxed))
     check(problem, dtype, small_tile(problem, boxed), "prologue", "scale", "shift", "residual", "relu")
 
@@ -177,9 +182,11 @@ EPILOGUES = [(), ("shift",), ("shift", "relu"), ("scale", "shift"), ("shift", "r
 EPILOGUES += [("norm", "relu"), ("norm", "residual", "relu"), ("norm without affine",)]
 
 
-@pytest.mark.parametrize("boxed", [False, True], ids=["gather", "TMA"])
-@pytest.mark.parametrize("epilogue", EPILOGUES, ids="+".join)
-@pytest.mark.parametrize("prologue", [(), ("prologue",)], ids=["plain", "prologue"])
+@covered(
+    prologue={"plain": (), "prologue": ("prologue",)},
+    epilogue={"+".join(names): names for names in EPILOGUES},
+    boxed={"gather": False, "TMA": True},
+)
 def test_every_prologue_with_every_epilogue(prologue: tuple[str, ...], epilogue: tuple[str, ...], boxed: bool) -> None:
     problem = ConvProblem(1, 6, 5, 16, 24, 3, 3, 1, 1)
     for dtype in DTYPES:
@@ -193,7 +200,7 @@ def test_integers_are_exact(problem: ConvProblem, boxed: bool) -> None:
     assert torch.equal(y.double(), reference(problem, x, w).round())  # a library may transform what it convolves
 
 
-@pytest.mark.parametrize(("problem", "boxed"), CASES[::2] if INTERPRETED else CASES)
+@pytest.mark.parametrize(("problem", "boxed"), CASES[::2] if DEVICE == "cpu" else CASES)
 def test_statistics(problem: ConvProblem, boxed: bool) -> None:
     x, w = operands(problem, torch.float16)
     options = extras(problem, x.dtype, "prologue", "shift")
@@ -238,7 +245,7 @@ def test_nan_comes_through_relu_and_prologue(boxed: bool) -> None:
     assert not y.isnan().all()
 
 
-@pytest.mark.parametrize(("problem", "boxed"), CASES[:: 1 if not INTERPRETED else 3])
+@pytest.mark.parametrize(("problem", "boxed"), CASES[:: 1 if DEVICE == "cuda" else 3])
 def test_equal_inputs_give_equal_bits(problem: ConvProblem, boxed: bool) -> None:
     x, w = operands(problem, torch.float16)
     first, again = (fprop(problem, x, w, statistics=True, tile=small_tile(problem, boxed)) for _ in range(2))
@@ -252,7 +259,7 @@ def test_wide_offsets(problem: ConvProblem, monkeypatch: pytest.MonkeyPatch) -> 
     check(problem, torch.float32, small_tile(problem, False), "prologue", "residual")
 
 
-@pytest.mark.parametrize("problem", (*GATHERED.values(), *BOXED.values())[:: 3 if INTERPRETED else 1], ids=str)
+@pytest.mark.parametrize("problem", (*GATHERED.values(), *BOXED.values())[:: 3 if DEVICE == "cpu" else 1], ids=str)
 def test_tiles_of_the_heuristic(problem: ConvProblem) -> None:
     """What runs when nobody chooses."""
     check(problem, torch.float16, None, "shift", "relu")
@@ -296,7 +303,7 @@ def test_other_output_dtype() -> None:
 @pytest.mark.parametrize("boxed", [False, True], ids=["gather", "TMA"])
 def test_fp8(boxed: bool) -> None:
     """e4m3 in and out: products exact in fp32, dequantised by `scale`, stored at `out_scale`, saturated at 448."""
-    if not INTERPRETED and torch.cuda.get_device_capability() < (8, 9):
+    if DEVICE == "cuda" and torch.cuda.get_device_capability() < (8, 9):
         pytest.skip("fp8 needs compute capability 8.9")
     problem = ConvProblem(2, 6, 4, 32, 16, 3, 3, 1, 1)
     x, w = (t.to(torch.float8_e4m3fn) for t in operands(problem, torch.float32))
@@ -308,7 +315,7 @@ def test_fp8(boxed: bool) -> None:
     assert isinstance(y, Tensor)
     assert y.dtype == torch.bfloat16
     assert_close_to_reference(y, wide)
-    if INTERPRETED:
+    if DEVICE == "cpu":
         return  # it rounds to e4m3 without carrying: 31.85 becomes 16
     options |= {"residual": residual, "residual_scale": 0.25}
     y = conv_fprop(x, w, pad=1, **options, out_dtype=torch.float8_e4m3fn, out_scale=200.0, tile=tile)
@@ -358,7 +365,7 @@ def random_case(seed: int) -> tuple[ConvProblem, bool, tuple[str, ...]]:
         return problem, boxed, tuple(name for name in names if draw.random() < 0.5)
 
 
-@pytest.mark.parametrize("seed", range(16 if INTERPRETED else 300))
+@pytest.mark.parametrize("seed", some_seeds(16 if DEVICE == "cpu" else 300))
 def test_fuzz(seed: int) -> None:
     problem, boxed, names = random_case(seed)
     torch.manual_seed(seed)

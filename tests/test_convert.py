@@ -12,14 +12,17 @@ import pytest
 import torch
 import torchvision
 from cases import assert_close_to_reference
+from covering import covered, each, extra
 from torch import Tensor, nn
 
 import fastres
 from fastres.models.convert import Conversion
 from fastres.ops import conv_bn_act
 
+PATHS = ["auto", "reference"]
 
-@pytest.fixture(params=["auto", "reference"])
+
+@pytest.fixture(params=PATHS)
 def path(request: pytest.FixtureRequest) -> Any:
     with fastres.backend(request.param):
         yield request.param
@@ -58,7 +61,7 @@ def _step(net: nn.Module, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
     return out.detach(), tuple(grad for grad in grads if grad is not None)
 
 
-@pytest.mark.parametrize("name", ["resnet18", "resnet50", "resnext50_32x4d"])
+@covered(by=each, indirect=["path"], name=["resnet18", "resnet50", "resnext50_32x4d"], path=PATHS)
 def test_torchvision(path: str, name: str) -> None:
     net = getattr(torchvision.models, name)(num_classes=5)
     report = same_after_conversion(net)
@@ -94,6 +97,7 @@ def test_detection_backbone(path: str) -> None:
         torch.testing.assert_close(a, b, msg=name)
 
 
+@pytest.mark.parametrize("path", [extra("auto"), "reference"], indirect=True)
 def test_segmentation_net(path: str) -> None:
     net = torchvision.models.segmentation.deeplabv3_resnet50(weights=None, weights_backbone=None, num_classes=3)
     net.classifier[0].project[3].p = 0.0  # dropout would draw differently
@@ -140,7 +144,7 @@ class TestTimm:
     def _timm(self) -> None:
         self.timm = pytest.importorskip("timm")
 
-    @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+    @covered(by=each, indirect=["path"], name=["resnet18", "resnet50"], path=PATHS)
     def test_plain_nets(self, path: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         import fastres.timm
 

@@ -158,6 +158,7 @@ def test_a_single_depth_has_no_verdict() -> None:
     assert finding.body[1][1:3] == ("8.75 (Table 6)", "50.00")
 
 
+@pytest.mark.extra  # a step of three ImageNet nets; what an experiment does the digits show above
 def test_shortcuts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tiny = ["--depths", "18", "--seeds", "1", "--iterations", "1", "--device", "cpu"]
     assert experiment("shortcuts", tmp_path, *tiny) == 0

@@ -214,6 +214,7 @@ def test_paths_with_special_characters(
 ARCHS = ("80", "90", "100")
 
 
+@pytest.mark.extra  # torch's headers alone keep nvcc busy for ten seconds
 def test_cuda_compiles(cache: Path) -> None:
     """nvcc builds the library for A100, H100 and B200; the binary uses 16-byte accesses and spills nothing."""
     try:

@@ -117,6 +117,10 @@ def test_commands(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
         assert "5" not in gpu.command("bench-infer-50", Path("/o"), 5, 300)
     assert gpu.command("tune-50", Path("/o"), 5, 300)[-4:] == ["--jobs", "5", "--seconds", "285"]
     assert "/o/record.json" in gpu.command("bench-train-50", Path("/o"), 1, 300)
+    tests = {part: command[len(gpu.PYTEST) :] for part, command in gpu.PARTS.items() if part.startswith("tests-")}
+    assert all(gpu.PARTS[part] == [*gpu.PYTEST, *rest] for part, rest in tests.items())
+    assert gpu.PYTEST[-2:] == ["-m", "not slow"]
+    assert not any("extra" in word for rest in tests.values() for word in rest), "a GPU runs every case"
     for part, command in gpu.PARTS.items():
         for names in (value for flag, value in itertools.pairwise(command) if flag == "--backend"):
             unknown = set(names.split(",")) - set(backends.BACKENDS)

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import assert_close_to_reference
+from covering import extra
 from torch import Tensor, nn
 from torchvision.models.feature_extraction import create_feature_extractor
 
@@ -333,7 +334,9 @@ def test_copies_give_the_same(name: str) -> None:
         torch.testing.assert_close(other(x), y)
 
 
-@pytest.mark.parametrize("name", ["basic-A", "bottleneck-A", "bottleneck-B", "plain", "cifar", "cifar-stem"])
+@pytest.mark.parametrize(
+    "name", ["basic-A", extra("bottleneck-A"), "bottleneck-B", "plain", "cifar", extra("cifar-stem")]
+)
 def test_recordings_give_the_same(name: str) -> None:
     net, x = small(name), images(2, size_for(name))
     with warnings.catch_warnings():

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from cases import TOLERANCES, assert_close_to_reference, relative_error
+from covering import covered, some_seeds
 from torch import Tensor
 
 from fastres.kernels import batch_norm, pointwise, replay
@@ -23,14 +24,9 @@ from fastres.kernels.pool import max_pool
 from fastres.kernels.residual import pad_shortcut_backward
 from fastres.ops import reference
 
-INTERPRETED = triton.knobs.runtime.interpret
-DEVICE = "cpu" if INTERPRETED else "cuda"
+DEVICE = "cuda" if torch.cuda.is_available() and not triton.knobs.runtime.interpret else "cpu"
 
-pytestmark = [
-    pytest.mark.interpret,
-    pytest.mark.skipif(not INTERPRETED and not torch.cuda.is_available(), reason="neither interpreted nor on a GPU"),
-    pytest.mark.usefixtures("poisoned"),
-]
+pytestmark = [pytest.mark.interpret, pytest.mark.usefixtures("poisoned")]
 gpu = pytest.mark.gpu
 
 EPS, MOMENTUM = 1e-5, 0.3
@@ -213,9 +209,7 @@ def hold(case: Case) -> None:
         assert error <= allowed, f"{name} of {case}: error {error:.3g}, allowed {allowed:.3g}"
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("end", ENDS)
-@pytest.mark.parametrize("shape", SMALL, ids=str)
+@covered(shape=SMALL, end=ENDS, dtype=DTYPES)
 def test_block_end(shape: tuple[int, int, int, int], end: str, dtype: torch.dtype) -> None:
     hold(Case(shape, dtype, end))
 
@@ -355,15 +349,13 @@ def stock_pool(a: Tensor, kernel: int, stride: int, pad: int) -> tuple[Tensor, T
     return nhwc(y), nhwc(tap)
 
 
-POOLS = [(3, 2, 1), (2, 2, 0), (3, 1, 1), (2, 3, 0), (5, 2, 2), (5, 4, 1)]
+POOLS = {"-".join(map(str, p)): p for p in [(3, 2, 1), (2, 2, 0), (3, 1, 1), (2, 3, 0), (5, 2, 2), (5, 4, 1)]}
 
 
-@pytest.mark.parametrize(("kernel", "stride", "pad"), POOLS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(2, 9, 8, 5), (1, 7, 12, 16)], ids=str)
-def test_max_pool(shape: tuple[int, int, int, int], dtype: torch.dtype, kernel: int, stride: int, pad: int) -> None:
+@covered(shape=[(1, 7, 12, 16), (2, 9, 8, 5)], dtype=DTYPES, pool=POOLS)
+def test_max_pool(shape: tuple[int, int, int, int], dtype: torch.dtype, pool: tuple[int, int, int]) -> None:
     """Integers, so full of ties and of zeros: values, choices and gradients are PyTorch's, bit for bit."""
-    hold_pool(shape, dtype, kernel, stride, pad)
+    hold_pool(shape, dtype, *pool)
 
 
 @gpu
@@ -502,7 +494,7 @@ def test_empty_batch() -> None:
         batch_norm.statistics(z)
 
 
-@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("seed", some_seeds(10))
 def test_fuzz(seed: int) -> None:
     """Random sizes, dtypes, ends, means. To repeat one: pytest 'tests/test_pointwise.py::test_fuzz[<seed>]'."""
     draw = random.Random(seed)

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-import triton
 from binary import Binary, check, record
+from covering import covered, each
 from torch import Tensor
 
 from fastres.kernels import batch_norm
@@ -16,7 +16,7 @@ from fastres.kernels.batch_norm import Pool
 from fastres.kernels.pool import max_pool
 from fastres.kernels.residual import pad_shortcut_backward
 
-pytestmark = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="interpreted kernels cannot be compiled")
+pytestmark = pytest.mark.compiles
 
 N, P, Q = 32, 28, 28
 
@@ -120,16 +120,14 @@ def test_hopper(name: str) -> None:
     hold(name, 64, torch.bfloat16, 90)
 
 
-@pytest.mark.parametrize("sm", [80, 100])
-@pytest.mark.parametrize("name", HEAVY)
+@covered(by=each, name=HEAVY, sm=[80, 100])
 def test_other_generations(name: str, sm: int) -> None:
     hold(name, 64, torch.bfloat16, sm)
 
 
-@pytest.mark.parametrize(("K", "dtype"), [(64, torch.float32), (24, torch.float16), (5, torch.bfloat16)], ids=str)
-@pytest.mark.parametrize("name", HEAVY)
-def test_other_layouts(name: str, K: int, dtype: torch.dtype) -> None:
-    hold(name, K, dtype, 90)
+@covered(by=each, name=HEAVY, layout=[(64, torch.float32), (24, torch.float16), (5, torch.bfloat16)])
+def test_other_layouts(name: str, layout: tuple[int, torch.dtype]) -> None:
+    hold(name, *layout, 90)
 
 
 @pytest.mark.parametrize("name", list(finishing_calls(torch.float32)))

@@ -17,7 +17,6 @@ import pytest
 import stub_cuda
 import torch
 import torchvision
-import triton
 from binary import Launch, record
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -27,8 +26,6 @@ from fastres.kernels import launch as kernels_launch
 from fastres.kernels.config import H200
 from fastres.kernels.problem import ConvProblem
 from fastres.ops import dispatch, launch
-
-pytestmark = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="interpreted kernels launch otherwise")
 
 
 @pytest.fixture(autouse=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest.mock import patch
@@ -12,9 +14,11 @@ import torch
 import triton
 from torch import Tensor
 
+from fastres.kernels import __path__ as kernels
 from fastres.kernels import batch_norm, conv, replay, stem
 from fastres.kernels.batch_norm import Pool
 from fastres.kernels.bottleneck import bottleneck_chain
+from fastres.kernels.config import Tile
 from fastres.kernels.conv import Join, RunningNorm, conv_fprop
 from fastres.kernels.dgrad import conv_dgrad
 from fastres.kernels.pool import max_pool
@@ -67,6 +71,9 @@ CALLS: dict[str, Callable[[Operands], Any]] = {
     ),
     "wgrad": lambda o: conv_wgrad(o(2, 8, 8, 32), o(2, 8, 8, 16), (32, 3, 3, 16), pad=1, prologue=o.vectors(2, 16)),
     "wgrad, strided": lambda o: conv_wgrad(o(2, 4, 4, 32), o(2, 8, 8, 16), (32, 1, 1, 16), stride=2),
+    "wgrad, split": lambda o: conv_wgrad(
+        o(2, 8, 8, 32), o(2, 8, 8, 16), (32, 1, 1, 16), tile=Tile(16, 16, 32, 4, 2, splits=2)
+    ),
     "statistics": lambda o: batch_norm.statistics(o(2, 9, 8, 5)),
     "finish_statistics": lambda o: batch_norm.finish_statistics(
         o(300, 3, 8, dtype=torch.float32, draw=torch.rand),
@@ -75,6 +82,9 @@ CALLS: dict[str, Callable[[Operands], Any]] = {
         running_mean=o(8),
         running_var=o(8, draw=torch.rand),
         momentum=0.1,
+    ),
+    "finish_statistics, merged": lambda o: batch_norm.finish_statistics(
+        o(600, 3, 8, dtype=torch.float32, draw=torch.rand), *o.vectors(2, 8), 1e-5
     ),
     "running_statistics": lambda o: batch_norm.running_statistics(o(8), o(8, draw=torch.rand), None, None, 1e-5),
     "normalize": lambda o: batch_norm.normalize(o(2, 8, 8, 16), *o.vectors(2, 16), relu=True, residual=o(2, 8, 8, 16)),
@@ -146,8 +156,24 @@ def test_the_second_call_gives_what_deciding_anew_gives(name: str) -> None:
         assert torch.equal(new[written], wanted[written])
 
 
+@pytest.mark.interpret
+@pytest.mark.skipif(not INTERPRETED, reason="which of two kernels runs depends on the GPU")
+def test_the_calls_launch_every_kernel() -> None:
+    """None of them is `extra`: `make test` runs each kernel, whatever cases of other tests it leaves out."""
+    launched = set()
+
+    def note(recording: Any, *_: Any) -> None:
+        launched.update(kernel.__name__ for kernel, *_ in recording.launches)
+
+    with patch.object(replay, "_Call", side_effect=note):
+        for call in CALLS.values():
+            call(Operands(0, torch.float16))
+    modules = [importlib.import_module(f"fastres.kernels.{found.name}") for found in pkgutil.iter_modules(kernels)]
+    assert launched == {name for module in modules for name in vars(module) if name.endswith("_kernel")}
+
+
 @pytest.mark.compiles
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs the test above")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs those of the interpreter")
 @pytest.mark.skipif(stub_cuda.unbuildable() is not None, reason=str(stub_cuda.unbuildable()))
 @pytest.mark.parametrize("name", CALLS)
 def test_the_driver_gets_what_it_gets_of_a_launch_anew(name: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,7 +24,8 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 import torchvision
 import torchvision.models.resnet as tv
-from cases import assert_close_to_reference
+from cases import assert_close_to_reference, preload_children
+from covering import covered, extra
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 from torch.nn.utils import parametrizations, prune
@@ -155,6 +156,19 @@ def test_builder_has_torchvisions_signature(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", BUILDERS)
+def test_builder_has_torchvisions_layers(name: str) -> None:
+    with torch.device("meta"):
+        ours, theirs = (getattr(family, name)() for family in (fastres, tv))
+    assert repr(ours).replace("fastres.", "") == repr(theirs)
+    shapes = [{key: (value.shape, value.dtype) for key, value in net.state_dict().items()} for net in (ours, theirs)]
+    assert list(shapes[0].items()) == list(shapes[1].items())
+
+
+# Deeper nets have more of the same blocks; blocks as wide as those left out stand in `test_options`.
+KINDS = ["resnet18", "resnet50", "resnext50_32x4d"]
+
+
+@pytest.mark.parametrize("name", [name if name in KINDS else extra(name) for name in BUILDERS])
 def test_builder_is_torchvisions_net(name: str) -> None:
     """Initialisation from one seed, state_dict, and in float64 scores, gradients and statistics of both modes."""
     torch.manual_seed(3)
@@ -164,7 +178,6 @@ def test_builder_is_torchvisions_net(name: str) -> None:
     assert list(ours.state_dict()) == list(theirs.state_dict())
     for (key, a), b in zip(ours.state_dict().items(), theirs.state_dict().values(), strict=True):
         assert torch.equal(a, b), key
-    assert repr(ours).replace("fastres.", "") == repr(theirs)
     x = images(h=32, w=33, dtype=torch.float64)
     theirs.double()
     ours.load_state_dict(theirs.state_dict(), assign=True)  # one copy in memory; the largest net has 127 M parameters
@@ -350,16 +363,16 @@ def test_forward_set_on_an_instance(path: str) -> None:
 # Where it must survive
 
 
-@pytest.mark.parametrize("block", BLOCKS)
-@pytest.mark.parametrize(
-    "copied",
-    [
-        copy.deepcopy,
-        lambda net: pickle.loads(pickle.dumps(net)),
-        lambda net: torch.load(_saved(net), weights_only=False),
-        lambda net: _loaded(net, torch.load(_saved(net.state_dict()), weights_only=True)),
-    ],
-    ids=["deepcopy", "pickle", "save the net", "save the weights"],
+@covered(
+    indirect=["path"],
+    path=PATHS,
+    copied={
+        "deepcopy": copy.deepcopy,
+        "pickle": lambda net: pickle.loads(pickle.dumps(net)),
+        "save the net": lambda net: torch.load(_saved(net), weights_only=False),
+        "save the weights": lambda net: _loaded(net, torch.load(_saved(net.state_dict()), weights_only=True)),
+    },
+    block=BLOCKS,
 )
 def test_copies(path: str, block: str, copied: Callable[[nn.Module], nn.Module]) -> None:
     ours, theirs = (net.double() for net in pair(block))
@@ -382,10 +395,14 @@ def _loaded(net: nn.Module, state: dict[str, Tensor]) -> nn.Module:
     return twin
 
 
-@pytest.mark.parametrize("block", BLOCKS)
-@pytest.mark.parametrize("channels_last", [False, True])
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@covered(
+    indirect=["path"],
+    path=PATHS,
+    dtype=[torch.float32, torch.bfloat16, torch.float16],
+    training=[True, False],
+    channels_last=[False, True],
+    block=BLOCKS,
+)
 def test_low_precision(path: str, block: str, channels_last: bool, training: bool, dtype: torch.dtype) -> None:
     """Error against float64 within twice torchvision's own in the same dtype, in both memory formats."""
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
@@ -462,8 +479,7 @@ HOOKS = [
 ]
 
 
-@pytest.mark.parametrize("register", HOOKS)
-@pytest.mark.parametrize("block", BLOCKS)
+@covered(indirect=["path"], path=PATHS, block=BLOCKS, register=HOOKS)
 def test_hook_on_any_submodule(path: str, block: str, register: str) -> None:
     """Each submodule in turn carries the only hook; it fires as often as torchvision's and sees as much."""
     ours, theirs = pair(block)
@@ -559,8 +575,7 @@ def _scripted(net: nn.Module) -> io.BytesIO:
     return file
 
 
-@pytest.mark.parametrize("strict", [False, True])
-@pytest.mark.parametrize("training", [False, True])
+@covered(indirect=["path"], path=PATHS, training=[False, True], strict=[False, True])
 def test_export(path: str, strict: bool, training: bool) -> None:
     ours, theirs = (net.double().train(training) for net in pair())
     batch = torch.export.Dim("batch", min=2, max=16)
@@ -573,6 +588,7 @@ def test_export(path: str, strict: bool, training: bool) -> None:
     assert_same(buffers, {name: buffer for name, buffer in theirs.named_buffers() if name in buffers})
 
 
+@pytest.mark.parametrize("path", [extra("auto"), "reference"], indirect=True)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_onnx(path: str, tmp_path: Path) -> None:
     onnx = pytest.importorskip("onnx")
@@ -587,8 +603,7 @@ def test_onnx(path: str, tmp_path: Path) -> None:
     torch.testing.assert_close(torch.from_numpy(scores), theirs(images()), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-@pytest.mark.parametrize("training", [False, True])
+@covered(indirect=["path"], path=PATHS, training=[False, True], backend=["eager", "aot_eager"])
 def test_compile(path: str, backend: str, training: bool) -> None:
     torch._dynamo.reset()
     ours, theirs = (net.double().train(training) for net in pair())
@@ -691,7 +706,8 @@ def test_parametrizations_and_pruning(path: str, change: Callable[[nn.Module], N
 
 def test_distributed_data_parallel(tmp_path: Path) -> None:
     """Two processes over gloo; see `_rank` for what each of them asserts."""
-    mp.spawn(_rank, (str(tmp_path / "store"),), nprocs=2)
+    preload_children()
+    mp.start_processes(_rank, (str(tmp_path / "store"),), nprocs=2, start_method="forkserver")
 
 
 def _rank(rank: int, store: str) -> None:

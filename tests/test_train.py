@@ -13,7 +13,6 @@ import os
 import resource
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -23,6 +22,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import preload_children
 from torch import Tensor
 
 from fastres.__main__ import main
@@ -99,10 +99,11 @@ def _child(target: Callable[..., None], args: tuple[Any, ...], environment: dict
 
 
 def start(target: Callable[..., None], *args: Any, **environment: str) -> tuple[Any, Path]:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["fastres.train.loop", "torch._dynamo"])
+    preload_children()
     outcome = Path(tempfile.mkstemp()[1])
-    process = context.Process(target=_child, args=(target, args, environment, str(outcome)))
+    process = multiprocessing.get_context("forkserver").Process(
+        target=_child, args=(target, args, environment, str(outcome))
+    )
     process.start()
     return process, outcome
 
@@ -529,6 +530,7 @@ def test_generators_come_back() -> None:
 # the command
 
 
+@pytest.mark.extra  # 440 steps; other tests take eight
 def test_resnet_20_reads_digits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The default command: at least 97 % of the digits held out."""
     assert main(["train", "--out", str(tmp_path), "--device", "cpu"]) == 0
@@ -601,12 +603,6 @@ def test_bad_arguments(arguments: str, message: str, tmp_path: Path, capsys: pyt
     assert end.value.code == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
-
-
-def test_nothing_of_it_is_loaded_by_import_fastres() -> None:
-    code = "import sys, fastres; print([m for m in sys.modules if m.startswith('fastres.train')])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == "[]\n"
 
 
 def test_a_backend_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 import torch.utils.checkpoint
 import torchvision
 from cases import assert_close_to_reference, lost_in_sums, relative_error
+from covering import extra
 from torch import Tensor, nn
 
 import fastres
@@ -28,7 +29,6 @@ from fastres.ops import dispatch
 
 pytestmark = pytest.mark.interpret
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-STEPS = 20
 
 
 class Narrow(ResNet):
@@ -50,14 +50,30 @@ class Narrow(ResNet):
         self.avgpool, self.fc = nn.AdaptiveAvgPool2d(1), nn.Linear(32, 10)
 
 
+def basic() -> nn.Module:
+    """Every kind of step that CIFAR's nets have: one block behind another, and option A's shortcuts."""
+    net = paper.cifar(14)
+    del net.layer2[1], net.layer3[1]
+    return net
+
+
 NETS = {
-    "cifar-20": (lambda: paper.cifar(20), 3, 8),
-    "plain-20": (lambda: paper.cifar(20, residual=False), 3, 8),
-    "bottleneck": (Narrow, 3, 32),
+    "basic": basic,
+    "cifar-8": lambda: paper.cifar(8),
+    "cifar-20": lambda: paper.cifar(20),
+    "plain-8": lambda: paper.cifar(8, residual=False),
+    "plain-20": lambda: paper.cifar(20, residual=False),
+    "bottleneck": Narrow,
 }
 # Passes of their own that a step still has: normalize where no 1x1 of the same stage follows a block, backward_reduce
 # where no block of the same stage does; both behind the stem.
-PASSES = {"cifar-20": (9 + 1, 3 + 1), "plain-20": (9 + 1, 9 + 1), "bottleneck": (2, 2 + 1)}
+PASSES = {
+    "basic": (4 + 1, 3 + 1),
+    "cifar-20": (9 + 1, 3 + 1),
+    "plain-8": (3 + 1, 3 + 1),
+    "plain-20": (9 + 1, 9 + 1),
+    "bottleneck": (2, 2 + 1),
+}
 
 
 def batches(count: int, channels: int, size: int) -> list[tuple[Tensor, Tensor]]:
@@ -140,14 +156,22 @@ def hold(net: nn.Module, data: list[tuple[Tensor, Tensor]], **fusions: bool) -> 
         assert mine <= 8 * theirs + 1e-6, f"{name}: {mine:.2e}, PyTorch {theirs:.2e}"
 
 
-@pytest.mark.parametrize("name", NETS)
-def test_training_follows_stock_step_by_step(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    build, channels, size = NETS[name]
-    steps = 3 if name == "plain-20" and DEVICE == "cpu" else STEPS
+@pytest.mark.parametrize(
+    ("name", "steps"),
+    [
+        ("basic", 3),
+        ("plain-8", 3),
+        ("bottleneck", 3),
+        extra("cifar-20", 20),
+        extra("plain-20", 20 if DEVICE == "cuda" else 3),
+        extra("bottleneck", 20),
+    ],
+)
+def test_training_follows_stock_step_by_step(name: str, steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    net = build().to(DEVICE)
+    net = NETS[name]().to(DEVICE)
     launches = Launches(monkeypatch)
-    hold(net, batches(steps, channels, size))
+    hold(net, batches(steps, 3, 32 if name == "bottleneck" else 8))
 
     convs = sum(isinstance(m, nn.Conv2d) for m in net.modules())
     count = launches.count
@@ -158,25 +182,27 @@ def test_training_follows_stock_step_by_step(name: str, monkeypatch: pytest.Monk
     assert (count["normalize_kernel"], count["backward_reduce_kernel"]) == tuple(steps * n for n in PASSES[name])
 
 
-def test_same_seed_same_bits() -> None:
+@pytest.mark.parametrize(("name", "size"), [("bottleneck", 16), extra("cifar-8", 8)])
+def test_same_seed_same_bits(name: str, size: int) -> None:
     def run() -> dict[str, Tensor]:
         torch.manual_seed(0)
-        net = paper.cifar(8).to(DEVICE)
+        net = NETS[name]().to(DEVICE)
         with fastres.backend("triton"):
-            train(net, batches(2, 3, 8))
+            train(net, batches(2, 3, size))
         return net.state_dict()
 
     first, second = run(), run()
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
+@pytest.mark.parametrize("size", [16, extra(32)])
 @pytest.mark.parametrize("switch", [field.name for field in dataclasses.fields(dispatch.Fusions)])
-def test_each_fusion_can_be_switched(switch: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_fusion_can_be_switched(switch: str, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     net = Narrow().to(DEVICE)
     stages = Mock(wraps=resnet.stage)
     monkeypatch.setattr(resnet, "stage", stages)
-    hold(net, batches(3, 3, 32), **{switch: switch == "recompute"})
+    hold(net, batches(3, 3, size), **{switch: switch == "recompute"})
     assert stages.call_count == 3 * (switch != "block_end")
 
 

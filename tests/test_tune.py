@@ -30,7 +30,6 @@ POINTWISE = ConvProblem(2, 8, 8, 16, 32)
 META, CPU, BF16 = torch.device("meta"), torch.device("cpu"), torch.bfloat16
 
 interpreted = pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="for the interpreter")
-compiled = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="interpreted kernels launch otherwise")
 
 
 @pytest.fixture(autouse=True)
@@ -86,7 +85,6 @@ class Calls(list[tuple[str, ConvProblem, frozenset[str]]]):
         return call
 
 
-@compiled
 @pytest.mark.parametrize("depth", [18, 50])
 def test_every_role_is_timed_as_the_net_runs_it(
     depth: int, layers: ModuleType, tune: ModuleType, on_meta: None, monkeypatch: pytest.MonkeyPatch
@@ -153,7 +151,6 @@ def named_roles(layers: ModuleType, problem: ConvProblem) -> list[Any]:
     return [*found, role("project")] if problem.R == 1 else found
 
 
-@compiled
 @pytest.mark.parametrize("problem", [SQUARE, ConvProblem(256, 28, 28, 512, 128)], ids=["3x3", "1x1"])
 @pytest.mark.parametrize("pass_", ["fprop", "dgrad", "wgrad"])
 def test_either_way_of_loading_is_launched(
@@ -185,7 +182,6 @@ def test_either_way_of_loading_is_launched(
             assert all(("bn_backward" in fused) == (role.summed and rule) for _, _, fused in calls)
 
 
-@compiled
 @pytest.mark.parametrize("problem", [SQUARE, POINTWISE], ids=["3x3", "1x1"])
 @pytest.mark.parametrize("pass_", ["dgrad", "wgrad"])
 @pytest.mark.parametrize("on_load", [True, False])
@@ -236,7 +232,6 @@ def test_wgrad_reads_dz_as_the_winner_for_dgrad_has_it(tune: ModuleType) -> None
     assert tune.dz_on_load({}, "wgrad", SQUARE, BF16) is False
 
 
-@compiled
 @pytest.mark.parametrize("pass_", ["infer", "fprop", "dgrad", "wgrad"])
 def test_candidates_are_what_the_launchers_would_choose_among(
     pass_: str, layers: ModuleType, tune: ModuleType, on_meta: None, monkeypatch: pytest.MonkeyPatch
@@ -298,7 +293,6 @@ def test_the_way_against_the_rule_gets_few_candidates(tune: ModuleType, layers: 
         assert found == {rule: 5 + 2, not rule: 2}
 
 
-@compiled
 @pytest.mark.parametrize(
     ("place", "operator"), [("last", "cudnn_convolution_add_relu"), ("inner", "cudnn_convolution_relu")]
 )
@@ -468,7 +462,6 @@ def test_the_chain_is_set_against_tuned_kernels(
     assert seen == [0]
 
 
-@compiled
 def test_three_kernels_are_those_of_optimize(
     tune: ModuleType, layers: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -545,7 +538,6 @@ def test_main_measures_what_is_missing(
     assert compiled_first == [93, 0]
 
 
-@compiled
 def test_what_is_compiled_ahead_is_what_is_timed(
     tune: ModuleType, layers: ModuleType, on_meta: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
