@@ -24,6 +24,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
 
 from fastres.ops import dispatch
 from fastres.ops.registered import Chain, conv_affine_act, conv_bn_act
@@ -167,7 +168,17 @@ _POOL_ARGUMENTS = {
     "ceil_mode": False,
     "return_indices": False,
 }
-_IN_PLACE = (operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.setitem, F.relu_, torch.relu_)
+# Modules whose functions write into nothing but what their names (`relu_`) or arguments (`inplace`, `out`) tell; and,
+# among those, the ones that move statistics, renormalise a table or observe.
+_OPEN = (
+    *("torch", "torch.functional", "torch.nn.functional", "_operator", "builtins", "math"),
+    *(f"torch._C.{name}" for name in ("_nn", "_linalg", "_fft", "_special")),
+)
+_HIDDEN = "batch_norm|instance_norm|embedding|fake_quant|moving_avg"
+_IN_PLACE = (
+    *("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul", "iand", "ior", "ixor", "ilshift"),
+    *("irshift", "iconcat", "setitem", "delitem"),
+)
 
 
 def _value(node: Any) -> Any:
@@ -198,23 +209,64 @@ def _addends(node: Any) -> tuple[fx.Node, fx.Node] | None:
     return (a, b) if isinstance(_value(a), Tensor) and isinstance(_value(b), Tensor) else None
 
 
+def _tensors(tree: Any) -> list[fx.Node]:
+    """The nodes in nested arguments."""
+    found: list[fx.Node] = []
+    fx.node.map_arg(tree, found.append)
+    return found
+
+
 def _mutated(node: fx.Node) -> list[fx.Node]:
-    """The tensors that `node` writes into."""
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    """The tensors that `node` may write into. PyTorch's own functions say so by name, argument or schema; of anything
+    else (higher-order operators, functions that a graph was allowed to hold) it is presumed of all it is given."""
+    target = node.target
+    if node.op in ("placeholder", "get_attr", "output") or not node.all_input_nodes:
+        return []
     if _is(node, (F.batch_norm,)):
         args = _bind(node, _BN_ARGUMENTS)
         return [args[key] for key in ("running_mean", "running_var") if args["training"] and args[key] is not None]
-    out = node.kwargs.get("out")
-    written = [out] if isinstance(out, fx.Node) else []
-    in_place = _is(node, _IN_PLACE) or (node.op.startswith("call_") and re.fullmatch(r".*[^_]_", name) is not None)
-    if (in_place or node.kwargs.get("inplace")) and node.args and isinstance(node.args[0], fx.Node):
-        written.append(node.args[0])
-    return written
+    if isinstance(target, torch._ops.OpOverload):
+        given = zip(target._schema.arguments, node.args, strict=False)
+        written = [value for argument, value in given if argument.is_write]
+        return _tensors([*written, *(node.kwargs.get(a.name) for a in target._schema.arguments if a.is_write)])
+    name = target if isinstance(target, str) else getattr(target, "__name__", "")
+    module = getattr(target, "__module__", None)
+    if node.op == "call_method":
+        in_place = re.fullmatch(r".*[^_]_|__i(?!nvert|ndex|nt)\w+__|__setitem__", name) is not None
+    elif node.op != "call_function" or module not in _OPEN or re.search(_HIDDEN, name):
+        return node.all_input_nodes
+    else:
+        in_place = name in _IN_PLACE if module == "_operator" else re.fullmatch(r".*[^_]_", name) is not None
+    return _tensors([node.args[:1] if in_place or _given(node, "inplace") else (), node.kwargs.get("out")])
+
+
+def _given(node: fx.Node, name: str) -> Any:
+    """What a Python function's argument `name` is given, by position or by name."""
+    if not inspect.isfunction(node.target):
+        return None
+    parameters = list(inspect.signature(node.target).parameters)
+    at = parameters.index(name) if name in parameters else len(node.args)
+    return node.args[at] if at < len(node.args) else node.kwargs.get(name)
 
 
 def _storage(node: Any) -> int | None:
+    """The memory of a tensor; None where it has none of its own, or isn't known."""
     value = _value(node)
-    return value.untyped_storage()._cdata if isinstance(value, Tensor) else None
+    try:
+        return value.untyped_storage()._cdata if isinstance(value, Tensor) else None
+    except NotImplementedError:  # such as a sparse tensor
+        return None
+
+
+def _storages(node: fx.Node) -> set[int] | None:
+    """The memory of the tensors that `node` stands for; None where it isn't known."""
+    if "example_value" not in node.meta:
+        return None
+    try:
+        tensors = [t for t in tree_leaves(node.meta["example_value"]) if isinstance(t, Tensor)]
+        return {t.untyped_storage()._cdata for t in tensors}
+    except NotImplementedError:
+        return None
 
 
 def _only_user(node: fx.Node) -> fx.Node | None:
@@ -336,6 +388,11 @@ class _Match:
         return [t for t in (*tensors, self.residual) if t is not None and t not in inside]
 
     @property
+    def moves(self) -> set[int | None]:
+        """The memory of the running statistics that it moves."""
+        return {_storage(t) for unit in self.units if unit.training for t in unit.running if t is not None}
+
+    @property
     def pattern(self) -> str:
         main = self.units[: len(self.units) - (self.end == "project")]
         tail = {"linear": "", "relu": "-ReLU", "pool": "-ReLU-maxpool"}.get(self.end, f"-{self.end}-ReLU")
@@ -369,9 +426,12 @@ def _chains(units: Sequence[_Unit]) -> list[_Match]:
 
 
 def _share_statistics(units: Sequence[_Unit], other: _Unit) -> bool:
-    """Whether a BN moves running statistics that another one of the same call moves too: the order would be lost."""
-    moved = {_storage(t) for unit in units if unit.training for t in unit.running if t is not None}
-    return other.training and any(_storage(t) in moved for t in other.running if t is not None)
+    """Whether one BN moves running statistics that another reads or moves: in one call the order would be lost."""
+
+    def kept(unit: _Unit) -> set[int | None]:
+        return {_storage(t) for t in unit.running if t is not None}
+
+    return any((unit.training or other.training) and kept(unit) & kept(other) for unit in units)
 
 
 def _finish(chains: list[_Match]) -> list[_Match]:
@@ -404,13 +464,13 @@ def _finish(chains: list[_Match]) -> list[_Match]:
         single = single and side is not None and not _share_statistics(match.units, side.units[0])
         if set(_mutated(user)) - {match.last} and not (single and len(other.users) == 1):
             continue
+        if added.shape != z.shape:
+            continue
         if single and side is not None and side.x is match.x and len(other.users) == 1 and side not in taken:
             match.end = "project"
             match.units += side.units
             match.nodes += side.nodes
             taken.add(side)
-        elif added.shape != z.shape:
-            continue
         elif other is match.x:
             match.end = "add"
         elif (padded := _padded(other)) is not None and padded[0] is match.x and _value(match.x).dtype == z.dtype:
@@ -437,15 +497,48 @@ def _pool(node: fx.Node) -> tuple[int, int, int] | None:
 
 
 def _obstacle(match: _Match, order: Mapping[fx.Node, int]) -> str | None:
-    """Why `match` can't move to where its last node stands: something in between changes what it reads, or how."""
-    mine, first = set(match.nodes), min(order[node] for node in match.nodes)
-    reads = {s for s in map(_storage, match.reads) if s is not None}
-    moves = {_storage(t) for unit in match.units if unit.training for t in unit.running if t is not None}
-    between = (node for node, at in order.items() if first < at < order[match.last] and node not in mine)
-    for node in between:
+    """Why `match` can't move to where its last node stands; None where it can."""
+    result = _value(match.last)
+    if not (result.is_contiguous() or _is_channels_last(result)):
+        return "its result has strides of its own"
+    return _between([*match.nodes, *match.shortcut], match.reads, match.moves, match.last, order)
+
+
+def _without_shared_statistics(graph: fx.Graph, matches: Sequence[_Match]) -> tuple[list[_Match], list[_Match]]:
+    """(matches, those left out): a BatchNorm in training that stays keeps the running statistics for its backward, and
+    autograd refuses what a rewritten one then writes there."""
+    norms = [node for node in graph.nodes if _is(node, (F.batch_norm,))]
+    kept, left = list(matches), list[_Match]()
+    while True:
+        inside = {node for match in kept for node in match.nodes}
+        staying = [_bind(norm, _BN_ARGUMENTS) for norm in norms if norm not in inside]
+        read = {_storage(args[key]) for args in staying for key in ("running_mean", "running_var")} - {None}
+        apart = [match for match in kept if match.moves & read]
+        if not apart:
+            return kept, left
+        left += apart
+        kept = [match for match in kept if match not in apart]
+
+
+def _between(
+    mine: Sequence[fx.Node],
+    read: Sequence[fx.Node],
+    moves: set[int | None],
+    last: fx.Node,
+    order: Mapping[fx.Node, int],
+) -> str | None:
+    """What stands between the nodes `mine` and changes what they read or how: why they can't all move to `last`.
+
+    moves: the memory of running statistics that they move.
+    """
+    reads, first = {_storage(node) for node in read}, min(order[node] for node in mine)
+    for node, at in order.items():
+        if not first < at < order[last] or node in mine:
+            continue
         if _is_switch(node):
             return "autocast or grad mode changes within it"
-        if any(_storage(t) in reads for t in _mutated(node)):
+        written = [_storages(target) for target in _mutated(node)]
+        if any(storages is None or storages & reads for storages in written):
             return f"{node.name} writes into what it reads"
         if any(_storage(t) in moves for t in node.all_input_nodes):
             return f"{node.name} reads running statistics that it moves"
@@ -506,12 +599,15 @@ def rewrite(gm: fx.GraphModule, example_inputs: Sequence[Any], *, always: bool) 
             miss(match.units[0].conv, match.pattern, reason)
         else:
             matches.append(match)
+    matches, shared = _without_shared_statistics(graph, matches)
+    for match in shared:
+        miss(match.units[0].conv, match.pattern, "its BatchNorm also runs where it can't be rewritten")
     normed = {_bind(node, _BN_ARGUMENTS)["input"] for node in graph.nodes if _is(node, (F.batch_norm,))}
     for node in graph.nodes:
         if _is(node, _CONV) and node not in normed:
             miss(node, "conv", "no BatchNorm behind it")
     inside = {node for match in matches for node in match.nodes}
-    ends = _pad_ends(graph, inside, always) if whole is None else []
+    ends = _pad_ends(graph, inside, order, always) if whole is None else []
     for node in graph.nodes:
         if _is_relu(node) and node not in inside and _addends(node.args[0]) and node not in [e[-1] for e in ends]:
             miss(node, "add-ReLU", "outside a chain: Inductor makes the same pass")
@@ -537,7 +633,9 @@ def _unserved(unit: _Unit, always: bool) -> str | None:
     return None if always else dispatch.why_unfused(z.dtype, z.device)
 
 
-def _pad_ends(graph: fx.Graph, inside: set[fx.Node], always: bool) -> list[tuple[Any, ...]]:
+def _pad_ends(
+    graph: fx.Graph, inside: set[fx.Node], order: Mapping[fx.Node, int], always: bool
+) -> list[tuple[Any, ...]]:
     """(y, x, stride, shortcut's nodes, add, relu) of option-A block ends that belong to no chain."""
     ends = []
     for relu in graph.nodes:
@@ -547,13 +645,23 @@ def _pad_ends(graph: fx.Graph, inside: set[fx.Node], always: bool) -> list[tuple
             continue
         for y, other in (pair, pair[::-1]):
             padded, a, b = _padded(other), _value(y), _value(other)
-            fits = a.shape == b.shape and a.dtype == b.dtype
-            if padded is None or not fits or any(len(node.users) > 1 for node in _mutated(add)):
+            if padded is None or a.shape != b.shape or a.dtype != b.dtype:
                 continue
-            if always or dispatch.why_unfused(a.dtype, a.device) is None:
-                ends.append((y, *padded, add, relu))
+            x, stride, shortcut = padded
+            served = always or dispatch.why_unfused(a.dtype, a.device) is None
+            if served and _is_its_own(graph, add) and not _between([*shortcut, add], [x, y], set(), relu, order):
+                ends.append((y, x, stride, shortcut, add, relu))
                 break
     return ends
+
+
+def _is_its_own(graph: fx.Graph, add: fx.Node) -> bool:
+    """Whether nobody else can tell that `add`, if it works in place, is left out."""
+    written = _mutated(add)
+    alone = {*written, add, *add.users}
+    return all(node.op in ("call_function", "call_method") and len(node.users) == 1 for node in written) and all(
+        node in alone or _storage(node) != _storage(target) for target in written for node in graph.nodes
+    )
 
 
 # Replacing.
@@ -688,15 +796,17 @@ def _scale_shift(graph: fx.Graph, unit: _Unit) -> tuple[fx.Node, fx.Node]:
 
 
 # Memory formats. The operators give channels_last where the graph was traced with another: harmless to most of what
-# follows, but not to `view`, to `as_strided` or to the caller of the model.
+# follows, but not to `view`, to `as_strided`, to the caller of the model, or to what is changed in place.
 
-_KEEPS_LAYOUT = (
+# What means the same in any memory format of a 4-D operand. Its 4-D result follows that format or may.
+_ANY_FORMAT = (
     *_CONV, *_RELU, *_ADD, operator.mul, operator.imul, torch.mul, F.batch_norm, F.max_pool2d, torch.max_pool2d,
-    F.avg_pool2d, F.adaptive_avg_pool2d, F.adaptive_max_pool2d, F.dropout, F.silu, F.gelu, F.hardswish, F.hardtanh,
-    F.leaky_relu, F.interpolate, torch.sigmoid, torch.cat, operator.getitem, conv_bn_act, conv_affine_act,
-    _pad_shortcut, _pad_shortcut_add_relu, F.pad, torch._C._nn.pad, _aten.contiguous.default, _aten.to.dtype,
+    F.avg_pool2d, F.adaptive_avg_pool2d, F.adaptive_max_pool2d, F.silu, F.gelu, F.hardswish, F.hardtanh, F.leaky_relu,
+    F.interpolate, torch.sigmoid, torch.cat, torch.mean, torch.sum, F.pad, torch._C._nn.pad, _pad_shortcut,
+    _pad_shortcut_add_relu,
 )  # fmt: skip
-_ENDS_LAYOUT = (torch.flatten, torch.mean, torch.sum, getattr, F.linear)
+_ANY_FORMAT_METHODS = ("relu", "relu_", "add", "add_", "mul", "mul_", "sigmoid", "mean", "sum")
+_TO_CHANNELS_LAST: dict[str, Any] = {"memory_format": torch.channels_last}
 
 
 def _is_channels_last(value: Any) -> bool:
@@ -719,7 +829,7 @@ class _Layout:
             node = graph.call_function(_aten.to.dtype, (node, dtype))
         elif node in self._ours or _is_channels_last(value):
             return node
-        return graph.call_function(_aten.contiguous.default, (node,), {"memory_format": torch.channels_last})
+        return graph.call_function(_aten.contiguous.default, (node,), _TO_CHANNELS_LAST)
 
     def now(self, node: fx.Node) -> fx.Node:
         """`node`, or what stands in its place."""
@@ -732,29 +842,97 @@ class _Layout:
             self._changed.add(node)
 
     def settle(self, graph: fx.Graph) -> None:
-        """Give the traced layout back to whatever might depend on it."""
+        """Give the traced layout back to whatever might depend on it.
+
+        What gives it back is a copy. While nothing writes into a value, a copy and the value are the same to all who
+        read them. Where something does, or where two results share its memory, all readers must have the one or all
+        the other.
+        """
+        if not self._changed:
+            return
+        memory = _Memory(graph)
         for node in list(graph.nodes):
-            if node not in self._changed:
-                continue
-            depend = [user for user in node.users if not self._accepts(user)]
-            for user in node.users:
-                if user not in depend and not _ends_layout(user):
-                    value = _value(user)
-                    if isinstance(value, Tensor) and value.dim() == 4 and not _is_channels_last(value):
-                        self._changed.add(user)
-            if not depend:
-                continue
-            if any(node in _mutated(user) for user in depend):  # all must see what it writes
-                depend = list(node.users)
-            with graph.inserting_after(node):
-                back = graph.call_function(_aten.contiguous.default, (node,))
-            back.meta = dict(node.meta)
-            for user in depend:
-                user.replace_input_with(node, back)
+            if node in self._changed:
+                self._settle(graph, node, memory.is_observed(node))
 
-    def _accepts(self, user: fx.Node) -> bool:
-        return _ends_layout(user) or _is(user, _KEEPS_LAYOUT) or _is_method(user, "relu", "relu_", "add", "add_", "mul")
+    def _settle(self, graph: fx.Graph, root: fx.Node, observed: bool) -> None:
+        """`root`: the first name of its memory. observed: whether it matters who shares that memory."""
+        names, fresh = [root], []
+        depend: dict[fx.Node, fx.Node] = {}
+        for name in names:
+            for user in name.users:
+                reading = "ends" if user in self._ours else _reading(user, root, observed)
+                if reading == "depends":
+                    depend[user] = name
+                elif reading == "names" and user not in names:
+                    names.append(user)
+                elif reading == "follows":
+                    fresh.append(user)
+        if not depend:
+            self._changed.update(fresh)
+            return
+        if observed or any(name is not root for name in depend.values()):
+            depend = dict.fromkeys(root.users, root)
+        else:
+            self._changed.update(fresh)
+        with graph.inserting_after(root):
+            back = graph.call_function(_aten.contiguous.default, (root,))
+        back.meta = dict(root.meta)
+        for user in depend:
+            given = back
+            if _is(user, (conv_bn_act, conv_affine_act)):  # reads what it read, in the format it works in
+                with graph.inserting_before(user):
+                    given = graph.call_function(_aten.contiguous.default, (back,), _TO_CHANNELS_LAST)
+            user.replace_input_with(root, given)
 
 
-def _ends_layout(node: fx.Node) -> bool:
-    return _is(node, _ENDS_LAYOUT) or _is_method(node, "flatten", "mean", "sum", "size", "dim", "reshape")
+def _reading(user: fx.Node, root: fx.Node, observed: bool) -> str:
+    """How `user` takes a value of `root`'s memory, which has another memory format than the graph was traced with:
+
+    "names": gives the same memory another name, whatever the format; "follows": gives new memory, whose format may
+    differ too; "ends": gives what is the same either way; "depends": anything else, and what isn't known.
+    """
+    value = _value(user)
+    put_in = "example_value" not in user.meta and _is(user, (_aten.contiguous.default, _aten.to.dtype))
+    if put_in or _is(user, (conv_bn_act, conv_affine_act)):
+        return "ends"  # the operators, and what prepares for them, give channels_last from any format
+    if _is(user, (getattr,)) or _is_method(user, "size", "dim"):
+        return "depends" if isinstance(value, Tensor) else "ends"
+    if not isinstance(value, Tensor) or isinstance(user.kwargs.get("out"), fx.Node):
+        return "depends"
+    shares = _storage(user) == _storage(root)
+    if _is(user, (torch.flatten,)) or _is_method(user, "flatten", "reshape"):
+        whole = value.dim() == 2 and value.shape[0] == _value(root).shape[0]  # [N, C H W]: rows in the traced order
+        return "ends" if whole and not (shares and observed) else "depends"
+    if _is(user, (operator.getitem,)):
+        return "names" if value.dim() == 4 and shares else "depends"
+    idle = _is(user, (F.dropout,)) and (_given(user, "training") is False or _given(user, "p") == 0)
+    if not (idle or _is(user, _ANY_FORMAT) or _is_method(user, *_ANY_FORMAT_METHODS)):
+        return "depends"  # a dropout at work as well: chance goes by the order in memory
+    if shares:
+        return "names"
+    if any(_storage(user) == _storage(node) for node in _mutated(user)):
+        return "ends"  # written into other memory, whose format stays
+    if _is(user, (torch.mean, torch.sum)) or _is_method(user, "mean", "sum"):
+        return "ends"  # reductions give contiguous results
+    return "follows" if value.dim() == 4 and value.is_contiguous() else "depends"
+
+
+class _Memory:
+    """What of a graph's memory is written into, and what the caller gets of it."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        output = next(node for node in graph.nodes if node.op == "output")
+        self._written: set[int] = set()
+        self._unknown = False
+        for node in graph.nodes:
+            for target in _mutated(node):
+                storages = _storages(target)
+                self._written |= storages or set()
+                self._unknown |= storages is None
+        self._returned = Counter(map(_storage, output.all_input_nodes))
+
+    def is_observed(self, node: fx.Node) -> bool:
+        """Whether it can be told from outside, or by a later reader, who shares the memory of `node`."""
+        storage = _storage(node)
+        return self._unknown or storage in self._written or self._returned[storage] > 1

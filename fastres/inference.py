@@ -41,8 +41,9 @@ def optimize(
 
     Accepts fastres's nets, torchvision's and timm's ResNets, and what else consists of the operations that the error
     for an unknown one lists. The result is called as the model is and answers as `model.to(dtype)` would, in `dtype`,
-    for input [N, C, H, W] of any floating dtype in any memory format; no gradient flows. Returned tensors are the
-    caller's own: no later call, thread or stream changes them.
+    for input [N, C, H, W] of any floating dtype in any memory format; no gradient flows. The input is never changed,
+    even where the model would work in it in place. Returned tensors are the caller's own: no later call, thread or
+    stream changes them.
 
     example: input whose shape is made ready now (engines chosen, kernels compiled, graph captured) and not at the first
     call. dtype: bfloat16, float16, float32, float64 or, on GPUs of compute capability 8.9 and above, float8_e4m3fn;
@@ -53,7 +54,8 @@ def optimize(
     device.
 
     Raises TypeError or ValueError, saying what is accepted, for a model in training mode or with hooks, for an
-    operation without a step, for folded weights that aren't finite, for a dtype or device that can't be served.
+    operation without a step, for one in place whose effect may show under another name, for folded weights that aren't
+    finite, for a dtype or device that can't be served.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"optimize() takes an nn.Module, got {type(model).__name__}")

@@ -39,7 +39,7 @@ _MODULES = (
 )
 # The functions and methods a traced net may call: name here -> (what computes it on NCHW values, its spellings).
 _TABLE: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
-    "relu": (lambda x, inplace=False: F.relu(x), (F.relu, torch.relu, torch.relu_, "relu", "relu_")),
+    "relu": (lambda input, inplace=False: F.relu(input), (F.relu, torch.relu, torch.relu_, "relu", "relu_")),
     "add": (operator.add, (operator.add, operator.iadd, torch.add, "add", "add_")),
     "mul": (operator.mul, (operator.mul, operator.imul, torch.mul, "mul", "mul_")),
     "sigmoid": (torch.sigmoid, (torch.sigmoid, F.sigmoid, "sigmoid")),
@@ -60,7 +60,7 @@ _TABLE: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
 FUNCTIONS = {name: function for name, (function, _) in _TABLE.items()}
 _KINDS = {spelling: name for name, (_, spellings) in _TABLE.items() for spelling in spellings}
 _IN_PLACE = ("relu_", "add_", "mul_", operator.iadd, operator.imul, torch.relu_)
-_VIEWS = ("flatten", "reshape", "expand_as", "getitem")
+_MAY_SHARE = ("flatten", "reshape", "expand_as", "getitem", nn.Flatten, PadShortcut)  # memory, with what they are given
 _ACCEPTED = (
     "Conv2d, BatchNorm2d, ReLU, additions, "
     + ", ".join(kind.__name__ for kind in _MODULES)
@@ -243,6 +243,10 @@ class _Proxy(fx.Proxy):
 
 
 class _Tracer(fx.Tracer):
+    proxy_buffer_attributes = (
+        True  # else what is computed of buffers, or written into them, is done once, while tracing
+    )
+
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)
 
@@ -270,14 +274,13 @@ def trace(model: nn.Module) -> tuple[list[Step], str]:
             f"optimize() takes a model of one tensor to one tensor that torch.fx can trace, {type(model).__name__} is "
             f"none ({reason}); a ResNet inside it, as a detector's backbone, runs fused after fastres.convert(model)"
         ) from error
-    env: dict[fx.Node, Any] = {}
-    steps: list[Step] = []
+    translation = _Translation(model, graph)
     for node in graph.nodes:
-        _translate(node, model, env, steps)
-    output = env[next(node for node in graph.nodes if node.op == "output")]
+        translation.translate(node)
+    output = translation.env[next(node for node in graph.nodes if node.op == "output")]
     if not isinstance(output, Value):
         raise ValueError(f"optimize() takes a model that returns one tensor, {type(model).__name__} returns {output!r}")
-    return steps, output.name
+    return translation.steps, output.name
 
 
 def _layer(path: str) -> str:
@@ -299,39 +302,88 @@ def _unsupported(node: fx.Node, what: str) -> ValueError:
     return ValueError(f"optimize() has no step for {what} (node {node.name!r}); it accepts {_ACCEPTED}")
 
 
-def _translate(node: fx.Node, model: nn.Module, env: dict[fx.Node, Any], steps: list[Step]) -> None:
-    """Append the step of `node`, if it needs one, and enter what it yields in `env`."""
-    args, kwargs = (
-        mapped(tree, lambda v: env[v] if isinstance(v, fx.Node) else v) for tree in (node.args, node.kwargs)
-    )
-    if node.op == "placeholder":
-        if Value(INPUT) not in env.values():
-            env[node] = Value(INPUT)
-        elif node.users:
-            raise ValueError(f"optimize() takes a model with one input, this one also reads {node.target!r}")
-        return
-    if node.op == "output":
-        env[node] = args[0]
-        return
-    if node.op == "get_attr":
-        env[node] = Attr(str(node.target))
-        return
-    if node.op == "call_module":
-        step, in_place = _of_module(node, model.get_submodule(str(node.target)), args, kwargs)
-    else:
-        step, in_place = _of_function(node, args, kwargs)
-    if step is None:
-        env[node] = args[0]
-        return
-    result = Value(node.name)
-    if in_place:
-        writer = next((s for s in steps if isinstance(s, Aten) and Value(s.out) == args[0]), None)
-        if writer is not None and writer.kind in _VIEWS:
-            raise _unsupported(node, "an operation in place on a view")
-        for earlier in [n for n, value in env.items() if value == args[0]]:
-            env[earlier] = result  # later readers of the operand see the new value
-    env[node] = result
-    steps.append(step)
+class _Translation:
+    """A graph's nodes as steps, in order.
+
+    Steps write new values, so what a net changes in place is followed by name: every name of the tensor stands for the
+    new value from there on. What only shares its memory (a view, or what may be one: whether `reshape` copies depends
+    on the memory format) would go on standing for the old one, so nobody may read it later.
+    """
+
+    def __init__(self, model: nn.Module, graph: fx.Graph) -> None:
+        self.model = model
+        self.steps: list[Step] = []
+        self.env: dict[fx.Node, Any] = {}  # what a node stands for
+        self._order = {node: at for at, node in enumerate(graph.nodes)}
+        self._names: dict[fx.Node, set[fx.Node]] = {}  # the nodes that are the same tensor; numbers have none
+        self._memory: dict[fx.Node, set[fx.Node]] = {}  # the nodes that may share its memory
+
+    def translate(self, node: fx.Node) -> None:
+        """Append the step of `node`, if it needs one, and enter what it yields in `env`."""
+        args, kwargs = (
+            mapped(tree, lambda v: self.env[v] if isinstance(v, fx.Node) else v) for tree in (node.args, node.kwargs)
+        )
+        if node.op == "output":
+            self.env[node] = args[0]
+        elif node.op == "placeholder":
+            if Value(INPUT) not in self.env.values():
+                self.env[node] = Value(INPUT)
+            elif node.users:
+                raise ValueError(f"optimize() takes a model with one input, this one also reads {node.target!r}")
+            self._is_new(node)
+        elif node.op == "get_attr":
+            self.env[node] = Attr(str(node.target))
+            self._is_new(node)
+        else:
+            self._append(node, args, kwargs)
+
+    def _append(self, node: fx.Node, args: Any, kwargs: Any) -> None:
+        kind: Any
+        if node.op == "call_module":
+            module = self.model.get_submodule(str(node.target))
+            kind, (step, in_place) = type(module), _of_module(node, module, args, kwargs)
+        else:
+            step, in_place = _of_function(node, args, kwargs)
+            kind = step.kind if isinstance(step, Aten) else None
+        if step is not None:
+            self.steps.append(step)
+        self.env[node] = args[0] if step is None else Value(node.name)
+        tensors = [given for given in node.all_input_nodes if given in self._names]
+        if kind in ("size", "getattr") or not tensors:
+            return
+        operand = tensors[0]
+        if in_place and operand in (*node.args[:1], node.kwargs.get("input")):
+            self._change(node, operand)
+        elif step is None and node.target != "contiguous":
+            self._is_also(node, operand)
+        else:
+            self._is_new(node)
+            if step is None or kind in _MAY_SHARE:
+                self._shares(node, tensors)
+
+    def _is_new(self, node: fx.Node) -> None:
+        self._names[node], self._memory[node] = {node}, {node}
+
+    def _is_also(self, node: fx.Node, tensor: fx.Node) -> None:
+        self._names[node], self._memory[node] = self._names[tensor], self._memory[tensor]
+        self._names[node].add(node)
+        self._memory[node].add(node)
+
+    def _shares(self, node: fx.Node, tensors: Iterable[fx.Node]) -> None:
+        memory = self._memory[node].union(*(self._memory[tensor] for tensor in tensors))
+        self._memory |= dict.fromkeys(memory, memory)
+
+    def _change(self, node: fx.Node, operand: fx.Node) -> None:
+        """`node` writes into `operand`."""
+        if isinstance(self.env[operand], Attr):
+            raise _unsupported(node, f"{_label(node)}() that writes into the model's own {operand.target!r}")
+        later = self._order[node]
+        for other in self._memory[operand] - self._names[operand]:
+            if any(self._order[user] > later for user in other.users):
+                why = f"{other.name!r} may share its memory and is read later"
+                raise _unsupported(node, f"{_label(node)}() that writes into {operand.name!r}: {why}")
+        self._is_also(node, operand)
+        self.env |= dict.fromkeys(self._names[operand], Value(node.name))
 
 
 def _of_module(node: fx.Node, module: nn.Module, args: Any, kwargs: Any) -> tuple[Step | None, bool]:
@@ -359,8 +411,7 @@ def _of_module(node: fx.Node, module: nn.Module, args: Any, kwargs: Any) -> tupl
 
 
 def _of_function(node: fx.Node, args: Any, kwargs: Any) -> tuple[Step | None, bool]:
-    target = node.target
-    label = target if isinstance(target, str) else getattr(target, "__name__", str(target))
+    target, label = node.target, _label(node)
     if target == "contiguous" or (target is F.dropout and _dropout_is_off(args, kwargs)):
         return None, False
     kind = _KINDS.get(target)
@@ -370,6 +421,10 @@ def _of_function(node: fx.Node, args: Any, kwargs: Any) -> tuple[Step | None, bo
         raise _unsupported(node, f"{label}() with {kwargs or args[1]!r}")
     in_place = target in _IN_PLACE or bool(kwargs.get("inplace", False)) or (target is F.relu and args[1:] == (True,))
     return Aten(node.name, kind, args, node.name, kwargs), in_place
+
+
+def _label(node: fx.Node) -> str:
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
 
 
 def _dropout_is_off(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
