@@ -168,13 +168,13 @@ _POOL_ARGUMENTS = {
     "ceil_mode": False,
     "return_indices": False,
 }
-# Modules whose functions write into nothing but what their names (`relu_`) or arguments (`inplace`, `out`) tell; and,
-# among those, the ones that move statistics, renormalise a table or observe.
+# Modules whose functions write into nothing but what their names (`relu_`) or arguments (`inplace`, `out`) tell; and
+# names of the exceptions, which move statistics, renormalise a table, observe or draw noise.
 _OPEN = (
     *("torch", "torch.functional", "torch.nn.functional", "_operator", "builtins", "math"),
     *(f"torch._C.{name}" for name in ("_nn", "_linalg", "_fft", "_special")),
 )
-_HIDDEN = "batch_norm|instance_norm|embedding|fake_quant|moving_avg"
+_HIDDEN = "batch_norm|instance_norm|embedding|fake_quant|moving_avg|rrelu_with_noise|_cum(max|min)_helper|^_fused|^_amp"
 _IN_PLACE = (
     *("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul", "iand", "ior", "ixor", "ilshift"),
     *("irshift", "iconcat", "setitem", "delitem"),
@@ -198,7 +198,7 @@ def _is_method(node: Any, *names: str) -> bool:
 
 
 def _is_relu(node: Any) -> bool:
-    return _is(node, _RELU) or _is_method(node, "relu", "relu_")
+    return (_is(node, _RELU) or _is_method(node, "relu", "relu_")) and len(node.args) > 0
 
 
 def _addends(node: Any) -> tuple[fx.Node, fx.Node] | None:
@@ -225,19 +225,23 @@ def _mutated(node: fx.Node) -> list[fx.Node]:
     if _is(node, (F.batch_norm,)):
         args = _bind(node, _BN_ARGUMENTS)
         return [args[key] for key in ("running_mean", "running_var") if args["training"] and args[key] is not None]
+    name = target if isinstance(target, str) else getattr(target, "__name__", "")
+    if node.op == "call_function" and re.search(_HIDDEN, name):
+        return node.all_input_nodes
     if isinstance(target, torch._ops.OpOverload):
         given = zip(target._schema.arguments, node.args, strict=False)
         written = [value for argument, value in given if argument.is_write]
         return _tensors([*written, *(node.kwargs.get(a.name) for a in target._schema.arguments if a.is_write)])
-    name = target if isinstance(target, str) else getattr(target, "__name__", "")
     module = getattr(target, "__module__", None)
     if node.op == "call_method":
         in_place = re.fullmatch(r".*[^_]_|__i(?!nvert|ndex|nt)\w+__|__setitem__", name) is not None
-    elif node.op != "call_function" or module not in _OPEN or re.search(_HIDDEN, name):
+    elif node.op != "call_function" or module not in _OPEN:
         return node.all_input_nodes
     else:
         in_place = name in _IN_PLACE if module == "_operator" else re.fullmatch(r".*[^_]_", name) is not None
-    return _tensors([node.args[:1] if in_place or _given(node, "inplace") else (), node.kwargs.get("out")])
+    if in_place or _given(node, "inplace"):
+        return _tensors(node.args[:1] or node.kwargs)
+    return _tensors(node.kwargs.get("out"))
 
 
 def _given(node: fx.Node, name: str) -> Any:
@@ -320,6 +324,8 @@ def _unit(bn: fx.Node) -> _Unit | str:
         return "the convolution's output is used beside the BatchNorm"
     if z.dim() != 4:
         return "the input is no batch [N, C, H, W]"
+    if any(isinstance(size, int) and size == 0 for size in z.shape):
+        return "the batch is empty"
     sizes = ("stride", "padding", "dilation", "groups")
     geometry = [size for size in (_same(given[name]) for name in sizes) if size is not None]
     if len(geometry) < len(sizes):
@@ -349,7 +355,9 @@ def _padded(node: Any) -> tuple[fx.Node, int, list[fx.Node]] | None:
     zero = mode == "constant" and fill in (None, 0, 0.0)
     if not (zero and isinstance(sizes, (tuple, list)) and len(sizes) == 6 and list(sizes[:5]) == [0] * 5):
         return None
-    if not (isinstance(sizes[5], int) and sizes[5] >= 0 and _is(x, (operator.getitem,)) and len(x.args[1]) == 4):
+    if not (isinstance(sizes[5], int) and sizes[5] >= 0 and _is(x, (operator.getitem,))):
+        return None
+    if not (isinstance(x.args[1], tuple) and len(x.args[1]) == 4):
         return None
     *whole, h, w = x.args[1]
     full = all(isinstance(s, slice) and s == slice(None) for s in whole)
@@ -386,6 +394,11 @@ class _Match:
         tensors = [t for u in self.units for t in (u.x, u.weight, u.bias, *u.affine, *u.running)]
         inside = set(self.nodes)
         return [t for t in (*tensors, self.residual) if t is not None and t not in inside]
+
+    @property
+    def statistics(self) -> set[int | None]:
+        """The memory of its running statistics."""
+        return {_storage(t) for unit in self.units for t in unit.running if t is not None}
 
     @property
     def moves(self) -> set[int | None]:
@@ -501,19 +514,20 @@ def _obstacle(match: _Match, order: Mapping[fx.Node, int]) -> str | None:
     result = _value(match.last)
     if not (result.is_contiguous() or _is_channels_last(result)):
         return "its result has strides of its own"
-    return _between([*match.nodes, *match.shortcut], match.reads, match.moves, match.last, order)
+    reads = [*match.reads, *match.shortcut]
+    return _between([*match.nodes, *match.shortcut], reads, match.moves, match.last, order)
 
 
 def _without_shared_statistics(graph: fx.Graph, matches: Sequence[_Match]) -> tuple[list[_Match], list[_Match]]:
-    """(matches, those left out): a BatchNorm in training that stays keeps the running statistics for its backward, and
-    autograd refuses what a rewritten one then writes there."""
-    norms = [node for node in graph.nodes if _is(node, (F.batch_norm,))]
+    """(matches, those left out): autograd refuses that an operator's running statistics are moved after something that
+    stays, such as a BatchNorm of no chain, has kept them for its backward; and what that keeps may be written later."""
     kept, left = list(matches), list[_Match]()
     while True:
         inside = {node for match in kept for node in match.nodes}
-        staying = [_bind(norm, _BN_ARGUMENTS) for norm in norms if norm not in inside]
-        read = {_storage(args[key]) for args in staying for key in ("running_mean", "running_var")} - {None}
-        apart = [match for match in kept if match.moves & read]
+        staying = [node for node in graph.nodes if node not in inside]
+        read = {_storage(given) for node in staying for given in node.all_input_nodes}
+        written = {_storage(given) for node in staying for given in _mutated(node)}
+        apart = [match for match in kept if match.moves & read or match.statistics & written]
         if not apart:
             return kept, left
         left += apart
@@ -556,6 +570,24 @@ def _is_switch(node: fx.Node) -> bool:
     )
 
 
+# What changes a tensor's sizes, strides or place in the autograd graph: a graph records of it what it is at the end.
+_RESHAPES_IN_PLACE = (
+    *("resize_", "resize_as_", "set_", "as_strided_", "squeeze_", "unsqueeze_", "transpose_", "swapaxes_", "swapdims_"),
+    *("t_", "detach_", "requires_grad_", "swap_tensors"),
+)
+
+
+def _untold(graph: fx.Graph) -> str | None:
+    """Why nothing in the graph can be rewritten; None where there is no reason."""
+    if _transforms(graph):
+        return "the graph holds a torch.func transform or forward-mode differentiation"
+    for node in graph.nodes:
+        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+        if node.op.startswith("call_") and name.split(".")[0] in _RESHAPES_IN_PLACE:
+            return f"{node.name} changes in place what is known of a tensor"
+    return None
+
+
 def _transforms(graph: fx.Graph) -> bool:
     """Whether the graph itself differentiates or maps (`torch.func`, forward mode)."""
     modules = (getattr(n.target, "__module__", None) or "" for n in graph.nodes if n.op == "call_function")
@@ -577,7 +609,7 @@ def rewrite(gm: fx.GraphModule, example_inputs: Sequence[Any], *, always: bool) 
         found.append((order[node], Finding(_layer(node), pattern, None, reason)))
 
     units = []
-    whole = "the graph holds a torch.func transform or forward-mode differentiation" if _transforms(graph) else None
+    whole = _untold(graph)
     for node in graph.nodes:
         if not _is(node, (F.batch_norm,)):
             continue
@@ -601,7 +633,7 @@ def rewrite(gm: fx.GraphModule, example_inputs: Sequence[Any], *, always: bool) 
             matches.append(match)
     matches, shared = _without_shared_statistics(graph, matches)
     for match in shared:
-        miss(match.units[0].conv, match.pattern, "its BatchNorm also runs where it can't be rewritten")
+        miss(match.units[0].conv, match.pattern, "its running statistics are read or written elsewhere, too")
     normed = {_bind(node, _BN_ARGUMENTS)["input"] for node in graph.nodes if _is(node, (F.batch_norm,))}
     for node in graph.nodes:
         if _is(node, _CONV) and node not in normed:
@@ -647,9 +679,12 @@ def _pad_ends(
             padded, a, b = _padded(other), _value(y), _value(other)
             if padded is None or a.shape != b.shape or a.dtype != b.dtype:
                 continue
+            if a.stride() != _value(relu).stride() or not (a.is_contiguous() or _is_channels_last(a)):
+                continue  # the operator's result is laid out as y
             x, stride, shortcut = padded
             served = always or dispatch.why_unfused(a.dtype, a.device) is None
-            if served and _is_its_own(graph, add) and not _between([*shortcut, add], [x, y], set(), relu, order):
+            moved = _between([*shortcut, add], [x, y, *shortcut], set(), relu, order)
+            if served and moved is None and _is_its_own(graph, add):
                 ends.append((y, x, stride, shortcut, add, relu))
                 break
     return ends
@@ -838,7 +873,9 @@ class _Layout:
     def made(self, last: fx.Node, node: fx.Node) -> None:
         self._instead[last] = node
         self._ours.add(node)
-        if not _is_channels_last(_value(node)):
+        value = _value(node)
+        _, c, h, w = value.shape
+        if value.stride() != (h * w * c, 1, w * c, c):  # one channel or pixel has both formats, but not both strides
             self._changed.add(node)
 
     def settle(self, graph: fx.Graph) -> None:
@@ -875,8 +912,8 @@ class _Layout:
             depend = dict.fromkeys(root.users, root)
         else:
             self._changed.update(fresh)
-        with graph.inserting_after(root):
-            back = graph.call_function(_aten.contiguous.default, (root,))
+        with graph.inserting_after(root):  # `contiguous` would leave what one channel or pixel has for strides
+            back = graph.call_function(_aten.clone.default, (root,), {"memory_format": torch.contiguous_format})
         back.meta = dict(root.meta)
         for user in depend:
             given = back

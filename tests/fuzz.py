@@ -416,9 +416,10 @@ def outcome(run: Callable[..., Any], module: nn.Module, x: Tensor, gradients: bo
     return Outcome(values, shared)
 
 
-def differences(got: Outcome, want: Outcome) -> list[str]:
+def differences(got: Outcome, want: Outcome, sharing: bool = True) -> list[str]:
+    """sharing: whether what shares memory counts."""
     found = []
-    if got.shared != want.shared:
+    if sharing and got.shared != want.shared:
         found.append(f"what shares memory: {sorted(got.shared)}, eager {sorted(want.shared)}")
     for name, value in want.values.items():
         other = got.values[name]
@@ -467,12 +468,12 @@ def examine(seed: int, inner: str | None = None) -> Verdict:
 def compiled(build: Callable[[], nn.Module], x: Tensor, mode: str, inner: str = "aot_eager") -> Verdict:
     """The net under torch.compile with our backend, `inner` behind it, beside eager. Where `inner` alone differs from
     eager as well, PyTorch's compiler differs."""
-    verdict = Verdict()
+    verdict, gradients = Verdict(), mode != "eval"
 
     def form(compile: Callable[[nn.Module], Callable[..., Any]] | None) -> Outcome:
         module = build().train(mode == "train")
         torch._dynamo.reset()
-        return outcome(module if compile is None else compile(module), module, x, mode != "eval")
+        return outcome(module if compile is None else compile(module), module, x, gradients)
 
     try:
         want = form(None)
@@ -480,9 +481,10 @@ def compiled(build: Callable[[], nn.Module], x: Tensor, mode: str, inner: str = 
         verdict.counts[f"{mode}: eager refuses"] += 1
         return verdict
     options = {"fastres.rewrite": "always", "fastres.inner": inner}
+    sharing = gradients or inner != "inductor"  # which, without gradients, gives a value twice as it sees fit
     with rewritten(verdict.counts):
-        found = attempt(lambda: form(lambda m: torch.compile(m, backend="fastres", options=options)), want)
-    if found and attempt(lambda: form(lambda m: torch.compile(m, backend=inner)), want):
+        found = attempt(lambda: form(lambda m: torch.compile(m, backend="fastres", options=options)), want, sharing)
+    if found and attempt(lambda: form(lambda m: torch.compile(m, backend=inner)), want, sharing):
         verdict.counts[f"{mode}: {inner} alone differs as well"] += 1
     else:
         verdict.counts[f"{mode}: compiled"] += 1
@@ -510,9 +512,9 @@ def rewritten(counts: Counter[str]) -> Iterator[None]:
         log.setLevel(level)
 
 
-def attempt(form: Callable[[], Outcome], want: Outcome) -> list[str]:
+def attempt(form: Callable[[], Outcome], want: Outcome, sharing: bool) -> list[str]:
     try:
-        return differences(form(), want)
+        return differences(form(), want, sharing)
     except Exception as error:  # whatever a compiler raises is a finding
         return [said(error)]
 

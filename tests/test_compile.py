@@ -34,6 +34,7 @@ from fastres.ops import dispatch
 
 ALWAYS = {"fastres.rewrite": "always", "fastres.inner": "aot_eager"}
 EXACT = 1e-11
+COPIES = (torch.ops.aten.contiguous.default, torch.ops.aten.clone.default)  # for the sake of a layout
 
 
 @pytest.fixture(autouse=True)
@@ -133,7 +134,7 @@ def test_all_of_torchvisions_resnets_is_rewritten(name: str) -> None:
     with torch.device("meta"):
         model = getattr(torchvision.models, name)()
         graph, _ = rewritten(model, torch.empty(2, 3, 64, 64))
-    assert sum(node.target is torch.ops.aten.contiguous.default for node in graph.nodes) == 1  # of the images
+    assert sum(node.target in COPIES for node in graph.nodes) == 1  # of the images
     told = found(model)
     assert (len(told.hits), told.misses, told.graphs, dict(told.graph_breaks)) == (TORCHVISION[name], (), 1, {})
     assert {hit.operator for hit in told.hits} == {"conv_bn_act"}
@@ -184,7 +185,7 @@ def test_caution_costs_no_coverage(name: str) -> None:
         graph, told = rewritten(model.train(), torch.empty(2, 3, 128, 128))
     hits = [finding for finding in told if finding.hit]
     units = sum(hit.pattern.count("conv-BN") + ("project" in hit.pattern) for hit in hits)
-    copies = sum(node.target is torch.ops.aten.contiguous.default for node in graph.nodes)
+    copies = sum(node.target in COPIES for node in graph.nodes)
     least, pairs, most = COVERED[name]
     assert (len(hits), units) >= (least, pairs)
     assert copies <= most
@@ -411,7 +412,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], list[str], list[str]]] = {
     "cumulative": (lambda: nn.Sequential(nn.Conv2d(6, 8, 1, bias=False), nn.BatchNorm2d(8, affine=False, track_running_stats=False)), ["conv-BN"], []),  # noqa: E501
     "moved in between": (lambda: Case(moved_in_between, conv_bn(6, 6), conv_bn(6, 6)), [], ["writes into", "Inductor"]),
     "residual in place": (lambda: Case(residual_in_place, conv_bn(6, 6)), ["conv-BN"], ["Inductor"]),
-    "statistics read": (lambda: Case(read_statistics, conv_bn(6, 6)), ["conv-BN-ReLU"], []),
+    "statistics read": (lambda: Case(read_statistics, conv_bn(6, 6)), [], ["running statistics"]),
     "shared": (lambda: Case(lambda x, a: a(a(x).relu()).relu(), conv_bn(6, 6)), ["conv-BN-ReLU"] * 2, []),
     "autocast": (lambda: Case(autocast_in_between, conv_bn(6, 6)), [], ["mode changes", "Inductor"]),
     "setitem": (lambda: Case(setitem, conv_bn(6, 6)), ["conv-BN"], []),
@@ -512,6 +513,43 @@ def statistics_of_another_mode(x: Tensor, a: nn.Module) -> Tensor:
     return F.relu(F.batch_norm(conv(y), norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0.1, 1e-5))
 
 
+def padding_changed(x: Tensor, a: nn.Module) -> Tensor:
+    shortcut = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 0, 2))
+    shortcut.mul_(2.0)
+    return F.relu(a(x) + shortcut)
+
+
+def changed_by_name(x: Tensor, a: nn.Module) -> Tensor:
+    x = x * 1.0
+    y = a(x)
+    F.leaky_relu(input=x, negative_slope=0.1, inplace=True)
+    return F.relu(y + x)
+
+
+def statistics_without_batch_norm(x: Tensor, a: nn.Module) -> Tensor:
+    """ATen's own function moves them, and says so nowhere."""
+    conv, norm = a
+    y = conv(x)
+    with torch.no_grad():
+        torch.ops.aten.native_batch_norm(x, None, None, norm.running_mean, norm.running_var, True, 0.5, 1e-5)
+    return norm(y)
+
+
+def turned(x: Tensor, a: nn.Module) -> Tensor:
+    return a(x).transpose_(2, 3).transpose_(2, 3)
+
+
+def detached(x: Tensor, a: nn.Module) -> Tensor:
+    return F.relu(a(x)).detach_() + x
+
+
+def moved_away(x: Tensor, a: nn.Module) -> Tensor:
+    y = a(x)
+    with torch.no_grad():
+        y.set_((x * 2.0).contiguous())
+    return y * 1.0
+
+
 _INPLACE = nn.ReLU(inplace=True)
 SHARED: dict[str, tuple[Callable[..., Any], Callable[[], list[nn.Module]]]] = {
     # name: (body, its units on [3, 4, 8, 6]); each was, or might have been, wrong without a word
@@ -554,12 +592,41 @@ SHARED: dict[str, tuple[Callable[..., Any], Callable[[], list[nn.Module]]]] = {
     "the input, changed": (input_in_place, lambda: [conv_bn(4, 4)]),
     "padded, then changed": (moved_before_padding, lambda: [conv_bn(4, 6, stride=2)]),
     "a view added to in place": (gate_in_place, lambda: [conv_bn(4, 6, stride=2)]),
+    "padded, then the padding changed": (padding_changed, lambda: [conv_bn(4, 6, stride=2)]),
+    "padded twice": (lambda x, a: F.relu(a(x) + F.pad(x[:2][:, :, ::2, ::2], (0, 0, 0, 0, 0, 2, 0, 1))), lambda: [conv_bn(4, 6, stride=2)]),  # noqa: E501
+    "padded from a slice": (lambda x, a: F.relu(a(x)[:2] + F.pad(x[:2], (0, 0, 0, 0, 0, 2))), lambda: [conv_bn(4, 6)]),
+    "padding first, other weights": (
+        lambda x, a: F.relu(F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 0, 2)) + a(x)),
+        lambda: [conv_bn(4, 6, stride=2).to(memory_format=torch.channels_last)],
+    ),
+    "changed by name": (changed_by_name, lambda: [conv_bn(4, 4)]),
+    "relu by name": (lambda x, a: F.relu(input=a(x), inplace=True) + torch.relu(input=x), lambda: [conv_bn(4, 4)]),
+    "one channel": (lambda x, a, b: b(F.relu(a(x))), lambda: [conv_bn(4, 1), nn.Conv2d(1, 5, 3)]),
+    "one pixel": (lambda x, a, b: b(F.relu(a(x))), lambda: [nn.Sequential(nn.Conv2d(4, 4, (8, 6)), nn.BatchNorm2d(4)), nn.ConvTranspose2d(4, 5, 3)]),  # noqa: E501
+    "an empty batch": (lambda x, a: a(x[:0]), lambda: [conv_bn(4, 4)]),
+    "statistics moved by ATen": (statistics_without_batch_norm, lambda: [conv_bn(4, 4)]),
+    "transpose_": (turned, lambda: [conv_bn(4, 4)]),
+    "detach_": (detached, lambda: [conv_bn(4, 4)]),
+    "set_": (moved_away, lambda: [conv_bn(4, 4)]),
     "a projection that broadcasts": (other_shape, lambda: [conv_bn(4, 4), nn.Sequential(nn.Conv2d(4, 4, (8, 6)), nn.BatchNorm2d(4))]),  # noqa: E501
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("channels_last", [False, pytest.param(True, marks=pytest.mark.extra)], ids=["nchw", "nhwc"])
-@pytest.mark.parametrize("name", SHARED)
+# A convolution of channels_last to one channel has other strides on a CPU than PyTorch's own tracing says.
+NCHW_ONLY = ("one channel", "one pixel")
+
+
+@pytest.mark.parametrize(
+    ("name", "channels_last"),
+    [
+        *(pytest.param(name, False, id=f"{name}-nchw") for name in SHARED),
+        *(
+            pytest.param(name, True, id=f"{name}-nhwc", marks=pytest.mark.extra)
+            for name in SHARED
+            if name not in NCHW_ONLY
+        ),
+    ],
+)
 def test_what_changes_in_place_is_seen_by_all_who_read_it(name: str, channels_last: bool) -> None:
     """Results, gradients, statistics, the input and what shares memory are eager's."""
     body, units = SHARED[name]
