@@ -19,7 +19,20 @@ from torch import Tensor, nn
 from fastres.ops import dispatch, folded
 from fastres.ops.folded import FLOAT8
 from fastres.ops.steps import nhwc
-from fastres.plan import Aten, Attr, Conv, Step, convs, fuse, fuse_chains, leaves, quantise, require_finite, trace
+from fastres.plan import (
+    Aten,
+    Attr,
+    Chain,
+    Conv,
+    Step,
+    convs,
+    fuse,
+    fuse_chains,
+    leaves,
+    quantise,
+    require_finite,
+    trace,
+)
 from fastres.program import Program
 
 __all__ = ["Optimized", "optimize"]
@@ -55,7 +68,9 @@ def optimize(
 
     Raises TypeError or ValueError, saying what is accepted, for a model in training mode or with hooks, for an
     operation without a step, for one in place whose effect may show under another name, for folded weights that aren't
-    finite, for a dtype or device that can't be served.
+    finite, for a dtype or device that can't be served. The first call, of `example` where it is given, also compares:
+    it raises ValueError if plan and model, both in float64 on the CPU, answer two of its images differently, as where
+    the model's code asks `type(x)`, which a trace can't see. What `torch.autocast` does inside a model is left out.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"optimize() takes an nn.Module, got {type(model).__name__}")
@@ -65,7 +80,7 @@ def optimize(
         raise ValueError(f"dtype={dtype} isn't served; accepted: {', '.join(map(str, (*_DTYPES, FLOAT8)))}")
     if (dtype == FLOAT8) != (calibration is not None):
         raise ValueError("float8_e4m3fn needs calibration=, an iterable of input batches, and no other dtype takes it")
-    steps, output = trace(model)
+    steps, output = trace(copy.deepcopy(model))
     steps = fuse(steps, output)
     if not any(isinstance(step, Conv) for step in steps):
         raise ValueError(f"{type(model).__name__} has no convolution: there is nothing to optimize")
@@ -73,11 +88,13 @@ def optimize(
     source = copy.deepcopy(model)
     if dtype == FLOAT8:
         _require_float8(device)
-        wide = Optimized(source, steps, output, torch.bfloat16, cuda_graph=False)
+        wide = Optimized(source, steps, output, torch.bfloat16, cuda_graph=False, original=source)
         assert calibration is not None
         steps, output = quantise(steps, output, _largest(wide, calibration))
         dtype = torch.bfloat16
-    net = Optimized(source, fuse_chains(steps, output), output, dtype or _dtype(model, steps), cuda_graph)
+    # What float8 was calibrated on has been compared.
+    original = None if calibration is not None else source
+    net = Optimized(source, fuse_chains(steps, output), output, dtype or _dtype(model, steps), cuda_graph, original)
     if example is not None:
         net(example)
     return net
@@ -137,16 +154,25 @@ def _largest(net: Optimized, batches: Iterable[Any]) -> dict[str, float]:
 class Optimized(nn.Module):
     """What `optimize` returns. Its submodules, parameters, buffers and `state_dict` are a copy of the original's.
 
-    Loading a state_dict of the original folds anew, and so does moving to another device. deepcopy and pickle work.
+    Loading a state_dict of the original folds anew, and so does moving to another device; loading into a part of it, or
+    writing into its weights, doesn't. deepcopy and pickle work.
     Plans are kept per input shape, `backend` in force and numerical switches of PyTorch's (TF32, cuDNN, deterministic).
     """
 
     dtype: torch.dtype
 
     def __init__(
-        self, source: nn.Module, steps: Sequence[Step], output: str, dtype: torch.dtype, cuda_graph: bool
+        self,
+        source: nn.Module,
+        steps: Sequence[Step],
+        output: str,
+        dtype: torch.dtype,
+        cuda_graph: bool,
+        original: nn.Module | None = None,
     ) -> None:
+        """original: what the first call is compared with."""
         super().__init__()
+        self._original = (original,)  # in a tuple, or it would become a submodule
         for name in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set"):
             setattr(self, name, getattr(source, name))
         self.requires_grad_(False)
@@ -246,7 +272,8 @@ class Optimized(nn.Module):
         for attr in leaves((step.args, step.kwargs)):
             if isinstance(attr, Attr):
                 owner, _, name = attr.path.rpartition(".")
-                self._layers[attr.path] = getattr(self.get_submodule(owner), name).detach().to(self.dtype)
+                tensor = getattr(self.get_submodule(owner), name).detach()
+                self._layers[attr.path] = tensor.to(self.dtype) if tensor.is_floating_point() else tensor
 
     def _pack(self, conv: Conv) -> folded.Folded:
         w, shift = self._unit(conv.unit)
@@ -287,11 +314,12 @@ class Optimized(nn.Module):
         return any(conv.float8 is not None for step in self._steps for conv in convs(step))
 
     def __getstate__(self) -> dict[str, Any]:
-        derived = ("_lock", "_programs", "_folded", "_layers", "_weight", "_done", "_graphs")
+        derived = ("_lock", "_programs", "_original", "_folded", "_layers", "_weight", "_done", "_graphs")
         return {key: value for key, value in self.__dict__.items() if key not in derived}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._original = (None,)
         self._start()
 
     # One call.
@@ -319,10 +347,41 @@ class Optimized(nn.Module):
             if x.is_cuda:
                 torch.cuda.synchronize(x.device)
             self._programs.popitem(last=False)
+        self._compare(x)
         program = Program(self._steps, self._output, self._folded, self._layers, self.dtype)
         first = program.bind(self._nhwc(x))
         self._programs[key] = program
         return program, first
+
+    def _compare(self, x: Tensor) -> None:
+        """Once, on two images: whether the plan answers as the original does. Raises ValueError if it doesn't."""
+        (original,) = self._original
+        elsewhere = torch._C._are_functorch_transforms_active() or (
+            x.is_cuda and torch.cuda.is_current_stream_capturing()
+        )
+        if original is None or elsewhere or not x.numel():
+            return
+        self._original = (None,)
+        model = copy.deepcopy(original).cpu().double()
+        steps = [part for step in self._steps for part in (step.parts if isinstance(step, Chain) else (step,))]
+        plan = Optimized(model, steps, self._output, torch.float64, cuda_graph=False)
+        for images in (x[:2], x):  # the whole batch where the net asks for its size
+            few = images.detach().cpu().double()
+            try:
+                with _plain_mode(few):
+                    want = model(few.clone())
+            except RuntimeError:
+                continue
+            with dispatch.backend("reference"):
+                got = plan(few)
+            if got.shape != want.shape or not torch.allclose(got, want, rtol=1e-6, atol=1e-6, equal_nan=True):
+                self._original = (original,)
+                raise ValueError(
+                    f"the plan of {self._title} doesn't answer as {self._title} does, whose code takes another way on "
+                    "a tensor than on the stand-in it was traced with; a ResNet inside it runs fused after "
+                    "fastres.convert(model)"
+                )
+            return
 
     def _on_cuda(self, x: Tensor) -> Tensor:
         stream = torch.cuda.current_stream()

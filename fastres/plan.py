@@ -8,8 +8,10 @@ value here), so steps may move freely between their inputs and their first reade
 
 from __future__ import annotations
 
+import inspect
 import math
 import operator
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -45,7 +47,10 @@ _TABLE: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
     "sigmoid": (torch.sigmoid, (torch.sigmoid, F.sigmoid, "sigmoid")),
     "mean": (torch.mean, (torch.mean, "mean")),
     "flatten": (torch.flatten, (torch.flatten, "flatten")),
-    "reshape": (lambda x, *shape: x.reshape(*shape), (torch.reshape, "reshape", "view")),
+    "reshape": (
+        lambda input, *shape, **named: input.reshape(*(shape or named.values())),
+        (torch.reshape, "reshape", "view"),
+    ),
     "expand_as": (Tensor.expand_as, ("expand_as",)),
     "size": (Tensor.size, ("size",)),
     "getattr": (getattr, (getattr,)),
@@ -243,9 +248,7 @@ class _Proxy(fx.Proxy):
 
 
 class _Tracer(fx.Tracer):
-    proxy_buffer_attributes = (
-        True  # else what is computed of buffers, or written into them, is done once, while tracing
-    )
+    proxy_buffer_attributes = True  # or what is computed of buffers, or written into them, is done once, in tracing
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)
@@ -257,23 +260,32 @@ class _Tracer(fx.Tracer):
 def trace(model: nn.Module) -> tuple[list[Step], str]:
     """The steps of `model` in eval mode, one by one, and the name of the value it returns.
 
-    Raises ValueError, naming the node or layer, for what a plan can't hold: hooks, training mode, control flow that
-    depends on tensors, an operation that isn't listed, more than one input or output.
+    The model's code is run without gradients, on a stand-in for its first argument and the defaults of the others; what
+    it keeps stays with it, so give a copy. Raises ValueError, naming the node or layer, for what a plan can't hold:
+    hooks, training mode, control flow that depends on tensors, an operation that isn't listed, more than one input or
+    output, attributes that a call changes, tensors that are neither parameters nor buffers.
     """
     _refuse_training(model)
-    for path, module in model.named_modules():
-        if dispatch.has_hooks(module):
-            raise ValueError(
-                f"{_layer(path)} carries a hook or a forward of its own, which a plan would never call; remove it first"
-            )
+    _refuse_hooks(model)
+    before = _plain_attributes(model)
     try:
-        graph = _Tracer().trace(model)
+        first, *others = inspect.signature(model.forward).parameters.values()
+        if first.kind is first.VAR_POSITIONAL:
+            raise TypeError(f"forward takes *{first.name}")
+        defaults = {each.name: each.default for each in others if each.default is not each.empty}
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of defaults that fx can't write assertions for
+            graph = _Tracer().trace(model, concrete_args=defaults)
     except Exception as error:  # whatever the model's own code raises on proxies
         reason = str(error).split(". ")[0]  # torch.fx goes on about its proxies
         raise ValueError(
             f"optimize() takes a model of one tensor to one tensor that torch.fx can trace, {type(model).__name__} is "
             f"none ({reason}); a ResNet inside it, as a detector's backbone, runs fused after fastres.convert(model)"
         ) from error
+    if changed := before.items() - _plain_attributes(model).items():
+        (path, name), _ = min(changed, key=repr)
+        raise ValueError(f"{_layer(path)} changes its attribute {name!r} when it is called; a plan would not")
+    _erase_assertions(graph)
     translation = _Translation(model, graph)
     for node in graph.nodes:
         translation.translate(node)
@@ -298,6 +310,36 @@ def _refuse_training(model: nn.Module) -> None:
         )
 
 
+def _refuse_hooks(model: nn.Module) -> None:
+    for path, module in model.named_modules():
+        if dispatch.has_hooks(module) or type(module).__call__ is not nn.Module.__call__:
+            raise ValueError(
+                f"{_layer(path)} carries a hook or a forward of its own, which a plan would never call; remove it first"
+            )
+    if nn.modules.module._has_any_global_hook():
+        raise ValueError("a hook for all modules is registered, which a plan would never call; remove it first")
+
+
+def _plain_attributes(model: nn.Module) -> dict[tuple[str, str], Any]:
+    """The numbers and strings that the modules hold, by the module's path and the attribute's name."""
+    return {
+        (path, name): value
+        for path, module in model.named_modules()
+        for name, value in vars(module).items()
+        if isinstance(value, (int, float, str))
+    }
+
+
+def _erase_assertions(graph: fx.Graph) -> None:
+    """fx asserts that arguments with a default are given it; an optimized net takes none."""
+    for node in reversed(graph.nodes):
+        if node.target in (torch._assert, fx._symbolic_trace._assert_is_none):
+            compared = node.args[0]
+            graph.erase_node(node)
+            if isinstance(compared, fx.Node) and compared.op == "call_function" and not compared.users:
+                graph.erase_node(compared)
+
+
 def _unsupported(node: fx.Node, what: str) -> ValueError:
     return ValueError(f"optimize() has no step for {what} (node {node.name!r}); it accepts {_ACCEPTED}")
 
@@ -314,6 +356,8 @@ class _Translation:
         self.model = model
         self.steps: list[Step] = []
         self.env: dict[fx.Node, Any] = {}  # what a node stands for
+        tensors = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+        self._tensors = {name for name, _ in tensors}
         self._order = {node: at for at, node in enumerate(graph.nodes)}
         self._names: dict[fx.Node, set[fx.Node]] = {}  # the nodes that are the same tensor; numbers have none
         self._memory: dict[fx.Node, set[fx.Node]] = {}  # the nodes that may share its memory
@@ -332,6 +376,10 @@ class _Translation:
                 raise ValueError(f"optimize() takes a model with one input, this one also reads {node.target!r}")
             self._is_new(node)
         elif node.op == "get_attr":
+            if node.target not in self._tensors:
+                raise _unsupported(
+                    node, "a tensor that is neither a parameter nor a buffer; see Module.register_buffer"
+                )
             self.env[node] = Attr(str(node.target))
             self._is_new(node)
         else:
@@ -375,9 +423,10 @@ class _Translation:
 
     def _change(self, node: fx.Node, operand: fx.Node) -> None:
         """`node` writes into `operand`."""
-        if isinstance(self.env[operand], Attr):
-            raise _unsupported(node, f"{_label(node)}() that writes into the model's own {operand.target!r}")
         later = self._order[node]
+        for other in self._memory[operand]:
+            if other.op == "get_attr":
+                raise _unsupported(node, f"{_label(node)}() that writes into the model's own {other.target!r}")
         for other in self._memory[operand] - self._names[operand]:
             if any(self._order[user] > later for user in other.users):
                 why = f"{other.name!r} may share its memory and is read later"
@@ -417,8 +466,8 @@ def _of_function(node: fx.Node, args: Any, kwargs: Any) -> tuple[Step | None, bo
     kind = _KINDS.get(target)
     if kind is None:
         raise _unsupported(node, f"{label}()")
-    if (kind in ("add", "mul") and kwargs) or (kind == "getattr" and args[1] != "shape"):
-        raise _unsupported(node, f"{label}() with {kwargs or args[1]!r}")
+    if (kind in ("add", "mul") and (kwargs or len(args) != 2)) or (kind == "getattr" and args[1] != "shape"):
+        raise _unsupported(node, f"{label}() with {kwargs or args[1:]!r}")
     in_place = target in _IN_PLACE or bool(kwargs.get("inplace", False)) or (target is F.relu and args[1:] == (True,))
     return Aten(node.name, kind, args, node.name, kwargs), in_place
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -59,7 +59,7 @@ class Program:
                 self.bound.append(bound)
                 for name in bound.dies:
                     del values[name]
-        return _public(values[self.output])
+        return self._answer(x, values[self.output])
 
     def run(self, x: Tensor, observe: Callable[[str, Any], None] | None = None) -> Tensor:
         """The answer to x [N, H, W, C], computed step by step; `observe` is shown every value."""
@@ -73,7 +73,17 @@ class Program:
                     observe(name, value)
             for name in bound.dies:
                 del values[name]
-        return _public(values[self.output])
+        return self._answer(x, values[self.output])
+
+    def _answer(self, x: Tensor, value: Any) -> Tensor:
+        """`value` [N, H, W, C] as the caller's own, [N, C, H, W]: it may be a view of the input, or of a tensor of the
+        model."""
+        answer = nchw(value) if value.dim() == 4 else value
+        if torch._C._are_functorch_transforms_active():  # there a tensor's memory isn't to be had
+            return answer.clone()
+        kept = (x, *(layer for layer in self.layers.values() if isinstance(layer, Tensor)))
+        memory = answer.untyped_storage().data_ptr()
+        return answer.clone() if any(memory == tensor.untyped_storage().data_ptr() for tensor in kept) else answer
 
     def capture(self, x: Tensor, pool: Any, side: torch.cuda.Stream) -> None:
         """Record `run` as a CUDA graph, after warming up on the stream `side`.
@@ -158,11 +168,9 @@ class Program:
 
     def _bind_conv(self, step: Conv, x: Tensor, residual: Tensor | None = None) -> tuple[Bound, Sequence[Tensor]]:
         problem = _problem(step, x)
-        if residual is not None and residual.shape != (problem.N, problem.P, problem.Q, problem.K):
-            raise ValueError(
-                f"layer {step.name!r}: what is added to its output must have the output's shape "
-                f"{[problem.N, problem.K, problem.P, problem.Q]}, got {list(nchw(residual).shape)}"
-            )
+        shape = (problem.N, problem.P, problem.Q, problem.K)
+        if residual is not None and (not isinstance(residual, Tensor) or residual.shape != shape):
+            return self._bind_apart(step, x, residual)
         inputs = (x,) if residual is None else (x, residual)
         dtype = self.dtype if step.float8 is None else FLOAT8
         engine, why = dispatch.why_engine("infer", problem, dtype, x.device)
@@ -193,9 +201,21 @@ class Program:
                     call, name = partial(folded.by_library_and_kernel, ones=ones, **static), "cudnn + triton"
         return Bound(step, name, why, partial(_one, call)), (call(*inputs),)
 
+    def _bind_apart(self, step: Conv, x: Tensor, other: Any) -> tuple[Bound, Sequence[Tensor]]:
+        """A convolution to which a number is added, or what has another shape than its output: in three passes."""
+        if step.float8 is not None:
+            raise ValueError(
+                f"layer {step.name!r}: in float8, what is added to its output must have the output's shape"
+            )
+        alone, _ = self._bind_conv(replace(step, residual=None, relu=False), x)
 
-def _public(value: Any) -> Tensor:
-    return nchw(value) if value.dim() == 4 else value
+        def call(x: Tensor, other: Any) -> Sequence[Tensor]:
+            (z,) = alone.call(x)
+            y = nchw(z) + (nchw(other) if isinstance(other, Tensor) and other.dim() == 4 else other)
+            return (nhwc(y.relu_() if step.relu else y),)
+
+        bound = Bound(step, f"{alone.engine} + aten", f"{alone.why}; what is added has another shape", call)
+        return bound, call(x, other)
 
 
 def _problem(conv: Conv, x: Tensor) -> Any:

@@ -744,17 +744,153 @@ def test_input_that_does_not_fit() -> None:
         large(images(1, 4))
 
 
+class Adds(nn.Module):
+    """A number or what broadcasts, added to a convolution's output or the other way round."""
+
+    def __init__(self, what: Callable[[Tensor, Any], Any]) -> None:
+        super().__init__()
+        self.conv, self.pool, self.what = nn.Conv2d(3, 3, 3, padding=1), nn.AdaptiveAvgPool2d(1), what
+        self.register_buffer("shift", torch.randn(3, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.what(x, self))
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        lambda x, m: m.conv(x) + m.pool(x),
+        lambda x, m: m.pool(x) + m.conv(x),
+        lambda x, m: m.conv(m.pool(x)) + x,
+        lambda x, m: m.conv(x) + x.shape[2],
+        lambda x, m: m.conv(x) + x.mean(),
+        lambda x, m: m.conv(x) + x[0],
+        lambda x, m: m.conv(x) + m.shift,
+    ],
+)
+def test_what_is_added_may_broadcast(what: Callable[[Tensor, Any], Any]) -> None:
+    model, x = Adds(what).double().eval(), images(dtype=torch.float64)
+    assert relative_error(optimize(model)(x), answers(model, x)[0]) <= 1e-12
+
+
 def test_what_is_added_must_fit() -> None:
-    class Broadcast(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv, self.pool = nn.Conv2d(3, 3, 3, padding=1), nn.AdaptiveAvgPool2d(1)
+    with pytest.raises(RuntimeError, match="must match the size of tensor"):
+        optimize(Adds(lambda x, m: m.conv(x) + x[:, :, 1:]).eval())(images())
 
+
+class Asks(nn.Module):
+    """The model's own code looks at what it is given."""
+
+    def __init__(self, body: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.conv, self.body = nn.Conv2d(3, 3, 1), body
+        self.register_buffer("table", torch.tensor([2, 0]))
+        self.plain = torch.randn(3, 1, 1)
+        self.counted = 0
+
+    def count(self) -> int:
+        self.counted += 1
+        return self.counted
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, scale: float = 2.0, *, twice: bool = False) -> Tensor:
+        self.last = x
+        return self.body(self, x, mask, scale, twice)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        lambda m, x, mask, scale, twice: m.conv(x) if mask is None else x,
+        lambda m, x, mask, scale, twice: m.conv(x) * scale if twice is False else x,
+        lambda m, x, mask, scale, twice: m.conv(x) if not torch.is_grad_enabled() else x,
+        lambda m, x, mask, scale, twice: m.conv(x)[:, m.table],
+        lambda m, x, mask, scale, twice: torch.reshape(input=m.conv(x), shape=(x.shape[0], -1)),
+    ],
+)
+def test_branches_are_those_of_a_call(body: Callable[..., Tensor]) -> None:
+    model, x = Asks(body).double().eval(), images(dtype=torch.float64)
+    net = optimize(model)
+    assert not hasattr(model, "last"), "the model stays as it was"
+    assert relative_error(net(x), answers(model, x)[0]) <= 1e-12
+    copy.deepcopy(net)
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (lambda m, x, *_: m.conv(x) + m.plain, "neither a parameter nor a buffer"),
+        (lambda m, x, *_: m.conv(x) + torch.randn(3, 1, 1), "neither a parameter nor a buffer"),
+        (lambda m, x, *_: m.conv(x * m.count()), "attribute 'counted' when it is called"),
+        (lambda m, x, *_: m.conv(x) + m.conv.weight.view(-1).mul_(0.5).sum(), "the model's own 'conv.weight'"),
+        (lambda m, x, *_: torch.add(m.conv(x), 2, x), r"add\(\) with"),
+    ],
+)
+def test_what_depends_on_more_than_the_input_is_refused(body: Callable[..., Tensor], message: str) -> None:
+    model = Asks(body).eval()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=message):
+        optimize(model)
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
+
+
+@pytest.mark.parametrize(
+    "tells",
+    [
+        lambda x: isinstance(x, Tensor),
+        torch.is_tensor,
+        lambda x: type(x) is Tensor,
+        lambda x: not hasattr(x, "decoded"),
+        lambda x: not callable(x),
+        lambda x: "tensor" in f"{x}",
+    ],
+)
+def test_a_model_that_tells_tensors_from_stand_ins_is_refused(tells: Callable[[Any], bool]) -> None:
+    model = Asks(lambda m, x, *_: m.conv(x) if tells(x) else m.conv(x) * 2.0).eval()
+    with pytest.raises(ValueError, match="the plan of Asks doesn't answer as Asks does"):
+        optimize(model)(images())
+    with pytest.raises(ValueError, match="the plan of Asks doesn't answer as Asks does"):
+        optimize(model, images())
+
+
+def test_a_net_for_one_size_of_batch() -> None:
+    model, x = Asks(lambda m, x, *_: m.conv(x).reshape(1, 12, 16, 16)).double().eval(), images(4, dtype=torch.float64)
+    assert relative_error(optimize(model)(x), answers(model, x)[0]) <= 1e-12
+
+
+def test_under_transforms_it_answers_too() -> None:
+    model, x = tiny().double(), images(dtype=torch.float64)
+    y, _ = torch.func.jvp(optimize(model), (x,), (torch.ones_like(x),))
+    assert relative_error(y, answers(model, x)[0]) <= 1e-12
+
+
+def test_a_call_of_its_own_is_refused() -> None:
+    class Called(Adds):
+        def __call__(self, x: Tensor) -> Tensor:
+            return super().__call__(x) * 2.0
+
+    with pytest.raises(ValueError, match="the model carries a hook or a forward of its own"):
+        optimize(Called(lambda x, m: m.conv(x)).eval())
+    handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
+    try:
+        with pytest.raises(ValueError, match="a hook for all modules"):
+            optimize(tiny())
+    finally:
+        handle.remove()
+
+
+@pytest.mark.parametrize("body", [lambda x, m: x, lambda x, m: m.shift.expand_as(x), lambda x, m: m.shift])
+def test_results_that_nothing_computes_are_the_callers_own(body: Callable[[Tensor, Any], Any]) -> None:
+    class Returned(Adds):
         def forward(self, x: Tensor) -> Tensor:
-            return self.conv(x) + self.pool(x)
+            return body(x, self)[:, :] if self.conv(x) is not None else x
 
-    with pytest.raises(ValueError, match=r"layer 'conv': .* must have the output's shape \[2, 3, 16, 16\]"):
-        optimize(Broadcast().eval())(images())
+    net, x = optimize(Returned(body).eval()), images()
+    kept = x.clone()
+    first = net(x)
+    want = first.clone()
+    first.add_(1.0)
+    assert torch.equal(x, kept)
+    assert torch.equal(net(x), want)
 
 
 # FP8.
