@@ -14,7 +14,7 @@ $(READY): pyproject.toml constraints.txt
 	$(VENV)/bin/python -m pip install -c constraints.txt -e '.[test]'
 	touch $(READY)
 
-# Kernels are compiled in the first run, interpreted in the second. A covering choice of the cases.
+# Kernels are compiled in the first run, interpreted in the second. tests/covering.py says which cases are chosen.
 test: $(READY)
 	$(VENV)/bin/python -m pytest -n auto
 	TRITON_INTERPRET=1 $(VENV)/bin/python -m pytest -n auto

@@ -377,7 +377,12 @@ def _test_images(args: argparse.Namespace, name: str, nets: _Nets) -> _TestImage
 def _mean_image(args: argparse.Namespace, name: str, nets: _Nets) -> nn.Module | None:
     """The recipe's preprocessing, from the folder's own training images, if a net needs it and they are there."""
     pixel = nets.recipe is not None and nets.recipe.normalise == "pixel"
-    if not pixel or not (Path(name) / "train").is_dir() or all(each.preprocess for each in nets.weights):
+    if (
+        name in _EMBEDDED
+        or not pixel
+        or not (Path(name) / "train").is_dir()
+        or all(each.preprocess for each in nets.weights)
+    ):
         return None
     assert nets.recipe is not None
     return data.load("folder", nets.recipe, Path(name), workers=args.workers).preprocess

@@ -226,17 +226,18 @@ def _mutated(node: fx.Node) -> list[fx.Node]:
         args = _bind(node, _BN_ARGUMENTS)
         return [args[key] for key in ("running_mean", "running_var") if args["training"] and args[key] is not None]
     name = target if isinstance(target, str) else getattr(target, "__name__", "")
+    given = [each for each in node.all_input_nodes if each.op != "get_attr" or "example_value" in each.meta]
     if node.op == "call_function" and re.search(_HIDDEN, name):
-        return node.all_input_nodes
+        return given
     if isinstance(target, torch._ops.OpOverload):
-        given = zip(target._schema.arguments, node.args, strict=False)
-        written = [value for argument, value in given if argument.is_write]
+        pairs = zip(target._schema.arguments, node.args, strict=False)
+        written = [value for argument, value in pairs if argument.is_write]
         return _tensors([*written, *(node.kwargs.get(a.name) for a in target._schema.arguments if a.is_write)])
     module = getattr(target, "__module__", None)
     if node.op == "call_method":
         in_place = re.fullmatch(r".*[^_]_|__i(?!nvert|ndex|nt)\w+__|__setitem__", name) is not None
     elif node.op != "call_function" or module not in _OPEN:
-        return node.all_input_nodes
+        return given
     else:
         in_place = name in _IN_PLACE if module == "_operator" else re.fullmatch(r".*[^_]_", name) is not None
     if in_place or _given(node, "inplace"):
@@ -519,8 +520,9 @@ def _obstacle(match: _Match, order: Mapping[fx.Node, int]) -> str | None:
 
 
 def _without_shared_statistics(graph: fx.Graph, matches: Sequence[_Match]) -> tuple[list[_Match], list[_Match]]:
-    """(matches, those left out): autograd refuses that an operator's running statistics are moved after something that
-    stays, such as a BatchNorm of no chain, has kept them for its backward; and what that keeps may be written later."""
+    """(matches, those left out). Left out is a chain whose running statistics something else uses: a BatchNorm outside
+    all chains keeps them for its backward, and autograd refuses that the chain then moves them; and where something
+    else writes into them, eager's backward reads what was written."""
     kept, left = list(matches), list[_Match]()
     while True:
         inside = {node for match in kept for node in match.nodes}
@@ -577,7 +579,7 @@ _RESHAPES_IN_PLACE = (
 )
 
 
-def _untold(graph: fx.Graph) -> str | None:
+def _why_nothing(graph: fx.Graph) -> str | None:
     """Why nothing in the graph can be rewritten; None where there is no reason."""
     if _transforms(graph):
         return "the graph holds a torch.func transform or forward-mode differentiation"
@@ -609,7 +611,7 @@ def rewrite(gm: fx.GraphModule, example_inputs: Sequence[Any], *, always: bool) 
         found.append((order[node], Finding(_layer(node), pattern, None, reason)))
 
     units = []
-    whole = _untold(graph)
+    whole = _why_nothing(graph)
     for node in graph.nodes:
         if not _is(node, (F.batch_norm,)):
             continue
@@ -691,7 +693,7 @@ def _pad_ends(
 
 
 def _is_its_own(graph: fx.Graph, add: fx.Node) -> bool:
-    """Whether nobody else can tell that `add`, if it works in place, is left out."""
+    """Whether `add` may go although it works in place: nothing but itself and its ReLU reads the memory it writes."""
     written = _mutated(add)
     alone = {*written, add, *add.users}
     return all(node.op in ("call_function", "call_method") and len(node.users) == 1 for node in written) and all(

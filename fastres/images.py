@@ -24,7 +24,7 @@ from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION, SAMPL
 
 __all__ = ["READING", "ImageError", "eight_bits", "opened", "read_image"]
 
-READING = 2  # counts the changes of what is made of a file: statistics of images are kept per reading
+READING = 2  # to be raised when other pixels are made of a file: mean images are kept from run to run
 
 _EIGHT_BITS = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "LAB", "HSV")
 _SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N")
@@ -45,6 +45,8 @@ def opened(path: str | Path) -> Iterator[Image.Image]:
     except ImageError as error:
         raise ImageError(f"{path} is no image that can be read ({error}); convert it to 8 bits") from error
     except Exception as error:
+        if isinstance(error, OSError) and error.errno is not None:  # the system's word, not Pillow's
+            raise ImageError(f"{path} can't be read: {error.strerror}") from error
         unknown = isinstance(error, UnidentifiedImageError)
         why = "in no format that Pillow knows" if unknown else str(error) or type(error).__name__
         raise ImageError(f"{path} is no image that can be read ({why}); fetch it again or remove it") from error

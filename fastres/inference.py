@@ -37,6 +37,7 @@ from fastres.program import Program
 
 __all__ = ["Optimized", "optimize"]
 
+_MOST_COMPARED = 16  # images, where a net asks for its number of them
 MAX_SHAPES = 8  # bound plans kept per net, least recently used dropped first
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -68,9 +69,10 @@ def optimize(
 
     Raises TypeError or ValueError, saying what is accepted, for a model in training mode or with hooks, for an
     operation without a step, for one in place whose effect may show under another name, for folded weights that aren't
-    finite, for a dtype or device that can't be served. The first call, of `example` where it is given, also compares:
-    it raises ValueError if plan and model, both in float64 on the CPU, answer two of its images differently, as where
-    the model's code asks `type(x)`, which a trace can't see. What `torch.autocast` does inside a model is left out.
+    finite, for a dtype or device that can't be served. The first call (here, where `example` is given) takes longer: it
+    also holds plan and model against each other, both in float64 on the CPU, on random images of its size, and raises
+    ValueError if they differ, as where the model's code asks `type(x)`, which a trace can't see. What `torch.autocast`
+    does inside a model is left out.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"optimize() takes an nn.Module, got {type(model).__name__}")
@@ -92,7 +94,7 @@ def optimize(
         assert calibration is not None
         steps, output = quantise(steps, output, _largest(wide, calibration))
         dtype = torch.bfloat16
-    # What float8 was calibrated on has been compared.
+    # The bf16 net that float8 was calibrated with has been compared; float8 itself is too coarse to be.
     original = None if calibration is not None else source
     net = Optimized(source, fuse_chains(steps, output), output, dtype or _dtype(model, steps), cuda_graph, original)
     if example is not None:
@@ -170,7 +172,7 @@ class Optimized(nn.Module):
         cuda_graph: bool,
         original: nn.Module | None = None,
     ) -> None:
-        """original: what the first call is compared with."""
+        """original: what the first call is compared with. It shares its modules with the net."""
         super().__init__()
         self._original = (original,)  # in a tuple, or it would become a submodule
         for name in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set"):
@@ -314,12 +316,11 @@ class Optimized(nn.Module):
         return any(conv.float8 is not None for step in self._steps for conv in convs(step))
 
     def __getstate__(self) -> dict[str, Any]:
-        derived = ("_lock", "_programs", "_original", "_folded", "_layers", "_weight", "_done", "_graphs")
+        derived = ("_lock", "_programs", "_folded", "_layers", "_weight", "_done", "_graphs")
         return {key: value for key, value in self.__dict__.items() if key not in derived}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._original = (None,)
         self._start()
 
     # One call.
@@ -337,6 +338,7 @@ class Optimized(nn.Module):
 
     def _program(self, x: Tensor) -> tuple[Program, Tensor | None]:
         """The plan bound for inputs like x, and its answer to x if it had to be bound now. Under the lock."""
+        self._compare(x)
         cudnn = torch.backends.cudnn
         switches = (cudnn.enabled, cudnn.deterministic, torch.are_deterministic_algorithms_enabled())
         key = (tuple(x.shape), dispatch.choice(self.dtype, x.device), switches)
@@ -347,41 +349,40 @@ class Optimized(nn.Module):
             if x.is_cuda:
                 torch.cuda.synchronize(x.device)
             self._programs.popitem(last=False)
-        self._compare(x)
         program = Program(self._steps, self._output, self._folded, self._layers, self.dtype)
         first = program.bind(self._nhwc(x))
         self._programs[key] = program
         return program, first
 
     def _compare(self, x: Tensor) -> None:
-        """Once, on two images: whether the plan answers as the original does. Raises ValueError if it doesn't."""
+        """Once: whether the plan answers as the original does, to random images of x's size, two or as many as in x;
+        both on the CPU in float64, where all that differs is rounding. Raises ValueError if it doesn't. Where the
+        original can't run so, nothing is compared."""
         (original,) = self._original
-        elsewhere = torch._C._are_functorch_transforms_active() or (
-            x.is_cuda and torch.cuda.is_current_stream_capturing()
-        )
-        if original is None or elsewhere or not x.numel():
+        if original is None or not _is_plain(x):
             return
-        self._original = (None,)
-        model = copy.deepcopy(original).cpu().double()
+        memo = {id(t): _exact(t) for t in (*original.parameters(), *original.buffers())}
+        model = copy.deepcopy(original, memo)
         steps = [part for step in self._steps for part in (step.parts if isinstance(step, Chain) else (step,))]
         plan = Optimized(model, steps, self._output, torch.float64, cuda_graph=False)
-        for images in (x[:2], x):  # the whole batch where the net asks for its size
-            few = images.detach().cpu().double()
+        chance = torch.Generator().manual_seed(0)
+        for n in dict.fromkeys((min(2, len(x)), min(len(x), _MOST_COMPARED))):
+            images = torch.randn(n, *x.shape[1:], dtype=torch.float64, generator=chance)
             try:
-                with _plain_mode(few):
-                    want = model(few.clone())
-            except RuntimeError:
+                with _plain_mode(images):
+                    want = model(images.clone())
+            except Exception:  # of another number of images, or whatever the model has on a GPU alone
                 continue
             with dispatch.backend("reference"):
-                got = plan(few)
-            if got.shape != want.shape or not torch.allclose(got, want, rtol=1e-6, atol=1e-6, equal_nan=True):
-                self._original = (original,)
+                got = plan(images)
+            if (found := _difference(got, want)) is not None:
                 raise ValueError(
-                    f"the plan of {self._title} doesn't answer as {self._title} does, whose code takes another way on "
-                    "a tensor than on the stand-in it was traced with; a ResNet inside it runs fused after "
-                    "fastres.convert(model)"
+                    f"the plan of {self._title} doesn't answer as {self._title} does ({found}). Its code may take "
+                    "another way on a tensor than on the stand-in it was traced with; otherwise please report this. A "
+                    "ResNet inside it runs fused after fastres.convert(model)"
                 )
-            return
+            break
+        self._original = (None,)
 
     def _on_cuda(self, x: Tensor) -> Tensor:
         stream = torch.cuda.current_stream()
@@ -406,6 +407,32 @@ class Optimized(nn.Module):
         except BaseException:  # torch never ends recording into the pool of a capture that failed
             self._graphs = _graph_memory(x.device)
             raise
+
+
+def _is_plain(x: Tensor) -> bool:
+    """Whether a call is no more than that: not recorded, traced or transformed, and of at least one image."""
+    recorded = x.is_cuda and torch.cuda.is_current_stream_capturing()
+    traced = torch.jit.is_tracing() or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+    transformed = type(x) is not Tensor or torch._C._are_functorch_transforms_active()
+    return not (recorded or traced or transformed) and x.numel() > 0
+
+
+def _exact(tensor: Tensor) -> Tensor:
+    """A parameter or buffer, on the CPU, in float64 if it is floating."""
+    copied = tensor.detach().cpu()
+    copied = copied.double() if copied.is_floating_point() else copied.clone()
+    return nn.Parameter(copied, requires_grad=False) if isinstance(tensor, nn.Parameter) else copied
+
+
+def _difference(got: Tensor, want: Any) -> str | None:
+    """In what the answers differ, beyond rounding in float64; None in nothing."""
+    if not isinstance(want, Tensor) or (got.shape, got.dtype) != (want.shape, want.dtype):
+        told = f"{list(want.shape)} in {want.dtype}" if isinstance(want, Tensor) else type(want).__name__
+        return f"{list(got.shape)} in {got.dtype} instead of {told}"
+    most = float(want.nan_to_num().abs().max()) if want.numel() else 0.0
+    if torch.allclose(got, want, rtol=0.0, atol=1e-6 * max(most, 1.0), equal_nan=True):
+        return None
+    return f"off by {float((got - want).abs().max()):.2g}, its largest value is {most:.2g}"
 
 
 def _graph_memory(device: torch.device) -> tuple[Any, torch.cuda.Stream]:

@@ -65,7 +65,8 @@ _TABLE: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
 FUNCTIONS = {name: function for name, (function, _) in _TABLE.items()}
 _KINDS = {spelling: name for name, (_, spellings) in _TABLE.items() for spelling in spellings}
 _IN_PLACE = ("relu_", "add_", "mul_", operator.iadd, operator.imul, torch.relu_)
-_MAY_SHARE = ("flatten", "reshape", "expand_as", "getitem", nn.Flatten, PadShortcut)  # memory, with what they are given
+# What may give a view of what it is given: functions by name here, modules by class.
+_MAY_SHARE = ("flatten", "reshape", "expand_as", "getitem", nn.Flatten, PadShortcut)
 _ACCEPTED = (
     "Conv2d, BatchNorm2d, ReLU, additions, "
     + ", ".join(kind.__name__ for kind in _MODULES)
@@ -263,7 +264,7 @@ def trace(model: nn.Module) -> tuple[list[Step], str]:
     The model's code is run without gradients, on a stand-in for its first argument and the defaults of the others; what
     it keeps stays with it, so give a copy. Raises ValueError, naming the node or layer, for what a plan can't hold:
     hooks, training mode, control flow that depends on tensors, an operation that isn't listed, more than one input or
-    output, attributes that a call changes, tensors that are neither parameters nor buffers.
+    output, numbers and strings that a call changes, tensors that are neither parameters nor buffers.
     """
     _refuse_training(model)
     _refuse_hooks(model)
@@ -312,9 +313,14 @@ def _refuse_training(model: nn.Module) -> None:
 
 def _refuse_hooks(model: nn.Module) -> None:
     for path, module in model.named_modules():
-        if dispatch.has_hooks(module) or type(module).__call__ is not nn.Module.__call__:
+        if dispatch.has_hooks(module):
             raise ValueError(
                 f"{_layer(path)} carries a hook or a forward of its own, which a plan would never call; remove it first"
+            )
+        if type(module).__call__ is not nn.Module.__call__ and not isinstance(module, fx.GraphModule):
+            raise ValueError(
+                f"{_layer(path)} ({type(module).__name__}) has a __call__ of its own, which a plan would never call; "
+                "let forward do it"
             )
     if nn.modules.module._has_any_global_hook():
         raise ValueError("a hook for all modules is registered, which a plan would never call; remove it first")
@@ -498,6 +504,17 @@ def readers(steps: Iterable[Step], output: str) -> Counter[str]:
     return count
 
 
+def borrows(steps: Iterable[Step], output: str) -> bool:
+    """Whether `output` may be a view of the input or of a tensor of the model, with nothing computed on the way."""
+    names = {INPUT}
+    for step in steps:
+        if isinstance(step, Aten) and step.kind in (*_MAY_SHARE, "module"):
+            given = leaves((step.args, step.kwargs))
+            if any(isinstance(each, Attr) or (isinstance(each, Value) and each.name in names) for each in given):
+                names.add(step.out)
+    return output in names
+
+
 def fuse(steps: Sequence[Step], output: str) -> list[Step]:
     """Merge BN, the addition of a residual and ReLU into the convolution before them, where nobody else reads it."""
     uses = readers(steps, output)
@@ -535,6 +552,8 @@ def _absorb_shifts(steps: list[Step], output: str) -> list[Step]:
         if isinstance(step, Conv) and step.residual is not None and uses[step.residual] == 1:
             projection = plan.get(step.residual)
             if isinstance(projection, Conv) and not projection.relu and projection.residual is None:
+                if projection.filter[0] != step.filter[0]:
+                    continue  # one of them broadcasts
                 plan[projection.out] = replace(projection, bare=True)
                 plan[step.out] = replace(step, absorbed=projection.unit)
     return list(plan.values())

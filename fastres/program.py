@@ -13,7 +13,21 @@ from torch import Tensor
 from fastres.ops import dispatch, folded
 from fastres.ops.folded import FLOAT8
 from fastres.ops.steps import nchw, nhwc
-from fastres.plan import FUNCTIONS, INPUT, Aten, Attr, Chain, Conv, Convert, Step, Value, convs, mapped, readers
+from fastres.plan import (
+    FUNCTIONS,
+    INPUT,
+    Aten,
+    Attr,
+    Chain,
+    Conv,
+    Convert,
+    Step,
+    Value,
+    borrows,
+    convs,
+    mapped,
+    readers,
+)
 
 
 @dataclass
@@ -44,6 +58,7 @@ class Program:
     ) -> None:
         self.steps, self.output, self.dtype = steps, output, dtype
         self.weights, self.layers = weights, layers
+        self.borrows = borrows(steps, output)
         self.bound: list[Bound] = []
         self.graph: torch.cuda.CUDAGraph | None = None
 
@@ -59,7 +74,7 @@ class Program:
                 self.bound.append(bound)
                 for name in bound.dies:
                     del values[name]
-        return self._answer(x, values[self.output])
+        return self._answer(values[self.output])
 
     def run(self, x: Tensor, observe: Callable[[str, Any], None] | None = None) -> Tensor:
         """The answer to x [N, H, W, C], computed step by step; `observe` is shown every value."""
@@ -73,17 +88,13 @@ class Program:
                     observe(name, value)
             for name in bound.dies:
                 del values[name]
-        return self._answer(x, values[self.output])
+        return self._answer(values[self.output])
 
-    def _answer(self, x: Tensor, value: Any) -> Tensor:
-        """`value` [N, H, W, C] as the caller's own, [N, C, H, W]: it may be a view of the input, or of a tensor of the
-        model."""
+    def _answer(self, value: Any) -> Tensor:
+        """`value` [N, H, W, C] as the caller's own, [N, C, H, W]: what the caller writes into it must reach neither the
+        input nor the model's tensors."""
         answer = nchw(value) if value.dim() == 4 else value
-        if torch._C._are_functorch_transforms_active():  # there a tensor's memory isn't to be had
-            return answer.clone()
-        kept = (x, *(layer for layer in self.layers.values() if isinstance(layer, Tensor)))
-        memory = answer.untyped_storage().data_ptr()
-        return answer.clone() if any(memory == tensor.untyped_storage().data_ptr() for tensor in kept) else answer
+        return answer.clone() if self.borrows else answer
 
     def capture(self, x: Tensor, pool: Any, side: torch.cuda.Stream) -> None:
         """Record `run` as a CUDA graph, after warming up on the stream `side`.
@@ -128,7 +139,7 @@ class Program:
 
     def _bound(self, step: Step, values: dict[str, Any]) -> Iterator[Bound]:
         """`step`, or the parts of a chain that doesn't run as one, bound and done: `values` holds their results."""
-        if isinstance(step, Chain) and not self._chains(step, values[step.spatial.x]):
+        if isinstance(step, Chain) and not self._chains(step, *(values[name] for name in step.reads)):
             parts: tuple[Step, ...] = step.parts
         else:
             parts = (step,)
@@ -143,8 +154,9 @@ class Program:
             bound.shape = tuple(nchw(last).shape if last.dim() == 4 else last.shape) if isinstance(last, Tensor) else ()
             yield bound
 
-    def _chains(self, step: Chain, x: Tensor) -> bool:
-        return dispatch.chains(_problem(step.spatial, x), self.dtype, x.device)
+    def _chains(self, step: Chain, x: Tensor, residual: Any) -> bool:
+        fits = isinstance(residual, Tensor) and residual.shape == (*x.shape[:3], step.expand.filter[0])
+        return fits and dispatch.chains(_problem(step.spatial, x), self.dtype, x.device)
 
     def _bind(self, step: Step, *inputs: Any) -> tuple[Bound, Sequence[Any]]:
         if isinstance(step, Convert):

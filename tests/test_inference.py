@@ -868,7 +868,7 @@ def test_a_call_of_its_own_is_refused() -> None:
         def __call__(self, x: Tensor) -> Tensor:
             return super().__call__(x) * 2.0
 
-    with pytest.raises(ValueError, match="the model carries a hook or a forward of its own"):
+    with pytest.raises(ValueError, match=r"the model \(Called\) has a __call__ of its own"):
         optimize(Called(lambda x, m: m.conv(x)).eval())
     handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
     try:
@@ -876,6 +876,44 @@ def test_a_call_of_its_own_is_refused() -> None:
             optimize(tiny())
     finally:
         handle.remove()
+
+
+def test_what_raises_once_raises_again() -> None:
+    """A comparison that fails is not done with."""
+    net = optimize(Asks(lambda m, x, *_: m.conv(x) if type(x) is Tensor else m.conv(x) * 2.0).eval())
+    for other in (net, copy.deepcopy(net)):
+        for _ in range(2):
+            with pytest.raises(ValueError, match="doesn't answer as Asks does"):
+                other(images())
+
+
+def test_a_traced_net_is_accepted() -> None:
+    model, x = tiny().double(), images(dtype=torch.float64)
+    again = torch.fx.symbolic_trace(model).eval()
+    assert relative_error(optimize(again)(x), answers(model, x)[0]) <= 1e-12
+
+
+def test_it_can_be_traced_and_exported_before_its_first_call() -> None:
+    model, x = tiny(), images()
+    (expected,) = answers(model, x)
+    traced = torch.jit.trace(optimize(model), x)
+    assert relative_error(traced(x), expected) <= 1e-5
+    exported = torch.export.export(optimize(model), (x,))
+    assert relative_error(exported.module()(x), expected) <= 1e-5
+
+
+@pytest.mark.parametrize("first", [1, 5])
+def test_shifts_of_convolutions_that_broadcast(first: int) -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, first, 1), nn.Conv2d(3, 6 - first, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.relu(self.a(x) + self.b(x))
+
+    model, x = Two().double().eval(), images(dtype=torch.float64)
+    assert relative_error(optimize(model)(x), answers(model, x)[0]) <= 1e-12
 
 
 @pytest.mark.parametrize("body", [lambda x, m: x, lambda x, m: m.shift.expand_as(x), lambda x, m: m.shift])

@@ -24,7 +24,7 @@ COMMANDS = [
     for line in body.splitlines()
     if line.strip()
 ]
-# Run as it stands; the others install, build and test, which CI does by running them itself, or run in tests of theirs.
+# Run as it stands; the others install, build and test, which CI does itself, or have tests of their own.
 INLINE = [" ".join(span.split()) for span in re.findall(r"`(python -m fastres [^`]+)`", README)]
 OURS = sorted({c for c in [*COMMANDS, *INLINE] if c.startswith("python -m fastres ")})
 RUN = [c for c in COMMANDS if c.startswith("python -m fastres status")]
@@ -39,7 +39,7 @@ def test_code() -> None:
 def test_command(command: str) -> None:
     words = [sys.executable if word == "python" else word for word in shlex.split(command)]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
+    assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
 
 
