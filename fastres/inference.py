@@ -355,9 +355,9 @@ class Optimized(nn.Module):
         return program, first
 
     def _compare(self, x: Tensor) -> None:
-        """Once: whether the plan answers as the original does, to random images of x's size, two or as many as in x;
-        both on the CPU in float64, where all that differs is rounding. Raises ValueError if it doesn't. Where the
-        original can't run so, nothing is compared."""
+        """Once: whether the plan answers as the original does, to two random images of x's size, or to as many as in x
+        (16 at most) where it doesn't take two; both on the CPU in float64, where all that differs is rounding. Raises
+        ValueError if it doesn't. Where the original can't run so, nothing is compared."""
         (original,) = self._original
         if original is None or not _is_plain(x):
             return

@@ -162,6 +162,16 @@ def _seeded() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For nets and images so small that threads only wait for each other; and runs that are compared have the same
+    number."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(autouse=True)
 def _nothing_remembered() -> None:
     """A test's first call of a launcher decides everything itself, by what the test has put in place."""

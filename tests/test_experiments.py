@@ -7,7 +7,6 @@ import csv
 import importlib.util
 import math
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +25,7 @@ TINY = ["--depths", "8", "14", "--seeds", "2", "--iterations", "2", "--device", 
 PNG = b"\x89PNG\r\n"
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def experiment(name: str, out: Path, *more: str) -> int:

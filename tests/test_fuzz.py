@@ -16,12 +16,7 @@ from fastres.ops.registered import conv_affine_act, conv_bn_act
 NETS = 100
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Any:
-    threads = fuzz.torch.get_num_threads()
-    fuzz.torch.set_num_threads(1)
-    yield
-    fuzz.torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("first", range(0, NETS, 10))

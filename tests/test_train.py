@@ -37,13 +37,7 @@ CPU = torch.device("cpu")
 SHORT = dataclasses.replace(RECIPES["digits"], epochs=None, iterations=8, bn_batch=32, ema=Ema(0.9, every=2))
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Runs that are compared have the same number, and images of 8x8 have no use for two."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def short(out: Path, recipe: Recipe = SHORT, **options: Any) -> Run:
