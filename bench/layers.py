@@ -253,7 +253,8 @@ def microseconds(work: Callable[[], Any]) -> float:
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        graph.capture_begin()  # `torch.cuda.graph` also collects garbage, which takes longer than the measurement
+        # `torch.cuda.graph` also collects garbage, which takes longer than the measurement.
+        graph.capture_begin(capture_error_mode="thread_local")
         try:
             kept = work()
         finally:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -19,8 +20,16 @@ def conv(x: Tensor, conv: nn.Conv2d) -> Tensor:
 
 
 def count_batch(bn: nn.BatchNorm2d) -> float:
-    """Count this batch where `bn` keeps count; returns the weight of its statistics in the running ones."""
+    """Count this batch where `bn` keeps count; returns the weight of its statistics in the running ones.
+
+    Raises RuntimeError where that weight depends on the count and a CUDA graph is being captured.
+    """
     if bn.training and bn.track_running_stats and bn.num_batches_tracked is not None:
+        if bn.momentum is None and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                f"BatchNorm2d({bn.num_features}, momentum=None) averages over all batches: the host reads their number "
+                "in every step, which a CUDA graph can't do. Give the layer a momentum, or don't capture the step"
+            )
         bn.num_batches_tracked.add_(1)
         if bn.momentum is None:  # cumulative average
             return 1.0 / float(bn.num_batches_tracked)
