@@ -139,7 +139,7 @@ class Program:
 
     def _bound(self, step: Step, values: dict[str, Any]) -> Iterator[Bound]:
         """`step`, or the parts of a chain that doesn't run as one, bound and done: `values` holds their results."""
-        if isinstance(step, Chain) and not self._chains(step, *(values[name] for name in step.reads)):
+        if isinstance(step, Chain) and self._why_chained(step, *(values[name] for name in step.reads)) is None:
             parts: tuple[Step, ...] = step.parts
         else:
             parts = (step,)
@@ -154,9 +154,9 @@ class Program:
             bound.shape = tuple(nchw(last).shape if last.dim() == 4 else last.shape) if isinstance(last, Tensor) else ()
             yield bound
 
-    def _chains(self, step: Chain, x: Tensor, residual: Any) -> bool:
+    def _why_chained(self, step: Chain, x: Tensor, residual: Any) -> str | None:
         fits = isinstance(residual, Tensor) and residual.shape == (*x.shape[:3], step.expand.filter[0])
-        return fits and dispatch.chains(_problem(step.spatial, x), self.dtype, x.device)
+        return dispatch.why_chained(_problem(step.spatial, x), self.dtype, x.device) if fits else None
 
     def _bind(self, step: Step, *inputs: Any) -> tuple[Bound, Sequence[Any]]:
         if isinstance(step, Convert):
@@ -164,7 +164,9 @@ class Program:
             bound = Bound(step, "aten", "between dtypes", partial(convert, scale=step.scale))
         elif isinstance(step, Chain):
             weights = tuple(self.weights[part.out] for part in step.parts)
-            bound = Bound(step, "triton", "measured fastest on this GPU", partial(folded.by_chain, p=weights))
+            why = self._why_chained(step, *inputs)
+            assert why is not None
+            bound = Bound(step, "triton", why, partial(folded.by_chain, p=weights))
         else:
             assert isinstance(step, Aten)
             layer = self._layer(step)

@@ -24,6 +24,7 @@ class Status:
     gpu: str  # name and compute capability, or why there is none
     versions: Mapping[str, str]
     triton: str  # "usable", or why not
+    table: str  # of measurements that is in force on the GPU: whose it is, or why there is none
     extension: extension.Status
     training: str  # the path of a residual block of the drop-in family, on the GPU if there is one
     inference: str
@@ -34,6 +35,7 @@ class Status:
             f"GPU:        {self.gpu}",
             "versions:   " + ", ".join(f"{name} {number}" for name, number in self.versions.items()),
             f"Triton:     {self.triton}",
+            f"table:      {self.table}",
             f"extension:  CPU {_yes(self.extension.cpu)}, CUDA {_yes(self.extension.cuda)}: {self.extension.reason}",
             f"training:   {self.training}",
             f"inference:  {self.inference}",
@@ -60,6 +62,7 @@ def status(model: nn.Module | None = None) -> Status:
         gpu=_gpu(),
         versions={name: _version(name) for name in ("fastres", "torch", "torchvision", "triton")},
         triton=_triton(),
+        table=dispatch.table_in_force(device) if _triton() == "usable" else "none: no GPU runs kernels here",
         extension=extension.status(),
         training=_path(block.train()),
         inference=_path(block.eval()),

@@ -1,7 +1,8 @@
 """Which tile a kernel runs with: a frozen dataclass, a small analytical heuristic, measured tables per GPU.
 
-A table (`tables/<gpu>.json`, written by `bench/tune.py`) wins over the heuristic. Nothing here times anything:
-autotuning inside a CUDA-graph capture would kill the capture.
+A table (`tables/<gpu>.json`, written by `bench/tune.py`) wins over the heuristic. It serves more than was measured:
+a problem that differs from a measured one in N alone, and a GPU without a table that is like the measured one. Nothing
+here times anything: autotuning inside a CUDA-graph capture would kill the capture.
 """
 
 from __future__ import annotations
@@ -10,11 +11,12 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+import warnings
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -45,14 +47,16 @@ class Tile:
 
 
 class Gpu(NamedTuple):
-    """What a heuristic knows of a GPU: its name, multiprocessors, bytes of shared memory one program may take."""
+    """What the choice of a tile knows of a GPU: its name, multiprocessors, bytes of shared memory one program may take,
+    compute capability."""
 
     name: str
     sms: int
     shared: int
+    capability: tuple[int, int]
 
 
-H200 = Gpu("NVIDIA H200", 132, 232448)
+H200 = Gpu("NVIDIA H200", 132, 232448, (9, 0))
 
 # Per multiprocessor and cycle, on Hopper: 16-bit multiply-adds of wgmma, of the older mma (tiles of less than 64
 # channels), of fp32 FMA; bytes from L2; bytes from and to memory. Per program: cycles of waiting for its first load and
@@ -324,9 +328,16 @@ def backward_tile(
 
 
 def _measured_tile(pass_: Pass, problem: ConvProblem, dtype: torch.dtype, gpu: Gpu, candidates: list[Tile]) -> Tile:
-    found = measured(pass_, problem, dtype, gpu.name)
-    if found is not None and found.tile is not None and any(_same_program(found.tile, tile) for tile in candidates):
-        return found.tile
+    """The measured tile if it fits: of this very problem as it was measured; of the nearest batch the first candidate
+    like it, whose box, splits and stages are this problem's own. Else the first candidate."""
+    found = measured(pass_, problem, dtype, gpu)
+    wanted = None if found is None else found.measurement.tile
+    if found is not None and wanted is not None:
+        for tile in candidates:
+            if found.N == problem.N and _same_program(wanted, tile):
+                return wanted
+            if found.N != problem.N and _same_program(replace(wanted, stages=tile.stages), tile):
+                return tile
     return candidates[0]
 
 
@@ -349,84 +360,148 @@ def _cycles(programs: int, resident: int, busy: float, gpu: Gpu) -> float:
 
 
 class Measurement(NamedTuple):
-    """What won for one problem, "triton" or "cudnn", the tile with which Triton ran best, and whether its kernel there
-    computed what it reads while it loads (`fastres.ops.dispatch.on_load`)."""
+    """What won for one problem, "triton", "stem" or "cudnn", the tile with which ours ran best, and whether its kernel
+    there computed what it reads while it loads (`fastres.ops.dispatch.on_load`).
+
+    note: empty where all that was measured, else what became of its tuning, as in "hung"; the library has it then.
+    """
 
     winner: str
     tile: Tile | None
     on_load: bool = True
+    note: str = ""
 
 
-Table = dict[tuple[Pass, ConvProblem, torch.dtype], Measurement]
+Key = tuple[Pass, ConvProblem, torch.dtype]
+Table = dict[Key, Measurement]
 
 
-def measured(pass_: Pass, problem: ConvProblem, dtype: torch.dtype, gpu: str) -> Measurement | None:
-    """The measurement on record for the GPU of that name (`torch.cuda.get_device_name`), None where there is none."""
-    return _table(gpu).get((pass_, problem, dtype))
+class Found(NamedTuple):
+    """A measurement on record, the batch and the GPU for which it was made."""
+
+    measurement: Measurement
+    N: int
+    gpu: str
 
 
-def measured_winner(pass_: Pass, problem: ConvProblem, dtype: torch.dtype, gpu: str) -> str | None:
-    found = measured(pass_, problem, dtype, gpu)
-    return None if found is None else found.winner
+class Serving(NamedTuple):
+    """The entries that serve a GPU, the name of that for which they were made, and the same entries but for those with
+    a note by batch, under the key with N=1."""
+
+    gpu: str
+    entries: Table
+    by_batch: Mapping[Key, Mapping[int, Measurement]]
+
+
+SHIPPED = Path(__file__).parent / "tables"
+
+
+@lru_cache(maxsize=4096)
+def measured(pass_: Pass, problem: ConvProblem, dtype: torch.dtype, gpu: Gpu) -> Found | None:
+    """The measurement on record for this problem, else for the one that differs in N alone, by the smallest factor (of
+    two such the larger). None where there is neither."""
+    table = serving(gpu)
+    exact = table.entries.get((pass_, problem, dtype))
+    if exact is not None:
+        return Found(exact, problem.N, table.gpu)
+    batches = table.by_batch.get((pass_, replace(problem, N=1), dtype))
+    if batches is None:
+        return None
+    wanted = max(problem.N, 1)
+    nearest = min(batches, key=lambda N: (max(N / wanted, wanted / N), -N))
+    return Found(batches[nearest], nearest, table.gpu)
+
+
+@lru_cache
+def serving(gpu: Gpu) -> Serving:
+    """The GPU's own table, what the package ships overlaid by the user's; where nothing in it was measured, another's
+    that `_stand_in` finds, but for what has a note; else no entries. Raises ValueError for a broken table of its own."""
+    name, entries = gpu.name, read_table(table_file(gpu.name, SHIPPED)) | read_table(table_file(gpu.name))
+    if all(found.note for found in entries.values()):
+        name, borrowed = _stand_in(gpu)
+        entries = borrowed | entries
+    by_batch: dict[Key, dict[int, Measurement]] = {}
+    for (pass_, problem, dtype), found in entries.items():
+        if not found.note:
+            by_batch.setdefault((pass_, replace(problem, N=1), dtype), {})[problem.N] = found
+    return Serving(name, entries, by_batch)
+
+
+def _stand_in(gpu: Gpu) -> tuple[str, Table]:
+    """Of the GPUs with the same compute capability and number of multiprocessors, the one with the largest table: its
+    name and that table, the user's entries before the package's. A broken file costs a warning."""
+    found: dict[str, Table] = {}
+    for path in (*sorted(SHIPPED.glob("*.json")), *sorted(_users_folder().glob("*.json"))):
+        try:
+            other, entries = _read(path)
+        except (OSError, ValueError) as error:
+            warnings.warn(str(error), stacklevel=2)
+            continue
+        if other.name != gpu.name and (other.capability, other.sms) == (gpu.capability, gpu.sms):
+            found[other.name] = found.get(other.name, {}) | entries
+    return min(found.items(), key=lambda one: (-len(one[1]), one[0]), default=(gpu.name, {}))
 
 
 def table_file(gpu: str, folder: Path | None = None) -> Path:
-    """Where a GPU's table lies in `folder`; by default in the user's own, which wins over what the package ships:
-    $FASTRES_CACHE_DIR, else ~/.cache/fastres."""
-    if folder is None:
-        folder = Path(os.environ.get("FASTRES_CACHE_DIR") or Path.home() / ".cache" / "fastres") / "tables"
-    return folder / (re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-") + ".json")
+    """Where the table of the GPU of that name (`torch.cuda.get_device_name`) lies in `folder`; by default in the user's
+    own, which wins over what the package ships: $FASTRES_CACHE_DIR, else ~/.cache/fastres."""
+    return (folder or _users_folder()) / (re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-") + ".json")
 
 
-def write_table(table: Mapping[tuple[Pass, ConvProblem, torch.dtype], Measurement], path: Path) -> None:
-    """Writes a table file, one line per problem. A running process sees it after `forget_tables`."""
-    lines = [
-        json.dumps(
-            {
-                "pass": pass_,
-                "dtype": str(dtype).removeprefix("torch."),
-                "problem": asdict(problem),
-                "winner": found.winner,
-                "tile": None if found.tile is None else asdict(found.tile),
-                "on_load": found.on_load,
-            }
-        )
-        for (pass_, problem, dtype), found in table.items()
-    ]
+def _users_folder() -> Path:
+    return Path(os.environ.get("FASTRES_CACHE_DIR") or Path.home() / ".cache" / "fastres") / "tables"
+
+
+def write_table(table: Mapping[Key, Measurement], path: Path, gpu: Gpu) -> None:
+    """Writes the file of a table measured on `gpu`, one line per problem. A running process sees it after
+    `forget_tables`."""
+    lines = [json.dumps(_row(*key, found)) for key, found in table.items()]
+    head = f'{{\n"gpu": {json.dumps(gpu._asdict())},\n"problems": [\n'
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_suffix(".new")  # a run that is stopped never leaves half a table
-    fresh.write_text("[\n" + ",\n".join(lines) + "\n]\n")
+    fresh.write_text(head + ",\n".join(lines) + "\n]\n}\n")
     fresh.replace(path)
+
+
+def _row(pass_: Pass, problem: ConvProblem, dtype: torch.dtype, found: Measurement) -> dict[str, Any]:
+    row = {
+        "pass": pass_,
+        "dtype": str(dtype).removeprefix("torch."),
+        "problem": asdict(problem),
+        "winner": found.winner,
+        "tile": None if found.tile is None else asdict(found.tile),
+        "on_load": found.on_load,
+    }
+    return row | ({"note": found.note} if found.note else {})
 
 
 def read_table(path: Path) -> Table:
     """The table in a file, empty where there is no file. Raises ValueError for a file that holds none."""
-    if not path.exists():
-        return {}
+    return _read(path)[1] if path.exists() else {}
+
+
+def _read(path: Path) -> tuple[Gpu, Table]:
+    """The GPU and the table in a file. Raises ValueError for a file that holds none."""
     try:
-        return dict(_entries(json.loads(path.read_text())))
+        content = json.loads(path.read_text())
+        gpu = Gpu(**{**content["gpu"], "capability": tuple(content["gpu"]["capability"])})
+        return gpu, dict(map(_entry, content["problems"]))
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"{path} is no table of tiles ({error!r}); write it anew with bench/tune.py") from error
+        raise ValueError(
+            f"{path} is no table of tiles ({error!r}); remove it and write it anew with bench/tune.py"
+        ) from error
 
 
-def _entries(rows: Iterable[dict]) -> Iterator[tuple[tuple[Pass, ConvProblem, torch.dtype], Measurement]]:
-    for row in rows:
-        tile = row["tile"]
-        if tile is not None:
-            tile = Tile(**{**tile, "box": tile["box"] and tuple(tile["box"])})
-        key = (row["pass"], ConvProblem(**row["problem"]), getattr(torch, row["dtype"]))
-        yield key, Measurement(row["winner"], tile, row["on_load"])
-
-
-@lru_cache
-def _table(gpu: str) -> Table:
-    shipped = read_table(table_file(gpu, Path(__file__).parent / "tables"))
-    return shipped | read_table(table_file(gpu))
+def _entry(row: Mapping[str, Any]) -> tuple[Key, Measurement]:
+    tile = row["tile"]
+    if tile is not None:
+        tile = Tile(**{**tile, "box": tile["box"] and tuple(tile["box"])})
+    key = (row["pass"], ConvProblem(**row["problem"]), getattr(torch, row["dtype"]))
+    return key, Measurement(row["winner"], tile, row["on_load"], row.get("note", ""))
 
 
 def forget_tables() -> None:
     """Tables are read once per process; after this, once more."""
-    _table.cache_clear()
-    for chosen in (fprop_tile, stem_tile, backward_tile):
-        chosen.cache_clear()
+    for cached in (serving, measured, fprop_tile, stem_tile, backward_tile):
+        cached.cache_clear()
     replay.forget()

@@ -76,4 +76,9 @@ def gpu_of(device: torch.device) -> Gpu:
 @lru_cache
 def _gpu(index: int) -> Gpu:
     properties = torch.cuda.get_device_properties(index)
-    return Gpu(properties.name, properties.multi_processor_count, properties.shared_memory_per_block_optin)
+    return Gpu(
+        properties.name,
+        properties.multi_processor_count,
+        properties.shared_memory_per_block_optin,
+        (properties.major, properties.minor),
+    )

@@ -20,7 +20,11 @@ from fastres.ops import dispatch
 
 pytestmark = pytest.mark.compiles
 
-GPUS = {80: Gpu("NVIDIA A100", 108, 166912), 90: H200, 100: Gpu("NVIDIA B200", 148, 232448)}
+GPUS = {
+    80: Gpu("NVIDIA A100", 108, 166912, (8, 0)),
+    90: H200,
+    100: Gpu("NVIDIA B200", 148, 232448, (10, 0)),
+}
 MATRIX = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
 
 # What the step does around a conv: between two BatchNorms, at the start of a block with a projection, at the start of

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 from conv_cases import GATHERED, net_problems
 
 import fastres
-from fastres.kernels import config
+from fastres.kernels import config, launch
 from fastres.kernels.config import H200, Gpu, Measurement, Tile, fprop_tile, fprop_tiles
 from fastres.kernels.problem import ConvProblem
 from fastres.kernels.stem import stem_columns
@@ -20,6 +21,9 @@ from fastres.ops import dispatch
 
 PROBLEM = ConvProblem(8, 14, 14, 64, 64, 3, 3, 1, 1)
 TILE = Tile(64, 128, 64, 4, 2, (2, 8, 8))
+H100 = H200._replace(name="NVIDIA H100 80GB HBM3")
+HEAD = {"gpu": H200._asdict()}
+BF16, CUDA = torch.bfloat16, torch.device("cuda", 0)
 
 
 @pytest.fixture(autouse=True)
@@ -34,11 +38,13 @@ def test_a_table_comes_back_as_it_was_written(tmp_path: Path) -> None:
     table = {
         ("fprop", PROBLEM, torch.bfloat16): Measurement("triton", TILE),
         ("wgrad", PROBLEM, torch.float16): Measurement("cudnn", Tile(64, 64, 32, 4, 3, splits=7), on_load=False),
-        ("dgrad", PROBLEM, torch.float8_e4m3fn): Measurement("cudnn", None),
+        ("dgrad", PROBLEM, torch.float8_e4m3fn): Measurement("cudnn", None, note="hung"),
     }
     path = tmp_path / "deep" / "table.json"
-    config.write_table(table, path)  # type: ignore[arg-type]
+    config.write_table(table, path, H200)  # type: ignore[arg-type]
     assert config.read_table(path) == table
+    assert path.read_text().count("note") == 1
+    assert len(path.read_text().splitlines()) == len(table) + 5, "a line per problem"
     assert config.read_table(tmp_path / "none.json") == {}
 
 
@@ -47,23 +53,23 @@ def test_the_measured_tile_wins_over_the_heuristic(monkeypatch: pytest.MonkeyPat
     slower = fprop_tiles(PROBLEM, 2, True)[-1]
     assert heuristic != slower
     table = {("fprop", PROBLEM, torch.bfloat16): Measurement("triton", slower)}
-    config.write_table(table, config.table_file(H200.name))  # type: ignore[arg-type]
+    config.write_table(table, config.table_file(H200.name), H200)  # type: ignore[arg-type]
     assert fprop_tile(PROBLEM, torch.bfloat16, True) == heuristic, "tables are read once"
     config.forget_tables()
     assert fprop_tile(PROBLEM, torch.bfloat16, True) == slower
     assert fprop_tile(PROBLEM, torch.float16, True) == heuristic, "of another dtype nothing is known"
-    assert fprop_tile(PROBLEM, torch.bfloat16, True, Gpu("another", 132, 232448)) == heuristic
+    assert fprop_tile(PROBLEM, torch.bfloat16, True, H200._replace(name="another", sms=114)) == heuristic
     assert fprop_tile(PROBLEM, torch.bfloat16, False).box is None, "a tile for TMA is no tile for pointers"
-    assert config.measured_winner("fprop", PROBLEM, torch.bfloat16, H200.name) == "triton"
-    assert config.measured_winner("dgrad", PROBLEM, torch.bfloat16, H200.name) is None
+    assert config.measured("fprop", PROBLEM, torch.bfloat16, H200) == (Measurement("triton", slower), 8, H200.name)
+    assert config.measured("dgrad", PROBLEM, torch.bfloat16, H200) is None
 
 
 def test_who_computes_a_convolution(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: H200.name)
+    monkeypatch.setattr(launch, "_gpu", lambda _: H200)
     measured = ConvProblem(256, 14, 14, 256, 256, 3, 3, 1, 1)
     table = {("fprop", measured, dtype): Measurement("triton", None) for dtype in (torch.bfloat16, torch.float32)}
-    config.write_table(table, config.table_file(H200.name))  # type: ignore[arg-type]
+    config.write_table(table, config.table_file(H200.name), H200)  # type: ignore[arg-type]
 
     def engine(problem: ConvProblem, dtype: torch.dtype) -> str:
         return dispatch.conv_engine("fprop", problem, dtype, torch.device("cuda", 0))
@@ -83,18 +89,18 @@ def test_who_computes_a_convolution(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_is_computed_on_load(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: H200.name)
+    monkeypatch.setattr(launch, "_gpu", lambda _: H200)
     table = {
         (pass_, PROBLEM, torch.bfloat16): Measurement("triton", None, on_load=pass_ == "dgrad")
         for pass_ in ("fprop", "wgrad", "dgrad")
     }
-    config.write_table(table, config.table_file(H200.name))  # type: ignore[arg-type]
+    config.write_table(table, config.table_file(H200.name), H200)  # type: ignore[arg-type]
 
     def answers(dtype: torch.dtype, device: str) -> list[bool]:
         return [dispatch.on_load(p, PROBLEM, dtype, torch.device(device)) for p in ("fprop", "wgrad", "dgrad")]
 
-    assert answers(torch.bfloat16, "cuda") == [False, False, True], "as measured"
-    assert answers(torch.float16, "cuda") == answers(torch.bfloat16, "cpu") == [True, True, False], "by rule: a 3x3"
+    assert answers(torch.bfloat16, "cuda:0") == [False, False, True], "as measured"
+    assert answers(torch.float16, "cuda:0") == answers(torch.bfloat16, "cpu") == [True, True, False], "by rule: a 3x3"
 
 
 def test_a_table_file_is_named_after_its_gpu(tmp_path: Path) -> None:
@@ -102,11 +108,14 @@ def test_a_table_file_is_named_after_its_gpu(tmp_path: Path) -> None:
     assert config.table_file("x") == tmp_path / "tables" / "x.json"
 
 
-@pytest.mark.parametrize("text", ["", "{", "[{}]", '[{"pass": 1}]', "[1]"])
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", '[{"pass": 1}]', "{}", '{"gpu": {}, "problems": []}', json.dumps(HEAD | {"problems": [1]})],
+)
 def test_a_broken_table_is_named(text: str, tmp_path: Path) -> None:
     path = tmp_path / "broken.json"
     path.write_text(text)
-    with pytest.raises(ValueError, match=r"broken\.json is no table of tiles .*bench/tune\.py"):
+    with pytest.raises(ValueError, match=r"broken\.json is no table of tiles .* write it anew with bench/tune\.py"):
         config.read_table(path)
 
 
@@ -115,7 +124,7 @@ def test_a_broken_table_is_named(text: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("itemsize", [1, 2, 4])
 def test_tiles_keep_the_rules_of_the_kernels(itemsize: int, tma: bool, prologue: bool) -> None:
     problems = [*net_problems("resnet50", 256), *net_problems("resnext50_32x4d", 1), *GATHERED.values()]
-    for gpu in (H200, Gpu("small", 58, 101376)):
+    for gpu in (H200, Gpu("small", 58, 101376, (8, 9))):
         for problem in problems:
             if tma and (problem.groups > 1 or (problem.C % 32 and not problem.pointwise)):
                 continue
@@ -130,6 +139,177 @@ def test_tiles_keep_the_rules_of_the_kernels(itemsize: int, tma: bool, prologue:
                 if tma:
                     assert math.prod(tile.box) == tile.BN  # type: ignore[arg-type]
                     assert problem.pointwise or problem.C % tile.BK == 0
+
+
+def put(entries: dict[tuple[str, ConvProblem], Measurement], gpu: Gpu = H200, folder: Path | None = None) -> None:
+    """Writes a bf16 table and forgets what was read before."""
+    table = {(pass_, problem, BF16): found for (pass_, problem), found in entries.items()}
+    config.write_table(table, config.table_file(gpu.name, folder), gpu)  # type: ignore[arg-type]
+    config.forget_tables()
+
+
+def test_the_shipped_table_holds_what_was_measured() -> None:
+    path = config.table_file(H200.name, config.SHIPPED)
+    table = config.read_table(path)
+    assert len(table) == 116
+    assert not any(found.note for found in table.values())
+    assert config._read(path)[0] == H200
+    assert config.serving(H200)[:2] == (H200.name, table)
+
+
+@pytest.mark.parametrize("pass_", ["infer", "fprop", "dgrad", "wgrad", "chain"])
+def test_the_nearest_batch_decides(pass_: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its factor, of two such the larger; nothing but N may differ, and a note is no measurement."""
+    at = {N: replace(PROBLEM, N=N) for N in (1, 8, 64, 512)}
+    found = {N: Measurement("triton", replace(TILE, warps=N)) for N in at}
+    found[512] = Measurement("cudnn", None, note="hung")
+    put({(pass_, problem): found[N] for N, problem in at.items()})
+
+    def batch(N: int, **other: int) -> int | None:
+        nearest = config.measured(pass_, replace(PROBLEM, N=N, **other), BF16, H200)  # type: ignore[arg-type]
+        assert nearest is None or nearest.measurement == found[nearest.N]
+        return None if nearest is None else nearest.N
+
+    asked = {0: 1, 1: 1, 2: 1, 3: 8, 8: 8, 22: 8, 23: 64, 64: 64, 511: 64, 512: 512, 4096: 64}
+    assert {N: batch(N) for N in asked} == asked
+    put({(pass_, at[N]): found[N] for N in (1, 64)})
+    assert batch(8) == 64, "eight times either"
+    for size in ("H", "C", "K", "stride", "pad"):
+        assert batch(8, **{size: 2 * asdict(PROBLEM)[size]}) is None, size
+    assert config.measured(pass_, PROBLEM, torch.float16, H200) is None  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("pass_", ["infer", "fprop", "dgrad", "wgrad"])
+@pytest.mark.parametrize("tma", [False, True])
+def test_another_batch_gets_the_measured_program_cut_anew(pass_: str, tma: bool) -> None:
+    """Every measured tile at every batch: box, splits and stages are those of a candidate for the problem itself."""
+
+    def candidates(problem: ConvProblem) -> list[Tile]:
+        if pass_ in ("infer", "fprop"):
+            return fprop_tiles(problem, 2, tma)
+        return (config.dgrad_tiles if pass_ == "dgrad" else config.wgrad_tiles)(problem, 2, tma)
+
+    def chosen(problem: ConvProblem) -> Tile:
+        if pass_ in ("infer", "fprop"):
+            return fprop_tile(problem, BF16, tma, pass_=pass_)  # type: ignore[arg-type]
+        return config.backward_tile(pass_, problem, BF16, tma, H200, False, 1, 0)  # type: ignore[arg-type]
+
+    def program(tile: Tile) -> Tile:
+        return replace(tile, box=None, splits=1, stages=1)
+
+    wide = ConvProblem(256, 30, 30, 128, 128, 3, 3, 1, 1)
+    for tile in candidates(wide):
+        put({(pass_, wide): Measurement("triton", tile)})
+        assert chosen(wide) == tile
+        for N in (1, 7, 32, 300):
+            problem = replace(wide, N=N)
+            of_this = candidates(problem)
+            alike = [one for one in of_this if program(one) == program(tile)]
+            assert chosen(problem) == (alike or of_this)[0]
+    put({(pass_, wide): Measurement("triton", Tile(512, 512, 64, 8, 2, (1, 1, 512) if tma else None))})
+    assert chosen(replace(wide, N=8)) == candidates(replace(wide, N=8))[0], "no such program"
+
+
+def test_a_gpu_of_the_same_kind_lends_its_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The largest of those with the same capability and multiprocessors, and only to who has none."""
+    monkeypatch.setattr(config, "SHIPPED", tmp_path / "shipped")
+    small = H200._replace(name="NVIDIA H100 PCIe", sms=114)
+    newer = H200._replace(name="NVIDIA H300", capability=(10, 0))
+    like = H200._replace(name="NVIDIA GH200")
+    others = [replace(PROBLEM, K=64 * k) for k in (2, 3, 4)]
+    put({("fprop", problem): Measurement("cudnn", None) for problem in others}, small)
+    put({("fprop", problem): Measurement("cudnn", None) for problem in others}, newer, config.SHIPPED)
+
+    def lent(gpu: Gpu = H100) -> tuple[str, int]:
+        table = config.serving(gpu)
+        return table.gpu, len(table.entries)
+
+    assert lent() == (H100.name, 0)
+    put({("fprop", PROBLEM): Measurement("cudnn", None), ("fprop", others[0]): Measurement("cudnn", None)}, like)
+    assert lent() == (like.name, 2)
+    put({("fprop", PROBLEM): Measurement("cudnn", None)}, H200, config.SHIPPED)
+    assert lent() == (like.name, 2)
+    put({("fprop", others[0]): Measurement("cudnn", None)}, H200)
+    assert lent() == (like.name, 2), "as large, and first by name"
+    put({("fprop", problem): Measurement("triton", TILE) for problem in others}, H200)
+    assert lent() == (H200.name, 4), "the package's and the user's"
+    assert config.measured("fprop", others[0], BF16, H100) == (Measurement("triton", TILE), 8, H200.name)
+    assert lent(small) == (small.name, 3)
+    put({("fprop", others[0]): Measurement("cudnn", None, note="hung")}, H100)
+    assert lent() == (H200.name, 4), "a note is no measurement"
+    assert config.measured("fprop", others[0], BF16, H100).measurement.note == "hung", "but it holds"  # type: ignore[union-attr]
+    put({("dgrad", PROBLEM): Measurement("cudnn", None)}, H100)
+    assert lent() == (H100.name, 1)
+    assert config.measured("fprop", PROBLEM, BF16, H100) is None
+
+
+def test_a_lent_tile_serves_where_it_is_a_candidate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a program may take less shared memory, the candidates are other ones."""
+    monkeypatch.setattr(config, "SHIPPED", tmp_path / "shipped")
+    narrow = H200._replace(name="narrow", shared=65536)
+    ours, theirs = (fprop_tiles(PROBLEM, 2, True, gpu) for gpu in (narrow, H200))
+    large = next(tile for tile in theirs if tile not in ours)
+    for tile, chosen in ((ours[-1], ours[-1]), (large, ours[0])):
+        put({("fprop", PROBLEM): Measurement("triton", tile)})
+        assert fprop_tile(PROBLEM, BF16, True, narrow) == chosen
+
+
+def test_a_broken_table_of_another_gpu_costs_a_warning() -> None:
+    folder = config.table_file(H200.name).parent
+    folder.mkdir(parents=True)
+    (folder / "nvidia-a100.json").write_text("[]")
+    assert config.serving(H200).gpu == H200.name
+    with pytest.warns(UserWarning, match=r"nvidia-a100\.json is no table of tiles"):
+        assert config.serving(H100).gpu == H200.name
+    config.table_file(H100.name).write_text("[]")
+    config.forget_tables()
+    with pytest.raises(ValueError, match="is no table of tiles"):
+        config.serving(H100)
+
+
+def test_the_reason_says_where_and_at_which_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    hung, one = (replace(PROBLEM, H=H, W=H) for H in (16, 18))
+    measured = {(pass_, PROBLEM): Measurement("triton", TILE) for pass_ in ("infer", "chain")}
+    measured["infer", hung] = Measurement("cudnn", None, note="hung")
+    measured["infer", one] = Measurement("cudnn", None, note="unfinished")
+    put(measured)  # type: ignore[arg-type]
+    on_lent = "NVIDIA H200 (same capability and multiprocessors)"
+
+    def why(problem: ConvProblem) -> tuple[str, str]:
+        return dispatch.why_engine("infer", problem, BF16, CUDA)
+
+    for gpu, where in ((H200, "this GPU"), (H100, on_lent)):
+        monkeypatch.setattr(launch, "_gpu", lambda _, gpu=gpu: gpu)
+        assert why(PROBLEM) == ("triton", f"measured fastest on {where}")
+        nearest = f"measured fastest on {where} at N=8, the nearest measured"
+        assert why(replace(PROBLEM, N=32)) == ("triton", nearest)
+        assert dispatch.why_chained(PROBLEM, BF16, CUDA) == f"measured fastest on {where}"
+        assert dispatch.why_chained(replace(PROBLEM, N=32), BF16, CUDA) == nearest
+        assert why(hung) == ("cudnn", f"unmeasured: tuning on {where} hung")
+        assert why(one) == ("cudnn", f"unmeasured: tuning on {where} unfinished")
+        assert why(replace(hung, N=9)) == ("cudnn", "unmeasured: compute-bound")
+    assert dispatch.why_chained(PROBLEM, BF16, torch.device("cpu")) is None
+    with fastres.backend("cudnn"):
+        assert dispatch.why_chained(PROBLEM, BF16, CUDA) is None
+
+
+def test_which_table_is_in_force(monkeypatch: pytest.MonkeyPatch) -> None:
+    def said(gpu: Gpu) -> str:
+        monkeypatch.setattr(launch, "_gpu", lambda _: gpu)
+        config.forget_tables()
+        return dispatch.table_in_force(CUDA)
+
+    put({("infer", PROBLEM): Measurement("cudnn", None, note="hung")})
+    assert said(H200) == "this GPU's own, 116 problems measured, 1 failed or unfinished"
+    config.table_file(H200.name).unlink()
+    assert said(H200) == "this GPU's own, 116 problems measured"
+    lent = "that of NVIDIA H200 (same capability and multiprocessors), 116 problems measured"
+    assert said(H100) == f"{lent}; bench/tune.py measures on this GPU"
+    other = H100._replace(sms=114)
+    assert said(other).startswith("none: heuristics")
+    config.table_file(other.name).write_text("[]")
+    assert said(other).startswith("broken: ")
 
 
 def test_boxes_waste_no_pixel_of_a_large_batch() -> None:
@@ -155,5 +335,10 @@ def test_the_stems_tile_is_the_tables() -> None:
     assert chosen() == [candidates[0], candidates[0]]
     table = {("infer", problem, dtype): Measurement("stem", wanted)}
     table["fprop", problem, dtype] = Measurement("triton", gathered)
-    config.write_table(table, config.table_file(H200.name))  # type: ignore[arg-type]
+    config.write_table(table, config.table_file(H200.name), H200)  # type: ignore[arg-type]
     assert chosen() == [wanted, candidates[0]]
+    measured, problem = problem, replace(problem, N=48)
+    columns = stem_columns(problem)
+    candidates = config.fprop_tiles(columns, 2, True, H200)
+    alike = next(tile for tile in candidates if config._same_program(replace(wanted, stages=tile.stages), tile))
+    assert chosen() == [alike, candidates[0]], f"near {measured}"

@@ -21,10 +21,10 @@ from fastres.ops import dispatch
 pytestmark = pytest.mark.compiles
 
 GPUS = {
-    80: Gpu("NVIDIA A100", 108, 166912),
-    89: Gpu("NVIDIA L4", 58, 101376),
+    80: Gpu("NVIDIA A100", 108, 166912, (8, 0)),
+    89: Gpu("NVIDIA L4", 58, 101376, (8, 9)),
     90: H200,
-    100: Gpu("NVIDIA B200", 148, 232448),
+    100: Gpu("NVIDIA B200", 148, 232448, (10, 0)),
 }
 MATRIX = {80: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
 

@@ -384,7 +384,7 @@ def chains_run_as_one(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     module = types.ModuleType("fastres.kernels.bottleneck")
     module.bottleneck_chain = bottleneck_chain  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "fastres.kernels.bottleneck", module)
-    monkeypatch.setattr(dispatch, "chains", lambda problem, dtype, device: True)
+    monkeypatch.setattr(dispatch, "why_chained", lambda problem, dtype, device: "measured somewhere")
     return calls
 
 
@@ -394,9 +394,11 @@ def test_chain_means_its_parts(chains_run_as_one: list[tuple[int, ...]], monkeyp
     net = optimize(model)
     assert relative_error(net(x), expected) <= 1e-12
     assert chains_run_as_one == [(2, 4, 4, 8)]  # 1 -> 2; the third bottleneck is grouped
-    assert "chain: 3x3 8->8 + relu -> 1x1 8->32 + residual + relu -> 1x1 32->8 + relu" in net.explain()
+    row = next(line for line in net.explain().splitlines() if "chain: " in line)
+    assert "chain: 3x3 8->8 + relu -> 1x1 8->32 + residual + relu -> 1x1 32->8 + relu" in row
+    assert row.endswith("  triton  measured somewhere")
     assert relative_error(net(x), expected) <= 1e-12
-    monkeypatch.setattr(dispatch, "chains", lambda problem, dtype, device: False)
+    monkeypatch.setattr(dispatch, "why_chained", lambda problem, dtype, device: None)
     unchained = optimize(model)
     apart = unchained(x)
     assert len(chains_run_as_one) == 2

@@ -8,7 +8,7 @@ import torchvision
 from torch import nn
 
 import fastres
-from fastres.ops import extension
+from fastres.ops import dispatch, extension
 from fastres.status import FUSED
 
 
@@ -28,10 +28,20 @@ def test_fields_and_words() -> None:
     assert status.versions["torchvision"].split("+")[0] == torchvision.__version__.split("+")[0]
     assert status.blocks is None
     assert status.extension == extension.status()
-    for word in ("GPU:", "versions:", "Triton:", "extension:", "training:", "inference:", status.extension.reason):
+    for word in (
+        "GPU:",
+        "versions:",
+        "Triton:",
+        "table:",
+        "extension:",
+        "training:",
+        "inference:",
+        status.extension.reason,
+    ):
         assert word in str(status)
     if not torch.cuda.is_available():
         assert status.gpu.startswith("none: ")
+        assert status.table == "none: no GPU runs kernels here"
         assert status.training.startswith("plain PyTorch")
         assert "cpu" in status.training or "interpreter" in status.training
 
@@ -41,6 +51,7 @@ def test_on_a_gpu() -> None:
     status = fastres.status()
     assert torch.cuda.get_device_name() in status.gpu
     assert status.triton == "usable"
+    assert status.table == dispatch.table_in_force(torch.device("cuda"))
     assert status.training == FUSED
 
 

@@ -22,6 +22,7 @@ from torch.nn.modules import module as nn_module
 from fastres.ops.shortcut import PadShortcut
 
 if TYPE_CHECKING:
+    from fastres.kernels.config import Found
     from fastres.kernels.problem import ConvProblem, Pass
 
 Engine = Literal["triton", "stem", "cudnn", "aten"]
@@ -33,6 +34,7 @@ BACKENDS = {
     "reference": "plain PyTorch through the same entry points as the fused kernels",
 }
 
+_ALIKE = "same capability and multiprocessors"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -354,11 +356,10 @@ def why_engine(pass_: Pass, problem: ConvProblem, dtype: torch.dtype, device: to
         return "triton", "the library has no float8 convolution"
     if precision(dtype, device) == "tf32":  # as accurate as PyTorch, whatever was faster
         return library, "TF32: the library rounds to it what our kernels cut off"
-    from fastres.kernels import config
-
-    winner = config.measured_winner(pass_, problem, dtype, torch.cuda.get_device_name(device))
-    if winner is not None:
-        return (winner if winner in ("triton", "stem") else library), "measured fastest on this GPU"
+    found = _measured(pass_, problem, dtype, device)
+    if found is not None:
+        winner: Any = found.measurement.winner
+        return (winner if winner in ("triton", "stem") else library), _how_measured(found, problem, device)
     # Unmeasured: memory-bound shapes gain from a fused epilogue, compute-bound ones are cuDNN's until measured.
     if problem.groups > 1:
         return library, "unmeasured: grouped"
@@ -370,14 +371,10 @@ def why_engine(pass_: Pass, problem: ConvProblem, dtype: torch.dtype, device: to
 def on_load(pass_: Pass, problem: ConvProblem, dtype: torch.dtype, device: torch.device) -> bool:
     """Whether our kernel computes what it reads while it loads, instead of one pass that stores it before: in "fprop"
     and "wgrad" the activation (first in a block: the end of the block before), in "dgrad" dz, which wgrad then gets in
-    the same way. As measured on this GPU, else by rule."""
-    found = None
-    if device.type == "cuda":
-        from fastres.kernels import config
-
-        found = config.measured(pass_, problem, dtype, torch.cuda.get_device_name(device))
-    if found is not None:
-        return found.on_load
+    the same way. As measured, else by rule."""
+    found = _measured(pass_, problem, dtype, device)
+    if found is not None and not found.measurement.note:
+        return found.measurement.on_load
     return pass_ != "dgrad" or bn_backward_on_load(problem)
 
 
@@ -396,15 +393,51 @@ def joins(problem: ConvProblem) -> bool:
     return problem.pointwise and problem.groups == 1 and problem.K <= 256
 
 
-def chains(problem: ConvProblem, dtype: torch.dtype, device: torch.device) -> bool:
-    """True where one kernel (`bottleneck_chain`) does the 3x3 convolution `problem`, the 1x1 expansion and the next
-    block's 1x1 reduction faster than three: where that has been measured."""
-    if device.type != "cuda" or _forced.get() not in ("auto", "triton"):
-        return False
-    from fastres.kernels import config
+def why_chained(problem: ConvProblem, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why one kernel (`bottleneck_chain`) does the 3x3 convolution `problem`, the 1x1 expansion and the next block's
+    1x1 reduction, in words: where that was measured faster than three. Else None."""
+    if _forced.get() not in ("auto", "triton"):
+        return None
+    found = _measured("chain", problem, dtype, device)
+    if found is None or found.measurement.winner != "triton":
+        return None
+    return _how_measured(found, problem, device)
 
-    gpu = torch.cuda.get_device_name(device)
-    return config.measured_winner("chain", problem, dtype, gpu) == "triton"
+
+def _measured(pass_: Pass, problem: ConvProblem, dtype: torch.dtype, device: torch.device) -> Found | None:
+    if device.type != "cuda":
+        return None
+    from fastres.kernels import config, launch
+
+    return config.measured(pass_, problem, dtype, launch.gpu_of(device))
+
+
+def _how_measured(found: Found, problem: ConvProblem, device: torch.device) -> str:
+    """The reason for a choice by `found`."""
+    from fastres.kernels import launch
+
+    where = "this GPU" if found.gpu == launch.gpu_of(device).name else f"{found.gpu} ({_ALIKE})"
+    if found.measurement.note:
+        return f"unmeasured: tuning on {where} {found.measurement.note}"
+    return f"measured fastest on {where}" + ("" if found.N == problem.N else f" at N={found.N}, the nearest measured")
+
+
+def table_in_force(device: torch.device) -> str:
+    """The table of measurements by which engines and tiles are chosen on a GPU, in words."""
+    from fastres.kernels import config, launch
+
+    gpu = launch.gpu_of(device)
+    try:
+        table = config.serving(gpu)
+    except ValueError as error:
+        return f"broken: {error}"
+    if not table.entries:
+        return "none: heuristics choose engines and tiles until bench/tune.py has measured"
+    noted = sum(bool(found.note) for found in table.entries.values())
+    size = f"{len(table.entries) - noted} problems measured" + (f", {noted} failed or unfinished" if noted else "")
+    if table.gpu == gpu.name:
+        return f"this GPU's own, {size}"
+    return f"that of {table.gpu} ({_ALIKE}), {size}; bench/tune.py measures on this GPU"
 
 
 def pointwise_engine(dtype: torch.dtype, device: torch.device) -> Engine:
