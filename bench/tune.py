@@ -7,29 +7,32 @@ Per problem and pass: the candidates of `fastres.kernels.config` that agree with
 set against cuDNN, and the faster of the two is the winner. Either does what the net has it do in the problem's most
 frequent role there (bench/layers.py): in training cuDNN's convolution with our passes around it, in inference cuDNN's
 fused convolution as `fastres.optimize` runs it. What our kernel may compute while it loads is tried both ways, on load
-and stored before. All candidates are compiled first, by as many processes as there are CPUs. The table is rewritten
-after every problem; a second run goes on with what is missing (--again measures anew). Where a kernel breaks the CUDA
-context, the library wins that problem and the rest is measured by a fresh process. Needs a CUDA GPU.
+and stored before. All candidates are compiled first, by as many processes as there are CPUs.
+
+A process of its own measures, and nothing that happens there ends the run. Where a kernel hangs, breaks the CUDA
+context or takes its process with it, the library keeps that problem, a note in the table says why, and a fresh process
+goes on. The table is rewritten before and after every problem: what was being measured when a run was stopped is
+"unfinished" there. A second run goes on with what is missing, then with what is unfinished; --again measures everything
+anew. Needs a CUDA GPU.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import layers
 import precompile
 import torch
+from apart import Apart, Gone, lost_context
 from layers import DTYPES, PASSES, Operands, Role, name
 from torch import Tensor
 
@@ -44,9 +47,13 @@ from fastres.ops import dispatch, launch, steps
 from fastres.ops.launch import Step
 
 TUNED = (*PASSES, "chain")  # the chain last: what it is set against is then tuned
-SHIPPED = Path(config.__file__).parent / "tables"
+UNFINISHED = "unfinished"  # the note of a problem that is being measured, or was when its run was stopped
+START = 120  # seconds for a process to start and reach the GPU
+PATIENCE, COMPILING = 40, 240  # seconds for a problem; where it may have to compile its candidates first
 FEW = 2  # candidates that have little hope: without TMA where it serves, and against the rule for what is done on load
 ON_LOAD = {"fprop": "fprop_on_load", "dgrad": "dz_on_load", "wgrad": "wgrad_on_load"}  # a table's `on_load`, by pass
+
+Task = tuple[str, ConvProblem, Role]  # what is measured: a pass of a problem in its role
 
 
 def candidates(step: Step, pass_: str, role: Role, dtype: torch.dtype, device: torch.device, most: int) -> list[Tile]:
@@ -234,7 +241,8 @@ def tune(
                 continue
             us = cost(step, work)
         except Exception as error:  # a tile that this GPU cannot run is no candidate; say so and go on
-            require_context(f"{engine} {tile}", error)
+            if lost_context() is not None:
+                raise RuntimeError(f"{engine} {tile}: {first_line(error)}") from error
             failed.append(f"{engine} {tile}: {first_line(error)}")
             continue
         if us < best_us:
@@ -247,23 +255,11 @@ def tune(
 
 
 def dz_on_load(table: config.Table, pass_: str, problem: ConvProblem, dtype: torch.dtype) -> bool:
-    """Whether dz is computed on load: the rule, but for wgrad what won for dgrad where that was measured."""
+    """Whether dz is computed on load: the rule, but for wgrad what won for dgrad where that was measured or failed."""
     found = table.get(("dgrad", problem, dtype)) if pass_ == "wgrad" else None
-    if found is None:
+    if found is None or found.note == UNFINISHED:
         return dispatch.bn_backward_on_load(problem)
     return found.winner == "triton" and found.on_load
-
-
-class LostContextError(RuntimeError):
-    """A kernel broke the CUDA context: nothing runs on the GPU any more in this process."""
-
-
-def require_context(what: str, error: Exception) -> None:
-    """Raises LostContextError if CUDA fails after `what` raised `error`."""
-    try:
-        torch.cuda.synchronize()
-    except Exception as lost:
-        raise LostContextError(f"{what}: {first_line(error)}") from lost
 
 
 def first_line(error: Exception) -> str:
@@ -304,13 +300,41 @@ def tune_chain(problem: ConvProblem, dtype: torch.dtype, device: torch.device) -
     return Measurement(winner, None), line
 
 
+class Tuner:
+    """Measures in a process of its own (`Apart`)."""
+
+    def __init__(self, dtype: torch.dtype, most: int) -> None:
+        self.dtype, self.device, self.most = dtype, torch.device("cuda"), most
+        torch.backends.cudnn.benchmark = True
+        torch.backends.cudnn.allow_tf32 = False  # with TF32, fp32 is the library's whatever is faster
+
+    def reach(self) -> None:
+        """Waits for the GPU."""
+        torch.zeros(1, device=self.device).item()
+
+    def tune(self, problem: ConvProblem, pass_: str, role: Role, dz_on_load: bool) -> tuple[Measurement, str]:
+        """(Measurement, line) of one problem; dz_on_load as of `our_steps`."""
+        if pass_ == "chain":
+            return tune_chain(problem, self.dtype, self.device)
+        return tune(problem, pass_, role, self.dtype, self.device, self.most, dz_on_load)
+
+
+def verdict(error: Gone) -> str:
+    """What became of the process, as a table's note."""
+    said = str(error)
+    if said.startswith("no answer"):
+        return "hung"
+    return "lost the CUDA context" if said.startswith("it lost the CUDA context") else "died"
+
+
 def compile_candidates(
-    missing: Sequence[tuple[str, ConvProblem, Role]],
+    missing: Sequence[Task],
     dtype: torch.dtype,
     device: torch.device,
     most: int,
     processes: int,
-) -> None:
+) -> bool:
+    """Compiles what will be measured; whether nothing is left to compile then."""
     start = time.monotonic()
     tasks: list[precompile.Task] = [
         (compile_candidate, (step, pass_, role, dtype, tile))
@@ -331,14 +355,49 @@ def compile_candidates(
     print(f"{len(tasks)} candidates compiled in {time.monotonic() - start:.0f} s by {processes} processes", flush=True)
     for text in failed:
         print(f"      {text}", flush=True)
+    return processes > 1 and not failed
 
 
-def start_anew(arguments: list[str] | None, seconds: float) -> None:
-    """This command in a fresh process in place of this one, with so much time; what the table has is not repeated."""
-    kept = [argument for argument in (sys.argv[1:] if arguments is None else arguments) if argument != "--again"]
-    command = [sys.executable, __file__, *kept, "--seconds", str(max(0.0, seconds))]
-    sys.stdout.flush()
-    os.execv(sys.executable, command)
+def measure(
+    tasks: Sequence[Task],
+    table: config.Table,
+    save: Callable[[], None],
+    dtype: torch.dtype,
+    most: int,
+    patience: float,
+    end: float,
+) -> None:
+    """Measures one task after the other, none after `end` of `time.monotonic`, and puts the results into the table.
+
+    The table is saved before each, with the task as unfinished, and behind it; a task that raised leaves it as it was.
+    Raises Gone where no process reaches the GPU.
+    """
+    with ExitStack() as stack:
+        worker: Apart | None = None
+        for i, (pass_, problem, role) in enumerate(tasks):
+            if time.monotonic() > end:
+                print(f"{len(tasks) - i} problems left: run the same command again")
+                return
+            if worker is None:
+                worker = stack.enter_context(Apart(Tuner, dtype, most))
+                worker.ask("reach", seconds=START)
+            key, title = (pass_, problem, dtype), f"{pass_:5} {name(problem):28}"
+            before, table[key] = table.get(key), Measurement("cudnn", None, note=UNFINISHED)
+            save()
+            try:
+                dz = dz_on_load(table, pass_, problem, dtype)
+                table[key], text = worker.ask("tune", problem, pass_, role, dz, seconds=patience)
+            except Gone as error:
+                worker = None
+                table[key], text = Measurement("cudnn", None, note=verdict(error)), f"{title} the library's: {error}"
+            except Exception as error:  # memory that ran out; the chain on a GPU that can't run it
+                text = f"{title} not measured: {first_line(error)}"
+                if before is None or before.note == UNFINISHED:
+                    del table[key]
+                else:
+                    table[key] = before
+            save()
+            print(text, flush=True)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -351,15 +410,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--tiles", type=int, default=6, help="candidates, most promising first")
     parser.add_argument("--seconds", type=float, default=460, help="start no problem after so long")
     parser.add_argument("--jobs", type=int, default=precompile.cpus(), help="processes that compile; default: CPUs")
+    patience = f"seconds for a problem; default: {PATIENCE}, or {COMPILING} where not all is compiled ahead"
+    parser.add_argument("--patience", type=float, help=patience)
     parser.add_argument("--ship", action="store_true", help="write kernels/tables/ instead of the user's own folder")
     parser.add_argument("--again", action="store_true", help="measure what the table has already, too")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         parser.error("tuning measures on a CUDA GPU, and there is none")
     device, dtype = torch.device("cuda"), DTYPES[options.dtype]
-    torch.backends.cudnn.benchmark = True
-    torch.backends.cudnn.allow_tf32 = False  # with TF32, fp32 is the library's whatever is faster
-    path = config.table_file(torch.cuda.get_device_name(device), SHIPPED if options.ship else None)
+    gpu = gpu_of(device)
+    path = config.table_file(gpu.name, config.SHIPPED if options.ship else None)
     table = config.read_table(path)
     depths = (18, 34, 50, 101, 152) if options.depth == "all" else (int(options.depth),)
     found = layers.problems(depths, options.batch, options.size)
@@ -369,31 +429,19 @@ def main(arguments: list[str] | None = None) -> int:
         for problem, (_, role) in found.items()
         if (chained(problem, role) if pass_ == "chain" else layers.applicable(problem, pass_))
     ]
-    missing = [one for one in todo if options.again or (*one[:2], dtype) not in table]
+    notes = {one: table[key].note if (key := (*one[:2], dtype)) in table else None for one in todo}
+    missing = [one for one, note in notes.items() if options.again or note in (None, UNFINISHED)]
+    missing.sort(key=lambda one: bool(notes[one]))
     print(f"{len(missing)} of {len(todo)} problems to measure; table {path}", flush=True)
-    start = time.monotonic()
-    compile_candidates(missing, dtype, device, options.tiles, options.jobs)
-    for i, (pass_, problem, role) in enumerate(missing):
-        if time.monotonic() - start > options.seconds:
-            print(f"{len(missing) - i} problems left: run the same command again")
-            break
-        try:
-            if pass_ == "chain":
-                table[pass_, problem, dtype], text = tune_chain(problem, dtype, device)
-            else:
-                dz = dz_on_load(table, pass_, problem, dtype)
-                table[pass_, problem, dtype], text = tune(problem, pass_, role, dtype, device, options.tiles, dz)
-            config.write_table(table, path)
-        except Exception as error:  # memory that ran out; the chain on a GPU that can't run it
-            text = f"{pass_:5} {name(problem):28} not measured: {first_line(error)}"
-            try:
-                require_context(text, error)
-            except LostContextError:
-                print(f"{text}\n      the CUDA context is lost, a fresh process goes on", flush=True)
-                table[pass_, problem, dtype] = Measurement("cudnn", None)
-                config.write_table(table, path)
-                start_anew(arguments, options.seconds - (time.monotonic() - start))
-        print(text, flush=True)
+    end = time.monotonic() + options.seconds
+    compiled = compile_candidates(missing, dtype, device, options.tiles, options.jobs)
+    limit = options.patience or (PATIENCE if compiled else COMPILING)
+    try:
+        save = partial(config.write_table, table, path, gpu)
+        measure(missing, table, save, dtype, options.tiles, limit, end)
+    except Gone as error:
+        print(f"no process reaches the GPU: {error}", flush=True)
+        return 1
     return 0
 
 
