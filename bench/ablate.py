@@ -60,9 +60,10 @@ def main(arguments: list[str] | None = None) -> int:
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[options.dtype]
     case = Case(f"resnet{options.depth}", "train", options.batch, dtype, options.size, torch.device("cuda"))
     torch.backends.cudnn.benchmark = True
-    data = run.prepare(case)
-    if isinstance(data, Exception):
-        parser.error(f"a training step of this size does not run: {measure.first_line(data)}")
+    try:
+        data = measure.prepare(case, run.weights(case.net, case.size), run.inputs(case.batch, case.size), run.SEED)
+    except torch.OutOfMemoryError as error:
+        parser.error(f"a training step of this size does not run: {measure.first_line(error)}")
     rows: list[dict[str, Any]] = []
     document = {"created": record.now(), "code": record.code(), "environment": record.environment(case.device)}
     document |= {"schema": "fastres.ablation/1", "options": {key: str(value) for key, value in vars(options).items()}}

@@ -15,6 +15,7 @@ from unittest import mock
 
 import plain
 import torch
+import torch._dynamo.config
 import torch._inductor.config
 import torch._inductor.utils
 import torchvision.models.resnet as tv
@@ -49,7 +50,8 @@ class Backend:
 
     net: name -> a module with the state_dict keys of `plain.net(name)`.
     compile: keyword arguments of `torch.compile`; None runs the module as it is.
-    freeze: what turns the prepared net into what is called, in inference only: the backend doesn't train.
+    freeze: what turns the prepared net and the case's batches into what is called; the backend doesn't train.
+    float8: its convolutions round to e4m3, so that the case's dtype is no measure of its error.
     graph: a whole training step, optimizer included, in one CUDA graph; the backend doesn't infer.
     ours: fastres, compared with the best peer; the others are the peers.
     needs: device type this backend is confined to.
@@ -60,7 +62,8 @@ class Backend:
     says: str
     compile: dict[str, Any] | None = None
     inductor: dict[str, Any] = field(default_factory=dict)
-    freeze: Callable[[nn.Module], Callable] | None = None
+    freeze: Callable[[nn.Module, Sequence[torch.Tensor]], Callable] | None = None
+    float8: bool = False
     graph: bool = False
     channels_last: bool = True
     ours: bool = False
@@ -85,6 +88,8 @@ class Backend:
         """The reason, in words, why this backend can't run anything on `device` here; None where it can."""
         if self.needs and device.type != self.needs:
             return f"it needs a {self.needs} device"
+        if self.float8 and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+            return "float8 needs compute capability 8.9"
         if self.package and importlib.util.find_spec(self.package) is None:
             return f"{self.package} is not installed: pip install {self.package}"
         return None
@@ -93,8 +98,10 @@ class Backend:
     def memory_format(self) -> torch.memory_format:
         return torch.channels_last if self.channels_last else torch.contiguous_format
 
-    def prepare(self, weights: dict[str, torch.Tensor], case: Case) -> tuple[nn.Module, Callable]:
-        """(the module that owns the parameters, what to call on a batch), on the case's device.
+    def prepare(
+        self, weights: dict[str, torch.Tensor], case: Case, inputs: Sequence[torch.Tensor]
+    ) -> tuple[nn.Module, Callable]:
+        """(the module that owns the parameters, what to call on a batch), on the case's device as its `inputs` are.
 
         Inference: eval mode, everything in the case's dtype. Training: fp32 master weights (fp64 in fp64); autocast is
         the caller's.
@@ -107,21 +114,21 @@ class Backend:
         dtype = case.dtype if infer or case.dtype == torch.float64 else torch.float32
         model = model.to(case.device, dtype, memory_format=self.memory_format)
         if self.freeze is not None:
-            return model, self.freeze(model)
+            return model, self.freeze(model, inputs)
         if self.compile is None:
             return model, model
         return model, torch.compile(model, dynamic=False, **self.compile)
 
     @contextmanager
     def isolated(self, device: torch.device) -> Iterator[None]:
-        """Whatever this backend compiles or configures ends with the context; compilation starts with empty caches."""
+        """Whatever this backend configures ends with the context; compilation starts with empty caches on disk. What
+        is compiled in memory stays, until `torch.compiler.reset()`: contexts of several backends may be nested."""
         with ExitStack() as stack:
             if self.compile is not None:
                 start_compiler(self.compile["backend"], device)
-                torch.compiler.reset()
-                stack.callback(torch.compiler.reset)
                 stack.enter_context(torch._inductor.utils.fresh_cache())
                 stack.enter_context(torch._inductor.config.patch(self.inductor))
+                stack.enter_context(torch._dynamo.config.patch(recompile_limit=64))  # of code that backends share
             yield
 
 
@@ -140,6 +147,14 @@ def timm_net(name: str) -> nn.Module:
     import timm
 
     return timm.create_model(name)
+
+
+def optimize(model: nn.Module, inputs: Sequence[torch.Tensor]) -> Callable:
+    return fastres.optimize(model)
+
+
+def optimize_float8(model: nn.Module, inputs: Sequence[torch.Tensor]) -> Callable:
+    return fastres.optimize(model, dtype=torch.float8_e4m3fn, calibration=inputs)
 
 
 def inductor(mode: str = "default", **kwargs: Any) -> Backend:
@@ -203,8 +218,16 @@ BACKENDS = {
     "fastres-optimize": Backend(
         families.named,
         "fastres.optimize: a static plan of folded convolutions, in a CUDA graph on a GPU; inference only",
-        freeze=fastres.optimize,
+        freeze=optimize,
         ours=True,
+    ),
+    "fastres-optimize-fp8": Backend(
+        families.named,
+        "the same in float8, calibrated on the batches it is timed with; inference only",
+        freeze=optimize_float8,
+        float8=True,
+        ours=True,
+        needs="cuda",
     ),
 }
 

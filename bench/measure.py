@@ -12,7 +12,8 @@ import statistics
 import subprocess
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -23,6 +24,7 @@ from backends import Backend, Case
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
+import fastres
 from fastres.train.graph import Graph
 
 # A profiler that stayed attached to the process would slow the launches of every row after the first.
@@ -31,6 +33,7 @@ os.environ.setdefault("TEARDOWN_CUPTI", "1")
 INPUTS = 4  # batches to rotate among: more than a GPU's L2 holds, at any useful batch
 CHECKED = 4  # images whose scores are compared in inference
 WINDOWS = 7
+NOISY = 0.1  # the largest `quartile_spread` of the windows of a row that is ranked; a quiet machine has a tenth of it
 WARM_UPS = 3  # calls after the first: cudnn.benchmark, recording of CUDA graphs
 OPTIMIZER = {"lr": 1e-3, "momentum": 0.9, "weight_decay": 1e-4}  # the paper's, at a rate that keeps random labels tame
 
@@ -115,8 +118,8 @@ class Infer:
     def __init__(self, backend: Backend, case: Case, data: Data) -> None:
         self.data = data
         self.case = case
-        self.model, self.call = backend.prepare(data.weights, case)
         self.inputs = _on_device(data.inputs, case, backend)
+        self.model, self.call = backend.prepare(data.weights, case, self.inputs)
 
     def __call__(self, i: int) -> Tensor:
         torch.compiler.cudagraph_mark_step_begin()
@@ -125,8 +128,20 @@ class Infer:
 
     def errors(self) -> dict[str, float]:
         """error: relative L2 of the first scores against fp64; NaN where they hold one."""
-        scores = self(0)[:CHECKED].double().cpu()
-        return {"error": (torch.dist(scores, self.data.reference) / self.data.reference.norm()).item()}
+        return self._error(self(0)[:CHECKED])
+
+    def errors_of_definition(self) -> dict[str, float]:
+        """`errors` of what an optimized net means: its quantised weights and activations, multiplied by PyTorch."""
+        with fastres.backend("reference"), torch.inference_mode():
+            return self._error(self.call(self.inputs[0][:CHECKED]))
+
+    def _error(self, scores: Tensor) -> dict[str, float]:
+        return {"error": (torch.dist(scores.double().cpu(), self.data.reference) / self.data.reference.norm()).item()}
+
+    def agreement(self) -> float:
+        """The share of the input images to which an optimized net gives eager PyTorch's class."""
+        eager, _ = backends.BACKENDS["eager-channels-last"].prepare(self.data.weights, self.case, self.inputs)
+        return self.call.agreement(eager, self.inputs)  # type: ignore[attr-defined]
 
 
 class Train:
@@ -139,8 +154,8 @@ class Train:
     def __init__(self, backend: Backend, case: Case, data: Data) -> None:
         self.data = data
         self.case = case
-        self.model, self.call = backend.prepare(data.weights, case)
         self.inputs = _on_device(data.inputs, case, backend)
+        self.model, self.call = backend.prepare(data.weights, case, self.inputs)
         self.labels = [labels.to(case.device) for labels in data.labels]
         self.optimizer = torch.optim.SGD(self.model.parameters(), fused=True, **OPTIMIZER)
         self.momenta = {name: torch.zeros_like(p) for name, p in self.model.named_parameters()}
@@ -203,90 +218,181 @@ def _on_device(inputs: list[Tensor], case: Case, backend: Backend) -> list[Tenso
     return [x.to(case.device, case.dtype).contiguous(memory_format=backend.memory_format) for x in inputs]
 
 
-def measure(backend: Backend, case: Case, data: Data, seconds: float, multiply_adds: int) -> dict[str, Any]:
-    """The row's measured fields (bench/records/README.md names them). What goes wrong becomes its status and reason."""
-    row: dict[str, Any] = {}
-    try:
-        with backend.isolated(case.device):
-            row |= _measure(backend, case, data, seconds, multiply_adds)
-    except Exception as error:
-        row["status"] = "out of memory" if is_out_of_memory(error) else "failed"
-        row["reason"] = first_line(error)
-    release(case.device)
+class Row:
+    """One backend on one case, in this process: `prepare`, then `window` as often as wanted, then `finish`.
+
+    Their fields are those of bench/records/README.md. What goes wrong is raised; `close` lets go of everything.
+    """
+
+    def __init__(self, backend: Backend, case: Case, data: Data, seconds: float) -> None:
+        """seconds: the timed time, for all windows together."""
+        self.backend, self.case, self.data, self.seconds = backend, case, data, seconds
+        self.life = ExitStack()
+        self.recompiles = 0
+
+    def ready(self) -> None:
+        """Answers once the process it is in has imported everything."""
+
+    def prepare(self) -> dict[str, Any]:
+        """Build the net and call it until it is warm."""
+        device = self.case.device
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True
+        self.life.enter_context(self.backend.isolated(device))
+        breaks, graphs, start = _graph_breaks(), _graphs(), time.perf_counter()
+        self.step = STEPS[self.case.mode](self.backend, self.case, self.data)
+        with backends.watched_paths() as answers:
+            self.step(0)
+            synchronize(device)
+        fields: dict[str, Any] = {"first_call_s": time.perf_counter() - start}
+        compiled = self.backend.compile is not None
+        fields |= {
+            "graphs": _graphs() - graphs if compiled else None,
+            "graph_breaks": _graph_breaks() - breaks if compiled else None,
+        }
+        with self._counting_recompiles():
+            for i in range(WARM_UPS):
+                self.step(i + 1)
+            synchronize(device)
+            fields["warm_up_s"] = time.perf_counter() - start
+            self.single = [_seconds(self.step, range(i, i + 1), device) for i in range(2)]
+        self.calls = max(1, round(self.seconds / WINDOWS / min(self.single)))
+        fields |= {"calls_per_window": self.calls, "peak_reserved_mib": _mib("max_memory_reserved", device)}
+        if self.backend.ours:
+            fields["path"] = backends.path_in_words(answers, self.backend)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(device)
+        return fields
+
+    def window(self) -> float:
+        """Seconds a call, over `calls_per_window` of them. On a GPU what is only cached is left to other rows."""
+        device = self.case.device
+        with self._counting_recompiles():
+            if device.type == "cuda":
+                self.step(0)
+            seconds = _seconds(self.step, range(self.calls), device) / self.calls
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        return seconds
+
+    def finish(self) -> dict[str, Any]:
+        """Everything but the rates: latency, memory, clocks, kernels, errors; "status" is "ok" or "wrong"."""
+        step, device, cuda = self.step, self.case.device, self.case.device.type == "cuda"
+        notes = []
+        with self._counting_recompiles():
+            self.single += [_seconds(step, range(i, i + 1), device) for i in range(min(20, self.calls))]
+        row: dict[str, Any] = {
+            "latency_ms": 1e3 * statistics.median(self.single),
+            "host_ms": 1e3 * statistics.median(host_seconds(step, i, device) for i in range(5)) if cuda else None,
+            "peak_reserved_mib": _mib("max_memory_reserved", device),
+            "peak_allocated_mib": _mib("max_memory_allocated", device),
+            "clocks": clocks_under_load(step, min(self.single), device) if cuda else None,
+            "recompiles": self.recompiles if self.backend.compile is not None else None,
+            "kernels_per_step": None,
+        }
+        if cuda:
+            try:
+                row["kernels_per_step"], transposes = profiled(step)
+                notes += transposes
+            except Exception as error:  # a profiler that can't serve here is no reason to lose what was measured
+                notes.append(f"not profiled: {first_line(error)}")
+        if self.case.mode == "train" and self.backend.channels_last and self.backend.compile is not None:
+            notes += lost_layouts(step)
+        last = step(0)
+        finite = bool(torch.isfinite(last).all())
+        return row | {"reference": self.data.reference_dtype, "notes": notes} | self._verdict(finite)
+
+    def close(self) -> None:
+        self.step: Any = None
+        self.life.close()
+        release(self.case.device)
+
+    def _verdict(self, finite: bool) -> dict[str, Any]:
+        """The errors, what is allowed, and whether they are."""
+        errors, baseline = self.step.errors(), self.data.baseline
+        limits = {name: allowed(e, self.case.dtype, self.case.device, self.case.mode) for name, e in baseline.items()}
+        row: dict[str, Any] = {"agreement": None}
+        if self.backend.float8:
+            baseline = self.step.errors_of_definition()
+            limits = {name: min(0.5, 2 * e) for name, e in baseline.items()}
+            row["agreement"] = self.step.agreement()
+        for name in ("error", "error_p95"):
+            error = errors.get(name, math.nan)
+            row |= {name: error if math.isfinite(error) else None, f"{name}_allowed": limits.get(name)}
+            row[f"{name}_of_eager"] = baseline.get(name)
+        if not finite:
+            return row | {"status": "wrong", "reason": "NaN or infinity after the timed calls"}
+        for name, error in errors.items():
+            if not error <= limits[name]:
+                return row | {"status": "wrong", "reason": f"{name} {error:.2g} where {limits[name]:.2g} is allowed"}
+        return row | {"status": "ok"}
+
+    @contextmanager
+    def _counting_recompiles(self) -> Iterator[None]:
+        """Rows that share a process compile in turns: each counts what its own calls compile."""
+        known = _graphs()
+        yield
+        self.recompiles += _graphs() - known
+
+
+def _mib(statistic: str, device: torch.device) -> float | None:
+    return getattr(torch.cuda, statistic)(device) / 2**20 if device.type == "cuda" else None
+
+
+def rates(case: Case, multiply_adds: int, windows: Sequence[float]) -> dict[str, Any]:
+    """The fields that follow from the windows' seconds a call; multiply_adds: of one image."""
+    found = [case.batch / window for window in windows]
+    return {
+        "window_img_s": found,
+        "img_s": statistics.median(found),
+        "img_s_min": min(found),
+        "img_s_max": max(found),
+        "gflop_s": 2e-9 * multiply_adds * (3 if case.mode == "train" else 1) * statistics.median(found),
+    }
+
+
+def settled(row: dict[str, Any]) -> dict[str, Any]:
+    """A row whose windows are all there: "noisy" where it was right but they spread too far to be ranked by."""
+    watts = _number(row["clocks"]["power.draw"]) if row["clocks"] else None
+    row = row | {"joules_per_image": None if watts is None else watts / row["img_s"]}
+    if row["status"] == "ok" and (spread := quartile_spread(row["window_img_s"])) > NOISY:
+        reason = f"half of the windows spread over {100 * spread:.0f} % of the median, {100 * NOISY:.0f} % is the limit"
+        return row | {"status": "noisy", "reason": f"{reason}: something else ran on this machine"}
     return row
 
 
-def _measure(backend: Backend, case: Case, data: Data, seconds: float, multiply_adds: int) -> dict[str, Any]:
-    device, cuda = case.device, case.device.type == "cuda"
-    notes = []
-    compiled = backend.compile is not None
-    breaks, graphs = _graph_breaks(), _graphs()
-    start = time.perf_counter()
-    step = STEPS[case.mode](backend, case, data)
-    with backends.watched_paths() as answers:
-        step(0)
-        synchronize(device)
-    first = time.perf_counter() - start
-    breaks, known = _graph_breaks() - breaks, _graphs()
-    for i in range(WARM_UPS):
-        step(i + 1)
-    synchronize(device)
-    warm_up = time.perf_counter() - start
-    if cuda:
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
+def quartile_spread(values: Sequence[float]) -> float:
+    """The middle half's width, relative to the median."""
+    first, median, third = statistics.quantiles(values, n=4, method="inclusive")
+    return (third - first) / median
 
-    single = [_seconds(step, range(i, i + 1), device) for i in range(2)]
-    calls = max(1, round(seconds / WINDOWS / min(single)))
-    windows = [_seconds(step, range(i * calls, (i + 1) * calls), device) / calls for i in range(WINDOWS)]
-    single += [_seconds(step, range(i, i + 1), device) for i in range(min(20, calls))]
-    rates = sorted(case.batch / window for window in windows)
-    row: dict[str, Any] = {
-        "first_call_s": first,
-        "warm_up_s": warm_up,
-        "calls_per_window": calls,
-        "window_img_s": [case.batch / window for window in windows],
-        "img_s": statistics.median(rates),
-        "img_s_min": rates[0],
-        "img_s_max": rates[-1],
-        "latency_ms": 1e3 * statistics.median(single),
-        "host_ms": 1e3 * statistics.median(host_seconds(step, i, device) for i in range(5)) if cuda else None,
-        "gflop_s": 2e-9 * multiply_adds * (3 if case.mode == "train" else 1) * statistics.median(rates),
-        "peak_reserved_mib": torch.cuda.max_memory_reserved(device) / 2**20 if cuda else None,
-        "peak_allocated_mib": torch.cuda.max_memory_allocated(device) / 2**20 if cuda else None,
-        "clocks": clocks_under_load(step, calls, device) if cuda else None,
-    }
-    if backend.ours:
-        row["path"] = backends.path_in_words(answers, backend)
-    row |= {
-        "graphs": known - graphs if compiled else None,
-        "graph_breaks": breaks if compiled else None,
-        "recompiles": _graphs() - known if compiled else None,
-        "kernels_per_step": None,
-    }
-    if cuda:
-        try:
-            row["kernels_per_step"], transposes = profiled(step)
-            notes += transposes
-        except Exception as error:  # a profiler that can't serve here is no reason to lose what was measured
-            notes.append(f"not profiled: {first_line(error)}")
-    if case.mode == "train" and backend.channels_last and backend.compile is not None:
-        notes += lost_layouts(step)
-    last = step(0)
-    finite = bool(torch.isfinite(last).all())
-    errors = step.errors()
-    limits = {name: allowed(baseline, case.dtype, device, case.mode) for name, baseline in data.baseline.items()}
-    for name in ("error", "error_p95"):
-        error = errors.get(name, math.nan)
-        row |= {name: error if math.isfinite(error) else None, f"{name}_allowed": limits.get(name)}
-        row[f"{name}_of_eager"] = data.baseline.get(name)
-    row |= {"reference": data.reference_dtype, "notes": notes}
-    if not finite:
-        return row | {"status": "wrong", "reason": "NaN or infinity after the timed calls"}
-    for name, error in errors.items():
-        if not error <= limits[name]:
-            return row | {"status": "wrong", "reason": f"{name} {error:.2g} where {limits[name]:.2g} is allowed"}
-    return row | {"status": "ok"}
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:  # "[N/A]"
+        return None
+
+
+def measure(backend: Backend, case: Case, data: Data, seconds: float, multiply_adds: int) -> dict[str, Any]:
+    """A whole row, measured by itself in this process. What goes wrong becomes its status and reason."""
+    row = Row(backend, case, data, seconds)
+    try:
+        fields = row.prepare()
+        windows = [row.window() for _ in range(WINDOWS)]
+        return settled(fields | rates(case, multiply_adds, windows) | row.finish())
+    except Exception as error:
+        return failure(error)
+    finally:
+        row.close()
+        torch.compiler.reset()
+
+
+def failure(error: BaseException) -> dict[str, Any]:
+    """Status and reason of a row that raised `error`."""
+    return {"status": "out of memory" if is_out_of_memory(error) else "failed", "reason": first_line(error)}
 
 
 def _seconds(step: Callable[[int], Any], calls: range, device: torch.device) -> float:
@@ -337,10 +443,13 @@ def first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
 
 
-def clocks_under_load(step: Callable[[int], Any], calls: int, device: torch.device) -> dict[str, str] | None:
-    """SM and memory clock in MHz, power in W, temperature in °C while `calls` steps run; None without nvidia-smi."""
-    for i in range(calls):
-        step(i)
+def clocks_under_load(step: Callable[[int], Any], seconds: float, device: torch.device) -> dict[str, str] | None:
+    """SM and memory clock in MHz, power in W, temperature in °C while steps of so many seconds run; None without
+    nvidia-smi. Its power is the last second's average: as long the steps have run before."""
+    for load in (1.2, 0.6):
+        synchronize(device)
+        for i in range(math.ceil(load / seconds)):
+            step(i)
     clocks = nvidia_smi(device, "clocks.sm", "clocks.mem", "power.draw", "temperature.gpu")
     synchronize(device)
     return clocks

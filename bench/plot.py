@@ -134,7 +134,7 @@ def _draw_rates(axes: Any, rows: list[dict[str, Any]]) -> None:
         ratio = ratios.get(records.key(row))
         beside = f"  {rate:,.4g}" if rate < 1e4 else f"  {rate:,.0f}"
         if row["ours"] and ratio is not None:
-            beside += f"  ({ratio:.2f} x best peer)"
+            beside += f"  ({ratio.value:.2f} x best peer)"
         axes.annotate(beside, (high, i), **_TEXT)
     axes.set_ylim(-0.8, max(len(rows), 1) - 0.2)
     axes.margins(x=0.28)

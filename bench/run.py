@@ -4,9 +4,10 @@
     python bench/run.py --net cifar-110,paper-34-A --mode train
     python bench/run.py --depth all --mode train --json out/train.json --plot out/train.png --resume
 
-Prints the FLOPs table, a line as each backend finishes, and a table with the ratio to the best peer. `--json` keeps the
-rows as they finish; with `--resume` a run that was stopped, or split by --depth, --net, --mode or --backend, fills one
-file.
+Prints the FLOPs table, a line as each backend finishes, and a table with the ratio to the best peer. The rows of a case
+take turns, window by window; one whose windows differ too much is "noisy" and not ranked. On a GPU each row has a
+process of its own: one that hangs or loses its CUDA context costs only itself. `--json` keeps what is measured; with
+`--resume` a run that was stopped, or split by --depth, --net, --mode or --backend, fills one file.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import sys
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ import measure
 import photos
 import plot
 import record as records
+import rounds
 import torch
 from backends import BACKENDS, DEPTHS, MODES, Case
 from tqdm import tqdm
@@ -50,6 +53,8 @@ class Plan:
     json: Path | None
     plot: Path | None
     resume: bool
+    apart: bool
+    patience: float
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -59,15 +64,16 @@ def main(arguments: list[str] | None = None) -> int:
     print(render_flops(table), flush=True)
     options = {"seconds": plan.seconds, "windows": measure.WINDOWS, "inputs": measure.INPUTS, "seed": SEED}
     record = records.new(plan.device, options, table)
-    if plan.resume and plan.json and plan.json.exists():
-        record = resumed(plan.json, record)
+    if plan.resume and plan.json:
+        record, path = resumed(plan.json, record)
+        plan = replace(plan, json=path)
     print(f"\n{introduction(plan, record)}", flush=True)
 
     torch.backends.cudnn.benchmark = True
     try:
         run(plan, record)
     except KeyboardInterrupt:
-        kept = f"; {plan.json} holds the finished rows, --resume goes on with it" if plan.json else ""
+        kept = f"; {plan.json} holds what was measured, --resume goes on with it" if plan.json else ""
         print(f"\nstopped{kept}", file=sys.stderr)
         return 130
     asked = {(*records_case(case), backend) for case, backend in plan.rows}
@@ -79,7 +85,7 @@ def main(arguments: list[str] | None = None) -> int:
         plot.draw(record, plan.plot)
         print(f"picture: {plan.plot}")
     bad = [row for row in rows if row["ours"] and row["status"] in ("wrong", "failed")]
-    return int(bool(bad) or not any(row["status"] == "ok" for row in rows))
+    return int(bool(bad) or not any(row["status"] in ("ok", "noisy") for row in rows))
 
 
 def parse(arguments: list[str] | None) -> Plan:
@@ -106,7 +112,17 @@ def parse(arguments: list[str] | None) -> Plan:
     parser.add_argument("--seconds", type=float, help="timed seconds a row; default: 3 on a GPU, 2 on a CPU")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the record here, row by row")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the record here (.png, .svg, .pdf)")
-    parser.add_argument("--resume", action="store_true", help="keep the rows that --json FILE already has")
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="keep the rows that --json FILE already has; where new ones could not stand beside them, begin FILE-2",
+    )
+    parser.add_argument(
+        "--apart", action=argparse.BooleanOptionalAction, help="a process for each row; default: on a GPU"
+    )
+    parser.add_argument(
+        "--patience", type=float, default=300, help="seconds of silence after which a row's process is killed"
+    )
     given = parser.parse_args(arguments)
 
     try:
@@ -122,8 +138,9 @@ def parse(arguments: list[str] | None) -> Plan:
         parser.error(f"--batch {batch}; accepted: from 1")
     if given.size is not None and given.size < 32:
         parser.error(f"--size {given.size}; accepted: from 32")
-    if not seconds > 0:
-        parser.error(f"--seconds {seconds}; accepted: above 0")
+    for option, value in (("--seconds", seconds), ("--patience", given.patience)):
+        if not value > 0:
+            parser.error(f"{option} {value}; accepted: above 0")
     if dtype == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         parser.error(f"{torch.cuda.get_device_name(device)} has no bf16; accepted here: --dtype fp16, fp32")
     if given.resume and not given.json:
@@ -161,7 +178,8 @@ def parse(arguments: list[str] | None) -> Plan:
             case = Case(net, mode, batch, DTYPES[dtype], size, device)
             default = BACKENDS if given.backend == "all" else backends.by_default(device, net, mode)
             rows += [(case, name) for name in named or default]
-    return Plan(rows, device, seconds, dtype, given.json, given.plot, given.resume)
+    apart = device.type == "cuda" if given.apart is None else given.apart
+    return Plan(rows, device, seconds, dtype, given.json, given.plot, given.resume, apart, given.patience)
 
 
 def pick_device(name: str | None) -> torch.device:
@@ -185,20 +203,27 @@ def pick_device(name: str | None) -> torch.device:
     return device
 
 
-def resumed(path: Path, fresh: dict[str, Any]) -> dict[str, Any]:
-    """The record to go on with. Ends the program where its rows could not be compared with new ones."""
-    try:
-        old = records.read(path)
-        why = records.differences(old, fresh)
-    except ValueError as error:
-        why = [str(error)]
-    if why:
-        raise SystemExit(
-            f"--resume: rows of {path} and of this run could not be compared, because a ratio holds only within one "
-            "run:\n  " + "\n  ".join(why) + "\nName another file, or leave --resume out to start this one anew."
+def resumed(path: Path, fresh: dict[str, Any]) -> tuple[dict[str, Any], Path]:
+    """The record to go on with and its file: `path`, else the first of path-2, path-3, ... whose rows can stand beside
+    new ones, or that doesn't exist yet."""
+    file, number = path, 1
+    while file.exists():
+        try:
+            old = records.read(file)
+            why = records.differences(old, fresh)
+        except ValueError as error:
+            why = [str(error)]
+        if not why:
+            old["flops"] += [row for row in fresh["flops"] if row not in old["flops"]]
+            return old, file
+        number += 1
+        following = path.with_stem(f"{path.stem}-{number}")
+        print(
+            f"\n--resume: rows of {file} and of this run could not be compared, because a ratio holds only within one "
+            f"run:\n  " + "\n  ".join(why) + f"\nThe rows of this run go to {following}."
         )
-    old["flops"] += [row for row in fresh["flops"] if row not in old["flops"]]
-    return old
+        file = following
+    return fresh, file
 
 
 def introduction(plan: Plan, record: dict[str, Any]) -> str:
@@ -221,50 +246,65 @@ def introduction(plan: Plan, record: dict[str, Any]) -> str:
 
 
 def run(plan: Plan, record: dict[str, Any]) -> None:
-    """Measure every row the record lacks, writing it after each."""
-    done = {records.key(row) for row in record["rows"] if row["status"] in records.DONE}
-    tried = {records.key(row) for row in record["rows"]} - done
-    missing = [(case, name) for case, name in plan.rows if (*records_case(case), name) not in done]
-    # What broke an earlier run comes last, so that it can't keep the others from being measured.
-    missing.sort(key=lambda row: (*records_case(row[0]), row[1]) in tried)
-    with tqdm(total=len(missing), unit="row", disable=None, leave=False) as bar:
-        prepared: tuple[Case, measure.Data | Exception] | None = None
-        for case, name in missing:
-            bar.set_description(f"{case.net} {case.mode} {name}")
-            if prepared is None or prepared[0] != case:
-                prepared = None  # lets go of the last case's tensors first
-                prepared = case, prepare(case)
-            row = dict(zip(records.CASE, records_case(case), strict=True))
-            row |= {"backend": name, "ours": BACKENDS[name].ours, "finished": None}
-            if plan.json:
-                records.put(record, row | {"status": "failed", "reason": "the process ended while it was measured"})
-                records.write(record, plan.json)
-            row |= measure_row(case, name, prepared[1], plan.seconds)
-            row["finished"] = records.now()
-            records.put(record, row)
-            if plan.json:
-                records.write(record, plan.json)
+    """Measure every row the record lacks, writing it whenever something new is known."""
+    known = {records.key(row): row["status"] in records.DONE for row in record["rows"]}
+    asked = [(case, name, known.get((*records_case(case), name))) for case, name in plan.rows]
+    missing = [(case, name) for case, name, done in asked if done is None]
+    broken = [(case, name) for case, name, done in asked if done is False]
+    with tqdm(total=len(missing) + len(broken), unit="row", disable=None, leave=False) as bar:
+        for case in dict.fromkeys(case for case, _ in missing):
+            measure_rows(plan, record, case, [name for other, name in missing if other == case], bar)
+        for case, name in broken:  # last and one by one: what broke an earlier run keeps none from being measured
+            measure_rows(plan, record, case, [name], bar)
+
+
+def measure_rows(plan: Plan, record: dict[str, Any], case: Case, names: Sequence[str], bar: tqdm) -> None:
+    """Measure rows of one case side by side, the peers first: no mistake of ours can cost a peer's row."""
+
+    def tell(name: str, fields: dict[str, Any]) -> None:
+        row = dict(zip(records.CASE, records_case(case), strict=True))
+        finished = None if fields["status"] == "unfinished" else records.now()
+        row |= {"backend": name, "ours": BACKENDS[name].ours, "finished": finished} | fields
+        records.put(record, row)
+        if plan.json:
+            records.write(record, plan.json)
+        bar.set_description(f"{case.net} {case.mode} {name}")
+        if finished:
             bar.write(one_line(row), file=sys.stdout)
             sys.stdout.flush()
             bar.update()
-            if row["status"] == "failed":
-                measure.synchronize(plan.device)  # a lost CUDA context fails all that follows: stop here, aloud
+
+    able = []
+    for name in sorted(names, key=lambda name: BACKENDS[name].ours):
+        if reason := BACKENDS[name].why_not(case):
+            tell(name, {"status": "not available", "reason": reason})
+        else:
+            able.append(name)
+    if not able:
+        return
+    try:
+        data = measure.prepare(case, weights(case.net, case.size), inputs(case.batch, case.size), SEED)
+    except Exception as error:
+        if not measure.is_out_of_memory(error):
+            raise
+        for name in able:
+            reason = f"eager PyTorch's step, the reference, does not fit: {measure.first_line(error)}"
+            tell(name, {"status": "out of memory", "reason": reason})
+        return
+    where = (
+        rounds.apart(able, case, data, plan.seconds, plan.patience)
+        if plan.apart
+        else rounds.here(case, data, plan.seconds)
+    )
+    with where as start:
+        multiply_adds = cost(case.net, case.size).multiply_adds
+        rounds.Contest(case, multiply_adds, plan.patience, tell).measure(able, start)
 
 
 def records_case(case: Case) -> tuple[Any, ...]:
     """The case's fields as a record holds them, in the order of `record.CASE`."""
     dtype = next(name for name, dtype in DTYPES.items() if dtype == case.dtype)
     return case.net, case.mode, case.batch, dtype, case.size
-
-
-def prepare(case: Case) -> measure.Data | Exception:
-    """The case's data, or what kept its reference from being computed."""
-    try:
-        return measure.prepare(case, weights(case.net, case.size), inputs(case.batch, case.size), SEED)
-    except Exception as error:
-        if not measure.is_out_of_memory(error):
-            raise
-        return error.with_traceback(None)
 
 
 @cache
@@ -283,15 +323,6 @@ def cost(net: str, size: int) -> flops.Cost:
     with torch.device("meta"):
         model = families.named(net)
     return flops.count(model, size)
-
-
-def measure_row(case: Case, name: str, data: measure.Data | Exception, seconds: float) -> dict[str, Any]:
-    if reason := BACKENDS[name].why_not(case):
-        return {"status": "not available", "reason": reason}
-    if isinstance(data, Exception):
-        reason = f"eager PyTorch's step, the reference, does not fit: {measure.first_line(data)}"
-        return {"status": "out of memory", "reason": reason}
-    return measure.measure(BACKENDS[name], case, data, seconds, cost(case.net, case.size).multiply_adds)
 
 
 def flops_table(nets: tuple[str, ...]) -> list[dict[str, Any]]:
@@ -345,14 +376,15 @@ def render_flops(table: list[dict[str, Any]]) -> str:
 
 def one_line(row: dict[str, Any]) -> str:
     start = f"{row['net']} {row['mode']} {row['backend']}: "
-    if row["status"] != "ok":
+    if row["status"] not in ("ok", "noisy"):
         return f"{start}{row['status']}: {row['reason']}"
-    return f"{start}{row['img_s']:.4g} img/s, {row['latency_ms']:.4g} ms a batch, error {row['error']:.1e}"
+    said = f"{start}{row['img_s']:.4g} img/s, {row['latency_ms']:.4g} ms a batch, error {row['error']:.1e}"
+    return said if row["status"] == "ok" else f"{said}; noisy: {row['reason']}"
 
 
 COUNTS = {"graphs": "graphs", "graph_breaks": "breaks", "recompiles": "recompiles", "kernels_per_step": "kernels"}
 COLUMNS = ["backend", "first call s", "img/s", "min..max", "latency ms", "host ms", "MiB", "GFLOP/s"]
-COLUMNS += [*COUNTS.values(), "error", "/ best peer"]
+COLUMNS += ["J/img", *COUNTS.values(), "error", "/ best peer", "interval"]
 
 
 def render_rows(rows: list[dict[str, Any]]) -> str:
@@ -363,33 +395,41 @@ def render_rows(rows: list[dict[str, Any]]) -> str:
         net, mode, batch, dtype, size = case
         lines, remarks = [COLUMNS], []
         mine = [row for row in rows if records.key(row)[:-1] == case]
-        for row in sorted(mine, key=lambda row: -row["img_s"] if row["status"] == "ok" else 0):
+        for row in sorted(mine, key=lambda row: (row["status"] != "ok", -row.get("img_s", 0))):
+            agrees = row.get("agreement")
             said = [row.get("path"), row.get("reason"), *row.get("notes", ())]
+            said += [f"{100 * agrees:.1f} % of the images get eager PyTorch's class"] if agrees is not None else []
             remarks += [f"  {row['backend']}: {remark}" for remark in said if remark]
-            if "img_s" not in row:
+            if "error" not in row:
                 lines.append([row["backend"], "", row["status"], *[""] * (len(COLUMNS) - 3)])
                 continue
-            memory, host, error = row["peak_reserved_mib"], row["host_ms"], row["error"]
+            memory, host, error, joules = (
+                row.get(name) for name in ("peak_reserved_mib", "host_ms", "error", "joules_per_image")
+            )
+            rate, right = ratio.get(records.key(row)), row["status"] != "wrong"
             lines.append(
                 [
                     row["backend"],
                     f"{row['first_call_s']:.1f}",
-                    f"{row['img_s']:.4g}" if row["status"] == "ok" else "WRONG",
-                    f"{row['img_s_min']:.4g}..{row['img_s_max']:.4g}" if row["status"] == "ok" else "",
+                    f"{row['img_s']:.4g}" + (" noisy" if row["status"] == "noisy" else "") if right else "WRONG",
+                    f"{row['img_s_min']:.4g}..{row['img_s_max']:.4g}" if right else "",
                     f"{row['latency_ms']:.4g}",
                     "-" if host is None else f"{host:.4g}",
                     "-" if memory is None else f"{memory:.0f}",
-                    f"{row['gflop_s']:.4g}" if row["status"] == "ok" else "",
+                    f"{row['gflop_s']:.4g}" if right else "",
+                    "-" if joules is None else f"{joules:.3g}",
                     *("-" if row[name] is None else str(row[name]) for name in COUNTS),
                     "NaN" if error is None else f"{error:.1e}",
-                    f"{ratio[records.key(row)]:.2f}" if records.key(row) in ratio else "",
+                    f"{rate.value:.2f}" if rate else "",
+                    f"{rate.low:.2f}..{rate.high:.2f}" if rate and rate.value != 1 else "",
                 ]
             )
         title = f"{net}, {mode}, batch {batch}, {dtype}, {size}x{size}"
         errors = {"infer": "scores", "train": "gradients, median over the parameters"}[mode]
         limit = next((f"; right up to {row['error_allowed']:.1e}" for row in mine if "error_allowed" in row), "")
         title += f"; error: of the {errors}, relative to fp64{limit}"
-        blocks.append("\n".join([title, columns(lines, left={0}), *remarks]))
+        told = [column for column in zip(*lines, strict=True) if set(column[1:]) - {"", "-"}]
+        blocks.append("\n".join([title, columns([*map(list, zip(*told, strict=True))], left={0}), *remarks]))
     return "\n\n".join(blocks)
 
 
