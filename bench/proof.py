@@ -1,12 +1,13 @@
 """The record of what tests said on a machine, from pytest's own logs.
 
     python -m pytest -v -n 14 -k every_tile 2>&1 | tee out/tiles.log
-    python bench/proof.py out/tiles.log out/nets.log --record bench/records/nvidia-h200-tests.md
+    python bench/proof.py out/tiles.log out/nets.log --record bench/records
 
 Reads logs of `pytest -v` (pytest-xdist's lines too), oldest first by the date in them. Of a test that ran more than
 once the last result counts; a skip counts only where there is no other result, and an earlier failure is told. A file
-that pytest could not collect has failed. What stands in the record below "## Failures and their mends" is written by
-hand and stays.
+that pytest could not collect has failed. How many tests a file holds, chosen or not, is what tests/conftest.py says at
+the end of a run; a run that was killed says nothing, and then it is unknown. What stands in the record below
+"## Failures and their mends" is written by hand and stays.
 
 The exit status is 1 where a test failed last or a run ended before its last test, else 0.
 """
@@ -35,12 +36,13 @@ COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 @dataclass
 class Run:
-    """One log: where it ran, how many tests were to run, and the results, test by test."""
+    """One log: where it ran, how many tests were to run, the results, test by test, and what the files hold."""
 
     name: str
     where: dict[str, str] = field(default_factory=dict)
     items: int = 0
     results: dict[str, str] = field(default_factory=dict)
+    in_files: dict[str, int] = field(default_factory=dict)
 
 
 def read(path: Path) -> Run:
@@ -49,6 +51,8 @@ def read(path: Path) -> Run:
     for line in COLOUR.sub("", path.read_text(errors="replace")).splitlines():
         if line.startswith("tested on: "):
             run.where = json.loads(line.partition(": ")[2])
+        elif line.startswith("tests in files: "):
+            run.in_files = json.loads(line.partition(": ")[2])
         elif found := SHARED.match(line):
             note(run, found[2], found[1])
         elif found := ALONE.match(line):
@@ -87,17 +91,21 @@ def render(runs: list[Run]) -> str:
     for run in runs:
         count = Counter(run.results.values())
         numbers = (run.items, count["passed"], count["failed"], count["skipped"], missing(run))
-        cells = " | ".join(map(str, numbers))
-        lines.append(f"| {run.name} | {run.where['date'][:16]} | {run.where['commit'][:10]} | {cells} |")
+        row = " | ".join(map(str, numbers))
+        lines.append(f"| {run.name} | {run.where['date'][:16]} | {run.where['commit'][:10]} | {row} |")
     last, failed_once = final(runs)
     files: dict[str, Counter[str]] = {}
     for test, result in last.items():
         files.setdefault(test.partition("::")[0], Counter())[result] += 1
-    lines += ["", "Every test once, by its last run:", "", "| file | passed | failed | skipped |", "|---|---|---|---|"]
-    for file, count in sorted(files.items()):
-        lines.append(f"| {file} | {count['passed']} | {count['failed']} | {count['skipped']} |")
-    total = Counter(last.values())
-    lines.append(f"| **all** | **{total['passed']}** | **{total['failed']}** | **{total['skipped']}** |")
+    lines += ["", "Every test once, by its last run:", ""]
+    lines += ["| file | tests | passed | failed | skipped | not run |", "|---|---|---|---|---|---|"]
+    held = held_by(runs)
+    rows = [(file, files.get(file, Counter()), held.get(file)) for file in sorted(files.keys() | held.keys())]
+    for file, count, tests in rows:
+        lines.append(f"| {file} | {' | '.join(cells(count, tests))} |")
+    known = [tests for _, _, tests in rows if tests is not None]
+    total = cells(Counter(last.values()), sum(known) if len(known) == len(rows) else None)
+    lines.append(f"| **all** | {' | '.join(f'**{cell}**' for cell in total)} |")
     for title, tests in (
         ("Failed", [test for test, result in last.items() if result == "failed"]),
         ("Failed first, passed after a mend", [test for test in failed_once if last[test] == "passed"]),
@@ -105,6 +113,21 @@ def render(runs: list[Run]) -> str:
         if tests:
             lines += ["", f"{title}:", "", *(f"- `{test}`" for test in sorted(tests))]
     return "\n".join(lines) + "\n"
+
+
+def held_by(runs: list[Run]) -> dict[str, int]:
+    """How many tests each file holds: the most that a run says, since one may have been given single tests."""
+    held: Counter[str] = Counter()
+    for run in runs:
+        held |= Counter(run.in_files)
+    return dict(held)
+
+
+def cells(count: Counter[str], tests: int | None) -> list[str]:
+    """Tests in all, passed, failed, skipped and not run, in words where it isn't known how many there are."""
+    numbers = [count["passed"], count["failed"], count["skipped"]]
+    total, rest = ("unknown", "unknown") if tests is None else (tests, tests - sum(numbers))
+    return [str(cell) for cell in (total, *numbers, rest)]
 
 
 def missing(run: Run) -> int:
@@ -122,10 +145,19 @@ def final(runs: list[Run]) -> tuple[dict[str, str], set[str]]:
     return last, failed
 
 
+def named_by_gpu(folder: Path, run: Run) -> Path:
+    """The record's file in `folder`, named as tables of tiles are."""
+    from fastres.kernels.config import table_file
+
+    return folder / f"{table_file(run.where['device']).stem}-tests.md"
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("logs", nargs="+", type=Path, metavar="LOG", help="logs of pytest -v")
-    parser.add_argument("--record", type=Path, metavar="FILE", help="write it here; default: print it")
+    parser.add_argument(
+        "--record", type=Path, metavar="FILE", help="write it here, in a folder as <gpu>-tests.md; default: print it"
+    )
     options = parser.parse_args(arguments)
     try:
         runs = sorted(map(read, options.logs), key=lambda run: run.where["date"])
@@ -135,9 +167,10 @@ def main(arguments: list[str] | None = None) -> int:
     if options.record is None:
         print(text, end="")
     else:
-        options.record.parent.mkdir(parents=True, exist_ok=True)
-        old = options.record.read_text() if options.record.exists() else ""
-        options.record.write_text(text + ("\n" + BY_HAND + old.partition(BY_HAND)[2] if BY_HAND in old else ""))
+        record = named_by_gpu(options.record, runs[0]) if options.record.is_dir() else options.record
+        record.parent.mkdir(parents=True, exist_ok=True)
+        old = record.read_text() if record.exists() else ""
+        record.write_text(text + ("\n" + BY_HAND + old.partition(BY_HAND)[2] if BY_HAND in old else ""))
     failed = [test for test, result in final(runs)[0].items() if result == "failed"]
     return int(bool(failed) or any(missing(run) for run in runs))
 

@@ -17,6 +17,7 @@ import os
 import platform
 import random
 import subprocess
+from collections import Counter
 from collections.abc import Callable, Iterator
 from datetime import datetime, timezone
 from pathlib import Path
@@ -27,6 +28,7 @@ import pytest
 import torch
 import torchvision
 import triton
+from cases import FALLBACKS
 from torch import Tensor
 
 
@@ -56,6 +58,7 @@ def _said(*command: str) -> str:
 
 
 LEFT_OUT = pytest.StashKey[dict[str, int]]()  # why -> how many tests
+IN_FILES = pytest.StashKey[Counter[str]]()  # file -> how many tests it holds, run or not
 
 
 def impossible(markers: set[str]) -> str | None:
@@ -83,6 +86,10 @@ def markers_of(item: pytest.Item) -> set[str]:
     return {marker.name for marker in item.iter_markers()}
 
 
+def pytest_itemcollected(item: pytest.Item) -> None:
+    item.config.stash.setdefault(IN_FILES, Counter())[item.nodeid.partition("::")[0]] += 1
+
+
 @pytest.hookimpl(trylast=True)  # behind -k and -m: counted is what was asked for
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if left_out := [item for item in items if impossible(markers_of(item))]:
@@ -104,21 +111,27 @@ def pytest_deselected(items: list[pytest.Item]) -> None:
         left_out = config.stash.setdefault(LEFT_OUT, {})
         for reason in reasons:
             left_out[reason] = left_out.get(reason, 0) + 1
-        if hasattr(config, "workeroutput"):
-            config.workeroutput["left_out"] = left_out
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any) -> None:
-    """Every worker of pytest-xdist collects the same tests: one's word is enough."""
-    if left_out := getattr(node, "workeroutput", {}).get("left_out"):
-        node.config.stash[LEFT_OUT] = left_out
+    """Every worker of pytest-xdist collects the same tests: one's word is enough. Each runs its own."""
+    said = getattr(node, "workeroutput", {})
+    for key, name in ((LEFT_OUT, "left_out"), (IN_FILES, "in_files")):
+        if name in said:
+            node.config.stash[key] = said[name]
+    FALLBACKS.update(said.get("fallbacks", {}))
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     """Where all that was asked for can't run here, nothing has failed: the summary says why."""
-    if exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED and session.config.stash.get(LEFT_OUT, None):
+    config = session.config
+    left_out = config.stash.get(LEFT_OUT, {})
+    if exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED and left_out:
         session.exitstatus = pytest.ExitCode.OK
+    if hasattr(config, "workeroutput"):
+        in_files = dict(config.stash.get(IN_FILES, {}))
+        config.workeroutput |= {"left_out": left_out, "in_files": in_files, "fallbacks": dict(FALLBACKS)}
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
@@ -127,6 +140,12 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         terminalreporter.section("not run")
     for reason, count in sorted(left_out.items(), key=lambda pair: -pair[1]):
         terminalreporter.write_line(f"{count:7,} {reason}")
+    if FALLBACKS:
+        terminalreporter.section("references without cuDNN")
+    for reason, count in FALLBACKS.most_common():
+        terminalreporter.write_line(f"{count:7,} {reason}")
+    if config.get_verbosity() > 0:  # for bench/proof.py
+        terminalreporter.write_line(f"tests in files: {json.dumps(config.stash.get(IN_FILES, {}))}")
 
 
 def pytest_runtest_logfinish(nodeid: str) -> None:

@@ -1,4 +1,5 @@
-"""The convolutions that kernels are tested on: small ones for the interpreter, every distinct one of the nets."""
+"""The convolutions that kernels are tested on: small ones for the interpreter, every distinct one of the nets; and what
+one means, with all that may stand around it."""
 
 from __future__ import annotations
 
@@ -6,8 +7,12 @@ from collections.abc import Hashable
 from functools import lru_cache
 
 import torch
+import torch.nn.functional as F
 import torchvision
+from cases import by_library
+from torch import Tensor
 
+from fastres.kernels.conv import RunningNorm
 from fastres.kernels.problem import ConvProblem, model_problems
 
 # By pointers: anything. By TMA: C a multiple of 16, or of 8 for a 1x1; even images for stride 2.
@@ -49,3 +54,36 @@ def net_problems(name: str, batch: int, size: int = 224) -> tuple[ConvProblem, .
     with torch.device("meta"):
         model = getattr(torchvision.models, name)().eval()
     return tuple(model_problems(model, (batch, 3, size, size)))
+
+
+def geometry(p: ConvProblem) -> dict[str, int]:
+    return {"stride": p.stride, "padding": p.pad, "dilation": p.dilation, "groups": p.groups}
+
+
+def reference(
+    p: ConvProblem,
+    x: Tensor,
+    w: Tensor,
+    dtype: torch.dtype = torch.float64,
+    *,
+    prologue: tuple[Tensor, Tensor] | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    norm: RunningNorm | None = None,
+    residual: Tensor | None = None,
+    relu: bool = False,
+) -> Tensor:
+    """The same by PyTorch: activations and products in `dtype`, the rest in float32 or wider."""
+    wide = torch.promote_types(dtype, torch.float32)
+    x, w = x.to(dtype), w.to(dtype)
+    if prologue is not None:
+        x = F.relu(x.to(wide) * prologue[0].to(wide) + prologue[1].to(wide)).to(dtype)
+    y = by_library(F.conv2d, x.permute(0, 3, 1, 2), w.permute(0, 3, 1, 2), **geometry(p))
+    y = y.permute(0, 2, 3, 1).to(wide)
+    y = y if scale is None else y * scale.to(wide)
+    y = y if shift is None else y + shift.to(wide)
+    if norm is not None:
+        mean, var, weight, bias = (None if t is None else t.to(wide) for t in norm[:4])
+        y = F.batch_norm(y.permute(0, 3, 1, 2), mean, var, weight, bias, eps=norm.eps).permute(0, 2, 3, 1)
+    y = y if residual is None else y + residual.to(wide)
+    return (F.relu(y) if relu else y).to(dtype).contiguous()

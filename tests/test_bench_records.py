@@ -59,27 +59,33 @@ def test_the_last_result_counts(proof: ModuleType, tmp_path: Path) -> None:
         "[gw0] [ 60%] PASSED tests/test_b.py::test_three ",
         "[gw0] [ 60%] ERROR tests/test_b.py::test_three ",
         "[gw1] [ 80%] SKIPPED tests/test_b.py::test_four ",
+        'tests in files: {"tests/test_a.py": 3, "tests/test_b.py": 2, "tests/test_c.py": 7}',
     )
     again = log(
         tmp_path / "again.log",
         "collecting ... collected 9 items / 7 deselected / 2 selected",
         "tests/test_a.py::test_two[{'PAD': 0}] PASSED                 [ 50%]",
         "tests/test_b.py::test_three PASSED                           [100%]",
+        'tests in files: {"tests/test_a.py": 1, "tests/test_b.py": 2}',
     )
     record = tmp_path / "record.md"
     assert proof.main([str(first), "--record", str(record)]) == 1
     text = record.read_text()
     assert row_of(text, "first")[3:] == ["5", "1", "2", "1", "1"]
-    assert row_of(text, "tests/test_b.py") == ["tests/test_b.py", "0", "1", "1"]
+    assert row_of(text, "tests/test_a.py")[1:] == ["3", "1", "1", "0", "1"]
+    assert row_of(text, "tests/test_b.py")[1:] == ["2", "0", "1", "1", "0"]
+    assert row_of(text, "tests/test_c.py")[1:] == ["7", "0", "0", "0", "7"]
     assert "Failed:\n\n- `tests/test_a.py::test_two[{'PAD': 0}]`\n- `tests/test_b.py::test_three`" in text
 
     record.write_text(text + f"\n{proof.BY_HAND}\n\nwritten by hand\n")
     assert proof.main([str(again), "--record", str(record)]) == 0
     assert proof.main([str(first), str(again), "--record", str(record)]) == 1, "a test was never reached"
     text = record.read_text()
-    assert row_of(text, "**all**") == ["**all**", "**3**", "**0**", "**1**"]
+    assert row_of(text, "**all**") == ["**all**", "**12**", "**3**", "**0**", "**1**", "**8**"]
     assert "Failed first, passed after a mend:\n\n- `tests/test_a.py" in text
     assert text.endswith(f"\n{proof.BY_HAND}\n\nwritten by hand\n")
+    assert proof.main([str(again), "--record", str(tmp_path)]) == 0
+    assert (tmp_path / "nvidia-h200-tests.md").exists()
 
 
 def test_what_is_no_log_or_another_machines(proof: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -103,7 +109,10 @@ def test_what_was_lost_is_no_success(proof: ModuleType, tmp_path: Path) -> None:
         "ERROR tests/test_b.py - ImportError: no such thing",
     )
     assert proof.main([str(broken)]) == 1
-    assert proof.read(broken).results["tests/test_b.py"] == "failed"
+    run = proof.read(broken)
+    assert run.results["tests/test_b.py"] == "failed"
+    assert row_of(proof.render([run]), "tests/test_a.py")[1:] == ["unknown", "1", "0", "0", "unknown"]
+    assert row_of(proof.render([run]), "**all**")[1:] == ["**unknown**", "**1**", "**1**", "**0**", "**unknown**"]
     killed = log(tmp_path / "killed.log", "1 worker [2 items]", "\x1b[32m[gw0] [ 50%] PASSED tests/a.py::b \x1b[0m")
     assert proof.missing(proof.read(killed)) == 1
     assert proof.main([str(killed)]) == 1

@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import triton
-from cases import assert_close_to_reference, by_library, lost_in_sums
+from cases import Broken, assert_close_to_reference, by_library, check_sums, lost_in_sums, terms_of
 from conv_cases import traits
 from covering import covered, some_seeds
 from torch import Tensor
@@ -175,11 +175,6 @@ def reference_dgrad(o: Operands, features: str) -> tuple[Tensor, Tensor | None]:
     return dx, terms_of(dx, o.x, o.mean).sum((1, 2, 3))
 
 
-def terms_of(dx: Tensor, z: Tensor, mean: Tensor) -> Tensor:
-    """[2, N, H, W, C], float64: what the partial sums of a BatchNorm are sums of."""
-    return torch.stack((dx.double(), dx.double() * (z.double() - mean.double())))
-
-
 def reference_wgrad(o: Operands, features: str, dtype: torch.dtype | None = None) -> Tensor:
     """dw, summed in `dtype` (default: that of the operands)."""
     n, wide, dtype = o.problem, o.p.dtype, dtype or o.x.dtype
@@ -230,13 +225,8 @@ def check_dgrad(o: Operands, features: str, tile: Tile | None, **options: Any) -
     assert_close_to_reference(dx, want, torch_dx, factor=4, what="dx", lost=lost)
     norms = [(o.x, o.mean), (o.z_side, o.mean_side)]
     for each, norm in zip(partials if isinstance(partials, tuple) else (partials,), norms, strict=False):
-        if each is None:
-            continue
-        assert each.dtype == torch.float32
-        terms = terms_of(dx, *norm)
-        error = (each.double().sum(0) - terms.sum((1, 2, 3))).abs()
-        allowed = 4 * torch.finfo(torch.float32).eps * terms.abs().sum((1, 2, 3))  # grows with the terms, not the sum
-        assert (error <= allowed).all(), f"partial sums: error {error.tolist()}, allowed {allowed.tolist()}"
+        if each is not None:
+            check_sums(each, dx, *norm)
 
 
 def check_wgrad(o: Operands, features: str, tile: Tile | None, **options: Any) -> None:
@@ -331,8 +321,8 @@ def test_training_chain_against_autograd() -> None:
     def moments(t: Tensor) -> tuple[Tensor, Tensor]:
         return t.mean((0, 1, 2)), (t.var((0, 1, 2), unbiased=False) + 1e-5).rsqrt()
 
-    g, z, dx, dw = chain(torch.float64)
-    _, _, torch_dx, torch_dw = chain(torch.float32)
+    g, z, dx, dw = by_library(chain, torch.float64)
+    _, _, torch_dx, torch_dw = by_library(chain, torch.float32)
     mean, rstd = moments(z)
     p = o.p.double() * rstd
     q = -p * rstd * (g * (z - mean) * rstd).mean((0, 1, 2))
@@ -445,27 +435,16 @@ def test_precision(precision: str) -> None:
         assert (got - want).abs().max() <= allowed * want.abs().max()
 
 
-class _Broken:
-    """A kernel launched with some of its arguments replaced."""
-
-    def __init__(self, kernel: Any, **wrong: Any) -> None:
-        self.kernel, self.wrong = kernel, wrong
-        self.params = getattr(kernel, "params", None)
-
-    def __getitem__(self, grid: Any) -> Callable[..., None]:
-        return lambda **arguments: self.kernel[grid](**{**arguments, **self.wrong})
-
-
 @pytest.mark.parametrize("wrong", [{"PADDED": False}, {"offset_h": 0}, {"SKIP_S": 2}], ids=str)
 def test_a_wrong_dgrad_fails(wrong: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dgrad_module, "dgrad_kernel", _Broken(dgrad_module.dgrad_kernel, **wrong))
+    monkeypatch.setattr(dgrad_module, "dgrad_kernel", Broken(dgrad_module.dgrad_kernel, **wrong))
     with pytest.raises(AssertionError, match="error"):
         check_dgrad(make(SQUARE, torch.float32), "bn", GATHER)
 
 
 @pytest.mark.parametrize("wrong", [{"PADDED_A": False}, {"PAD": 0}, {"steps_in_all": 1}], ids=str)
 def test_a_wrong_wgrad_fails(wrong: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(wgrad_module, "wgrad_kernel", _Broken(wgrad_module.wgrad_kernel, **wrong))
+    monkeypatch.setattr(wgrad_module, "wgrad_kernel", Broken(wgrad_module.wgrad_kernel, **wrong))
     with pytest.raises(AssertionError, match="error"):
         check_wgrad(make(SQUARE, torch.float32), "bn activation", dataclasses.replace(WGRAD_GATHER, splits=1))
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 import triton
-from cases import assert_close_to_reference, by_library, lost_in_sums, relative_error
-from conv_cases import BOXED, GATHERED, net_problems, traits
+from cases import assert_close_to_reference, check_statistics, lost_in_sums, relative_error
+from conv_cases import BOXED, GATHERED, net_problems, reference, traits
 from covering import covered, some_seeds
 from torch import Tensor
 
@@ -41,10 +41,6 @@ def small_tile(problem: ConvProblem, boxed: bool) -> Tile:
     BK = 32 if not boxed or problem.C % 32 == 0 or problem.pointwise else 16
     box = None if not boxed else (1, 1, 32) if problem.pointwise else (1, 4, 8) if problem.N == 1 else (2, 4, 4)
     return Tile(16, 32, BK, 4, 2, box)
-
-
-def geometry(p: ConvProblem) -> dict[str, int]:
-    return {"stride": p.stride, "padding": p.pad, "dilation": p.dilation, "groups": p.groups}
 
 
 def fprop(p: ConvProblem, x: Tensor, w: Tensor, **options: Any) -> Any:
@@ -76,35 +72,6 @@ def extras(p: ConvProblem, dtype: torch.dtype, *names: str) -> dict[str, Any]:
     return {name.partition(" ")[0]: made[name] for name in names}
 
 
-def reference(
-    p: ConvProblem,
-    x: Tensor,
-    w: Tensor,
-    dtype: torch.dtype = torch.float64,
-    *,
-    prologue: tuple[Tensor, Tensor] | None = None,
-    scale: Tensor | None = None,
-    shift: Tensor | None = None,
-    norm: RunningNorm | None = None,
-    residual: Tensor | None = None,
-    relu: bool = False,
-) -> Tensor:
-    """The same by PyTorch: activations and products in `dtype`, the rest in float32 or wider."""
-    wide = torch.promote_types(dtype, torch.float32)
-    x, w = x.to(dtype), w.to(dtype)
-    if prologue is not None:
-        x = F.relu(x.to(wide) * prologue[0].to(wide) + prologue[1].to(wide)).to(dtype)
-    y = by_library(F.conv2d, x.permute(0, 3, 1, 2), w.permute(0, 3, 1, 2), **geometry(p))
-    y = y.permute(0, 2, 3, 1).to(wide)
-    y = y if scale is None else y * scale.to(wide)
-    y = y if shift is None else y + shift.to(wide)
-    if norm is not None:
-        mean, var, weight, bias = (None if t is None else t.to(wide) for t in norm[:4])
-        y = F.batch_norm(y.permute(0, 3, 1, 2), mean, var, weight, bias, eps=norm.eps).permute(0, 2, 3, 1)
-    y = y if residual is None else y + residual.to(wide)
-    return (F.relu(y) if relu else y).to(dtype).contiguous()
-
-
 def hold(p: ConvProblem, y: Any, x: Tensor, w: Tensor, tile: Tile | None = None, **given: Any) -> None:
     """y against what it means, with PyTorch's own error as the measure."""
     assert isinstance(y, Tensor)
@@ -118,24 +85,6 @@ def check(p: ConvProblem, dtype: torch.dtype, tile: Tile | None, *names: str, **
     x, w = operands(p, dtype)
     given = extras(p, dtype, *names)
     hold(p, fprop(p, x, w, **given, **options, tile=tile), x, w, tile, **given)
-
-
-def check_statistics(partials: Tensor, y: Tensor) -> None:
-    """Partials against the float64 moments of y as stored. Allowed is what fp32 sums of so many terms round: a few of
-    its epsilon of the terms' sizes."""
-    count, mean, m2 = partials.double().unbind(1)
-    values = y.double().flatten(0, 2)
-    assert torch.equal(count.sum(0), torch.full_like(count[0], len(values)))
-    total = (count * mean).sum(0) / len(values)
-    merged = (m2 + count * (mean - total) ** 2).sum(0)
-    eps, distances = torch.finfo(torch.float32).eps, values - values.mean(0)
-    assert ((total - values.mean(0)).abs() <= 4 * eps * values.abs().mean(0)).all()
-    # A tile's own mean is rounded, too, and with it every distance from it. A thread adds up a fourth of a tile's
-    # squares one after the other, each time rounding a sum that only grows by up to eps / 2; behind a ReLU one tile may
-    # hold nearly all of a channel, and then no other tile's errors meet its own.
-    slack = eps * values.abs().mean(0) * distances.abs().sum(0)
-    rounded = max(8.0, (float(count.max()) / 4 + 4) / 2) * eps if y.is_cuda else 8 * eps
-    assert ((merged - (distances**2).sum(0)).abs() <= rounded * (distances**2).sum(0) + slack).all()
 
 
 @covered(

@@ -16,7 +16,7 @@ import timm
 import torch
 import torch.nn.functional as F
 import torchvision
-from cases import assert_close_to_reference, lost_in_sums, relative_error
+from cases import assert_close_to_reference, by_library, lost_in_sums, relative_error
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torchvision.models.resnet import BasicBlock, Bottleneck, conv1x1
@@ -1115,8 +1115,8 @@ def test_kernel_after_the_library() -> None:
     packed, exact = (folded.pack(w, shift, dtype, "layer") for dtype in (torch.float32, torch.float64))
     static: dict[str, Any] = {"geometry": steps.Geometry(pad=1), "relu": True}
     for inputs in ((x,), (x, residual)):
-        reference = folded.by_library(*(t.double() for t in inputs), p=exact, **static)
-        baseline = folded.by_library(*inputs, p=packed, **static)
+        reference = by_library(folded.by_library, *(t.double() for t in inputs), p=exact, **static)
+        baseline = by_library(folded.by_library, *inputs, p=packed, **static)
         got = folded.by_library_and_kernel(*inputs, ones=torch.ones(8).to(DEVICE), p=packed, **static)
         assert_close_to_reference(got, reference, baseline)
 

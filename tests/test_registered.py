@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import relative_error
+from cases import by_library, relative_error
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
@@ -98,7 +98,7 @@ def plain(end: str, args: tuple[Any, ...]) -> Tensor:
 
     def unit(a: Tensor, i: int) -> Tensor:
         weight, gamma, beta = parameters[3 * i : 3 * i + 3]
-        z = nn.functional.conv2d(a, weight, None, *geometry[4 * i : 4 * i + 4])
+        z = by_library(nn.functional.conv2d, a, weight, None, *geometry[4 * i : 4 * i + 4])
         mean, var = running[2 * i : 2 * i + 2]
         return nn.functional.batch_norm(z, mean, var, gamma, beta, training[i], momentum[i], eps[i])
 

@@ -72,7 +72,7 @@ def _kernels() -> None:
 
 def integers(shape: tuple[int, ...], dtype: torch.dtype, device: str = "cpu") -> Tensor:
     """Small integers: sums are exact in every dtype, and zeros of the sum are frequent."""
-    return torch.randint(-4, 5, shape).to(device, dtype)
+    return torch.randint(-4, 5, shape, device=device).to(dtype)
 
 
 def tensors(case: Case, dtype: torch.dtype, layout: str, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
@@ -200,6 +200,20 @@ def test_error_against_float64(dtype: torch.dtype, device: str) -> None:
     y, x = torch.randn(2, 24, 5, 4, device=device, dtype=dtype), torch.randn(2, 9, 9, 8, device=device, dtype=dtype)
     expected = reference.pad_shortcut_add_relu(y.double(), x.double(), 2)
     assert_close_to_reference(pad_shortcut_add_relu(y, x, 2), expected)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize(("net", "batch"), [("paper-34-A", 256), ("cifar-110", 128)])
+def test_every_shortcut_of_the_nets(net: str, batch: int, dtype: torch.dtype, layout: str, device: str) -> None:
+    """At the nets' own sizes; on the CPU with few images."""
+    assert extension.load(device), extension.status().reason
+    batch = batch if device == "cuda" else 2
+    sizes = {"paper-34-A": [(64, 56), (128, 28), (256, 14)], "cifar-110": [(16, 32), (32, 16)]}[net]
+    for channels, size in sizes:
+        case = Case(batch, channels, size, size, 2 * channels, 2)
+        hold(THROUGH_DISPATCHER, case, *tensors(case, dtype, layout, device))
 
 
 @pytest.mark.parametrize("device", DEVICES)

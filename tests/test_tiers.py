@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import cases
 import conftest
 import numpy as np
 import pytest
@@ -69,7 +71,11 @@ class Item:
 def session(**others: Any) -> Any:
     """A pytest.Config that knows what conftest.py asks of it."""
     hook = SimpleNamespace(pytest_deselected=conftest.pytest_deselected)
-    return SimpleNamespace(stash=pytest.Stash(), hook=hook, **others)
+    return SimpleNamespace(**{"stash": pytest.Stash(), "hook": hook, "get_verbosity": lambda: 0, **others})
+
+
+def finish(config: Any) -> None:
+    conftest.pytest_sessionfinish(SimpleNamespace(config=config), pytest.ExitCode.OK)
 
 
 def said(config: Any) -> list[str]:
@@ -108,12 +114,55 @@ def test_what_is_postponed_is_counted_once(monkeypatch: pytest.MonkeyPatch) -> N
     worker, main = session(workeroutput={}), session()
     conftest.pytest_deselected([Item(worker, "slow", "extra"), Item(worker, "gpu", "extra"), Item(worker, "extra")])
     conftest.pytest_deselected([Item(worker, "slow"), Item(worker)])
+    finish(worker)
     for _ in range(2):
         conftest.pytest_testnodedown(SimpleNamespace(config=main, workeroutput=worker.workeroutput))
     conftest.pytest_testnodedown(SimpleNamespace(config=main))  # of a worker that crashed
     want = ["not run", "2 beyond the covering choice (make test-all)", "1 of the full sweeps (make test-slow)"]
     assert said(main) == want
     assert said(session()) == [], "nothing was left out"
+
+
+def test_files_and_their_tests_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that is collected, before anything is left out, in one line of a run with -v that bench/proof.py reads."""
+    worker, main = session(workeroutput={}), session(get_verbosity=lambda: 1)
+    for test in ("tests/test_a.py::test_one[x::y]", "tests/test_b.py::T::test_two", "tests/test_a.py::test_three"):
+        conftest.pytest_itemcollected(SimpleNamespace(config=worker, nodeid=test))
+    finish(worker)
+    conftest.pytest_testnodedown(SimpleNamespace(config=main, workeroutput=worker.workeroutput))
+    assert said(main) == ['tests in files: {"tests/test_a.py": 2, "tests/test_b.py": 1}']
+
+
+def test_references_that_cudnn_does_not_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They come from PyTorch's own loops and are counted, over all workers; what these can't do either fails."""
+    counts: Counter[str] = Counter()
+    for module in (cases, conftest):
+        monkeypatch.setattr(module, "FALLBACKS", counts)
+    refusal = "GET was unable to find an engine to execute this computation"
+
+    def convolve(x: torch.Tensor, broken: str = "") -> torch.Tensor:
+        if torch.backends.cudnn.enabled:
+            raise RuntimeError(refusal)
+        if broken:
+            raise RuntimeError(broken)
+        return x + 1
+
+    x = torch.zeros(3, dtype=torch.float64)
+    for _ in range(2):
+        assert torch.equal(cases.by_library(convolve, x), x + 1)
+        assert torch.backends.cudnn.enabled
+    with pytest.raises(RuntimeError, match="no loop either"):
+        cases.by_library(convolve, x, broken="no loop either")
+    worker, main = session(workeroutput={}), session()
+    finish(worker)
+    counts.clear()
+    for _ in range(2):
+        conftest.pytest_testnodedown(SimpleNamespace(config=main, workeroutput=worker.workeroutput))
+    assert said(main) == ["references without cuDNN", "6 convolve of float64: unable to find an engine"]
+    refusal = "out of memory"
+    with pytest.raises(RuntimeError, match="out of memory"):
+        cases.by_library(convolve, x)
+    assert counts.total() == 6
 
 
 def test_what_each_target_runs(pytestconfig: pytest.Config) -> None:

@@ -378,6 +378,7 @@ def test_peak_memory_beside_stock() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.timeout(240)
 def test_resnet50_200_steps_beside_stock_on_photographs() -> None:
     """bf16 autocast, the loss curves of ours and torchvision's within the spread of three stock runs: the same in
     channels_last, contiguous, and from weights moved by as much as bf16 rounds them."""
