@@ -247,14 +247,16 @@ def introduction(plan: Plan, record: dict[str, Any]) -> str:
 
 def run(plan: Plan, record: dict[str, Any]) -> None:
     """Measure every row the record lacks, writing it whenever something new is known."""
-    known = {records.key(row): row["status"] in records.DONE for row in record["rows"]}
+    known = {records.key(row): row["status"] for row in record["rows"]}
     asked = [(case, name, known.get((*records_case(case), name))) for case, name in plan.rows]
-    missing = [(case, name) for case, name, done in asked if done is None]
-    broken = [(case, name) for case, name, done in asked if done is False]
+    asked = [one for one in asked if one[2] not in records.DONE]
+    harmless = (None, "noisy", *(("failed", "unfinished") if plan.apart else ()))
+    missing = [(case, name) for case, name, status in asked if status in harmless]
+    broken = [(case, name) for case, name, status in asked if status not in harmless]
     with tqdm(total=len(missing) + len(broken), unit="row", disable=None, leave=False) as bar:
         for case in dict.fromkeys(case for case, _ in missing):
             measure_rows(plan, record, case, [name for other, name in missing if other == case], bar)
-        for case, name in broken:  # last and one by one: what broke an earlier run keeps none from being measured
+        for case, name in broken:  # last and one by one: what broke this process before keeps none from being measured
             measure_rows(plan, record, case, [name], bar)
 
 
