@@ -14,6 +14,7 @@ import os
 import pickle
 import signal
 import sys
+import traceback
 from collections.abc import Callable
 from functools import partial
 from multiprocessing import get_context
@@ -24,52 +25,65 @@ PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 
 class Gone(RuntimeError):
-    """The process is no more: it gave no answer in time and was killed, it died, or it lost its CUDA context."""
+    """The process is no more. verdict: "hung" (it gave no answer in time and was killed), "died", or "lost the CUDA
+    context"."""
+
+    def __init__(self, verdict: str, said: str) -> None:
+        super().__init__(said)
+        self.verdict = verdict
 
 
 class Apart:
     """`make(*arguments)`, made in a fresh process, which starts at once. Both must pickle.
 
-    A context manager; its end, like `close`, ends the process.
+    The process doesn't outlive the thread that started it. A context manager; its end, like `close`, ends the process.
     """
 
     def __init__(self, make: Callable[..., Any], *arguments: Any) -> None:
         context = get_context("spawn")  # CUDA doesn't survive a fork
         self._connection, there = context.Pipe()
-        self._process = context.Process(target=_serve, args=(there, make, arguments), daemon=True)
+        self._process = context.Process(target=_serve, args=(there, make, arguments))
         self._process.start()
         there.close()
+        self._gone: Gone | None = None
 
     def ask(self, method: str, *arguments: Any, seconds: float) -> Any:
         """What the object's method answers within `seconds`, of which the first call's hold the process's start, too.
 
         Raises what the method raised, or `Gone`; after that every call does.
         """
+        if self._gone is not None:
+            raise self._gone
         try:
             self._connection.send((method, arguments))
             if not self._connection.poll(seconds):
                 self._process.kill()
-                self.close()
-                raise Gone(f"no answer within {seconds:.0f} s, so its process was killed")
+                raise self._end("hung", f"no answer within {seconds:.0f} s, so its process was killed")
             said, answer = self._connection.recv()
         except (EOFError, OSError):
             self._process.join(timeout=5)
-            code = self._process.exitcode
-            self.close()
-            raise Gone(f"its process ended (exit status {code})") from None
+            raise self._end("died", f"its process ended (exit status {self._process.exitcode})") from None
         if said == "lost":
-            self.close()
-            raise Gone(f"it lost the CUDA context, and with it its process: {answer}")
+            raise self._end("lost the CUDA context", f"it lost the CUDA context, and with it its process: {answer}")
         if said == "raised":
             raise answer
         return answer
 
-    def close(self) -> None:
-        """End the process: it goes by itself when nobody asks any more, or is killed if it doesn't."""
+    def _end(self, verdict: str, said: str) -> Gone:
+        self.close()
+        self._gone = Gone(verdict, said)
+        return self._gone
+
+    def leave(self) -> None:
+        """Let the process end by itself."""
         self._connection.close()
+
+    def close(self) -> None:
+        """End the process: kill it if it doesn't leave by itself."""
+        self.leave()
         self._process.join(timeout=5)
         self._process.kill()
-        self._process.join()
+        self._process.join(timeout=10)  # a driver that hangs holds even a killed process
 
     def __enter__(self) -> Apart:
         return self
@@ -88,6 +102,9 @@ class Here:
     def ask(self, method: str, *arguments: Any, seconds: float) -> Any:
         self._served = self._make() if self._served is None else self._served
         return getattr(self._served, method)(*arguments)
+
+    def leave(self) -> None:
+        """Nothing: the object stays until `close`."""
 
     def close(self) -> None:
         """Let go of the object, by its own `close` if it has one."""
@@ -115,13 +132,15 @@ def _serve(connection: Connection, make: Callable[..., Any], arguments: tuple[An
             return
         try:
             served = make(*arguments) if served is None else served
-            said, answer = "answered", getattr(served, method)(*given)
+            reply = "answered", getattr(served, method)(*given)
         except Exception as error:
-            said, answer = "raised", _portable(error)
+            traceback.print_exc()  # the asking process gets the error alone
+            reply = "raised", _portable(error)
         if (lost := lost_context()) is not None:
-            connection.send(("lost", f"{answer!r}" if said == "raised" else lost))
+            connection.send(("lost", f"{reply[1]!r}" if reply[0] == "raised" else lost))
             os._exit(1)  # without destructors, which would wait for the GPU
-        connection.send((said, answer))
+        connection.send(reply)
+        del reply  # an error's causes would keep tensors alive
 
 
 def lost_context() -> str | None:

@@ -47,9 +47,8 @@ from fastres.ops import dispatch, launch, steps
 from fastres.ops.launch import Step
 
 TUNED = (*PASSES, "chain")  # the chain last: what it is set against is then tuned
-UNFINISHED = "unfinished"  # the note of a problem that is being measured, or was when its run was stopped
 START = 120  # seconds for a process to start and reach the GPU
-PATIENCE, COMPILING = 40, 240  # seconds for a problem; where it may have to compile its candidates first
+PATIENCE, COMPILING = 40, 120  # seconds for a problem; where it may have to compile its candidates first
 FEW = 2  # candidates that have little hope: without TMA where it serves, and against the rule for what is done on load
 ON_LOAD = {"fprop": "fprop_on_load", "dgrad": "dz_on_load", "wgrad": "wgrad_on_load"}  # a table's `on_load`, by pass
 
@@ -257,7 +256,7 @@ def tune(
 def dz_on_load(table: config.Table, pass_: str, problem: ConvProblem, dtype: torch.dtype) -> bool:
     """Whether dz is computed on load: the rule, but for wgrad what won for dgrad where that was measured or failed."""
     found = table.get(("dgrad", problem, dtype)) if pass_ == "wgrad" else None
-    if found is None or found.note == UNFINISHED:
+    if found is None or found.note == config.UNFINISHED:
         return dispatch.bn_backward_on_load(problem)
     return found.winner == "triton" and found.on_load
 
@@ -319,14 +318,6 @@ class Tuner:
         return tune(problem, pass_, role, self.dtype, self.device, self.most, dz_on_load)
 
 
-def verdict(error: Gone) -> str:
-    """What became of the process, as a table's note."""
-    said = str(error)
-    if said.startswith("no answer"):
-        return "hung"
-    return "lost the CUDA context" if said.startswith("it lost the CUDA context") else "died"
-
-
 def compile_candidates(
     missing: Sequence[Task],
     dtype: torch.dtype,
@@ -382,17 +373,17 @@ def measure(
                 worker = stack.enter_context(Apart(Tuner, dtype, most))
                 worker.ask("reach", seconds=START)
             key, title = (pass_, problem, dtype), f"{pass_:5} {name(problem):28}"
-            before, table[key] = table.get(key), Measurement("cudnn", None, note=UNFINISHED)
+            before, table[key] = table.get(key), Measurement("cudnn", None, note=config.UNFINISHED)
             save()
             try:
                 dz = dz_on_load(table, pass_, problem, dtype)
                 table[key], text = worker.ask("tune", problem, pass_, role, dz, seconds=patience)
             except Gone as error:
                 worker = None
-                table[key], text = Measurement("cudnn", None, note=verdict(error)), f"{title} the library's: {error}"
+                table[key], text = Measurement("cudnn", None, note=error.verdict), f"{title} the library's: {error}"
             except Exception as error:  # memory that ran out; the chain on a GPU that can't run it
                 text = f"{title} not measured: {first_line(error)}"
-                if before is None or before.note == UNFINISHED:
+                if before is None or before.note == config.UNFINISHED:
                     del table[key]
                 else:
                     table[key] = before
@@ -430,7 +421,7 @@ def main(arguments: list[str] | None = None) -> int:
         if (chained(problem, role) if pass_ == "chain" else layers.applicable(problem, pass_))
     ]
     notes = {one: table[key].note if (key := (*one[:2], dtype)) in table else None for one in todo}
-    missing = [one for one, note in notes.items() if options.again or note in (None, UNFINISHED)]
+    missing = [one for one, note in notes.items() if options.again or note in (None, config.UNFINISHED)]
     missing.sort(key=lambda one: bool(notes[one]))
     print(f"{len(missing)} of {len(todo)} problems to measure; table {path}", flush=True)
     end = time.monotonic() + options.seconds

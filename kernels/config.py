@@ -363,7 +363,8 @@ class Measurement(NamedTuple):
     """What won for one problem, "triton", "stem" or "cudnn", the tile with which ours ran best, and whether its kernel
     there computed what it reads while it loads (`fastres.ops.dispatch.on_load`).
 
-    note: empty where all that was measured, else what became of its tuning, as in "hung"; the library has it then.
+    note: empty where all that was measured, else what became of its tuning, "unfinished" or as in "hung"; the library
+    has it then.
     """
 
     winner: str
@@ -371,6 +372,8 @@ class Measurement(NamedTuple):
     on_load: bool = True
     note: str = ""
 
+
+UNFINISHED = "unfinished"  # the note of a problem that is being measured, or was when its run was stopped
 
 Key = tuple[Pass, ConvProblem, torch.dtype]
 Table = dict[Key, Measurement]
@@ -384,12 +387,11 @@ class Found(NamedTuple):
     gpu: str
 
 
-class Serving(NamedTuple):
-    """The entries that serve a GPU, the name of that for which they were made, and the same entries but for those with
-    a note by batch, under the key with N=1."""
+class Entries(NamedTuple):
+    """What was measured on the GPU of that name, and what of it has no note by batch, under the key with N=1."""
 
     gpu: str
-    entries: Table
+    table: Table
     by_batch: Mapping[Key, Mapping[int, Measurement]]
 
 
@@ -399,47 +401,55 @@ SHIPPED = Path(__file__).parent / "tables"
 @lru_cache(maxsize=4096)
 def measured(pass_: Pass, problem: ConvProblem, dtype: torch.dtype, gpu: Gpu) -> Found | None:
     """The measurement on record for this problem, else for the one that differs in N alone, by the smallest factor (of
-    two such the larger). None where there is neither."""
-    table = serving(gpu)
-    exact = table.entries.get((pass_, problem, dtype))
-    if exact is not None:
-        return Found(exact, problem.N, table.gpu)
-    batches = table.by_batch.get((pass_, replace(problem, N=1), dtype))
-    if batches is None:
-        return None
+    two such the larger). The GPU's own come first, then those that another lends. None where there is neither."""
     wanted = max(problem.N, 1)
-    nearest = min(batches, key=lambda N: (max(N / wanted, wanted / N), -N))
-    return Found(batches[nearest], nearest, table.gpu)
+    for entries in serving(gpu):
+        exact = entries.table.get((pass_, problem, dtype))
+        if exact is not None:
+            return Found(exact, problem.N, entries.gpu)
+        batches = entries.by_batch.get((pass_, replace(problem, N=1), dtype))
+        if batches is not None:
+            nearest = min(batches, key=lambda N: (max(N / wanted, wanted / N), -N))
+            return Found(batches[nearest], nearest, entries.gpu)
+    return None
 
 
 @lru_cache
-def serving(gpu: Gpu) -> Serving:
-    """The GPU's own table, what the package ships overlaid by the user's; where nothing in it was measured, another's
-    that `_stand_in` finds, but for what has a note; else no entries. Raises ValueError for a broken table of its own."""
-    name, entries = gpu.name, read_table(table_file(gpu.name, SHIPPED)) | read_table(table_file(gpu.name))
-    if all(found.note for found in entries.values()):
-        name, borrowed = _stand_in(gpu)
-        entries = borrowed | entries
-    by_batch: dict[Key, dict[int, Measurement]] = {}
-    for (pass_, problem, dtype), found in entries.items():
-        if not found.note:
-            by_batch.setdefault((pass_, replace(problem, N=1), dtype), {})[problem.N] = found
-    return Serving(name, entries, by_batch)
+def serving(gpu: Gpu) -> tuple[Entries, ...]:
+    """The GPU's own entries, if any, then those that another GPU lends for the rest. Raises ValueError for a broken
+    table of its own."""
+    own = _finished(read_table(table_file(gpu.name, SHIPPED))) | _finished(read_table(table_file(gpu.name)))
+    lender, lent = _lender(gpu)
+    found = []
+    for name, table in ((gpu.name, own), (lender, lent)):
+        by_batch: dict[Key, dict[int, Measurement]] = {}
+        for (pass_, problem, dtype), measurement in table.items():
+            if not measurement.note:
+                by_batch.setdefault((pass_, replace(problem, N=1), dtype), {})[problem.N] = measurement
+        found += [Entries(name, table, by_batch)] if table else []
+    return tuple(found)
 
 
-def _stand_in(gpu: Gpu) -> tuple[str, Table]:
-    """Of the GPUs with the same compute capability and number of multiprocessors, the one with the largest table: its
-    name and that table, the user's entries before the package's. A broken file costs a warning."""
+def _finished(table: Table) -> Table:
+    """Without what a stopped run of bench/tune.py was measuring."""
+    return {key: found for key, found in table.items() if found.note != UNFINISHED}
+
+
+def _lender(gpu: Gpu) -> tuple[str, Table]:
+    """Of the other GPUs with the same compute capability and number of multiprocessors, the one with the largest table:
+    its name and that table, the user's entries before the package's. A broken file costs a warning."""
     found: dict[str, Table] = {}
     for path in (*sorted(SHIPPED.glob("*.json")), *sorted(_users_folder().glob("*.json"))):
+        if path.name == table_file(gpu.name).name:
+            continue
         try:
-            other, entries = _read(path)
+            other, table = _read(path)
         except (OSError, ValueError) as error:
             warnings.warn(str(error), stacklevel=2)
             continue
-        if other.name != gpu.name and (other.capability, other.sms) == (gpu.capability, gpu.sms):
-            found[other.name] = found.get(other.name, {}) | entries
-    return min(found.items(), key=lambda one: (-len(one[1]), one[0]), default=(gpu.name, {}))
+        if (other.capability, other.sms) == (gpu.capability, gpu.sms):
+            found[other.name] = found.get(other.name, {}) | _finished(table)
+    return min(found.items(), key=lambda one: (-len(one[1]), one[0]), default=("", {}))
 
 
 def table_file(gpu: str, folder: Path | None = None) -> Path:

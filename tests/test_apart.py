@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import multiprocessing
 import os
 import signal
 import sys
@@ -82,22 +81,25 @@ def test_it_answers_and_keeps_its_state(apart: ModuleType) -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "arguments", "said"),
+    ("method", "arguments", "verdict", "said"),
     [
-        ("sleep", (1000,), "no answer within 1 s, so its process was killed"),
-        ("ignore_everything", (), "no answer within 1 s"),
-        ("die", (), r"its process ended \(exit status 7\)"),
-        ("lose_the_context", (), "it lost the CUDA context.*launch failure"),
+        ("sleep", (1000,), "hung", "no answer within 1 s, so its process was killed"),
+        ("ignore_everything", (), "hung", "no answer within 1 s"),
+        ("die", (), "died", r"its process ended \(exit status 7\)"),
+        ("lose_the_context", (), "lost the CUDA context", "it lost the CUDA context.*launch failure"),
     ],
 )
-def test_what_goes_wrong_costs_only_itself(apart: ModuleType, method: str, arguments: Any, said: str) -> None:
+def test_what_goes_wrong_costs_only_itself(
+    apart: ModuleType, method: str, arguments: Any, verdict: str, said: str
+) -> None:
     with apart.Apart(Delicate, 0) as there, apart.Apart(Delicate, 0) as beside:
         pids = [process.ask("add", 1, seconds=LONG)[1] for process in (there, beside)]
-        with pytest.raises(apart.Gone, match=said):
-            there.ask(method, *arguments, seconds=1 if "no answer" in said else LONG)
+        with pytest.raises(apart.Gone, match=said) as gone:
+            there.ask(method, *arguments, seconds=1 if verdict == "hung" else LONG)
+        assert gone.value.verdict == verdict
         assert [alive(pid) for pid in pids] == [False, True]
         assert beside.ask("add", 1, seconds=LONG)[0] == 2
-        with pytest.raises(apart.Gone):
+        with pytest.raises(apart.Gone, match=said):  # whoever asks later hears the same
             there.ask("add", 1, seconds=LONG)
 
 
@@ -127,7 +129,6 @@ class Asking:
     """Asks a process that hangs."""
 
     def start(self) -> int:
-        multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined] # it may have children
         self.there = sys.modules["apart"].Apart(Delicate, 0)
         return self.there.ask("add", 1, seconds=LONG)[1]
 

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -154,7 +155,7 @@ def test_the_shipped_table_holds_what_was_measured() -> None:
     assert len(table) == 116
     assert not any(found.note for found in table.values())
     assert config._read(path)[0] == H200
-    assert config.serving(H200)[:2] == (H200.name, table)
+    assert [entries[:2] for entries in config.serving(H200)] == [(H200.name, table)]
 
 
 @pytest.mark.parametrize("pass_", ["infer", "fprop", "dgrad", "wgrad", "chain"])
@@ -211,7 +212,7 @@ def test_another_batch_gets_the_measured_program_cut_anew(pass_: str, tma: bool)
 
 
 def test_a_gpu_of_the_same_kind_lends_its_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The largest of those with the same capability and multiprocessors, and only to who has none."""
+    """The largest of those with the same capability and multiprocessors, for what a GPU has not measured itself."""
     monkeypatch.setattr(config, "SHIPPED", tmp_path / "shipped")
     small = H200._replace(name="NVIDIA H100 PCIe", sms=114)
     newer = H200._replace(name="NVIDIA H300", capability=(10, 0))
@@ -220,11 +221,11 @@ def test_a_gpu_of_the_same_kind_lends_its_table(tmp_path: Path, monkeypatch: pyt
     put({("fprop", problem): Measurement("cudnn", None) for problem in others}, small)
     put({("fprop", problem): Measurement("cudnn", None) for problem in others}, newer, config.SHIPPED)
 
-    def lent(gpu: Gpu = H100) -> tuple[str, int]:
-        table = config.serving(gpu)
-        return table.gpu, len(table.entries)
+    def lent(gpu: Gpu = H100) -> Any:
+        found = [(entries.gpu, len(entries.table)) for entries in config.serving(gpu)]
+        return found[0] if len(found) == 1 else found
 
-    assert lent() == (H100.name, 0)
+    assert lent() == []
     put({("fprop", PROBLEM): Measurement("cudnn", None), ("fprop", others[0]): Measurement("cudnn", None)}, like)
     assert lent() == (like.name, 2)
     put({("fprop", PROBLEM): Measurement("cudnn", None)}, H200, config.SHIPPED)
@@ -235,12 +236,23 @@ def test_a_gpu_of_the_same_kind_lends_its_table(tmp_path: Path, monkeypatch: pyt
     assert lent() == (H200.name, 4), "the package's and the user's"
     assert config.measured("fprop", others[0], BF16, H100) == (Measurement("triton", TILE), 8, H200.name)
     assert lent(small) == (small.name, 3)
-    put({("fprop", others[0]): Measurement("cudnn", None, note="hung")}, H100)
-    assert lent() == (H200.name, 4), "a note is no measurement"
-    assert config.measured("fprop", others[0], BF16, H100).measurement.note == "hung", "but it holds"  # type: ignore[union-attr]
-    put({("dgrad", PROBLEM): Measurement("cudnn", None)}, H100)
-    assert lent() == (H100.name, 1)
-    assert config.measured("fprop", PROBLEM, BF16, H100) is None
+    hung, mine = Measurement("cudnn", None, note="hung"), Measurement("cudnn", TILE)
+    put({("fprop", others[0]): hung, ("fprop", others[1]): Measurement("cudnn", None, note=config.UNFINISHED)}, H100)
+    assert lent() == [(H100.name, 1), (H200.name, 4)]
+    assert config.measured("fprop", others[0], BF16, H100) == (hung, 8, H100.name)
+    assert config.measured("fprop", others[1], BF16, H100) == (Measurement("triton", TILE), 8, H200.name)
+    put({("fprop", replace(others[1], N=2)): mine}, H100)
+    assert config.measured("fprop", others[1], BF16, H100) == (mine, 2, H100.name), "its own, if of another batch"
+    assert config.measured("fprop", others[2], BF16, H100) == (Measurement("triton", TILE), 8, H200.name)
+
+
+def test_what_a_stopped_run_left_hides_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(config, "SHIPPED", tmp_path / "shipped")
+    put({("fprop", PROBLEM): Measurement("triton", TILE)}, folder=config.SHIPPED)
+    for note, found in ((config.UNFINISHED, Measurement("triton", TILE)), ("hung", None)):
+        entry = Measurement("cudnn", None, note=note)
+        put({("fprop", PROBLEM): entry})
+        assert config.measured("fprop", PROBLEM, BF16, H200) == (found or entry, 8, H200.name)
 
 
 def test_a_lent_tile_serves_where_it_is_a_candidate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -258,9 +270,9 @@ def test_a_broken_table_of_another_gpu_costs_a_warning() -> None:
     folder = config.table_file(H200.name).parent
     folder.mkdir(parents=True)
     (folder / "nvidia-a100.json").write_text("[]")
-    assert config.serving(H200).gpu == H200.name
-    with pytest.warns(UserWarning, match=r"nvidia-a100\.json is no table of tiles"):
-        assert config.serving(H100).gpu == H200.name
+    for gpu in (H200, H100):
+        with pytest.warns(UserWarning, match=r"nvidia-a100\.json is no table of tiles"):
+            assert [entries.gpu for entries in config.serving(gpu)] == [H200.name]
     config.table_file(H100.name).write_text("[]")
     config.forget_tables()
     with pytest.raises(ValueError, match="is no table of tiles"):
@@ -287,8 +299,7 @@ def test_the_reason_says_where_and_at_which_batch(monkeypatch: pytest.MonkeyPatc
         assert dispatch.why_chained(PROBLEM, BF16, CUDA) == f"measured fastest on {where}"
         assert dispatch.why_chained(replace(PROBLEM, N=32), BF16, CUDA) == nearest
         assert why(hung) == ("cudnn", f"unmeasured: tuning on {where} hung")
-        assert why(one) == ("cudnn", f"unmeasured: tuning on {where} unfinished")
-        assert why(replace(hung, N=9)) == ("cudnn", "unmeasured: compute-bound")
+        assert why(one) == why(replace(hung, N=9)) == ("cudnn", "unmeasured: compute-bound")
     assert dispatch.why_chained(PROBLEM, BF16, torch.device("cpu")) is None
     with fastres.backend("cudnn"):
         assert dispatch.why_chained(PROBLEM, BF16, CUDA) is None
@@ -301,12 +312,14 @@ def test_which_table_is_in_force(monkeypatch: pytest.MonkeyPatch) -> None:
         return dispatch.table_in_force(CUDA)
 
     put({("infer", PROBLEM): Measurement("cudnn", None, note="hung")})
-    assert said(H200) == "this GPU's own, 116 problems measured, 1 failed or unfinished"
+    assert said(H200) == "this GPU's own, 116 problems measured, 1 failed"
     config.table_file(H200.name).unlink()
     assert said(H200) == "this GPU's own, 116 problems measured"
-    lent = "that of NVIDIA H200 (same capability and multiprocessors), 116 problems measured"
-    assert said(H100) == f"{lent}; bench/tune.py measures on this GPU"
-    other = H100._replace(sms=114)
+    lent = "NVIDIA H200's (same capability and multiprocessors), 116 problems measured"
+    assert said(H100) == lent
+    put({("infer", PROBLEM): Measurement("cudnn", None)}, H100)
+    assert said(H100) == f"this GPU's own, 1 problems measured; for others {lent}"
+    other = H100._replace(name="NVIDIA H100 PCIe", sms=114)
     assert said(other).startswith("none: heuristics")
     config.table_file(other.name).write_text("[]")
     assert said(other).startswith("broken: ")

@@ -589,7 +589,7 @@ def test_only_this_gpus_own_entries_for_this_batch_count(
 ) -> None:
     monkeypatch.setattr(kernels_launch, "_gpu", lambda index: NONE._replace(sms=132))
     config.forget_tables()
-    assert config.serving(NONE._replace(sms=132)).gpu == config.H200.name
+    assert [entries.gpu for entries in config.serving(NONE._replace(sms=132))] == [config.H200.name]
     assert tune.main(["--depth", "50", "--seconds", "-1"]) == 0
     assert "93 of 93 problems to measure" in capsys.readouterr().out
     monkeypatch.setattr(kernels_launch, "_gpu", lambda index: config.H200)
@@ -651,7 +651,7 @@ def test_what_breaks_costs_its_problem_once(
                 assert written()[arguments[0]] == NOTED._replace(note="unfinished"), "first on disk"
                 if arguments[0] == bad:
                     self.gone = True
-                    raise tune.Gone(said)
+                    raise tune.Gone(note, said)
             return super().ask(method, *arguments, seconds=seconds)
 
     monkeypatch.setattr(tune, "Apart", Fragile)
@@ -730,7 +730,7 @@ def test_without_a_gpu_that_answers_nothing_is_marked(
     tune: ModuleType, on_gpu: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def silent(self: Any) -> None:
-        raise tune.Gone("no answer within 120 s, so its process was killed")
+        raise tune.Gone("hung", "no answer within 120 s, so its process was killed")
 
     monkeypatch.setattr(tune.Tuner, "reach", silent)
     assert tune.main(FPROP_18) == 1

@@ -423,21 +423,22 @@ def _how_measured(found: Found, problem: ConvProblem, device: torch.device) -> s
 
 
 def table_in_force(device: torch.device) -> str:
-    """The table of measurements by which engines and tiles are chosen on a GPU, in words."""
+    """The measurements by which engines and tiles are chosen on a GPU, in words."""
     from fastres.kernels import config, launch
 
     gpu = launch.gpu_of(device)
     try:
-        table = config.serving(gpu)
+        found = config.serving(gpu)
     except ValueError as error:
         return f"broken: {error}"
-    if not table.entries:
+    said = []
+    for name, table, _ in found:
+        failed = sum(bool(measurement.note) for measurement in table.values())
+        whose = "this GPU's own" if name == gpu.name else f"{name}'s ({_ALIKE})"
+        said.append(f"{whose}, {len(table) - failed} problems measured" + (f", {failed} failed" if failed else ""))
+    if not said:
         return "none: heuristics choose engines and tiles until bench/tune.py has measured"
-    noted = sum(bool(found.note) for found in table.entries.values())
-    size = f"{len(table.entries) - noted} problems measured" + (f", {noted} failed or unfinished" if noted else "")
-    if table.gpu == gpu.name:
-        return f"this GPU's own, {size}"
-    return f"that of {table.gpu} ({_ALIKE}), {size}; bench/tune.py measures on this GPU"
+    return "; for others ".join(said)
 
 
 def pointwise_engine(dtype: torch.dtype, device: torch.device) -> Engine:
