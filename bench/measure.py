@@ -13,8 +13,10 @@ import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import backends
@@ -34,6 +36,7 @@ INPUTS = 4  # batches to rotate among: more than a GPU's L2 holds, at any useful
 CHECKED = 4  # images whose scores are compared in inference
 WINDOWS = 7
 NOISY = 0.1  # the largest `quartile_spread` of the windows of a row that is ranked; a quiet machine has a tenth of it
+LOAD = 0.3  # seconds of a row's own work before each of its windows, on a GPU
 WARM_UPS = 3  # calls after the first: cudnn.benchmark, recording of CUDA graphs
 OPTIMIZER = {"lr": 1e-3, "momentum": 0.9, "weight_decay": 1e-4}  # the paper's, at a rate that keeps random labels tame
 
@@ -60,6 +63,11 @@ def allowed(baseline: float, dtype: torch.dtype, device: torch.device, mode: str
     if mode == "infer":
         return min(0.5, max(4 * baseline, e))
     return min(0.9, max(2 * baseline, min(0.5, 4 * math.sqrt(e))))
+
+
+def relative_l2(found: Tensor, right: Tensor) -> float:
+    right = right.double()
+    return (torch.dist(found.double(), right) / right.norm()).item()
 
 
 @dataclass
@@ -130,13 +138,17 @@ class Infer:
         """error: relative L2 of the first scores against fp64; NaN where they hold one."""
         return self._error(self(0)[:CHECKED])
 
-    def errors_of_definition(self) -> dict[str, float]:
-        """`errors` of what an optimized net means: its quantised weights and activations, multiplied by PyTorch."""
-        with fastres.backend("reference"), torch.inference_mode():
-            return self._error(self.call(self.inputs[0][:CHECKED]))
+    def definition(self) -> tuple[dict[str, float], float]:
+        """Of what an optimized net means, its quantised weights and activations multiplied by PyTorch: `errors`, and
+        the relative L2 by which the net's own scores depart from it."""
+        few = self.inputs[0][:CHECKED]
+        with torch.inference_mode():
+            with fastres.backend("reference"):
+                meant = self.call(few)
+            return self._error(meant), relative_l2(self.call(few), meant)
 
     def _error(self, scores: Tensor) -> dict[str, float]:
-        return {"error": (torch.dist(scores.double().cpu(), self.data.reference) / self.data.reference.norm()).item()}
+        return {"error": relative_l2(scores.cpu(), self.data.reference)}
 
     def agreement(self) -> float:
         """The share of the input images to which an optimized net gives eager PyTorch's class."""
@@ -205,7 +217,7 @@ class Train:
         errors = []
         for name, gradient in self.gradients().items():
             right = self.data.reference[name].double()
-            errors.append((torch.dist(gradient.double(), right) / right.norm()).item())
+            errors.append(relative_l2(gradient, right))
         if any(map(math.isnan, errors)):
             return {"error": math.nan, "error_p95": math.nan}
         return {"error": statistics.median(errors), "error_p95": sorted(errors)[math.ceil(0.95 * len(errors)) - 1]}
@@ -224,20 +236,25 @@ class Row:
     Their fields are those of bench/records/README.md. What goes wrong is raised; `close` lets go of everything.
     """
 
-    def __init__(self, backend: Backend, case: Case, data: Data, seconds: float) -> None:
+    def __init__(self, backend: Backend, case: Case, seconds: float) -> None:
         """seconds: the timed time, for all windows together."""
-        self.backend, self.case, self.data, self.seconds = backend, case, data, seconds
+        self.backend, self.case, self.seconds = backend, case, seconds
         self.life = ExitStack()
         self.recompiles = 0
+        self.single: list[float] = []
 
     def ready(self) -> None:
-        """Answers once the process it is in has imported everything."""
+        """Start what a process starts once: imports, CUDA, the compiler."""
+        if self.case.device.type == "cuda":
+            torch.cuda.set_device(self.case.device)
+            torch.zeros(1, device=self.case.device)
+        if self.backend.compile is not None:
+            backends.start_compiler(self.backend.compile["backend"], self.case.device)
 
-    def prepare(self) -> dict[str, Any]:
-        """Build the net and call it until it is warm."""
-        device = self.case.device
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
+    def prepare(self, data: Data | Path) -> dict[str, Any]:
+        """Build the net and call it until it is warm. data: of the case, or the file that another process wrote."""
+        self.data = torch.load(data, mmap=True, weights_only=False) if isinstance(data, Path) else data
+        device, compiled = self.case.device, self.backend.compile is not None
         torch.backends.cudnn.benchmark = True
         self.life.enter_context(self.backend.isolated(device))
         breaks, graphs, start = _graph_breaks(), _graphs(), time.perf_counter()
@@ -245,42 +262,40 @@ class Row:
         with backends.watched_paths() as answers:
             self.step(0)
             synchronize(device)
-        fields: dict[str, Any] = {"first_call_s": time.perf_counter() - start}
-        compiled = self.backend.compile is not None
-        fields |= {
+        fields: dict[str, Any] = {
+            "first_call_s": time.perf_counter() - start,
             "graphs": _graphs() - graphs if compiled else None,
             "graph_breaks": _graph_breaks() - breaks if compiled else None,
         }
+        if self.backend.ours:
+            fields["path"] = backends.path_in_words(answers, self.backend)
         with self._counting_recompiles():
             for i in range(WARM_UPS):
                 self.step(i + 1)
             synchronize(device)
             fields["warm_up_s"] = time.perf_counter() - start
-            self.single = [_seconds(self.step, range(i, i + 1), device) for i in range(2)]
+            if device.type == "cuda":  # what the choice of algorithms took is not what a step takes
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats(device)
+            for i in range(WARM_UPS):
+                self.single.append(_seconds(self.step, range(i, i + 1), device))
         self.calls = max(1, round(self.seconds / WINDOWS / min(self.single)))
-        fields |= {"calls_per_window": self.calls, "peak_reserved_mib": _mib("max_memory_reserved", device)}
-        if self.backend.ours:
-            fields["path"] = backends.path_in_words(answers, self.backend)
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats(device)
-        return fields
+        return fields | {"calls_per_window": self.calls, "peak_reserved_mib": _mib("max_memory_reserved", device)}
 
     def window(self) -> float:
-        """Seconds a call, over `calls_per_window` of them. On a GPU what is only cached is left to other rows."""
+        """Seconds a call, over `calls_per_window` of them; single calls are timed as well. Before, on a GPU, the row's
+        own load brings clocks and temperature to where it has them."""
         device = self.case.device
         with self._counting_recompiles():
             if device.type == "cuda":
-                self.step(0)
-            seconds = _seconds(self.step, range(self.calls), device) / self.calls
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-        return seconds
+                for i in range(math.ceil(LOAD / min(self.single))):
+                    self.step(i)
+                self.single += [_seconds(self.step, range(i, i + 1), device) for i in range(3)]
+            return _seconds(self.step, range(self.calls), device) / self.calls
 
     def finish(self) -> dict[str, Any]:
-        """Everything but the rates: latency, memory, clocks, kernels, errors; "status" is "ok" or "wrong"."""
+        """What a row needs besides rates: latency, memory, errors; "status" is "ok" or "wrong"."""
         step, device, cuda = self.step, self.case.device, self.case.device.type == "cuda"
-        notes = []
         with self._counting_recompiles():
             self.single += [_seconds(step, range(i, i + 1), device) for i in range(min(20, self.calls))]
         row: dict[str, Any] = {
@@ -288,21 +303,21 @@ class Row:
             "host_ms": 1e3 * statistics.median(host_seconds(step, i, device) for i in range(5)) if cuda else None,
             "peak_reserved_mib": _mib("max_memory_reserved", device),
             "peak_allocated_mib": _mib("max_memory_allocated", device),
-            "clocks": clocks_under_load(step, min(self.single), device) if cuda else None,
             "recompiles": self.recompiles if self.backend.compile is not None else None,
-            "kernels_per_step": None,
+            "reference": self.data.reference_dtype,
         }
-        if cuda:
-            try:
-                row["kernels_per_step"], transposes = profiled(step)
-                notes += transposes
-            except Exception as error:  # a profiler that can't serve here is no reason to lose what was measured
-                notes.append(f"not profiled: {first_line(error)}")
+        finite = bool(torch.isfinite(step(0)).all())
+        return row | self._verdict(finite)
+
+    def inspect(self) -> dict[str, Any]:
+        """What is good to know: clocks, kernels, layouts. A tool that can't serve here leaves a note."""
+        found = dict(UNINSPECTED)
+        if self.case.device.type == "cuda":
+            found["clocks"] = clocks_under_load(self.step, min(self.single), self.case.device)
+            found["kernels_per_step"], found["notes"] = profiled(self.step)
         if self.case.mode == "train" and self.backend.channels_last and self.backend.compile is not None:
-            notes += lost_layouts(step)
-        last = step(0)
-        finite = bool(torch.isfinite(last).all())
-        return row | {"reference": self.data.reference_dtype, "notes": notes} | self._verdict(finite)
+            found["notes"] = [*found["notes"], *lost_layouts(self.step)]
+        return found
 
     def close(self) -> None:
         self.step: Any = None
@@ -313,21 +328,23 @@ class Row:
         """The errors, what is allowed, and whether they are."""
         errors, baseline = self.step.errors(), self.data.baseline
         limits = {name: allowed(e, self.case.dtype, self.case.device, self.case.mode) for name, e in baseline.items()}
-        row: dict[str, Any] = {"agreement": None}
+        agreement = departure = None
         if self.backend.float8:
-            baseline = self.step.errors_of_definition()
+            baseline, departure = self.step.definition()
             limits = {name: min(0.5, 2 * e) for name, e in baseline.items()}
-            row["agreement"] = self.step.agreement()
+            agreement = self.step.agreement()
+        row: dict[str, Any] = {"agreement": agreement}
         for name in ("error", "error_p95"):
-            error = errors.get(name, math.nan)
-            row |= {name: error if math.isfinite(error) else None, f"{name}_allowed": limits.get(name)}
-            row[f"{name}_of_eager"] = baseline.get(name)
+            row |= {name: _finite(errors.get(name)), f"{name}_allowed": _finite(limits.get(name))}
+            row[f"{name}_of_eager"] = _finite(baseline.get(name))
+        wrong = [f"{n} {e:.2g} where {limits[n]:.2g} is allowed" for n, e in errors.items() if not e <= limits[n]]
         if not finite:
-            return row | {"status": "wrong", "reason": "NaN or infinity after the timed calls"}
-        for name, error in errors.items():
-            if not error <= limits[name]:
-                return row | {"status": "wrong", "reason": f"{name} {error:.2g} where {limits[name]:.2g} is allowed"}
-        return row | {"status": "ok"}
+            wrong = ["NaN or infinity after the timed calls"]
+        elif not all(map(math.isfinite, baseline.values())):
+            wrong = ["eager PyTorch's own error, the yardstick, is NaN"]
+        elif departure is not None and not departure <= baseline["error"]:
+            wrong.append(f"scores {departure:.2g} from what they mean, where {baseline['error']:.2g} is allowed")
+        return row | ({"status": "wrong", "reason": wrong[0]} if wrong else {"status": "ok"})
 
     @contextmanager
     def _counting_recompiles(self) -> Iterator[None]:
@@ -335,6 +352,18 @@ class Row:
         known = _graphs()
         yield
         self.recompiles += _graphs() - known
+
+
+UNINSPECTED: dict[str, Any] = {"clocks": None, "kernels_per_step": None, "notes": []}
+
+
+def uninspected(error: Exception) -> dict[str, Any]:
+    """The fields of `inspect` where it failed: no reason to lose what was measured."""
+    return UNINSPECTED | {"notes": [f"not inspected: {first_line(error)}"]}
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
 
 
 def _mib(statistic: str, device: torch.device) -> float | None:
@@ -378,11 +407,15 @@ def _number(text: str) -> float | None:
 
 def measure(backend: Backend, case: Case, data: Data, seconds: float, multiply_adds: int) -> dict[str, Any]:
     """A whole row, measured by itself in this process. What goes wrong becomes its status and reason."""
-    row = Row(backend, case, data, seconds)
+    row = Row(backend, case, seconds)
     try:
-        fields = row.prepare()
+        fields = row.prepare(data)
         windows = [row.window() for _ in range(WINDOWS)]
-        return settled(fields | rates(case, multiply_adds, windows) | row.finish())
+        fields |= rates(case, multiply_adds, windows) | row.finish()
+        try:
+            return settled(fields | row.inspect())
+        except Exception as error:
+            return settled(fields | uninspected(error))
     except Exception as error:
         return failure(error)
     finally:
@@ -445,14 +478,20 @@ def first_line(error: BaseException) -> str:
 
 def clocks_under_load(step: Callable[[int], Any], seconds: float, device: torch.device) -> dict[str, str] | None:
     """SM and memory clock in MHz, power in W, temperature in °C while steps of so many seconds run; None without
-    nvidia-smi. Its power is the last second's average: as long the steps have run before."""
-    for load in (1.2, 0.6):
-        synchronize(device)
-        for i in range(math.ceil(load / seconds)):
-            step(i)
-    clocks = nvidia_smi(device, "clocks.sm", "clocks.mem", "power.draw", "temperature.gpu")
-    synchronize(device)
-    return clocks
+    nvidia-smi.
+
+    Its power is the average over a second: so long steps run before, and on until it has answered.
+    """
+    with ThreadPoolExecutor(1) as beside:
+        began, answer = time.perf_counter(), None
+        while answer is None or not answer.done():
+            for i in range(math.ceil(0.05 / seconds)):  # what waits to run would go on long after the answer
+                step(i)
+            synchronize(device)
+            if answer is None and time.perf_counter() - began > 1.2:
+                fields = ("clocks.sm", "clocks.mem", "power.draw", "temperature.gpu")
+                answer = beside.submit(nvidia_smi, device, *fields)
+    return answer.result()
 
 
 def nvidia_smi(device: torch.device, *fields: str) -> dict[str, str] | None:

@@ -39,8 +39,8 @@ def new(device: torch.device, options: dict[str, Any], flops: list[dict[str, Any
     }
 
 
-def now() -> str:
-    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+def now(timespec: str = "seconds") -> str:
+    return datetime.now(timezone.utc).isoformat(timespec=timespec)
 
 
 def code() -> dict[str, Any]:
@@ -163,15 +163,22 @@ class Ratio(NamedTuple):
     high: float
 
 
+def best_peer(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The fastest peer (not ours) of the rows of one case; None where there is none, or where one that is noisy may be
+    faster."""
+    peers = [row for row in rows if not row["ours"] and row["status"] in ("ok", "noisy")]
+    best = max(peers, key=lambda row: row["img_s"], default=None)
+    return best if best is not None and best["status"] == "ok" else None
+
+
 def ratios(rows: list[dict[str, Any]]) -> dict[tuple[Any, ...], Ratio]:
-    """For every row that is ok: its img/s over that of the best peer (not ours) of the same case, by `key`."""
-    best: dict[tuple[Any, ...], dict[str, Any]] = {}
-    ok = [row for row in rows if row["status"] == "ok"]
-    for row in ok:
-        case = key(row)[:-1]
-        if not row["ours"] and (case not in best or row["img_s"] > best[case]["img_s"]):
-            best[case] = row
-    return {key(row): ratio(row, best[key(row)[:-1]]) for row in ok if key(row)[:-1] in best}
+    """For every row that is ok: its img/s over that of the best peer of the same case, by `key`."""
+    cases: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        cases.setdefault(key(row)[:-1], []).append(row)
+    best = {case: best_peer(of_case) for case, of_case in cases.items()}
+    ok = [(row, best[key(row)[:-1]]) for row in rows if row["status"] == "ok"]
+    return {key(row): ratio(row, peer) for row, peer in ok if peer is not None}
 
 
 def ratio(row: dict[str, Any], peer: dict[str, Any]) -> Ratio:

@@ -7,12 +7,14 @@ itself.
 
 from __future__ import annotations
 
-import tempfile
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
+from unittest import mock
 
 import measure
 import torch
@@ -21,6 +23,10 @@ from backends import BACKENDS, Case
 from record import now
 
 Start = Callable[[str], "Apart | Here"]
+HandOver = Callable[[measure.Data], "measure.Data | Path"]
+
+
+WINDOW_S = 60  # more than a window takes by far, the row's own load before it included
 
 
 @dataclass
@@ -35,17 +41,19 @@ class Row:
 
 @dataclass
 class Contest:
-    """What the rows of a case share. tell: gets a row's name and fields (bench/records/README.md) whenever there are
-    new ones; the last time its status is final. patience: seconds of silence after which a row's process is killed."""
+    """What the rows of a case share. data: what each is prepared with. patience: seconds a row may take to get ready,
+    or to be looked at in the end. tell: gets a row's name and fields (bench/records/README.md) whenever there are new
+    ones; the last time its status is final."""
 
     case: Case
+    data: measure.Data | Path
     multiply_adds: int
     patience: float
     tell: Callable[[str, dict[str, Any]], None]
 
     def measure(self, names: Sequence[str], start: Start) -> None:
         """Measure the backends called `names`, which `start` starts. As many as the GPU's memory holds take turns, the
-        others follow; what ran out of memory beside others has another try alone."""
+        others follow; what ran out of memory beside others is tried once more, alone."""
         waiting, alone = list(names), set[str]()
         while waiting:
             with ExitStack() as life:
@@ -53,89 +61,93 @@ class Contest:
                 while waiting and (not together or self._has_room(together, waiting[0], alone)):
                     name = waiting.pop(0)
                     self.tell(name, {"status": "unfinished", "reason": "the run ended before its first window"})
-                    place = life.enter_context(start(name))
+                    row = Row(name, life.enter_context(start(name)), {})
                     try:
-                        together.append(Row(name, place, place.ask("prepare", seconds=self.patience)))
+                        row.fields = row.place.ask("prepare", self.data, seconds=self.patience)
+                        together.append(row)
                     except Exception as error:
-                        place.close()
-                        waiting += self._failed(name, error, alone, beside=bool(together))
+                        row.place.close()
+                        waiting += self._failed(row, error, alone, beside=bool(together))
                 waiting += self._take_turns(together, alone)
+                for row in together:  # all at once
+                    row.place.leave()
 
     def _has_room(self, together: list[Row], name: str, alone: set[str]) -> bool:
-        """Whether another row, probably like the largest so far, leaves each of them what it needs while it runs."""
+        """Whether the GPU's memory holds another row, which may need a fifth more than the largest so far."""
         if name in alone or together[0].name in alone:
             return False
         if self.case.device.type != "cuda":
             return True
         free, _ = torch.cuda.mem_get_info(self.case.device)
-        return free > 2.2 * 2**20 * max(row.fields["peak_reserved_mib"] for row in together)
+        return free > 1.2 * 2**20 * max(row.fields["peak_reserved_mib"] for row in together)
 
     def _take_turns(self, rows: list[Row], alone: set[str]) -> list[str]:
         """Measure rows that are ready; the names of those that want another try."""
-        began, again = now(), list[str]()
+        began, again, running = now("milliseconds"), list[str](), [*rows]
 
-        def asked(row: Row, method: str) -> Any:
+        def asked(row: Row, method: str, seconds: float) -> Any:
             try:
-                return row.place.ask(method, seconds=self.patience)
+                return row.place.ask(method, seconds=seconds)
             except Exception as error:
-                again.extend(self._failed(row.name, error, alone, beside=len(rows) > 1))
-                rows.remove(row)
+                again.extend(self._failed(row, error, alone, beside=len(rows) > 1))
+                running.remove(row)
+                if isinstance(row.place, Apart):  # the others may need its memory
+                    row.place.close()
                 return None
 
         for i in range(measure.WINDOWS):
-            for row in [*rows]:
-                if (seconds := asked(row, "window")) is not None:
+            for row in running[:: 1 if i % 2 else -1]:  # no row always follows the same one
+                if (seconds := asked(row, "window", WINDOW_S)) is not None:
                     row.windows.append(seconds)
                     row.fields |= measure.rates(self.case, self.multiply_adds, row.windows) | {"began": began}
-            for row in rows:
+            for row in running:
                 reason = f"the run ended after {i + 1} of {measure.WINDOWS} windows"
                 self.tell(row.name, row.fields | {"status": "unfinished", "reason": reason})
-        for row in [*rows]:
-            if (rest := asked(row, "finish")) is not None:
+        for row in [*running]:
+            if (rest := asked(row, "finish", self.patience)) is not None:
                 row.fields |= rest
+                try:
+                    row.fields |= row.place.ask("inspect", seconds=self.patience)
+                except Exception as error:
+                    row.fields |= measure.uninspected(error)
                 self.tell(row.name, measure.settled(row.fields))
         return again
 
-    def _failed(self, name: str, error: Exception, alone: set[str], beside: bool) -> list[str]:
-        """[name] if it wants another try, else it has failed."""
+    def _failed(self, row: Row, error: Exception, alone: set[str], beside: bool) -> list[str]:
+        """[its name] if the row wants another try, else it has failed."""
         found = measure.failure(error)
         if found["status"] == "out of memory" and beside:
-            alone.add(name)
-            return [name]
-        self.tell(name, found)
+            alone.add(row.name)
+            return [row.name]
+        self.tell(row.name, row.fields | found)
         return []
 
 
-def in_process(name: str, case: Case, data: measure.Data, seconds: float) -> measure.Row:
-    return measure.Row(BACKENDS[name], case, data, seconds)
-
-
-def from_file(name: str, case: Case, file: Path, seconds: float) -> measure.Row:
-    """`in_process`, with data that another process has written."""
-    return in_process(name, case, torch.load(file, mmap=True, weights_only=False), seconds)
+def row(name: str, case: Case, seconds: float) -> measure.Row:
+    return measure.Row(BACKENDS[name], case, seconds)
 
 
 @contextmanager
-def here(case: Case, data: measure.Data, seconds: float) -> Iterator[Start]:
-    """Rows that share this process."""
+def here(case: Case, seconds: float) -> Iterator[tuple[Start, HandOver]]:
+    """Rows that share this process: what starts one, and what makes of the case's data what it is prepared with."""
     try:
-        yield lambda name: Here(in_process, name, case, data, seconds)
+        yield lambda name: Here(row, name, case, seconds), lambda data: data
     finally:
         torch.compiler.reset()
 
 
 @contextmanager
-def apart(names: Sequence[str], case: Case, data: measure.Data, seconds: float, patience: float) -> Iterator[Start]:
-    """Rows in processes of their own, which all begin now: what they import delays no measurement."""
-    with ExitStack() as life:
-        file = Path(life.enter_context(tempfile.TemporaryDirectory(prefix="fastres-bench-")), "data.pt")
-        torch.save(data, file)
+def apart(names: Sequence[str], case: Case, seconds: float, patience: float) -> Iterator[tuple[Start, HandOver]]:
+    """The same with a process for each row. All begin now: what they import delays no measurement."""
+    with TemporaryDirectory(prefix="fastres-bench-") as folder, ExitStack() as life:
+        with mock.patch.dict(os.environ, TMPDIR=folder):  # what a process that is killed leaves there goes with it
+            begun = {name: life.enter_context(Apart(row, name, case, seconds)) for name in names}
 
-        def begin(name: str) -> Apart:
-            return life.enter_context(Apart(from_file, name, case, file, seconds))
+        def hand_over(data: measure.Data) -> Path:
+            torch.save(data, file := Path(folder, "data.pt"))
+            for place in begun.values():
+                with suppress(Exception):  # `prepare` will say it again
+                    place.ask("ready", seconds=patience)
+            return file
 
-        begun = {name: begin(name) for name in names}
-        for place in begun.values():
-            with suppress(Exception):  # `prepare` will say it again
-                place.ask("ready", seconds=patience)
-        yield lambda name: begun.pop(name, None) or begin(name)
+        yield lambda name: begun.pop(name, None) or Apart(row, name, case, seconds), hand_over

@@ -117,11 +117,9 @@ def parse(arguments: list[str] | None) -> Plan:
         action="store_true",
         help="keep the rows that --json FILE already has; where new ones could not stand beside them, begin FILE-2",
     )
+    parser.add_argument("--apart", action="store_true", help="a process for each row, as always on a GPU")
     parser.add_argument(
-        "--apart", action=argparse.BooleanOptionalAction, help="a process for each row; default: on a GPU"
-    )
-    parser.add_argument(
-        "--patience", type=float, default=300, help="seconds of silence after which a row's process is killed"
+        "--patience", type=float, default=300, help="seconds for a row to get ready; then its process is killed"
     )
     given = parser.parse_args(arguments)
 
@@ -178,7 +176,7 @@ def parse(arguments: list[str] | None) -> Plan:
             case = Case(net, mode, batch, DTYPES[dtype], size, device)
             default = BACKENDS if given.backend == "all" else backends.by_default(device, net, mode)
             rows += [(case, name) for name in named or default]
-    apart = device.type == "cuda" if given.apart is None else given.apart
+    apart = given.apart or device.type == "cuda"
     return Plan(rows, device, seconds, dtype, given.json, given.plot, given.resume, apart, given.patience)
 
 
@@ -256,7 +254,7 @@ def run(plan: Plan, record: dict[str, Any]) -> None:
     with tqdm(total=len(missing) + len(broken), unit="row", disable=None, leave=False) as bar:
         for case in dict.fromkeys(case for case, _ in missing):
             measure_rows(plan, record, case, [name for other, name in missing if other == case], bar)
-        for case, name in broken:  # last and one by one: what broke this process before keeps none from being measured
+        for case, name in broken:  # last and one by one: a row that once broke the process keeps no other back
             measure_rows(plan, record, case, [name], bar)
 
 
@@ -284,23 +282,20 @@ def measure_rows(plan: Plan, record: dict[str, Any], case: Case, names: Sequence
             able.append(name)
     if not able:
         return
-    try:
-        data = measure.prepare(case, weights(case.net, case.size), inputs(case.batch, case.size), SEED)
-    except Exception as error:
-        if not measure.is_out_of_memory(error):
-            raise
-        for name in able:
-            reason = f"eager PyTorch's step, the reference, does not fit: {measure.first_line(error)}"
-            tell(name, {"status": "out of memory", "reason": reason})
-        return
-    where = (
-        rounds.apart(able, case, data, plan.seconds, plan.patience)
-        if plan.apart
-        else rounds.here(case, data, plan.seconds)
-    )
-    with where as start:
+    where = rounds.apart(able, case, plan.seconds, plan.patience) if plan.apart else rounds.here(case, plan.seconds)
+    with where as (start, hand_over):
+        try:
+            data = measure.prepare(case, weights(case.net, case.size), inputs(case.batch, case.size), SEED)
+        except Exception as error:
+            if not measure.is_out_of_memory(error):
+                raise
+            for name in able:
+                reason = f"eager PyTorch's step, the reference, does not fit: {measure.first_line(error)}"
+                tell(name, {"status": "out of memory", "reason": reason})
+            return
         multiply_adds = cost(case.net, case.size).multiply_adds
-        rounds.Contest(case, multiply_adds, plan.patience, tell).measure(able, start)
+        contest = rounds.Contest(case, hand_over(data), multiply_adds, plan.patience, tell)
+        contest.measure(able, start)
 
 
 def records_case(case: Case) -> tuple[Any, ...]:
@@ -428,7 +423,8 @@ def render_rows(rows: list[dict[str, Any]]) -> str:
             )
         title = f"{net}, {mode}, batch {batch}, {dtype}, {size}x{size}"
         errors = {"infer": "scores", "train": "gradients, median over the parameters"}[mode]
-        limit = next((f"; right up to {row['error_allowed']:.1e}" for row in mine if "error_allowed" in row), "")
+        allowed = (row.get("error_allowed") for row in mine if row.get("agreement") is None)  # float8 has its own
+        limit = next((f"; right up to {error:.1e}" for error in allowed if error is not None), "")
         title += f"; error: of the {errors}, relative to fp64{limit}"
         told = [column for column in zip(*lines, strict=True) if set(column[1:]) - {"", "-"}]
         blocks.append("\n".join([title, columns([*map(list, zip(*told, strict=True))], left={0}), *remarks]))

@@ -11,6 +11,7 @@ import re
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -203,7 +204,8 @@ def test_a_record_is_neither_replaced_nor_lost(
     monkeypatch.setattr(bench.measure.Row, "window", interrupted)
     assert bench.run.main(ask) == 130
     assert f"stopped; {path} holds what was measured, --resume goes on" in capsys.readouterr().err
-    assert windows == [bench.backends.BACKENDS[name] for name in ("eager", "fastres")] * 3, "they take turns"
+    eager, ours = (bench.backends.BACKENDS[name] for name in ("eager", "fastres"))
+    assert windows == [ours, eager, eager, ours, ours, eager], "they take turns, and neither always follows the other"
     for row in rows_of(path).values():
         assert (row["status"], row["reason"]) == ("unfinished", "the run ended after 2 of 7 windows")
         assert (len(row["window_img_s"]), row["finished"]) == (2, None)
@@ -357,9 +359,9 @@ def test_resume_fills_one_record(bench: SimpleNamespace, monkeypatch: pytest.Mon
     measured = []
     prepare = bench.measure.Row.prepare
 
-    def count(row: Any) -> dict[str, Any]:
+    def count(row: Any, data: Any) -> dict[str, Any]:
         measured.append((row.case.mode, row.case.batch))
-        return prepare(row)
+        return prepare(row, data)
 
     monkeypatch.setattr(bench.measure.Row, "prepare", count)
     path = tmp_path / "r.json"
@@ -426,6 +428,7 @@ def test_ratios_hold_within_a_case(bench: SimpleNamespace) -> None:
     assert found.keys() == {"a", "b", "fastres"}
     assert found["fastres"] == (1.5, 140 / 110, 165 / 90)
     assert found["b"] == (0.5, 50 / 110, 50 / 90)
+    assert bench.record.ratios([*rows, row_of("e", 101, status="noisy")]).keys() == set(), "which is the best?"
 
 
 def test_what_slows_all_rows_down_is_in_no_ratio(bench: SimpleNamespace) -> None:
@@ -632,9 +635,28 @@ def test_a_float8_row_is_held_against_its_definition(bench: SimpleNamespace, mon
         assert 0 < row["error"] == row["error_of_eager"] < row["error_allowed"] == min(0.5, 2 * row["error"])
         assert data.baseline["error"] < row["error"]
         assert 0.5 <= row["agreement"] <= 1
-        errors = bench.measure.Infer.errors
-        monkeypatch.setattr(bench.measure.Infer, "errors", lambda step: {"error": 2.1 * errors(step)["error"]})
-        assert bench.measure.measure(simulated, case, data, 0.05, 1)["status"] == "wrong"
+        definition = bench.measure.Infer.definition
+        errors, _ = definition(bench.measure.Infer(simulated, case, data))
+        for departure, said in (
+            (1.1 * errors["error"], "from what they mean"),
+            (float("nan"), "nan from what they mean"),
+        ):
+            monkeypatch.setattr(bench.measure.Infer, "definition", lambda step, d=departure: (errors, d))
+            row = bench.measure.measure(simulated, case, data, 0.05, 1)
+            assert row["status"] == "wrong"
+            assert said in row["reason"]
+
+
+def test_without_a_yardstick_nothing_is_right(bench: SimpleNamespace) -> None:
+    """Eager PyTorch's own error may be NaN, in fp16 or in a deep plain net; a record holds no NaN."""
+    case = bench.backends.Case("cifar-8", "infer", 2, torch.float32, 32, torch.device("cpu"))
+    inputs = bench.photos.batches(bench.measure.INPUTS, 2, 32, seed=0)
+    data = bench.measure.prepare(case, bench.backends.shared_weights(case.net, inputs, 0), inputs, 0)
+    data.baseline = {"error": float("nan")}
+    row = bench.measure.measure(bench.backends.BACKENDS["eager"], case, data, 0.05, 1)
+    assert (row["status"], row["reason"]) == ("wrong", "eager PyTorch's own error, the yardstick, is NaN")
+    assert row["error_of_eager"] is None
+    json.dumps(row, allow_nan=False)
 
 
 def test_float8_needs_a_gpu_that_has_it(bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -655,12 +677,28 @@ def test_energy_of_an_image(reading: str, joules: float | None, bench: SimpleNam
 
 
 def test_power_is_read_while_the_load_lasts(bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
-    """After more than the second that nvidia-smi averages over, and before the last step is waited for."""
+    """nvidia-smi averages over a second: the steps begin before that and end after its answer."""
     did: list[str] = []
-    monkeypatch.setattr(bench.measure, "synchronize", lambda device: did.append("wait"))
-    monkeypatch.setattr(bench.measure, "nvidia_smi", lambda device, *fields: did.append("read"))
-    bench.measure.clocks_under_load(lambda i: did.append("step"), 0.1, torch.device("cuda"))
-    assert did == ["wait", *["step"] * 12, "wait", *["step"] * 6, "read", "wait"]
+
+    def answer(device: torch.device, *fields: str) -> dict[str, str]:
+        did.append("asked")
+        time.sleep(0.3)
+        did.append("answered")
+        return dict.fromkeys(fields, "1")
+
+    def step(i: int) -> None:
+        did.append("step")
+        time.sleep(0.02)
+
+    monkeypatch.setattr(bench.measure, "synchronize", lambda device: None)
+    monkeypatch.setattr(bench.measure, "nvidia_smi", answer)
+    start = time.perf_counter()
+    clocks = bench.measure.clocks_under_load(step, 0.02, torch.device("cuda"))
+    assert time.perf_counter() - start > 1.5
+    assert clocks["power.draw"] == "1"
+    asked, answered = did.index("asked"), did.index("answered")
+    assert min(did[:asked].count("step"), did[asked:answered].count("step")) > 5
+    assert did[answered:].count("step") <= 3
 
 
 def test_the_path_counts_a_captured_step_once(bench: SimpleNamespace) -> None:

@@ -133,7 +133,8 @@ def test_readme_shows_its_record(readme: ModuleType) -> None:
 
 def row(mode: str, backend: str, img_s: float, **other: Any) -> dict[str, Any]:
     fields = {"net": "resnet50", "mode": mode, "batch": 256, "dtype": "bf16", "size": 224, "latency_ms": 2.5}
-    return fields | {"backend": backend, "ours": "fastres" in backend, "status": "ok", "img_s": img_s} | other
+    fields |= {"backend": backend, "ours": "fastres" in backend, "status": "ok", "img_s": img_s}
+    return fields | {"window_img_s": [img_s] * 7} | other
 
 
 def test_a_table_compares_what_was_measured(readme: ModuleType) -> None:
@@ -146,6 +147,11 @@ def test_a_table_compares_what_was_measured(readme: ModuleType) -> None:
     assert row_of(text, "ResNet-50 training, bf16, batch 256")[1:] == want
     alone = ["", "2.50 ms (`fastres-optimize`)", "", "5.00 ms", "", "2.00"]
     assert row_of(text, "ResNet-50 inference, bf16, batch 1")[1:] == alone, "one peer is best of nothing"
+    float8 = row("train", "fastres-fp8", 900.0, agreement=0.9)
+    assert row_of(readme.table({"rows": [*rows, float8]}), "ResNet-50 training, bf16, batch 256")[1:] == want
+    noisy = row("train", "max-autotune", 201.0, status="noisy")
+    unsure = ["150", "300 (`fastres-graph`)", "", "100", "", "3.00"]
+    assert row_of(readme.table({"rows": [*rows, noisy]}), "ResNet-50 training, bf16, batch 256")[1:] == unsure
     with pytest.raises(ValueError, match="lacks the line"):
         readme.written("no marks", text)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -38,7 +39,7 @@ class Delicate:
     def ready(self) -> None:
         pass
 
-    def prepare(self) -> dict[str, Any]:
+    def prepare(self, data: Any) -> dict[str, Any]:
         self._stumble("prepare")
         return {"calls_per_window": 1, "peak_reserved_mib": None}
 
@@ -49,7 +50,11 @@ class Delicate:
 
     def finish(self) -> dict[str, Any]:
         self._stumble("finish")
-        return {"status": "ok", "clocks": None, "process": os.getpid()}
+        return {"status": "ok", "process": os.getpid()}
+
+    def inspect(self) -> dict[str, Any]:
+        self._stumble("inspect")
+        return {"clocks": None, "notes": []}
 
     def _stumble(self, when: str) -> None:
         if when != self.when:
@@ -70,18 +75,22 @@ def contest(
     """And what it tells, by row."""
     told: dict[str, list[dict[str, Any]]] = {}
     case = bench.backends.Case("resnet18", "infer", 2, torch.float32, 64, torch.device(device))
-    return bench.rounds.Contest(case, 10**9, patience, lambda name, row: told.setdefault(name, []).append(row)), told
+    tell = lambda name, row: told.setdefault(name, []).append(row)  # noqa: E731
+    return bench.rounds.Contest(case, None, 10**9, patience, tell), told
 
 
-def test_each_trouble_costs_only_its_row(bench: SimpleNamespace) -> None:
+def test_each_trouble_costs_only_its_row(bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not what it has measured before. Where only what is good to know is missing, the row is ok."""
+    monkeypatch.setattr(bench.rounds, "WINDOW_S", 5)
     trouble = {
-        "hang in window 3": "no answer within 10 s, so its process was killed",
+        "hang in window 3": "no answer within 5 s, so its process was killed",
         "death in window 2": "its process ended (exit status 9)",
         "lost context in prepare": "it lost the CUDA context",
         "lost context in window 7": "an illegal memory access was encountered",
         "error in finish": "ValueError: an ordinary error",
     }
-    names = ["sound", *trouble, "sound, too"]
+    harmless = ["death in inspect", "error in inspect"]
+    names = ["sound", *trouble, *harmless, "sound, too"]
     match, told = contest(bench, patience=10)
     with ExitStack() as life:
         places = {name: life.enter_context(bench.apart.Apart(Delicate, name)) for name in names}
@@ -89,11 +98,15 @@ def test_each_trouble_costs_only_its_row(bench: SimpleNamespace) -> None:
             place.ask("ready", seconds=100)  # a busy machine starts slowly
         match.measure(names, places.pop)
     final = {name: rows[-1] for name, rows in told.items()}
-    assert [name for name, row in final.items() if row["status"] == "ok"] == ["sound", "sound, too"]
+    assert {name for name, row in final.items() if row["status"] == "ok"} == {"sound", *harmless, "sound, too"}
     assert final["sound"]["process"] != final["sound, too"]["process"]
     for name, said in trouble.items():
         assert final[name]["status"] == "failed"
         assert said in final[name]["reason"], name
+        windows = {"3": 2, "2": 1, "7": 6, "finish": 7}.get(name.split(" ")[-1], 0)
+        assert len(final[name].get("window_img_s", ())) == windows
+    assert final[harmless[0]]["notes"] == ["not inspected: Gone: its process ended (exit status 9)"]
+    assert final[harmless[1]]["notes"] == ["not inspected: ValueError: an ordinary error"]
     assert final["sound"]["began"] == final["sound, too"]["began"]
     assert len(final["sound"]["window_img_s"]) == bench.measure.WINDOWS
 
@@ -117,7 +130,7 @@ class Large:
     def __init__(self, name: str) -> None:
         self.name, self.needs = name, int(name.partition(" ")[0])
 
-    def prepare(self) -> dict[str, Any]:
+    def prepare(self, data: Any) -> dict[str, Any]:
         self._take()
         self.held[self.name] = self.needs // 10
         self.log.append(f"{self.name} ready")
@@ -129,7 +142,10 @@ class Large:
 
     def finish(self) -> dict[str, Any]:
         self.log.append(f"{self.name} done")
-        return {"status": "ok", "clocks": None}
+        return {"status": "ok"}
+
+    def inspect(self) -> dict[str, Any]:
+        return {"clocks": None}
 
     def close(self) -> None:
         self.held.pop(self.name, None)
@@ -160,38 +176,43 @@ def test_rows_that_do_not_fit_together_follow(bench: SimpleNamespace, monkeypatc
     assert began["200 f"] is None
 
 
-def test_rows_get_their_data_from_a_file(bench: SimpleNamespace) -> None:
+@pytest.fixture
+def tiny(bench: SimpleNamespace) -> tuple[Any, Any]:
+    """A case and its data."""
+    case = bench.backends.Case("cifar-8", "infer", 2, torch.float32, 32, torch.device("cpu"))
+    inputs = [torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(i)) for i in range(4)]
+    return case, bench.measure.prepare(case, bench.backends.shared_weights(case.net, inputs, 0), inputs, 0)
+
+
+def measured(bench: SimpleNamespace, tiny: tuple[Any, Any], names: list[str], where: Any) -> dict[str, dict[str, Any]]:
+    (case, data), final = tiny, {}
+    with where as (start, hand_over):
+        bench.rounds.Contest(case, hand_over(data), 10**7, 120, final.__setitem__).measure(names, start)
+    return final
+
+
+def test_rows_get_their_data_from_a_file(bench: SimpleNamespace, tiny: tuple[Any, Any]) -> None:
     """The process of a row begins with the case's data and gives what a row in this process gives."""
-    case = bench.backends.Case("cifar-8", "infer", 2, torch.float32, 32, torch.device("cpu"))
-    inputs = [torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(i)) for i in range(4)]
-    data = bench.measure.prepare(case, bench.backends.shared_weights(case.net, inputs, 0), inputs, 0)
-    final: dict[str, dict[str, Any]] = {}
-    match = bench.rounds.Contest(case, 10**7, 120, final.__setitem__)
-    with bench.rounds.apart(["eager"], case, data, 0.05, 120) as start:
-        match.measure(["eager"], start)
-    there = final.pop("eager")
-    with bench.rounds.here(case, data, 0.05) as start:
-        match.measure(["eager"], start)
+    before = {*Path(tempfile.gettempdir()).glob("fastres-bench-*")}
+    there = measured(bench, tiny, ["eager"], bench.rounds.apart(["eager"], tiny[0], 0.05, 120))["eager"]
+    here = measured(bench, tiny, ["eager"], bench.rounds.here(tiny[0], 0.05))["eager"]
     assert there["status"] in ("ok", "noisy"), there
-    assert there.keys() - {"reason"} == final["eager"].keys() - {"reason"}
-    assert there["error"] == pytest.approx(final["eager"]["error"], rel=1)
+    assert there.keys() - {"reason"} == here.keys() - {"reason"}
+    assert there["error"] == pytest.approx(here["error"], rel=1)
+    assert {*Path(tempfile.gettempdir()).glob("fastres-bench-*")} <= before, "nothing is left behind"
 
 
-def test_compiled_rows_of_one_process_stay_compiled(bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_rows_of_one_process_stay_compiled(
+    bench: SimpleNamespace, tiny: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Another row's beginning, end or failure makes none compile again."""
-    case = bench.backends.Case("cifar-8", "infer", 2, torch.float32, 32, torch.device("cpu"))
-    inputs = [torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(i)) for i in range(4)]
-    data = bench.measure.prepare(case, bench.backends.shared_weights(case.net, inputs, 0), inputs, 0)
     table = bench.backends.BACKENDS
     for name, compiler in (("first", "aot_eager"), ("second", "eager")):
         entry = bench.backends.Backend(table["eager"].net, "", compile={"backend": compiler})
         monkeypatch.setitem(table, name, entry)
     broken = bench.backends.Backend(lambda name: torch.nn.Identity(), "", compile={"backend": "aot_eager"})
     monkeypatch.setitem(table, "broken", broken)
-    final: dict[str, dict[str, Any]] = {}
-    with bench.rounds.here(case, data, 0.05) as start:
-        names = ["first", "broken", "second"]
-        bench.rounds.Contest(case, 10**7, 120, final.__setitem__).measure(names, start)
+    final = measured(bench, tiny, ["first", "broken", "second"], bench.rounds.here(tiny[0], 0.05))
     assert final["broken"]["status"] == "failed"
     for name in ("first", "second"):
         assert (final[name]["graphs"], final[name]["recompiles"]) == (1, 0), final[name]
