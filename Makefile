@@ -41,9 +41,10 @@ lint: $(READY)
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
-# With the interpreter $(PYTHON), which must have torch already: all GPU tests and the bench, or PART="name name".
+# With the interpreter $(PYTHON), which must have torch already: all GPU tests and the bench, PART="name name" of them,
+# or PLAN=1, 2 and 3, ten minutes each. REHEARSE=1 goes through the same without a GPU.
 gpu:
-	$(PYTHON) bench/gpu.py --out $(OUT) $(PART)
+	$(PYTHON) bench/gpu.py --out $(OUT) $(if $(PLAN),--plan $(PLAN)) $(if $(REHEARSE),--rehearse) $(PART)
 
 clean:
 	rm -rf $(VENV) $(OUT) build dist *.egg-info

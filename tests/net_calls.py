@@ -34,6 +34,7 @@ from fastres.ops import dispatch, launch
 from fastres.ops.steps import nchw, nhwc
 
 META, BF16 = torch.device("meta"), torch.bfloat16
+USERS_TABLES = config.table_file("any").parent  # before a test has a cache folder of its own
 MODULES = {"conv_fprop": conv, "conv_dgrad": dgrad, "conv_wgrad": wgrad}
 
 
@@ -183,7 +184,7 @@ Launched = tuple[str, list[Tensor], list[Tensor]]  # how, in words; the tensors 
 
 def launched(tune: ModuleType, call: Call, given: Mapping[str, Any], most: int) -> Iterator[Launched]:
     """The call with every tile that may serve it: what is chosen where nobody asks, by the tables in force and by each
-    that is shipped; the `most` that tuning tries; and the stem by its own kernel."""
+    that is shipped or the user's; the `most` that tuning tries; and the stem by its own kernel."""
     like = given["dy" if "dy" in given else "x"]
     most = most if call.by_rule else min(most, tune.FEW)
     config.forget_tables()
@@ -200,7 +201,7 @@ def launched(tune: ModuleType, call: Call, given: Mapping[str, Any], most: int) 
     own = config.table_file(gpu_of(like.device).name)
     assert not own.exists(), "tests have a folder of their own for tables"
     own.parent.mkdir(parents=True, exist_ok=True)
-    for table in sorted(config.SHIPPED.glob("*.json")):
+    for table in (*sorted(config.SHIPPED.glob("*.json")), *sorted(USERS_TABLES.glob("*.json"))):
         shutil.copy(table, own)
         config.forget_tables()
         yield f"as chosen by {table.stem}'s table", *_launch(call, given, None)

@@ -2,8 +2,8 @@
 tables choose and those that tuning tries.
 
 On a GPU at the nets' own sizes: `-k "resnet50 and bfloat16"` is what ResNet-50 runs. In the interpreter the same checks
-at small images, in float32 and float16. With neither, every launch is compiled and handed to a driver that runs nothing
-(`slow`).
+at small images, in float32 and float16. With neither, launches are compiled and handed to a driver that runs nothing;
+all of them are `slow`.
 """
 
 from __future__ import annotations
@@ -277,10 +277,10 @@ def test_deeper_nets_launch_nothing_else(tune: ModuleType) -> None:
 
 
 def without_gpu(test: Any) -> Any:
-    """For tests of minutes whose launches a driver takes that runs nothing."""
+    """For tests whose launches a driver takes that runs nothing."""
     for reason in ("a GPU has a driver" if torch.cuda.is_available() else None, stub_cuda.unbuildable()):
         test = pytest.mark.skipif(reason is not None, reason=str(reason))(test)
-    return pytest.mark.slow(test)
+    return test
 
 
 @pytest.fixture
@@ -291,12 +291,21 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "check_device", lambda *_: None)
 
 
+def driver_cases() -> Iterator[Any]:
+    """What ResNet-50 runs; `make test-all` has a covering choice."""
+    found = CASES["resnet50"]
+    picked = chosen([{(pass_, trait) for trait in enumerate(shown(p))} for _, _, pass_, p in (c.values for c in found)])
+    for i, case in enumerate(found):
+        mark = pytest.mark.extra if i in picked else pytest.mark.slow
+        yield pytest.param(*case.values, id=f"bfloat16-{case.id}", marks=mark)
+
+
 @without_gpu
-@pytest.mark.parametrize(("net", "batch", "pass_", "problem"), CASES["resnet50"])
+@pytest.mark.parametrize(("net", "batch", "pass_", "problem"), [*driver_cases()])
 def test_every_launch_as_far_as_the_driver(
     net: str, batch: int, pass_: str, problem: ConvProblem, tune: ModuleType, as_on_a_gpu: None
 ) -> None:
-    """In bfloat16: compiled for Hopper, bound, its tensor maps accepted."""
+    """Compiled for Hopper, bound, its tensor maps accepted."""
     with stub_cuda.driver() as accepted:
         for call in of_problem(tune, net, batch, 224, pass_, problem):
             before = len(accepted)
@@ -305,6 +314,7 @@ def test_every_launch_as_far_as_the_driver(
 
 
 @without_gpu
+@pytest.mark.slow
 @chains
 def test_every_chain_as_far_as_the_driver(size: int, channels: int, as_on_a_gpu: None) -> None:
     given = test_bottleneck.operands(256, size, size, channels, torch.bfloat16, "meta")

@@ -1,0 +1,173 @@
+"""The parts of `bench/gpu.py`: what each runs, how long it may take, and the plans that put them in order.
+
+The limits are 1.3 to 2 times what an H200 took, or what is expected of one, with 14 processes for tests and
+compilation: a part that hangs costs little more than one that runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+PLAN_S = 585  # of a plan: what starts the next ten minutes and packs the last ones takes the rest
+PYTEST = ["-m", "pytest", "-p", "no:cacheprovider", "-v", "--tb=short", "--continue-on-collection-errors"]
+PYTEST += ["-m", "not slow"]  # the extra cases, too; a later -m takes its place
+
+
+@dataclass(frozen=True)
+class Part:
+    """command: the arguments to Python; gpu.py fills in {out}, {jobs} and {seconds}. seconds: its limit. watch: the
+    command it runs under. proof: whether what follows is worthless where this fails."""
+
+    command: Sequence[str]
+    seconds: float = 480
+    watch: Sequence[str] = ()
+    proof: bool = False
+
+
+def checks(*arguments: str, seconds: float = 480, watch: Sequence[str] = (), proof: bool = False) -> Part:
+    return Part([*PYTEST, *arguments], seconds, watch, proof)
+
+
+def bench(*arguments: str, record: str = "record", seconds: float = 480) -> Part:
+    """Parts with the same record add to one file. A row may take two minutes to get ready, or half of the limit."""
+    shared = ["--resume", "--json", f"{{out}}/{record}.json", "--patience", f"{max(120, seconds / 2):.0f}"]
+    return Part(["bench/run.py", *shared, *arguments], seconds)
+
+
+def tune(depth: str, seconds: float = 480) -> Part:
+    return Part(["bench/tune.py", "--depth", depth, "--jobs", "{jobs}", "--seconds", "{seconds}"], seconds)
+
+
+def timeline(mode: str, backend: str, seconds: float) -> Part:
+    command = ["bench/timeline.py", "--net", "resnet50", "--mode", mode, "--backend", backend]
+    return Part([*command, "--csv", f"{{out}}/timeline-{mode}.csv"], seconds)
+
+
+def kernels(depth: str, seconds: float) -> Part:
+    return Part(["bench/kernels.py", "--depth", depth, "--csv", f"{{out}}/kernels-{depth}.csv"], seconds)
+
+
+STATUS = ["-m", "fastres", "status"]
+KERNELS = [f"tests/test_{name}.py" for name in ("conv_fprop", "conv_backward", "pointwise", "bottleneck")]
+NETS = [f"tests/test_{name}.py" for name in ("training", "inference", "registered", "compile")]
+OTHERS = ["tests", *(f"--ignore={file}" for file in (*KERNELS, *NETS, "tests/test_layers.py"))]
+ON_GPU = ["-m", "(gpu or interpret) and not slow"]
+# Every launch of ResNet-50 in bf16, with each tile that tuning tries, and option A's operator.
+OF_50 = "resnet50 and bfloat16"
+FIRST = [f"tests/test_{name}.py" for name in ("layers", "shortcut", "extension")]
+FIRST += ["-k", f"({OF_50}) or cuda"]
+FIRST_REST = ["tests/test_layers.py", "-m", "gpu and not slow", "-k", f"not ({OF_50})"]
+# Every access of every kernel is checked there, and no allocation hides in a larger one.
+SANITIZER = ["compute-sanitizer", "--target-processes", "all", "--error-exitcode", "9"]
+
+TRAIN_50, INFER_50 = (["--depth", "50", "--mode", mode] for mode in ("train", "infer"))
+# The strongest peers and ours; what else there is has parts of its own, and max-autotune compiles for minutes.
+TRAIN = "eager-channels-last,inductor,timm,eager-graph,fastres,fastres-graph"
+INFER = "eager-channels-last,inductor,reduce-overhead,timm,fastres,fastres-optimize,fastres-optimize-fp8"
+ONE_IMAGE = "eager-channels-last,inductor,reduce-overhead,fastres-optimize"
+OTHER_TRAIN = "eager,timm-inductor,reduce-overhead,cudagraphs,fastres-compile"
+OTHER_INFER = "eager,aot-eager,timm-inductor,cudagraphs,fastres-compile,fastres-inductor"
+GRAPHS = "eager-channels-last,eager-graph,reduce-overhead,fastres,fastres-graph"
+AUTOTUNE = "max-autotune,max-autotune-no-cudagraphs"
+
+PARTS: dict[str, Part] = {
+    "status": Part(STATUS, 25),
+    "tests-first": checks(*FIRST, seconds=140, proof=True),
+    "bench-first-train": bench(
+        *TRAIN_50, "--backend", "inductor,eager-graph,fastres-graph", record="first", seconds=150
+    ),
+    "bench-first-infer": bench(
+        *INFER_50, "--backend", "inductor,eager-channels-last,fastres-optimize", record="first", seconds=130
+    ),
+    "tests-first-rest": checks(*FIRST_REST, seconds=140),
+    "tests-kernels": checks(*KERNELS, "-k", "not every_tile", seconds=110),
+    "tests-tiles-50": checks(
+        *KERNELS[:2], "-k", "every_tile and bfloat16 and not resnet18 and not resnext", seconds=130
+    ),
+    "tests-nets": checks(*NETS, *ON_GPU, seconds=130),
+    "tests-gpu": checks(*OTHERS, *ON_GPU),
+    "tune-50": tune("50", 200),
+    "tests-tuned": checks("tests/test_layers.py", "-k", OF_50, seconds=120, proof=True),
+    "bench-train-50": bench(*TRAIN_50, "--backend", TRAIN, seconds=200),
+    "bench-infer-50": bench(*INFER_50, "--backend", INFER, seconds=210),
+    "bench-infer-50-batch-1": bench(*INFER_50, "--batch", "1", "--backend", ONE_IMAGE, seconds=130),
+    "kernels-50": kernels("50", 50),
+    "timeline-train-50": timeline("train", "fastres-graph", 60),
+    "timeline-infer-50": timeline("infer", "fastres-optimize", 60),
+    "passes": Part(["bench/passes.py"], 40),
+    "hopper": Part(["bench/hopper.py", "--markdown", "{out}/hopper.md"], 40),
+    "ablate-50": Part(["bench/ablate.py", "--depth", "50", "--seconds", "5", "--json", "{out}/ablate-50.json"], 240),
+    "bench-train-50-fp16": bench(
+        *TRAIN_50, "--dtype", "fp16", "--backend", "eager-channels-last,fastres-graph", seconds=120
+    ),
+    "bench-train-50-batch-32": bench(*TRAIN_50, "--batch", "32", "--backend", TRAIN),
+    "bench-train-50-others": bench(*TRAIN_50, "--backend", OTHER_TRAIN),
+    "bench-infer-50-others": bench(*INFER_50, "--backend", OTHER_INFER),
+    "bench-cifar": bench("--net", "cifar-20,cifar-110", "--mode", "train", "--batch", "128", "--backend", GRAPHS),
+    "bench-option-a": bench("--net", "paper-34-A", "--mode", "train", "--backend", f"{GRAPHS},inductor"),
+    "bench-cifar-1202": bench("--net", "cifar-1202", "--mode", "train", "--batch", "32", "--backend", GRAPHS),
+    "tests-memory": checks(*KERNELS, "-k", "features or every_problem or single_pixels", watch=SANITIZER),
+    "tests-tiles": checks(*KERNELS, "-k", "every_tile"),
+    "bench-infer-50-autotune": bench(*INFER_50, "--backend", AUTOTUNE),
+    "bench-train-50-autotune": bench(*TRAIN_50, "--backend", AUTOTUNE),
+    "kernels-18": kernels("18", 50),
+    "tune-all": tune("all"),
+    "bench-infer-all": bench("--depth", "all", "--mode", "infer"),
+    "bench-train-all": bench("--depth", "all", "--mode", "train"),
+    "bench-infer-all-batch-32": bench("--depth", "all", "--mode", "infer", "--batch", "32"),
+    "bench-infer-all-batch-1": bench("--depth", "all", "--mode", "infer", "--batch", "1"),
+    "bench-train-all-batch-32": bench("--depth", "all", "--mode", "train", "--batch", "32"),
+    "degradation": Part(["-m", "fastres", "experiment", "degradation", "--out", "{out}/degradation"]),
+    "tests-others": checks("tests", "-m", "not gpu and not interpret and not slow"),
+    "shortcut": Part(["-m", "pytest", "-p", "no:cacheprovider", "bench/shortcut.py", "--benchmark-only"]),
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """parts: together they keep to `PLAN_S`. spare: begun in what time those leave."""
+
+    says: str
+    parts: tuple[str, ...]
+    spare: tuple[str, ...]
+
+
+PLANS = {
+    1: Plan(
+        "proof and a first number",
+        ("status", "tests-first", "bench-first-train", "bench-first-infer", "tests-first-rest"),
+        ("tests-kernels", "tests-tiles-50"),
+    ),
+    2: Plan(
+        "tiles, and the record of training",
+        ("tune-50", "tests-tuned", "bench-train-50", "timeline-train-50"),
+        ("bench-train-50-fp16", "ablate-50"),
+    ),
+    3: Plan(
+        "the record of inference, each layer on its own, the nets' tests",
+        ("bench-infer-50", "bench-infer-50-batch-1", "kernels-50", "tests-nets", "timeline-infer-50"),
+        ("hopper", "passes", "tests-kernels"),
+    ),
+}
+
+ON_CPU = {"train": "eager-channels-last,fastres", "infer": "eager-channels-last,fastres,fastres-optimize"}
+
+
+def rehearsed(command: Sequence[str]) -> list[str]:
+    """What of a part's command runs without a GPU: tests as they are, measurements of next to nothing, and of what
+    can't run at all the command line."""
+    tiny = ["--batch", "1", "--size", "32"]
+    if command[0] == "bench/run.py":
+        mode = command[command.index("--mode") + 1]
+        batch = "1" if "1" in command else "2"
+        where = ["--device", "cpu", "--dtype", "fp32", "--batch", batch, "--size", "64", "--seconds", "0.05"]
+        return [*command, *where, "--apart", "--backend", ON_CPU[mode]]
+    if command[0] == "bench/tune.py":
+        return ["bench/rehearse.py", *command, *tiny, "--tiles", "1"]
+    if command[0] == "bench/kernels.py":
+        return ["bench/rehearse.py", *command, *tiny]
+    if command[len(PYTEST) :] == FIRST:  # the same launches as far as a driver that runs nothing; of all, some
+        return [*command, "-m", "slow or not slow", "-k", "(driver and resnet50-1) or cuda"]
+    runs = command[: len(PYTEST)] == PYTEST or command == STATUS
+    return [*command] if runs else [*command, "--help"]

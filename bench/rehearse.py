@@ -1,0 +1,82 @@
+"""A script of bench/ that measures on a GPU, rehearsed where there is none: nothing it writes is a measurement.
+
+    FASTRES_CACHE_DIR=out/rehearsal/cache python bench/rehearse.py bench/tune.py --batch 1 --size 32 --tiles 1
+
+An H200 is feigned. It is called "rehearsal", and so is the table of tiles that is written for it. Tensors lie in the
+CPU's memory. Kernels are compiled for an H200 and launched as far as a driver that runs nothing (tests/stub_cuda.py):
+every result counts as right. The library's convolutions run on the CPU. No time is taken: each thing that is timed gets
+a little less than the one before.
+"""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+TESTS = Path(__file__).resolve().parent.parent / "tests"
+NAME = "rehearsal"
+
+
+class CPUInstead:
+    """torch for a script that asks for the device "cuda"."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+    @staticmethod
+    def device(name: str) -> torch.device:
+        return torch.device("cpu" if name.startswith("cuda") else name)
+
+
+def stand_in(script: ModuleType) -> Any:
+    """Put everything in place, for as long as this process lives; returns what must live as long."""
+    sys.path.append(str(TESTS))
+    import layers
+    import stub_cuda
+
+    from fastres.kernels import conv, launch, stem
+    from fastres.ops import dispatch
+
+    driver = stub_cuda.driver()
+    driver.__enter__()
+    for question, answer in {
+        "is_available": True,
+        "current_device": 0,
+        "get_device_name": NAME,
+        "get_device_capability": (9, 0),
+        "synchronize": None,
+    }.items():
+        setattr(torch.cuda, question, lambda *_, answer=answer: answer)
+    launch.INTERPRETER = launch.H200._replace(name=NAME)  # it stands for the CPU's memory
+    for module in (conv, stem):
+        module.check_device = lambda *_: None
+    dispatch._kernel_less = lambda device: None
+    dispatch.pointwise_engine = lambda *_: "triton"
+    times = itertools.count(1000)
+
+    def microseconds(work: Callable[[], Any]) -> float:
+        work()
+        return 1e6 / next(times)
+
+    layers.microseconds = microseconds
+    script.torch = CPUInstead()
+    for check in {"right", "agrees"} & vars(script).keys():
+        setattr(script, check, lambda *_: True)
+    return driver
+
+
+# A process that the script starts imports this file, too, and has the same in place.
+sys.path.insert(0, str(Path(__file__).parent))
+script = importlib.import_module(Path(sys.argv[1]).stem)
+alive = stand_in(script)
+
+if __name__ == "__main__":
+    print(f"{NAME}: no GPU, nothing measured", flush=True)
+    sys.exit(script.main(sys.argv[2:]))
