@@ -25,12 +25,11 @@ from record import now
 Start = Callable[[str], "Apart | Here"]
 HandOver = Callable[[measure.Data], "measure.Data | Path"]
 
-
 WINDOW_S = 60  # more than a window takes by far, the row's own load before it included
 
 
 @dataclass
-class Row:
+class Contender:
     """A backend's row in the making. windows: seconds a call."""
 
     name: str
@@ -57,11 +56,11 @@ class Contest:
         waiting, alone = list(names), set[str]()
         while waiting:
             with ExitStack() as life:
-                together: list[Row] = []
+                together: list[Contender] = []
                 while waiting and (not together or self._has_room(together, waiting[0], alone)):
                     name = waiting.pop(0)
                     self.tell(name, {"status": "unfinished", "reason": "the run ended before its first window"})
-                    row = Row(name, life.enter_context(start(name)), {})
+                    row = Contender(name, life.enter_context(start(name)), {})
                     try:
                         row.fields = row.place.ask("prepare", self.data, seconds=self.patience)
                         together.append(row)
@@ -72,7 +71,7 @@ class Contest:
                 for row in together:  # all at once
                     row.place.leave()
 
-    def _has_room(self, together: list[Row], name: str, alone: set[str]) -> bool:
+    def _has_room(self, together: list[Contender], name: str, alone: set[str]) -> bool:
         """Whether the GPU's memory holds another row, which may need a fifth more than the largest so far."""
         if name in alone or together[0].name in alone:
             return False
@@ -81,11 +80,11 @@ class Contest:
         free, _ = torch.cuda.mem_get_info(self.case.device)
         return free > 1.2 * 2**20 * max(row.fields["peak_reserved_mib"] for row in together)
 
-    def _take_turns(self, rows: list[Row], alone: set[str]) -> list[str]:
+    def _take_turns(self, rows: list[Contender], alone: set[str]) -> list[str]:
         """Measure rows that are ready; the names of those that want another try."""
         began, again, running = now("milliseconds"), list[str](), [*rows]
 
-        def asked(row: Row, method: str, seconds: float) -> Any:
+        def asked(row: Contender, method: str, seconds: float) -> Any:
             try:
                 return row.place.ask(method, seconds=seconds)
             except Exception as error:
@@ -113,7 +112,7 @@ class Contest:
                 self.tell(row.name, measure.settled(row.fields))
         return again
 
-    def _failed(self, row: Row, error: Exception, alone: set[str], beside: bool) -> list[str]:
+    def _failed(self, row: Contender, error: Exception, alone: set[str], beside: bool) -> list[str]:
         """[its name] if the row wants another try, else it has failed."""
         found = measure.failure(error)
         if found["status"] == "out of memory" and beside:
