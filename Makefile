@@ -41,10 +41,11 @@ lint: $(READY)
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
-# With the interpreter $(PYTHON), which must have torch already: all GPU tests and the bench, PART="name name" of them,
-# or PLAN=1, 2 and 3, ten minutes each. REHEARSE=1 goes through the same without a GPU.
+# With the interpreter $(PYTHON), which must have the packages of the extra `test`: PLAN=1, 2 or 3, ten minutes each;
+# PART="name name" for single parts; neither for all of them, over three hours. REHEARSE=1 does the same without a GPU.
 gpu:
-	$(PYTHON) bench/gpu.py --out $(OUT) $(if $(PLAN),--plan $(PLAN)) $(if $(REHEARSE),--rehearse) $(PART)
+	$(PYTHON) bench/gpu.py --out $(OUT) $(if $(PLAN),--plan $(PLAN) --archive plan-$(PLAN).tar.gz) \
+		$(if $(REHEARSE),--rehearse) $(PART)
 
 clean:
 	rm -rf $(VENV) $(OUT) build dist *.egg-info

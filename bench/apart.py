@@ -48,9 +48,10 @@ class Apart:
         self._gone: Gone | None = None
 
     def ask(self, method: str, *arguments: Any, seconds: float) -> Any:
-        """What the object's method answers within `seconds`, of which the first call's hold the process's start, too.
+        """Call `method` in the process and return its result.
 
-        Raises what the method raised, or `Gone`; after that every call does.
+        Raises what the method raised, or `Gone` after `seconds`; once `Gone`, every later call raises it, too. The
+        first call's time includes starting the process.
         """
         if self._gone is not None:
             raise self._gone
@@ -64,7 +65,7 @@ class Apart:
             self._process.join(timeout=5)
             raise self._end("died", f"its process ended (exit status {self._process.exitcode})") from None
         if said == "lost":
-            raise self._end("lost the CUDA context", f"it lost the CUDA context, and with it its process: {answer}")
+            raise self._end("lost the CUDA context", f"its process lost the CUDA context and ended: {answer}")
         if said == "raised":
             raise answer
         return answer
@@ -93,7 +94,7 @@ class Apart:
 
 
 class Here:
-    """What `Apart` does, in this process: nothing is limited, and what goes wrong goes wrong for all."""
+    """The interface of `Apart` in this process: no time limit, no isolation."""
 
     def __init__(self, make: Callable[..., Any], *arguments: Any) -> None:
         self._make = partial(make, *arguments)
@@ -140,11 +141,11 @@ def _serve(connection: Connection, make: Callable[..., Any], arguments: tuple[An
             connection.send(("lost", f"{reply[1]!r}" if reply[0] == "raised" else lost))
             os._exit(1)  # without destructors, which would wait for the GPU
         connection.send(reply)
-        del reply  # an error's causes would keep tensors alive
+        del reply  # an exception's causes would keep tensors alive
 
 
 def lost_context() -> str | None:
-    """What CUDA says where nothing runs on the GPU in this process any more; None where all is well."""
+    """CUDA's error message if this process has lost its context, else None."""
     import torch
 
     if not torch.cuda.is_initialized():

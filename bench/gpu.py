@@ -10,18 +10,21 @@ A part that fails, dies or hangs costs only itself: at its limit it is killed wi
 proof fails, the parts behind it are not begun, since what they measure would be worth nothing (--keep-going runs them).
 
 OUT/tests.md is the record of all parts that are tests (bench/proof.py), OUT/record.json that of the `bench-*` parts;
-plan 1 keeps its first numbers in OUT/first.json.
+rows that can't be compared with those before go to OUT/record-2.json. Plan 1 keeps its numbers in OUT/first.json.
 
 Tables of tiles and built extensions lie in the cache folder, which outlives an emptied OUT. After every part, however
-it ended, its tables are copied to OUT/tables; to ship one, copy it on to kernels/tables. Tables of an earlier machine
-are found in OUT/tables, out/tables of the checkout, and the folder named by --tables.
+it ended, its tables are copied to OUT/tables; `python bench/tune.py --merge FILE` puts one into kernels/tables. Tables
+of an earlier machine are found in OUT/tables, out/tables of the checkout, and the folder named by --tables.
 
---plan: parts and their order, then what else fits into ten minutes. --jobs: processes that share the tests of a part
+--plan: its parts, then its spare parts while time is left. --jobs: processes that share the tests of a part
 (with pytest-xdist) and compile; measurements always run alone. --minutes: the time for all parts together; a part that
 meets its end is stopped, one that would get less than half of its limit isn't begun. --archive: OUT as one file,
-rewritten after every part. --rehearse: on a machine without a GPU the same parts as far as they go there: tests that
-need none, rows of a few small images on the CPU, tuning with launches that a driver refuses or ignores, and of the rest
-the command line. It writes to a folder `rehearsal` in OUT, and nothing in it is a measurement.
+rewritten after every part.
+
+--rehearse: run the same parts without a GPU, as far as possible.
+Tests that need no GPU run; the bench measures a few small images on the CPU; tuning launches its kernels on a stub
+driver that runs nothing; of other parts only the command line is checked. Everything goes to a folder `rehearsal` in
+OUT, and nothing in it is a measurement.
 
 The exit status is the number of parts that failed or were not begun. The environment is the running interpreter's;
 nothing is downloaded. Where fastres can't be installed, the parts find the checkout by PYTHONPATH.
@@ -34,6 +37,7 @@ import importlib.util
 import json
 import math
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -50,6 +54,7 @@ from parts import PARTS, PLAN_S, PLANS, PYTEST, Part, rehearsed
 
 ROOT = Path(__file__).resolve().parent.parent
 TAIL_LINES = 30
+NEEDED = ("torchvision", "triton", "numpy", "tqdm", "pytest", "sklearn", "matplotlib")  # without them parts fail late
 REHEARSAL = "rehearsal: no GPU, nothing measured"
 # On a machine that others use, too, threads would mostly wait for each other.
 WITHOUT_GPU = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
@@ -70,12 +75,13 @@ class Run:
 def main(arguments: list[str] | None = None) -> int:
     begun = time.monotonic()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", metavar="PART", help="parts to run; default: all, in order")
+    parser.add_argument("parts", nargs="*", metavar="PART", help="parts to run; default: all, for hours")
     parser.add_argument("--plan", type=int, choices=PLANS, help="the parts of a plan, and its time")
     parser.add_argument("--out", type=Path, default=ROOT / "out", help="folder of logs and summaries")
     parser.add_argument("--cache", type=Path, help="default: $FASTRES_CACHE_DIR, else out/cache of the checkout")
     parser.add_argument("--tables", type=Path, metavar="FOLDER", help="tables of tiles from an earlier machine")
-    parser.add_argument("--jobs", type=int, default=1, help="processes that share tests and compile; default: 1")
+    jobs = min(14, len(os.sched_getaffinity(0)))
+    parser.add_argument("--jobs", type=int, default=jobs, help=f"processes for tests and compilation; default: {jobs}")
     parser.add_argument("--minutes", type=float, help="for all parts together; default: no end, of a plan 9.75")
     parser.add_argument("--archive", type=Path, metavar="FILE", help="OUT as one .tar.gz, after every part")
     parser.add_argument("--keep-going", action="store_true", help="run what follows a proof that failed, too")
@@ -96,11 +102,12 @@ def main(arguments: list[str] | None = None) -> int:
         print(listing(options.plan))
         return 0
     if not (options.rehearse or sees_gpu()):
-        parser.error(
-            "torch sees no CUDA GPU here, and nothing of this can be run or confirmed without one; "
-            "--rehearse runs the same parts as far as they go"
-        )
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by way of every `finally`
+        parser.error("torch sees no CUDA GPU here; --rehearse runs these parts without one, as far as possible")
+    if lacking := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
+        parser.error(f"{', '.join(lacking)} not installed: pip install -e '.[test]'")
+    if importlib.util.find_spec("pytest_timeout") is None:
+        print("== pytest-timeout is not installed: a test that hangs takes its whole part with it", flush=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that every `finally` runs
     out, cache = options.out, options.cache or Path(os.environ.get("FASTRES_CACHE_DIR") or ROOT / "out" / "cache")
     if options.rehearse:
         out, cache = out / "rehearsal", out / "rehearsal" / "cache"
@@ -132,11 +139,11 @@ def listing(number: int | None) -> str:
         seconds = sum(PARTS[name].seconds for name in plan.parts)
         lines.append(f"--plan {n}: {plan.says}; {seconds:.0f} of {PLAN_S} s")
         lines += [f"  {name:24} {PARTS[name].seconds:4.0f} s{PARTS[name].proof * '  a proof'}" for name in plan.parts]
-        lines.append(f"  where time is left: {', '.join(plan.spare)}")
+        lines.append(f"  if time is left: {', '.join(plan.spare)}")
     named = PARTS if number is None else [*PLANS[number].parts, *PLANS[number].spare]
     lines.append("")
     for name in named:
-        command = " ".join([*PARTS[name].watch, "python", *PARTS[name].command])
+        command = shlex.join([*PARTS[name].watch, "python", *PARTS[name].command])
         lines.append(f"{name:24} {PARTS[name].seconds:4.0f} s  {command}")
     return "\n".join(lines)
 
@@ -192,23 +199,26 @@ def link_tree(tree: Path) -> Path:
 
 
 def bring_tables(folders: Iterable[Path], there: Path) -> None:
-    """Copy to `there` the tables of tiles it lacks. What isn't one would stop every part."""
+    """Copy to `there` the tables of tiles it lacks. Files that aren't tables would stop every part: they stay."""
     for file in (file for folder in folders for file in sorted(folder.glob("*.json"))):
         if (there / file.name).exists():
             continue
-        if why := no_table(file):
-            print(f"== {file} stays where it is: {why}", flush=True)
+        if why := why_no_table(file):
+            print(f"== {file} was not copied: {why}", flush=True)
         else:
             copy(file, there / file.name)
             print(f"== {file} brought to {there}", flush=True)
 
 
-def no_table(file: Path) -> str | None:
+def why_no_table(file: Path) -> str | None:
     """Why a file isn't a GPU's table of tiles; None where it is one."""
     try:
         content = json.loads(file.read_text())
         gpu, problems = content["gpu"]["name"], content["problems"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        fields = {"pass", "dtype", "problem", "winner", "tile", "on_load"}
+        if not (content["gpu"].keys() >= {"sms", "capability"} and all(row.keys() >= fields for row in problems)):
+            return "it lacks fields of a table of tiles"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"it is no table of tiles ({error!r})"
     if gpu == "rehearsal":
         return "it comes from a rehearsal"
@@ -264,7 +274,7 @@ def command(part: Part, run: Run, limit: float) -> list[str]:
 def run_part(name: str, part: Part, run: Run, limit: float) -> int:
     """Run one part and keep what it left; returns its exit status, 124 when it ran out of time."""
     arguments = command(part, run, limit)
-    print(f"== {name}: {' '.join([*part.watch, 'python', *arguments])}", flush=True)
+    print(f"== {name}: {shlex.join([*part.watch, 'python', *arguments])}", flush=True)
     if run.rehearsal and arguments[-1] == "--help":
         print(f"== {name} needs CUDA; only its command line is read", flush=True)
     start, status = time.monotonic(), 143  # that of a part which ends with this process
@@ -314,8 +324,8 @@ def in_words(status: int) -> str:
 
 
 def keep(name: str, command: list[str], status: int, seconds: float, limit: float, run: Run) -> None:
-    """Tables beside the logs first: nothing else took so long. Then the part's summary, also printed, the record of
-    tests and the archive. What goes wrong here is said and harms no other part."""
+    """Save the tables first: they took longest. Then write and print the part's summary, the record of tests and the
+    archive. An error here is printed and affects no other part."""
     try:
         for file in sorted((run.cache / "tables").glob("*.json")):
             copy(file, run.out / "tables" / file.name)
@@ -323,7 +333,8 @@ def keep(name: str, command: list[str], status: int, seconds: float, limit: floa
         summary = {"part": name, "command": command, "status": status, "seconds": round(seconds, 1)}
         summary |= {"limit": round(limit), "tail": tail} | ({"rehearsal": REHEARSAL} if run.rehearsal else {})
         (run.out / f"{name}.json").write_text(json.dumps(summary, indent=1) + "\n")
-        print("\n".join(tail), f"\n== {name}: {in_words(status)} after {seconds:.1f} s", flush=True)
+        title = f"{name} ({REHEARSAL})" if run.rehearsal else name
+        print("\n".join(tail), f"\n== {title}: {in_words(status)} after {seconds:.1f} s", flush=True)
         if name.startswith("tests-"):
             write_proof(run.out)
         if run.archive:

@@ -282,8 +282,8 @@ class Row:
         return fields | {"calls_per_window": self.calls, "peak_reserved_mib": _mib("max_memory_reserved", device)}
 
     def window(self) -> float:
-        """Seconds a call, over `calls_per_window` of them; single calls are timed as well. Before, on a GPU, the row's
-        own load brings clocks and temperature to where it has them."""
+        """Seconds per call in one timed window. On a GPU the row first runs untimed for `LOAD` seconds, to reach its
+        own clocks and temperature, then times three single calls."""
         device = self.case.device
         with self._counting_recompiles():
             if device.type == "cuda":
@@ -342,7 +342,8 @@ class Row:
         elif not all(map(math.isfinite, baseline.values())):
             wrong = ["eager PyTorch's own error, the yardstick, is NaN"]
         elif departure is not None and not departure <= baseline["error"]:
-            wrong.append(f"scores {departure:.2g} from what they mean, where {baseline['error']:.2g} is allowed")
+            limit = f"{baseline['error']:.2g} is allowed"
+            wrong.append(f"scores are {departure:.2g} from PyTorch's with the same quantised values; {limit}")
         return row | ({"status": "wrong", "reason": wrong[0]} if wrong else {"status": "ok"})
 
     @contextmanager
@@ -387,7 +388,7 @@ def settled(row: dict[str, Any]) -> dict[str, Any]:
     row = row | {"joules_per_image": None if watts is None else watts / row["img_s"]}
     if row["status"] == "ok" and (spread := quartile_spread(row["window_img_s"])) > NOISY:
         reason = f"half of the windows spread over {100 * spread:.0f} % of the median, {100 * NOISY:.0f} % is the limit"
-        return row | {"status": "noisy", "reason": f"{reason}: something else ran on this machine"}
+        return row | {"status": "noisy", "reason": f"{reason}: the machine may be busy or throttling"}
     return row
 
 

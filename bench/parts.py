@@ -160,7 +160,7 @@ def rehearsed(command: Sequence[str]) -> list[str]:
     tiny = ["--batch", "1", "--size", "32"]
     if command[0] == "bench/run.py":
         mode = command[command.index("--mode") + 1]
-        batch = "1" if "1" in command else "2"
+        batch = "1" if "--batch" in command and command[command.index("--batch") + 1] == "1" else "2"
         where = ["--device", "cpu", "--dtype", "fp32", "--batch", batch, "--size", "64", "--seconds", "0.05"]
         return [*command, *where, "--apart", "--backend", ON_CPU[mode]]
     if command[0] == "bench/tune.py":

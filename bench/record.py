@@ -1,4 +1,5 @@
-"""A run's record: one JSON file, rewritten whole after every row. bench/records/README.md documents the fields."""
+"""A record: one JSON file, replaced whole whenever something new is measured. bench/records/README.md documents its
+fields."""
 
 from __future__ import annotations
 
@@ -164,8 +165,8 @@ class Ratio(NamedTuple):
 
 
 def best_peer(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """The fastest peer (not ours) of the rows of one case; None where there is none, or where one that is noisy may be
-    faster."""
+    """The fastest peer (not ours) of the rows of one case, by median. None where there is no peer, or where the fastest
+    is noisy."""
     peers = [row for row in rows if not row["ours"] and row["status"] in ("ok", "noisy")]
     best = max(peers, key=lambda row: row["img_s"], default=None)
     return best if best is not None and best["status"] == "ok" else None

@@ -25,7 +25,7 @@ from record import now
 Start = Callable[[str], "Apart | Here"]
 HandOver = Callable[[measure.Data], "measure.Data | Path"]
 
-WINDOW_S = 60  # more than a window takes by far, the row's own load before it included
+WINDOW_S = 60  # seconds; far more than a window and the load before it take
 
 
 @dataclass
@@ -122,7 +122,7 @@ class Contest:
         return []
 
 
-def row(name: str, case: Case, seconds: float) -> measure.Row:
+def make_row(name: str, case: Case, seconds: float) -> measure.Row:
     return measure.Row(BACKENDS[name], case, seconds)
 
 
@@ -130,7 +130,7 @@ def row(name: str, case: Case, seconds: float) -> measure.Row:
 def here(case: Case, seconds: float) -> Iterator[tuple[Start, HandOver]]:
     """Rows that share this process: what starts one, and what makes of the case's data what it is prepared with."""
     try:
-        yield lambda name: Here(row, name, case, seconds), lambda data: data
+        yield lambda name: Here(make_row, name, case, seconds), lambda data: data
     finally:
         torch.compiler.reset()
 
@@ -139,14 +139,14 @@ def here(case: Case, seconds: float) -> Iterator[tuple[Start, HandOver]]:
 def apart(names: Sequence[str], case: Case, seconds: float, patience: float) -> Iterator[tuple[Start, HandOver]]:
     """The same with a process for each row. All begin now: what they import delays no measurement."""
     with TemporaryDirectory(prefix="fastres-bench-") as folder, ExitStack() as life:
-        with mock.patch.dict(os.environ, TMPDIR=folder):  # what a process that is killed leaves there goes with it
-            begun = {name: life.enter_context(Apart(row, name, case, seconds)) for name in names}
+        with mock.patch.dict(os.environ, TMPDIR=folder):  # what a killed process leaves there is removed
+            begun = {name: life.enter_context(Apart(make_row, name, case, seconds)) for name in names}
 
         def hand_over(data: measure.Data) -> Path:
             torch.save(data, file := Path(folder, "data.pt"))
             for place in begun.values():
-                with suppress(Exception):  # `prepare` will say it again
+                with suppress(Exception):  # `prepare` will raise it again
                     place.ask("ready", seconds=patience)
             return file
 
-        yield lambda name: begun.pop(name, None) or Apart(row, name, case, seconds), hand_over
+        yield lambda name: begun.pop(name, None) or Apart(make_row, name, case, seconds), hand_over

@@ -110,16 +110,19 @@ def parse(arguments: list[str] | None) -> Plan:
     parser.add_argument("--device", help="cpu, cuda or cuda:N; default: cuda if there is one")
     parser.add_argument("--size", type=int, help="side of the images; default: the net's usual, 224 or 32")
     parser.add_argument("--seconds", type=float, help="timed seconds a row; default: 3 on a GPU, 2 on a CPU")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the record here, row by row")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the record here, after every round of windows")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the record here (.png, .svg, .pdf)")
     parser.add_argument(
         "--resume",
         action="store_true",
-        help="keep the rows that --json FILE already has; where new ones could not stand beside them, begin FILE-2",
+        help="keep the rows of --json FILE and measure the rest; if they could not be compared, write to FILE-2",
     )
-    parser.add_argument("--apart", action="store_true", help="a process for each row, as always on a GPU")
+    parser.add_argument("--apart", action="store_true", help="run each row in a process of its own; always so on a GPU")
     parser.add_argument(
-        "--patience", type=float, default=300, help="seconds for a row to get ready; then its process is killed"
+        "--patience",
+        type=float,
+        default=300,
+        help="seconds a row may take to get ready before its process is killed; default: 300",
     )
     given = parser.parse_args(arguments)
 
@@ -217,8 +220,9 @@ def resumed(path: Path, fresh: dict[str, Any]) -> tuple[dict[str, Any], Path]:
         number += 1
         following = path.with_stem(f"{path.stem}-{number}")
         print(
-            f"\n--resume: rows of {file} and of this run could not be compared, because a ratio holds only within one "
-            f"run:\n  " + "\n  ".join(why) + f"\nThe rows of this run go to {following}."
+            f"\n--resume: the rows of {file} can't be compared with new ones:\n  "
+            + "\n  ".join(why)
+            + f"\nNew rows go to {following}."
         )
         file = following
     return fresh, file
@@ -254,12 +258,12 @@ def run(plan: Plan, record: dict[str, Any]) -> None:
     with tqdm(total=len(missing) + len(broken), unit="row", disable=None, leave=False) as bar:
         for case in dict.fromkeys(case for case, _ in missing):
             measure_rows(plan, record, case, [name for other, name in missing if other == case], bar)
-        for case, name in broken:  # last and one by one: a row that once broke the process keeps no other back
+        for case, name in broken:  # last, one at a time: a row that has crashed the process must not cost others
             measure_rows(plan, record, case, [name], bar)
 
 
 def measure_rows(plan: Plan, record: dict[str, Any], case: Case, names: Sequence[str], bar: tqdm) -> None:
-    """Measure rows of one case side by side, the peers first: no mistake of ours can cost a peer's row."""
+    """Measure rows of one case side by side. Peers get ready first, so that a fault of ours can't cost them."""
 
     def tell(name: str, fields: dict[str, Any]) -> None:
         row = dict(zip(records.CASE, records_case(case), strict=True))

@@ -2,6 +2,7 @@
 
     python bench/tune.py --depth 50 --batch 256             # into the user's cache folder
     python bench/tune.py --depth all --batch 256 --ship     # into kernels/tables/, to be committed
+    python bench/tune.py --merge nvidia-h200.json           # what another machine measured, into kernels/tables/, too
 
 Per problem and pass: the candidates of `fastres.kernels.config` that agree with cuDNN's result are timed; the best is
 set against cuDNN, and the faster of the two is the winner. Either does what the net has it do in the problem's most
@@ -10,7 +11,7 @@ fused convolution as `fastres.optimize` runs it. What our kernel may compute whi
 and stored before. All candidates are compiled first, by as many processes as there are CPUs.
 
 A process of its own measures, and nothing that happens there ends the run. Where a kernel hangs, breaks the CUDA
-context or takes its process with it, the library keeps that problem, a note in the table says why, and a fresh process
+context or takes its process with it, cuDNN keeps that problem, a note in the table says why, and a fresh process
 goes on. The table is rewritten before and after every problem: what was being measured when a run was stopped is
 "unfinished" there. A second run goes on with what is missing, then with what is unfinished; --again measures everything
 anew. Needs a CUDA GPU.
@@ -26,6 +27,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -380,7 +382,7 @@ def measure(
                 table[key], text = worker.ask("tune", problem, pass_, role, dz, seconds=patience)
             except Gone as error:
                 worker = None
-                table[key], text = Measurement("cudnn", None, note=error.verdict), f"{title} the library's: {error}"
+                table[key], text = Measurement("cudnn", None, note=error.verdict), f"{title} left to cuDNN: {error}"
             except Exception as error:  # memory that ran out; the chain on a GPU that can't run it
                 text = f"{title} not measured: {first_line(error)}"
                 if before is None or before.note == config.UNFINISHED:
@@ -391,6 +393,15 @@ def measure(
             print(text, flush=True)
 
 
+def merge(file: Path) -> str:
+    """Put a table's measurements into the shipped table of its GPU; says how many. Raises ValueError for no table."""
+    gpu, measured = config.read_table_of(file)
+    shipped = config.table_file(gpu.name, config.SHIPPED)
+    new = {key: found for key, found in measured.items() if found.note != config.UNFINISHED}
+    config.write_table(config.read_table(shipped) | new, shipped, gpu)
+    return f"{len(new)} problems of {file} are in {shipped}"
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--depth", choices=("18", "34", "50", "101", "152", "all"), default="50")
@@ -398,14 +409,23 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--size", type=int, default=224, help="height and width of the images")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument("--pass", dest="passes", action="append", choices=TUNED, help="default: all of them")
-    parser.add_argument("--tiles", type=int, default=6, help="candidates, most promising first")
-    parser.add_argument("--seconds", type=float, default=460, help="start no problem after so long")
+    parser.add_argument("--tiles", type=int, default=6, help="candidate tiles per problem; default: 6")
+    parser.add_argument(
+        "--seconds", type=float, default=460, help="start no problem after so many seconds; default: 460"
+    )
     parser.add_argument("--jobs", type=int, default=precompile.cpus(), help="processes that compile; default: CPUs")
-    patience = f"seconds for a problem; default: {PATIENCE}, or {COMPILING} where not all is compiled ahead"
+    patience = f"seconds one problem may take; default: {PATIENCE}, or {COMPILING} if not all was compiled before"
     parser.add_argument("--patience", type=float, help=patience)
     parser.add_argument("--ship", action="store_true", help="write kernels/tables/ instead of the user's own folder")
+    parser.add_argument("--merge", type=Path, metavar="FILE", help="put a table into kernels/tables/ and stop")
     parser.add_argument("--again", action="store_true", help="measure what the table has already, too")
     options = parser.parse_args(arguments)
+    if options.merge:
+        try:
+            print(merge(options.merge))
+        except (OSError, ValueError) as error:
+            parser.error(str(error))
+        return 0
     if not torch.cuda.is_available():
         parser.error("tuning measures on a CUDA GPU, and there is none")
     device, dtype = torch.device("cuda"), DTYPES[options.dtype]

@@ -24,7 +24,7 @@ class Status:
     gpu: str  # name and compute capability, or why there is none
     versions: Mapping[str, str]
     triton: str  # "usable", or why not
-    table: str  # of measurements that is in force on the GPU: whose it is, or why there is none
+    table: str  # whose measurements choose kernels on this GPU, or why none do
     extension: extension.Status
     training: str  # the path of a residual block of the drop-in family, on the GPU if there is one
     inference: str

@@ -363,8 +363,7 @@ class Measurement(NamedTuple):
     """What won for one problem, "triton", "stem" or "cudnn", the tile with which ours ran best, and whether its kernel
     there computed what it reads while it loads (`fastres.ops.dispatch.on_load`).
 
-    note: empty where all that was measured, else what became of its tuning, "unfinished" or as in "hung"; the library
-    has it then.
+    note: empty if the problem was measured; else why it was not ("unfinished", "hung", "died", ...), and cuDNN runs it.
     """
 
     winner: str
@@ -400,13 +399,14 @@ SHIPPED = Path(__file__).parent / "tables"
 
 @lru_cache(maxsize=4096)
 def measured(pass_: Pass, problem: ConvProblem, dtype: torch.dtype, gpu: Gpu) -> Found | None:
-    """The measurement on record for this problem, else for the one that differs in N alone, by the smallest factor (of
-    two such the larger). The GPU's own come first, then those that another lends. None where there is neither."""
+    """The measurement of this problem, else of the one nearest in batch size, by ratio (of two equal ones the larger).
+    Of either kind the GPU's own come before those that another lends. None if there is neither."""
     wanted = max(problem.N, 1)
     for entries in serving(gpu):
         exact = entries.table.get((pass_, problem, dtype))
         if exact is not None:
             return Found(exact, problem.N, entries.gpu)
+    for entries in serving(gpu):
         batches = entries.by_batch.get((pass_, replace(problem, N=1), dtype))
         if batches is not None:
             nearest = min(batches, key=lambda N: (max(N / wanted, wanted / N), -N))
@@ -443,7 +443,7 @@ def _lender(gpu: Gpu) -> tuple[str, Table]:
         if path.name == table_file(gpu.name).name:
             continue
         try:
-            other, table = _read(path)
+            other, table = read_table_of(path)
         except (OSError, ValueError) as error:
             warnings.warn(str(error), stacklevel=2)
             continue
@@ -487,10 +487,10 @@ def _row(pass_: Pass, problem: ConvProblem, dtype: torch.dtype, found: Measureme
 
 def read_table(path: Path) -> Table:
     """The table in a file, empty where there is no file. Raises ValueError for a file that holds none."""
-    return _read(path)[1] if path.exists() else {}
+    return read_table_of(path)[1] if path.exists() else {}
 
 
-def _read(path: Path) -> tuple[Gpu, Table]:
+def read_table_of(path: Path) -> tuple[Gpu, Table]:
     """The GPU and the table in a file. Raises ValueError for a file that holds none."""
     try:
         content = json.loads(path.read_text())

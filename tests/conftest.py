@@ -115,7 +115,7 @@ def pytest_deselected(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any) -> None:
-    """Every worker of pytest-xdist collects the same tests: one's word is enough. Each runs its own."""
+    """All workers of pytest-xdist collect the same tests, so one report is enough; fallbacks are added up."""
     said = getattr(node, "workeroutput", {})
     for key, name in ((LEFT_OUT, "left_out"), (IN_FILES, "in_files")):
         if name in said:

@@ -86,7 +86,7 @@ def test_it_answers_and_keeps_its_state(apart: ModuleType) -> None:
         ("sleep", (1000,), "hung", "no answer within 1 s, so its process was killed"),
         ("ignore_everything", (), "hung", "no answer within 1 s"),
         ("die", (), "died", r"its process ended \(exit status 7\)"),
-        ("lose_the_context", (), "lost the CUDA context", "it lost the CUDA context.*launch failure"),
+        ("lose_the_context", (), "lost the CUDA context", "lost the CUDA context.*launch failure"),
     ],
 )
 def test_what_goes_wrong_costs_only_itself(

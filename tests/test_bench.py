@@ -387,9 +387,9 @@ def test_rows_that_cannot_be_compared_begin_a_new_record(
     before = [path.read_text() for path in paths[:2]]
     assert bench.run.main(ask) == 0
     said = capsys.readouterr().out
-    assert re.search(r"r\.json and of this run could not be compared.*schema 'fastres\.bench/1'", said, re.DOTALL)
+    assert re.search(r"r\.json can't be compared with new ones.*schema 'fastres\.bench/1'", said, re.DOTALL)
     assert "is no record" in said
-    assert f"The rows of this run go to {paths[2]}.\n" in said
+    assert f"New rows go to {paths[2]}.\n" in said
     assert f"record: {paths[2]}" in said
     monkeypatch.setattr(bench.record, "_digest", lambda: "sha256:1")
     assert bench.run.main([*ask, "--seconds", "0.07"]) == 0
@@ -641,7 +641,7 @@ def test_a_float8_row_is_held_against_its_definition(bench: SimpleNamespace, mon
             monkeypatch.setattr(bench.measure.Infer, "definition", lambda step, d=departure: (errors, d))
             row = bench.measure.measure(simulated, case, data, 0.05, 1)
             assert row["status"] == "wrong"
-            assert f"scores {departure:.2g} from what they mean" in row["reason"]
+            assert f"scores are {departure:.2g} from PyTorch's with the same quantised values" in row["reason"]
 
 
 def test_without_a_yardstick_nothing_is_right(bench: SimpleNamespace) -> None:

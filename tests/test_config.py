@@ -154,7 +154,7 @@ def test_the_shipped_table_holds_what_was_measured() -> None:
     table = config.read_table(path)
     assert len(table) == 116
     assert not any(found.note for found in table.values())
-    assert config._read(path)[0] == H200
+    assert config.read_table_of(path)[0] == H200
     assert [entries[:2] for entries in config.serving(H200)] == [(H200.name, table)]
 
 
@@ -242,7 +242,8 @@ def test_a_gpu_of_the_same_kind_lends_its_table(tmp_path: Path, monkeypatch: pyt
     assert config.measured("fprop", others[0], BF16, H100) == (hung, 8, H100.name)
     assert config.measured("fprop", others[1], BF16, H100) == (Measurement("triton", TILE), 8, H200.name)
     put({("fprop", replace(others[1], N=2)): mine}, H100)
-    assert config.measured("fprop", others[1], BF16, H100) == (mine, 2, H100.name), "its own, if of another batch"
+    assert config.measured("fprop", others[1], BF16, H100) == (Measurement("triton", TILE), 8, H200.name), "exact first"
+    assert config.measured("fprop", replace(others[1], N=9), BF16, H100) == (mine, 2, H100.name), "then its own"
     assert config.measured("fprop", others[2], BF16, H100) == (Measurement("triton", TILE), 8, H200.name)
 
 
@@ -286,7 +287,7 @@ def test_the_reason_says_where_and_at_which_batch(monkeypatch: pytest.MonkeyPatc
     measured["infer", hung] = Measurement("cudnn", None, note="hung")
     measured["infer", one] = Measurement("cudnn", None, note="unfinished")
     put(measured)  # type: ignore[arg-type]
-    on_lent = "NVIDIA H200 (same capability and multiprocessors)"
+    on_lent = "NVIDIA H200 (same compute capability and multiprocessor count)"
 
     def why(problem: ConvProblem) -> tuple[str, str]:
         return dispatch.why_engine("infer", problem, BF16, CUDA)
@@ -312,13 +313,13 @@ def test_which_table_is_in_force(monkeypatch: pytest.MonkeyPatch) -> None:
         return dispatch.table_in_force(CUDA)
 
     put({("infer", PROBLEM): Measurement("cudnn", None, note="hung")})
-    assert said(H200) == "this GPU's own, 116 problems measured, 1 failed"
+    assert said(H200) == "this GPU's own, measured problems: 116, failed: 1"
     config.table_file(H200.name).unlink()
-    assert said(H200) == "this GPU's own, 116 problems measured"
-    lent = "NVIDIA H200's (same capability and multiprocessors), 116 problems measured"
+    assert said(H200) == "this GPU's own, measured problems: 116"
+    lent = "NVIDIA H200's (same compute capability and multiprocessor count), measured problems: 116"
     assert said(H100) == lent
     put({("infer", PROBLEM): Measurement("cudnn", None)}, H100)
-    assert said(H100) == f"this GPU's own, 1 problems measured; for others {lent}"
+    assert said(H100) == f"this GPU's own, measured problems: 1; for others {lent}"
     other = H100._replace(name="NVIDIA H100 PCIe", sms=114)
     assert said(other).startswith("none: heuristics")
     config.table_file(other.name).write_text("[]")

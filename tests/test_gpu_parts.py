@@ -238,8 +238,10 @@ gpu.main(sys.argv[1:])
     assert gone(int((tmp_path / "out" / "tune.log").read_text()))
 
 
-def table_of(gpu: str, *problems: str) -> str:
-    return json.dumps({"gpu": {"name": gpu}, "problems": problems})
+def table_of(gpu: str, *passes: str) -> str:
+    fields = dict.fromkeys(("dtype", "problem", "winner", "tile", "on_load"))
+    problems = [fields | {"pass": name} for name in passes]
+    return json.dumps({"gpu": {"name": gpu, "sms": 1, "capability": [9, 0]}, "problems": problems})
 
 
 def test_tables_of_an_earlier_machine_are_found(
@@ -255,17 +257,18 @@ def test_tables_of_an_earlier_machine_are_found(
         for table in [*folders][: i + 1]:
             (folder / f"{table}.json").write_text(table_of("a GPU", name))
     refused = {"half": '{"gpu": ', "old": "[]", "none": table_of("a GPU"), "feigned": table_of("rehearsal", "p")}
+    refused["lacking"] = table_of("a GPU", "p").replace("on_load", "loads")
     for name, text in refused.items():
         (folders["named"] / f"{name}.json").write_text(text)
     code = "import json, os, pathlib; p = pathlib.Path(os.environ['FASTRES_CACHE_DIR'], 'tables')\n"
-    code += "print(*sorted(f'{f.stem}: ' + json.loads(f.read_text())['problems'][0] for f in p.iterdir()), sep=chr(10))"
+    code += "for f in sorted(p.iterdir()): print(f'{f.stem}: ' + json.loads(f.read_text())['problems'][0]['pass'])"
     options = ("--out", str(out), "--cache", str(cache), "--tables", str(folders["named"]))
     assert run(gpu, monkeypatch, {"look": code}, *options) == 0
     assert (out / "look.log").read_text().splitlines() == [f"{name}: {name}" for name in sorted(folders)]
     said = capsys.readouterr().out.splitlines()
     brought = [line.split(" brought to ")[0].rpartition("/")[2] for line in said if " brought to " in line]
     assert brought == ["out.json", "named.json", "checkout.json"]
-    stayed = {line.split(".json stays")[0].rpartition("/")[2] for line in said if "stays where it is" in line}
+    stayed = {line.split(".json was not")[0].rpartition("/")[2] for line in said if "was not copied" in line}
     assert stayed == refused.keys()
 
 

@@ -201,7 +201,7 @@ def test_a_wrong_kernel_fails(
 def test_every_output_is_looked_at(
     wanted: Any, module: ModuleType, outputs: int, tune: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """To its last value."""
+    """An error in the last value of any output is found."""
     call = first(tune, *wanted)
     right = getattr(module, call.launcher)
     for at in range(outputs):

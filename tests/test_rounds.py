@@ -85,7 +85,7 @@ def test_each_trouble_costs_only_its_row(bench: SimpleNamespace, monkeypatch: py
     trouble = {
         "hang in window 3": "no answer within 5 s, so its process was killed",
         "death in window 2": "its process ended (exit status 9)",
-        "lost context in prepare": "it lost the CUDA context",
+        "lost context in prepare": "lost the CUDA context",
         "lost context in window 7": "an illegal memory access was encountered",
         "error in finish": "ValueError: an ordinary error",
     }

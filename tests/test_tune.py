@@ -580,7 +580,7 @@ def test_main_measures_what_is_missing(
     assert "0 of 93 problems to measure" in capsys.readouterr().out
     assert len(measured) == 93
     assert compiled_first == [93, 0]
-    assert config._read(config.table_file("none"))[0] == NONE
+    assert config.read_table_of(config.table_file("none"))[0] == NONE
     assert not any(found.note for found in config.read_table(config.table_file("none")).values())
 
 
@@ -620,7 +620,7 @@ OURS, NOTED = config.Measurement("triton", None), config.Measurement("cudnn", No
     ("said", "note"),
     [
         ("no answer within 40 s, so its process was killed", "hung"),
-        ("it lost the CUDA context, and with it its process: no answer", "lost the CUDA context"),
+        ("its process lost the CUDA context and ended: no answer", "lost the CUDA context"),
         ("its process ended (exit status -11)", "died"),
     ],
 )
@@ -664,7 +664,7 @@ def test_what_breaks_costs_its_problem_once(
     assert written() == expected
     out = capsys.readouterr().out
     assert out.count("measured\n") == len(problems) - 1
-    assert f"the library's: {said}" in out
+    assert f"left to cuDNN: {said}" in out
 
     asked.clear()
     assert tune.main(FPROP_18) == 0
@@ -801,3 +801,21 @@ def test_what_is_compiled_ahead_is_what_is_timed(
             function(*arguments)
         convolutions = [one for one in launched if "PRECISION" in one.kwargs]
         assert [one.kwargs["BM"] for one in convolutions] == [arguments[-1].BM]
+
+
+def test_merging_loses_no_entry(
+    tune: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of the shipped table, which may have other batches; what was not finished stays away."""
+    monkeypatch.setattr(config, "SHIPPED", tmp_path / "shipped")
+    shipped, brought = config.table_file(NONE.name, config.SHIPPED), tmp_path / "brought.json"
+    config.write_table({("fprop", SQUARE, BF16): NOTED, ("fprop", STEM, BF16): NOTED}, shipped, NONE)
+    unfinished = NOTED._replace(note=config.UNFINISHED)
+    config.write_table({("fprop", SQUARE, BF16): OURS, ("fprop", STEM, BF16): unfinished}, brought, NONE)
+    assert tune.main(["--merge", str(brought)]) == 0
+    assert f"1 problems of {brought} are in {shipped}" in capsys.readouterr().out
+    assert config.read_table_of(shipped) == (NONE, {("fprop", SQUARE, BF16): OURS, ("fprop", STEM, BF16): NOTED})
+    brought.write_text("[]")
+    with pytest.raises(SystemExit):
+        tune.main(["--merge", str(brought)])
+    assert "brought.json is no table of tiles" in capsys.readouterr().err

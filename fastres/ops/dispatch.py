@@ -34,7 +34,7 @@ BACKENDS = {
     "reference": "plain PyTorch through the same entry points as the fused kernels",
 }
 
-_ALIKE = "same capability and multiprocessors"
+_ALIKE = "same compute capability and multiprocessor count"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -435,7 +435,7 @@ def table_in_force(device: torch.device) -> str:
     for name, table, _ in found:
         failed = sum(bool(measurement.note) for measurement in table.values())
         whose = "this GPU's own" if name == gpu.name else f"{name}'s ({_ALIKE})"
-        said.append(f"{whose}, {len(table) - failed} problems measured" + (f", {failed} failed" if failed else ""))
+        said.append(f"{whose}, measured problems: {len(table) - failed}" + (f", failed: {failed}" if failed else ""))
     if not said:
         return "none: heuristics choose engines and tiles until bench/tune.py has measured"
     return "; for others ".join(said)
