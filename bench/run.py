@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -447,4 +448,5 @@ def columns(lines: list[list[str]], left: set[int]) -> str:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: rows' processes and their files go
     sys.exit(main())

@@ -803,3 +803,26 @@ def test_every_backend_of_this_device(bench: SimpleNamespace, tmp_path: Path) ->
     record = json.loads(path.read_text())
     check_schema(record)
     assert {row["status"] for row in record["rows"]} == {"ok", "not available"}
+
+
+def test_a_run_that_is_terminated_leaves_nothing_behind(tmp_path: Path) -> None:
+    """No process, no data on disk; the record holds what was measured."""
+    path = tmp_path / "r.json"
+    ask = ["--net", "cifar-8", "--batch", "2", "--seconds", "20", "--device", "cpu", "--mode", "infer", "--apart"]
+    command = [sys.executable, str(BENCH / "run.py"), *ask, "--backend", "eager,fastres", "--json", str(path)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path)}
+    running = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    for _ in range(600):
+        if path.exists() and any("window_img_s" in row for row in json.loads(path.read_text())["rows"]):
+            break
+        time.sleep(0.1)
+    running.terminate()
+    _, said = running.communicate(timeout=60)
+    assert running.returncode == 130
+    assert f"stopped; {path} holds what was measured" in said
+    assert not [*tmp_path.glob("fastres-bench-*")]
+    with pytest.raises(ProcessLookupError):
+        for _ in range(100):  # multiprocessing's own helper goes a moment later
+            os.killpg(running.pid, 0)
+            time.sleep(0.1)
+    assert {row["status"] for row in rows_of(path).values()} == {"unfinished"}
