@@ -33,6 +33,7 @@ nothing is downloaded. Where fastres can't be installed, the parts find the chec
 from __future__ import annotations
 
 import argparse
+import ctypes
 import importlib.util
 import json
 import math
@@ -48,8 +49,10 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import proof
+from apart import PR_SET_PDEATHSIG
 from parts import PARTS, PLAN_S, PLANS, PYTEST, Part, rehearsed
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -292,14 +295,15 @@ def execute(arguments: list[str], watch: Sequence[str], run: Run, log: Path, lim
         environment["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
     if watch:
         environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
-    with log.open("w") as sink:
+    # What a part leaves in its temporary folder when it is killed, such as images of a batch, goes with the folder.
+    with TemporaryDirectory(prefix="fastres-part-", ignore_cleanup_errors=True) as scratch, log.open("w") as sink:
         process = subprocess.Popen(
             [*watch, sys.executable, *arguments],
             cwd=ROOT,
             stdout=sink,
             stderr=subprocess.STDOUT,
-            env=environment | os.environ | run.environment | {"FASTRES_CACHE_DIR": str(run.cache)},
-            preexec_fn=os.setpgrp,  # its workers are stopped with it
+            env=environment | os.environ | run.environment | {"FASTRES_CACHE_DIR": str(run.cache), "TMPDIR": scratch},
+            preexec_fn=tie,
         )
         try:
             return process.wait(timeout=limit)
@@ -307,6 +311,13 @@ def execute(arguments: list[str], watch: Sequence[str], run: Run, log: Path, lim
             return 124
         finally:
             stop(process)
+
+
+def tie() -> None:
+    """In the part's process: its workers are stopped with it, and if this process is killed, so is the part."""
+    os.setpgrp()
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def stop(process: subprocess.Popen) -> None:

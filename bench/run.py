@@ -152,6 +152,8 @@ def parse(arguments: list[str] | None) -> Plan:
     for option, package in (("--plot", "matplotlib"), ("photographs", "sklearn")):
         if (option != "--plot" or given.plot) and importlib.util.find_spec(package) is None:
             parser.error(f"{option}: {package} is not installed: pip install 'fastres[bench]'")
+    if given.plot and given.json and given.plot.resolve() == given.json.resolve():
+        parser.error(f"--json and --plot both name {given.json}; accepted: two files")
     if given.plot and given.plot.suffix not in plot.SUFFIXES:
         parser.error(f"--plot {given.plot}: accepted: a name that ends in {', '.join(plot.SUFFIXES)}")
 

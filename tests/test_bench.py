@@ -176,6 +176,7 @@ def test_flops_table_of_other_nets(bench: SimpleNamespace) -> None:
         (["--seconds", "nan"], "--seconds nan; accepted: above 0"),
         (["--resume"], "name it with --json FILE"),
         (["--plot", "picture.doc"], "ends in .png"),
+        (["--plot", "r.svg", "--json", "r.svg"], "--json and --plot both name r.svg"),
         (["--batch", "1", "--size", "32", "--mode", "train"], "one value a channel"),
     ],
 )
