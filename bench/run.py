@@ -272,7 +272,9 @@ def measure_rows(plan: Plan, record: dict[str, Any], case: Case, names: Sequence
         row = dict(zip(records.CASE, records_case(case), strict=True))
         finished = None if fields["status"] == "unfinished" else records.now()
         row |= {"backend": name, "ours": BACKENDS[name].ours, "finished": finished} | fields
-        records.put(record, row)
+        noisy = any(records.key(old) == records.key(row) and old["status"] == "noisy" for old in record["rows"])
+        if not (noisy and fields["status"] in ("unfinished", "failed")):  # then the old measurement is the better one
+            records.put(record, row)
         if plan.json:
             records.write(record, plan.json)
         bar.set_description(f"{case.net} {case.mode} {name}")
