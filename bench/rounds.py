@@ -138,7 +138,7 @@ def here(case: Case, seconds: float) -> Iterator[tuple[Start, HandOver]]:
 @contextmanager
 def apart(names: Sequence[str], case: Case, seconds: float, patience: float) -> Iterator[tuple[Start, HandOver]]:
     """The same with a process for each row. All begin now: what they import delays no measurement."""
-    with TemporaryDirectory(prefix="fastres-bench-") as folder, ExitStack() as life:
+    with TemporaryDirectory(prefix="fastres-bench-", ignore_cleanup_errors=True) as folder, ExitStack() as life:
         with mock.patch.dict(os.environ, TMPDIR=folder):  # what a killed process leaves there is removed
             begun = {name: life.enter_context(Apart(make_row, name, case, seconds)) for name in names}
 
