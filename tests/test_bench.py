@@ -810,6 +810,7 @@ def test_every_backend_of_this_device(bench: SimpleNamespace, tmp_path: Path) ->
     assert {row["status"] for row in record["rows"]} == {"ok", "not available"}
 
 
+@pytest.mark.slow
 def test_a_run_that_is_terminated_leaves_nothing_behind(tmp_path: Path) -> None:
     """No process, no data on disk; the record holds what was measured."""
     path = tmp_path / "r.json"
