@@ -181,6 +181,7 @@ def test_another_thread_allocates_pinned_memory() -> None:
                 x, y = batch()
                 expected = step(x, y)[0]
                 captured = Graph(step, (x, y), [*net.buffers()])
+                # A library may choose other algorithms while a graph records; a broken replay is off by far more.
                 torch.testing.assert_close(captured(x, y)[0], expected, rtol=1e-3, atol=1e-3)
         finally:
             done.set()
