@@ -1,0 +1,472 @@
+"""Every kernel that a step launches, in order, with what it moves and computes: found without a GPU, by running the
+step on tensors without memory.
+
+    with recorded(torch.bfloat16) as recorder:
+        net(images)                           # on the meta device
+    recorder.launches()[0].kernel
+
+Our kernels are seen where they are launched (`fastres.kernels.replay.launch`), whatever they are called; all else, the
+library's convolutions included, as PyTorch's operators, each of which counts as one kernel.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import math
+import pkgutil
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from functools import cache, wraps
+from importlib import import_module
+from types import ModuleType
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
+import layers
+import torch
+import torch.nn.functional as F
+from measure import OPTIMIZER
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from fastres import kernels, plan
+from fastres.kernels import config, replay
+from fastres.kernels.launch import gpu_of
+from fastres.kernels.problem import ConvProblem
+from fastres.ops import dispatch, folded, launch
+from fastres.ops.steps import nhwc
+from fastres.program import Program
+
+META = torch.device("meta")
+
+
+class Part(NamedTuple):
+    """A tensor as far as one kernel touches it: which memory, and how many bytes of it."""
+
+    memory: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel. pass_: what it is done for, "infer", "fprop", "dgrad", "wgrad", "norm" or "pytorch". layer, flops: of
+    the convolution, as `layers.name` and as the problem has it; empty and 0 where it is none. ours: by Triton, with
+    its grid and its arguments by name, a `Part` for each tensor."""
+
+    kernel: str
+    pass_: str
+    layer: str
+    flops: int
+    reads: tuple[Part, ...]
+    writes: tuple[Part, ...]
+    ours: bool = False
+    grid: tuple[int, ...] = ()
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def bytes(self) -> int:
+        """What it moves, every tensor once: of ours nobody says which are read and which are written."""
+        return sum(part.bytes for part in (*self.reads, *self.writes))
+
+    @property
+    def programs(self) -> int:
+        return math.prod(self.grid) if self.ours else 0
+
+
+@dataclass
+class Work:
+    """What the kernels that are launched within belong to; flops are shared by those of them that multiply."""
+
+    pass_: str
+    problem: ConvProblem | None = None
+    flops: int = 0
+
+
+class Recorder(TorchDispatchMode):
+    """Notes launches of kernels and calls of operators, as long as it is entered."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.noted: list[tuple[Launch, Work]] = []
+        self.work = [Work("norm")]
+        self.memories: dict[int, tuple[int, Any]] = {}  # storages are kept alive, or another could get the same name
+
+    def launches(self) -> list[Launch]:
+        """What was noted, the FLOPs of each work shared by its kernels that multiply."""
+        shares: dict[int, int] = {}
+        for one, work in self.noted:
+            if one.ours and one.flops:
+                shares[id(work)] = shares.get(id(work), 0) + one.programs * taps(one.arguments)
+        found = []
+        for one, work in self.noted:
+            shared = one.ours and one.flops
+            share = one.programs * taps(one.arguments) / shares[id(work)] if shared else 1.0
+            found.append(replace(one, flops=round(one.flops * share)))
+        return found
+
+    def kernel(self, kernel: Any, grid: tuple[int, ...], arguments: Mapping[str, Any]) -> None:
+        """Stands for `replay.launch`."""
+        work = self.work[-1]
+        p = work.problem
+        flops = work.flops if multiplies(kernel) else 0
+        parts: dict[int, Part] = {}
+        numbers: dict[str, Any] = {}
+        for name, value in arguments.items():
+            tensor = value.base if isinstance(value, TensorDescriptor) else value
+            if isinstance(tensor, Tensor) and not (flops and not taps(arguments) and name in OPERANDS):
+                part = self.part(tensor, reached(p, work.pass_) if flops and name == "x" and p is not None else 1.0)
+                known = parts.get(part.memory, part)
+                parts[part.memory] = max(part, known, key=lambda one: one.bytes)
+            # No tensor is kept: autograd copies a gradient that somebody else holds.
+            numbers[name] = self.part(tensor) if isinstance(tensor, Tensor) else value
+        layer = "" if p is None else layers.name(p)
+        self.noted.append(
+            (Launch(name_of(kernel), work.pass_, layer, flops, tuple(parts.values()), (), True, grid, numbers), work)
+        )
+
+    def part(self, tensor: Tensor, share: float = 1.0) -> Part:
+        """That share of a tensor; of overlapping or repeated elements each once."""
+        storage = tensor.untyped_storage()
+        memory, _ = self.memories.setdefault(storage._cdata, (len(self.memories), storage))
+        elements = math.prod(n for n, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride)
+        moved = min(elements * tensor.itemsize, storage.nbytes()) if tensor.numel() else 0
+        return Part(memory, round(share * moved))
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = _run(func, args, kwargs or {})
+        name = func.overloadpacket.__name__
+        if func.is_view or name.startswith(("empty", "new_empty", "_unsafe_view", "_local_scalar")):
+            return result
+        given, mutated = _operands(func, args, kwargs or {})
+        made = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
+        work = self.work[-1]
+        if name == "convolution_backward":
+            self._backward(args, made, work)
+        else:
+            problem = _problem(name, args)
+            read = tuple(self.part(t, reached(problem, "fprop") if problem and t is args[0] else 1.0) for t in given)
+            fresh = {part.memory: part for part in map(self.part, [*made, *mutated])}
+            if not read and not any(part.bytes > 4 for part in fresh.values()):
+                return result  # a number on the host
+            pass_ = work.pass_ if len(self.work) > 1 else "pytorch" if problem is None else "fprop"
+            flops = 2 * problem.multiply_adds if problem else _matmul_flops(name, args)
+            layer = layers.name(problem or work.problem) if problem or work.problem else ""
+            for kernel, reads, writes in _passes(name, args, read, tuple(fresh.values())):
+                self.noted.append((Launch(kernel, pass_, layer, flops, reads, writes), work))
+        return result
+
+    def _backward(self, args: Any, made: list[Tensor], work: Work) -> None:
+        """A convolution's two gradients are two kernels; each reads the other operand."""
+        dy, x, w, *_, mask = args
+        problem = conv_problem(x, w, *(args[i][0] for i in (4, 5, 6)), args[9])
+        gradients = iter(made)
+        for wanted, pass_, other in zip(mask, ("dgrad", "wgrad"), (w, x), strict=False):
+            if wanted:
+                read = self.part(dy), self.part(other, reached(problem, pass_) if pass_ == "wgrad" else 1.0)
+                moved = Launch(
+                    f"convolution_{pass_}", pass_, layers.name(problem), 2 * problem.multiply_adds, read,
+                    (self.part(next(gradients)),),
+                )  # fmt: skip
+                self.noted.append((moved, work))
+
+
+OPERANDS = ("dy", "z", "w")  # of a data gradient: pixels that no tap reaches get theirs from elsewhere
+
+
+def taps(arguments: Mapping[str, Any]) -> int:
+    """Filter taps that reach the pixels of one launch, where a kernel has them in classes; else 1."""
+    return int(arguments.get("TAPS_R", 1) * arguments.get("TAPS_S", 1))
+
+
+def reached(problem: ConvProblem, pass_: str) -> float:
+    """The share of x that a convolution reads: where its stride passes over pixels, not all."""
+    rows, columns = min(1.0, problem.R / problem.stride), min(1.0, problem.S / problem.stride)
+    return rows * columns if pass_ != "dgrad" else 1.0
+
+
+def conv_problem(x: Tensor, w: Tensor, stride: int, pad: int, dilation: int, groups: int) -> ConvProblem:
+    """Of x [N, C, H, W] and filters w [K, C/groups, R, S]."""
+    (N, C, H, W), (K, _, R, S) = x.shape, w.shape
+    return ConvProblem(N, H, W, C, K, R, S, stride, pad, dilation, groups)
+
+
+def _problem(name: str, args: Any) -> ConvProblem | None:
+    """The convolution that an operator computes."""
+    if name == "convolution":
+        return conv_problem(args[0], args[1], *(args[i][0] for i in (3, 4, 5)), args[8])
+    if name.startswith("cudnn_convolution"):
+        *_, stride, pad, dilation, groups = args
+        return conv_problem(args[0], args[1], stride[0], pad[0], dilation[0], groups)
+    return None
+
+
+def _matmul_flops(name: str, args: Any) -> int:
+    if name not in ("mm", "addmm"):
+        return 0
+    a, b = args[-2:]
+    return 2 * a.shape[0] * a.shape[1] * b.shape[1]
+
+
+# What an operator is given and its kernel never reads, by position.
+UNREAD = {"max_pool2d_with_indices_backward": (1,), "copy_": (0,), "zero_": (0,), "fill_": (0,)}
+
+
+def _operands(func: Any, args: Any, kwargs: Any) -> tuple[list[Tensor], list[Tensor]]:
+    """The tensors that an operator reads, and those given ones that it writes."""
+    read, mutated = [], []
+    unread = UNREAD.get(func.overloadpacket.__name__, ())
+    for i, parameter in enumerate(func._schema.arguments):
+        value = args[i] if i < len(args) else kwargs.get(parameter.name)
+        tensors = [t for t in tree_leaves(value) if isinstance(t, Tensor)]
+        read += [] if i in unread else tensors
+        writes = parameter.alias_info is not None and parameter.alias_info.is_write
+        mutated += tensors if writes and parameter.name != "grads" else []  # scaled in place at most, which nobody asks
+    return read, mutated
+
+
+def _passes(
+    name: str, args: Any, reads: tuple[Part, ...], writes: tuple[Part, ...]
+) -> list[tuple[str, tuple[Part, ...], tuple[Part, ...]]]:
+    """An operator's kernels. PyTorch's BatchNorm in training reduces in one and reads the same again in another."""
+    training = {"native_batch_norm": 5, "native_batch_norm_backward": 7}
+    if name in training and args[training[name]]:
+        return [(f"{name}_sums", reads, ()), (name, reads, writes)]
+    return [(name, reads, writes)]
+
+
+def _run(func: Any, args: Any, kwargs: Any) -> Any:
+    """The operator; what has no form for tensors without memory in words of what has."""
+    name = func.overloadpacket.__name__
+    if name == "_fused_sgd_":
+        return None
+    if name.startswith("cudnn_convolution"):
+        *_, stride, pad, dilation, groups = args
+        args = (args[0], args[1], None, stride, pad, dilation, False, [0, 0], groups)
+        func, name = torch.ops.aten.convolution.default, "convolution"
+    result = func(*args, **kwargs)
+    if name == "convolution" and args[0].is_contiguous(memory_format=torch.channels_last):
+        return result.contiguous(memory_format=torch.channels_last)  # as on a GPU
+    return result
+
+
+def name_of(kernel: Any) -> str:
+    return kernel.fn.__name__
+
+
+@cache
+def multiplies(kernel: Any) -> bool:
+    """Whether a Triton kernel, or a function of this package that it calls, uses tensor cores."""
+    source = inspect.getsource(kernel.fn)
+    if "tl.dot(" in source:
+        return True
+    called = (kernel.fn.__globals__.get(name) for name in set(re.findall(r"\b(\w+)\(", source)))
+    return any(multiplies(one) for one in called if one is not kernel and type(one) is type(kernel))
+
+
+class Autocast(TorchFunctionMode):
+    """`torch.autocast`, which doesn't exist for tensors without memory, as far as a ResNet needs it."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        to = {F.linear: self.dtype, F.conv2d: self.dtype, torch.conv2d: self.dtype, F.cross_entropy: torch.float32}
+        if (dtype := to.get(func)) is not None:
+            args = [a.to(dtype) if isinstance(a, Tensor) and a.is_floating_point() else a for a in args]
+        return func(*args, **(kwargs or {}))
+
+
+@cache
+def launching() -> list[ModuleType]:
+    """The modules of `fastres.kernels` whose launchers launch."""
+    modules = [import_module(f"{kernels.__name__}.{one.name}") for one in pkgutil.iter_modules(kernels.__path__)]
+    return [module for module in modules if getattr(module, "launch", None) is replay.launch]
+
+
+@contextmanager
+def recorded(dtype: torch.dtype) -> Iterator[Recorder]:
+    """Within, tensors on the meta device take the path of tensors on an H200 with that autocast dtype, and every kernel
+    is noted."""
+    recorder = Recorder()
+    why_engine = dispatch.why_engine
+
+    def engine(*call: Any) -> tuple[Any, str]:
+        by, why = why_engine(*call)
+        return ("cudnn" if by == "aten" else by), why
+
+    replaced: dict[str, Callable[..., Any]] = {
+        "_kernel_less": lambda device: None,
+        "_measured": lambda pass_, problem, of, device: config.measured(pass_, problem, of, gpu_of(device)),
+        "pointwise_engine": lambda *_: "aten" if dispatch.wants_reference() else "triton",
+        "compute_dtype": lambda x: dtype,
+        "why_engine": engine,
+    }
+    with ExitStack() as stack:
+        for name, function in replaced.items():
+            stack.enter_context(patch.object(dispatch, name, function))
+        stack.enter_context(patch.object(torch, "autocast", lambda *_, **__: nullcontext()))
+        # A capture is the place where nobody times alternatives.
+        stack.enter_context(patch.object(torch.cuda, "is_current_stream_capturing", lambda: True))
+        # fastres leaves its kernels where somebody watches the operators.
+        stack.enter_context(patch.object(torch._C, "_len_torch_dispatch_stack", lambda: 0))
+        for module in launching():
+            stack.enter_context(patch.object(module, "launch", lambda k, g, **a: recorder.kernel(k, g, a)))
+        for owner, wrap in ((launch.Step, _by_step), (folded, _by_folded)):
+            for name, function in [*vars(owner).items()]:
+                if inspect.isfunction(function) and (wrapped := wrap(name, function, recorder)) is not None:
+                    stack.enter_context(patch.object(owner, name, wrapped))
+        launch._step.cache_clear()
+        stack.callback(launch._step.cache_clear)
+        stack.enter_context(Autocast(dtype))
+        stack.enter_context(recorder)
+        yield recorder
+
+
+def _by_step(name: str, function: Callable[..., Any], recorder: Recorder) -> Callable[..., Any] | None:
+    """A method of `Step` whose kernels are noted as its problem's."""
+    if name.startswith("_") or name == "fuses_bn_backward":
+        return None
+    kind = name.split("_")[0]
+
+    @wraps(function)
+    def method(step: launch.Step, *args: Any, **kwargs: Any) -> Any:
+        inside = recorder.work[-1].pass_ if len(recorder.work) > 1 else "norm"
+        pass_ = kind if kind in layers.PASSES else inside
+        recorder.work.append(Work(pass_, step.problem, 2 * step.problem.multiply_adds))
+        try:
+            return function(step, *args, **kwargs)
+        finally:
+            recorder.work.pop()
+
+    return method
+
+
+def _by_folded(name: str, function: Callable[..., Any], recorder: Recorder) -> Callable[..., Any] | None:
+    """A function of `folded` that runs a plan's convolution, or three of them."""
+    if not name.startswith("by_"):
+        return None
+
+    @wraps(function)
+    def call(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        p, geometry, problem, flops = kwargs.get("p"), kwargs.get("geometry"), None, 0
+        if isinstance(p, folded.Folded):
+            K, R, S, _ = p.w.shape
+            problem = ConvProblem(*x.shape, K, R, S, *geometry)
+            flops = 2 * problem.multiply_adds
+        elif p is not None:  # a chain: all three over x's pixels, the first one 3x3
+            spatial = p[0].w
+            problem = ConvProblem(*x.shape, spatial.shape[0], *spatial.shape[1:3], 1, spatial.shape[1] // 2)
+            flops = sum(2 * problem.pixels * one.w.numel() for one in p)
+        recorder.work.append(Work("infer", problem, flops))
+        try:
+            return function(x, *args, **kwargs)
+        finally:
+            recorder.work.pop()
+
+    return call
+
+
+def images(batch: int, size: int, dtype: torch.dtype) -> Tensor:
+    """[N, 3, H, W], channels last, without memory."""
+    return torch.empty(batch, 3, size, size, dtype=dtype, device=META).to(memory_format=torch.channels_last)
+
+
+def train(net: nn.Module, batch: int, size: int, dtype: torch.dtype) -> list[Launch]:
+    """The kernels of a training step of `net` as bench/measure.py runs it in a CUDA graph: a batch copied to where the
+    graph reads it, forward, cross-entropy, backward, fused SGD with momentum. fp16's loss scale is left out."""
+    net = net.to(META).to(memory_format=torch.channels_last).train()
+    x, fed = images(batch, size, dtype), images(batch, size, dtype)
+    labels = torch.empty(batch, dtype=torch.int64, device=META)
+    parameters = [*net.parameters()]
+    momenta = [torch.empty_like(p) for p in parameters]
+    with recorded(dtype) as recorder:
+        x.copy_(fed)
+        F.cross_entropy(net(x), labels).backward()
+        gradients = [p.grad for p in parameters]
+        torch._fused_sgd_(
+            [p.detach() for p in parameters], gradients, momenta, nesterov=False, dampening=0.0, maximize=False,
+            is_first_step=False, **OPTIMIZER,
+        )  # fmt: skip
+    return recorder.launches()
+
+
+def infer(net: nn.Module, batch: int, size: int, dtype: torch.dtype) -> list[Launch]:
+    """The kernels of `net` itself in eval mode and `dtype`."""
+    net = net.to(META).to(dtype=dtype, memory_format=torch.channels_last).eval()
+    x = images(batch, size, dtype)
+    with recorded(dtype) as recorder, torch.no_grad():
+        net(x)
+    return recorder.launches()
+
+
+def infer_optimized(net: nn.Module, batch: int, size: int, dtype: torch.dtype) -> list[Launch]:
+    """The kernels of `fastres.optimize(net)` in a CUDA graph, which copies images in and scores out. Every BatchNorm is
+    taken to have a shift."""
+    net = net.to(META).eval()
+    steps, output = plan.trace(copy.deepcopy(net))
+    steps = plan.fuse_chains(plan.fuse(steps, output), output)
+    weights, modules = {}, {}
+    for step in steps:
+        for conv in plan.convs(step):
+            shift = None if conv.bare else torch.empty(conv.filter[0], device=META)
+            w = torch.empty(conv.filter, dtype=dtype, device=META)
+            weights[conv.out] = folded.Folded(w, shift, None if shift is None else shift.to(dtype))
+        if isinstance(step, plan.Aten) and step.kind == "module":
+            modules[step.name] = net.get_submodule(step.name).to(dtype)
+    program = Program(steps, output, weights, modules, dtype)
+    x, fed = nhwc(images(batch, size, dtype)), nhwc(images(batch, size, dtype))
+    with recorded(dtype) as recorder, torch.no_grad():
+        program.bind(x)
+        recorder.noted.clear()
+        x.copy_(fed)
+        program.run(x).clone()
+    return recorder.launches()
+
+
+# What Inductor computes where it is read, and the kernels of `_passes` that reduce what they read.
+POINTWISE = ("relu", "relu_", "add", "add_", "threshold_backward", "_to_copy", "div", "mul")
+NORMS = ("native_batch_norm", "native_batch_norm_backward")
+MOST_READ, SMALL = 4, 2**16  # Inductor's `realize_reads_threshold`; bytes of what counts as a tensor here
+
+
+def as_inductor(launches: Sequence[Launch]) -> list[Launch]:
+    """The kernels of an eager step as Inductor would fuse them: what is pointwise runs within the kernel that reads it,
+    unless that is one of the library's, or it would read too many tensors; then it is stored. Reductions stay apart,
+    because what follows them needs their sums."""
+    fused: list[Launch] = []
+    sizes: dict[int, int] = {}
+    pending: dict[int, frozenset[int]] = {}  # values not yet computed -> the stored tensors that they are computed from
+
+    def parts(memories: Iterable[int]) -> tuple[Part, ...]:
+        return tuple(Part(memory, sizes[memory]) for memory in sorted(memories))
+
+    def sources(reads: Iterable[Part]) -> frozenset[int]:
+        large = [part.memory for part in reads if part.bytes >= SMALL]
+        return frozenset[int]().union(*(pending.get(memory, {memory}) for memory in large))
+
+    def store(reads: Iterable[Part]) -> None:
+        for memory in [part.memory for part in reads if part.memory in pending]:
+            fused.append(Launch("fused_pointwise", "pytorch", "", 0, parts(pending.pop(memory)), parts([memory])))
+
+    for one in launches:
+        for part in (*one.reads, *one.writes):
+            sizes[part.memory] = max(part.bytes, sizes.get(part.memory, 0))
+        if one.kernel.removesuffix("_sums") not in (*POINTWISE, *NORMS) or one.bytes < SMALL:
+            store(one.reads)
+            fused.append(one)
+            continue
+        if len(sources(one.reads)) > MOST_READ:
+            store(one.reads)
+        if one.kernel.endswith("_sums"):
+            fused.append(replace(one, kernel="fused_reduction", reads=parts(sources(one.reads))))
+        else:
+            read = sources(one.reads)
+            pending |= {part.memory: read for part in one.writes if part.bytes >= SMALL}
+    return fused
