@@ -1,8 +1,8 @@
-"""What each fusion of a training step is worth: every one switched off by itself, beside all on and stock PyTorch.
+"""What each fusion of a training step is worth: every one switched by itself, beside the defaults and stock PyTorch.
 
     python bench/ablate.py --depth 50 --json out/ablate-50.json
 
-Per row: images per second, peak memory per image, and both relative to the row with everything on. Needs a CUDA GPU
+Per row: images per second, peak memory per image, and both relative to the row of the defaults. Needs a CUDA GPU
 for figures that mean anything; on a CPU fastres has no fused path and the command says so.
 """
 
@@ -27,7 +27,7 @@ import fastres
 from fastres.ops import dispatch
 
 ROWS = {
-    "all fusions on": {},
+    "the defaults": {},
     **{
         f"without {field.name}" if field.default else f"with {field.name}": {field.name: not field.default}
         for field in fields(dispatch.Fusions)

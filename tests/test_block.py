@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from unittest.mock import Mock
 
 import pytest
 import torch
 from cases import relative_error
 from torch import Tensor, nn
 
-from fastres.ops import conv_bn_act, dispatch, reference
+from fastres.ops import conv_bn_act, dispatch, reference, steps
 from fastres.ops.stage import stage
 
 EXACT = 1e-12
@@ -205,6 +206,49 @@ def test_saves_each_activation_once(kind: str) -> None:
     vectors = sum(4 * m.num_features * 8 for m in block.modules() if isinstance(m, nn.BatchNorm2d))
     assert ours <= x.nbytes + sum(raw) + out.nbytes + taps + 2 * parameters + vectors
     assert ours < stock
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "stage"])
+def test_activations_kept(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library's convolutions read activations stored: kept for the weight gradients that are wanted, each costs its
+    bytes and saves a pass; no bit changes."""
+    blocks = [Block(name).double() for name in (("projection", "wide", "wide") if kind == "stage" else (kind,))]
+    passes = Mock(wraps=steps.normalize)
+    monkeypatch.setattr(steps, "normalize", passes)
+    x = torch.randn(3, 6, 9, 8, dtype=torch.double)
+
+    def run(**switches: bool) -> tuple[list[Tensor], int, int]:
+        copies, x_read = copy.deepcopy(blocks), x.clone().requires_grad_()
+
+        def forward() -> Tensor:
+            if kind == "stage":
+                return stage(x_read, [([tuple(layer) for layer in b.layers], b.shortcut) for b in copies])
+            return copies[0](x_read)
+
+        passes.reset_mock()
+        with dispatch.fusions(**switches):
+            kept, y = saved_bytes(forward)
+        y.backward(torch.linspace(-1, 1, y.numel(), dtype=y.dtype).reshape(y.shape))
+        grads = [p.grad for b in copies for p in b.parameters() if p.grad is not None]
+        return [y, x_read.grad, *grads], kept, passes.call_count
+
+    def hold(inner: list[nn.Conv2d]) -> None:
+        (want, usual, before), (got, kept, after) = run(), run(keep_activation=True)
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+        sizes = [read[conv] for conv in inner]
+        assert (kept - usual, before - after) == (sum(sizes), len(sizes))
+
+    inner = [layer[0] for b in blocks for layer in list(b.layers)[1:]]
+    read: dict[nn.Module, int] = {}
+    a = x
+    for b in blocks:
+        z, a = a, b(a, reference)
+        for layer in b.layers:
+            read[layer[0]], z = z.nbytes, layer(z)
+    hold(inner)
+    for conv in inner[:1]:
+        conv.requires_grad_(False)
+    hold(inner[1:])
 
 
 def saved_bytes(forward: Callable[[], Tensor]) -> tuple[int, Tensor]:

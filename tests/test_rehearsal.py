@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ from binary import Launch, record
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 import fastres
-from fastres.kernels import conv, stem
+from fastres.kernels import config, conv, stem
 from fastres.kernels import launch as kernels_launch
 from fastres.kernels.config import H200
 from fastres.kernels.problem import ConvProblem
@@ -175,6 +176,27 @@ def test_bytes_kept_for_backward_beside_stock(
         assert ours <= part * stock
         with dispatch.fusions(recompute=True):
             assert kept(fastres) <= recomputed * stock
+
+
+def test_what_keeping_activations_takes_and_saves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ResNet-50 at batch 256 by the shipped table of the H200: 20 passes fewer over the activations kept."""
+    monkeypatch.setattr(dispatch, "_measured", lambda *call: config.measured(*call[:3], H200))
+
+    def note(saved: dict[Any, torch.Tensor], t: torch.Tensor) -> torch.Tensor:
+        saved[t.untyped_storage()] = t
+        return t
+
+    passes, storages = [], []
+    for keep in (False, True):
+        net, x = net_and_images(fastres, 50, 256, 224)
+        with record() as recorded, dispatch.fusions(keep_activation=keep):
+            with torch.autograd.graph.saved_tensors_hooks(partial(note, saved := {}), lambda t: t):
+                y = net(x)
+            y.float().sum().backward()
+        passes.append([one.fn.__name__ for one in recorded].count("normalize_kernel"))
+        storages.append(sum(storage.nbytes() for storage in saved))
+    assert passes[0] - passes[1] == 20
+    assert storages == [8_794_924_160, 8_794_924_160 + 552_337_408]
 
 
 def test_limits_are_seen() -> None:

@@ -202,8 +202,20 @@ def test_each_fusion_can_be_switched(switch: str, size: int, monkeypatch: pytest
     net = Narrow().to(DEVICE)
     stages = Mock(wraps=resnet.stage)
     monkeypatch.setattr(resnet, "stage", stages)
-    hold(net, batches(3, 3, size), **{switch: switch == "recompute"})
+    hold(net, batches(3, 3, size), **{switch: not getattr(dispatch.Fusions(), switch)})
     assert stages.call_count == 3 * (switch != "block_end")
+
+
+def test_kept_activations_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    net, launches, found = Narrow().to(DEVICE), Launches(monkeypatch), []
+    for keep in (False, True):
+        launches.count.clear()
+        with fastres.backend("triton"), dispatch.fusions(prologue=False, keep_activation=keep):
+            found.append((results(copy.deepcopy(net), *batches(1, 3, 16)[0]), launches.count["normalize_kernel"]))
+    (want, before), (got, after) = found
+    assert all(torch.equal(got[name], value) for name, value in want.items())
+    assert before - after == 6, "two in each of three blocks"
 
 
 class Counted(resnet.BasicBlock):

@@ -2,7 +2,8 @@
 
 A model asks `dispatch.serves` first and calls `residual_block` or `stem` only where the answer is yes. With z = conv(a)
 raw, training keeps every z, the block's input and output and per-channel statistics, and nothing else: the activation
-a = relu(scale z + shift) between two convolutions is recomputed from z wherever it is read. Equations: `steps`.
+a = relu(scale z + shift) between two convolutions is recomputed from z wherever it is read, unless the fusion
+`keep_activation` is asked for. Equations: `steps`.
 """
 
 from __future__ import annotations
@@ -196,17 +197,22 @@ class Pending:
 
 def convolutions(
     call: Call, x: Tensor | Pending, parameters: Sequence[Any]
-) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
-    """x NHWC, then per layer: z, its [mean, rstd, scale, shift] in one flat list, the weight as the conv read it. A
-    pending x is computed with the first convolution."""
+) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor], list[Tensor | None]]:
+    """x NHWC, then per layer: z, its [mean, rstd, scale, shift] in one flat list, the weight as the conv read it, the
+    activation to keep (`Step.keeps_activation`) or None. A pending x is computed with the first convolution."""
     zs: list[Tensor] = []
     stats: list[Tensor] = []
     weights: list[Tensor] = []
+    activations: list[Tensor | None] = []
     a, prologue, partials = x, None, None
     for i, (step, layer) in enumerate(zip(call.steps, call.layers, strict=True)):
         weight, gamma, beta = parameters[3 * i : 3 * i + 3]
         if i == call.depth:  # the projection reads the block's input again
             a, prologue = x, None
+        kept = None
+        if isinstance(a, Tensor) and prologue is not None and step.keeps_activation and weight.requires_grad:
+            a = kept = step.normalize(a, *prologue)
+            prologue = None
         if isinstance(a, Pending):
             w = krsc(weight, a.z.dtype)
             x, z, partials = step.fprop_joined(a.z, a.affine, w, statistics=layer.batch_statistics, **a.addend)
@@ -224,22 +230,23 @@ def convolutions(
         zs.append(z)
         stats += four
         weights.append(w)
+        activations.append(kept)
         a, prologue = z, (four[2], four[3])
     assert not isinstance(x, Pending)
-    return x, zs, stats, weights
+    return x, zs, stats, weights, activations
 
 
 def forward(
     call: Call, x: Tensor, parameters: Sequence[Any], residual: Tensor | None = None
-) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor], Tensor | None]:
+) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor], list[Tensor | None], Tensor | None]:
     """out NPQK, then what `convolutions` gives per layer, and the pool's taps. `residual` is what a "join" adds."""
-    x, zs, stats, weights = convolutions(call, nhwc(x), parameters)
+    x, zs, stats, weights, activations = convolutions(call, nhwc(x), parameters)
     if call.end.kind == "pool":
         end, last = call.end, call.depth - 1
         scale, shift = stats[4 * last + 2 : 4 * last + 4]
         out, taps = call.steps[last].normalize_max_pool(zs[last], scale, shift, end.kernel, end.stride, end.pad)
-        return out, zs, stats, weights, taps
-    return pending(call, x, zs, stats, residual).compute(), zs, stats, weights, None
+        return out, zs, stats, weights, activations, taps
+    return pending(call, x, zs, stats, residual).compute(), zs, stats, weights, activations, None
 
 
 def pending(
@@ -271,10 +278,10 @@ class _Block(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: Call, dtype: torch.dtype, x: Tensor, *parameters: Tensor | None) -> Tensor:
         x_read = x.to(dtype)
-        out, zs, stats, weights, taps = forward(call, x_read, parameters)
+        out, zs, stats, weights, activations, taps = forward(call, x_read, parameters)
         y = unaliased(out)
         ctx.call, ctx.x_dtype, ctx.counts = call, x.dtype, (len(parameters), len(zs))
-        ctx.save_for_backward(x, nchw(nhwc(x_read)), y, taps, *parameters, *zs, *stats, *weights)
+        ctx.save_for_backward(x, nchw(nhwc(x_read)), y, taps, *parameters, *zs, *stats, *weights, *activations)
         return y
 
     @staticmethod
@@ -285,9 +292,10 @@ class _Block(torch.autograd.Function):
         parameters, rest = rest[:n_parameters], rest[n_parameters:]
         if torch.is_grad_enabled():  # create_graph=True: differentiate the definition instead
             return None, None, *_differentiable_backward(call, y.dtype, x, parameters, dy, ctx.needs_input_grad[2:])
-        zs, stats, weights = rest[:n_layers], rest[n_layers : 5 * n_layers], rest[5 * n_layers :]
+        zs, stats = rest[:n_layers], rest[n_layers : 5 * n_layers]
+        weights, activations = rest[5 * n_layers : 6 * n_layers], rest[6 * n_layers :]
         needs_x, needs = ctx.needs_input_grad[2], ctx.needs_input_grad[3:]
-        work = Backward(call, nhwc(x_read), nhwc(y), taps, zs, stats, weights, parameters, needs_x, needs)
+        work = Backward(call, nhwc(x_read), nhwc(y), taps, zs, stats, weights, activations, parameters, needs_x, needs)
         dx, dparameters = work.run(Gradient(nhwc(dy.to(y.dtype))))
         return None, None, None if dx is None else nchw(dx.value).to(ctx.x_dtype), *dparameters
 
@@ -351,6 +359,7 @@ class Backward:
     zs: Sequence[Tensor]
     stats: Sequence[Tensor]
     weights: Sequence[Tensor]
+    activations: Sequence[Tensor | None]
     parameters: Sequence[Any]
     needs_x: bool
     needs: Sequence[bool]
@@ -365,7 +374,8 @@ class Backward:
         while dz is not None and i > 0:
             step, below = self.call.steps[i], self.zs[i - 1]
             mean, _, scale, shift = self._stats(i - 1)
-            self._weight_grad(i, dz, bn, below, (scale, shift))
+            kept = self.activations[i]
+            self._weight_grad(i, dz, bn, *((below, (scale, shift)) if kept is None else (kept, None)))
             if not self._needed_below(i):
                 return None, self.grads
             g, mask, partials = step.dgrad_masked(dz, self.weights[i], below, (scale, shift), mean, bn)

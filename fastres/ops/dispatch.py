@@ -47,7 +47,8 @@ class Fusions:
     relu_mask: the ReLU mask and both BN sums in dgrad's epilogue. block_end: a block's end within its successor's first
     convolution; forward it is computed while a 1x1 loads, backward its mask and sums stand in dgrad's epilogue.
     recompute (off unless asked for: it saves memory, not time): the outputs of a stage's blocks are not kept for
-    backward but computed again.
+    backward but computed again. keep_activation (off unless asked for: it takes memory): an activation that a
+    convolution and its weight gradient both read stored is kept from one to the other, not computed twice.
     """
 
     statistics: bool = True
@@ -56,6 +57,7 @@ class Fusions:
     relu_mask: bool = True
     block_end: bool = True
     recompute: bool = False
+    keep_activation: bool = False
 
 
 _ALL_ON = Fusions()

@@ -198,6 +198,13 @@ class Step:
         return self.normalize(x, *prologue), None
 
     @property
+    def keeps_activation(self) -> bool:
+        """Whether relu(s x + t) before the convolution is kept for its weight gradient: both read it stored."""
+        on_load = self.fprop_by in ("triton", "stem") and self.fprop_on_load
+        on_load |= self.wgrad_by == "triton" and self.wgrad_on_load
+        return self.fusions.keep_activation and not (self.fusions.prologue and on_load)
+
+    @property
     def _pointwise(self) -> Any:
         return _pointwise_kernels() if self.pointwise_by == "triton" else steps
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
-from fastres.ops import launch
+from fastres.ops import dispatch, launch
 from fastres.ops.conv_bn_act import Backward, Call, End, Gradient, Layer, choose_steps, forward, krsc, unaliased
 from fastres.ops.flop_formulas import conv_flops, register_conv_flops
 from fastres.ops.steps import Geometry, nchw, nhwc, wide
@@ -118,7 +118,8 @@ def _is_copied(weight: Tensor, dtype: torch.dtype) -> bool:
 
 
 def _call(x: Tensor, weights: Sequence[Any], layers: tuple[Layer, ...], end: End) -> Call:
-    return Call(layers, end, choose_steps(x.shape, weights, layers, end, x.dtype, x.device))
+    with dispatch.fusions(keep_activation=False):  # the schema names what is kept
+        return Call(layers, end, choose_steps(x.shape, weights, layers, end, x.dtype, x.device))
 
 
 def _forward(
@@ -144,7 +145,7 @@ def _forward(
     weights: Any = parameters[::3]
     with torch._C._DisableAutocast():
         call = _call(x, weights, layers, End(end, *sizes))
-        out, zs, stats, read, taps = forward(call, x, parameters, residual)
+        out, zs, stats, read, _, taps = forward(call, x, parameters, residual)
         copies = [w for w, weight in zip(read, weights, strict=True) if _is_copied(weight, x.dtype)]
         return unaliased(out), moved, torch.cat(stats), [*zs, *([] if taps is None else [taps]), *copies]
 
@@ -171,7 +172,8 @@ def _backward(
     with torch._C._DisableAutocast():
         call = _call(x, weights, layers, End(end, *sizes))
         masked = nhwc(x if out is None else out)  # not read where there is no `out`
-        work = Backward(call, nhwc(x), masked, taps, zs, stats, read, parameters, output_mask[0], output_mask[1:])
+        of_layers = (zs, stats, read, [None] * len(layers))
+        work = Backward(call, nhwc(x), masked, taps, *of_layers, parameters, output_mask[0], output_mask[1:])
         dx, grads = work.run(Gradient(nhwc(dy.to(x.dtype))))
     found = [None if dx is None else nchw(dx.value), *grads]
     return [grad for grad, wanted in zip(found, output_mask, strict=True) if wanted and grad is not None]

@@ -66,7 +66,8 @@ class _Stage(torch.autograd.Function):
     ) -> Tensor:
         a: Tensor | Pending = nhwc(x.to(dtype))
         inputs: list[Tensor] = []
-        kept: tuple[list[Tensor], ...] = ([], [], [])
+        kept: tuple[list[Any], ...] = ([], [], [], [])
+        of_block: list[Any]
         for call, own in zip(calls, _split(calls, parameters, 3), strict=True):
             read, *of_block = convolutions(call, a, own)
             inputs.append(read)
@@ -87,11 +88,10 @@ class _Stage(torch.autograd.Function):
         parameters = rest[: 3 * n]
         if torch.is_grad_enabled():  # create_graph=True: differentiate the definition instead
             return None, None, None, *_differentiable(calls, y.dtype, x, parameters, dy, ctx.needs_input_grad[3:])
-        zs, stats, weights = (
-            _split(calls, tensors, k)
-            for tensors, k in ((rest[3 * n : 4 * n], 1), (rest[4 * n : 8 * n], 4), (rest[8 * n : 9 * n], 1))
+        zs, stats, weights, activations = (
+            _split(calls, rest[a * n : b * n], b - a) for a, b in ((3, 4), (4, 8), (8, 9), (9, 10))
         )
-        inputs = [nhwc(read) for read in rest[9 * n :]]
+        inputs = [nhwc(read) for read in rest[10 * n :]]
         while (b := len(inputs) - 1) < len(calls) - 1:  # none where they were kept
             inputs.append(pending(calls[b], inputs[b], zs[b], stats[b]).compute())
         needs = _split(calls, ctx.needs_input_grad[4:], 3)
@@ -101,9 +101,8 @@ class _Stage(torch.autograd.Function):
         for b in reversed(range(len(calls))):
             needs_x = ctx.needs_input_grad[3] or any(any(flags) for flags in needs[:b])
             below = norms(calls[b - 1], zs[b - 1], stats[b - 1]) if b else None
-            a = inputs.pop()
-            work = Backward(calls[b], a, out, None, zs[b], stats[b], weights[b], own[b], needs_x, needs[b], below)
-            dx, grads[b] = work.run(dout)
+            a, of_block = inputs.pop(), (zs[b], stats[b], weights[b], activations[b])
+            dx, grads[b] = Backward(calls[b], a, out, None, *of_block, own[b], needs_x, needs[b], below).run(dout)
             if dx is None:
                 return None, None, None, None, *(g for of_block in grads for g in of_block)
             out, dout = a, dx
