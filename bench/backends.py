@@ -149,6 +149,12 @@ def timm_net(name: str) -> nn.Module:
     return timm.create_model(name)
 
 
+def overlapping(name: str) -> nn.Module:
+    net = families.named(name)
+    net.forward = dispatch.fusions(overlap=True)(net.forward)  # type: ignore[method-assign]
+    return net
+
+
 def optimize(model: nn.Module, inputs: Sequence[torch.Tensor]) -> Callable:
     return fastres.optimize(model)
 
@@ -201,6 +207,13 @@ BACKENDS = {
         ours=True,
         needs="cuda",
     ),
+    "fastres-graph-overlap": Backend(
+        overlapping,
+        "the same, weight gradients on a second stream; training only",
+        graph=True,
+        ours=True,
+        needs="cuda",
+    ),
     "fastres-inductor": Backend(
         families.named,
         "fastres under torch.compile, weights frozen in inference",
@@ -235,12 +248,14 @@ BACKENDS = {
 def by_default(device: torch.device, net: str, mode: str) -> list[str]:
     """The backends that make sense on this device when none is named.
 
-    On a GPU ResNet-50 meets every peer and the other nets the strongest ones. On a CPU compilation takes longer than
+    On a GPU ResNet-50 meets every peer and the other nets the strongest ones; "fastres-graph-overlap" is an experiment
+    that somebody has to name. On a CPU compilation takes longer than
     everything else together: one compiled row stands for all.
     """
     if device.type == "cuda":
         every_net = ("eager-channels-last", "eager-graph", "inductor", "max-autotune")
         chosen = [name for name, b in BACKENDS.items() if net == "resnet50" or b.ours or name in every_net]
+        chosen.remove("fastres-graph-overlap")
     else:
         chosen = ["eager-channels-last", "fastres"]
         if net == "resnet50":

@@ -26,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastres
 from fastres.models import families
+from fastres.ops import dispatch
 from fastres.train import graph
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -492,6 +493,8 @@ def test_photographs(bench: SimpleNamespace) -> None:
 def test_defaults_by_device(bench: SimpleNamespace) -> None:
     table, choose = bench.backends.BACKENDS, bench.backends.by_default
     idle = {"infer": {"eager-graph", "fastres-graph"}, "train": {"fastres-optimize", "fastres-optimize-fp8"}}
+    for names in idle.values():
+        names.add("fastres-graph-overlap")  # an experiment
     for mode in ("infer", "train"):
         assert choose(torch.device("cuda"), "resnet50", mode) == [name for name in table if name not in idle[mode]]
         for device in ("cuda", "cpu"):
@@ -502,6 +505,16 @@ def test_defaults_by_device(bench: SimpleNamespace) -> None:
                 assert ("eager-graph" in chosen) == ("fastres-graph" in chosen) == graphed
                 assert all(table[name].needs in (None, device) for name in chosen)
                 assert net in families.BUILDERS or not any(table[name].package for name in chosen)
+
+
+def test_the_overlapping_net_is_the_net(bench: SimpleNamespace) -> None:
+    net, seen = bench.backends.overlapping("cifar-8"), []
+    assert net.state_dict().keys() == bench.plain.net("cifar-8").state_dict().keys()
+    net.conv1.register_forward_hook(lambda *_: seen.append(dispatch._fusions.get().overlap))
+    for _ in range(2):
+        net(torch.zeros(2, 3, 32, 32))
+    assert seen == [True, True]
+    assert not dispatch._fusions.get().overlap
 
 
 def test_why_a_backend_cannot_run(bench: SimpleNamespace) -> None:

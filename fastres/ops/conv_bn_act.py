@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastres.ops import dispatch, launch, reference
+from fastres.ops.beside import Beside
 from fastres.ops.launch import Norms, Step
 from fastres.ops.steps import Geometry, Pool, nchw, nhwc
 
@@ -368,6 +369,15 @@ class Backward:
     def run(self, dout: Gradient) -> tuple[Gradient | None, list[Tensor | None]]:
         """dx, and one gradient per parameter, each None where nobody needs it."""
         self.grads: list[Tensor | None] = [None] * len(self.parameters)
+        overlap = self.call.steps[0].fusions.overlap and Beside.serves(self.x.device)
+        self.beside = Beside(self.x.device) if overlap else None
+        try:
+            return self._run(dout), self.grads
+        finally:
+            if self.beside is not None:
+                self.beside.join()
+
+    def _run(self, dout: Gradient) -> Gradient | None:
         i = self.call.depth - 1
         # Without bn dz is stored; else dz means g, and p g + q z + r is computed on load.
         dz, bn, shortcut_dx = self._end(dout)
@@ -377,20 +387,20 @@ class Backward:
             kept = self.activations[i]
             self._weight_grad(i, dz, bn, *((below, (scale, shift)) if kept is None else (kept, None)))
             if not self._needed_below(i):
-                return None, self.grads
+                return None
             g, mask, partials = step.dgrad_masked(dz, self.weights[i], below, (scale, shift), mean, bn)
             i -= 1
             step, bn = self.call.steps[i], (below, *self._bn(i, partials))
             if not self._needed_at(i):
-                return None, self.grads
+                return None
             if mask is None and step.fuses_bn_backward(bn):
                 dz = g
             else:
                 dz, bn = step.backward_apply(g, bn, mask=mask), None
         if dz is None:
-            return None, self.grads
+            return None
         self._weight_grad(0, dz, bn, self.x, None)
-        return self._into_input(dz, bn, shortcut_dx, dout) if self.needs_x else None, self.grads
+        return self._into_input(dz, bn, shortcut_dx, dout) if self.needs_x else None
 
     def _end(self, dout: Gradient) -> tuple[Tensor | None, Any, Tensor | None]:
         """dz of the last layer (None where no convolution needs it) and its bn, and a projection's share of dx.
@@ -449,10 +459,15 @@ class Backward:
         return p, q, r
 
     def _weight_grad(self, i: int, dz: Tensor, bn: Any, a: Tensor, prologue: Any) -> None:
-        if self.needs[3 * i]:
-            weight = self.parameters[3 * i]
-            assert weight is not None
-            self.grads[3 * i] = like_parameter(self.call.steps[i].wgrad(dz, a, bn, prologue, weight.dtype), weight)
+        if not self.needs[3 * i]:
+            return
+        step, weight = self.call.steps[i], self.parameters[3 * i]
+
+        def gradient(dz: Tensor, a: Tensor, bn: Any, prologue: Any) -> Tensor:
+            return like_parameter(step.wgrad(dz, a, bn, prologue, weight.dtype), weight)
+
+        operands = (dz, a, bn, prologue)
+        self.grads[3 * i] = gradient(*operands) if self.beside is None else self.beside(gradient, *operands)
 
     def _into_input(self, dz: Tensor, bn: Any, shortcut_dx: Tensor | None, dout: Gradient) -> Gradient:
         """dx: the first convolution's share plus the shortcut's."""

@@ -48,7 +48,9 @@ class Fusions:
     convolution; forward it is computed while a 1x1 loads, backward its mask and sums stand in dgrad's epilogue.
     recompute (off unless asked for: it saves memory, not time): the outputs of a stage's blocks are not kept for
     backward but computed again. keep_activation (off unless asked for: it takes memory): an activation that a
-    convolution and its weight gradient both read stored is kept from one to the other, not computed twice.
+    convolution and its weight gradient both read stored is kept from one to the other, not computed twice. overlap (off
+    unless asked for: nobody has measured it): on a GPU a weight gradient runs on a second stream, beside the rest of
+    its block's backward, and what it reads is kept until it is done.
     """
 
     statistics: bool = True
@@ -58,6 +60,7 @@ class Fusions:
     block_end: bool = True
     recompute: bool = False
     keep_activation: bool = False
+    overlap: bool = False
 
 
 _ALL_ON = Fusions()

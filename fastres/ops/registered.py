@@ -118,7 +118,7 @@ def _is_copied(weight: Tensor, dtype: torch.dtype) -> bool:
 
 
 def _call(x: Tensor, weights: Sequence[Any], layers: tuple[Layer, ...], end: End) -> Call:
-    with dispatch.fusions(keep_activation=False):  # the schema names what is kept
+    with dispatch.fusions(keep_activation=False, overlap=False):  # the schema names what is kept
         return Call(layers, end, choose_steps(x.shape, weights, layers, end, x.dtype, x.device))
 
 
