@@ -51,7 +51,7 @@ from fastres.ops.launch import Step
 TUNED = (*PASSES, "chain")  # the chain last: what it is set against is then tuned
 START = 120  # seconds for a process to start and reach the GPU
 PATIENCE, COMPILING = 40, 120  # seconds for a problem; where it may have to compile its candidates first
-FEW = 2  # candidates that have little hope: without TMA where it serves, and against the rule for what is done on load
+FEW = 2  # candidates that have little hope: without TMA where it serves, and see `numbers`
 ON_LOAD = {"fprop": "fprop_on_load", "dgrad": "dz_on_load", "wgrad": "wgrad_on_load"}  # a table's `on_load`, by pass
 
 Task = tuple[str, ConvProblem, Role]  # what is measured: a pass of a problem in its role
@@ -108,6 +108,12 @@ def our_steps(
         return [step]
     field = ON_LOAD[pass_]
     return [step, replace(step, **{field: not getattr(step, field)})]
+
+
+def numbers(pass_: str, most: int) -> tuple[int, int]:
+    """How many candidates are tried by the rule for what is done on load and against it: few but in wgrad, where an
+    H200 stored the activation of most 3x3 convolutions."""
+    return most, most if pass_ == "wgrad" else min(most, FEW)
 
 
 def with_tile(tile: Tile | None, work: Callable[[], Any]) -> Any:
@@ -194,7 +200,7 @@ def ways(
 ) -> Iterator[tuple[str, Tile | None, Step, Callable[[], Any]]]:
     """(engine, tile, step, work) of everything of ours that may serve; `ours` as of `our_steps`."""
     x = operands.x
-    for step, number in zip(ours, (most, min(most, FEW)), strict=False):
+    for step, number in zip(ours, numbers(pass_, most), strict=False):
         work = layers.call(step, pass_, operands, role)
         for tile in candidates(step, pass_, role, x.dtype, x.device, number):
             yield "triton", tile, step, partial(with_tile, tile, work)
@@ -334,9 +340,7 @@ def compile_candidates(
         for pass_, problem, role in missing
         if pass_ != "chain"
         for dz in ((True, False) if pass_ == "wgrad" and role.summed else (dispatch.bn_backward_on_load(problem),))
-        for step, number in zip(
-            our_steps(problem, pass_, role, dtype, device, dz), (most, min(most, FEW)), strict=False
-        )
+        for step, number in zip(our_steps(problem, pass_, role, dtype, device, dz), numbers(pass_, most), strict=False)
         for tile in candidates(step, pass_, role, dtype, device, number)
     ]
     for pass_, problem, role in missing:

@@ -264,11 +264,13 @@ def wgrad_tiles(
     """Tiles for `conv_wgrad`, the most promising first: BM filters, BN channels, BK pixels at a step.
 
     operands: tensors read for dz; prologue: whether the activation is computed. Ordered by the model of `fprop_tiles`
-    for the splits that fill one to four waves, whose partial sums are written and read once.
+    for the splits that fill one to four waves, whose partial sums are written and read once. It knows nothing of
+    stages: where both operands are plain and registers keep a program alone on its multiprocessor, a fourth is tried
+    (of two tiles that fetch as much with the one of more channels).
     """
     channels, outputs = problem.C // problem.groups, problem.K // problem.groups
     taps = problem.R * problem.S
-    one_tap = tma or channels >= 64
+    one_tap, plain = tma or channels >= 64, operands == 1 and not prologue
     if ieee:
         BK, shapes = 16, [(64, 32, 4, 1), (32, 32, 4, 1)]
     else:
@@ -276,6 +278,7 @@ def wgrad_tiles(
         shapes = [(64, 64, 4, 1), (64, 128, 4, 1), (128, 64, 4, 1), (128, 128, 8, 1)]
         if tma and problem.S == 3 and itemsize == 2:
             shapes += [(64, 64, 4, 3)] + ([(128, 64, 8, 3)] if operands + prologue < 4 else [])
+            shapes += [(128, 128, 8, 3)] if plain else []
         shapes += [(128, 256, 8, 1), (256, 128, 8, 1)] if tma and itemsize == 2 else []
         shapes += [(BM, BN, 4, 1) for BM in (16, 32) for BN in (16, 32, 64) if outputs <= BM] if not tma else []
 
@@ -296,7 +299,10 @@ def wgrad_tiles(
                 break
         else:
             continue
-        resident = max(1, min(gpu.shared // shared, 65536 // (BM * BN * row + 64 * 32 * warps)))
+        by_registers = 65536 // (BM * BN * row + 64 * 32 * warps)
+        resident = max(1, min(gpu.shared // shared, by_registers))
+        deeper = tma and plain and by_registers < 2 and max(128, BN) >= BM
+        deeper = deeper and (shared - SMALL) // stages * (stages + 1) + SMALL <= gpu.shared
         rate = (FMA if ieee else WGMMA if min(BM, BN) >= 64 else MMA) * 2 / itemsize
         step_bytes = (BM * operands * of_dz + BN * of_a) * BK * itemsize
         step = max(row * BM * BN * BK / rate + COMPUTED * computed * BK / ISSUE, step_bytes / L2)
@@ -304,8 +310,9 @@ def wgrad_tiles(
             splits = min(steps, max(1, waves * gpu.sms * resident // tiles))
             busy = math.ceil(steps / splits) * step + row * BM * BN * 4 / MEMORY
             reduce = 2 * 4 * problem.w_numel * splits / MEMORY / gpu.sms + LATENCY if splits > 1 else 0
-            tile = Tile(BM, BN, BK, warps, stages, box if tma else None, splits, row)
-            timed.append((_cycles(tiles * splits, resident, busy, gpu) + reduce, tile))
+            cycles = _cycles(tiles * splits, resident, busy, gpu) + reduce
+            for depth in (stages, stages + 1) if deeper else (stages,):
+                timed.append((cycles, Tile(BM, BN, BK, warps, depth, box if tma else None, splits, row)))
     return [tile for _, tile in sorted(timed, key=lambda pair: pair[0])]
 
 

@@ -186,7 +186,7 @@ def launched(tune: ModuleType, call: Call, given: Mapping[str, Any], most: int) 
     """The call with every tile that may serve it: what is chosen where nobody asks, by the tables in force and by each
     that is shipped or the user's; the `most` that tuning tries; and the stem by its own kernel."""
     like = given["dy" if "dy" in given else "x"]
-    most = most if call.by_rule else min(most, tune.FEW)
+    most = tune.numbers(call.pass_, most)[not call.by_rule]
     config.forget_tables()
     with _asking() as asked:
         yield "as chosen", *_launch(call, given, None)

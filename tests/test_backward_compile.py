@@ -62,6 +62,7 @@ STEM = ConvProblem(256, 224, 224, 3, 64, 7, 7, 2, 3)
 NARROW = ConvProblem(256, 56, 56, 64, 64, 3, 3, 1, 1)
 WIDE = ConvProblem(256, 14, 14, 1024, 256)
 STRIDED = ConvProblem(256, 28, 28, 256, 256, 3, 3, 2, 1)
+LATE = ConvProblem(256, 14, 14, 256, 256, 3, 3, 1, 1)
 GROUPED = ConvProblem(256, 28, 28, 256, 256, 3, 3, 1, 1, groups=32)
 
 
@@ -174,6 +175,20 @@ def test_boxes(pass_: str, problem: ConvProblem, features: str, sm: int) -> None
     tile = best(pass_, problem, features, True, sm)
     for launch in distinct(launches(pass_, problem, features, tile, torch.bfloat16)):
         verify(launch, sm)
+
+
+@pytest.mark.parametrize("problem", [LATE, extra(STRIDED)])
+@pytest.mark.parametrize("sm", [90, extra(100)])
+def test_large_tiles_of_plain_operands(problem: ConvProblem, sm: int) -> None:
+    """Three taps of 128 x 128, which fill an H200 with one wave; a fourth stage."""
+    tiles = wgrad_tiles(problem, 2, True, GPUS[sm])[: 6 if sm == 90 else None]
+    three = [tile for tile in tiles if (tile.BM, tile.BN, tile.taps) == (128, 128, 3)]
+    deep = [tile for tile in tiles if tile.stages == 4]
+    if sm == 90:
+        assert 2 * 2 * 3 * three[0].splits == GPUS[sm].sms
+    for tile in (three[0], deep[0]):
+        for launch in distinct(launches("wgrad", problem, "", tile, torch.bfloat16)):
+            verify(launch, sm)
 
 
 @pytest.mark.parametrize(
