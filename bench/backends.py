@@ -25,7 +25,6 @@ import fastres
 from fastres import compile as fastres_compile
 from fastres.models import families
 from fastres.ops import dispatch
-from fastres.train.graph import WARM_UPS
 
 DEPTHS = (18, 34, 50, 101, 152)
 MODES = ("infer", "train")
@@ -325,8 +324,6 @@ def path_in_words(answers: Counter[str | None], backend: Backend) -> str:
         return "a static plan of folded convolutions"
     if not answers:
         return "plain path: torch.compile traced the plain modules" if compiled else "plain path"
-    if backend.graph:  # the function that was captured ran several times
-        answers = Counter({why: n // (WARM_UPS + 1) for why, n in answers.items()})
     total = sum(answers.values())
     parts = [
         f"plain path in {n} of {total} blocks: {why}" if why else f"fused in {n} of {total} blocks"

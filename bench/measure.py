@@ -27,7 +27,6 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 import fastres
-from fastres.train.graph import Graph
 
 # A profiler that stayed attached to the process would slow the launches of every row after the first.
 os.environ.setdefault("TEARDOWN_CUPTI", "1")
@@ -175,15 +174,16 @@ class Train:
         self.scaler = torch.amp.GradScaler(
             case.device.type, init_scale=1024, growth_interval=10**6, enabled=case.dtype == torch.float16
         )
-        self.captures = backend.graph
-        self.graph: Graph | None = None
+        self.call_step: Callable[..., Any] = self.step
+        if backend.graph:
+            self.call_step = fastres.graphed(self.step, self.model, self.optimizer, self.scaler)
 
     def step(self, x: Tensor, y: Tensor) -> tuple[Tensor]:
         """On images and labels; the loss."""
         torch.compiler.cudagraph_mark_step_begin()
         low = self.case.dtype in (torch.bfloat16, torch.float16)
         dtype = self.case.dtype if low else None
-        with torch.autocast(self.case.device.type, dtype, enabled=low, cache_enabled=not self.captures):
+        with torch.autocast(self.case.device.type, dtype, enabled=low):
             loss = F.cross_entropy(self.call(x), y)
         self.scaler.scale(loss).backward()
         self.scaler.step(self.optimizer)
@@ -193,10 +193,7 @@ class Train:
 
     def __call__(self, i: int) -> Tensor:
         x, y = self.inputs[i % len(self.inputs)], self.labels[i % len(self.labels)]
-        if self.captures and self.graph is None:
-            touched = [*self.model.parameters(), *self.model.buffers(), *self.momenta.values()]
-            self.graph = Graph(self.step, (x, y), touched)
-        return (self.graph or self.step)(x, y)[0]
+        return self.call_step(x, y)[0]
 
     def gradients(self) -> dict[str, Tensor]:
         """Every parameter's gradient, on the CPU, of a step from the shared weights on the first batch: what that step,

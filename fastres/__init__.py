@@ -2,6 +2,7 @@
 
 from fastres import paper
 from fastres.compile import explain
+from fastres.graphed import graphed
 from fastres.inference import optimize
 from fastres.models.convert import convert
 from fastres.models.resnet import *  # noqa: F403
@@ -10,4 +11,4 @@ from fastres.ops.dispatch import backend
 from fastres.status import status
 
 __version__ = "0.1.0"
-__all__ = [*_builders, "backend", "convert", "explain", "optimize", "paper", "status"]
+__all__ = [*_builders, "backend", "convert", "explain", "graphed", "optimize", "paper", "status"]

@@ -1,0 +1,425 @@
+"""`fastres.graphed`: a training step in a CUDA graph, which the host launches whole instead of kernel by kernel.
+
+A graph repeats what the GPU did, on the same memory; Python runs only while it is recorded. So a call is one of three:
+
+    warming up    the step itself, on the caller's data, on a stream aside: libraries choose algorithms, states come up
+    recording     the step's Python once more; the GPU runs nothing, so there is nothing to put back
+    replaying     inputs and what gradients there are go where the graph reads them, the graph runs, results are copied
+
+What a graph takes for granted is compared in every call: `_signature`, of which each has a graph of its own, and
+`_facts`, whose change throws the graphs away.
+"""
+
+from __future__ import annotations
+
+import gc
+import random
+import threading
+import warnings
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from fastres.ops import dispatch
+
+WARM_UPS = 2  # calls of a signature before its recording
+SHARED = {"DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule", "DataParallel", "SyncBatchNorm"}
+PLAIN = {bool, int, float, str, type(None), torch.dtype}
+
+Result = Tensor | tuple[Tensor, ...] | None
+
+
+def graphed(
+    step: Callable[..., Result],
+    model: nn.Module,
+    optimizer: Optimizer | None = None,
+    scaler: torch.amp.GradScaler | None = None,
+    *,
+    limit: int = 4,
+) -> Graphed:
+    """`step`, recorded in a CUDA graph after two calls alike and replayed from then on; on a CPU simply called.
+
+        step = fastres.graphed(step, model, optimizer)  # step(images, labels): forward, backward, optimizer.step()
+        for images, labels in loader:
+            loss = step(images, labels)
+
+    step takes tensors on the model's device, that want no gradients, and returns a tensor, a tuple of tensors or None;
+    what a call returns is detached and the caller's own. Gradients that it leaves in `.grad` are the graph's memory:
+    the next call overwrites them. `optimizer.zero_grad()` at the end of the step leaves none, which costs least.
+    optimizer, scaler: those that the step uses. SGD wants fused=True, Adam and its like capturable=True (with a scaler
+    fused=True as well).
+
+    - Each shape, dtype and memory format of the inputs has a graph of its own, a short last batch too. Beyond `limit`
+      graphs the step runs eagerly and a RuntimeWarning says so. Graphs share the memory of their intermediates.
+    - A learning rate may change between calls: every call reads a number (in float32), the GPU a tensor.
+    - What else changes between calls (train() and eval(), requires_grad, weight decay, parameters or optimizer states
+      that became other tensors, autocast, a switch of torch.backends, fastres.backend) throws the graphs away: a
+      RuntimeWarning says what it was, the step runs eagerly and is recorded anew.
+    - Raises RuntimeError, before anything has changed, where the step waits for the GPU (`.item()`, a BatchNorm with
+      momentum=None, a GradScaler with an optimizer that isn't fused), sets hyperparameters itself (a scheduler inside),
+      draws random numbers on the CPU, or counts in an attribute of a layer. Dropout is fine: each replay draws anew.
+    - Raises ValueError for a model that is spread over processes or devices (DistributedDataParallel and the like).
+      Record forward and backward of the model without its wrapper, and between two calls average the gradients
+      (`fastres.train.process.average`) and let the optimizer step; `torchrun ... -m fastres train --cuda-graph` does.
+
+    What else the step reads must stay the same tensors: a number that it takes from elsewhere keeps the value of its
+    recording. What else it does in Python (printing, hooks) happens in the first calls only.
+    """
+    return Graphed(step, model, optimizer, scaler, limit)
+
+
+class Graphed:
+    """What `graphed` returns. graphs: what has been recorded, by signature."""
+
+    def __init__(
+        self,
+        step: Callable[..., Result],
+        model: nn.Module,
+        optimizer: Optimizer | None,
+        scaler: torch.amp.GradScaler | None,
+        limit: int,
+    ) -> None:
+        if not callable(step):
+            raise TypeError(f"step must be a function of tensors, not a {type(step).__name__}")
+        for name, value, kind in (("optimizer", optimizer, Optimizer), ("scaler", scaler, torch.amp.GradScaler)):
+            if value is not None and not isinstance(value, kind):
+                raise TypeError(f"{name} must be a {kind.__name__} or None, not a {type(value).__name__}")
+        if not isinstance(model, nn.Module) or next(model.parameters(), None) is None:
+            raise TypeError(f"model must be an nn.Module with parameters, not a {type(model).__name__}")
+        if limit < 1:
+            raise ValueError(f"limit {limit}: any whole number from 1 is accepted")
+        self.step, self.model, self.optimizer, self.scaler, self.limit = step, model, optimizer, scaler, limit
+        _refuse_shared(model)
+        self.facts: dict[str, Any] | None = None
+        self.graphs: dict[Hashable, Recording] = {}
+        self.calls: Counter[Hashable] = Counter()
+        self.parameters: list[Tensor] = []
+
+    def __call__(self, *inputs: Tensor) -> Result:
+        device = next(self.model.parameters()).device
+        for x in inputs:
+            if not isinstance(x, Tensor) or x.device != device or x.requires_grad:
+                what = type(x).__name__ if not isinstance(x, Tensor) else f"{x.device}, requires_grad={x.requires_grad}"
+                raise TypeError(f"a graphed step takes tensors on {device} that want no gradients, not {what}")
+        if not _has_graphs(device):
+            return _copied(_detached(self.step(*inputs)))
+        with torch.cuda.device(device):
+            return self._call(inputs, device)
+
+    def _call(self, inputs: Sequence[Tensor], device: torch.device) -> Result:
+        facts = self._facts(device)
+        if self.facts is None:
+            self._begin(device)
+        elif changed := [name for name in {**self.facts, **facts} if self.facts.get(name) != facts.get(name)]:
+            warnings.warn(
+                f"graphed: since the last call there are changes to {', '.join(changed)}. The step runs eagerly and is "
+                "recorded anew; where that happens in every call, graphed is of no use",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+            self._begin(device)
+        signature = self._signature(inputs)
+        if signature not in self.graphs and self.calls[signature] >= WARM_UPS:
+            if len(self.graphs) < self.limit:
+                self.graphs[signature] = self._record(inputs, device)
+            else:
+                warnings.warn(
+                    f"graphed: there are {self.limit} graphs already, of other inputs (shape, dtype, memory format) "
+                    "or gradients (there or None); this call runs eagerly. A higher limit= makes room",
+                    RuntimeWarning,
+                    stacklevel=3,
+                )
+        if signature in self.graphs:
+            return self.graphs[signature].replay(inputs)
+        self.calls[signature] += 1
+        current = torch.cuda.current_stream()
+        self.stream.wait_stream(current)
+        try:
+            with torch.cuda.stream(self.stream):  # where it is recorded: autograd returns to the stream it came from
+                result = self.step(*inputs)
+        finally:
+            current.wait_stream(self.stream)
+        self.facts = self._facts(device)  # states that this call has made
+        return _copied(_detached(result))
+
+    def _begin(self, device: torch.device) -> None:
+        """Forget all graphs."""
+        _refuse_shared(self.model)
+        optimized = [p for group in self._groups() for p in group["params"]]
+        self.parameters = list(dict.fromkeys([*self.model.parameters(), *optimized]))
+        if elsewhere := {str(t.device) for t in [*self.parameters, *self.model.buffers()]} - {str(device)}:
+            raise ValueError(
+                f"the model is on {device} and on {', '.join(sorted(elsewhere))}: a graph holds one device"
+            )
+        if self.graphs:
+            torch.cuda.synchronize(device)  # the last replay may still run in the memory that is given up
+        self.graphs.clear()
+        self.calls.clear()
+        self.stream = torch.cuda.Stream(device)
+        self.pool = torch.cuda.graph_pool_handle()
+
+    def _groups(self) -> list[dict[str, Any]]:
+        return [] if self.optimizer is None else self.optimizer.param_groups
+
+    def _signature(self, inputs: Sequence[Tensor]) -> Hashable:
+        """Of a call: what its graph is found by."""
+        gradients = [None if p.grad is None else (p.grad.dtype, p.grad.stride()) for p in self.parameters]
+        return (*((x.shape, x.stride(), x.dtype) for x in inputs), *gradients)
+
+    def _facts(self, device: torch.device) -> dict[str, Any]:
+        """What a recording is made with besides its inputs, by name: addresses, and values that Python read."""
+        layers = list(self.model.modules())
+        hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+        facts: dict[str, Any] = {
+            "a layer, an attribute (training, momentum, p, ...) or hook of one": [
+                (
+                    layer,
+                    [value for value in vars(layer).values() if type(value) in PLAIN],
+                    [hook for name in hooks for hook in vars(layer)[name].values()],
+                    vars(layer).get("forward"),
+                )
+                for layer in layers
+            ],
+            "the memory, dtype or requires_grad of a parameter or buffer": [
+                None if t is None else (t.data_ptr(), t.dtype, t.stride(), t.requires_grad)
+                for layer in layers
+                for t in (*layer._parameters.values(), *layer._buffers.values())
+            ],
+            "autocast, grad mode, a switch of torch.backends or of fastres": _switches(device),
+        }
+        for i, group in enumerate(self._groups()):
+            for name, value in group.items():
+                known = [id(p) for p in value] if name == "params" else _constant(value, device)
+                read = name == "lr" and _reads_rate(group, device)
+                facts[f"{name} of the optimizer's parameter group {i}"] = "read by every call" if read else known
+        if self.optimizer is not None:
+            facts["the optimizer's state"] = [
+                (id(p), [(name, _constant(value, device)) for name, value in state.items()])
+                for p, state in self.optimizer.state.items()
+            ]
+        if self.scaler is not None:
+            ours = ("_enabled", "_scale", "_growth_tracker", "_growth_factor", "_backoff_factor", "_growth_interval")
+            facts["the GradScaler"] = [_constant(vars(self.scaler).get(name), device) for name in ours]
+        return facts
+
+    def _record(self, inputs: Sequence[Tensor], device: torch.device) -> Recording:
+        """Raises RuntimeError where that can't be done or a replay would not do what the step does. Then tensors,
+        gradients, optimizer and generators are as before."""
+        recording = Recording(inputs, self.parameters, self._groups(), device)
+        random_numbers, versions = _host_random(), [p._version for p in self.parameters]
+        failure: Exception | None = None
+        attributes = set() if self.optimizer is None else set(vars(self.optimizer))
+        torch.clear_autocast_cache()  # a cast that an earlier call has cached would not be recorded
+        try:
+            # A capture that fails stays on its stream, so this one goes around it.
+            with torch.cuda.stream(self.stream), self._fixed(recording.groups), self._alone():
+                facts, rates = self._facts(device), [t._version for t in recording.hyperparameters()]
+                # The default mode, "global", fails when another thread allocates pinned memory, as a loader's does.
+                how: Any = {"pool": self.pool, "stream": self.stream, "capture_error_mode": "thread_local"}
+                with torch.cuda.graph(recording.graph, **how):
+                    try:
+                        recording.result = _detached(self.step(*recording.inputs))
+                    except Exception as error:  # ending a broken capture raises another one
+                        failure = error
+                        raise
+                if rates != [t._version for t in recording.hyperparameters()]:
+                    raise RuntimeError(_SETS.format("a learning rate"))
+                after = self._facts(device)
+                if changed := [name for name in {**facts, **after} if facts.get(name) != after.get(name)]:
+                    raise RuntimeError(f"it changes {', '.join(changed)}, which a replay would not do again")
+            if not _equal_random(random_numbers, _host_random()):
+                raise RuntimeError("it draws random numbers on the CPU, which a replay would not do again")
+            optimized = {id(p) for group in self._groups() for p in group["params"]}
+            for p, version in zip(self.parameters, versions, strict=True):
+                if id(p) not in optimized and p._version != version:
+                    raise RuntimeError("it changes parameters that no optimizer given to graphed() has")
+            recording.left = [p.grad for p in self.parameters]
+        except BaseException as error:
+            for p, gradient in zip(self.parameters, recording.entered, strict=True):
+                p.grad = gradient
+            _set_host_random(random_numbers)
+            if self.optimizer is not None:
+                for name in set(vars(self.optimizer)) - attributes:  # a scaler's, for the step that failed
+                    delattr(self.optimizer, name)
+            if self.scaler is not None and self.scaler.is_enabled():
+                self.scaler._per_optimizer_states.clear()
+            self.pool = torch.cuda.graph_pool_handle()  # torch never ends recording into that of a failed capture
+            self.facts = self._facts(device)
+            first = failure or error
+            if isinstance(first, RuntimeError) and not isinstance(first, torch.OutOfMemoryError):
+                raise RuntimeError(_WHY_NOT.format(first)) from first
+            raise first from None
+        finally:
+            torch.clear_autocast_cache()
+        return recording
+
+    @contextmanager
+    def _fixed(self, groups: list[dict[str, Any]]) -> Iterator[None]:
+        """The optimizer with other parameter groups."""
+        if self.optimizer is None:
+            yield
+            return
+        before, self.optimizer.param_groups = self.optimizer.param_groups, groups
+        try:
+            yield
+        finally:
+            self.optimizer.param_groups = before
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """No other optimizer steps in this thread: nobody would notice how its learning rate changes."""
+        thread = threading.get_ident()
+
+        def refuse(optimizer: Optimizer, *arguments: Any) -> None:
+            if optimizer is not self.optimizer and threading.get_ident() == thread:
+                raise RuntimeError(f"graphed() was not given the {type(optimizer).__name__} that steps in it")
+
+        handle = register_optimizer_step_pre_hook(refuse)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+
+class Recording:
+    """A graph and the memory that it reads and writes."""
+
+    result: Result
+    left: list[Tensor | None]  # the parameters' gradients after a replay
+
+    def __init__(
+        self, inputs: Sequence[Tensor], parameters: list[Tensor], groups: list[dict[str, Any]], device: torch.device
+    ) -> None:
+        self.graph = torch.cuda.CUDAGraph()
+        self.inputs = [x.clone() for x in inputs]
+        self.parameters = parameters
+        self.entered = [p.grad for p in parameters]  # their gradients before it
+        self.rates = [
+            (group, torch.full((), float(group["lr"]), dtype=torch.float32, device=device))
+            for group in groups
+            if _reads_rate(group, device)
+        ]
+        read = {id(group): {"lr": rate} for group, rate in self.rates}
+        self.groups: list[dict[str, Any]] = [_Fixed({**group, **read.get(id(group), {})}) for group in groups]
+
+    def hyperparameters(self) -> list[Tensor]:
+        return [value for group in self.groups for value in group.values() if isinstance(value, Tensor)]
+
+    @torch.no_grad()
+    def replay(self, inputs: Sequence[Tensor]) -> Result:
+        moved = [
+            (to, p.grad)
+            for p, to in zip(self.parameters, self.entered, strict=True)
+            if to is not None and p.grad is not None and p.grad is not to
+        ]
+        torch._foreach_copy_([*self.inputs, *(to for to, _ in moved)], [*inputs, *(gradient for _, gradient in moved)])
+        for group, rate in self.rates:
+            rate.fill_(float(group["lr"]))
+        self.graph.replay()
+        for p, gradient in zip(self.parameters, self.left, strict=True):
+            if p.grad is not gradient:
+                p.grad = gradient
+        return _copied(self.result)
+
+
+class _Fixed(dict[str, Any]):
+    """A parameter group that can't be changed."""
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        raise RuntimeError(_SETS.format(name))
+
+
+_SETS = "it sets {} of the optimizer, which a replay would not do again: call a scheduler outside, between steps"
+_WHY_NOT = (
+    "the step can't be recorded in a CUDA graph: {}\n"
+    "A graph can't wait for the GPU, so the step must not hold .item(), .tolist(), .cpu(), print() of or `if` on a "
+    "tensor, tensors made from numbers on the host, BatchNorm with momentum=None, nor an optimizer that reads on the "
+    "host: SGD wants fused=True, Adam and its like capturable=True, with a GradScaler fused=True as well. This call "
+    "has changed nothing."
+)
+
+
+def _has_graphs(device: torch.device) -> bool:
+    return device.type == "cuda"
+
+
+def _detached(result: Result) -> Result:
+    """Raises TypeError for what is no result of a step."""
+    if result is None or isinstance(result, Tensor):
+        return None if result is None else result.detach()
+    if isinstance(result, tuple) and all(isinstance(value, Tensor) for value in result):
+        return tuple(value.detach() for value in result)
+    raise TypeError(f"a graphed step returns a tensor, a tuple of tensors or None, not a {type(result).__name__}")
+
+
+def _copied(result: Result) -> Result:
+    if isinstance(result, tuple):
+        return tuple(value.clone() for value in result)
+    return None if result is None else result.clone()
+
+
+def _constant(value: Any, device: torch.device) -> Any:
+    """What a recording holds of a value: the address of a tensor on the device, else the value itself."""
+    if isinstance(value, Tensor):
+        return (value.data_ptr(), value.dtype, value.stride()) if value.device == device else value.tolist()
+    return value if type(value) in PLAIN else repr(value)
+
+
+def _reads_rate(group: dict[str, Any], device: torch.device) -> bool:
+    """Whether this group's learning rate is on the host and the optimizer can take it from the GPU's memory instead."""
+    rate = group.get("lr")
+    on_host = isinstance(rate, int | float) or (isinstance(rate, Tensor) and rate.device != device)
+    return on_host and bool(group.get("fused") or group.get("capturable"))
+
+
+def _switches(device: torch.device) -> tuple[Any, ...]:
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    return (
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        torch.is_autocast_enabled(device.type),
+        torch.get_autocast_dtype(device.type),
+        torch.are_deterministic_algorithms_enabled(),
+        torch.get_float32_matmul_precision(),
+        matmul.allow_fp16_reduced_precision_reduction,
+        matmul.allow_bf16_reduced_precision_reduction,
+        (cudnn.enabled, cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32),
+        dispatch.choice(torch.float32, device),
+    )
+
+
+def _refuse_shared(model: nn.Module) -> None:
+    """Raises ValueError for a model in which processes or devices wait for each other."""
+    kinds = [{kind.__name__ for kind in type(layer).__mro__} & SHARED for layer in model.modules()]
+    if dist.is_available() and dist.is_initialized():  # its wrapper may be what the step calls
+        wrappers = [o for o in gc.get_objects() if type(o).__name__ == "DistributedDataParallel"]
+        kinds += [{"DistributedDataParallel"} for wrapper in wrappers if vars(wrapper)["_modules"]["module"] is model]
+    if found := sorted(set().union(*kinds)):
+        raise ValueError(
+            f"graphed takes no {', '.join(found)}: processes or devices that wait for each other don't belong in a "
+            "graph. Record forward and backward of the plain model, average the gradients after each call with "
+            "fastres.train.process.average(model.parameters()), then call the optimizer"
+        )
+
+
+def _host_random() -> tuple[Any, ...]:
+    return random.getstate(), torch.get_rng_state(), np.random.get_state()  # noqa: NPY002 - the global generators
+
+
+def _set_host_random(state: tuple[Any, ...]) -> None:
+    random.setstate(state[0])
+    torch.set_rng_state(state[1])
+    np.random.set_state(state[2])  # noqa: NPY002
+
+
+def _equal_random(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
+    arrays = np.array_equal(one[2][1], other[2][1]) and one[2][2:] == other[2][2:]
+    return one[0] == other[0] and torch.equal(one[1], other[1]) and arrays
