@@ -246,7 +246,7 @@ def plan(args: argparse.Namespace) -> Plan:
     device = args.device or ("cpu" if args.quick else None)
     names = ("root", "download", "holdout", "workers", "cache", "dtype")
     options = {name: getattr(args, name) for name in names} | {"device": device}
-    graph = _device(options).type == "cuda" if args.cuda_graph is None else args.cuda_graph
+    graph = {None: "auto", True: "on", False: "off"}[args.cuda_graph]
     out = args.out or Path("out/experiment") / (images + "-quick" * args.quick)
     return Plan(args.experiment, images, recipe, tuple(nets), study, out, options | {"cuda_graph": graph})
 

@@ -23,14 +23,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import preload_children
-from torch import Tensor
+from pretence import Pretence
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
+import fastres
 from fastres.__main__ import main
 from fastres.models import families
 from fastres.train import checkpoint, report
 from fastres.train.checkpoint import CheckpointError
-from fastres.train.loop import Errors, NonFiniteError, Run, Summary, Trainer, errors, train
-from fastres.train.process import Place, Signals
+from fastres.train.loop import Errors, NonFiniteError, Run, Summary, Trainer, errors, graph_choice, train
+from fastres.train.process import Place, Signals, average, place
 from fastres.train.recipe import RECIPES, Ema, Recipe, Warmup
 
 CPU = torch.device("cpu")
@@ -274,6 +277,121 @@ def test_two_processes_are_one_that_accumulates(tmp_path: Path, monkeypatch: pyt
     assert one["history"][-1]["val_loss"] == pytest.approx(two["history"][-1]["val_loss"], rel=1e-3)
     assert two["latest"]["count"] == 359
     assert len(two["rng"]) == 2
+
+
+# forward and backward in a CUDA graph
+
+
+@pytest.mark.parametrize(
+    ("asked", "device", "world", "compile", "graphs", "why"),
+    [
+        ("auto", "cpu", 1, "none", False, "there is none on cpu"),
+        ("off", "cpu", 2, "none", False, "--cuda-graph off"),
+        ("off", "cuda", 1, "none", False, "--cuda-graph off"),
+        ("auto", "cuda", 1, "none", True, "one process on a GPU"),
+        ("on", "cuda", 1, "inductor", True, "--cuda-graph on"),
+        ("auto", "cuda", 1, "inductor", False, "--compile inductor launches kernels its own way"),
+        ("auto", "cuda", 2, "none", False, "DistributedDataParallel exchanges gradients during the backward pass"),
+        ("on", "cuda", 2, "none", True, "--cuda-graph on; gradients are averaged behind it"),
+    ],
+)
+def test_where_graphs_serve(
+    asked: str, device: str, world: int, compile: str, graphs: bool, why: str, tmp_path: Path
+) -> None:
+    run = short(tmp_path, cuda_graph=asked, compile=compile)
+    chosen, reason = graph_choice(run, Place(0, world, torch.device(device)))
+    assert chosen == graphs
+    assert reason.startswith(why)
+
+
+@pytest.mark.parametrize(
+    ("given", "asked"), [("", "auto"), ("--cuda-graph", "on"), ("--cuda-graph off", "off"), ("--cuda-graph on", "on")]
+)
+def test_spellings_of_cuda_graph(
+    given: str, asked: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("fastres.train.loop.train", lambda run: run.cuda_graph)
+    assert main(["train", *given.split()]) == 0
+    assert capsys.readouterr().out == f"{asked}\n"
+
+
+def test_a_graphed_training_is_the_same(tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By graphs' stand-in, bit for bit: two micro-batches per update, validation, checkpoints and EMA in between."""
+    pretence = Pretence(monkeypatch)
+    monkeypatch.setattr("fastres.train.loop.graph_choice", lambda run, place: (True, ""))
+    train(short(tmp_path))
+    assert len(pretence.modes) == 2  # the first micro-batch finds no gradients, the second adds to them
+    ours, theirs = (torch.load(out / checkpoint.LAST, weights_only=True) for out in (tmp_path, undisturbed))
+    for name in ("model", "ema"):
+        assert_same(ours[name], theirs[name])
+    for row, other in zip(ours["history"], theirs["history"], strict=True):
+        assert {k: v for k, v in row.items() if "per_second" not in k} == pytest.approx(
+            {k: v for k, v in other.items() if "per_second" not in k}, rel=0, abs=0, nan_ok=True
+        )
+
+
+def test_a_bad_loss_in_a_graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a replay has touched is put back as well."""
+    pretence = Pretence(monkeypatch)
+    monkeypatch.setattr("fastres.train.loop.graph_choice", lambda run, place: (True, ""))
+    checkpoint.prepare(tmp_path)
+    ours = trainer(tmp_path)
+    batches = list(ours.loader.training(0, 8))
+    steps(ours, iter(batches), 6)
+    assert len(pretence.modes) == 2
+    before = {name: value.clone() for name, value in ours.model.state_dict().items()}
+    x, y = batches[12]
+    with pytest.raises(NonFiniteError, match="iteration 6"):
+        ours.step(iter([(x * float("nan"), y), batches[13]]))
+    assert_same(ours.model.state_dict(), before)
+
+
+def _graphed_rank(out: Path, recipe: Recipe, graphs: bool) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        if graphs:
+            Pretence(patch)
+            patch.setattr("fastres.train.loop.graph_choice", lambda run, place: (True, ""))
+        train(short(out, recipe, eval_every=recipe.iterations))
+
+
+def test_processes_with_graphs_train_as_with_ddp(tmp_path: Path) -> None:
+    """gloo and graphs' stand-in: gradients averaged behind the replay are those of DistributedDataParallel, bit for
+    bit, as two processes leave no choice of order."""
+    recipe = dataclasses.replace(SHORT, iterations=6, ema=None)
+    for graphs in (True, False):
+        assert ranks(_graphed_rank, tmp_path / str(graphs), recipe, graphs) == [(0, ""), (0, "")]
+    ours, theirs = (torch.load(tmp_path / str(g) / checkpoint.LAST, weights_only=True) for g in (True, False))
+    assert_same(ours["model"], theirs["model"])
+
+
+def _averaged(rank: int) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten()).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    shares = [torch.randn(2, 3, 5, 5) for _ in range(2)]
+    gradients = [torch.autograd.grad(net(x).square().sum(), list(net.parameters())) for x in shares]
+    for p, gradient in zip(net.parameters(), gradients[rank], strict=True):
+        p.grad = gradient.clone()
+    average(net.parameters())
+    for p, pair in zip(net.parameters(), zip(*gradients, strict=True), strict=True):
+        assert p.grad is not None
+        assert torch.equal(p.grad, pair[0] / 2 + pair[1] / 2)
+    net[0].bias.grad = None
+    with pytest.raises(RuntimeError, match="1 of 2 parameters have no gradient"):
+        average(net.parameters())
+    wrapped = DistributedDataParallel(net)
+    for model in (wrapped, nn.Sequential(wrapped), net):
+        with pytest.raises(ValueError, match=r"takes no DistributedDataParallel.*average the gradients"):
+            fastres.graphed(lambda x: wrapped(x).sum(), model)
+
+
+def _averaging() -> None:
+    """Of each rank: `average` against the mean, and what it and `graphed` refuse."""
+    with place("cpu") as here:
+        _averaged(here.rank)
+
+
+def test_averages_of_gradients() -> None:
+    assert ranks(_averaging) == [(0, ""), (0, "")]
 
 
 # the loop against a plain one
@@ -585,7 +703,8 @@ def test_synthetic_images_from_the_command(
         ("--holdout -1", "--holdout: -1: any whole number from 0"),
         ("--holdout 1438", "--holdout 1438 of 1438"),
         ("--device tpu", "device"),
-        ("--cuda-graph", "on one GPU in one process, not here"),
+        ("--cuda-graph", "--cuda-graph on needs a GPU, this training is on cpu"),
+        ("--cuda-graph never", "invalid choice: 'never'"),
         ("--recipe cifar-2015", "data cifar10 needs --root"),
         ("--recipe imagenet-2015 --root /nowhere", "image-net.org"),
     ],
@@ -692,10 +811,10 @@ def test_matplotlib_and_safetensors_are_optional(tmp_path: Path, monkeypatch: py
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("graph", [False, True])
-def test_on_a_gpu(tmp_path: Path, graph: bool) -> None:
+@pytest.mark.parametrize("graph", ["off", "on"])
+def test_on_a_gpu(tmp_path: Path, graph: str) -> None:
     """The same weights to rounding as on the CPU, and with the step in a CUDA graph."""
-    recipe = dataclasses.replace(SHORT, iterations=4)
+    recipe = dataclasses.replace(SHORT, iterations=4)  # two micro-batches each, of which the second adds gradients
     train(short(tmp_path / "gpu", recipe, device="cuda", dtype="fp32", cuda_graph=graph))
     train(short(tmp_path / "cpu", recipe))
     ours, theirs = weights(tmp_path / "gpu"), weights(tmp_path / "cpu")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from fastres.models.families import FAMILIES
 from fastres.models.paper import SHORTCUTS
-from fastres.train.recipe import DATA, LOADERS, RECIPES, Recipe
+from fastres.train.recipe import DATA, GRAPHS, LOADERS, RECIPES, Recipe
 
 EPILOG = "Several GPUs or processes: torchrun --nproc-per-node N -m fastres train ... (batch and lr stay the recipe's)."
 
@@ -74,7 +74,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--device", help="cpu, cuda or cuda:<number> (default: a GPU where there is one)")
     how.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="default: bf16 on a GPU, else fp32")
     how.add_argument("--compile", choices=("none", "inductor", "fastres"), default="none", help="default: none")
-    how.add_argument("--cuda-graph", action="store_true", help="capture forward and backward in a CUDA graph")
+    graphs = "; ".join(f"{name}: {meaning}" for name, meaning in GRAPHS.items())
+    spelt = {"choices": list(GRAPHS), "nargs": "?", "const": "on", "default": "auto"}
+    how.add_argument("--cuda-graph", **spelt, help=f"{graphs} (default: auto; alone: on)")  # type: ignore[arg-type]
     how.add_argument("--deterministic", action="store_true", help="only cuDNN algorithms that repeat bit for bit")
     how.add_argument("--log-every", type=whole(1), default=50, help="iterations (default: 50)")
     how.add_argument("--eval-every", type=whole(1), help="iterations (default: an epoch)")

@@ -30,12 +30,12 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import fastres
 from fastres.classes import difference, out_of_order
+from fastres.graphed import graphed
 from fastres.models import families
 from fastres.train import checkpoint, dali
 from fastres.train.data import Folder, Loader, Stream, load
-from fastres.train.graph import Graph
-from fastres.train.process import Place, Signals, place, usable_cpus
-from fastres.train.recipe import LOADERS, Recipe
+from fastres.train.process import Place, Signals, average, place, usable_cpus
+from fastres.train.recipe import GRAPHS, LOADERS, Recipe
 from fastres.train.report import CURVES, LOG, TENSORBOARD, Report, require_tensorboard
 from fastres.train.schedule import LearningRate
 
@@ -58,8 +58,9 @@ class Run:
 
     family, depth, shortcut, data: None for the recipe's. holdout: training images that validate instead. micro_batch:
     images per forward pass, None for the recipe's. workers: that read photographs, None for one per CPU. loader: a key
-    of `LOADERS`. dtype: a key of `DTYPES`, None for bf16 on a GPU and fp32 elsewhere. eval_every, save_every, in
-    iterations: None for an epoch and for `eval_every`. resume: go on from out/last.pt where there is one.
+    of `LOADERS`. dtype: a key of `DTYPES`, None for bf16 on a GPU and fp32 elsewhere. cuda_graph: a key of `GRAPHS`.
+    eval_every, save_every, in iterations: None for an epoch and for `eval_every`. resume: go on from out/last.pt where
+    there is one.
     """
 
     name: str
@@ -77,7 +78,7 @@ class Run:
     device: str | None = None
     dtype: str | None = None
     compile: str = "none"
-    cuda_graph: bool = False
+    cuda_graph: str = "auto"
     deterministic: bool = False
     micro_batch: int | None = None
     workers: int | None = None
@@ -93,7 +94,8 @@ class Run:
             _at_least(name, getattr(self, name), 0)
         for name in ("micro_batch", "log_every", "eval_every", "save_every"):
             _at_least(name, getattr(self, name), 1)
-        for name, accepted in (("dtype", [None, *DTYPES]), ("compile", COMPILE), ("loader", LOADERS)):
+        choices = {"dtype": [None, *DTYPES], "compile": COMPILE, "loader": LOADERS, "cuda_graph": GRAPHS}
+        for name, accepted in choices.items():
             if getattr(self, name) not in accepted:
                 raise ValueError(
                     f"{name} {getattr(self, name)!r} does not exist; there are {', '.join(map(str, accepted))}"
@@ -161,8 +163,7 @@ class Trainer:
         self.dtype = DTYPES[run.dtype or ("bf16" if place.device.type == "cuda" else "fp32")]
         micro, self.accumulate = micro_batches(recipe, run.micro_batch, place.world)
         checked_compile(run.compile)
-        if run.cuda_graph and (place.device.type != "cuda" or place.world > 1):
-            raise ValueError("a step can be captured in a CUDA graph on one GPU in one process, not here")
+        self.graphs, self.why_graphs = graph_choice(run, place)
         torch.backends.cudnn.benchmark = not run.deterministic
         torch.backends.cudnn.deterministic = run.deterministic
         torch.manual_seed(run.seed)
@@ -200,7 +201,6 @@ class Trainer:
         self.before = [[tensor.clone() for tensor in self.touched] for _ in range(2)]
         self.lag = 1 if place.device.type == "cuda" and not self.scaler.is_enabled() else 0
         self.stopping = 0
-        self.graph: Graph | None = None
         self.meta = {
             "fastres": fastres.__version__,
             "recipe": run.name,
@@ -230,7 +230,12 @@ class Trainer:
         if run.compile != "none":
             self.model.compile(backend=run.compile)
         self.net: nn.Module = self.model
-        if place.world > 1:
+        self.micro: Callable[..., Any] = self._micro
+        if self.graphs:
+            for tensor in self.model.state_dict().values() if place.world > 1 else ():
+                dist.broadcast(tensor, 0)
+            self.micro = graphed(self._micro, self.model, scaler=self.scaler)
+        elif place.world > 1:
             ids = [place.device] if place.device.type == "cuda" else None
             self.net = DistributedDataParallel(
                 self.model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
@@ -248,7 +253,7 @@ class Trainer:
     def _autocast(self) -> AbstractContextManager[None]:
         if self.dtype == torch.float32:
             return nullcontext()
-        return torch.autocast(self.place.device.type, self.dtype, cache_enabled=not self.run.cuda_graph)
+        return torch.autocast(self.place.device.type, self.dtype)
 
     def _micro(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """Forward and backward of one micro-batch: its mean loss and how many it got wrong."""
@@ -264,18 +269,17 @@ class Trainer:
         torch._foreach_copy_(self.before[self.iteration % 2], self.touched)
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr(self.iteration)
-        self.optimizer.zero_grad(set_to_none=not self.run.cuda_graph)
+        self.optimizer.zero_grad()
         total = torch.zeros((), device=self.place.device)
         for k in range(self.accumulate):
             x, y = next(batches)
-            if self.run.cuda_graph and self.graph is None:
-                self.graph = Graph(self._micro, (x, y), self.touched)
-                self.optimizer.zero_grad(set_to_none=False)
             partial = isinstance(self.net, DistributedDataParallel) and k < self.accumulate - 1
             with self.net.no_sync() if partial else nullcontext():  # type: ignore[operator]
-                loss, wrong = (self.graph or self._micro)(x, y)
+                loss, wrong = self.micro(x, y)
             total += loss
             self.meter += torch.stack([loss * len(x), wrong, torch.full_like(loss, len(x))])
+        if self.graphs and self.place.world > 1:
+            average(self.model.parameters())
         self._update(total)
         self.iteration += 1
         self._heed(self.lag)
@@ -509,6 +513,25 @@ def micro_batches(recipe: Recipe, asked: int | None, world: int) -> tuple[int, i
     return micro, recipe.batch // (micro * world)
 
 
+def graph_choice(run: Run, place: Place) -> tuple[bool, str]:
+    """Whether forward and backward run as a CUDA graph, and why. ValueError where `run` asks for one on a CPU."""
+    if run.cuda_graph == "off":
+        return False, "--cuda-graph off"
+    if place.device.type != "cuda":
+        if run.cuda_graph == "on":
+            raise ValueError(
+                f"--cuda-graph on needs a GPU, this training is on {place.device}: leave it at auto or off"
+            )
+        return False, f"there is none on {place.device}"
+    if run.cuda_graph == "on":
+        return True, "--cuda-graph on" + "; gradients are averaged behind it" * (place.world > 1)
+    if place.world > 1:
+        return False, "DistributedDataParallel exchanges gradients during the backward pass, a graph only after it"
+    if run.compile != "none":
+        return False, f"--compile {run.compile} launches kernels its own way"
+    return True, "one process on a GPU"
+
+
 def checked_compile(backend: str) -> None:
     """ValueError unless torch.compile knows `backend`."""
     if backend == "none":
@@ -570,9 +593,15 @@ def _train(run: Run, here: Place, signals: Signals) -> Summary:
         print(f"photographs are decoded by {LOADERS[trainer.decoder]}", file=sys.stderr)
         if (order := out_of_order(trainer.loader.dataset.classes)) is not None:
             print(f"note: {order}", file=sys.stderr)
+    if trainer.main and here.device.type == "cuda":
+        print(
+            f"forward and backward in a CUDA graph: {'yes' if trainer.graphs else 'no'} ({trainer.why_graphs})",
+            file=sys.stderr,
+        )
     report = trainer.report() if trainer.main else None
     try:
         return trainer.fit(report)
     finally:
         if report is not None:
             report.close()
+        del trainer.micro  # it holds the trainer, which so goes at once, and its GPU memory with it

@@ -7,13 +7,14 @@ import os
 import signal
 import threading
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,23 @@ def place(device: str | None) -> Iterator[Place]:
     finally:
         gc.collect()  # a DistributedDataParallel that outlives its process group can hang when it is freed
         dist.destroy_process_group()
+
+
+@torch.no_grad()
+def average(parameters: Iterable[Tensor]) -> None:
+    """Each parameter's gradient becomes its mean over all processes, as DistributedDataParallel makes it.
+
+    All processes call it with the same parameters in the same order. Raises RuntimeError, before anything is sent,
+    where a parameter that wants a gradient has none: another process may have one.
+    """
+    wanting = [p for p in parameters if p.requires_grad]
+    gradients = [p.grad for p in wanting if p.grad is not None]
+    if len(gradients) < len(wanting):
+        raise RuntimeError(f"{len(wanting) - len(gradients)} of {len(wanting)} parameters have no gradient to average")
+    flat = torch.cat([gradient.flatten() for gradient in gradients]).div_(dist.get_world_size())
+    dist.all_reduce(flat)
+    means = flat.split([gradient.numel() for gradient in gradients])
+    torch._foreach_copy_(gradients, [mean.view_as(g) for mean, g in zip(means, gradients, strict=True)])
 
 
 def usable_cpus() -> int:

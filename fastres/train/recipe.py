@@ -26,6 +26,12 @@ LOADERS = {
     "dali": "NVIDIA DALI",
 }
 
+GRAPHS = {
+    "auto": "on for one process on a GPU without --compile",
+    "on": "a GPU launches forward and backward whole, several processes average gradients after it",
+    "off": "the host launches every kernel",
+}
+
 
 @dataclass(frozen=True)
 class ScaleCrop:
