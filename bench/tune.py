@@ -68,16 +68,25 @@ def candidates(step: Step, pass_: str, role: Role, dtype: torch.dtype, device: t
     for tma in (True, False) if carried else (False,):
         of_pass = problem, dtype.itemsize, tma, gpu, dtype == torch.float32
         if pass_ == "infer":
-            found = config.fprop_tiles(*of_pass)
+            found = config.fprop_tiles(*of_pass, 0, True)
         elif pass_ == "fprop":
             computed = 2 if layers.joins(problem, role) else int(role.normed)
-            found = config.fprop_tiles(*of_pass, computed if step.fprop_on_load else 0)
+            found = config.fprop_tiles(*of_pass, computed if step.fprop_on_load else 0, False)
         elif pass_ == "dgrad":
             found = config.dgrad_tiles(*of_pass, operands, layers.met_by_dx(role))
         else:
             found = config.wgrad_tiles(*of_pass, operands, role.normed and step.wgrad_on_load)
-        tiles += found[: most if tma == carried else max(0, min(FEW, most - FEW))]
+        tiles += promising(pass_, found, most if tma == carried else max(0, min(FEW, most - FEW)))
     return tiles
+
+
+def promising(pass_: str, found: list[Tile], most: int) -> list[Tile]:
+    """The first `most` of tiles; for inference of those with splits as many as of those without, because nothing that
+    was measured says how well the model compares the two."""
+    if pass_ != "infer":
+        return found[:most]
+    whole, split = ([tile for tile in found if (tile.splits > 1) == cut][:most] for cut in (False, True))
+    return [tile for tile in found if tile in whole or tile in split]
 
 
 def stem_candidates(problem: ConvProblem, dtype: torch.dtype, device: torch.device, most: int) -> list[Tile]:
@@ -413,7 +422,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--size", type=int, default=224, help="height and width of the images")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument("--pass", dest="passes", action="append", choices=TUNED, help="default: all of them")
-    parser.add_argument("--tiles", type=int, default=6, help="candidate tiles per problem; default: 6")
+    tiles = "candidate tiles per problem, and for inference as many with splits; default: 6"
+    parser.add_argument("--tiles", type=int, default=6, help=tiles)
     parser.add_argument(
         "--seconds", type=float, default=460, help="start no problem after so many seconds; default: 460"
     )

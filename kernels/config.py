@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -32,8 +33,10 @@ class Tile:
     the software pipeline; box: how BN pixels are cut out of [N, P, Q] as (TN, TH, TW), or None for the gather kernel,
     which takes BN consecutive pixels.
 
-    wgrad: BM filters, BN channels of one filter tap, BK pixels per step and in a box; splits: parts the pixels are cut
-    into, each summed by programs of its own; taps: neighbouring filter taps per program.
+    splits: parts that the reduction is cut into, each summed by programs of its own; fprop and wgrad alone have them.
+
+    wgrad: BM filters, BN channels of one filter tap, BK pixels per step and in a box; taps: neighbouring filter taps
+    per program.
     """
 
     BM: int
@@ -63,20 +66,30 @@ H200 = Gpu("NVIDIA H200", 132, 232448, (9, 0))
 # last store, and of work that other programs can't hide.
 WGMMA, MMA, FMA, L2, MEMORY, LATENCY, OVERHEAD = 2048, 1024, 128, 48, 18, 2000, 200
 
+# Cycles from one kernel to the next of a stream: assumed, a microsecond. Parts that fprop's reduction is cut into.
+LAUNCH, SPLITS = 2000, (1, 2, 4, 8, 16)
+
 # Instructions of a thread per element of dz computed on load, per element of fprop's activation, as compiled; such
 # instructions issued per cycle; bytes of shared memory for vectors and barriers.
 COMPUTED, AFFINE, ISSUE, SMALL = 10, 6, 128, 4096
 
 
 def fprop_tiles(
-    problem: ConvProblem, itemsize: int, tma: bool, gpu: Gpu = H200, ieee: bool = False, computed: int = 0
+    problem: ConvProblem,
+    itemsize: int,
+    tma: bool,
+    gpu: Gpu = H200,
+    ieee: bool = False,
+    computed: int = 0,
+    split: bool = False,
 ) -> list[Tile]:
     """Tiles for `conv_fprop`, the most promising first: BM output channels, BN output pixels.
 
     Ordered by a model: programs run in waves, a wave takes the longest of tensor-core, L2 and memory time. ieee: fp32
     products on the FMA units, which hold their operands in registers and so want small tiles. computed: tensors that
     the activation is computed from on load, which takes instructions and registers; 2 where it is the end of a block
-    and stored as well.
+    and stored as well. split: also tiles with splits, where there are fewer programs than multiprocessors; their sums
+    are written and read once, by a second launch.
     """
     channels, outputs = problem.C // problem.groups, problem.K // problem.groups
     if ieee:
@@ -97,12 +110,17 @@ def fprop_tiles(
         shapes += [(BM, BN, 4) for BM in (16, 32) for BN in widths if outputs <= BM]
 
     timed = []
-    for BM, BN, warps in shapes:
+    for (BM, BN, warps), parts in product(shapes, SPLITS if split else (1,)):
         box = best_box(problem, BN) if tma else None
-        steps = reduction_steps(problem, Tile(BM, BN, BK, warps, 1, box))
+        in_all = reduction_steps(problem, Tile(BM, BN, BK, warps, 1, box))
+        steps = math.ceil(in_all / parts)
+        splits = math.ceil(in_all / steps)
         step_bytes = (BM + max(computed, 1) * BN) * BK * itemsize
         shared = gpu.shared - computed * BN * BK * itemsize - SMALL  # the result, and where its store starts from
-        programs = math.ceil(outputs / BM) * problem.groups * pixel_tiles(problem, BN, box)
+        tiles = math.ceil(outputs / BM) * problem.groups * pixel_tiles(problem, BN, box)
+        programs = tiles * splits
+        if parts > 1 and (steps < 2 or tiles >= gpu.sms or programs > 2 * gpu.sms):
+            continue
         # Alone on a multiprocessor, a program hides its loads by itself.
         depth = 3 if programs > gpu.sms else 4 if computed and not tma else 6
         least = 2 if tma else 3  # with 1 operands load one after the other; with 2 the gather kernel spills
@@ -118,7 +136,11 @@ def fprop_tiles(
         if computed == 2:
             memory += itemsize * BN * channels
         busy = max(steps * compute, steps * step_bytes / L2, memory / MEMORY)
-        timed.append((_cycles(programs, resident, busy, gpu), Tile(BM, BN, BK, warps, stages, box)))
+        reduce = 0.0
+        if splits > 1:
+            busy += 4 * BN * stored / MEMORY
+            reduce = 4 * problem.y_numel * splits / MEMORY / gpu.sms + LATENCY + LAUNCH
+        timed.append((_cycles(programs, resident, busy, gpu) + reduce, Tile(BM, BN, BK, warps, stages, box, splits)))
     return [tile for _, tile in sorted(timed, key=lambda pair: pair[0])]
 
 
@@ -134,7 +156,7 @@ def fprop_tile(
 ) -> Tile:
     """The measured tile where the tables have one that fits what else the kernel does, else the first of
     `fprop_tiles`."""
-    candidates = fprop_tiles(problem, dtype.itemsize, tma, gpu, ieee, computed)
+    candidates = fprop_tiles(problem, dtype.itemsize, tma, gpu, ieee, computed, pass_ == "infer")
     return _measured_tile(pass_, problem, dtype, gpu, candidates)
 
 
@@ -336,11 +358,19 @@ def backward_tile(
 
 def _measured_tile(pass_: Pass, problem: ConvProblem, dtype: torch.dtype, gpu: Gpu, candidates: list[Tile]) -> Tile:
     """The measured tile if it fits: of this very problem as it was measured; of the nearest batch the first candidate
-    like it, whose box, splits and stages are this problem's own. Else the first candidate."""
+    like it, whose box, splits and stages are this problem's own. Else the first candidate.
+
+    It has no splits where no candidate has any; nor for inference where none were measured, because they lost or were
+    never tried.
+    """
     found = measured(pass_, problem, dtype, gpu)
     wanted = None if found is None else found.measurement.tile
     if found is not None and wanted is not None:
+        if all(tile.splits == 1 for tile in candidates):
+            wanted = replace(wanted, splits=1)
         for tile in candidates:
+            if pass_ == "infer" and wanted.splits == 1 < tile.splits:
+                continue
             if found.N == problem.N and _same_program(wanted, tile):
                 return wanted
             if found.N != problem.N and _same_program(replace(wanted, stages=tile.stages), tile):

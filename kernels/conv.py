@@ -15,7 +15,9 @@ GEMM_M, pixels on GEMM_N, (tap, c) on GEMM_K; so x, which the prologue computes 
 from shared memory. Sums in fp32, no atomics: equal inputs give equal bits.
 
 Two kernels: one fetches boxes of pixels by TMA, whose zero fill outside a tensor is the padding; the other gathers by
-pointers and takes every shape.
+pointers and takes every shape. Where tiles are so few that multiprocessors idle, either may cut the sum over (tap, c)
+into splits, whose fp32 sums [splits, N, P, Q, K] a third kernel adds up in a fixed order; it then does all that stands
+behind the sum.
 """
 
 from __future__ import annotations
@@ -41,7 +43,10 @@ FP8 = torch.float8_e4m3fn
 
 
 @triton.jit(
-    do_not_specialize=["N", "H", "W", "P", "Q", "tiles_p", "tiles_q", "steps", "residual_scale", "out_scale", "eps"]
+    do_not_specialize=[
+        *("N", "H", "W", "P", "Q", "tiles_p", "tiles_q", "steps", "steps_per_split"),
+        *("residual_scale", "out_scale", "eps"),
+    ]
 )
 def conv_fprop_tma_kernel(
     x,
@@ -72,6 +77,7 @@ def conv_fprop_tma_kernel(
     tiles_p,
     tiles_q,
     steps,
+    steps_per_split,
     R: tl.constexpr,
     S: tl.constexpr,
     STRIDE: tl.constexpr,
@@ -92,7 +98,7 @@ def conv_fprop_tma_kernel(
     Descriptors: w [K, R S C]; y and residual [N, P, Q, K]; x, side and joined (a, stored) [N, H, W, C], for stride 2
     x's memory as [N, H/2, 2, W/2, 2 C], where a tap reads one parity of rows and of columns. A box of x must not leave
     its tap's channels: BK divides C, unless there is one tap and stride 1 (then zero fill ends the sum). FULL: boxes
-    end where the image does.
+    end where the image does. With steps_per_split, y is [splits, N, P, Q, K], where program_id(1) sums so many steps.
     """
     BN: tl.constexpr = TN * TH * TW
     tiles_k = tl.cdiv(K, BM)
@@ -102,10 +108,14 @@ def conv_fprop_tma_kernel(
     if prologue_scale is not None and side is None:
         _, p, q = box_pixels(n0, p0, q0, TN, TH, TW)
 
+    first = 0
+    if steps_per_split is not None:
+        first = tl.program_id(1) * steps_per_split
+        steps = tl.minimum(steps_per_split, steps - first)
     acc = tl.zeros((BM, BN), tl.float32)
     tl.assume(steps > 0)  # else ptxas serialises wgmma (C7515)
     for step in range(steps):
-        r, s, block = filter_tap(step, S, R * S)
+        r, s, block = filter_tap(first + step, S, R * S)
         c0 = block * BK
         if STRIDE == 1:
             a = x.load([n0, p0 + r * DILATION - PAD_H, q0 + s * DILATION - PAD_W, c0])
@@ -136,14 +146,19 @@ def conv_fprop_tma_kernel(
     if residual is not None:
         res = residual.load([n0, p0, q0, tile_k * BM]).reshape((BN, BM)).T
     out = finish(acc, res, scale, shift, mean, var, eps, k, k < K, residual_scale, out_scale, RELU, y.dtype)
-    y.store([n0, p0, q0, tile_k * BM], out.T.reshape((TN, TH, TW, BM)))
+    if steps_per_split is None:
+        y.store([n0, p0, q0, tile_k * BM], out.T.reshape((TN, TH, TW, BM)))
+    else:
+        y.store([tl.program_id(1), n0, p0, q0, tile_k * BM], out.T.reshape((1, TN, TH, TW, BM)))
     if partials is not None:
         count = tl.minimum(TN, N - n0) * tl.minimum(TH, P - p0) * tl.minimum(TW, Q - q0)
         n, p, q = box_pixels(n0, p0, q0, TN, TH, TW)
         store_statistics(partials, out, tile, count, (n < N) & (p < P) & (q < Q), k, k < K, K, FULL)
 
 
-@triton.jit(do_not_specialize=["pixels", "H", "W", "P", "Q", "steps", "residual_scale", "out_scale", "eps"])
+@triton.jit(
+    do_not_specialize=["pixels", "H", "W", "P", "Q", "steps", "steps_per_split", "residual_scale", "out_scale", "eps"]
+)
 def conv_fprop_gather_kernel(
     x,
     w,
@@ -173,6 +188,7 @@ def conv_fprop_gather_kernel(
     C_GROUP,
     K_GROUP,
     steps,
+    steps_per_split,
     R: tl.constexpr,
     S: tl.constexpr,
     STRIDE: tl.constexpr,
@@ -191,6 +207,7 @@ def conv_fprop_gather_kernel(
 
     A step reduces over BK channels of one tap; where ROW, then C_GROUP, is not 0, over BK of the S ROW values under one
     row of the filter, so that few channels still fill a step. FULL: no tile ends early. INT64: offsets pass 2**31.
+    With steps_per_split, y is [splits, N, P, Q, K], where program_id(2) sums so many steps.
     """
     channels = C_GROUP
     if ROW > 0:
@@ -211,19 +228,24 @@ def conv_fprop_gather_kernel(
     k = tile_k * BM + tl.arange(0, BM)
     w_row = w + ((group * K_GROUP + k) * (R * S * channels))[:, None]
 
+    first = 0
+    if steps_per_split is not None:
+        first = tl.program_id(2) * steps_per_split
+        steps = tl.minimum(steps_per_split, steps - first)
+        y += tl.program_id(2).to(tl.int64) * pixels * K
     acc = tl.zeros((BM, BN), tl.float32)
     tl.assume(steps > 0)
     for step in range(steps):
         if ROW > 0:
-            r = step % R
-            j = step // R * BK + tl.arange(0, BK)
+            r = (first + step) % R
+            j = (first + step) // R * BK + tl.arange(0, BK)
             s = j // ROW
             c = j % ROW
             col = col0[:, None] + (s * DILATION)[None, :]
             in_k = j < S * ROW
             w_at = r * S * ROW + j
         else:
-            r, s, block = filter_tap(step, S, R * S)
+            r, s, block = filter_tap(first + step, S, R * S)
             c = block * BK + tl.arange(0, BK)
             col = (col0 + s * DILATION)[:, None]
             in_k = c < channels
@@ -262,6 +284,46 @@ def conv_fprop_gather_kernel(
     tl.store(y + at, out, mask=writable)
     if partials is not None:
         store_statistics(partials, out, tile, tl.minimum(BN, pixels - tile * BN), inside, channel, k < K_GROUP, K, FULL)
+
+
+@triton.jit(do_not_specialize=["pixels", "residual_scale", "out_scale", "eps"])
+def fprop_reduce_kernel(
+    sums,
+    y,
+    residual,
+    scale,
+    shift,
+    mean,
+    var,
+    eps,
+    residual_scale,
+    out_scale,
+    pixels,
+    K,
+    RELU: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """y [pixels, K] = what `finish` makes of sums [SPLITS, pixels, K] added up in their order, for BM channels of BN
+    pixels."""
+    first = tl.program_id(0).to(tl.int64) * BN
+    start = first * K
+    pixel = tl.arange(0, BN)
+    k = tl.program_id(1) * BM + tl.arange(0, BM)
+    at = pixel[None, :] * K + k[:, None]
+    valid = (first + pixel < pixels)[None, :] & (k < K)[:, None]
+    numel = pixels.to(tl.int64) * K
+    total = tl.zeros((BM, BN), tl.float32)
+    for split in tl.static_range(SPLITS):
+        total += tl.load(sums + (split * numel + start) + at, mask=valid, other=0.0)
+    res = None
+    if residual is not None:
+        res = tl.load(residual + start + at, mask=valid, other=0.0)
+    out = finish(
+        total, res, scale, shift, mean, var, eps, k, k < K, residual_scale, out_scale, RELU, y.dtype.element_ty
+    )
+    tl.store(y + start + at, out, mask=valid)
 
 
 class Join(NamedTuple):
@@ -319,7 +381,8 @@ def conv_fprop(
     join: adds a residual block's shortcut in the prologue and fills `join.out`, once for every tile of channels, so
     that it pays where one tile holds all K.
     out: where to put y; out_dtype: y's dtype, by default x's, for fp8 bfloat16. precision of fp32 products: "ieee" or
-    "tf32". tile: from `config` by default; one with a box asks for TMA, one without for pointers.
+    "tf32". tile: from `config` by default; one with a box asks for TMA, one without for pointers; one with splits takes
+    a second launch, and neither statistics nor join.
 
     All tensors contiguous, on one device. Raises ValueError where something doesn't fit.
     """
@@ -357,18 +420,29 @@ def conv_fprop(
     y = empty(shape, y_dtype, x.device) if out is None else out
     computed = 0 if prologue is None else 1 if join is None else 2
     tile = _choose(tile, problem, (x, w, y, residual, side, joined), computed, statistics, precision)
+    splits = _splits(problem, tile, join, statistics)
     tiles = pixel_tiles(problem, tile.BN, tile.box)
     partials = empty((tiles, 3, K), torch.float32, x.device) if statistics else None
     launch_tiles = _launch_gather if tile.box is None else _launch_tma
-    if problem.pixels:
+    epilogue = {
+        "scale": weight, "shift": bias, "mean": mean, "var": var, "eps": eps,
+        "residual_scale": None if residual_scale == 1.0 else residual_scale,
+        "out_scale": None if out_scale == 1.0 else out_scale,
+    }  # fmt: skip
+    if problem.pixels and splits == 1:
         launch_tiles(
             problem, tile, x, w, y, residual, side, joined,
             prologue_scale=s, prologue_shift=t, side_scale=side_scale, side_shift=side_shift,
-            scale=weight, shift=bias, mean=mean, var=var, eps=eps, partials=partials,
-            residual_scale=None if residual_scale == 1.0 else residual_scale,
-            out_scale=None if out_scale == 1.0 else out_scale,
-            RELU=relu, PRECISION=precision,
+            partials=partials, **epilogue, RELU=relu, PRECISION=precision,
         )  # fmt: skip
+    elif problem.pixels:
+        sums = empty((splits, *shape), torch.float32, x.device)
+        launch_tiles(
+            problem, tile, x, w, sums, None, None, None,
+            prologue_scale=s, prologue_shift=t, side_scale=None, side_shift=None,
+            partials=None, **dict.fromkeys(epilogue), RELU=False, PRECISION=precision,
+        )  # fmt: skip
+        _launch_reduce(sums, y, residual, **epilogue, RELU=relu)
     return y if partials is None else (y, partials)
 
 
@@ -424,19 +498,30 @@ def _choose(
     return tile
 
 
+def _splits(problem: ConvProblem, tile: Tile, join: Join | None, statistics: bool) -> int:
+    """Into how many parts the steps are cut: as many as the tile wants, but none that is empty."""
+    if tile.splits < 1:
+        raise ValueError(f"splits must be >= 1, got {tile.splits}")
+    if tile.splits > 1 and (join is not None or statistics):
+        asked = "join" if join is not None else "statistics"
+        raise ValueError(f"splits={tile.splits}: only without {asked}, which needs splits=1")
+    steps = reduction_steps(problem, tile)
+    return cdiv(steps, cdiv(steps, tile.splits))
+
+
 def _launch_tma(
     problem: ConvProblem, tile: Tile, x: Tensor, w: Tensor, y: Tensor, *same_shape: Tensor | None, **rest: Any
 ) -> None:
     residual, side, joined = same_shape
     if problem.pointwise:
-        x, y = x.view(1, 1, -1, problem.C), y.view(1, 1, -1, problem.K)
+        x, y = x.view(1, 1, -1, problem.C), y.view(*y.shape[:-4], 1, 1, -1, problem.K)
         residual = None if residual is None else residual.view(y.shape)
         side, joined = (None if each is None else each.view(x.shape) for each in (side, joined))
     elif problem.stride == 2:
         x = x.view(problem.N, problem.H // 2, 2, problem.W // 2, 2 * problem.C)
     launch_boxes(
         tile, x, w, y, residual, side, joined, H=problem.H, W=problem.W, C=problem.C,
-        steps=reduction_steps(problem, tile), R=problem.R, S=problem.S, STRIDE=problem.stride, PAD_H=problem.pad,
+        **_steps(problem, tile, y), R=problem.R, S=problem.S, STRIDE=problem.stride, PAD_H=problem.pad,
         PAD_W=problem.pad, DILATION=problem.dilation, **rest,
     )  # fmt: skip
 
@@ -452,10 +537,10 @@ def launch_boxes(
     **rest: Any,
 ) -> None:
     """Launches `conv_fprop_tma_kernel` over x in the view that the kernel reads, y and residual [N, P, Q, K]; side and
-    joined are like x."""
+    joined are like x. Splits' sums for y are [splits, N, P, Q, K]."""
     assert tile.box is not None
     TN, TH, TW = tile.box
-    N, P, Q, K = y.shape
+    *splits, N, P, Q, K = y.shape
     tiles_n, tiles_p, tiles_q = cdiv(N, TN), cdiv(P, TH), cdiv(Q, TW)
     out_box = [TN, TH, TW, tile.BM]
     x_box = [TN, TH, TW, tile.BK] if x.dim() == 4 else [TN, TH, 1, TW, tile.BK]
@@ -466,8 +551,8 @@ def launch_boxes(
         return TensorDescriptor.from_tensor(tensor.view(tensor.shape), box)  # strides of single pixels may be anything
 
     launch(
-        conv_fprop_tma_kernel, (tiles_n * tiles_p * tiles_q * cdiv(K, tile.BM),),
-        x=boxes(x, x_box), w=boxes(w.view(K, -1), [tile.BM, tile.BK]), y=boxes(y, out_box),
+        conv_fprop_tma_kernel, (tiles_n * tiles_p * tiles_q * cdiv(K, tile.BM), *splits),
+        x=boxes(x, x_box), w=boxes(w.view(K, -1), [tile.BM, tile.BK]), y=boxes(y, [1] * len(splits) + out_box),
         residual=boxes(residual, out_box), side=boxes(side, x_box), joined=boxes(joined, x_box),
         N=N, P=P, Q=Q, K=K, tiles_p=tiles_p, tiles_q=tiles_q,
         FULL=(N % TN, P % TH, Q % TW) == (0, 0, 0), TN=TN, TH=TH, TW=TW, BM=tile.BM, BK=tile.BK,
@@ -482,12 +567,30 @@ def _launch_gather(
     k_group = problem.K // problem.groups
     tiles = cdiv(problem.pixels, tile.BN) * cdiv(k_group, tile.BM)
     launch(
-        conv_fprop_gather_kernel, (tiles, problem.groups),
+        conv_fprop_gather_kernel, (tiles, problem.groups, *y.shape[:-4]),
         x=x, w=w, y=y, residual=residual, side=side, joined=joined,
         pixels=problem.pixels, H=problem.H, W=problem.W, C=problem.C, P=problem.P, Q=problem.Q, K=problem.K,
         C_GROUP=problem.C // problem.groups, K_GROUP=k_group,
         R=problem.R, S=problem.S, STRIDE=problem.stride, PAD=problem.pad, DILATION=problem.dilation,
-        steps=reduction_steps(problem, tile), FULL=problem.pixels % tile.BN == 0,
+        **_steps(problem, tile, y), FULL=problem.pixels % tile.BN == 0,
         ROW=row_channels(problem), INT64=not problem.int32_safe,
         BM=tile.BM, BN=tile.BN, BK=tile.BK, num_warps=tile.warps, num_stages=tile.stages, **rest,
+    )  # fmt: skip
+
+
+def _steps(problem: ConvProblem, tile: Tile, y: Tensor) -> dict[str, int | None]:
+    """The steps of the sum and, where y is the splits' sums [splits, N, P, Q, K], of each split."""
+    steps = reduction_steps(problem, tile)
+    return {"steps": steps, "steps_per_split": None if y.dim() == 4 else cdiv(steps, y.shape[0])}
+
+
+def _launch_reduce(sums: Tensor, y: Tensor, residual: Tensor | None, **epilogue: Any) -> None:
+    """Launches `fprop_reduce_kernel` by single warps: many programs even at batch 1, and registers enough for ptxas to
+    let the loads of 8 splits fly at once; of two warps it has 3 fly."""
+    splits, N, P, Q, K = sums.shape
+    BM = min(64, triton.next_power_of_2(K))
+    BN = 128 // BM
+    launch(
+        fprop_reduce_kernel, (cdiv(N * P * Q, BN), cdiv(K, BM)),
+        sums=sums, y=y, residual=residual, pixels=N * P * Q, K=K, SPLITS=splits, BM=BM, BN=BN, num_warps=1, **epilogue,
     )  # fmt: skip

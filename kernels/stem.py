@@ -135,7 +135,8 @@ def conv_stem(
         )
         launch_boxes(
             tile, windows, filters, y, H=problem.H, W=problem.W, C=WINDOW * CHANNELS,
-            steps=reduction_steps(as_columns, tile), R=R, S=1, STRIDE=2, PAD_H=problem.pad, PAD_W=0, DILATION=1,
+            steps=reduction_steps(as_columns, tile), steps_per_split=None, R=R, S=1, STRIDE=2, PAD_H=problem.pad,
+            PAD_W=0, DILATION=1,
             prologue_scale=None, prologue_shift=None, side_scale=None, side_shift=None,
             scale=scale, shift=shift, mean=None, var=None, eps=None, partials=partials, residual_scale=None,
             out_scale=None,

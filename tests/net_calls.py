@@ -191,9 +191,10 @@ def launched(tune: ModuleType, call: Call, given: Mapping[str, Any], most: int) 
     with _asking() as asked:
         yield "as chosen", *_launch(call, given, None)
     tiles, (problem, itemsize, tma, *rest) = asked[0]
-    for tile in tiles(problem, itemsize, tma, *rest)[:most]:
+    for tile in tune.promising(call.pass_, tiles(problem, itemsize, tma, *rest), most):
         yield str(tile), *_launch(call, given, tile)
-    for tile in tiles(problem, itemsize, False, *rest)[: max(0, min(tune.FEW, most - tune.FEW))] if tma else ():
+    few = max(0, min(tune.FEW, most - tune.FEW)) if tma else 0
+    for tile in tune.promising(call.pass_, tiles(problem, itemsize, False, *rest), few):
         yield str(tile), *_launch(call, given, tile)
     images = call.launcher == "conv_fprop" and stem.stem_refusal(call.problem) is None
     for tile in (None, *tune.stem_candidates(call.problem, like.dtype, like.device, most)) if images else ():

@@ -142,6 +142,82 @@ def test_tiles_keep_the_rules_of_the_kernels(itemsize: int, tma: bool, prologue:
                     assert problem.pointwise or problem.C % tile.BK == 0
 
 
+LAST = ConvProblem(1, 7, 7, 2048, 512)
+
+
+def programs(problem: ConvProblem, tile: Tile) -> int:
+    tiles = config.pixel_tiles(problem, tile.BN, tile.box) * math.ceil(problem.K // problem.groups / tile.BM)
+    return tiles * problem.groups * tile.splits
+
+
+@pytest.mark.parametrize("tma", [False, True])
+def test_splits_fill_a_gpu_that_tiles_do_not(tma: bool) -> None:
+    """Only where there are fewer tiles than multiprocessors, in at most two waves; nobody sums less than two steps, and
+    no split is empty."""
+    small = Gpu("small", 58, 101376, (8, 9))
+    for gpu, name, batch in ((H200, "resnet50", 1), (small, "resnext50_32x4d", 1), (H200, "resnet50", 8)):
+        cut = 0
+        for problem in net_problems(name, batch):
+            if tma and (problem.groups > 1 or problem.C % 16):
+                continue
+            whole, tiles = (fprop_tiles(problem, 2, tma, gpu, split=split) for split in (False, True))
+            assert [tile for tile in tiles if tile.splits == 1] == whole, "as without splits, and in that order"
+            for tile in set(tiles) - set(whole):
+                steps = config.reduction_steps(problem, tile)
+                each = math.ceil(steps / tile.splits)
+                assert each >= 2, (problem, tile)
+                assert math.ceil(steps / each) == tile.splits, (problem, tile)
+                assert programs(problem, tile) // tile.splits < gpu.sms, (problem, tile)
+                assert programs(problem, tile) <= 2 * gpu.sms, (problem, tile)
+                cut += 1
+            assert len(set(tiles)) == len(tiles)
+        assert cut > 50
+    for problem in net_problems("resnet50", 256):
+        if problem.C > 3:
+            assert all(tile.splits == 1 for tile in fprop_tiles(problem, 2, tma, split=True)[:6]), problem
+
+
+def test_unmeasured_a_single_image_is_split_where_most_of_the_gpu_idles() -> None:
+    """ResNet-50's layers whose best tiles leave at least three quarters of an H200 without a program."""
+    chosen = {}
+    for problem in net_problems("resnet50", 1):
+        if problem.C > 3:
+            whole = fprop_tile(problem, torch.float16, True, pass_="fprop")
+            tile = fprop_tile(problem, torch.float16, True, pass_="infer")
+            assert whole.splits == 1, "there is no table for float16, and in training none is split"
+            if tile.splits > 1:
+                sizes = problem.H, problem.C, problem.K, problem.R, problem.stride
+                chosen[sizes] = programs(problem, whole), programs(problem, tile)
+    assert set(chosen) == {(28, 256, 256, 3, 2), (14, 256, 256, 3, 1), (14, 512, 512, 3, 2), (7, 512, 512, 3, 1)} | {
+        (7, 2048, 512, 1, 1)
+    }
+    assert all(before < H200.sms / 4 and after > 0.9 * H200.sms for before, after in chosen.values()), chosen
+
+
+def test_splits_are_taken_where_they_were_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    split = next(tile for tile in fprop_tiles(LAST, 2, True, split=True) if tile.splits == 4)
+    whole = replace(split, splits=1, stages=6)
+
+    def chosen(N: int, pass_: str = "infer") -> Tile:
+        return fprop_tile(replace(LAST, N=N), BF16, True, pass_=pass_)  # type: ignore[arg-type]
+
+    put({("infer", LAST): Measurement("triton", split), ("fprop", LAST): Measurement("triton", split)})
+    assert config.read_table(config.table_file(H200.name))["infer", LAST, BF16].tile == split
+    assert chosen(1) == split
+    assert chosen(2) in [tile for tile in fprop_tiles(replace(LAST, N=2), 2, True, split=True) if tile.splits > 1]
+    assert chosen(2).splits <= 8, "as many as its own tiles leave multiprocessors for"
+    for N in (64, 256):
+        assert chosen(N).splits == 1
+    for N in (1, 2, 256):
+        assert chosen(N, "fprop").splits == 1, "statistics take whole sums, whatever a table says"
+    put({("infer", LAST): Measurement("triton", whole)})
+    assert chosen(1) == whole
+    assert [chosen(N).splits for N in (2, 4, 8)] == [1, 1, 1], "not even a smaller grid was faster with them"
+    monkeypatch.setattr(config, "SHIPPED", Path("none"))
+    put({})
+    assert chosen(1).splits > 1
+
+
 def put(entries: dict[tuple[str, ConvProblem], Measurement], gpu: Gpu = H200, folder: Path | None = None) -> None:
     """Writes a bf16 table and forgets what was read before."""
     table = {(pass_, problem, BF16): found for (pass_, problem), found in entries.items()}

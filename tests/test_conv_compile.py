@@ -4,6 +4,7 @@ instructions, wgmma neither serialised nor in danger of its registers."""
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -90,6 +91,9 @@ def verify(launch: Launch, sm: int) -> None:
     if launch.fn.__name__ == "pack_images_kernel":
         check(binary, registers=64, matrix="", absent=("STS", "LDS"))
         return
+    if launch.fn.__name__ == "fprop_reduce_kernel":
+        check(binary, registers=128, matrix="", present=("LDG.128",) if given["K"] % 16 == 0 else (), absent=("BAR",))
+        return
     matrix: str | None = MATRIX[sm]
     if given["BM"] < 64 and sm >= 90:  # less than one wgmma
         matrix = "HMMA" if sm == 90 else None
@@ -117,6 +121,9 @@ EXPAND = ConvProblem(256, 56, 56, 64, 256)
 REDUCE = ConvProblem(256, 28, 28, 512, 128)
 GROUPED = ConvProblem(256, 56, 56, 128, 128, 3, 3, 1, 1, groups=32)
 SINGLE = ConvProblem(1, 7, 7, 512, 512, 3, 3, 1, 1)
+LAST = ConvProblem(1, 7, 7, 2048, 512)
+DOWN = ConvProblem(1, 14, 14, 512, 512, 3, 3, 2, 1)
+GROUPED_SINGLE = ConvProblem(1, 7, 7, 1024, 1024, 3, 3, 1, 1, groups=32)
 CIFAR = ConvProblem(128, 32, 32, 16, 16, 3, 3, 1, 1)
 STEM = ConvProblem(256, 224, 224, 3, 64, 7, 7, 2, 3)
 
@@ -165,6 +172,42 @@ def test_pointers(problem: ConvProblem, use: str, sm: int) -> None:
         verify(launch, sm)
 
 
+@pytest.mark.parametrize(
+    ("problem", "use", "sm", "tma"),
+    [
+        (SINGLE, "norm residual relu", 90, True),
+        (SINGLE, "shift residual relu", 90, False),
+        (LAST, "shift relu", 90, True),
+        (LAST, "prologue", 90, True),
+        extra(LAST, "", 90, False),
+        (DOWN, "scale shift relu", 90, True),
+        (GROUPED_SINGLE, "shift relu", 90, False),
+        (SINGLE, "shift relu", 100, True),
+        (SINGLE, "shift residual relu", 80, False),
+        extra(LAST, "shift residual relu", 100, False),
+    ],
+)
+def test_splits(problem: ConvProblem, use: str, sm: int, tma: bool) -> None:
+    """A launch that sums in parts, none of them empty, and one that adds them up."""
+    for dtype in (torch.bfloat16, torch.float16) if use == "" else (torch.bfloat16,):
+        tile = replace(best(problem, use, sm, tma), splits=7)
+        convolve, reduce = launches(problem, use, tile, dtype)
+        steps, each = convolve.kwargs["steps"], convolve.kwargs["steps_per_split"]
+        splits = convolve.grid[-1]
+        assert (splits - 1) * each < steps <= splits * each
+        assert reduce.kwargs["SPLITS"] == splits > 1
+        for launch in (convolve, reduce):
+            verify(launch, sm)
+
+
+def test_the_loads_of_8_splits_fly_at_once() -> None:
+    _, reduce = launches(SINGLE, "shift residual relu", replace(best(SINGLE, "", 90, tma=True), splits=8))
+    binary = reduce.compile(90)
+    assert binary.count("LDG.128") == 8
+    at = {kind: [i for i, one in enumerate(binary.code) if one.base == kind] for kind in ("LDG", "FADD")}
+    assert max(at["LDG"]) < min(at["FADD"])
+
+
 @pytest.mark.parametrize("use", ["scale shift relu", "statistics"])
 def test_stem(use: str) -> None:
     for launch in stem_launches(STEM, use):
@@ -179,6 +222,10 @@ def test_tf32_and_fp8() -> None:
     (launch,) = launches(SQUARE, "shift residual relu", best(SQUARE, "", 90, tma=True, itemsize=1), torch.float8_e4m3fn)
     binary = launch.compile(90)
     check(binary, present=("QGMMA", "UTMALDG", "UTMASTG"), absent=("HGMMA", "HMMA"), shared=H200.shared)
+    tile = replace(best(SINGLE, "", 90, tma=True, itemsize=1), splits=8)
+    convolve, reduce = launches(SINGLE, "scale shift residual relu", tile, torch.float8_e4m3fn)
+    check(convolve.compile(90), present=("QGMMA", "UTMALDG", "UTMASTG"), absent=("HGMMA", "HMMA"))
+    verify(reduce, 90)
 
 
 def test_statistics_of_fp16_sums() -> None:
@@ -193,6 +240,8 @@ def test_offsets_widen_past_2_31() -> None:
         (launch,) = launches(problem, "", best(problem, "", 90, tma=False))
         assert launch.kwargs["INT64"] is wide
     verify(launch, 90)
+    convolve, _ = launches(problem, "", replace(best(problem, "", 90, tma=False), splits=2))
+    verify(convolve, 90)
 
 
 def test_cpu_tensors_are_refused() -> None:
@@ -214,6 +263,10 @@ def test_everything_the_nets_launch(sm: int, dtype: torch.dtype) -> None:
             # No BatchNorm stands before the images; a block's end is joined by a 1x1 alone.
             if ("prologue" not in use or problem.C > 3) and ("join" not in use or dispatch.joins(problem)):
                 recorded += launches(problem, use, best(problem, use, sm, tma), dtype)
+            if problem.N == 1 and "statistics" not in use and "prologue" not in use:
+                tiles = fprop_tiles(problem, 2, tma, GPUS[sm], split=True)
+                for tile in [tile for tile in tiles if tile.splits > 1][:2]:
+                    recorded += launches(problem, use, tile, dtype)
             if problem.C == 3 and sm >= 90 and "prologue" not in use and "residual" not in use:
                 recorded += stem_launches(problem, use, dtype)
     for launch in distinct(recorded, sm):

@@ -7,19 +7,20 @@ shapes; on a GPU the same tests run in bfloat16 too, and every tile at every lay
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 import triton
-from cases import assert_close_to_reference, check_statistics, lost_in_sums, relative_error
+from cases import Broken, assert_close_to_reference, check_statistics, lost_in_sums, relative_error
 from conv_cases import BOXED, GATHERED, net_problems, reference, traits
 from covering import covered, some_seeds
 from torch import Tensor
 
-from fastres.kernels import conv
-from fastres.kernels.config import Tile, fprop_tiles
+from fastres.kernels import conv, replay
+from fastres.kernels.config import Tile, fprop_tiles, reduction_steps
 from fastres.kernels.conv import Join, RunningNorm, conv_fprop, fprop_tma_refusal
 from fastres.kernels.problem import ConvProblem
 from fastres.kernels.stem import conv_stem, pack_filters, pack_images
@@ -98,6 +99,45 @@ def test_every_problem(route: tuple[ConvProblem, bool], dtype: torch.dtype) -> N
     check(problem, dtype, small_tile(problem, boxed), "prologue", "scale", "shift", "residual", "relu")
 
 
+@covered(
+    by=lambda route, dtype: (route[1], *traits(route[0]), dtype),
+    route=ROUTES,
+    dtype={str(d).removeprefix("torch."): d for d in DTYPES},
+)
+def test_splits(route: tuple[ConvProblem, bool], dtype: torch.dtype) -> None:
+    """Into two, into single steps, and into more than there are."""
+    problem, boxed = route
+    tile = small_tile(problem, boxed)
+    steps = reduction_steps(problem, tile)
+    for splits, names in ((2, ()), (steps, ("shift", "residual", "relu")), (steps + 1, ("prologue", "norm"))):
+        check(problem, dtype, replace(tile, splits=splits), *names)
+
+
+@pytest.mark.parametrize(("problem", "boxed"), CASES[:: 1 if DEVICE == "cuda" else 3])
+def test_splits_give_exact_sums_and_equal_bits(problem: ConvProblem, boxed: bool) -> None:
+    tile = small_tile(problem, boxed)
+    x, w = operands(problem, torch.float16, integers=True)
+    for splits in (2, 3, 4):
+        y = fprop(problem, x, w, tile=replace(tile, splits=splits))
+        assert torch.equal(y, fprop(problem, x, w, tile=tile))
+    x, w = operands(problem, torch.float16)
+    first, again = (fprop(problem, x, w, tile=replace(tile, splits=3)) for _ in range(2))
+    assert torch.equal(first, again)
+
+
+@pytest.mark.parametrize("boxed", [False, True], ids=["gather", "TMA"])
+def test_splits_that_are_left_out_show(boxed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = BOXED["3x3"]
+    tile = replace(small_tile(problem, boxed), splits=3)
+    check(problem, torch.float32, tile)
+    kernel = "conv_fprop_tma_kernel" if boxed else "conv_fprop_gather_kernel"
+    for name, wrong in (("fprop_reduce_kernel", {"SPLITS": 2}), (kernel, {"steps_per_split": 2})):
+        with monkeypatch.context() as patched:
+            patched.setattr(conv, name, Broken(getattr(conv, name), **wrong))
+            with replay.anew(), pytest.raises(AssertionError, match="error"):
+                check(problem, torch.float32, tile)
+
+
 def check_block_end(problem: ConvProblem, dtype: torch.dtype, projection: bool, *tiles: Tile | None) -> None:
     z, w = operands(problem, dtype)
     side = torch.randn(z.shape).to(z)
@@ -135,11 +175,14 @@ EPILOGUES += [("norm", "relu"), ("norm", "residual", "relu"), ("norm without aff
     prologue={"plain": (), "prologue": ("prologue",)},
     epilogue={"+".join(names): names for names in EPILOGUES},
     boxed={"gather": False, "TMA": True},
+    splits={"whole": 1, "split": 4},
 )
-def test_every_prologue_with_every_epilogue(prologue: tuple[str, ...], epilogue: tuple[str, ...], boxed: bool) -> None:
+def test_every_prologue_with_every_epilogue(
+    prologue: tuple[str, ...], epilogue: tuple[str, ...], boxed: bool, splits: int
+) -> None:
     problem = ConvProblem(1, 6, 5, 16, 24, 3, 3, 1, 1)
     for dtype in DTYPES:
-        check(problem, dtype, small_tile(problem, boxed), *prologue, *epilogue)
+        check(problem, dtype, replace(small_tile(problem, boxed), splits=splits), *prologue, *epilogue)
 
 
 @pytest.mark.parametrize(("problem", "boxed"), CASES)
@@ -205,7 +248,8 @@ def test_equal_inputs_give_equal_bits(problem: ConvProblem, boxed: bool) -> None
 def test_wide_offsets(problem: ConvProblem, monkeypatch: pytest.MonkeyPatch) -> None:
     """The int64 variant, forced: it is taken by itself where an offset passes 2**31."""
     monkeypatch.setattr(ConvProblem, "int32_safe", False)
-    check(problem, torch.float32, small_tile(problem, False), "prologue", "residual")
+    for splits in (1, 2):
+        check(problem, torch.float32, replace(small_tile(problem, False), splits=splits), "prologue", "residual")
 
 
 @pytest.mark.parametrize("problem", (*GATHERED.values(), *BOXED.values())[:: 3 if DEVICE == "cpu" else 1], ids=str)
@@ -218,8 +262,11 @@ def test_out_and_empty() -> None:
     problem = BOXED["3x3"]
     x, w = operands(problem, torch.float32)
     out = torch.full((2, 7, 6, 24), float("nan"), device=DEVICE)
-    assert conv_fprop(x, w, pad=1, out=out) is out
-    hold(problem, out, x, w)
+    split = replace(small_tile(problem, True), splits=2)
+    for tile in (None, split):
+        assert conv_fprop(x, w, pad=1, out=out.fill_(float("nan")), tile=tile) is out
+        hold(problem, out, x, w)
+        assert conv_fprop(x[:0], w, pad=1, tile=tile).shape == (0, 7, 6, 24)  # type: ignore[union-attr]
     y, partials = conv_fprop(x[:0], w, pad=1, statistics=True)
     assert y.shape == (0, 7, 6, 24)
     assert partials.shape[0] == 0
@@ -244,13 +291,16 @@ def test_single_pixels_of_any_strides() -> None:
 def test_other_output_dtype() -> None:
     problem = BOXED["3x3"]
     x, w = operands(problem, torch.float16)
-    y = conv_fprop(x, w, pad=1, out_dtype=torch.float32)
-    assert isinstance(y, Tensor)
-    assert relative_error(y, reference(problem, x, w)) < 1e-6 + lost_in_sums(9 * 32, x)
+    residual = torch.randn(2, 7, 6, 24, device=DEVICE)
+    for tile in (None, replace(small_tile(problem, True), splits=2)):
+        y = conv_fprop(x, w, pad=1, out_dtype=torch.float32, residual=residual, tile=tile)
+        assert isinstance(y, Tensor)
+        assert relative_error(y, reference(problem, x, w, residual=residual)) < 1e-6 + lost_in_sums(9 * 32, x)
 
 
+@pytest.mark.parametrize("splits", [1, 3])
 @pytest.mark.parametrize("boxed", [False, True], ids=["gather", "TMA"])
-def test_fp8(boxed: bool) -> None:
+def test_fp8(boxed: bool, splits: int) -> None:
     """e4m3 in and out: products exact in fp32, dequantised by `scale`, stored at `out_scale`, saturated at 448."""
     if DEVICE == "cuda" and torch.cuda.get_device_capability() < (8, 9):
         pytest.skip("fp8 needs compute capability 8.9")
@@ -258,7 +308,7 @@ def test_fp8(boxed: bool) -> None:
     x, w = (t.to(torch.float8_e4m3fn) for t in operands(problem, torch.float32))
     residual = torch.randn(2, 6, 4, 16, device=DEVICE).to(torch.float8_e4m3fn)
     options = {"scale": torch.rand(16, device=DEVICE) + 0.5, "relu": True}
-    tile = small_tile(problem, boxed)
+    tile = replace(small_tile(problem, boxed), splits=splits)
     wide = reference(problem, x.float(), w.float(), **options, residual=residual.double() * 0.25)
     y = conv_fprop(x, w, pad=1, **options, residual=residual, residual_scale=0.25, tile=tile)
     assert isinstance(y, Tensor)
@@ -360,6 +410,12 @@ def test_bad_arguments_are_named() -> None:
     refused("norm gives scale and shift", norm=RunningNorm(*[vector] * 4, 1e-5), shift=vector)
     refused(r"norm.var must have shape .24., got .5.", norm=RunningNorm(vector, vector[:5], None, None, 1e-5))
     refused("join needs a prologue and a 1x1", join=Join(x, None, None, x))
+    for wrong in (tma, gather):
+        refused("splits must be >= 1, got 0", tile=replace(wrong, splits=0))
+        refused("splits=2: only without statistics", tile=replace(wrong, splits=2), statistics=True)
+    ones, split = torch.ones(32, device=DEVICE), replace(gather, splits=2)
+    joined = {"prologue": (ones, ones), "join": Join(x, None, None, x.clone())}
+    refused("splits=2: only without join", w=w[:, :1, :1].contiguous(), pad=0, **joined, tile=split)
     refused("BK=64 must divide C=32", tile=Tile(16, 32, 64, 4, 2, tma.box))
     refused("the box must hold BN pixels", tile=Tile(16, 64, 32, 4, 2, tma.box))
     refused("impossible here: stride 2 over an odd image 7x6", stride=2, tile=tma)
@@ -383,6 +439,22 @@ def test_every_tile_at_every_layer(name: str, dtype: torch.dtype, names: tuple[s
             y, partials = fprop(problem, x, w, **given, statistics=True, tile=tile)
             assert_close_to_reference(y, ref64, baseline, factor=3.0, what=f"{problem} {tile} {names}")
             check_statistics(partials, y)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("names", [(), ("norm", "residual", "relu")], ids=["plain", "everything"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "resnext50_32x4d"])
+def test_every_split_tile_at_every_layer(name: str, dtype: torch.dtype, names: tuple[str, ...]) -> None:
+    """Of a single image."""
+    for problem in net_problems(name, 1):
+        x, w = operands(problem, dtype)
+        given = extras(problem, dtype, *names)
+        boxed = [True] if fprop_tma_refusal(problem, x, w) is None else []
+        ref64, baseline = reference(problem, x, w, **given), reference(problem, x, w, dtype, **given)
+        for tile in (t for tma in (*boxed, False) for t in fprop_tiles(problem, 2, tma, split=True)):
+            y = fprop(problem, x, w, **given, tile=tile)
+            assert_close_to_reference(y, ref64, baseline, factor=3.0, what=f"{problem} {tile} {names}")
 
 
 @pytest.mark.gpu

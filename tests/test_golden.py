@@ -18,6 +18,7 @@ from binary import record
 
 from fastres.kernels.batch_norm import backward_apply, backward_reduce, normalize, statistics
 from fastres.kernels.bottleneck import bottleneck_chain
+from fastres.kernels.config import Tile
 from fastres.kernels.conv import conv_fprop
 from fastres.kernels.dgrad import conv_dgrad
 from fastres.kernels.wgrad import conv_wgrad
@@ -38,9 +39,13 @@ def launches() -> dict[str, Callable[[], Any]]:
     spatial, expand = meta(C, 3, 3, C), meta(4 * C, 1, 1, C)
     narrow, broad = meta(N, 56, 56, 64), meta(N, 56, 56, 256)
     s, s4 = meta(64, dtype=torch.float32), meta(256, dtype=torch.float32)
+    single = meta(1, SIZE, SIZE, C)
     return {
         "infer 3x3": lambda: conv_fprop(x, spatial, pad=1, scale=v, shift=v, relu=True),
         "infer 1x1 residual": lambda: conv_fprop(x, expand, scale=v4, shift=v4, residual=wide, relu=True),
+        "infer 3x3 split": lambda: conv_fprop(
+            single, spatial, pad=1, shift=v, relu=True, tile=Tile(64, 32, 64, 4, 6, (1, 2, 16), splits=4)
+        ),
         "fprop 3x3 prologue statistics": lambda: conv_fprop(x, spatial, pad=1, prologue=(v, v), statistics=True),
         "fprop 1x1 prologue statistics": lambda: conv_fprop(x, expand, prologue=(v, v), statistics=True),
         "dgrad 3x3 mask": lambda: conv_dgrad(x, spatial, x.shape, pad=1, relu_mask=(v, v), norm=(x, v)),

@@ -152,6 +152,41 @@ def test_every_small_launch(
         check(tune, call, dtype, torch.device("cpu"), 3)
 
 
+@pytest.mark.interpret
+@interpreted
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize(
+    "problem",
+    [
+        ConvProblem(2, 4, 4, 64, 64, 3, 3, 1, 1),
+        ConvProblem(2, 4, 4, 128, 128, 3, 3, 2, 1),
+        ConvProblem(2, 4, 4, 256, 64),
+        ConvProblem(2, 4, 4, 256, 512, 1, 1, 2),
+    ],
+    ids=str,
+)
+def test_every_small_launch_by_splits(problem: ConvProblem, tune: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU whose multiprocessors are more than the tiles; `interpreter` has but one."""
+    monkeypatch.setattr(kernels_launch, "INTERPRETER", H200._replace(name="interpreter"))
+    added = Counted(conv.fprop_reduce_kernel)
+    monkeypatch.setattr(conv, "fprop_reduce_kernel", added)
+    for call in of_problem(tune, "resnet50", 2, 16, "infer", problem):
+        before = added.launches
+        check(tune, call, torch.float16, torch.device("cpu"), 1)
+        assert added.launches > before
+
+
+class Counted:
+    """A kernel that counts its launches."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel, self.launches = kernel, 0
+
+    def __getitem__(self, grid: Any) -> Any:
+        self.launches += 1
+        return self.kernel[grid]
+
+
 def first(tune: ModuleType, pass_: str, problem: ConvProblem, *names: str) -> Call:
     """The call of ResNet-50 at 2 images of 16 x 16 that is given all of `names`."""
     found = of_problem(tune, "resnet50", problem.N, 16, pass_, problem)
@@ -258,6 +293,23 @@ def test_tensor_cores_and_boxes_of_hopper_are_among_them(pass_: str, tune: Modul
     assert 2 * counts["wgmma by boxes"] > counts["all"] > 200, counts
     assert min(counts["two messages"], counts["of a table"]) > 20, counts
     assert pass_ == "wgrad" or counts["128 pixels"] > 20, counts
+
+
+def test_splits_are_among_those_of_a_single_image(tune: ModuleType) -> None:
+    """Of every layer whose tiles are few and whose sums are long; never in training."""
+    split: Counter[str] = Counter()
+    for call in calls(tune, (50,), 1):
+        with record() as launches:
+            for _ in launched(tune, call, call.given, TILES):
+                pass
+        cut = sum(one.fn.__name__ == "fprop_reduce_kernel" for one in launches)
+        assert call.pass_ == "infer" or not cut, call
+        split["calls"] += cut > 0
+        split["launches"] += cut
+        if call.problem.H <= 14 and call.pass_ == "infer":
+            assert cut >= TILES, call
+    assert split["calls"] > 20, split
+    assert split["launches"] > 150, split
 
 
 def test_ends_of_blocks_are_among_them(tune: ModuleType) -> None:

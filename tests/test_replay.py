@@ -53,6 +53,17 @@ CALLS: dict[str, Callable[[Operands], Any]] = {
     "fprop, live norm": lambda o: conv_fprop(
         o(2, 8, 8, 32), o(16, 1, 1, 32), norm=RunningNorm(o(16), o(16, draw=torch.rand), None, o(16), 1e-5), relu=True
     ),
+    "fprop, split": lambda o: conv_fprop(
+        o(2, 8, 8, 32),
+        o(16, 3, 3, 32),
+        pad=1,
+        scale=o.vectors(1, 16)[0],
+        residual=o(2, 8, 8, 16),
+        tile=Tile(16, 32, 32, 4, 2, (1, 4, 8), splits=4),
+    ),
+    "fprop, split, by pointers": lambda o: conv_fprop(
+        o(2, 5, 7, 6), o(8, 3, 3, 3), groups=2, pad=1, relu=True, tile=Tile(16, 32, 16, 4, 2, splits=2)
+    ),
     "fprop, joined": lambda o: conv_fprop(
         o(2, 8, 8, 32),
         o(16, 1, 1, 32),
