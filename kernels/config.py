@@ -155,8 +155,10 @@ def fprop_tile(
     pass_: Literal["infer", "fprop"] = "fprop",
 ) -> Tile:
     """The measured tile where the tables have one that fits what else the kernel does, else the first of
-    `fprop_tiles`."""
+    `fprop_tiles`. tma: whether TMA can serve; what was measured may have been faster by pointers."""
     candidates = fprop_tiles(problem, dtype.itemsize, tma, gpu, ieee, computed, pass_ == "infer")
+    if tma:
+        candidates += fprop_tiles(problem, dtype.itemsize, False, gpu, ieee, computed, pass_ == "infer")
     return _measured_tile(pass_, problem, dtype, gpu, candidates)
 
 

@@ -218,6 +218,16 @@ def test_splits_are_taken_where_they_were_measured(monkeypatch: pytest.MonkeyPat
     assert chosen(1).splits > 1
 
 
+def test_a_tile_by_pointers_is_taken_where_it_was_measured() -> None:
+    """Also where TMA could serve."""
+    found = fprop_tiles(LAST, 2, False, split=True)
+    for pass_, tile in (("infer", found[0]), ("infer", found[-1]), ("fprop", found[-1])):
+        tile = tile if pass_ == "infer" else replace(tile, splits=1)
+        put({(pass_, LAST): Measurement("triton", tile)})
+        assert fprop_tile(LAST, BF16, True, pass_=pass_) == tile  # type: ignore[arg-type]
+        assert fprop_tile(LAST, torch.float16, True, pass_=pass_).box is not None  # type: ignore[arg-type]
+
+
 def put(entries: dict[tuple[str, ConvProblem], Measurement], gpu: Gpu = H200, folder: Path | None = None) -> None:
     """Writes a bf16 table and forgets what was read before."""
     table = {(pass_, problem, BF16): found for (pass_, problem), found in entries.items()}
