@@ -35,8 +35,9 @@ def bench(*arguments: str, record: str = "record", seconds: float = 480) -> Part
     return Part(["bench/run.py", *shared, *arguments], seconds)
 
 
-def tune(depth: str, seconds: float = 480) -> Part:
-    return Part(["bench/tune.py", "--depth", depth, "--jobs", "{jobs}", "--seconds", "{seconds}"], seconds)
+def tune(depth: str, *arguments: str, seconds: float = 480) -> Part:
+    command = ["bench/tune.py", "--depth", depth, *arguments]
+    return Part([*command, "--jobs", "{jobs}", "--seconds", "{seconds}"], seconds)
 
 
 def timeline(mode: str, backend: str, seconds: float) -> Part:
@@ -87,7 +88,8 @@ PARTS: dict[str, Part] = {
     ),
     "tests-nets": checks(*NETS, *ON_GPU, seconds=130),
     "tests-gpu": checks(*OTHERS, *ON_GPU),
-    "tune-50": tune("50", 200),
+    "tune-50": tune("50", seconds=200),
+    "tune-50-batch-1": tune("50", "--batch", "1", "--pass", "infer", seconds=75),
     "tests-tuned": checks("tests/test_layers.py", "-k", OF_50, seconds=120, proof=True),
     "bench-train-50": bench(*TRAIN_50, "--backend", TRAIN, seconds=200),
     "bench-infer-50": bench(*INFER_50, "--backend", INFER, seconds=210),
@@ -148,9 +150,9 @@ PLANS = {
         ("bench-train-50-overlap", "bench-train-50-fp16", "ablate-50"),
     ),
     3: Plan(
-        "the record of inference, each layer on its own, the nets' tests",
-        ("bench-infer-50", "bench-infer-50-batch-1", "kernels-50", "tests-nets", "timeline-infer-50"),
-        ("hopper", "passes", "tests-kernels"),
+        "tiles for one image, the record of inference, each layer on its own",
+        ("tune-50-batch-1", "bench-infer-50", "bench-infer-50-batch-1", "kernels-50", "timeline-infer-50"),
+        ("tests-nets", "hopper", "passes", "tests-kernels"),
     ),
 }
 
