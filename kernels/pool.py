@@ -42,7 +42,8 @@ def max_pool_kernel(
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, PAD: tl.constexpr,
     VEC: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """One tile of y, seen as [M, K] with M = N U V, and of tap; or, without scale, shift and tap, of max_pool(z)."""
+    """One tile of y, seen as [M, K] with M = N U V, and of tap where there is one; without scale and shift of
+    max_pool(z)."""
     K = K_VECS * VEC
     row, channel = tile_of(tl.program_id(0), K, BM, BK)
     if scale is not None:
@@ -112,17 +113,26 @@ def gather(
 
 @remembered
 def normalize_max_pool(
-    z: Tensor, scale: Tensor, shift: Tensor, *, kernel: int = 3, stride: int = 2, pad: int = 1
-) -> tuple[Tensor, Tensor]:
+    z: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    *,
+    kernel: int = 3,
+    stride: int = 2,
+    pad: int = 1,
+    taps: bool = True,
+) -> tuple[Tensor, Tensor | None]:
     """y = max_pool(relu(scale z + shift)) of z [N, P, Q, K], and the uint8 tap of each maximum, both [N, U, V, K].
 
-    scale, shift: fp32 [K]. y has z's dtype (bf16, fp16, fp32). Equivalent to `reference.stem` after its convolution.
+    scale, shift: fp32 [K]. y has z's dtype (bf16, fp16, fp32). taps: whether a backward will want them; without, the
+    second result is None. Equivalent to `reference.stem` after its convolution.
     Raises ValueError for other layouts or dtypes, an empty output, and sizes beyond `check_pool`.
     """
     view = rows("z", z, WINDOWED)
     shape = check_pool(z, kernel, stride, pad)
     check_vectors(view.K, z, scale=scale, shift=shift)
-    y, tap = empty(shape, z.dtype, z.device), empty(shape, torch.uint8, z.device)
+    y = empty(shape, z.dtype, z.device)
+    tap = empty(shape, torch.uint8, z.device) if taps else None
     _launch(view, z, scale, shift, y, tap, kernel, stride, pad)
     return y, tap
 

@@ -10,6 +10,8 @@ import dataclasses
 import itertools
 import statistics
 from collections import Counter, defaultdict
+from collections.abc import Callable
+from typing import Any
 from unittest.mock import Mock
 
 import pytest
@@ -23,9 +25,10 @@ from torch import Tensor, nn
 
 import fastres
 from fastres import paper
+from fastres.kernels import pool
 from fastres.models import resnet
 from fastres.models.resnet import Bottleneck, ResNet
-from fastres.ops import dispatch
+from fastres.ops import conv_bn_act, dispatch, launch, reference
 
 pytestmark = pytest.mark.interpret
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -343,6 +346,55 @@ def test_accumulated_gradients_and_checkpointing() -> None:
         F.cross_entropy(net.fc(net.avgpool(x).flatten(1)), labels).backward()
     for p, g in zip(net.parameters(), once, strict=True):
         assert relative_error(p.grad, g) < 1e-5
+
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "NCHW": Tensor.contiguous,
+    "NHWC": lambda x: x.contiguous(memory_format=torch.channels_last),
+    "strided": lambda x: x.repeat_interleave(2, 3)[..., ::2],
+}
+
+
+@pytest.mark.parametrize("half", [False, True], ids=["float32", "autocast"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("mode", ["train", "eval", "eval, no gradient"])
+@pytest.mark.parametrize("packs", [True, False], ids=["packed", "plain"])
+def test_images_are_converted_once_at_most(
+    packs: bool, mode: str, layout: str, half: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stem that packs its images takes them as they come; only the gradient of its filters wants them in NHWC."""
+    monkeypatch.setattr(dispatch, "conv_engine", lambda *_: "stem" if packs else "aten")
+    monkeypatch.setattr(launch, "_step", launch._step.__wrapped__)
+    pools, launching = [], pool.launch
+
+    def noting(kernel: Any, grid: tuple[int, ...], **given: Any) -> None:
+        pools.append(given["tap"] is not None)
+        launching(kernel, grid, **given)
+
+    monkeypatch.setattr(pool, "launch", noting)
+    conv, bn, pooling = nn.Conv2d(3, 8, 7, 2, 3, bias=False), nn.BatchNorm2d(8), nn.MaxPool2d(3, 2, 1)
+    net = nn.ModuleList([conv, bn, pooling]).train(mode == "train").to(DEVICE)
+    x = LAYOUTS[layout](torch.randn(2, 3, 14, 16, device=DEVICE))
+    gradients = mode != "eval, no gradient"
+
+    def results(net: nn.ModuleList, stem: Any, x: Tensor) -> list[Tensor]:
+        net = copy.deepcopy(net).to(x.dtype)
+        with torch.set_grad_enabled(gradients), torch.autocast(x.device.type, torch.float16, enabled=half):
+            y = stem(x, *net)
+        if gradients:
+            y.backward(torch.linspace(-1, 1, y.numel()).reshape(y.shape).to(y))
+        return [y, *(p.grad for p in net.parameters() if gradients), *net.buffers()]
+
+    want, baseline = (results(net, reference.stem, t) for t in (x.double(), x))
+    with fastres.backend("triton"), torch.profiler.profile(record_shapes=True) as profiler:
+        got = results(net, conv_bn_act.stem, x)
+    for mine, exact, stock in zip(got, want, baseline, strict=True):
+        if mine.is_floating_point():
+            assert_close_to_reference(mine, exact, stock, lost=1e-6 + lost_in_sums(2 * 7 * 8, x))
+    shapes = [list(x.shape), list(x.permute(0, 2, 3, 1).shape)]
+    copies = sum(e.name == "aten::copy_" and e.input_shapes[0] in shapes for e in profiler.events())
+    assert copies == (0 if (layout == "NHWC" and not half) or (packs and not gradients) else 1)
+    assert pools == [gradients], "taps are for a backward"
 
 
 @pytest.mark.gpu

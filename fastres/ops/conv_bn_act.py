@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from fastres.ops import dispatch, launch, reference
 from fastres.ops.beside import Beside
 from fastres.ops.launch import Norms, Step
-from fastres.ops.steps import Geometry, Pool, nchw, nhwc
+from fastres.ops.steps import Geometry, Pool, dense, nchw, nhwc
 
 Unit = tuple[nn.Module, nn.Module]  # (conv, norm)
 
@@ -103,6 +103,12 @@ class Call:
         """Number of layers on the main branch; a projection stands after them."""
         return len(self.layers) - (self.end.kind == "project")
 
+    def read(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """x [N, C, H, W] as the first convolution takes it, [N, H, W, C]: contiguous in `dtype`, or a view of what a
+        stem packs, whatever its strides and dtype."""
+        packs = self.end.kind == "pool" and self.steps[0].fprop_by == "stem"
+        return x.permute(0, 2, 3, 1) if packs else dense(x, dtype)
+
 
 def prepare(
     shape: Sequence[int], units: Sequence[Unit], end: End, dtype: torch.dtype, device: torch.device
@@ -124,8 +130,8 @@ def _run(x: Tensor, units: Sequence[Unit], end: End) -> Tensor:
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *parameters)):
             return _Block.apply(call, dtype, x, *parameters)
         if not any(layer.batch_statistics for layer in call.layers):
-            return _infer(call, x.to(dtype), parameters)
-        return nchw(forward(call, x.to(dtype), parameters)[0])
+            return _infer(call, x, dtype, parameters)
+        return nchw(forward(call, x, dtype, parameters)[0])
 
 
 def choose_steps(
@@ -160,24 +166,24 @@ def krsc(weight: Tensor, dtype: torch.dtype) -> Tensor:
     return nhwc(weight.detach().to(dtype))
 
 
-def _infer(call: Call, x: Tensor, parameters: Sequence[Any]) -> Tensor:
+def _infer(call: Call, x: Tensor, dtype: torch.dtype, parameters: Sequence[Any]) -> Tensor:
     """Every BN by its running statistics, live: scale and shift act in the conv's epilogue, nothing is kept."""
-    a = x = nhwc(x)
+    a = x = call.read(x, dtype)
     identity: Tensor | None = x
     if call.end.kind == "project":
         weight, gamma, beta = parameters[-3:]
-        identity = call.steps[-1].infer_live(x, krsc(weight, x.dtype), gamma, beta, call.layers[-1], relu=False)
+        identity = call.steps[-1].infer_live(x, krsc(weight, dtype), gamma, beta, call.layers[-1], relu=False)
     for i in range(call.depth):
         step, layer = call.steps[i], call.layers[i]
         weight, gamma, beta = parameters[3 * i : 3 * i + 3]
-        w, last = krsc(weight, x.dtype), i == call.depth - 1
+        w, last = krsc(weight, dtype), i == call.depth - 1
         if last and call.end.kind in ("pool", "pad"):
             z = step.fprop(a, w, None)
             _, _, scale, shift = step.running_statistics(gamma, beta, layer)
             if call.end.kind == "pad":
                 return nchw(step.normalize(z, scale, shift, residual=x, residual_stride=call.end.stride))
-            y, _ = step.normalize_max_pool(z, scale, shift, call.end.kernel, call.end.stride, call.end.pad)
-            return nchw(y)
+            sizes = call.end.kernel, call.end.stride, call.end.pad
+            return nchw(step.normalize_max_pool(z, scale, shift, *sizes, taps=False)[0])
         residual = identity if last and call.end.kind in ("add", "project") else None
         a = step.infer_live(a, w, gamma, beta, layer, residual)
     return nchw(a)
@@ -197,32 +203,29 @@ class Pending:
 
 
 def convolutions(
-    call: Call, x: Tensor | Pending, parameters: Sequence[Any]
-) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor], list[Tensor | None]]:
-    """x NHWC, then per layer: z, its [mean, rstd, scale, shift] in one flat list, the weight as the conv read it, the
-    activation to keep (`Step.keeps_activation`) or None. A pending x is computed with the first convolution."""
+    call: Call, x: Tensor | Pending, weights: Sequence[Tensor], parameters: Sequence[Any]
+) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor | None]]:
+    """x NHWC, then per layer: z, its [mean, rstd, scale, shift] in one flat list, the activation to keep
+    (`Step.keeps_activation`) or None. x: as `Call.read` gives it; a pending one is computed with the first convolution.
+    weights: by `krsc`."""
     zs: list[Tensor] = []
     stats: list[Tensor] = []
-    weights: list[Tensor] = []
     activations: list[Tensor | None] = []
     a, prologue, partials = x, None, None
     for i, (step, layer) in enumerate(zip(call.steps, call.layers, strict=True)):
-        weight, gamma, beta = parameters[3 * i : 3 * i + 3]
+        w, (gamma, beta) = weights[i], parameters[3 * i + 1 : 3 * i + 3]
         if i == call.depth:  # the projection reads the block's input again
             a, prologue = x, None
         kept = None
-        if isinstance(a, Tensor) and prologue is not None and step.keeps_activation and weight.requires_grad:
+        if isinstance(a, Tensor) and prologue is not None and step.keeps_activation and parameters[3 * i].requires_grad:
             a = kept = step.normalize(a, *prologue)
             prologue = None
         if isinstance(a, Pending):
-            w = krsc(weight, a.z.dtype)
             x, z, partials = step.fprop_joined(a.z, a.affine, w, statistics=layer.batch_statistics, **a.addend)
+        elif layer.batch_statistics:
+            z, partials = step.fprop_statistics(a, w, prologue)
         else:
-            w = krsc(weight, a.dtype)
-            if layer.batch_statistics:
-                z, partials = step.fprop_statistics(a, w, prologue)
-            else:
-                z = step.fprop(a, w, prologue)
+            z = step.fprop(a, w, prologue)
         if layer.batch_statistics:
             assert partials is not None
             four = step.finish_statistics(partials, gamma, beta, layer)
@@ -230,18 +233,19 @@ def convolutions(
             four = step.running_statistics(gamma, beta, layer)
         zs.append(z)
         stats += four
-        weights.append(w)
         activations.append(kept)
         a, prologue = z, (four[2], four[3])
     assert not isinstance(x, Pending)
-    return x, zs, stats, weights, activations
+    return x, zs, stats, activations
 
 
 def forward(
-    call: Call, x: Tensor, parameters: Sequence[Any], residual: Tensor | None = None
+    call: Call, x: Tensor, dtype: torch.dtype, parameters: Sequence[Any], residual: Tensor | None = None
 ) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor], list[Tensor | None], Tensor | None]:
-    """out NPQK, then what `convolutions` gives per layer, and the pool's taps. `residual` is what a "join" adds."""
-    x, zs, stats, weights, activations = convolutions(call, nhwc(x), parameters)
+    """out NPQK in `dtype`, then per layer z, its statistics, the weight as the conv read it and the activation to keep,
+    and the pool's taps. x [N, C, H, W]; `residual` is what a "join" adds."""
+    weights = [krsc(weight, dtype) for weight in parameters[::3]]
+    x, zs, stats, activations = convolutions(call, call.read(x, dtype), weights, parameters)
     if call.end.kind == "pool":
         end, last = call.end, call.depth - 1
         scale, shift = stats[4 * last + 2 : 4 * last + 4]
@@ -278,11 +282,11 @@ class _Block(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, call: Call, dtype: torch.dtype, x: Tensor, *parameters: Tensor | None) -> Tensor:
-        x_read = x.to(dtype)
-        out, zs, stats, weights, activations, taps = forward(call, x_read, parameters)
+        x_read = nchw(call.read(x, dtype))
+        out, zs, stats, weights, activations, taps = forward(call, x_read, dtype, parameters)
         y = unaliased(out)
         ctx.call, ctx.x_dtype, ctx.counts = call, x.dtype, (len(parameters), len(zs))
-        ctx.save_for_backward(x, nchw(nhwc(x_read)), y, taps, *parameters, *zs, *stats, *weights, *activations)
+        ctx.save_for_backward(x, x_read, y, taps, *parameters, *zs, *stats, *weights, *activations)
         return y
 
     @staticmethod
@@ -296,7 +300,8 @@ class _Block(torch.autograd.Function):
         zs, stats = rest[:n_layers], rest[n_layers : 5 * n_layers]
         weights, activations = rest[5 * n_layers : 6 * n_layers], rest[6 * n_layers :]
         needs_x, needs = ctx.needs_input_grad[2], ctx.needs_input_grad[3:]
-        work = Backward(call, nhwc(x_read), nhwc(y), taps, zs, stats, weights, activations, parameters, needs_x, needs)
+        of_layers = (zs, stats, weights, activations)
+        work = Backward(call, call.read(x_read, y.dtype), nhwc(y), taps, *of_layers, parameters, needs_x, needs)
         dx, dparameters = work.run(Gradient(nhwc(dy.to(y.dtype))))
         return None, None, None if dx is None else nchw(dx.value).to(ctx.x_dtype), *dparameters
 

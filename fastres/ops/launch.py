@@ -187,9 +187,10 @@ class Step:
         return fuses and dispatch.joins(self.problem)
 
     def _stem(self, x: Tensor, w: Tensor, **epilogue: Any) -> Any:
+        """x may have any strides and dtype: packing converts it to that of w."""
         from fastres.kernels.stem import conv_stem, pack_filters, pack_images
 
-        images = pack_images(steps.nchw(x), self.problem, x.dtype)
+        images = pack_images(steps.nchw(x), self.problem, w.dtype)
         return conv_stem(images, pack_filters(w), self.problem, precision=self.precision, **epilogue)
 
     def _prologue(self, x: Tensor, prologue: Affine | None, on_load: bool) -> tuple[Tensor, Affine | None]:
@@ -244,9 +245,9 @@ class Step:
         )
 
     def normalize_max_pool(
-        self, z: Tensor, scale: Tensor, shift: Tensor, kernel: int, stride: int, pad: int
-    ) -> tuple[Tensor, Tensor]:
-        return self._pointwise.normalize_max_pool(z, scale, shift, kernel=kernel, stride=stride, pad=pad)
+        self, z: Tensor, scale: Tensor, shift: Tensor, kernel: int, stride: int, pad: int, taps: bool = True
+    ) -> tuple[Tensor, Tensor | None]:
+        return self._pointwise.normalize_max_pool(z, scale, shift, kernel=kernel, stride=stride, pad=pad, taps=taps)
 
     def backward_reduce(self, dy: Tensor, z: Tensor, mean: Tensor, **source: Any) -> Any:
         """`source`: mask, pool, projection, as `steps.backward_reduce`."""
@@ -318,9 +319,12 @@ class Step:
     def wgrad(
         self, dz: Tensor, a: Tensor, bn: BNBackward | None, prologue: Affine | None, dtype: torch.dtype
     ) -> Tensor:
+        """`a`, where it is what a stem's fprop packed, may have any strides and dtype."""
         if bn is not None and bn[2] is None:  # each filter's gradient is that of p g
             p = bn[1][:, None, None, None]
             return (p * self.wgrad(dz, a, None, prologue, p.dtype)).to(dtype)
+        if a.dtype != dz.dtype or not a.is_contiguous():
+            a = steps.dense(steps.nchw(a), dz.dtype)
         if self.wgrad_by == "triton":
             from fastres.kernels.wgrad import conv_wgrad
 

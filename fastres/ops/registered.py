@@ -145,7 +145,7 @@ def _forward(
     weights: Any = parameters[::3]
     with torch._C._DisableAutocast():
         call = _call(x, weights, layers, End(end, *sizes))
-        out, zs, stats, read, _, taps = forward(call, x, parameters, residual)
+        out, zs, stats, read, _, taps = forward(call, x, x.dtype, parameters, residual)
         copies = [w for w, weight in zip(read, weights, strict=True) if _is_copied(weight, x.dtype)]
         return unaliased(out), moved, torch.cat(stats), [*zs, *([] if taps is None else [taps]), *copies]
 
@@ -171,9 +171,10 @@ def _backward(
     read = [next(rest) if _is_copied(w, x.dtype) else krsc(w, x.dtype) for w in weights if w is not None]
     with torch._C._DisableAutocast():
         call = _call(x, weights, layers, End(end, *sizes))
-        masked = nhwc(x if out is None else out)  # not read where there is no `out`
+        a = call.read(x, x.dtype)
+        masked = a if out is None else nhwc(out)  # not read where there is no `out`
         of_layers = (zs, stats, read, [None] * len(layers))
-        work = Backward(call, nhwc(x), masked, taps, *of_layers, parameters, output_mask[0], output_mask[1:])
+        work = Backward(call, a, masked, taps, *of_layers, parameters, output_mask[0], output_mask[1:])
         dx, grads = work.run(Gradient(nhwc(dy.to(x.dtype))))
     found = [None if dx is None else nchw(dx.value), *grads]
     return [grad for grad, wanted in zip(found, output_mask, strict=True) if wanted and grad is not None]

@@ -25,13 +25,14 @@ from fastres.ops.conv_bn_act import (
     Unit,
     convolutions,
     definition,
+    krsc,
     norms,
     pending,
     prepare,
     unaliased,
     with_end,
 )
-from fastres.ops.steps import nchw, nhwc
+from fastres.ops.steps import dense, nchw, nhwc
 
 
 def stage(x: Tensor, blocks: Sequence[tuple[Sequence[Unit], nn.Module | None]]) -> Tensor:
@@ -64,16 +65,16 @@ class _Stage(torch.autograd.Function):
     def forward(
         ctx: Any, calls: tuple[Call, ...], dtype: torch.dtype, recompute: bool, x: Tensor, *parameters: Any
     ) -> Tensor:
-        a: Tensor | Pending = nhwc(x.to(dtype))
+        a: Tensor | Pending = dense(x, dtype)
         inputs: list[Tensor] = []
         kept: tuple[list[Any], ...] = ([], [], [], [])
-        of_block: list[Any]
         for call, own in zip(calls, _split(calls, parameters, 3), strict=True):
-            read, *of_block = convolutions(call, a, own)
+            weights = [krsc(weight, dtype) for weight in own[::3]]
+            read, zs, stats, activations = convolutions(call, a, weights, own)
             inputs.append(read)
-            for all_blocks, one in zip(kept, of_block, strict=True):
+            for all_blocks, one in zip(kept, (zs, stats, weights, activations), strict=True):
                 all_blocks.extend(one)
-            a = pending(call, read, of_block[0], of_block[1])
+            a = pending(call, read, zs, stats)
         assert isinstance(a, Pending)
         y = unaliased(a.compute())
         ctx.calls, ctx.x_dtype, ctx.layers = calls, x.dtype, len(parameters) // 3

@@ -42,6 +42,12 @@ def nhwc(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 1).contiguous()
 
 
+def dense(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x [N, C, H, W] as [N, H, W, C], contiguous, in `dtype`: a view where it is that already, else one pass over
+    memory."""
+    return nhwc(x if x.dtype == dtype else x.to(dtype, memory_format=torch.channels_last))
+
+
 def conv_fprop(x: Tensor, w: Tensor, *, geometry: Geometry) -> Tensor:
     """z [N, P, Q, K] = conv(x, w)."""
     return nhwc(F.conv2d(nchw(x), nchw(w), None, *_conv_args(geometry)))
@@ -149,11 +155,13 @@ def normalize(
 
 
 def normalize_max_pool(
-    z: Tensor, scale: Tensor, shift: Tensor, *, kernel: int, stride: int, pad: int
-) -> tuple[Tensor, Tensor]:
-    """y = max_pool(relu(scale z + shift)) and, per value of y, which tap of its window it came from (uint8, in scan
-    order; the first of equals, NaN wins, as `torch.max_pool2d`)."""
+    z: Tensor, scale: Tensor, shift: Tensor, *, kernel: int, stride: int, pad: int, taps: bool = True
+) -> tuple[Tensor, Tensor | None]:
+    """y = max_pool(relu(scale z + shift)) and, where `taps` are wanted, per value of y, which tap of its window it came
+    from (uint8, in scan order; the first of equals, NaN wins, as `torch.max_pool2d`)."""
     a = nchw(normalize(z, scale, shift, relu=True))
+    if not taps:
+        return nhwc(F.max_pool2d(a, kernel, stride, pad)), None
     y, flat = F.max_pool2d(a, kernel, stride, pad, return_indices=True)
     h, w = flat // a.shape[3], flat % a.shape[3]
     top = torch.arange(y.shape[2], device=z.device)[:, None] * stride - pad
