@@ -749,3 +749,32 @@ def test_why_plain_says_why() -> None:
         )(x[None])
     with pytest.raises(ValueError, match="accepted: 'auto'"), fastres.backend("fastest"):
         pass
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format], ids=str)
+def test_the_average_pool_keeps_the_layout_of_its_input(memory_format: torch.memory_format, dtype: torch.dtype) -> None:
+    """Forward and backward have the bits of the modules; the gradient is laid out as the input is."""
+    pool, gradients = nn.AdaptiveAvgPool2d((1, 1)), []
+    leaf = images(3, 7).to(dtype).repeat(1, 8, 1, 1).contiguous(memory_format=memory_format).requires_grad_()
+    for call in (lambda x: torch.flatten(pool(x), 1), lambda x: resnet.pooled(x, pool)):
+        x = leaf * 1
+        x.register_hook(gradients.append)
+        y = call(x)
+        y.backward(torch.linspace(-1, 1, y.numel()).reshape(y.shape).to(dtype))
+        gradients.append(y.detach())
+    assert torch.equal(gradients[0], gradients[2])
+    assert torch.equal(gradients[1], gradients[3])
+    assert gradients[2].is_contiguous(memory_format=memory_format)
+
+
+def test_other_average_pools_are_called() -> None:
+    x = images(2, 6).contiguous(memory_format=torch.channels_last)
+    hooked, calls = nn.AdaptiveAvgPool2d(1), []
+    hooked.register_forward_hook(lambda *_: calls.append(1))
+    for pool in (hooked, nn.AdaptiveAvgPool2d(2), nn.AdaptiveAvgPool2d((1, None)), nn.Identity(), nn.MaxPool2d(6)):
+        assert torch.equal(resnet.pooled(x, pool), torch.flatten(pool(x), 1))
+    assert len(calls) == 2
+    with nn_module.register_module_forward_hook(lambda *_: calls.append(1)):
+        resnet.pooled(x, nn.AdaptiveAvgPool2d(1))
+    assert len(calls) == 3

@@ -246,7 +246,7 @@ class CifarResNet(_SmallImageStem):
         if not torch.jit.is_scripting():
             if dispatch.runs_stages():
                 x = v15.run_stages(x, self.layer1, self.layer2, self.layer3)
-                return self.fc(torch.flatten(self.avgpool(x), 1))
+                return self.fc(v15.pooled(x, self.avgpool))
         x = self.layer1(x)
         x = self.layer2(x)
         x = self.layer3(x)
@@ -272,7 +272,7 @@ class CifarStemResNet(_SmallImageStem):
         if not torch.jit.is_scripting():
             if dispatch.runs_stages():
                 x = v15.run_stages(x, self.layer1, self.layer2, self.layer3, self.layer4)
-                return self.linear(torch.flatten(self.avgpool(x), 1))
+                return self.linear(v15.pooled(x, self.avgpool))
         x = self.layer1(x)
         x = self.layer2(x)
         x = self.layer3(x)

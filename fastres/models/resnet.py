@@ -127,6 +127,15 @@ def run_stages(x: Tensor, *layers: nn.Module) -> Tensor:
     return x
 
 
+def pooled(x: Tensor, avgpool: nn.Module) -> Tensor:
+    """torch.flatten(avgpool(x), 1), bit for bit, where the gradient for a channels_last x [N, C, H, W] is
+    channels_last, too: a global average pool's own is NCHW, which the block before it would have to copy."""
+    usual = type(avgpool) is nn.AdaptiveAvgPool2d and avgpool.output_size in (1, (1, 1))
+    if usual and x.is_contiguous(memory_format=torch.channels_last) and dispatch.runs_forward_alone(avgpool):
+        return x.permute(0, 2, 3, 1).mean((1, 2))
+    return torch.flatten(avgpool(x), 1)
+
+
 class ResNet(tv.ResNet):
     """torchvision's `ResNet` whose stem may run fused too. Same constructor, attributes and state_dict.
 
@@ -137,7 +146,8 @@ class ResNet(tv.ResNet):
         x = self._stem(x)
         if not torch.jit.is_scripting():
             if dispatch.runs_stages():
-                return self._head(run_stages(x, self.layer1, self.layer2, self.layer3, self.layer4))
+                x = run_stages(x, self.layer1, self.layer2, self.layer3, self.layer4)
+                return self.fc(pooled(x, self.avgpool))
         x = self.layer1(x)
         x = self.layer2(x)
         x = self.layer3(x)

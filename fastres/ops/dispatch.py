@@ -313,6 +313,11 @@ def is_bare(module: nn.Module) -> bool:
     return not has_hooks(module) and module._compiled_call_impl is None
 
 
+def runs_forward_alone(module: nn.Module) -> bool:
+    """True if calling `module` runs its class's `forward`, and no global hook either."""
+    return is_bare(module) and not nn_module._has_any_global_hook()
+
+
 def wants_reference() -> bool:
     """True where `backend("reference")` is in force."""
     return _forced.get() == "reference"
