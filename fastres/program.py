@@ -205,14 +205,19 @@ class Program:
         else:
             call = partial(folded.by_library, **static)
             if engine == "cudnn" and step.relu:
-                fused = partial(folded.by_cudnn, p=static["p"], geometry=step.geometry)
-                refusal, result = _try_fused(fused, inputs)
-                if result is not None:
-                    return Bound(step, "cudnn fused", why, partial(_one, fused)), (result,)
-                why += f"; not fused: {refusal}"
                 if dispatch.pointwise_engine(dtype, x.device) == "triton":
                     ones = torch.ones(problem.K, device=x.device)
                     call, name = partial(folded.by_library_and_kernel, ones=ones, **static), "cudnn + triton"
+                fused = partial(folded.by_cudnn, p=static["p"], geometry=step.geometry)
+                refusal, result = _try_fused(fused, inputs)
+                if result is None:
+                    why += f"; not fused: {refusal}"
+                else:
+                    facts = problem, dtype, residual is not None, name, dispatch.precision(dtype, x.device)
+                    faster, compared = _faster_fused(facts, fused, call, inputs)
+                    why += compared
+                    if faster:
+                        return Bound(step, "cudnn fused", why, partial(_one, fused)), (result,)
         return Bound(step, name, why, partial(_one, call)), (call(*inputs),)
 
     def _bind_apart(self, step: Conv, x: Tensor, other: Any) -> tuple[Bound, Sequence[Tensor]]:
@@ -258,6 +263,42 @@ def _try_fused(fused: Callable[..., Tensor], inputs: Sequence[Tensor]) -> tuple[
         raise
     except RuntimeError as error:
         return f"cuDNN: {str(error).splitlines()[0]}", None
+
+
+_times: dict[Any, list[float]] = {}  # what the two of `_faster_fused` took, by all that it may hang on
+
+
+def _faster_fused(
+    facts: tuple[Any, ...], fused: Callable[..., Tensor], apart: Callable[..., Tensor], inputs: Sequence[Tensor]
+) -> tuple[bool, str]:
+    """Whether cuDNN's fused convolution, which serves, is as fast as the convolution and our pass `apart`, and what was
+    measured, for the log. Measured once per process and `facts`; never in a capture, where the fused one is taken."""
+    key = *facts, inputs[0].device, torch.backends.cudnn.benchmark
+    if key not in _times:
+        if torch.cuda.is_current_stream_capturing() or not inputs[0].numel():
+            return True, ""
+        try:
+            apart(*inputs)  # compiles, and has cuDNN choose
+            _times[key] = _microseconds([partial(fused, *inputs), partial(apart, *inputs)], inputs[0].device)
+        except (RuntimeError, ValueError) as error:  # of memory for one more tensor, too
+            return True, f"; apart: {str(error).splitlines()[0]}"
+    together, separate = _times[key]
+    return together <= separate, f"; measured: fused {together:.0f} us, apart {separate:.0f} us"
+
+
+def _microseconds(calls: Sequence[Callable[[], Any]], device: torch.device) -> list[float]:
+    """What each call takes the GPU, the fastest of three, in turn. All have run before."""
+    spans: list[list[tuple[torch.cuda.Event, torch.cuda.Event]]] = [[] for _ in calls]
+    with torch.cuda.device(device):
+        torch.cuda._sleep(10**6)  # half a millisecond, in which the host gets ahead: its time is not measured
+        for _ in range(3):
+            for call, own in zip(calls, spans, strict=True):
+                own.append((torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)))
+                own[-1][0].record()
+                call()
+                own[-1][1].record()
+        torch.cuda.current_stream().synchronize()
+    return [1000 * min(start.elapsed_time(end) for start, end in own) for own in spans]
 
 
 def _one(call: Callable[..., Tensor], *inputs: Tensor) -> tuple[Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import io
 import pickle
@@ -23,7 +24,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, conv1x1
 from torchvision.ops import FrozenBatchNorm2d
 
 import fastres
-from fastres import optimize, paper
+from fastres import optimize, paper, program
 from fastres.inference import MAX_SHAPES, Optimized
 from fastres.ops import dispatch, folded, steps
 from fastres.plan import Chain, Conv, fuse, fuse_chains, trace
@@ -1139,6 +1140,122 @@ def test_float8_kernel_means_its_simulation() -> None:
     assert relative_error(got, expected) <= 1e-5 + lost_in_sums(9 * 16, x)
 
 
+# cuDNN's fused convolution, here a stand-in, and the clock.
+
+
+class Clock:
+    """Every step by the library, its fused convolution feigned; `takes` are the microseconds of fused and apart."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, takes: tuple[float, float]) -> None:
+        self.takes, self.capturing, self.asked = list(takes), False, 0
+        self.fused: list[tuple[int, ...]] = []
+        # The plan that is held against the model beforehand is in float64.
+        engine = {torch.float64: "aten"}
+        monkeypatch.setattr(
+            dispatch, "why_engine", lambda _, problem, dtype, on: (engine.get(dtype, "cudnn"), "said so")
+        )
+        monkeypatch.setattr(dispatch, "pointwise_engine", lambda *_: "aten")
+        monkeypatch.setattr(folded, "by_cudnn", self.by_cudnn)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: self.capturing)
+        monkeypatch.setattr(program, "_times", {})
+        monkeypatch.setattr(program, "_microseconds", self.microseconds)
+
+    def by_cudnn(self, x: Tensor, residual: Tensor | None = None, **static: Any) -> Tensor:
+        self.fused.append(tuple(x.shape))
+        return folded.by_library(x, residual, relu=True, **static)
+
+    def microseconds(self, calls: list[Callable[[], Tensor]], device: torch.device) -> list[float]:
+        self.asked += 1
+        fused, apart = (call() for call in calls)
+        assert device == fused.device
+        assert torch.equal(fused, apart)
+        return self.takes
+
+
+@pytest.mark.parametrize(("takes", "taken"), [((61.2, 54.9), "cudnn"), ((40.0, 54.9), "cudnn fused")])
+def test_the_fused_convolution_is_taken_where_it_is_faster(
+    takes: tuple[float, float], taken: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, model, x = Clock(monkeypatch, takes), tiny(), images()
+    net = optimize(model, x)
+    rows = [line for line in net.explain().splitlines() if "+ relu" in line]
+    said = f"said so; measured: fused {takes[0]:.0f} us, apart 55 us"
+    assert rows
+    assert all(f"  {taken}  " in row and row.endswith(said) for row in rows)
+    clock.fused.clear()
+    (reference,) = answers(model.double(), x.double())
+    assert relative_error(net(x), reference) < 1e-5
+    assert len(clock.fused) == (len(rows) if taken == "cudnn fused" else 0)
+
+
+def test_equal_layers_are_timed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    layers = [nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1), nn.ReLU()]
+    model, clock = nn.Sequential(*layers).eval(), Clock(monkeypatch, (1.0, 2.0))
+    net = optimize(model, torch.randn(2, 8, 6, 6))
+    assert clock.asked == 1
+    clock.takes[:] = [2.0, 1.0]
+    optimize(copy.deepcopy(model), torch.randn(2, 8, 6, 6))
+    assert clock.asked == 1
+    net(torch.randn(3, 8, 6, 6))
+    assert clock.asked == 2, "another size has times of its own"
+    assert "measured: fused 2 us, apart 1 us" in net.explain()
+    assert "measured: fused 1 us, apart 2 us" in net.explain((2, 8, 6, 6))
+    optimize(model, torch.randn(2, 8, 6, 6), dtype=torch.bfloat16)
+    assert clock.asked == 3
+
+
+def test_nothing_is_timed_in_a_capture_or_beside_what_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()).eval(), images()
+    clock = Clock(monkeypatch, (2.0, 1.0))
+    clock.capturing = True
+    net = optimize(model, x)
+    assert clock.asked == 0
+    assert "cudnn fused  said so\n" in net.explain() + "\n"
+    clock.capturing = False
+    assert "  cudnn   said so; measured: fused 2 us" in optimize(model, x).explain()
+
+    def fails(*_: Any, **__: Any) -> Tensor:
+        raise torch.OutOfMemoryError("out of memory\nfor one more tensor")
+
+    monkeypatch.setattr(program, "_times", {})
+    with monkeypatch.context() as within:
+        within.setattr(program, "_microseconds", fails)
+        net = optimize(model, x)
+    assert "cudnn fused  said so; apart: out of memory\n" in net.explain() + "\n"
+
+
+def test_the_clock_takes_the_fastest_of_three_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, ran = [0.0], []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            self.at = now[0]
+
+        def elapsed_time(self, end: Any) -> float:
+            return end.at - self.at
+
+    def taking(name: str, *milliseconds: float) -> Callable[[], None]:
+        spans = iter(milliseconds)
+
+        def call() -> None:
+            ran.append(name)
+            now[0] += next(spans)
+
+        return call
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: ran.append("sleep"))
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    stream = types.SimpleNamespace(synchronize=lambda: ran.append("wait"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    calls = [taking("a", 3.0, 1.0, 2.0), taking("b", 0.5, 0.25, 4.0)]
+    assert program._microseconds(calls, torch.device("cuda")) == pytest.approx([1000.0, 250.0])
+    assert ran == ["sleep", "a", "b", "a", "b", "a", "b", "wait"]
+
+
 # CUDA graphs and streams.
 
 
@@ -1227,7 +1344,7 @@ def test_gpu_switches_of_pytorch() -> None:
         assert "cudnn fused" not in net.explain()
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False), fastres.backend("cudnn"):
         net(x)
-        assert "cudnn fused" in net.explain()
+        assert "measured: fused" in net.explain()
 
 
 @pytest.mark.gpu
