@@ -156,9 +156,13 @@ def merge_kernel(partials, merged, T, K, ROWS: tl.constexpr, GROUP: tl.constexpr
 
 @triton.jit(do_not_specialize=["T", "K"])
 def finish_statistics_kernel(
-    partials, weight, bias, running_mean, running_var, vectors, T, K, eps, momentum, BT: tl.constexpr, BK: tl.constexpr
-):
-    """vectors [4, K] = mean, rstd, scale, shift, from partials or, without any, from the running statistics."""
+    partials, weight, bias, running_mean, running_var, counter, vectors, T, K, eps, momentum,
+    BT: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """vectors [4, K] = mean, rstd, scale, shift, from partials or, without any, from the running statistics; counter
+    goes up by one."""
+    if counter is not None:
+        tl.store(counter, tl.load(counter) + 1, mask=tl.program_id(0) == 0)
     channel = tl.program_id(0) * BK + tl.arange(0, BK)
     valid = channel < K
     if partials is None:
@@ -380,18 +384,21 @@ def finish_statistics(
     running_mean: Tensor | None = None,
     running_var: Tensor | None = None,
     momentum: float = 0.0,
+    counter: Tensor | None = None,
 ) -> Statistics:
     """Mean, rstd, scale and shift from partials [T, 3, K] of any producer.
 
     weight, bias, running_mean, running_var: [K] in bf16, fp16 or fp32, or None (weight 1, bias 0, nothing tracked). The
-    running statistics move in place by momentum, running_var towards the unbiased variance, as in `nn.BatchNorm2d`.
-    Raises ValueError for arguments that do not fit together.
+    running statistics move in place by momentum, running_var towards the unbiased variance, as in `nn.BatchNorm2d`;
+    counter, an int64 [] where partials lives, or None, goes up by one. Raises ValueError for arguments that do not fit
+    together.
     """
     K = _check_partials(partials, 3)
+    check_tensor("counter", counter, (), partials, torch.int64)
     partials = _merge(partials)
     return _finish_statistics(
         K, partials, weight=weight, bias=bias, eps=eps, running_mean=running_mean, running_var=running_var,
-        partials=partials, T=partials.shape[0], momentum=momentum,
+        counter=counter, partials=partials, T=partials.shape[0], momentum=momentum,
     )  # fmt: skip
 
 
@@ -402,7 +409,7 @@ def running_statistics(
     """What `finish_statistics` gives, for a BatchNorm in eval mode: from running statistics, which stay as they are."""
     return _finish_statistics(
         running_mean.numel(), running_mean, weight=weight, bias=bias, eps=eps,
-        running_mean=running_mean, running_var=running_var, partials=None, T=0, momentum=0.0,
+        running_mean=running_mean, running_var=running_var, counter=None, partials=None, T=0, momentum=0.0,
     )  # fmt: skip
 
 
@@ -414,6 +421,7 @@ def _finish_statistics(
     bias: Tensor | None,
     running_mean: Tensor | None,
     running_var: Tensor | None,
+    counter: Tensor | None,
     partials: Tensor | None,
     T: int,
     eps: float,
@@ -423,8 +431,8 @@ def _finish_statistics(
     check_vectors(K, like, *DTYPES, **given)
     vectors = empty((4, K), torch.float32, like.device)
     launch(
-        finish_statistics_kernel, (cdiv(K, _BK),), partials=partials, vectors=vectors, T=T, K=K, eps=eps,
-        momentum=momentum, BT=_BT, BK=_BK, **given,
+        finish_statistics_kernel, (cdiv(K, _BK),), partials=partials, counter=counter, vectors=vectors, T=T, K=K,
+        eps=eps, momentum=momentum, BT=_BT, BK=_BK, **given,
     )  # fmt: skip
     return Statistics(*vectors.unbind())
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 from cases import relative_error
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from fastres.ops import conv_bn_act, dispatch, reference, steps
 from fastres.ops.stage import stage
@@ -144,6 +145,48 @@ def test_momentum_none_and_untracked_statistics() -> None:
             for name, value in want.items():
                 if value is not None:
                     assert relative_error(got[name], value) < EXACT, (change, name)
+
+
+@pytest.mark.parametrize(
+    "counter",
+    [None, torch.zeros(1, dtype=torch.int64), torch.tensor(3, dtype=torch.int32), torch.tensor(1.5)],
+    ids=["none", "a vector", "int32", "float"],
+)
+def test_unusual_counters_count_as_stock(counter: Tensor | None) -> None:
+    block, x = Block("projection").double(), torch.randn(2, 6, 5, 5, dtype=torch.double)
+    block.layers[1][1].num_batches_tracked = counter
+    other = copy.deepcopy(block)
+    for _ in range(2):
+        want, got = results(other, x, reference), results(block, x, conv_bn_act)
+        assert got.keys() == want.keys()
+        for name, value in want.items():
+            assert relative_error(got[name], value) < EXACT, name
+    assert block.layers[0][1].num_batches_tracked == 2
+
+
+def test_a_batch_is_counted_when_its_statistics_are_finished(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in PyTorch: what raises before a BatchNorm leaves its count alone; a forward run again counts again."""
+    block, x = Block("bottleneck").double(), torch.randn(2, 6, 5, 5, dtype=torch.double)
+    norms = [layer[1] for layer in block.layers]
+    convolve, calls = steps.conv_fprop, []
+
+    def failing(*args: Tensor, **kwargs: object) -> Tensor:
+        calls.append(1)
+        if len(calls) == 2:
+            raise RuntimeError("out of luck")
+        return convolve(*args, **kwargs)
+
+    with monkeypatch.context() as within:
+        within.setattr(steps, "conv_fprop", failing)
+        with pytest.raises(RuntimeError, match="out of luck"):
+            block(x)
+    assert [int(bn.num_batches_tracked) for bn in norms] == [1, 0, 0]
+    checkpoint(block, x.requires_grad_(), use_reentrant=False).sum().backward()
+    assert [int(bn.num_batches_tracked) for bn in norms] == [3, 2, 2]
+    block.eval()(x)
+    with torch.no_grad():
+        block.train()(x)
+    assert [int(bn.num_batches_tracked) for bn in norms] == [4, 3, 3]
 
 
 class Counting:

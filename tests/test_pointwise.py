@@ -330,6 +330,16 @@ def test_running_statistics_follow_stock(buffer: torch.dtype) -> None:
     assert relative_error(var, bn.running_var) < tolerance  # type: ignore[arg-type]
 
 
+def test_batches_are_counted() -> None:
+    """By one a call, however many programs finish the channels, and where nothing else is tracked."""
+    z, counter = torch.randn(2, 3, 2, 40, device=DEVICE), torch.tensor(2**40, device=DEVICE)
+    mean, var = torch.zeros(40, device=DEVICE), torch.ones(40, device=DEVICE)
+    partials = batch_norm.statistics(z)
+    for running in ({"running_mean": mean, "running_var": var, "momentum": 0.1}, {}):
+        batch_norm.finish_statistics(partials, None, None, EPS, counter=counter, **running)
+    assert int(counter) == 2**40 + 2
+
+
 def test_only_one_running_buffer() -> None:
     z = torch.randn(2, 3, 2, 6, device=DEVICE)
     var = torch.ones(6, device=DEVICE)
@@ -579,6 +589,7 @@ def test_beyond_int32() -> None:
 def test_refusals() -> None:
     z = torch.ones(2, 4, 6, 8, device=DEVICE)
     v = torch.ones(8, device=DEVICE)
+    partials = torch.ones(4, 3, 8, device=DEVICE)
     refused: list[tuple[str, Any]] = [
         ("z must be bfloat16, float16 or float32", lambda: batch_norm.statistics(z.double())),
         ("z must be contiguous", lambda: batch_norm.statistics(nchw(z))),
@@ -594,6 +605,10 @@ def test_refusals() -> None:
         (r"mask must have shape", lambda: batch_norm.backward_reduce(z, z, v, mask=z[:1])),
         ("q and r come together", lambda: batch_norm.backward_apply(z, z, v, v, None)),
         (r"partials must be \[T >= 1, 3, K\]", lambda: batch_norm.finish_statistics(z[0], None, None, EPS)),
+        (r"counter must have shape \[\], got \[1\]",
+         lambda: batch_norm.finish_statistics(partials, None, None, EPS, counter=v[:1].long())),
+        ("counter must be torch.int64, got torch.int32",
+         lambda: batch_norm.finish_statistics(partials, None, None, EPS, counter=v[0].int())),
         (r"partials must be \[T >= 1, 2, K\]",
          lambda: batch_norm.finish_backward(z[0], None, v, v, 48, batch_statistics=True)),
         ("count must be >= 1",

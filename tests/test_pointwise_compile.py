@@ -70,7 +70,14 @@ def finishing_calls(parameters: torch.dtype) -> dict[str, Callable[[], Any]]:
     bn = batch_norm
     return {
         "finish statistics": lambda: bn.finish_statistics(
-            meta(600, 3, 64), w, w, 1e-5, running_mean=w, running_var=w, momentum=0.1
+            meta(600, 3, 64),
+            w,
+            w,
+            1e-5,
+            running_mean=w,
+            running_var=w,
+            momentum=0.1,
+            counter=torch.empty((), dtype=torch.int64, device="meta"),
         ),
         "finish statistics, bare": lambda: bn.finish_statistics(meta(9, 3, 64), None, None, 1e-5),
         "running statistics": lambda: bn.running_statistics(w, w, w, w, 1e-5),

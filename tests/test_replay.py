@@ -93,6 +93,7 @@ CALLS: dict[str, Callable[[Operands], Any]] = {
         running_mean=o(8),
         running_var=o(8, draw=torch.rand),
         momentum=0.1,
+        counter=o(dtype=torch.int64),
     ),
     "finish_statistics, merged": lambda o: batch_norm.finish_statistics(
         o(600, 3, 8, dtype=torch.float32, draw=torch.rand), *o.vectors(2, 8), 1e-5

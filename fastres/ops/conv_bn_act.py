@@ -80,13 +80,24 @@ class Layer:
     batch_statistics: bool
     tracked: bool
     running: tuple[Tensor, Tensor] | None
+    counter: Tensor | None = None  # that counts this batch when its statistics are finished; None where it has been
 
 
 def _layer(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> Layer:
     running = None if bn.running_mean is None or bn.running_var is None else (bn.running_mean, bn.running_var)
     geometry = Geometry(conv.stride[0], conv.padding[0], conv.dilation[0], conv.groups)  # type: ignore[arg-type]
-    momentum, tracked = reference.count_batch(bn), bn.training and bn.track_running_stats
-    return Layer(geometry, bn.eps, momentum, bn.training or running is None, tracked, running)
+    tracked, counter = bn.training and bn.track_running_stats, _counter(bn, conv.weight.device)
+    momentum = reference.count_batch(bn) if counter is None else bn.momentum or 0.0
+    return Layer(geometry, bn.eps, momentum, bn.training or running is None, tracked, running, counter)
+
+
+def _counter(bn: nn.BatchNorm2d, device: torch.device) -> Tensor | None:
+    """The number of batches, where the host needn't know it and a kernel on `device` can add one to it."""
+    count = bn.num_batches_tracked
+    if not (bn.training and bn.track_running_stats) or bn.momentum is None or count is None:
+        return None
+    usual = type(count) is Tensor and count.dtype == torch.int64 and count.dim() == 0 and count.device == device
+    return count if usual else None
 
 
 @dataclass(frozen=True)

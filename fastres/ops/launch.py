@@ -213,9 +213,8 @@ class Step:
         self, partials: Tensor, gamma: Tensor | None, beta: Tensor | None, layer: Layer
     ) -> Statistics:
         mean, var = layer.running if layer.running is not None and layer.tracked else (None, None)
-        return self._pointwise.finish_statistics(
-            partials, gamma, beta, layer.eps, running_mean=mean, running_var=var, momentum=layer.momentum
-        )
+        moved = {"running_mean": mean, "running_var": var, "momentum": layer.momentum, "counter": layer.counter}
+        return self._pointwise.finish_statistics(partials, gamma, beta, layer.eps, **moved)
 
     def running_statistics(self, gamma: Tensor | None, beta: Tensor | None, layer: Layer) -> Statistics:
         assert layer.running is not None

@@ -85,6 +85,9 @@ def run(call: Call, x: Tensor, parameters: Sequence[Tensor | None]) -> Tensor:
     out, moved, _, _ = conv_bn_act(x, list(parameters), running, None, *Chain.of(call.layers, call.end).arguments)
     tracked = [t for layer in call.layers if layer.tracked for t in layer.running or ()]
     with torch.no_grad():
+        for layer in call.layers:
+            if layer.counter is not None:
+                layer.counter.add_(1)
         for home, value in zip(tracked, moved.split([t.numel() for t in tracked]), strict=True):
             home.copy_(value)
     return out

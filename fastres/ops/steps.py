@@ -96,9 +96,12 @@ def finish_statistics(
     running_mean: Tensor | None = None,
     running_var: Tensor | None = None,
     momentum: float = 0.0,
+    counter: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(mean, rstd, scale, shift), each [K], and running statistics moved towards mean and unbiased variance in place:
-    running = (1 - momentum) running + momentum new."""
+    running = (1 - momentum) running + momentum new; one more in counter, an integer []."""
+    if counter is not None:
+        counter.add_(1)
     count, mean, m2 = partials[0]
     for n, tile_mean, tile_m2 in partials[1:]:
         total, delta = count + n, tile_mean - mean
