@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastres.ops import conv_bn_act, dispatch, reference, steps
-from fastres.ops.stage import stage
+from fastres.ops.stage import read_weights, stage
 
 EXACT = 1e-12
 
@@ -344,6 +344,48 @@ def test_a_stage_is_its_blocks_and_may_forget_their_outputs(recompute: bool) -> 
     for a, b in zip(got, want, strict=True):
         assert torch.equal(a, b)
     assert kept <= usual - 3 * want[0].nbytes * recompute
+
+
+def test_weights_of_a_stage_are_cast_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the bits of `to`, apart from one another and where TMA can read them; others as they were."""
+    copied, copy_ = [], torch._foreach_copy_
+    monkeypatch.setattr(torch, "_foreach_copy_", lambda to, given: copied.append(len(given)) or copy_(to, given))
+    shapes = [(5, 3, 7, 7), (6, 5, 1, 1), (3, 2, 3, 3), (1, 1, 1, 1)]
+    nhwc, nchw = torch.channels_last, torch.contiguous_format
+    usual = [torch.randn(shape).contiguous(memory_format=nhwc).requires_grad_() for shape in shapes]
+    usual += [torch.randn(shapes[1]), torch.tensor([[[[float("nan")]]], [[[float("inf")]]], [[[1e-40]]]])]
+    others = [torch.randn(shapes[0]).contiguous(memory_format=nchw), torch.randn(shapes[0]).bfloat16()]
+    for weights in ([*usual, *others, usual[0]], others, usual[:1]):
+        found = read_weights(weights, torch.bfloat16)
+        for w, got in zip(weights, found, strict=True):
+            want = w.detach().to(torch.bfloat16).permute(0, 2, 3, 1).contiguous()
+            assert torch.equal(got.view(torch.int16), want.view(torch.int16))
+            assert got.is_contiguous()
+            assert not got.requires_grad
+            assert got.data_ptr() % 16 == 0
+    assert copied == [len(usual) + 1]
+    for w, got in zip(usual, read_weights(usual, torch.float32), strict=True):
+        assert got.data_ptr() == w.data_ptr()
+
+
+def test_a_stage_under_autocast_is_its_blocks() -> None:
+    """To the bit, as the weights that it casts together are those that the blocks cast one by one."""
+    one_by_one = nn.ModuleList([Block("projection"), Block("wide"), Block("wide")]).to(
+        memory_format=torch.channels_last
+    )
+    as_one, grads = copy.deepcopy(one_by_one), []
+    for blocks in (one_by_one, as_one):
+        x = torch.linspace(-1, 1, 2 * 6 * 9 * 8).reshape(2, 6, 9, 8).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            if blocks is as_one:
+                y = stage(x, [([tuple(layer) for layer in b.layers], b.shortcut) for b in blocks])
+            else:
+                y = blocks[2](blocks[1](blocks[0](x)))
+        y.backward(torch.linspace(-1, 1, y.numel()).reshape(y.shape).to(y.dtype))
+        grads.append([y, x.grad, *(p.grad for p in blocks.parameters()), *blocks.buffers()])
+    assert y.dtype == torch.bfloat16
+    for want, got in zip(*grads, strict=True):
+        assert torch.equal(got, want)
 
 
 def test_gradcheck_of_a_stage() -> None:

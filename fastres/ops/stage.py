@@ -11,6 +11,7 @@ values are those of the blocks run one by one.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -50,6 +51,25 @@ def stage(x: Tensor, blocks: Sequence[tuple[Sequence[Unit], nn.Module | None]]) 
         return _Stage.apply(tuple(calls), dtype, dispatch.recomputes(), x, *parameters)
 
 
+_ALIGNED = 128  # bytes; TMA wants 16
+
+
+def read_weights(weights: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """`krsc` of every weight; those that only change their dtype share one memory, and on a GPU a launch or few."""
+    first = weights[0].dtype
+    cast = [w for w in weights if w.dtype == first != dtype and w.permute(0, 2, 3, 1).is_contiguous()]
+    if len(cast) < 2:
+        return [krsc(weight, dtype) for weight in weights]
+    step = _ALIGNED // dtype.itemsize
+    starts = [0, *accumulate(-(-w.numel() // step) * step for w in cast)]
+    memory = torch.empty(starts[-1], dtype=dtype, device=cast[0].device)
+    # Strides like the weights', as one kernel copies only between such.
+    copies = [memory.as_strided(w.shape, w.stride(), start) for w, start in zip(cast, starts, strict=False)]
+    torch._foreach_copy_(copies, [w.detach() for w in cast])
+    found = {id(weight): copy for weight, copy in zip(cast, copies, strict=True)}
+    return [nhwc(found[id(w)]) if id(w) in found else krsc(w, dtype) for w in weights]
+
+
 def _split(calls: Sequence[Call], tensors: Sequence[Any], per_layer: int) -> list[Sequence[Any]]:
     """`tensors`, `per_layer` for every layer of every call, call by call."""
     parts, at = [], 0
@@ -67,19 +87,23 @@ class _Stage(torch.autograd.Function):
     ) -> Tensor:
         a: Tensor | Pending = dense(x, dtype)
         inputs: list[Tensor] = []
-        kept: tuple[list[Any], ...] = ([], [], [], [])
-        for call, own in zip(calls, _split(calls, parameters, 3), strict=True):
-            weights = [krsc(weight, dtype) for weight in own[::3]]
-            read, zs, stats, activations = convolutions(call, a, weights, own)
+        zs: list[Tensor] = []
+        stats: list[Tensor] = []
+        activations: list[Tensor | None] = []
+        weights = read_weights(parameters[::3], dtype)
+        of_blocks = (_split(calls, parameters, 3), _split(calls, weights, 1))
+        for call, own, own_weights in zip(calls, *of_blocks, strict=True):
+            read, own_zs, own_stats, own_activations = convolutions(call, a, own_weights, own)
             inputs.append(read)
-            for all_blocks, one in zip(kept, (zs, stats, weights, activations), strict=True):
-                all_blocks.extend(one)
-            a = pending(call, read, zs, stats)
+            zs += own_zs
+            stats += own_stats
+            activations += own_activations
+            a = pending(call, read, own_zs, own_stats)
         assert isinstance(a, Pending)
         y = unaliased(a.compute())
         ctx.calls, ctx.x_dtype, ctx.layers = calls, x.dtype, len(parameters) // 3
         read_again = [nchw(read) for read in (inputs[:1] if recompute else inputs)]
-        ctx.save_for_backward(x, y, *parameters, *(t for tensors in kept for t in tensors), *read_again)
+        ctx.save_for_backward(x, y, *parameters, *zs, *stats, *weights, *activations, *read_again)
         return y
 
     @staticmethod
