@@ -226,6 +226,23 @@ def test_no_gradient_is_computed_that_nobody_needs(monkeypatch: pytest.MonkeyPat
     assert counts.calls == {"conv_fprop": 3, "conv_dgrad": 3}
 
 
+@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format], ids=str)
+@pytest.mark.parametrize("shape", [(4, 6, 1, 1), (4, 1, 3, 3), (1, 1, 1, 1), (4, 6, 3, 3)], ids=str)
+def test_a_gradient_is_copied_only_into_another_order(
+    shape: tuple[int, ...], memory_format: torch.memory_format
+) -> None:
+    weight = torch.empty(shape).contiguous(memory_format=memory_format)
+    memory = torch.randn(7 + weight.numel())
+    k, c, r, s = shape
+    dw = memory[7:].view(k, r, s, c)
+    for dtype in (torch.float32, torch.float64):
+        grad = conv_bn_act.like_parameter(dw, weight.to(dtype))
+        assert torch.equal(grad, dw.permute(0, 3, 1, 2).to(dtype))
+        assert (grad.stride(), grad.dtype) == (weight.stride(), dtype)
+        same_order = c == 1 or r == s == 1 or memory_format == torch.channels_last
+        assert (grad.data_ptr() == dw.data_ptr()) == (same_order and dtype == torch.float32)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_saves_each_activation_once(kind: str) -> None:
     """Kept for backward: the input, each raw conv output, the block's output, the pool's taps; nothing else of size."""

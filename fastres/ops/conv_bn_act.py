@@ -505,6 +505,9 @@ class Backward:
 def like_parameter(dw: Tensor, weight: Tensor) -> Tensor:
     """dw KRSC as a gradient [K, C, R, S] of weight's dtype with exactly its strides (DDP's buckets want that)."""
     grad = nchw(dw)
-    if grad.stride() == weight.stride() and grad.dtype == weight.dtype:
-        return grad
+    if grad.dtype == weight.dtype:
+        if grad.stride() == weight.stride():
+            return grad
+        if all(n == 1 or a == b for n, a, b in zip(grad.shape, grad.stride(), weight.stride(), strict=True)):
+            return grad.as_strided(weight.shape, weight.stride())  # a 1x1 has two names for one order
     return torch.empty_like(weight, memory_format=torch.preserve_format).copy_(grad)
