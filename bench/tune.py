@@ -58,7 +58,8 @@ Task = tuple[str, ConvProblem, Role]  # what is measured: a pass of a problem in
 
 
 def candidates(step: Step, pass_: str, role: Role, dtype: torch.dtype, device: torch.device, most: int) -> list[Tile]:
-    """The `most` most promising tiles, by TMA where it can carry the operands, and by pointers."""
+    """The `most` most promising tiles and the persistent ones, by TMA where it can carry the operands, and by
+    pointers."""
     problem, gpu = step.problem, gpu_of(device)
     like = torch.empty(0, dtype=dtype, device="meta")
     refusal = tma_refusal if pass_ == "dgrad" else fprop_tma_refusal  # wgrad reads x as fprop does
@@ -80,13 +81,13 @@ def candidates(step: Step, pass_: str, role: Role, dtype: torch.dtype, device: t
     return tiles
 
 
-def promising(pass_: str, found: list[Tile], most: int) -> list[Tile]:
-    """The first `most` of tiles; for inference of those with splits as many as of those without, because nothing that
-    was measured says how well the model compares the two."""
-    if pass_ != "infer":
-        return found[:most]
-    whole, split = ([tile for tile in found if (tile.splits > 1) == cut][:most] for cut in (False, True))
-    return [tile for tile in found if tile in whole or tile in split]
+def promising(pass_: str, found: Sequence[Tile], most: int) -> list[Tile]:
+    """The first `most` of tiles, for inference of those with splits as many as of those without, and all of persistent
+    programs: nothing that was measured says how well the model compares these with the others."""
+    usual = [tile for tile in found if not tile.persistent]
+    kinds = ([t for t in usual if (t.splits > 1) == cut] for cut in (False, True)) if pass_ == "infer" else (usual,)
+    kept = [tile for kind in kinds for tile in kind[:most]]
+    return [tile for tile in found if tile.persistent or tile in kept]
 
 
 def stem_candidates(problem: ConvProblem, dtype: torch.dtype, device: torch.device, most: int) -> list[Tile]:

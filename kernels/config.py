@@ -37,6 +37,9 @@ class Tile:
 
     wgrad: BM filters, BN channels of one filter tap, BK pixels per step and in a box; taps: neighbouring filter taps
     per program.
+
+    persistent, fprop and dgrad of 1x1: programs per multiprocessor that go through the tiles (`kernels.persistent`); 0:
+    one program a tile.
     """
 
     BM: int
@@ -47,6 +50,7 @@ class Tile:
     box: tuple[int, int, int] | None = None
     splits: int = 1
     taps: int = 1
+    persistent: int = 0
 
 
 class Gpu(NamedTuple):
@@ -141,7 +145,11 @@ def fprop_tiles(
             busy += 4 * BN * stored / MEMORY
             reduce = 4 * problem.y_numel * splits / MEMORY / gpu.sms + LATENCY + LAUNCH
         timed.append((_cycles(programs, resident, busy, gpu) + reduce, Tile(BM, BN, BK, warps, stages, box, splits)))
-    return [tile for _, tile in sorted(timed, key=lambda pair: pair[0])]
+    found = [tile for _, tile in sorted(timed, key=lambda pair: pair[0])]
+    if tma and problem.pointwise and itemsize == 2 and gpu.capability[0] == 9:
+        met = int(not computed)  # a residual, perhaps
+        found += persistent_tiles(problem, channels, outputs, max(computed, 1), met, computed * AFFINE, 4, gpu)
+    return found
 
 
 @lru_cache(maxsize=4096)
@@ -273,7 +281,51 @@ def dgrad_tiles(
         programs = math.ceil(outputs / BM) * problem.groups * problem.stride**2 * pixels
         tile = Tile(BM, BN, BK, warps, stages, box if tma else None)
         timed.append((_cycles(programs, resident, busy, gpu), tile))
-    return [tile for _, tile in sorted(timed, key=lambda pair: pair[0])]
+    found = [tile for _, tile in sorted(timed, key=lambda pair: pair[0])]
+    if tma and problem.pointwise and itemsize == 2 and gpu.capability[0] == 9:
+        instructions = COMPUTED if operands > 1 else 0
+        found += persistent_tiles(problem, channels, outputs, operands, epilogue, instructions, 2, gpu)
+    return found
+
+
+# BM, BN, BK, warps of persistent programs.
+PERSISTENT = [(64, 128, 64, 4), (64, 128, 64, 8), (64, 64, 64, 4), (64, 32, 64, 4), (128, 128, 64, 8)]
+PERSISTENT += [(128, 128, 128, 8), (128, 64, 128, 8), (128, 32, 128, 4), (256, 64, 64, 8)]
+
+
+def persistent_tiles(
+    problem: ConvProblem, reduced: int, outputs: int, operands: int, met: int, instructions: int, width: int, gpu: Gpu
+) -> list[Tile]:
+    """The four most promising tiles for the programs of `kernels.persistent`: fprop and dgrad of a 1x1 convolution in
+    16 bits, where `reduced` channels, a few steps, make `outputs`. Hopper's: Triton 3.6 compiles not all for Blackwell.
+
+    operands: tensors that the second operand is made of, by `instructions` an element; met: tensors that the result
+    meets before it is stored, which come ahead only where a step is as wide as a tile; width: bytes of a value stored,
+    at most.
+    """
+    timed = []
+    for BM, BN, BK, warps in PERSISTENT:
+        if reduced > 256 or max(64, outputs) < BM or max(64, reduced) < BK or (met and BM != BK):
+            continue
+        steps, tiles_k, tiles = math.ceil(reduced / BK), math.ceil(outputs / BM), math.ceil(problem.pixels / BN)
+        # In bytes. Of all that is read there are two, for the tiles ahead; then a step of wgmma's operand if it is
+        # computed, else a third of it; the result, the filters.
+        operand, result, sums = 2 * BN * BK * steps, 2 * BN * BM, BM * BN // (32 * warps)
+        shared = 2 * (operands * operand + met * result) + (2 * BN * BK if instructions else operand)
+        shared += result + 2 * BM * BK * steps + 1024
+        registers = 16 + sums * 5 // 4 + sums * met + (24 + BK // 8) * steps * (instructions > 0)
+        resident = min((gpu.shared + 1024) // (shared + 1024), 65536 // (32 * warps * registers))
+        if shared + (width - 2) * BN * BM > gpu.shared or registers > 255:
+            continue
+        rounds = math.ceil(tiles / max(1, gpu.sms * resident // tiles_k))
+        if rounds == 1:
+            continue
+        compute = BM * BN * BK * steps / WGMMA + instructions * BN * BK * steps / ISSUE
+        memory = (1 + met) * result + operands * operand * min(1, BM / outputs)
+        busy = max(compute, (operands * operand + (1 + met) * result) / L2, memory / MEMORY)
+        cycles = rounds * max(resident * (busy + OVERHEAD), LATENCY)  # loads are asked for a tile ahead
+        timed.append((cycles, Tile(BM, BN, BK, warps, 3, (1, 1, BN), persistent=resident)))
+    return [tile for _, tile in sorted(timed, key=lambda pair: pair[0])][:4]
 
 
 def wgrad_tiles(

@@ -32,6 +32,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from . import persistent
 from .config import Tile, fprop_tile, pixel_tiles, reduction_steps, row_channels
 from .launch import cdiv, check_device, check_tensor, gpu_of, tma_refusal
 from .problem import ConvProblem
@@ -371,7 +372,8 @@ def conv_fprop(
     tile: Tile | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """y [N, P, Q, K] of x [N, H, W, C] and filters w [K, R, S, C/groups]; with `statistics` also the partials, fp32
-    [tiles, 3, K]: number, mean and sum of squared distances from that mean of each tile's values, as stored.
+    [tiles, 3, K]: number, mean and sum of squared distances from that mean of each tile's values (of all tiles of a
+    persistent program), as stored.
 
         y = out_scale [relu](scale conv([relu(s x + t)], w) + shift + residual_scale residual)
 
@@ -422,8 +424,10 @@ def conv_fprop(
     tile = _choose(tile, problem, (x, w, y, residual, side, joined), computed, statistics, precision)
     splits = _splits(problem, tile, join, statistics)
     tiles = pixel_tiles(problem, tile.BN, tile.box)
-    partials = empty((tiles, 3, K), torch.float32, x.device) if statistics else None
     launch_tiles = _launch_gather if tile.box is None else _launch_tma
+    if tile.persistent:
+        tiles, launch_tiles = persistent.programs(problem.pixels, K, tile, x.device), persistent.launch_fprop
+    partials = empty((tiles, 3, K), torch.float32, x.device) if statistics else None
     epilogue = {
         "scale": weight, "shift": bias, "mean": mean, "var": var, "eps": eps,
         "residual_scale": None if residual_scale == 1.0 else residual_scale,
@@ -480,10 +484,12 @@ def _choose(
     statistics: bool,
     precision: str,
 ) -> Tile:
-    if tile is not None and tile.box is None:
-        return tile
     x = tensors[0]
     assert x is not None
+    if tile is not None:
+        persistent.check(tile, problem, x.dtype)
+    if tile is not None and tile.box is None:
+        return tile
     refusal = fprop_tma_refusal(problem, *tensors)
     if tile is None:
         ieee = x.dtype == torch.float32 and precision == "ieee"

@@ -30,6 +30,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import persistent
 from .backward import BnBackward, choose_tile, conv_problem, load_dz, operand, pixel_tiles
 from .config import Tile
 from .launch import cdiv, check_tensor, tma_refusal
@@ -296,8 +297,18 @@ def conv_dgrad(
     dx = empty((N, H, W, C), dy.dtype, dy.device)
     met = [tensor for tensor in like_dx.values() if tensor is not None]
     refusal = tma_refusal(problem, dy, load.z, w, dx, *met)
+    if tile is not None:
+        persistent.check(tile, problem, dy.dtype)
     tile = choose_tile(tile, "dgrad", problem, dy, refusal, precision, load.operands, len(met))
 
+    if tile.persistent:
+        partials, partials_side = persistent.dgrad_sums(
+            problem, tile, w, {"dy": dy, "z": load.z},
+            {"dx": dx, "z_prev": z_prev, "z_side": z_side, "sign": sign, "dout": residual, "out": residual_mask},
+            p=load.p, q=load.q, r=load.r, scale=scale, shift=shift, mean=mean, mean_side=mean_side,
+            PRECISION=precision,
+        )  # fmt: skip
+        return _with_sums(dx, partials, partials_side)
     if problem.pointwise:  # a plain GEMM: let all pixels lie in one row
         N, H, W, P, Q = 1, 1, N * H * W, 1, N * P * Q
         tile = replace(tile, box=tile.box and (1, 1, tile.BN))
@@ -384,6 +395,10 @@ def conv_dgrad(
             num_stages=tile.stages,
         )
         first_tile += pixels
+    return _with_sums(dx, partials, partials_side)
+
+
+def _with_sums(dx: Tensor, partials: Tensor | None, partials_side: Tensor | None) -> Tensor | tuple[Tensor, Any]:
     if partials is None:
         return dx
     return dx, partials if partials_side is None else (partials, partials_side)

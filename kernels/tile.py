@@ -76,6 +76,16 @@ def store_statistics(partials, y, tile, count, valid, channel, channel_valid, K,
     """partials[tile, :, channel] = (count, mean, M2) of the stored values y [BM, BN] over the `count` pixels that are
     valid [BN], for FULL all of them; partials is fp32 [tiles, 3, K]. M2, the sum of squared distances from the tile's
     own mean, merges without cancellation: Chan, Golub, LeVeque (1979)."""
+    mean, squares = tile_statistics(y, count, valid, FULL)
+    at = partials + tile.to(tl.int64) * 3 * K + channel
+    tl.store(at, tl.zeros_like(mean) + count, mask=channel_valid)
+    tl.store(at + K, mean, mask=channel_valid)
+    tl.store(at + 2 * K, squares, mask=channel_valid)
+
+
+@triton.jit
+def tile_statistics(y, count, valid, FULL: tl.constexpr):
+    """mean and M2 [BM] for `store_statistics`."""
     y = y.to(tl.float32)
     if FULL:
         mean = tl.sum(y, 1) * (1.0 / y.shape[1])
@@ -83,10 +93,7 @@ def store_statistics(partials, y, tile, count, valid, channel, channel_valid, K,
     else:
         mean = tl.sum(tl.where(valid[None, :], y, 0.0), 1) / count
         distance = tl.where(valid[None, :], y - mean[:, None], 0.0)
-    at = partials + tile.to(tl.int64) * 3 * K + channel
-    tl.store(at, tl.zeros_like(mean) + count, mask=channel_valid)
-    tl.store(at + K, mean, mask=channel_valid)
-    tl.store(at + 2 * K, tl.sum(distance * distance, 1), mask=channel_valid)
+    return mean, tl.sum(distance * distance, 1)
 
 
 @triton.jit

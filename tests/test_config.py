@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -40,6 +41,7 @@ def test_a_table_comes_back_as_it_was_written(tmp_path: Path) -> None:
         ("fprop", PROBLEM, torch.bfloat16): Measurement("triton", TILE),
         ("wgrad", PROBLEM, torch.float16): Measurement("cudnn", Tile(64, 64, 32, 4, 3, splits=7), on_load=False),
         ("dgrad", PROBLEM, torch.float8_e4m3fn): Measurement("cudnn", None, note="hung"),
+        ("dgrad", PROBLEM, torch.bfloat16): Measurement("triton", Tile(64, 64, 64, 4, 3, (1, 1, 64), persistent=3)),
     }
     path = tmp_path / "deep" / "table.json"
     config.write_table(table, path, H200)  # type: ignore[arg-type]
@@ -63,6 +65,25 @@ def test_the_measured_tile_wins_over_the_heuristic(monkeypatch: pytest.MonkeyPat
     assert fprop_tile(PROBLEM, torch.bfloat16, False).box is None, "a tile for TMA is no tile for pointers"
     assert config.measured("fprop", PROBLEM, torch.bfloat16, H200) == (Measurement("triton", slower), 8, H200.name)
     assert config.measured("dgrad", PROBLEM, torch.bfloat16, H200) is None
+
+
+def test_a_persistent_tile_runs_only_where_it_was_measured() -> None:
+    """It is the heuristic's last choice, its programs are another kernel's, and a table from before it has none."""
+    problem = ConvProblem(256, 56, 56, 64, 256)
+    first, *others = fprop_tiles(problem, 2, True)
+    assert not first.persistent
+    wanted = others[-1]
+    assert wanted.persistent
+    config.write_table({("fprop", problem, BF16): Measurement("triton", wanted)}, config.table_file(H200.name), H200)
+    config.forget_tables()
+    assert fprop_tile(problem, BF16, True) == wanted
+    assert fprop_tile(replace(problem, N=128), BF16, True) == wanted
+    assert fprop_tile(replace(problem, N=1), BF16, True).persistent == 0, "less than two tiles a program"
+    path = config.table_file(H200.name)
+    path.write_text(re.sub(r', "persistent": \d', "", path.read_text()))
+    config.forget_tables()
+    assert fprop_tile(problem, BF16, True).persistent == 0
+    assert config.measured("fprop", problem, BF16, H200).measurement.tile == replace(wanted, persistent=0)
 
 
 def test_who_computes_a_convolution(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,6 +25,7 @@ from fastres.kernels.wgrad import conv_wgrad
 
 FILE = Path(__file__).with_name("golden.json")
 ALLOWED = 0.10
+PERSISTENT = Tile(64, 64, 64, 4, 3, (1, 1, 64), persistent=2)
 N, SIZE, C = 256, 14, 256
 
 
@@ -51,6 +52,22 @@ def launches() -> dict[str, Callable[[], Any]]:
         "dgrad 3x3 mask": lambda: conv_dgrad(x, spatial, x.shape, pad=1, relu_mask=(v, v), norm=(x, v)),
         "dgrad 1x1 dz mask": lambda: conv_dgrad(
             wide, expand, x.shape, bn_backward=(wide, v4, v4, v4), relu_mask=(v, v), norm=(x, v)
+        ),
+        "fprop 1x1 persistent": lambda: conv_fprop(
+            narrow, meta(256, 1, 1, 64), prologue=(s, s), statistics=True, tile=PERSISTENT
+        ),
+        "infer 1x1 persistent residual": lambda: conv_fprop(
+            narrow, meta(256, 1, 1, 64), shift=s4, residual=broad, relu=True, tile=PERSISTENT
+        ),
+        "dgrad 1x1 persistent end": lambda: conv_dgrad(
+            narrow,
+            meta(64, 1, 1, 256),
+            broad.shape,
+            bn_backward=(narrow, s, s, s),
+            residual=broad,
+            relu_mask=broad,
+            norm=(broad, s4),
+            tile=PERSISTENT,
         ),
         "wgrad 3x3 prologue": lambda: conv_wgrad(x, x, spatial.shape, pad=1, prologue=(v, v)),
         "wgrad 1x1 dz prologue": lambda: conv_wgrad(

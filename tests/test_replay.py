@@ -45,6 +45,7 @@ class Operands:
         return self(count, length, dtype=torch.float32).unbind()
 
 
+PERSISTENT = Tile(64, 32, 64, 4, 3, (1, 1, 32), persistent=1)
 STEM = ConvProblem(2, 10, 12, 3, 16, 7, 7, 2, 3)
 CALLS: dict[str, Callable[[Operands], Any]] = {
     "fprop 1x1": lambda o: conv_fprop(o(2, 8, 8, 32), o(64, 1, 1, 32), prologue=o.vectors(2, 32), statistics=True),
@@ -70,6 +71,9 @@ CALLS: dict[str, Callable[[Operands], Any]] = {
         prologue=o.vectors(2, 32),
         join=Join(o(2, 8, 8, 32), None, None, o(2, 8, 8, 32)),
     ),
+    "fprop, persistent": lambda o: conv_fprop(
+        o(2, 8, 8, 32), o(64, 1, 1, 32), prologue=o.vectors(2, 32), statistics=True, tile=PERSISTENT
+    ),
     "dgrad": lambda o: conv_dgrad(o(2, 4, 4, 64), o(64, 3, 3, 32), (2, 8, 8, 32), stride=2, pad=1),
     "dgrad, sums": lambda o: conv_dgrad(
         o(2, 8, 8, 64),
@@ -79,6 +83,9 @@ CALLS: dict[str, Callable[[Operands], Any]] = {
         relu_mask=o(2, 8, 8, 32),
         norm=(o(2, 8, 8, 32), *o.vectors(1, 32)),
         projection=(o(2, 8, 8, 32), *o.vectors(1, 32)),
+    ),
+    "dgrad, persistent": lambda o: conv_dgrad(
+        o(2, 8, 8, 64), o(64, 1, 1, 32), (2, 8, 8, 32), norm=(o(2, 8, 8, 32), *o.vectors(1, 32)), tile=PERSISTENT
     ),
     "wgrad": lambda o: conv_wgrad(o(2, 8, 8, 32), o(2, 8, 8, 16), (32, 3, 3, 16), pad=1, prologue=o.vectors(2, 16)),
     "wgrad, strided": lambda o: conv_wgrad(o(2, 4, 4, 32), o(2, 8, 8, 16), (32, 1, 1, 16), stride=2),

@@ -1,0 +1,299 @@
+"""1x1 convolutions of few reduction steps by programs that stay: fprop and dgrad, as `conv` and `dgrad` define them.
+
+Where a whole sum fits a few steps, a program per tile is a chain of waits: for its operands, its product, its store. A
+program of these kernels keeps one tile of channels and goes through every n-th tile of pixels. The filters are loaded
+once; what the next tiles need is on its way by TMA while this one is finished; statistics and sums stay in registers,
+so that partials have one row a program.
+
+Operands are matrices: activations [pixels, channels], filters [K, C].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from .config import Tile
+from .launch import cdiv, gpu_of
+from .problem import ConvProblem
+from .replay import empty, launch
+from .tile import COMPILED, affine_relu, finish, join_relu, tile_statistics
+from .wgrad import settle
+
+
+def check(tile: Tile, problem: ConvProblem, dtype: torch.dtype) -> None:
+    """ValueError where `tile` asks for persistent programs that can't serve."""
+    if not tile.persistent:
+        return
+    if not problem.pointwise or problem.groups > 1 or dtype.itemsize != 2:
+        raise ValueError(
+            f"{tile} is persistent, for 16-bit 1x1 convolutions of stride 1 without padding and groups; got {dtype}, "
+            f"{problem}"
+        )
+    if tile.box != (1, 1, tile.BN) or tile.splits != 1:
+        raise ValueError(f"{tile} is persistent and needs the box (1, 1, {tile.BN}) and splits=1")
+
+
+def programs(pixels: int, channels: int, tile: Tile, device: torch.device) -> int:
+    """Programs per tile of channels: as many as `tile.persistent` on each multiprocessor, none without a tile."""
+    resident = gpu_of(device).sms * tile.persistent
+    return min(cdiv(pixels, tile.BN), max(1, resident // cdiv(channels, tile.BM)))
+
+
+@triton.jit
+def load_beside(operand, tensor, row, column):
+    """(`operand` of a dot, a box of `tensor` that is needed behind that dot); without a tensor the operand twice.
+
+    Triton loads for the next tiles only what a dot's operands come from. To no instruction at all the operand is given
+    the box to read, where one fits the other's registers; elsewhere the load stays behind the dot.
+    """
+    box = operand
+    if tensor is not None:
+        box = tensor.load([row, column])
+        if COMPILED and operand.shape == box.shape and operand.dtype.primitive_bitwidth == box.dtype.primitive_bitwidth:
+            operand = tl.inline_asm_elementwise("", "=r,0,r", [operand, box], dtype=operand.dtype, is_pure=True, pack=2)
+    return operand, box
+
+
+@triton.jit(do_not_specialize=["pixels", "tiles", "residual_scale", "out_scale", "eps"])
+def pointwise_fprop_kernel(
+    x,
+    w,
+    y,
+    residual,
+    prologue_scale,
+    prologue_shift,
+    side,
+    side_scale,
+    side_shift,
+    joined,
+    scale,
+    shift,
+    mean,
+    var,
+    eps,
+    partials,
+    residual_scale,
+    out_scale,
+    pixels,
+    C,
+    K,
+    tiles,
+    STEPS: tl.constexpr,
+    FULL: tl.constexpr,
+    RELU: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """`conv_fprop`'s arguments, its activations as descriptors. Neighbours in the grid share their pixels; partials is
+    [programs, 3, K]. FULL: no tile ends early."""
+    tiles_k = tl.cdiv(K, BM)
+    k0 = tl.program_id(0) % tiles_k * BM
+    first = tl.program_id(0) // tiles_k
+    k = k0 + tl.arange(0, BM)
+    filters, slopes, starts = (), (), ()
+    for step in tl.static_range(STEPS):
+        filters += (w.load([k0, step * BK]),)
+        if prologue_scale is not None and side is None:
+            c = step * BK + tl.arange(0, BK)
+            slopes += (tl.load(prologue_scale + c, mask=c < C, other=0.0),)
+            starts += (tl.load(prologue_shift + c, mask=c < C, other=0.0),)
+
+    count = 0.0
+    centre = tl.zeros((BM,), tl.float32)
+    squares = tl.zeros((BM,), tl.float32)
+    tl.assume(first < tiles)
+    for tile in range(first, tiles, tl.num_programs(0) // tiles_k):
+        pixel = tile * BN
+        acc = tl.zeros((BM, BN), tl.float32)
+        for step in tl.static_range(STEPS):
+            a = x.load([pixel, step * BK])
+            if side is not None:
+                c = step * BK + tl.arange(0, BK)
+                other = side.load([pixel, step * BK])
+                a = join_relu(a, other, prologue_scale, prologue_shift, side_scale, side_shift, c, c < C)
+                joined.store([pixel, step * BK], a)
+            elif prologue_scale is not None:
+                a = affine_relu(a, slopes[step], starts[step], None, False)
+            if step == 0:
+                a, res = load_beside(a, residual, pixel, k0)
+            acc = tl.dot(filters[step], a.T, acc, input_precision=PRECISION)
+        acc = settle(acc, COMPILED)  # or the product would start from what is added to it (C7519)
+        met = None
+        if residual is not None:
+            met = res.T
+        out = finish(acc, met, scale, shift, mean, var, eps, k, k < K, residual_scale, out_scale, RELU, y.dtype)
+        y.store([pixel, k0], out.T)
+        if partials is not None:
+            n = tl.minimum(BN, pixels - pixel).to(tl.float32)
+            of_tile, apart = tile_statistics(out, n, pixel + tl.arange(0, BN) < pixels, FULL)
+            total = count + n  # Chan's rule, as in `batch_norm.merged_statistics`
+            delta = of_tile - centre
+            centre += delta * (n / total)
+            squares += apart + delta * delta * (count * (n / total))
+            count = total
+    if partials is not None:
+        at = partials + first * 3 * K + k
+        tl.store(at, tl.zeros_like(centre) + count, mask=k < K)
+        tl.store(at + K, centre, mask=k < K)
+        tl.store(at + 2 * K, squares, mask=k < K)
+
+
+@triton.jit(do_not_specialize=["pixels", "tiles"])
+def pointwise_dgrad_kernel(
+    dy,
+    z,
+    w,
+    dx,
+    z_prev,
+    z_side,
+    sign,
+    dout,
+    out,
+    p,
+    q,
+    r,
+    scale,
+    shift,
+    mean,
+    mean_side,
+    partials,
+    partials_side,
+    pixels,
+    K,
+    C,
+    tiles,
+    STEPS: tl.constexpr,
+    FULL: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """`dgrad_kernel`'s arguments, its activations as descriptors. Neighbours in the grid share their pixels; partials
+    is [programs, 2, C]. FULL: no tile ends early."""
+    tiles_c = tl.cdiv(C, BM)
+    c0 = tl.program_id(0) % tiles_c * BM
+    first = tl.program_id(0) // tiles_c
+    c = c0 + tl.arange(0, BM)
+    filters, ps, qs, rs = (), (), (), ()
+    for step in tl.static_range(STEPS):
+        filters += (w.load([step * BK, c0]).T,)
+        if z is not None:
+            k = step * BK + tl.arange(0, BK)
+            ps += (tl.load(p + k, mask=k < K, other=0.0)[None, :],)
+            qs += (tl.load(q + k, mask=k < K, other=0.0)[None, :],)
+            rs += (tl.load(r + k, mask=k < K, other=0.0)[None, :],)
+    if z_prev is not None:
+        centre = tl.load(mean + c, mask=c < C, other=0.0)[:, None]
+        if scale is not None:
+            slope = tl.load(scale + c, mask=c < C, other=0.0)[:, None]
+            start = tl.load(shift + c, mask=c < C, other=0.0)[:, None]
+        if z_side is not None:
+            centre_side = tl.load(mean_side + c, mask=c < C, other=0.0)[:, None]
+
+    total = tl.zeros((BM,), tl.float32)
+    of_prev = tl.zeros((BM,), tl.float32)
+    of_side = tl.zeros((BM,), tl.float32)
+    tl.assume(first < tiles)
+    for tile in range(first, tiles, tl.num_programs(0) // tiles_c):
+        pixel = tile * BN
+        acc = tl.zeros((BM, BN), tl.float32)
+        for step in tl.static_range(STEPS):
+            dz = dy.load([pixel, step * BK])
+            if z is not None:
+                x = z.load([pixel, step * BK]).to(tl.float32)
+                dz = (ps[step] * dz.to(tl.float32) + (qs[step] * x + rs[step])).to(dz.dtype)
+            if step == 0:
+                dz, res = load_beside(dz, dout, pixel, c0)
+                dz, passed = load_beside(dz, out, pixel, c0)
+                dz, saved = load_beside(dz, sign, pixel, c0)
+                dz, before = load_beside(dz, z_prev, pixel, c0)
+                dz, beside = load_beside(dz, z_side, pixel, c0)
+            acc = tl.dot(filters[step], dz.T, acc, input_precision=PRECISION)
+        acc = settle(acc, COMPILED)
+        if dout is not None:
+            if out is not None:
+                res = tl.where(passed <= 0, 0.0, res)
+            acc += res.T.to(tl.float32)
+        if sign is not None:
+            acc = tl.where(saved.T <= 0, 0.0, acc)
+        if z_prev is not None:
+            before = before.T.to(tl.float32)
+            if scale is not None:
+                acc = tl.where(before * slope + start <= 0, 0.0, acc)
+        stored = acc.to(dx.dtype)
+        dx.store([pixel, c0], stored.T)
+        if z_prev is not None:
+            stored = stored.to(tl.float32)
+            if not FULL:
+                stored = tl.where((pixel + tl.arange(0, BN) < pixels)[None, :], stored, 0.0)
+            total += tl.sum(stored, 1)
+            of_prev += tl.sum(stored * (before - centre), 1)
+            if z_side is not None:
+                of_side += tl.sum(stored * (beside.T.to(tl.float32) - centre_side), 1)
+    if z_prev is not None:
+        at = first * 2 * C + c
+        tl.store(partials + at, total, mask=c < C)
+        tl.store(partials + at + C, of_prev, mask=c < C)
+        if z_side is not None:
+            tl.store(partials_side + at, total, mask=c < C)
+            tl.store(partials_side + at + C, of_side, mask=c < C)
+
+
+def launch_fprop(
+    problem: ConvProblem, tile: Tile, x: Tensor, w: Tensor, y: Tensor, *same_shape: Tensor | None, **rest: Any
+) -> None:
+    """Launches `pointwise_fprop_kernel` over the tensors that `conv_fprop` takes."""
+    residual, side, joined = same_shape
+    C, K = problem.C, problem.K
+    read, written = [tile.BN, tile.BK], [tile.BN, tile.BM]
+    launch(
+        pointwise_fprop_kernel, (programs(problem.pixels, K, tile, x.device) * cdiv(K, tile.BM),),
+        x=_boxes(x, C, read), w=_boxes(w, C, [tile.BM, tile.BK]), y=_boxes(y, K, written),
+        residual=_boxes(residual, K, written), side=_boxes(side, C, read), joined=_boxes(joined, C, read),
+        pixels=problem.pixels, C=C, K=K, tiles=cdiv(problem.pixels, tile.BN), STEPS=cdiv(C, tile.BK),
+        FULL=problem.pixels % tile.BN == 0, BM=tile.BM, BN=tile.BN, BK=tile.BK, num_warps=tile.warps,
+        num_stages=tile.stages, **rest,
+    )  # fmt: skip
+
+
+def dgrad_sums(
+    problem: ConvProblem,
+    tile: Tile,
+    w: Tensor,
+    like_dy: Mapping[str, Tensor | None],
+    like_dx: Mapping[str, Tensor | None],
+    **rest: Any,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Launches `pointwise_dgrad_kernel` over the tensors of `conv_dgrad`, given by the kernel's names, dx among them;
+    returns the partials of norm and of projection, where there are any."""
+    C, K, count = problem.C, problem.K, programs(problem.pixels, problem.C, tile, w.device)
+    partials, partials_side = (
+        None if z is None else empty((count, 2, C), torch.float32, w.device)
+        for z in (like_dx["z_prev"], like_dx["z_side"])
+    )
+    if not problem.pixels:
+        return partials, partials_side
+    launch(
+        pointwise_dgrad_kernel, (count * cdiv(C, tile.BM),),
+        **{name: _boxes(tensor, K, [tile.BN, tile.BK]) for name, tensor in like_dy.items()},
+        **{name: _boxes(tensor, C, [tile.BN, tile.BM]) for name, tensor in like_dx.items()},
+        w=_boxes(w, C, [tile.BK, tile.BM]), partials=partials, partials_side=partials_side,
+        pixels=problem.pixels, K=K, C=C, tiles=cdiv(problem.pixels, tile.BN), STEPS=cdiv(K, tile.BK),
+        FULL=problem.pixels % tile.BN == 0, BM=tile.BM, BN=tile.BN, BK=tile.BK, num_warps=tile.warps,
+        num_stages=tile.stages, **rest,
+    )  # fmt: skip
+    return partials, partials_side
+
+
+def _boxes(tensor: Tensor | None, channels: int, box: list[int]) -> TensorDescriptor | None:
+    return None if tensor is None else TensorDescriptor.from_tensor(tensor.view(-1, channels), box)
