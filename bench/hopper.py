@@ -88,14 +88,15 @@ def oob(ready: Ready) -> Answer:
 
 
 def strides(ready: Ready) -> Answer:
-    from fastres.kernels.config import fprop_tiles
+    from fastres.kernels.config import fprop_tiles, stem_tiles
     from fastres.kernels.conv import conv_fprop
     from fastres.kernels.problem import ConvProblem
-    from fastres.kernels.stem import conv_stem, pack_filters, pack_images
+    from fastres.kernels.stem import conv_stem, pack_filters, pack_images, stem_columns
 
     def windows(x: Tensor, w: Tensor) -> Tensor:
         problem = ConvProblem(2, 64, 64, 3, 64, 7, 7, stride=2, pad=3)
-        return conv_stem(pack_images(x, problem, BF16), pack_filters(nhwc(w)), problem)
+        tile = stem_tiles(stem_columns(problem), 2, tma=True)[0]
+        return conv_stem(pack_images(x, problem, BF16), pack_filters(nhwc(w)), problem, tile=tile)
 
     def pairs(x: Tensor, w: Tensor) -> Tensor:
         tile = fprop_tiles(ConvProblem(2, 64, 64, 64, 64, 3, 3, stride=2, pad=1), 2, tma=True)[0]

@@ -36,7 +36,7 @@ class Tile:
     splits: parts that the reduction is cut into, each summed by programs of its own; fprop and wgrad alone have them.
 
     wgrad: BM filters, BN channels of one filter tap, BK pixels per step and in a box; taps: neighbouring filter taps
-    per program.
+    per program. The stem's: BN of a filter's values per product, all of them per program.
 
     persistent, fprop and dgrad of 1x1: programs per multiprocessor that go through the tiles (`kernels.persistent`); 0:
     one program a tile.
@@ -64,6 +64,8 @@ class Gpu(NamedTuple):
 
 
 H200 = Gpu("NVIDIA H200", 132, 232448, (9, 0))
+
+STEM_WINDOW = 32  # values of one row of the stem's filter: 8 pixels of 4 channels
 
 # Per multiprocessor and cycle, on Hopper: 16-bit multiply-adds of wgmma, of the older mma (tiles of less than 64
 # channels), of fp32 FMA; bytes from L2; bytes from and to memory. Per program: cycles of waiting for its first load and
@@ -170,17 +172,69 @@ def fprop_tile(
     return _measured_tile(pass_, problem, dtype, gpu, candidates)
 
 
+def stem_tiles(columns: ConvProblem, itemsize: int, tma: bool, gpu: Gpu = H200, ieee: bool = False) -> list[Tile]:
+    """Tiles for `conv_stem`, which convolves as `columns` does, the most promising first: by TMA where that serves,
+    then by pointers, which take one row of the filter at a step or two. Every program reads all filters: the widest
+    tile does it for the most pixels."""
+    by_pointers = fprop_tiles(columns, itemsize, False, gpu, ieee)
+    if itemsize == 2:
+        pairs = [replace(tile, BK=2 * tile.BK, stages=3) for tile in by_pointers]
+        if gpu.capability < (9, 0):  # 64 pixels of one row spill 8 bytes there, at 80 registers
+            by_pointers = [tile for tile in by_pointers if tile.BN != 64]
+        by_pointers += [Tile(64, 256, STEM_WINDOW, 8, 3), *pairs]
+    return (fprop_tiles(columns, itemsize, True, gpu, ieee) if tma else []) + by_pointers
+
+
 @lru_cache(maxsize=4096)
 def stem_tile(
     problem: ConvProblem,
     columns: ConvProblem,
     dtype: torch.dtype,
+    tma: bool,
     gpu: Gpu,
     ieee: bool,
     pass_: Literal["infer", "fprop"],
 ) -> Tile:
-    """For `conv_stem` of `problem`, which convolves as `columns` does: the measured tile, else the first of theirs."""
-    return _measured_tile(pass_, problem, dtype, gpu, fprop_tiles(columns, dtype.itemsize, True, gpu, ieee))
+    """For `conv_stem` of `problem`, which convolves as `columns` does: the measured tile, else the first of
+    `stem_tiles`."""
+    candidates = stem_tiles(columns, dtype.itemsize, tma, gpu, ieee)
+    return _measured_tile(pass_, problem, dtype, gpu, candidates, by_stem=True)
+
+
+def stem_wgrad_tiles(problem: ConvProblem, itemsize: int, gpu: Gpu = H200, ieee: bool = False) -> list[Tile]:
+    """Tiles for `conv_stem_wgrad`, the most promising first: BM filters, BN of their values a product, BK pixels at a
+    step, for the splits that fill one to three waves.
+
+    By the instructions as compiled: one row of the filter a product takes the fewest, and neighbouring windows then
+    stand in one request, which L2 answers once. wgmma holds no operand in registers and so takes longer steps.
+    """
+    BM = max(16, min(64, _power_of_2(problem.K)))
+    if ieee or itemsize > 2:
+        shapes = [(32, 16, 8, 2)]
+    elif gpu.capability >= (9, 0):
+        shapes = [(32, 64, 4, 3), (32, 32, 4, 4), (64, 64, 8, 3), (32, 64, 8, 3), (256, 32, 8, 4)]
+    else:
+        shapes = [(32, 32, 4, 3), (32, 32, 4, 4), (32, 32, 4, 2)]
+    tiles = []
+    for waves in (1, 2, 3):
+        for BN, BK, warps, stages in shapes:
+            values = math.ceil(problem.R * STEM_WINDOW / BN) * BN
+            buffers = stages if gpu.capability >= (9, 0) else stages - 1  # mma's operands leave shared memory first
+            shared = buffers * (BM + values) * BK * itemsize + SMALL
+            if shared > gpu.shared:
+                continue
+            resident = max(1, min(gpu.shared // shared, 65536 // (BM * values + 56 * 32 * warps)))
+            programs = waves * gpu.sms * resident // math.ceil(problem.K / BM)
+            splits = max(1, min(math.ceil(problem.pixels / BK), programs))
+            tiles.append(Tile(BM, BN, BK, warps, stages, None, splits))
+    return tiles
+
+
+@lru_cache(maxsize=4096)
+def stem_wgrad_tile(problem: ConvProblem, dtype: torch.dtype, gpu: Gpu, ieee: bool) -> Tile:
+    """The measured tile of `conv_stem_wgrad`, else the first of `stem_wgrad_tiles`."""
+    candidates = stem_wgrad_tiles(problem, dtype.itemsize, gpu, ieee)
+    return _measured_tile("wgrad", problem, dtype, gpu, candidates, by_stem=True)
 
 
 def row_channels(problem: ConvProblem) -> int:
@@ -410,16 +464,19 @@ def backward_tile(
     return _measured_tile(pass_, problem, dtype, gpu, candidates)
 
 
-def _measured_tile(pass_: Pass, problem: ConvProblem, dtype: torch.dtype, gpu: Gpu, candidates: list[Tile]) -> Tile:
+def _measured_tile(
+    pass_: Pass, problem: ConvProblem, dtype: torch.dtype, gpu: Gpu, candidates: list[Tile], by_stem: bool = False
+) -> Tile:
     """The measured tile if it fits: of this very problem as it was measured; of the nearest batch the first candidate
-    like it, whose box, splits and stages are this problem's own. Else the first candidate.
+    like it, whose box, splits and stages are this problem's own. Else the first candidate. by_stem: whose tile it is,
+    for the kernels over packed images have some in common with the others.
 
     It has no splits where no candidate has any; nor for inference where none were measured, because they lost or were
     never tried.
     """
     found = measured(pass_, problem, dtype, gpu)
     wanted = None if found is None else found.measurement.tile
-    if found is not None and wanted is not None:
+    if found is not None and wanted is not None and (found.measurement.winner == "stem") == by_stem:
         if all(tile.splits == 1 for tile in candidates):
             wanted = replace(wanted, splits=1)
         for tile in candidates:
@@ -603,6 +660,6 @@ def _entry(row: Mapping[str, Any]) -> tuple[Key, Measurement]:
 
 def forget_tables() -> None:
     """Tables are read once per process; after this, once more."""
-    for cached in (serving, measured, fprop_tile, stem_tile, backward_tile):
+    for cached in (serving, measured, fprop_tile, stem_tile, stem_wgrad_tile, backward_tile):
         cached.cache_clear()
     replay.forget()

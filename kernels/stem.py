@@ -1,17 +1,22 @@
-"""The stem: a convolution of stride 2 over images of at most 4 channels, fetched by TMA.
+"""The stem: a convolution of stride 2 over images of at most 4 channels, forward and with respect to its filters.
 
-One row of the filter covers at most 8 neighbouring pixels; with 4 channels each they are 32 values in a row, one step
-of the reduction. So images are packed to 4 channels, and a view whose windows overlap,
+One row of the filter covers at most 8 neighbouring pixels; with 4 channels each they are a window of 32 values in a
+row. So images are packed to 4 channels, window q of a row starting at its pixel 2 q:
 
-    [N, H/2, 2, Q, 32]  over rows of pixels, window q starting at pixel 2 q,
+    y[n, p, q, k]  = sum over r, j of w[k, r, j] window[n, 2 p - pad + r, q, j],   j = 4 s + c
+    dw[k, r, j]    = sum over n, p, q of dz[n, p, q, k] window[n, 2 p - pad + r, q, j]
 
-makes the stem an R x 1 convolution of 32 channels for `conv_fprop_tma_kernel`. The packing takes images in any layout
-and dtype, so that it is at once the one conversion that a net's input needs anyway.
+Two ways to fetch windows. By pointers, on every GPU: a window starts 16 bytes (of 16-bit values) behind its left
+neighbour, so that it is 4 asynchronous copies of 16 bytes. By TMA, fprop alone: a view [N, H/2, 2, Q, 32] whose windows
+overlap makes the stem an R x 1 convolution of 32 channels for `conv_fprop_tma_kernel`.
+
+The packing takes images in any layout and dtype, so that it is at once the one conversion that a net's input needs.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+import warnings
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -19,13 +24,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .config import Tile, pixel_tiles, reduction_steps, stem_tile
+from .config import STEM_WINDOW, Tile, pixel_tiles, reduction_steps, stem_tile, stem_wgrad_tile
 from .conv import FLOATS, launch_boxes
 from .launch import cdiv, check_device, check_tensor, gpu_of, tma_refusal
 from .problem import ConvProblem
 from .replay import empty, launch, remembered
+from .tile import finish, store_statistics, unravel
+from .wgrad import wgrad_reduce_kernel
 
 WINDOW, CHANNELS = 8, 4
+ROW = tl.constexpr(STEM_WINDOW)
+
+_refusing: dict[torch.device, str] = {}  # GPUs whose driver takes no overlapping windows, and what it said
 
 
 @triton.jit(do_not_specialize=["C", "H", "W", "COLUMNS", "ROWS"])
@@ -49,10 +59,141 @@ def pack_images_kernel(
     )
 
 
+@triton.jit(do_not_specialize=["pixels", "H", "P", "Q", "rows", "pairs"])
+def stem_fprop_kernel(
+    packed,
+    filters,
+    y,
+    scale,
+    shift,
+    partials,
+    pixels,
+    H,
+    P,
+    Q,
+    K,
+    rows,
+    pairs,
+    R: tl.constexpr,
+    PAD: tl.constexpr,
+    FULL: tl.constexpr,
+    INT64: tl.constexpr,
+    RELU: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """One tile [BM channels, BN consecutive pixels] per program; a step takes BK of the R x 32 values under a filter.
+
+    packed: [N, rows, 2 pairs, 4]; filters: [K, R, 32]. FULL: no tile ends early. INT64: offsets pass 2**31.
+    """
+    tiles_k = tl.cdiv(K, BM)
+    tile_k = tl.program_id(0) % tiles_k
+    tile = tl.program_id(0) // tiles_k
+    if INT64:
+        tile = tile.to(tl.int64)
+    pixel = tile * BN + tl.arange(0, BN)
+    inside = pixel < pixels
+    n, p, q = unravel(pixel, P, Q)
+    k = tile_k * BM + tl.arange(0, BM)
+
+    acc = tl.zeros((BM, BN), tl.float32)
+    for first in range(0, R * ROW, BK):
+        j = first + tl.arange(0, BK)
+        in_filter = j < R * ROW
+        windows = load_windows(packed, n, p, q, j, inside, in_filter, H, rows, pairs, PAD)
+        w = tl.load(
+            filters + (k * (R * ROW))[:, None] + j[None, :], mask=(k < K)[:, None] & in_filter[None, :], other=0.0
+        )
+        acc = tl.dot(w, windows.T, acc, input_precision=PRECISION)
+
+    out = finish(acc, None, scale, shift, None, None, None, k, k < K, None, None, RELU, y.dtype.element_ty)
+    tl.store(y + pixel[None, :] * K + k[:, None], out, mask=inside[None, :] & (k < K)[:, None])
+    if partials is not None:
+        store_statistics(partials, out, tile, tl.minimum(BN, pixels - tile * BN), inside, k, k < K, K, FULL)
+
+
+@triton.jit(do_not_specialize=["pixels", "H", "P", "Q", "C", "S", "rows", "pairs", "steps_in_all", "steps_per_split"])
+def stem_wgrad_kernel(
+    dz,
+    packed,
+    dw,
+    pixels,
+    H,
+    P,
+    Q,
+    K,
+    C,
+    S,
+    rows,
+    pairs,
+    steps_in_all,
+    steps_per_split,
+    R: tl.constexpr,
+    PAD: tl.constexpr,
+    INT64: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """BM filters, all of their R x 32 values, summed over one split of the pixels, BK consecutive ones at a step.
+
+    dz is read once: there is a product for every BN of the values, whole rows of the filter, and they have it in
+    common. dz: [pixels, K]; packed: [N, rows, 2 pairs, 4]; dw: [splits, K, R, S, C] of any dtype.
+    """
+    PRODUCTS: tl.constexpr = (R * ROW + BN - 1) // BN
+    split = tl.program_id(1)
+    k = tl.program_id(0) * BM + tl.arange(0, BM)
+
+    sums = ()
+    for _ in tl.static_range(PRODUCTS):
+        sums = sums + (tl.zeros((BM, BN), tl.float32),)  # noqa: RUF005 (Triton knows no starred tuples)
+    first = split * steps_per_split
+    steps = tl.minimum(steps_per_split, steps_in_all - first)
+    if INT64:
+        first = first.to(tl.int64)
+    tl.assume(steps > 0)  # else ptxas serialises wgmma (C7515)
+    for step in range(steps):
+        pixel = (first + step) * BK + tl.arange(0, BK)
+        inside = pixel < pixels
+        n, p, q = unravel(pixel, P, Q)
+        # Filters first, not a transposed tile: mma on sm_80 then gets it by asynchronous copies, too.
+        dz_tile = tl.load(dz + pixel[None, :] * K + k[:, None], mask=inside[None, :] & (k < K)[:, None], other=0.0)
+        added = ()
+        for i in tl.static_range(PRODUCTS):
+            j = i * BN + tl.arange(0, BN)
+            windows = load_windows(packed, n, p, q, j, inside, j < R * ROW, H, rows, pairs, PAD)
+            added = added + (tl.dot(dz_tile, windows, sums[i], input_precision=PRECISION),)  # noqa: RUF005
+        sums = added
+
+    at = dw + (split.to(tl.int64) * K + k[:, None]) * (R * S * C)
+    for i in tl.static_range(PRODUCTS):
+        j = i * BN + tl.arange(0, BN)
+        r, s, c = j // ROW, j % ROW // 4, j % 4
+        valid = (k < K)[:, None] & ((r < R) & (s < S) & (c < C))[None, :]
+        tl.store(at + ((r * S + s) * C + c)[None, :], sums[i].to(dw.dtype.element_ty), mask=valid)
+
+
+@triton.jit
+def load_windows(packed, n, p, q, j, inside, in_filter, H, rows, pairs, PAD: tl.constexpr):
+    """The values j of the R x 32 under a filter at the pixels (n, p, q): [pixels, values], zero outside the image."""
+    top = 2 * p - PAD
+    r = j // ROW
+    h = top[:, None] + r[None, :]
+    # Windows start every 8 values, which lets 8 of them be one copy.
+    at = ((n * rows + top) * pairs + q)[:, None] * 8 + ((r * pairs) * 8 + j % ROW)[None, :]
+    return tl.load(packed + at, mask=inside[:, None] & in_filter[None, :] & (h >= 0) & (h < H), other=0.0)
+
+
 def stem_refusal(problem: ConvProblem) -> str | None:
-    """Why `conv_stem` can't serve a convolution, or None where it can."""
-    if problem.C > CHANNELS or problem.S > WINDOW:
-        return f"{problem.C} channels under rows of {problem.S}; at most {CHANNELS} under {WINDOW} fit a window"
+    """Why `conv_stem` and `conv_stem_wgrad` can't serve a convolution, or None where they can."""
+    if problem.C > CHANNELS or max(problem.R, problem.S) > WINDOW:
+        return (
+            f"{problem.C} channels under {problem.R}x{problem.S} filters; at most {CHANNELS} under {WINDOW}x{WINDOW} "
+            "are served"
+        )
     if (problem.stride, problem.dilation, problem.groups) != (2, 1, 1):
         return f"stride={problem.stride}, dilation={problem.dilation}, groups={problem.groups}; 2, 1 and 1 are served"
     return None
@@ -60,7 +201,7 @@ def stem_refusal(problem: ConvProblem) -> str | None:
 
 def stem_columns(problem: ConvProblem) -> ConvProblem:
     """The convolution without stride of the same sums over the same pixels: R x 1 over one window's values a pixel."""
-    return ConvProblem(problem.N, problem.P + problem.R - 1, problem.Q, WINDOW * CHANNELS, problem.K, problem.R, 1)
+    return ConvProblem(problem.N, problem.P + problem.R - 1, problem.Q, STEM_WINDOW, problem.K, problem.R, 1)
 
 
 @remembered
@@ -74,7 +215,7 @@ def pack_images(x: Tensor, problem: ConvProblem, dtype: torch.dtype) -> Tensor:
     if (reason := stem_refusal(problem)) is not None:
         raise ValueError(reason)
     check_device(x, dtype)
-    rows, columns = problem.H + problem.H % 2, 2 * (problem.Q - 1) + WINDOW
+    rows, columns = _packed_sizes(problem)
     packed = empty((problem.N, rows, columns, CHANNELS), dtype, x.device)
     BW = 128
     if packed.numel():
@@ -106,40 +247,136 @@ def conv_stem(
     tile: Tile | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """y [N, P, Q, K] = [relu](scale conv + shift), with `statistics` also its partials, as `conv_fprop` gives them, for
-    images from `pack_images` and filters from `pack_filters` of one dtype. Raises ValueError where they don't fit."""
-    if (reason := stem_refusal(problem)) is not None:
-        raise ValueError(reason)
+    images from `pack_images` and filters from `pack_filters` of one dtype. tile: from `config` by default; one with a
+    box asks for TMA, one without for pointers. Raises ValueError where they don't fit."""
     N, P, Q, K, R = problem.N, problem.P, problem.Q, problem.K, problem.R
-    rows, columns = problem.H + problem.H % 2, 2 * (Q - 1) + WINDOW
-    check_tensor("packed", packed, (N, rows, columns, CHANNELS), packed)
+    _check_packed(packed, problem, precision)
     check_tensor("filters", filters, (K, R, WINDOW, CHANNELS), packed)
     for name, tensor in (("scale", scale), ("shift", shift)):
         check_tensor(name, tensor, (K,), packed, torch.float32)
-    if precision not in ("ieee", "tf32"):
-        raise ValueError(f"precision must be 'ieee' or 'tf32', got {precision!r}")
-    check_device(packed, packed.dtype)
     y = empty((N, P, Q, K), packed.dtype, packed.device)
-    as_columns = stem_columns(problem)
-    if (reason := tma_refusal(as_columns, packed, filters, y)) is not None:
-        raise ValueError(f"conv_stem is impossible here: {reason}")
-    if tile is None:
+    columns = stem_columns(problem)
+    refusal = tma_refusal(columns, packed, filters, y) or _refusing.get(packed.device)
+    if tile is not None and tile.box is not None and refusal is not None:
+        raise ValueError(f"a tile with a box is fetched by TMA, which is impossible here: {refusal}")
+    chosen = tile
+    if chosen is None:
         ieee = packed.dtype == torch.float32 and precision == "ieee"
         pass_: Literal["infer", "fprop"] = "fprop" if statistics else "infer"
-        tile = stem_tile(problem, as_columns, packed.dtype, gpu_of(packed.device), ieee, pass_)
-    tiles = pixel_tiles(as_columns, tile.BN, tile.box)
+        of_gpu = gpu_of(packed.device)
+        chosen = stem_tile(problem, columns, packed.dtype, refusal is None, of_gpu, ieee, pass_)
+    tiles = pixel_tiles(columns, chosen.BN, chosen.box)
     partials = empty((tiles, 3, K), torch.float32, packed.device) if statistics else None
-    if problem.pixels:
-        row = columns * CHANNELS
-        windows = packed.as_strided(
-            (N, rows // 2, 2, Q, WINDOW * CHANNELS), (rows * row, 2 * row, row, 2 * CHANNELS, 1)
-        )
-        launch_boxes(
-            tile, windows, filters, y, H=problem.H, W=problem.W, C=WINDOW * CHANNELS,
-            steps=reduction_steps(as_columns, tile), steps_per_split=None, R=R, S=1, STRIDE=2, PAD_H=problem.pad,
-            PAD_W=0, DILATION=1,
-            prologue_scale=None, prologue_shift=None, side_scale=None, side_shift=None,
-            scale=scale, shift=shift, mean=None, var=None, eps=None, partials=partials, residual_scale=None,
-            out_scale=None,
-            RELU=relu, PRECISION=precision,
-        )  # fmt: skip
+    rest: dict[str, Any] = {"scale": scale, "shift": shift, "partials": partials, "RELU": relu, "PRECISION": precision}
+    if not problem.pixels:
+        pass
+    elif chosen.box is None:
+        _launch_pointers(problem, chosen, packed, filters, y, **rest)
+    else:
+        try:
+            _launch_boxes(problem, columns, chosen, packed, filters, y, **rest)
+        except RuntimeError as error:  # by their documentation drivers may refuse strides that make boxes overlap
+            if tile is not None:
+                raise
+            _refusing[packed.device] = str(error)
+            warnings.warn(f"conv_stem fetches by pointers, because TMA refuses its windows: {error}", stacklevel=2)
+            return conv_stem(
+                packed, filters, problem, scale=scale, shift=shift, relu=relu, statistics=statistics,
+                precision=precision,
+            )  # fmt: skip
     return y if partials is None else (y, partials)
+
+
+def _check_packed(packed: Tensor, problem: ConvProblem, precision: str) -> None:
+    if (reason := stem_refusal(problem)) is not None:
+        raise ValueError(reason)
+    if precision not in ("ieee", "tf32"):
+        raise ValueError(f"precision must be 'ieee' or 'tf32', got {precision!r}")
+    check_tensor("packed", packed, (problem.N, *_packed_sizes(problem), CHANNELS), packed, *FLOATS)
+    check_device(packed, packed.dtype)
+
+
+def _packed_sizes(problem: ConvProblem) -> tuple[int, int]:
+    """(rows, columns) of packed images."""
+    return problem.H + problem.H % 2, 2 * (problem.Q - 1) + WINDOW
+
+
+def _launch_boxes(
+    problem: ConvProblem, columns: ConvProblem, tile: Tile, packed: Tensor, filters: Tensor, y: Tensor, **rest: Any
+) -> None:
+    rows, width = _packed_sizes(problem)
+    row = width * CHANNELS
+    windows = packed.as_strided(
+        (problem.N, rows // 2, 2, problem.Q, STEM_WINDOW), (rows * row, 2 * row, row, 2 * CHANNELS, 1)
+    )
+    launch_boxes(
+        tile, windows, filters, y, H=problem.H, W=problem.W, C=STEM_WINDOW,
+        steps=reduction_steps(columns, tile), steps_per_split=None, R=problem.R, S=1, STRIDE=2, PAD_H=problem.pad,
+        PAD_W=0, DILATION=1,
+        prologue_scale=None, prologue_shift=None, side_scale=None, side_shift=None, mean=None, var=None, eps=None,
+        residual_scale=None, out_scale=None, **rest,
+    )  # fmt: skip
+
+
+def _launch_pointers(problem: ConvProblem, tile: Tile, packed: Tensor, filters: Tensor, y: Tensor, **rest: Any) -> None:
+    launch(
+        stem_fprop_kernel, (cdiv(problem.pixels, tile.BN) * cdiv(problem.K, tile.BM),),
+        packed=packed, filters=filters, y=y, **_sizes(problem, packed),
+        FULL=problem.pixels % tile.BN == 0, BM=tile.BM, BN=tile.BN, BK=tile.BK,
+        num_warps=tile.warps, num_stages=tile.stages, **rest,
+    )  # fmt: skip
+
+
+def _sizes(problem: ConvProblem, packed: Tensor) -> dict[str, Any]:
+    """What both kernels that go by pointers are told of a problem."""
+    _, rows, width, _ = packed.shape
+    return {
+        "pixels": problem.pixels, "H": problem.H, "P": problem.P, "Q": problem.Q, "K": problem.K,
+        "rows": rows, "pairs": width // 2, "R": problem.R, "PAD": problem.pad,
+        "INT64": not problem.int32_safe or packed.numel() >= 2**31,
+    }  # fmt: skip
+
+
+@remembered
+def conv_stem_wgrad(
+    dz: Tensor,
+    packed: Tensor,
+    problem: ConvProblem,
+    *,
+    precision: str = "ieee",
+    out_dtype: torch.dtype = torch.float32,
+    tile: Tile | None = None,
+) -> Tensor:
+    """dw [K, R, S, C], contiguous and of `out_dtype`, from dz [N, P, Q, K] and images from `pack_images`, both of one
+    dtype (bf16, fp16, fp32). Sums in fp32, no atomics: equal inputs give equal bits. tile: from `config` by default.
+    Raises ValueError where something doesn't fit."""
+    _check_packed(packed, problem, precision)
+    check_tensor("dz", dz, (problem.N, problem.P, problem.Q, problem.K), packed)
+    if not out_dtype.is_floating_point:
+        raise ValueError(f"out_dtype must be a floating-point dtype, got {out_dtype}")
+    shape = (problem.K, problem.R, problem.S, problem.C)
+    if problem.N == 0:
+        return torch.zeros(shape, dtype=out_dtype, device=dz.device)
+    if tile is None:
+        ieee = dz.dtype == torch.float32 and precision == "ieee"
+        tile = stem_wgrad_tile(problem, dz.dtype, gpu_of(dz.device), ieee)
+    if tile.splits < 1 or tile.BN % STEM_WINDOW or tile.box is not None:
+        raise ValueError(f"{tile}: splits >= 1, BN a multiple of {STEM_WINDOW} and no box are needed")
+    steps = cdiv(problem.pixels, tile.BK)
+    steps_per_split = cdiv(steps, tile.splits)
+    splits = cdiv(steps, steps_per_split)
+    dw = empty(shape, out_dtype, dz.device)
+    partials = dw if splits == 1 else empty((splits, *shape), torch.float32, dz.device)
+    launch(
+        stem_wgrad_kernel, (cdiv(problem.K, tile.BM), splits),
+        dz=dz, packed=packed, dw=partials, **_sizes(problem, packed), C=problem.C, S=problem.S,
+        steps_in_all=steps, steps_per_split=steps_per_split, PRECISION=precision,
+        BM=tile.BM, BN=tile.BN, BK=tile.BK, num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    if splits > 1:
+        numel = dw.numel()
+        launch(
+            wgrad_reduce_kernel, (cdiv(numel, 128),), partials=partials, dw=dw, numel=numel, splits=splits,
+            ROWS=min(16, triton.next_power_of_2(splits)), BLOCK=128,
+        )  # fmt: skip
+    return dw

@@ -451,7 +451,7 @@ def test_the_stems_tile_is_the_tables() -> None:
 
     def chosen() -> list[Tile]:
         config.forget_tables()
-        return [config.stem_tile(problem, columns, dtype, H200, False, pass_) for pass_ in ("infer", "fprop")]
+        return [config.stem_tile(problem, columns, dtype, True, H200, False, pass_) for pass_ in ("infer", "fprop")]
 
     assert chosen() == [candidates[0], candidates[0]]
     table = {("infer", problem, dtype): Measurement("stem", wanted)}

@@ -13,10 +13,10 @@ from binary import Launch, check, record
 from conv_cases import net_problems
 from covering import extra
 
-from fastres.kernels.config import H200, Gpu, Tile, fprop_tiles
+from fastres.kernels.config import H200, Gpu, Tile, fprop_tiles, stem_tiles, stem_wgrad_tiles
 from fastres.kernels.conv import Join, RunningNorm, conv_fprop, fprop_tma_refusal
 from fastres.kernels.problem import ConvProblem
-from fastres.kernels.stem import conv_stem, pack_filters, pack_images
+from fastres.kernels.stem import conv_stem, conv_stem_wgrad, pack_filters, pack_images, stem_columns
 from fastres.ops import dispatch
 
 pytestmark = pytest.mark.compiles
@@ -71,12 +71,22 @@ def launches(n: ConvProblem, use: str, tile: Tile | None, dtype: torch.dtype = t
     return recorded
 
 
-def stem_launches(n: ConvProblem, use: str, dtype: torch.dtype = torch.bfloat16) -> list[Launch]:
+def stem_launches(
+    n: ConvProblem, use: str, dtype: torch.dtype = torch.bfloat16, tile: Tile | None = None
+) -> list[Launch]:
+    """Forward, or for "wgrad" backward; without a tile with that of an H200."""
     filters = pack_filters(torch.empty(n.K, n.R, n.S, n.C, dtype=dtype, device="meta"))
     vector = torch.empty(n.K, device="meta") if "shift" in use else None
     with record() as recorded:
         packed = pack_images(torch.empty(n.N, n.C, n.H, n.W, device="meta"), n, dtype)
-        conv_stem(packed, filters, n, scale=vector, shift=vector, relu="relu" in use, statistics="statistics" in use)
+        if use == "wgrad":
+            dz = torch.empty(n.N, n.P, n.Q, n.K, dtype=dtype, device="meta")
+            conv_stem_wgrad(dz, packed, n, precision="tf32", tile=tile)
+            return recorded
+        conv_stem(
+            packed, filters, n, scale=vector, shift=vector, relu="relu" in use, statistics="statistics" in use,
+            precision="tf32", tile=tile,
+        )  # fmt: skip
     return recorded
 
 
@@ -88,8 +98,8 @@ def verify(launch: Launch, sm: int) -> None:
     """What is promised of every kernel, by what it was launched with."""
     binary = launch.compile(sm)
     given = launch.kwargs
-    if launch.fn.__name__ == "pack_images_kernel":
-        check(binary, registers=64, matrix="", absent=("STS", "LDS"))
+    if launch.fn.__name__ in ("pack_images_kernel", "wgrad_reduce_kernel"):
+        check(binary, registers=64, matrix="", absent=("STS", "LDS") if "packed" in given else ())
         return
     if launch.fn.__name__ == "fprop_reduce_kernel":
         check(binary, registers=128, matrix="", present=("LDG.128",) if given["K"] % 16 == 0 else (), absent=("BAR",))
@@ -212,6 +222,59 @@ def test_the_loads_of_8_splits_fly_at_once() -> None:
 def test_stem(use: str) -> None:
     for launch in stem_launches(STEM, use):
         verify(launch, 90)
+
+
+@pytest.mark.parametrize(
+    ("use", "sm", "most"),
+    [
+        ("statistics", 80, 1),
+        ("scale shift relu", 90, 1),
+        ("wgrad", 80, 1),
+        *(extra(use, sm, 99) for use in ("scale shift relu", "statistics", "wgrad") for sm in (80, 90, 100)),
+    ],
+)
+def test_stem_by_pointers(use: str, sm: int, most: int) -> None:
+    """Windows and dz are copied 16 bytes at a time, past the registers, by every tile that may be chosen."""
+    for tile in stem_tiles_of(STEM, use, sm, itemsize=2)[:most]:
+        (launch,) = (one for one in stem_launches(STEM, use, tile=tile) if one.fn.__name__.startswith("stem_"))
+        binary = launch.compile(sm)
+        absent = () if "shift" in use else ("LDG",)
+        check(binary, matrix=MATRIX[sm], present=("LDGSTS.128",), absent=absent, shared=GPUS[sm].shared)
+        assert binary.count("LDGSTS") == binary.count("LDGSTS.128"), binary.opcodes()
+        assert sm != 90 or all(name.endswith("SS") for name in binary.matrix), binary.matrix
+
+
+def stem_tiles_of(n: ConvProblem, use: str, sm: int, itemsize: int) -> list[Tile]:
+    """By pointers, one of each program."""
+    gpu = GPUS[sm]
+    if use == "wgrad":
+        tiles = stem_wgrad_tiles(n, itemsize, gpu)
+    else:
+        tiles = [tile for tile in stem_tiles(stem_columns(n), itemsize, False, gpu) if max(64, n.K) >= tile.BM]
+    return list({replace(tile, splits=1): tile for tile in tiles}.values())
+
+
+def test_the_stems_wgrad_reads_its_gradient_once() -> None:
+    """Per thread and step of 64 pixels, 4 copies of dz's 8 KB and 14 of the 28 KB of windows; and 28 wgmma."""
+    launch = stem_launches(STEM, "wgrad")[1]
+    assert (launch.fn.__name__, launch.grid) == ("stem_wgrad_kernel", (1, 263))
+    binary = launch.compile(90)
+    assert (binary.count("LDGSTS.128", loop=True), binary.count("HGMMA", loop=True)) == (4 + 14, 28)
+    assert 2 * binary.shared <= H200.shared
+    check(binary, registers=168)
+
+
+@pytest.mark.extra
+@pytest.mark.parametrize("K", [16, 32, 96])
+@pytest.mark.parametrize("use", ["statistics", "wgrad"])
+def test_other_stems(use: str, K: int) -> None:
+    """Widths other than 64, filters of 3x3 over one channel, odd sizes, float32."""
+    problem = ConvProblem(3, 97, 85, 3 if K > 16 else 1, K, 3, 3, 2, 1)
+    for sm in (80, 90):
+        for dtype in (torch.float16, torch.float32):
+            for tile in stem_tiles_of(problem, use, sm, dtype.itemsize)[:2]:
+                for launch in stem_launches(problem, use, dtype, tile)[1:]:
+                    check(launch.compile(sm), shared=GPUS[sm].shared)
 
 
 def test_tf32_and_fp8() -> None:

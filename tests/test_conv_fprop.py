@@ -1,4 +1,4 @@
-"""conv_fprop and the stem against float64, by TMA boxes and by pointers.
+"""conv_fprop against float64, by TMA boxes and by pointers.
 
 On a CPU the kernels are interpreted, in float32 and float16 (its bfloat16 products are wrong) and at small
 shapes; on a GPU the same tests run in bfloat16 too, and every tile at every layer of the nets.
@@ -23,7 +23,6 @@ from fastres.kernels import conv, replay
 from fastres.kernels.config import Tile, fprop_tiles, reduction_steps
 from fastres.kernels.conv import Join, RunningNorm, conv_fprop, fprop_tma_refusal
 from fastres.kernels.problem import ConvProblem
-from fastres.kernels.stem import conv_stem, pack_filters, pack_images
 from fastres.ops import dispatch
 
 DEVICE = "cuda" if torch.cuda.is_available() and not triton.knobs.runtime.interpret else "cpu"
@@ -321,29 +320,6 @@ def test_fp8(boxed: bool, splits: int) -> None:
     assert isinstance(y, Tensor)
     assert (y.float() == 448).any()
     assert relative_error(y, (200 * wide).clamp(max=448)) <= torch.finfo(torch.float8_e4m3fn).eps
-
-
-@dtypes
-@pytest.mark.parametrize(
-    "problem",
-    [
-        ConvProblem(2, 16, 12, 3, 24, 7, 7, 2, 3),
-        ConvProblem(1, 13, 11, 3, 16, 7, 7, 2, 3),
-        ConvProblem(2, 9, 10, 1, 16, 5, 5, 2, 2),
-        ConvProblem(1, 14, 14, 4, 16, 3, 3, 2, 0),
-    ],
-    ids=str,
-)
-def test_stem(problem: ConvProblem, dtype: torch.dtype) -> None:
-    """From NCHW images, whatever their layout and dtype."""
-    x, w = operands(problem, dtype)
-    images = x.permute(0, 3, 1, 2)
-    packed = pack_images(images.float().contiguous() if problem.N > 1 else images, problem, dtype)
-    options = extras(problem, dtype, "scale", "shift", "relu")
-    tile = Tile(16, 32, 32, 4, 2, (1, 4, 8))
-    y, partials = conv_stem(packed, pack_filters(w), problem, **options, statistics=True, tile=tile)
-    hold(problem, y, x, w, **options)
-    check_statistics(partials, y)
 
 
 def random_case(seed: int) -> tuple[ConvProblem, bool, tuple[str, ...]]:

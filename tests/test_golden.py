@@ -18,15 +18,18 @@ from binary import record
 
 from fastres.kernels.batch_norm import backward_apply, backward_reduce, normalize, statistics
 from fastres.kernels.bottleneck import bottleneck_chain
-from fastres.kernels.config import Tile
+from fastres.kernels.config import Tile, stem_tiles
 from fastres.kernels.conv import conv_fprop
 from fastres.kernels.dgrad import conv_dgrad
+from fastres.kernels.problem import ConvProblem
+from fastres.kernels.stem import conv_stem, conv_stem_wgrad, stem_columns
 from fastres.kernels.wgrad import conv_wgrad
 
 FILE = Path(__file__).with_name("golden.json")
 ALLOWED = 0.10
 PERSISTENT = Tile(64, 64, 64, 4, 3, (1, 1, 64), persistent=2)
 N, SIZE, C = 256, 14, 256
+STEM = ConvProblem(N, 224, 224, 3, 64, 7, 7, 2, 3)
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -34,11 +37,14 @@ def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
 
 
 def launches() -> dict[str, Callable[[], Any]]:
-    """One launch of every kind of kernel at ResNet-50's stage 3, batch 256, as dispatch would ask for it."""
+    """One launch of every kind of kernel at batch 256, in ResNet-50's stage 3 or its stem, as dispatch would ask for
+    it."""
     x, wide = meta(N, SIZE, SIZE, C), meta(N, SIZE, SIZE, 4 * C)
     v, v4 = meta(C, dtype=torch.float32), meta(4 * C, dtype=torch.float32)
     spatial, expand = meta(C, 3, 3, C), meta(4 * C, 1, 1, C)
     narrow, broad = meta(N, 56, 56, 64), meta(N, 56, 56, 256)
+    images = meta(N, 224, 230, 4)
+    by_pointers = stem_tiles(stem_columns(STEM), 2, tma=False)[0]
     s, s4 = meta(64, dtype=torch.float32), meta(256, dtype=torch.float32)
     single = meta(1, SIZE, SIZE, C)
     return {
@@ -76,6 +82,9 @@ def launches() -> dict[str, Callable[[], Any]]:
         "chain": lambda: bottleneck_chain(
             narrow, meta(64, 3, 3, 64), s, meta(256, 1, 1, 64), s4, broad, meta(64, 1, 1, 256), s
         ),
+        "stem by boxes": lambda: conv_stem(images, meta(64, 7, 8, 4), STEM, statistics=True),
+        "stem by pointers": lambda: conv_stem(images, meta(64, 7, 8, 4), STEM, statistics=True, tile=by_pointers),
+        "stem wgrad": lambda: conv_stem_wgrad(meta(N, 112, 112, 64), images, STEM),
         "statistics": lambda: statistics(x),
         "normalize add relu": lambda: normalize(wide, v4, v4, relu=True, residual=wide),
         "backward reduce": lambda: backward_reduce(wide, wide, v4, mask=wide),

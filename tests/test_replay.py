@@ -24,7 +24,7 @@ from fastres.kernels.dgrad import conv_dgrad
 from fastres.kernels.pool import max_pool
 from fastres.kernels.problem import ConvProblem
 from fastres.kernels.residual import pad_shortcut_backward
-from fastres.kernels.stem import conv_stem, pack_images
+from fastres.kernels.stem import conv_stem, conv_stem_wgrad, pack_images
 from fastres.kernels.wgrad import conv_wgrad
 
 INTERPRETED = triton.knobs.runtime.interpret
@@ -128,6 +128,13 @@ CALLS: dict[str, Callable[[Operands], Any]] = {
     "pad_shortcut_backward": lambda o: pad_shortcut_backward(o(2, 8, 8, 16), o(2, 4, 4, 32), stride=2),
     "pack_images": lambda o: pack_images(o(2, 3, 10, 12), STEM, o.dtype),
     "stem": lambda o: conv_stem(o(2, 10, 18, 4), o(16, 7, 8, 4), STEM, statistics=True),
+    "stem, by pointers": lambda o: conv_stem(
+        o(2, 10, 18, 4), o(16, 7, 8, 4), STEM, statistics=True, tile=Tile(16, 32, 32, 4, 2)
+    ),
+    "stem's wgrad": lambda o: conv_stem_wgrad(o(2, 5, 6, 16), o(2, 10, 18, 4), STEM),
+    "stem's wgrad, split": lambda o: conv_stem_wgrad(
+        o(2, 5, 6, 16), o(2, 10, 18, 4), STEM, tile=Tile(16, 32, 16, 4, 2, splits=3)
+    ),
     "chain": lambda o: bottleneck_chain(
         o(1, 4, 8, 64),
         o(64, 3, 3, 64),
