@@ -110,6 +110,33 @@ def test_who_computes_a_convolution(monkeypatch: pytest.MonkeyPatch) -> None:
         assert engine(measured, torch.bfloat16) == "cudnn"
 
 
+def test_who_computes_the_stem(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own kernels from Ampere on, in 16 bits and where nothing else was measured."""
+    stem = ConvProblem(32, 224, 224, 3, 64, 7, 7, 2, 3)
+    fp32, fp16 = torch.float32, torch.float16
+
+    def engines(problem: ConvProblem, dtype: torch.dtype = BF16) -> list[str]:
+        return [dispatch.conv_engine(pass_, problem, dtype, CUDA) for pass_ in ("infer", "fprop", "wgrad")]
+
+    for gpu in (H200, H200._replace(name="NVIDIA A100", capability=(8, 0))):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_, gpu=gpu: gpu.capability)
+        monkeypatch.setattr(launch, "_gpu", lambda _, gpu=gpu: gpu)
+        assert engines(stem) == engines(stem, fp16) == engines(replace(stem, C=1)) == ["stem"] * 3
+        assert engines(stem, fp32) == engines(replace(stem, stride=1), fp32) == ["triton"] * 3
+        assert dispatch.conv_engine("dgrad", stem, BF16, CUDA) != "stem"
+        assert dispatch.why_engine("wgrad", stem, BF16, CUDA) == ("stem", "unmeasured: few channels, packed")
+        for other in (replace(stem, stride=1), replace(stem, C=5), replace(stem, R=1, S=1, pad=0)):
+            assert "stem" not in engines(other)
+        with fastres.backend("triton"):
+            assert engines(stem) == ["stem"] * 3
+            assert engines(stem, fp32) == engines(replace(stem, C=8)) == ["triton"] * 3
+        with fastres.backend("cudnn"):
+            assert engines(stem) == ["cudnn"] * 3
+    put({("wgrad", stem): Measurement("cudnn", None), ("fprop", stem): Measurement("triton", None)})
+    monkeypatch.setattr(launch, "_gpu", lambda _: H200)
+    assert engines(stem) == ["stem", "triton", "cudnn"]
+
+
 def test_what_is_computed_on_load(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "_gpu", lambda _: H200)
     table = {
@@ -259,7 +286,7 @@ def put(entries: dict[tuple[str, ConvProblem], Measurement], gpu: Gpu = H200, fo
 def test_the_shipped_table_holds_what_was_measured() -> None:
     path = config.table_file(H200.name, config.SHIPPED)
     table = config.read_table(path)
-    assert len(table) == 116
+    assert len(table) == 115
     assert not any(found.note for found in table.values())
     assert config.read_table_of(path)[0] == H200
     assert [entries[:2] for entries in config.serving(H200)] == [(H200.name, table)]
@@ -420,10 +447,10 @@ def test_which_table_is_in_force(monkeypatch: pytest.MonkeyPatch) -> None:
         return dispatch.table_in_force(CUDA)
 
     put({("infer", PROBLEM): Measurement("cudnn", None, note="hung")})
-    assert said(H200) == "this GPU's own, measured problems: 116, failed: 1"
+    assert said(H200) == "this GPU's own, measured problems: 115, failed: 1"
     config.table_file(H200.name).unlink()
-    assert said(H200) == "this GPU's own, measured problems: 116"
-    lent = "NVIDIA H200's (same compute capability and multiprocessor count), measured problems: 116"
+    assert said(H200) == "this GPU's own, measured problems: 115"
+    lent = "NVIDIA H200's (same compute capability and multiprocessor count), measured problems: 115"
     assert said(H100) == lent
     put({("infer", PROBLEM): Measurement("cudnn", None)}, H100)
     assert said(H100) == f"this GPU's own, measured problems: 1; for others {lent}"
@@ -458,6 +485,16 @@ def test_the_stems_tile_is_the_tables() -> None:
     table["fprop", problem, dtype] = Measurement("triton", gathered)
     config.write_table(table, config.table_file(H200.name), H200)  # type: ignore[arg-type]
     assert chosen() == [wanted, candidates[0]]
+    by_pointers = next(tile for tile in config.stem_tiles(columns, 2, True, H200)[1:] if tile.box is None)
+    table["fprop", problem, dtype] = Measurement("stem", by_pointers)
+    table["wgrad", problem, dtype] = Measurement("stem", of_wgrad := config.stem_wgrad_tiles(problem, 2)[1])
+    config.write_table(table, config.table_file(H200.name), H200)  # type: ignore[arg-type]
+    assert chosen() == [wanted, by_pointers]
+    assert config.stem_wgrad_tile(problem, dtype, H200, False) == of_wgrad
+    assert config.stem_wgrad_tile(problem, torch.float16, H200, False) == config.stem_wgrad_tiles(problem, 2)[0]
+    table["fprop", problem, dtype] = Measurement("triton", by_pointers)
+    config.write_table(table, config.table_file(H200.name), H200)  # type: ignore[arg-type]
+    assert chosen() == [wanted, candidates[0]], "another kernel's tile"
     measured, problem = problem, replace(problem, N=48)
     columns = stem_columns(problem)
     candidates = config.fprop_tiles(columns, 2, True, H200)

@@ -18,11 +18,14 @@ from covering import covered, some_seeds
 from torch import Tensor
 from torch.nn.grad import conv2d_weight
 
+import fastres
 from fastres.kernels import replay, stem
 from fastres.kernels.config import Tile, stem_wgrad_tiles
 from fastres.kernels.launch import gpu_of
 from fastres.kernels.problem import ConvProblem
 from fastres.kernels.stem import conv_stem, conv_stem_wgrad, pack_filters, pack_images
+from fastres.ops import launch
+from fastres.ops.steps import Geometry
 
 pytestmark = [pytest.mark.interpret, pytest.mark.usefixtures("poisoned")]
 
@@ -147,6 +150,27 @@ def test_a_wrong_kernel_fails(kernel: str, wrong: dict[str, Any], monkeypatch: p
     monkeypatch.setattr(stem, kernel, Broken(getattr(stem, kernel), **wrong))
     with pytest.raises(AssertionError):
         hold(PROBLEMS["7x7"], torch.float32, tile)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_steps_of_a_net_take_it(dtype: torch.dtype) -> None:
+    """In inference, forward and backward, whether dz is given, scaled by a frozen BatchNorm or yet to be computed."""
+    p = PROBLEMS["7x7"]
+    images, w, dz = drawn(p, dtype)
+    x = images.permute(0, 2, 3, 1).contiguous()
+    with fastres.backend("triton"):
+        step = launch.step((p.N, p.H, p.W), w.permute(0, 3, 1, 2), Geometry(2, 3, 1, 1), dtype, torch.device(DEVICE))
+    assert (step.infer_by, step.fprop_by, step.dgrad_by, step.wgrad_by) == ("stem", "stem", "triton", "stem")
+    one, z = torch.ones(p.K, device=DEVICE), torch.randn_like(dz)
+    y = reference(p, x, w)
+    assert_close_to_reference(step.infer(x, w, one, one), (y + 1).relu(), reference(p, x, w, dtype))
+    for got in (step.fprop(x, w, None), step.fprop_statistics(x, w, None)[0]):
+        assert_close_to_reference(got, y, reference(p, x, w, dtype))
+    scaled, added = 2 * dz.double(), 2 * dz.double() + z.double() / 2 + 0.25
+    bns = (None, dz.double()), ((z, 2 * one, None, None), scaled), ((z, 2 * one, one / 2, one / 4), added)
+    for bn, exact in bns:
+        dw, rounded = step.wgrad(dz, x, bn, None, torch.float32), exact.to(dtype)
+        assert_close_to_reference(dw, wgrad(p, images, exact, torch.float64), wgrad(p, images, rounded, torch.float32))
 
 
 def test_empty_batch() -> None:

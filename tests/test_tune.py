@@ -602,7 +602,8 @@ def test_only_this_gpus_own_entries_for_this_batch_count(
     assert tune.main(["--depth", "50", "--batch", "8", "--ship", "--seconds", "-1"]) == 0
     assert "93 of 93 problems to measure" in capsys.readouterr().out
     assert tune.main(["--depth", "50", "--ship", "--seconds", "-1"]) == 0
-    assert "0 of 93 problems to measure" in capsys.readouterr().out
+    # What was measured of the stem's wgrad is older than its kernel.
+    assert "1 of 93 problems to measure" in capsys.readouterr().out
 
 
 FPROP_18 = ["--depth", "18", "--batch", "2", "--pass", "fprop"]

@@ -342,8 +342,8 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 
 def conv_engine(pass_: Pass, problem: ConvProblem, dtype: torch.dtype, device: torch.device) -> Engine:
-    """What computes one convolution: "triton", "stem" (Triton too, for images of few channels, where that was measured
-    fastest), "cudnn" (ATen on a CUDA device) or "aten" (ATen elsewhere)."""
+    """What computes one convolution: "triton", "stem" (Triton too, over packed images of few channels), "cudnn" (ATen
+    on a CUDA device) or "aten" (ATen elsewhere)."""
     return why_engine(pass_, problem, dtype, device)[0]
 
 
@@ -361,7 +361,7 @@ def why_engine(pass_: Pass, problem: ConvProblem, dtype: torch.dtype, device: to
     if reason is not None:
         return library, reason
     if forced == "triton":
-        return "triton", "backend('triton')"
+        return "stem" if _over_packed_images(pass_, problem, dtype) else "triton", "backend('triton')"
     if dtype == torch.float8_e4m3fn:
         return "triton", "the library has no float8 convolution"
     if precision(dtype, device) == "tf32":  # as accurate as PyTorch, whatever was faster
@@ -370,12 +370,26 @@ def why_engine(pass_: Pass, problem: ConvProblem, dtype: torch.dtype, device: to
     if found is not None:
         winner: Any = found.measurement.winner
         return (winner if winner in ("triton", "stem") else library), _how_measured(found, problem, device)
+    if _over_packed_images(pass_, problem, dtype):
+        return "stem", "unmeasured: few channels, packed"
     # Unmeasured: memory-bound shapes gain from a fused epilogue, compute-bound ones are cuDNN's until measured.
     if problem.groups > 1:
         return library, "unmeasured: grouped"
     if 2 * problem.multiply_adds / problem.min_bytes(dtype.itemsize) < 150:
         return "triton", "unmeasured: memory-bound"
     return library, "unmeasured: compute-bound"
+
+
+def _over_packed_images(pass_: Pass, problem: ConvProblem, dtype: torch.dtype) -> bool:
+    """Whether kernels/stem.py computes a pass where that isn't measured.
+
+    It copies 16 bytes at a time where the kernels for all shapes load one value; float32 was never measured, nor is it
+    what a net is trained in. A filter of one pixel leaves most of a window unused.
+    """
+    from fastres.kernels.stem import stem_refusal
+
+    served = pass_ in ("infer", "fprop", "wgrad") and dtype in (torch.bfloat16, torch.float16) and problem.S > 1
+    return served and stem_refusal(problem) is None
 
 
 def on_load(pass_: Pass, problem: ConvProblem, dtype: torch.dtype, device: torch.device) -> bool:

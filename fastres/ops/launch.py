@@ -202,7 +202,7 @@ class Step:
     def keeps_activation(self) -> bool:
         """Whether relu(s x + t) before the convolution is kept for its weight gradient: both read it stored."""
         on_load = self.fprop_by in ("triton", "stem") and self.fprop_on_load
-        on_load |= self.wgrad_by == "triton" and self.wgrad_on_load
+        on_load |= self.wgrad_by in ("triton", "stem") and self.wgrad_on_load
         return self.fusions.keep_activation and not (self.fusions.prologue and on_load)
 
     @property
@@ -322,9 +322,14 @@ class Step:
         if bn is not None and bn[2] is None:  # each filter's gradient is that of p g
             p = bn[1][:, None, None, None]
             return (p * self.wgrad(dz, a, None, prologue, p.dtype)).to(dtype)
+        if self.wgrad_by == "stem" and prologue is None:
+            from fastres.kernels.stem import conv_stem_wgrad, pack_images
+
+            images = pack_images(steps.nchw(a), self.problem, dz.dtype)
+            return conv_stem_wgrad(self._dz(dz, bn), images, self.problem, precision=self.precision, out_dtype=dtype)
         if a.dtype != dz.dtype or not a.is_contiguous():
             a = steps.dense(steps.nchw(a), dz.dtype)
-        if self.wgrad_by == "triton":
+        if self.wgrad_by in ("triton", "stem"):
             from fastres.kernels.wgrad import conv_wgrad
 
             a, prologue = self._prologue(a, prologue, self.wgrad_on_load)
