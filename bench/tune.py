@@ -85,24 +85,36 @@ def promising(pass_: str, found: Sequence[Tile], most: int) -> list[Tile]:
     """The first `most` of tiles, for inference of those with splits as many as of those without, and all of persistent
     programs: nothing that was measured says how well the model compares these with the others."""
     usual = [tile for tile in found if not tile.persistent]
-    kinds = ([t for t in usual if (t.splits > 1) == cut] for cut in (False, True)) if pass_ == "infer" else (usual,)
-    kept = [tile for kind in kinds for tile in kind[:most]]
+    cut = [tile for tile in usual if tile.splits > 1] if pass_ == "infer" else []
+    kept = [tile for tile in usual if tile not in cut][:most] + cut[:most]
     return [tile for tile in found if tile.persistent or tile in kept]
 
 
-def stem_candidates(problem: ConvProblem, dtype: torch.dtype, device: torch.device, most: int) -> list[Tile]:
-    """The `most` most promising tiles of `conv_stem`, each with every box of 8 or 16 neighbouring windows, too."""
-    columns, gpu = stem_columns(problem), gpu_of(device)
-    tiles = config.fprop_tiles(columns, dtype.itemsize, True, gpu, dtype == torch.float32)
-    tiles = [tile for tile in tiles if max(64, problem.K) >= tile.BM][:most]
+def stem_candidates(
+    problem: ConvProblem, pass_: str, dtype: torch.dtype, device: torch.device, most: int
+) -> list[Tile]:
+    """The `most` most promising tiles of the kernels over packed images; forward by TMA, where each has every box of 8
+    or 16 neighbouring windows, too, and by pointers."""
+    gpu, ieee = gpu_of(device), dtype == torch.float32
+    if pass_ == "wgrad":
+        return config.stem_wgrad_tiles(problem, dtype.itemsize, gpu, ieee)[:most]
+    tma = gpu.capability >= (9, 0)
+    tiles = config.stem_tiles(stem_columns(problem), dtype.itemsize, tma, gpu, ieee)
+    tiles = [tile for tile in tiles if max(64, problem.K) >= tile.BM]
+    boxed = [tile for tile in tiles if tile.box is not None][:most]
     boxes = ((n, h, w) for n in (1, 2, 4) for h in (1, 2, 4, 8, 16) for w in (8, 16))
-    shaped = [replace(tile, box=box) for box in boxes for tile in tiles if math.prod(box) == tile.BN]
-    return list(dict.fromkeys([*tiles, *shaped]))
+    shaped = [replace(tile, box=box) for box in boxes for tile in boxed if math.prod(box) == tile.BN]
+    return list(dict.fromkeys([*boxed, *shaped, *[tile for tile in tiles if tile.box is None][:most]]))
+
+
+def over_images(pass_: str, problem: ConvProblem) -> bool:
+    """Whether the kernels over packed images serve a pass, too."""
+    return pass_ in ("infer", "fprop", "wgrad") and stem_refusal(problem) is None
 
 
 def packed_step(step: Step) -> Step:
-    """The step by the kernel over packed images."""
-    return replace(step, infer_by="stem", fprop_by="stem")
+    """The step by the kernels over packed images."""
+    return replace(step, infer_by="stem", fprop_by="stem", wgrad_by="stem")
 
 
 def our_steps(
@@ -129,8 +141,8 @@ def numbers(pass_: str, most: int) -> tuple[int, int]:
 def with_tile(tile: Tile | None, work: Callable[[], Any]) -> Any:
     """`work()`, whose convolutions by our kernels run with `tile`."""
     with ExitStack() as stack:
-        of_passes = (conv, "conv_fprop"), (stem, "conv_stem"), (dgrad, "conv_dgrad"), (wgrad, "conv_wgrad")
-        for module, launcher in of_passes:
+        of_passes = (conv, "conv_fprop"), (dgrad, "conv_dgrad"), (wgrad, "conv_wgrad")
+        for module, launcher in (*of_passes, (stem, "conv_stem"), (stem, "conv_stem_wgrad")):
             stack.enter_context(patch.object(module, launcher, partial(getattr(module, launcher), tile=tile)))
         return work()
 
@@ -214,10 +226,10 @@ def ways(
         work = layers.call(step, pass_, operands, role)
         for tile in candidates(step, pass_, role, x.dtype, x.device, number):
             yield "triton", tile, step, partial(with_tile, tile, work)
-    if pass_ in ("infer", "fprop") and stem_refusal(ours[0].problem) is None:
+    if over_images(pass_, ours[0].problem):
         packed = packed_step(ours[0])
         work = layers.call(packed, pass_, operands, role)
-        for tile in stem_candidates(packed.problem, x.dtype, x.device, most):
+        for tile in stem_candidates(packed.problem, pass_, x.dtype, x.device, most):
             yield "stem", tile, packed, partial(with_tile, tile, work)
 
 
@@ -354,9 +366,9 @@ def compile_candidates(
         for tile in candidates(step, pass_, role, dtype, device, number)
     ]
     for pass_, problem, role in missing:
-        if pass_ in ("infer", "fprop") and stem_refusal(problem) is None:
+        if over_images(pass_, problem):
             packed = packed_step(our_steps(problem, pass_, role, dtype, device, True)[0])
-            found = stem_candidates(problem, dtype, device, most)
+            found = stem_candidates(problem, pass_, dtype, device, most)
             tasks += [(compile_candidate, (packed, pass_, role, dtype, tile)) for tile in found]
     failed = precompile.compile_all(tasks, processes)
     print(f"{len(tasks)} candidates compiled in {time.monotonic() - start:.0f} s by {processes} processes", flush=True)

@@ -196,8 +196,10 @@ def launched(tune: ModuleType, call: Call, given: Mapping[str, Any], most: int) 
     few = max(0, min(tune.FEW, most - tune.FEW)) if tma else 0
     for tile in tune.promising(call.pass_, tiles(problem, itemsize, False, *rest), few):
         yield str(tile), *_launch(call, given, tile)
-    images = call.launcher == "conv_fprop" and stem.stem_refusal(call.problem) is None
-    for tile in (None, *tune.stem_candidates(call.problem, like.dtype, like.device, most)) if images else ():
+    images = tune.over_images(call.pass_, call.problem)
+    for tile in (
+        (None, *tune.stem_candidates(call.problem, call.pass_, like.dtype, like.device, most)) if images else ()
+    ):
         yield f"stem {tile}", *_launch_stem(call, given, tile)
     own = config.table_file(gpu_of(like.device).name)
     assert not own.exists(), "tests have a folder of their own for tables"
@@ -238,6 +240,8 @@ def _launch(call: Call, given: Mapping[str, Any], tile: Tile | None) -> tuple[li
 
 def _launch_stem(call: Call, given: Mapping[str, Any], tile: Tile | None) -> tuple[list[Tensor], list[Tensor]]:
     packed = stem.pack_images(nchw(given["x"]), call.problem, given["x"].dtype)
+    if call.launcher == "conv_wgrad":
+        return [stem.conv_stem_wgrad(given["dy"], packed, call.problem, out_dtype=given["out_dtype"], tile=tile)], []
     epilogue = {name: given[name] for name in ("scale", "shift", "relu", "statistics")}
     result = stem.conv_stem(packed, stem.pack_filters(given["w"]), call.problem, **epilogue, tile=tile)
     value, *partials = result if isinstance(result, tuple) else (result,)
