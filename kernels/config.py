@@ -69,11 +69,11 @@ STEM_WINDOW = 32  # values of one row of the stem's filter: 8 pixels of 4 channe
 
 # Per multiprocessor and cycle, on Hopper: 16-bit multiply-adds of wgmma, of the older mma (tiles of less than 64
 # channels), of fp32 FMA; bytes from L2; bytes from and to memory. Per program: cycles of waiting for its first load and
-# last store, and of work that other programs can't hide.
-WGMMA, MMA, FMA, L2, MEMORY, LATENCY, OVERHEAD = 2048, 1024, 128, 48, 18, 2000, 200
+# last store, as fitted to an H200's times by bench/predict.py, and of work that other programs can't hide.
+WGMMA, MMA, FMA, L2, MEMORY, LATENCY, OVERHEAD = 2048, 1024, 128, 48, 18, 9500, 200
 
-# Cycles from one kernel to the next of a stream: assumed, a microsecond. Parts that fprop's reduction is cut into.
-LAUNCH, SPLITS = 2000, (1, 2, 4, 8, 16)
+# Cycles that the small kernel behind a split sum adds: assumed, two microseconds. Parts that fprop's sum is cut into.
+REDUCE, SPLITS = 4000, (1, 2, 4, 8, 16)
 
 # Instructions of a thread per element of dz computed on load, per element of fprop's activation, as compiled; such
 # instructions issued per cycle; bytes of shared memory for vectors and barriers.
@@ -145,7 +145,7 @@ def fprop_tiles(
         reduce = 0.0
         if splits > 1:
             busy += 4 * BN * stored / MEMORY
-            reduce = 4 * problem.y_numel * splits / MEMORY / gpu.sms + LATENCY + LAUNCH
+            reduce = 4 * problem.y_numel * splits / MEMORY / gpu.sms + REDUCE
         timed.append((_cycles(programs, resident, busy, gpu) + reduce, Tile(BM, BN, BK, warps, stages, box, splits)))
     found = [tile for _, tile in sorted(timed, key=lambda pair: pair[0])]
     if tma and problem.pointwise and itemsize == 2 and gpu.capability[0] == 9:
@@ -377,7 +377,7 @@ def persistent_tiles(
         compute = BM * BN * BK * steps / WGMMA + instructions * BN * BK * steps / ISSUE
         memory = (1 + met) * result + operands * operand * min(1, BM / outputs)
         busy = max(compute, (operands * operand + (1 + met) * result) / L2, memory / MEMORY)
-        cycles = rounds * max(resident * (busy + OVERHEAD), LATENCY)  # loads are asked for a tile ahead
+        cycles = rounds * resident * (busy + OVERHEAD) + LATENCY  # only the first tile is waited for
         timed.append((cycles, Tile(BM, BN, BK, warps, 3, (1, 1, BN), persistent=resident)))
     return [tile for _, tile in sorted(timed, key=lambda pair: pair[0])][:4]
 
@@ -439,7 +439,7 @@ def wgrad_tiles(
         for waves in (1, 2, 3, 4):
             splits = min(steps, max(1, waves * gpu.sms * resident // tiles))
             busy = math.ceil(steps / splits) * step + row * BM * BN * 4 / MEMORY
-            reduce = 2 * 4 * problem.w_numel * splits / MEMORY / gpu.sms + LATENCY if splits > 1 else 0
+            reduce = 2 * 4 * problem.w_numel * splits / MEMORY / gpu.sms + REDUCE if splits > 1 else 0
             cycles = _cycles(tiles * splits, resident, busy, gpu) + reduce
             for depth in (stages, stages + 1) if deeper else (stages,):
                 timed.append((cycles, Tile(BM, BN, BK, warps, depth, box if tma else None, splits, row)))

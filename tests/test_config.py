@@ -468,8 +468,9 @@ def test_boxes_waste_no_pixel_of_a_large_batch() -> None:
             assert config.boxes(256, side, side, box) * pixels == 256 * side * side
 
 
-def test_the_stems_tile_is_the_tables() -> None:
+def test_the_stems_tile_is_the_tables(monkeypatch: pytest.MonkeyPatch) -> None:
     """By the pass that was measured; where the gather kernel won, or nothing was measured, the first candidate."""
+    monkeypatch.setattr(config, "SHIPPED", Path("none"))
     problem, dtype = ConvProblem(24, 224, 224, 3, 64, 7, 7, 2, 3), torch.bfloat16
     columns = stem_columns(problem)
     candidates = config.fprop_tiles(columns, 2, True, H200)
