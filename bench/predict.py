@@ -3,6 +3,8 @@
     python bench/predict.py --depth 50 --batch 256 --mode train
     python bench/predict.py --goal 9000              # what separates a training step from so many img/s
     python bench/predict.py --backend inductor       # a peer by the same model
+    python bench/predict.py --untried                # with tiles that wait for bench/tune.py, where they win
+    python bench/predict.py --fusions keep_activation=1
     python bench/predict.py --measured bench/records/nvidia-h200-kernels-50.csv
 
 The step runs on tensors without memory (bench/calls.py), by the engines and tiles that the GPU's table chooses. A line
@@ -20,7 +22,9 @@ A kernel takes the longest of
 and GAP on top. Work is the longer of tensor-core time and of fetching operands from L2, plus the instructions that
 compute an operand. LATENCY is what a program waits for: its first load, its last sums, its last store. A 1x1
 convolution of few input channels reduces in a step or two, so that its programs do little else: waves, not bytes, bound
-it. Of kernels that aren't ours no tile is known: they are one wave at full rate. Nothing overlaps.
+it. A program that stays (`kernels.persistent`) waits once, as its loads then run ahead; sums and stores of other tiles
+cost it nothing here, so that its time is the least to hope for. Of kernels that aren't ours no tile is known: they are
+one wave at full rate. Nothing overlaps.
 """
 
 from __future__ import annotations
@@ -31,11 +35,13 @@ import json
 import math
 import statistics
 import sys
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import backends
 import calls
@@ -46,8 +52,9 @@ from layers import PASSES, Role
 
 import fastres
 from fastres.kernels import config, problem
-from fastres.kernels.config import AFFINE, COMPUTED, ISSUE, MMA, WGMMA, Gpu
+from fastres.kernels.config import AFFINE, COMPUTED, ISSUE, MMA, STEM_WINDOW, WGMMA, Gpu, Tile
 from fastres.kernels.problem import ConvProblem, Device
+from fastres.ops import dispatch
 
 # The one set of constants; none belongs to a kernel. Bandwidth and FLOP/s are `kernels.problem.Device`'s, instructions
 # `kernels.config`'s. From bench/records: bytes/s from L2 by TMA, and the clock then (nvidia-h200-hopper.md); the
@@ -92,7 +99,8 @@ def time(launch: Launch, device: Device, gpu: Gpu) -> Time:
         compute = 1e6 * flops / device.flops_16bit * (WGMMA / MMA if cut.BM < 64 else 1.0)
         fetch = 1e6 * steps * cut.BK * cut.fetched * 2 / L2
         issue = 1e6 * steps * cut.BK * cut.instructions / (ISSUE * gpu.sms * CLOCK)
-        held = min(resident(launch, cut, gpu), math.ceil(launch.programs / gpu.sms))
+        held = math.ceil(launch.programs / gpu.sms)
+        held = held if cut.stays else min(held, resident(launch, cut, gpu))
         waves = launch.programs / (gpu.sms * held)
         busy = (max(compute, fetch) + issue) / waves  # of `held` programs together
         waves = waves if waves > 8 else math.ceil(waves)  # many waves don't end together
@@ -112,7 +120,8 @@ def time(launch: Launch, device: Device, gpu: Gpu) -> Time:
 class Cut:
     """A multiplying kernel's tile as its arguments tell it, BM 0 where they don't: `taps` sums of BM x BN, in `steps`
     steps of BK. Rows of BK values: those that a step fetches, and those that a stage of its pipeline holds.
-    instructions: of a step, for each of BK, to compute what it doesn't fetch."""
+    instructions: of a step, for each of BK, to compute what it doesn't fetch. stays: all programs run at once and go
+    through the tiles; `steps` are those of all tiles of one."""
 
     BM: int = 0
     BN: int = 0
@@ -122,6 +131,7 @@ class Cut:
     fetched: int = 0
     held: float = 0.0
     instructions: int = 0
+    stays: bool = False
 
 
 def tile_of(launch: Launch) -> Cut:
@@ -132,6 +142,10 @@ def tile_of(launch: Launch) -> Cut:
     if not (launch.flops and BM and BN and BK):
         return Cut()
     steps = given.get("steps_per_split") or given.get("steps") or 0
+    if "packed" in given:  # the stem's: of the values under its filter BN a product, or BK a step
+        values = given["R"] * STEM_WINDOW
+        products, steps = (math.ceil(values / BN), steps) if "dw" in given else (1, math.ceil(values / BK))
+        return Cut(BM, BN, BK, steps, products, BM + BN * products, BM + BN * products)
     operands = 1 + any(given.get(name) is not None for name in ("z", "side"))  # tensors that one side is computed from
     stages = given.get("num_stages", 1)
     buffers = config.buffered(stages, operands) / stages
@@ -140,6 +154,13 @@ def tile_of(launch: Launch) -> Cut:
         of_dz, of_a = (taps, 1) if normed and operands == 1 else (1, taps)
         fetched, held = BM * operands * of_dz + BN * of_a, BM * buffers * of_dz + BN * of_a
         return Cut(BM, BN, BK, steps, taps, fetched, held, COMPUTED * (BM * (operands > 1) + BN * normed))
+    if "STEPS" in given:  # by programs that stay, and the filters with them
+        backward = "dx" in given
+        tiles = given["tiles"] * math.ceil(given["C" if backward else "K"] / BM)
+        steps = math.ceil(tiles / launch.programs) * given["STEPS"]
+        computed = operands > 1 if backward else given.get("prologue_scale") is not None
+        instructions = (COMPUTED if backward else AFFINE * operands) * BN * computed
+        return Cut(BM, BN, BK, steps, 1, BN * operands, BN * operands, instructions, stays=True)
     if "TAPS_R" in given:  # dgrad
         steps = calls.taps(given) * math.ceil(given["K_GROUP"] / BK)
         instructions = COMPUTED * BN if operands > 1 else 0
@@ -172,6 +193,57 @@ def step(depth: int, batch: int, mode: str, dtype: torch.dtype, backend: str) ->
         return calls.infer_optimized(net, batch, SIZE, dtype)
     launches = (calls.train if mode == "train" else calls.infer)(net, batch, SIZE, dtype)
     return calls.as_inductor(launches) if backend == "inductor" else launches
+
+
+Key = tuple[str, str]  # pass and layer, as launches name them
+
+
+@contextmanager
+def tiles(wanted: Mapping[Key, Tile], untried: dict[Key, list[Tile]]) -> Iterator[None]:
+    """Within, a convolution runs by its tile in `wanted`, where that is one of its candidates. `untried` gets those of
+    them that came after the tables: persistent programs, and splits of fprop."""
+    usual = config._measured_tile
+
+    def tile(
+        pass_: Any, problem: ConvProblem, dtype: torch.dtype, gpu: Gpu, found: list[Tile], by_stem: bool = False
+    ) -> Tile:
+        key = (pass_, layers.name(problem))
+        fresh = [one for one in found if one.persistent or (one.splits > 1 and pass_ != "wgrad")]
+        known = untried.setdefault(key, [])
+        known += [one for one in fresh if one not in known]
+        return wanted[key] if wanted.get(key) in found else usual(pass_, problem, dtype, gpu, found, by_stem)
+
+    config.forget_tables()
+    try:
+        with patch.object(config, "_measured_tile", tile):
+            yield
+    finally:
+        config.forget_tables()
+
+
+def by_untried(record: Callable[[], list[Launch]], device: Device, gpu: Gpu) -> list[Launch]:
+    """The step that `record` gives, each convolution of ours by the tile that the model prefers: the one it has, or one
+    that is untried. What the library computes stays there."""
+
+    def cost(launches: Iterable[Launch]) -> dict[Key, float]:
+        us: dict[Key, float] = defaultdict(float)
+        for one in launches:
+            us[one.pass_, one.layer] += time(one, device, gpu).predicted
+        return us
+
+    untried: dict[Key, list[Tile]] = {}
+    with tiles({}, untried):
+        least = cost(record())
+    best: dict[Key, Tile] = {}
+    for i in range(max(map(len, untried.values()), default=0)):
+        tried = {key: found[i] for key, found in untried.items() if i < len(found)}
+        with tiles(tried, {}):
+            us = cost(record())
+        for key, tile in tried.items():
+            if us[key] < least[key]:
+                least[key], best[key] = us[key], tile
+    with tiles(best, {}):
+        return record()
 
 
 def of_layer(
@@ -426,6 +498,17 @@ def positive(kind: type) -> Callable[[str], Any]:
     return parse
 
 
+def switch(text: str) -> tuple[str, bool]:
+    name, _, value = text.partition("=")
+    if value not in ("0", "1"):
+        raise argparse.ArgumentTypeError(f"{text!r}; accepted: NAME=0 and NAME=1")
+    try:
+        with dispatch.fusions(**{name: value == "1"}):
+            return name, value == "1"
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--depth", type=int, choices=backends.DEPTHS, default=50)
@@ -438,10 +521,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--measured", type=Path, metavar="FILE", help="what bench/kernels.py wrote, of this net and batch"
     )
+    parser.add_argument(
+        "--untried", action="store_true", help="take tiles that no GPU has run where the model prefers them"
+    )
+    parser.add_argument(
+        "--fusions", type=switch, nargs="+", default=[], metavar="NAME=0|1", help="of `fastres.fusions`, on or off"
+    )
     parser.add_argument("--csv", type=Path, help="write the rows here as well")
     options = parser.parse_args(arguments)
     device, gpu = GPUS[options.gpu]
     dtype = DTYPES[options.dtype]
+    if options.backend != "fastres" and (options.untried or options.fusions):
+        parser.error(f"--untried and --fusions are of --backend fastres; got {options.backend}")
     if options.measured is not None:
         try:
             lines = beside(options.measured, options.depth, options.batch, dtype, device, gpu)
@@ -449,11 +540,18 @@ def main(arguments: list[str] | None = None) -> int:
             parser.error(f"--measured: {error}")
         print(f"convolutions on their own, predicted beside {options.measured}\n{table(lines)}\n")
         print(f"predicted / measured\n{table(spreads(lines))}\n")
-    launches = step(options.depth, options.batch, options.mode, dtype, options.backend)
+
+    def record() -> list[Launch]:
+        with dispatch.fusions(**dict(options.fusions)):
+            return step(options.depth, options.batch, options.mode, dtype, options.backend)
+
+    launches = by_untried(record, device, gpu) if options.untried else record()
     found = rows(launches, device, gpu)
     case = (options.depth, options.batch, options.mode, options.dtype, options.backend)
     measured = on_record(options.gpu, *case)
     title = f"ResNet-{options.depth}, {options.mode}, batch {options.batch}, {options.dtype}, {options.backend}"
+    title += "".join(f", {name}={value:d}" for name, value in options.fusions)
+    title += ", with tiles that no GPU has run" if options.untried else ""
     print(f"{title}, {options.gpu}: microseconds as predicted, of all launches in a line")
     print(f"{table([cells(row) for row in found])}\n\n{table(by_kernel(found))}\n")
     print(summary(found, launches, options.batch, measured))

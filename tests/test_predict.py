@@ -7,6 +7,7 @@ import csv
 import importlib
 import math
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -24,7 +25,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 import fastres
-from fastres.kernels import batch_norm, config, problem
+from fastres.kernels import batch_norm, config, conv, persistent, problem, stem
 from fastres.kernels.problem import ConvProblem
 from fastres.ops import dispatch, launch
 
@@ -216,6 +217,104 @@ def test_two_programs_to_a_multiprocessor_wait_together(bench: SimpleNamespace) 
     assert time.predicted == pytest.approx(10 * bench.predict.LATENCY, rel=0.1)
 
 
+def test_a_program_that_stays_waits_once(bench: SimpleNamespace) -> None:
+    """It computes all tiles, those of channels beyond the edge included, and fetches no filters again."""
+    p = ConvProblem(256, 56, 56, 64, 192)
+    tile = config.Tile(128, 64, 64, 8, 3, (1, 1, 64), persistent=2)
+    x, w = (torch.empty(shape, dtype=BF16, device="meta") for shape in ((256, 56, 56, 64), (192, 1, 1, 64)))
+    s, t = (torch.empty(64, device="meta") for _ in range(2))
+    with bench.calls.recorded(BF16) as recorder:
+        recorder.work.append(bench.calls.Work("fprop", p, 2 * p.multiply_adds))
+        conv.conv_fprop(x, w, prologue=(s, t), statistics=True, tile=tile)
+    (one,) = recorder.launches()
+    assert (one.kernel, one.programs, one.flops) == ("pointwise_fprop_kernel", 264, 2 * p.multiply_adds)
+    cut = bench.predict.tile_of(one)
+    each = 2 * 12544 / 264  # tiles of 128 channels and 64 pixels
+    assert (cut.steps, cut.fetched, cut.instructions, cut.stays) == (math.ceil(each), 64, 64 * config.AFFINE, True)
+    assert bench.predict.executed(one) == pytest.approx(2 * p.multiply_adds * 256 / 192, rel=0.02)
+    time = bench.predict.time(one, *H200)
+    assert time.waves == 1
+    assert time.predicted < 1.3 * time.floor
+
+    like_dx = dict.fromkeys(("dx", "z_prev", "z_side", "sign", "dout", "out"), x)
+    dz = torch.empty(256, 56, 56, 192, dtype=BF16, device="meta")
+    with bench.calls.recorded(BF16) as recorder:
+        recorder.work.append(bench.calls.Work("dgrad", p, 2 * p.multiply_adds))
+        rest = dict.fromkeys(("p", "q", "r", "scale", "shift", "mean", "mean_side"), s)
+        persistent.dgrad_sums(p, tile, w, {"dy": dz, "z": dz}, like_dx, PRECISION="ieee", **rest)
+    (one,) = recorder.launches()
+    cut = bench.predict.tile_of(one)
+    assert (cut.steps, cut.fetched) == (math.ceil(12544 / 264) * 3, 128)
+    assert cut.instructions == 64 * config.COMPUTED
+    assert bench.predict.executed(one) == pytest.approx(2 * p.multiply_adds * 128 / 64, rel=0.02)
+
+
+def test_the_stem_fetches_windows_and_multiplies_whole_rows(bench: SimpleNamespace) -> None:
+    """dz once and every pixel's 7 windows of 32 values, of which 21 count."""
+    p = ConvProblem(256, 224, 224, 3, 64, 7, 7, 2, 3)
+    launches = kernels_of(bench, p, "wgrad", bench.layers.Role("stem"), "triton")
+    (one,) = (launch for launch in launches if launch.flops)
+    assert one.kernel == "stem_wgrad_kernel"
+    assert one.flops == 2 * p.multiply_adds
+    cut = bench.predict.tile_of(one)
+    executed = bench.predict.executed(one)
+    assert executed == pytest.approx(2 * p.pixels * 64 * 7 * 32, rel=0.01)
+    fetched = executed / (2 * cut.BM * cut.BN * cut.taps) * cut.fetched
+    assert fetched == pytest.approx(p.pixels * (64 + 7 * 32), rel=0.01)
+    images, dz = 2 * 256 * 224 * 230 * 4, 2 * p.pixels * 64
+    assert images + dz < one.bytes < 1.05 * (images + dz)
+
+    packed = torch.empty(256, 224, 230, 4, dtype=BF16, device="meta")
+    filters = torch.empty(64, 7, 8, 4, dtype=BF16, device="meta")
+    with bench.calls.recorded(BF16) as recorder:
+        recorder.work.append(bench.calls.Work("infer", p, 2 * p.multiply_adds))
+        stem.conv_stem(packed, filters, p, tile=config.Tile(64, 128, 32, 4, 3))
+    (one,) = recorder.launches()
+    assert one.kernel == "stem_fprop_kernel"
+    assert bench.predict.executed(one) == 2 * p.pixels * 64 * 7 * 32
+
+
+def test_a_split_convolution_is_two_kernels(bench: SimpleNamespace) -> None:
+    p, role = ConvProblem(1, 7, 7, 512, 512, 3, 3, 1, 1), bench.layers.Role("middle")
+    tile = next(one for one in config.fprop_tiles(p, 2, True, config.H200, split=True) if one.splits == 8)
+    with bench.predict.tiles({("infer", bench.layers.name(p)): tile}, {}):
+        split, reduce = kernels_of(bench, p, "infer", role, "triton")
+    assert (split.kernel, reduce.kernel, reduce.flops) == ("conv_fprop_tma_kernel", "fprop_reduce_kernel", 0)
+    assert split.flops == 2 * p.multiply_adds
+    sums, y = 8 * 4 * 49 * 512, 2 * 49 * 512
+    assert split.bytes == 2 * 49 * 512 + 2 * 9 * 512 * 512 + sums
+    assert sums + y < reduce.bytes < sums + y + 10 * 512
+    assert [one.programs for one in kernels_of(bench, p, "infer", role, "triton")] != [split.programs]
+
+
+@pytest.mark.parametrize(("batch", "mode"), [(256, "train"), (256, "infer"), (1, "infer")])
+def test_untried_tiles_are_taken_where_they_win(bench: SimpleNamespace, batch: int, mode: str) -> None:
+    def record() -> list[Any]:
+        return bench.predict.step(50, batch, mode, BF16, "fastres")
+
+    def cost(launches: list[Any], key: tuple[str, str]) -> float:
+        return sum(bench.predict.time(one, *H200).predicted for one in launches if (one.pass_, one.layer) == key)
+
+    usual, chosen = steps_of(50, batch, mode, "fastres"), config._measured_tile
+    found = bench.predict.by_untried(record, *H200)
+    assert config._measured_tile is chosen
+    assert flops_by_layer(found).keys() == flops_by_layer(usual).keys()
+    for key, flops in flops_by_layer(usual).items():
+        assert flops_by_layer(found)[key] == pytest.approx(flops, rel=1e-6), key
+    assert Counter(one.ours for one in found if one.flops) == Counter(one.ours for one in usual if one.flops)
+    us, least = (sum(bench.predict.time(one, *H200).predicted for one in some) for some in (usual, found))
+    names = {one.kernel for one in found}
+    assert ("pointwise_fprop_kernel" in names) == (batch == 256)
+    assert least < us if batch == 256 else least == us
+    widening, untried = (("fprop" if mode == "train" else "infer"), "1x1 64->256 @56x56"), {}
+    with bench.predict.tiles({}, untried):
+        again = record()
+    for tile in untried[widening]:
+        with bench.predict.tiles({widening: tile}, {}):
+            assert cost(found, widening) <= cost(record(), widening)
+    assert [one.kernel for one in again] == [one.kernel for one in usual]
+
+
 def ratios(lines: list[dict[str, Any]]) -> list[float]:
     return [line["predicted_us"] / line["measured_us"] for line in lines]
 
@@ -333,6 +432,19 @@ def test_the_command_on_a_machine_without_a_gpu(tmp_path: Path) -> None:
     assert all(row["bound"] and int(row["count"]) > 0 for row in written)
 
 
+def test_a_fusion_that_is_asked_for(bench: SimpleNamespace, capsys: pytest.CaptureFixture[str]) -> None:
+    """An activation that is kept is normalised once, not twice."""
+    kernels = []
+    for arguments in ([], ["--fusions", "keep_activation=1", "overlap=0"]):
+        assert bench.predict.main(["--batch", "8", *arguments]) == 0
+        out = capsys.readouterr().out
+        assert ("keep_activation=1, overlap=0" in out) == bool(arguments)
+        (found,) = re.findall(r"^normalize_kernel +(\d+) ", out, re.MULTILINE)
+        kernels.append(int(found))
+    assert kernels[1] < kernels[0]
+    assert dispatch._fusions.get() == dispatch.Fusions()
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -343,6 +455,11 @@ def test_the_command_on_a_machine_without_a_gpu(tmp_path: Path) -> None:
         (["--gpu", "NVIDIA T4"], "choose from"),
         (["--dtype", "fp32"], "choose from"),
         (["--mode", "tune"], "choose from"),
+        (["--fusions", "keep_activation"], "'keep_activation'; accepted: NAME=0 and NAME=1"),
+        (["--fusions", "prologue=1", "keep=1"], "unknown fusion keep; accepted: statistics"),
+        (["--fusions", "prologue=2"], "'prologue=2'; accepted"),
+        (["--fusions", "prologue=0", "--backend", "eager"], "are of --backend fastres; got eager"),
+        (["--untried", "--backend", "inductor"], "are of --backend fastres; got inductor"),
         (["--measured", "nowhere.csv"], "No such file"),
         (
             ["--measured", str(BENCH / "records" / "nvidia-h200-timeline-train.csv")],
