@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastres.ops import conv_bn_act, dispatch, reference, steps
-from fastres.ops.stage import read_weights, stage
+from fastres.ops.stage import cast_gradients, read_weights, stage
 
 EXACT = 1e-12
 
@@ -385,14 +385,45 @@ def test_weights_of_a_stage_are_cast_together(monkeypatch: pytest.MonkeyPatch) -
         assert got.data_ptr() == w.data_ptr()
 
 
-def test_a_stage_under_autocast_is_its_blocks() -> None:
-    """To the bit, as the weights that it casts together are those that the blocks cast one by one."""
-    one_by_one = nn.ModuleList([Block("projection"), Block("wide"), Block("wide")]).to(
-        memory_format=torch.channels_last
-    )
+def test_gradients_of_a_stage_are_cast_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By dtypes, into the parameters' strides; what has its parameter's dtype is handed over as it is."""
+    copied, copy_ = [], torch._foreach_copy_
+    monkeypatch.setattr(torch, "_foreach_copy_", lambda to, given: copied.append(len(given)) or copy_(to, given))
+    shapes = [(5, 3, 7, 7), (6, 5, 1, 1), (3, 1, 3, 3), (1, 1, 1, 1), (4,)]
+    parameters = [nn.Parameter(torch.randn(shape)) for shape in shapes]
+    parameters += [nn.Parameter(p.to(memory_format=torch.channels_last)) for p in parameters[:4]]
+    parameters += [nn.Parameter(torch.randn(3, 2, 3, 3, dtype=torch.double)), parameters[0], None, parameters[4]]
+    grads = [torch.randn(p.shape).bfloat16().to(memory_format=torch.channels_last) for p in parameters[:4]]
+    grads += [torch.randn(4)] + [grad.clone() for grad in grads]
+    grads += [torch.randn(3, 2, 3, 3).bfloat16(), torch.randn(shapes[0]).half(), None, None]
+    grads[1].view(-1)[:3] = torch.tensor([float("nan"), float("inf"), 1e-40])
+    found = cast_gradients([*grads], parameters)
+    assert copied == [8, 1, 1]
+    for grad, got, p in zip(grads, found, parameters, strict=True):
+        if grad is None:
+            assert got is None
+        elif grad.dtype == p.dtype:
+            assert got is grad
+        else:
+            assert torch.equal(got.nan_to_num(7), grad.to(p.dtype).nan_to_num(7))
+            assert (got.dtype, got.stride(), got.requires_grad) == (p.dtype, p.stride(), False)
+    assert len({got.data_ptr() for got in found if got is not None}) == 11
+
+
+@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format], ids=str)
+@pytest.mark.parametrize("first", ["x", "first", "last"])  # that needs a gradient
+def test_a_stage_under_autocast_is_its_blocks(
+    memory_format: torch.memory_format, first: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the bit, as the weights and gradients that it casts together are those that the blocks cast one by one."""
+    one_by_one = nn.ModuleList([Block("projection"), Block("wide"), Block("wide")]).to(memory_format=memory_format)
+    if first == "last":
+        one_by_one[:2].requires_grad_(False)
     as_one, grads = copy.deepcopy(one_by_one), []
+    copied, copy_ = [], torch._foreach_copy_
+    monkeypatch.setattr(torch, "_foreach_copy_", lambda to, given: copied.append(len(given)) or copy_(to, given))
     for blocks in (one_by_one, as_one):
-        x = torch.linspace(-1, 1, 2 * 6 * 9 * 8).reshape(2, 6, 9, 8).requires_grad_()
+        x = torch.linspace(-1, 1, 2 * 6 * 9 * 8).reshape(2, 6, 9, 8).requires_grad_(first == "x")
         with torch.autocast("cpu", torch.bfloat16):
             if blocks is as_one:
                 y = stage(x, [([tuple(layer) for layer in b.layers], b.shortcut) for b in blocks])
@@ -402,7 +433,10 @@ def test_a_stage_under_autocast_is_its_blocks() -> None:
         grads.append([y, x.grad, *(p.grad for p in blocks.parameters()), *blocks.buffers()])
     assert y.dtype == torch.bfloat16
     for want, got in zip(*grads, strict=True):
-        assert torch.equal(got, want)
+        assert got is want is None or torch.equal(got, want)
+    for p in as_one.parameters():
+        assert p.grad is None or (p.grad.dtype, p.grad.stride()) == (p.dtype, p.stride())
+    assert copied[1:] == [3 if first == "last" else 10]  # behind the weights
 
 
 def test_gradcheck_of_a_stage() -> None:

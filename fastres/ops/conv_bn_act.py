@@ -366,7 +366,8 @@ class Backward:
 
     g_i is the gradient at BN i's output with the ReLU's mask applied; dz_i = p g_i + q z_i + r. A gradient nobody needs
     is not computed. `below`: the BatchNorms at the end of the block that x came from, where that block's backward
-    follows; its mask and sums are then taken with dx.
+    follows; its mask and sums are then taken with dx. `casts`: else a weight gradient that isn't of the weight's dtype
+    is left so, [K, C, R, S], for the caller to cast.
     """
 
     call: Call
@@ -381,6 +382,7 @@ class Backward:
     needs_x: bool
     needs: Sequence[bool]
     below: Norms | None = None
+    casts: bool = True
 
     def run(self, dout: Gradient) -> tuple[Gradient | None, list[Tensor | None]]:
         """dx, and one gradient per parameter, each None where nobody needs it."""
@@ -480,7 +482,8 @@ class Backward:
         step, weight = self.call.steps[i], self.parameters[3 * i]
 
         def gradient(dz: Tensor, a: Tensor, bn: Any, prologue: Any) -> Tensor:
-            return like_parameter(step.wgrad(dz, a, bn, prologue, weight.dtype), weight)
+            dw = step.wgrad(dz, a, bn, prologue, weight.dtype)
+            return like_parameter(dw, weight) if self.casts or dw.dtype == weight.dtype else nchw(dw)
 
         operands = (dz, a, bn, prologue)
         self.grads[3 * i] = gradient(*operands) if self.beside is None else self.beside(gradient, *operands)

@@ -70,6 +70,21 @@ def read_weights(weights: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
     return [nhwc(found[id(w)]) if id(w) in found else krsc(w, dtype) for w in weights]
 
 
+def cast_gradients(grads: list[Any], parameters: Sequence[Any]) -> list[Any]:
+    """The gradients of parameters (each a tensor or None), with their dtypes; those that change theirs get the
+    parameters' strides, too, and on a GPU a launch or few do it."""
+    cast: dict[tuple[torch.dtype, torch.dtype], list[int]] = {}
+    for i, (grad, parameter) in enumerate(zip(grads, parameters, strict=True)):
+        if grad is not None and grad.dtype != parameter.dtype:
+            cast.setdefault((grad.dtype, parameter.dtype), []).append(i)
+    for of_dtypes in cast.values():
+        found = [torch.empty_like(parameters[i], memory_format=torch.preserve_format) for i in of_dtypes]
+        torch._foreach_copy_(found, [grads[i] for i in of_dtypes])
+        for i, grad in zip(of_dtypes, found, strict=True):
+            grads[i] = grad
+    return grads
+
+
 def _split(calls: Sequence[Call], tensors: Sequence[Any], per_layer: int) -> list[Sequence[Any]]:
     """`tensors`, `per_layer` for every layer of every call, call by call."""
     parts, at = [], 0
@@ -127,11 +142,14 @@ class _Stage(torch.autograd.Function):
             needs_x = ctx.needs_input_grad[3] or any(any(flags) for flags in needs[:b])
             below = norms(calls[b - 1], zs[b - 1], stats[b - 1]) if b else None
             a, of_block = inputs.pop(), (zs[b], stats[b], weights[b], activations[b])
-            dx, grads[b] = Backward(calls[b], a, out, None, *of_block, own[b], needs_x, needs[b], below).run(dout)
+            dx, grads[b] = Backward(
+                calls[b], a, out, None, *of_block, own[b], needs_x, needs[b], below, casts=False
+            ).run(dout)
             if dx is None:
-                return None, None, None, None, *(g for of_block in grads for g in of_block)
+                break
             out, dout = a, dx
-        return None, None, None, nchw(dout.value).to(ctx.x_dtype), *(g for of_block in grads for g in of_block)
+        dparameters = cast_gradients([grad for of_block in grads for grad in of_block], parameters)
+        return None, None, None, None if dx is None else nchw(dx.value).to(ctx.x_dtype), *dparameters
 
 
 def _differentiable(
