@@ -660,6 +660,7 @@ def test_functional_transforms(path: str) -> None:
         result |= torch.func.grad(loss)(chosen, x)
         per_sample = torch.func.vmap(torch.func.grad(one), in_dims=(None, 0))(chosen, x)
         result |= {f"{name} per sample": value for name, value in per_sample.items()}
+        result["scores per sample"] = torch.func.vmap(lambda image: net(image[None]))(x)
         _, result["jvp"] = torch.func.jvp(lambda x: net(x), (x,), (torch.ones_like(x),))
         with torch.autograd.forward_ad.dual_level():
             dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))

@@ -131,7 +131,7 @@ def pooled(x: Tensor, avgpool: nn.Module) -> Tensor:
     """torch.flatten(avgpool(x), 1), bit for bit, where the gradient for a channels_last x [N, C, H, W] is
     channels_last, too: a global average pool's own is NCHW, which the block before it would have to copy."""
     usual = type(avgpool) is nn.AdaptiveAvgPool2d and avgpool.output_size in (1, (1, 1))
-    usual = usual and not dispatch.is_traced(x) and dispatch.runs_forward_alone(avgpool)
+    usual = usual and dispatch.is_usual(x) and dispatch.runs_forward_alone(avgpool)
     if usual and x.is_contiguous(memory_format=torch.channels_last):
         return x.permute(0, 2, 3, 1).mean((1, 2))
     return torch.flatten(avgpool(x), 1)

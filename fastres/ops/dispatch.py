@@ -229,6 +229,11 @@ def _unfusable_call(x: Tensor) -> str | None:
     return None
 
 
+def is_usual(x: Tensor) -> bool:
+    """True for a plain non-empty [N, C, H, W] batch in a call that nothing traces or transforms."""
+    return _unfusable_call(x) is None
+
+
 def _unfusable_device(x: Tensor) -> str | None:
     return why_unfused(compute_dtype(x), x.device)
 
