@@ -385,6 +385,13 @@ def test_weights_of_a_stage_are_cast_together(monkeypatch: pytest.MonkeyPatch) -
         assert got.data_ptr() == w.data_ptr()
 
 
+def test_weights_elsewhere_are_not_fetched() -> None:
+    """The kernel that reads one refuses it, as PyTorch's convolution does."""
+    weights = [torch.randn(4, 4, 1, 1, device=device) for device in ("cpu", "cpu", "meta")]
+    found = read_weights(weights, torch.bfloat16)
+    assert [w.device.type for w in found] == ["cpu", "cpu", "meta"]
+
+
 def test_gradients_of_a_stage_are_cast_together(monkeypatch: pytest.MonkeyPatch) -> None:
     """By dtypes, into the parameters' strides; what has its parameter's dtype is handed over as it is."""
     copied, copy_ = [], torch._foreach_copy_

@@ -56,8 +56,9 @@ _ALIGNED = 128  # bytes; TMA wants 16
 
 def read_weights(weights: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
     """`krsc` of every weight; those that only change their dtype share one memory, and on a GPU a launch or few."""
-    first = weights[0].dtype
-    cast = [w for w in weights if w.dtype == first != dtype and w.permute(0, 2, 3, 1).is_contiguous()]
+    first, device = weights[0].dtype, weights[0].device  # what is elsewhere is refused by the kernel that reads it
+    alike = [w for w in weights if w.dtype == first != dtype and w.device == device]
+    cast = [w for w in alike if w.permute(0, 2, 3, 1).is_contiguous()]
     if len(cast) < 2:
         return [krsc(weight, dtype) for weight in weights]
     step = _ALIGNED // dtype.itemsize
