@@ -16,7 +16,7 @@ import gc
 import random
 import threading
 import warnings
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -33,6 +33,7 @@ from fastres.ops import dispatch
 WARM_UPS = 2  # calls of a signature before its recording
 SHARED = {"DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule", "DataParallel", "SyncBatchNorm"}
 PLAIN = {bool, int, float, str, type(None), torch.dtype}
+BOXES = {dict, OrderedDict, set, list}  # what a module has most of, and no recording holds
 
 Result = Tensor | tuple[Tensor, ...] | None
 
@@ -65,13 +66,16 @@ def graphed(
       RuntimeWarning says what it was, the step runs eagerly and is recorded anew.
     - Raises RuntimeError, before anything has changed, where the step waits for the GPU (`.item()`, a BatchNorm with
       momentum=None, a GradScaler with an optimizer that isn't fused), sets hyperparameters itself (a scheduler inside),
-      draws random numbers on the CPU, or counts in an attribute of a layer. Dropout is fine: each replay draws anew.
+      draws random numbers from a global generator of the CPU, assigns an attribute of a layer (a count, a tensor: what
+      a buffer holds may change in place), changes an input in place, or leaves gradients in other parameters than the
+      model's and the optimizer's (several models go in one nn.ModuleList). Dropout is fine: each replay draws anew.
     - Raises ValueError for a model that is spread over processes or devices (DistributedDataParallel and the like).
       Record forward and backward of the model without its wrapper, and between two calls average the gradients
       (`fastres.train.process.average`) and let the optimizer step; `torchrun ... -m fastres train --cuda-graph` does.
 
-    What else the step reads must stay the same tensors: a number that it takes from elsewhere keeps the value of its
-    recording. What else it does in Python (printing, hooks) happens in the first calls only.
+    What else the step reads must stay the same tensors: a number that it takes from elsewhere, a random generator of
+    its own for one, keeps the value of its recording. What else it does in Python (printing, hooks) happens in the
+    first calls only.
     """
     return Graphed(step, model, optimizer, scaler, limit)
 
@@ -182,14 +186,14 @@ class Graphed:
             "a layer, an attribute (training, momentum, p, ...) or hook of one": [
                 (
                     layer,
-                    [value for value in vars(layer).values() if type(value) in PLAIN],
+                    _attributes(layer, device),
                     [hook for name in hooks for hook in vars(layer)[name].values()],
                     vars(layer).get("forward"),
                 )
                 for layer in layers
             ],
-            "the memory, dtype or requires_grad of a parameter or buffer": [
-                None if t is None else (t.data_ptr(), t.dtype, t.stride(), t.requires_grad)
+            "the memory, dtype, requires_grad or hooks of a parameter or buffer": [
+                None if t is None else (t.data_ptr(), t.dtype, t.stride(), t.requires_grad, _hooks(t))
                 for layer in layers
                 for t in (*layer._parameters.values(), *layer._buffers.values())
             ],
@@ -212,9 +216,12 @@ class Graphed:
 
     def _record(self, inputs: Sequence[Tensor], device: torch.device) -> Recording:
         """Raises RuntimeError where that can't be done or a replay would not do what the step does. Then tensors,
-        gradients, optimizer and generators are as before."""
+        gradients, layers, optimizer and generators are as before."""
         recording = Recording(inputs, self.parameters, self._groups(), device)
         random_numbers, versions = _host_random(), [p._version for p in self.parameters]
+        others = [(t, t.grad, _version(t.grad)) for t in self._other_parameters(device)]
+        given = [_version(x) for x in recording.inputs]
+        layers = [(of, dict(of)) for m in self.model.modules() for of in (vars(m), m._parameters, m._buffers)]
         failure: Exception | None = None
         attributes = set() if self.optimizer is None else set(vars(self.optimizer))
         torch.clear_autocast_cache()  # a cast that an earlier call has cached would not be recorded
@@ -241,10 +248,20 @@ class Graphed:
             for p, version in zip(self.parameters, versions, strict=True):
                 if id(p) not in optimized and p._version != version:
                     raise RuntimeError("it changes parameters that no optimizer given to graphed() has")
+            if given != [_version(x) for x in recording.inputs]:
+                raise RuntimeError("it changes an input in place, which a replay would do to a copy of it")
+            if any(t.grad is not gradient or _version(gradient) != version for t, gradient, version in others):
+                raise RuntimeError(
+                    "it leaves gradients in parameters that neither the model nor the optimizer given to graphed() "
+                    "has: with several models, give it an nn.ModuleList of them"
+                )
             recording.left = [p.grad for p in self.parameters]
         except BaseException as error:
-            for p, gradient in zip(self.parameters, recording.entered, strict=True):
-                p.grad = gradient
+            entered = [*zip(self.parameters, recording.entered, strict=True), *((t, grad) for t, grad, _ in others)]
+            for t, gradient in entered:
+                t.grad = gradient
+            for of, before in layers:
+                of.update(before)
             _set_host_random(random_numbers)
             if self.optimizer is not None:
                 for name in set(vars(self.optimizer)) - attributes:  # a scaler's, for the step that failed
@@ -260,6 +277,12 @@ class Graphed:
         finally:
             torch.clear_autocast_cache()
         return recording
+
+    def _other_parameters(self, device: torch.device) -> list[Tensor]:
+        """Those of this process that are neither the model's nor the optimizer's and may get gradients."""
+        known = {id(p) for p in self.parameters}
+        found = [o for o in gc.get_objects() if issubclass(type(o), nn.Parameter) and id(o) not in known]
+        return [p for p in found if p.device == device and p.requires_grad]
 
     @contextmanager
     def _fixed(self, groups: list[dict[str, Any]]) -> Iterator[None]:
@@ -320,7 +343,8 @@ class Recording:
             for p, to in zip(self.parameters, self.entered, strict=True)
             if to is not None and p.grad is not None and p.grad is not to
         ]
-        torch._foreach_copy_([*self.inputs, *(to for to, _ in moved)], [*inputs, *(gradient for _, gradient in moved)])
+        if copies := [*zip(self.inputs, inputs, strict=True), *moved]:
+            torch._foreach_copy_([to for to, _ in copies], [read for _, read in copies])
         for group, rate in self.rates:
             rate.fill_(float(group["lr"]))
         self.graph.replay()
@@ -373,6 +397,28 @@ def _constant(value: Any, device: torch.device) -> Any:
     return value if type(value) in PLAIN else repr(value)
 
 
+def _attributes(layer: nn.Module, device: torch.device) -> list[Any]:
+    """What a recording holds of those that are numbers, words, tuples of such, or tensors."""
+    found: list[Any] = []
+    for value in vars(layer).values():
+        kind = type(value)
+        if kind in PLAIN or (kind is tuple and PLAIN.issuperset(map(type, value))):
+            found.append(value)
+        elif kind not in BOXES and isinstance(value, Tensor | np.generic):
+            found.append(_constant(value, device))
+    return found
+
+
+def _hooks(tensor: Tensor) -> list[Any]:
+    both: tuple[Any, Any] = tensor._backward_hooks, tensor._post_accumulate_grad_hooks
+    return [hook for hooks in both if hooks for hook in hooks.values()]
+
+
+def _version(tensor: Tensor | None) -> int | None:
+    """How often it has been changed in place; None where nobody counts."""
+    return None if tensor is None or tensor.is_inference() else tensor._version
+
+
 def _reads_rate(group: dict[str, Any], device: torch.device) -> bool:
     """Whether this group's learning rate is on the host and the optimizer can take it from the GPU's memory instead."""
     rate = group.get("lr")
@@ -388,10 +434,10 @@ def _switches(device: torch.device) -> tuple[Any, ...]:
         torch.is_autocast_enabled(device.type),
         torch.get_autocast_dtype(device.type),
         torch.are_deterministic_algorithms_enabled(),
-        torch.get_float32_matmul_precision(),
+        matmul.fp32_precision,  # the older names raise where the newer ones have been set
         matmul.allow_fp16_reduced_precision_reduction,
         matmul.allow_bf16_reduced_precision_reduction,
-        (cudnn.enabled, cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32),
+        (cudnn.enabled, cudnn.benchmark, cudnn.deterministic, cudnn.conv.fp32_precision),  # type: ignore[attr-defined]
         dispatch.choice(torch.float32, device),
     )
 
@@ -401,7 +447,7 @@ def _refuse_shared(model: nn.Module) -> None:
     kinds = [{kind.__name__ for kind in type(layer).__mro__} & SHARED for layer in model.modules()]
     if dist.is_available() and dist.is_initialized():  # its wrapper may be what the step calls
         wrappers = [o for o in gc.get_objects() if type(o).__name__ == "DistributedDataParallel"]
-        kinds += [{"DistributedDataParallel"} for wrapper in wrappers if vars(wrapper)["_modules"]["module"] is model]
+        kinds += [{type(o).__name__} for o in wrappers if any(layer is model for layer in o.modules())]
     if found := sorted(set().union(*kinds)):
         raise ValueError(
             f"graphed takes no {', '.join(found)}: processes or devices that wait for each other don't belong in a "

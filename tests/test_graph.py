@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import operator
 import random
 import threading
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from torch.optim import lr_scheduler
 import fastres
 from fastres.graphed import WARM_UPS, Graphed
 from fastres.models import families
-from fastres.ops import conv_bn_act, reference
+from fastres.ops import conv_bn_act, dispatch, reference
 
 REFUSED = r"BatchNorm2d\(\d+, momentum=None\) averages over all batches.*Give the layer a momentum"
 CALLS = WARM_UPS + 4
@@ -223,12 +224,31 @@ def _double(training: Training) -> None:
     training.net[2] = nn.LeakyReLU()
 
 
+class Scaled(nn.Identity):
+    def __init__(self, by: Any) -> None:
+        super().__init__()
+        self.by = by
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (self.by[0] if isinstance(self.by, tuple) else self.by)
+
+
+def _double_gradient(p: Tensor) -> None:
+    assert p.grad is not None
+    p.grad.mul_(2)
+
+
 CHANGES: dict[str, tuple[str, Callable[[Training], Any]]] = {
     "eval": ("a layer, an attribute", lambda t: t.net.eval()),
     "momentum of BN": ("a layer, an attribute", lambda t: setattr(t.net[1], "momentum", 0.5)),
     "another layer": ("a layer, an attribute", _double),
     "hook": ("or hook of one", _hook),
-    "frozen": ("requires_grad of a parameter", lambda t: t.net[0].requires_grad_(False)),
+    "hook of a parameter": ("hooks of a parameter", lambda t: t.net[0].weight.register_hook(lambda grad: 2 * grad)),
+    "hook behind it": (
+        "hooks of a parameter",
+        lambda t: t.net[0].weight.register_post_accumulate_grad_hook(_double_gradient),
+    ),
+    "frozen": ("requires_grad or hooks of a parameter", lambda t: t.net[0].requires_grad_(False)),
     "memory": ("the memory", _other_memory),
     "decay": ("weight_decay of the opt", lambda t: t.optimizer.param_groups[0].update(weight_decay=0.5)),
     "lr a tensor": ("lr of the opt", lambda t: t.optimizer.param_groups[0].update(lr=torch.tensor(0.5))),
@@ -247,6 +267,21 @@ def test_what_changes_between_calls_is_noticed(change: str, pretence: Pretence) 
         follow(ours, call, theirs, 2 * CALLS, between=lambda training, i: do(training) if i == CALLS else None)
     assert len(warned) == 1
     assert len(call.graphs) == 1
+
+
+@pytest.mark.parametrize("by", [np.float64(0.25), (0.25, 1), torch.tensor(0.25)], ids=["numpy", "tuple", "tensor"])
+def test_an_attribute_that_changes_is_noticed(by: Any, pretence: Pretence) -> None:
+    ours, theirs = Training(), Training()
+    for training in (ours, theirs):
+        training.net.insert(0, Scaled(type(by)((0.5, 1)) if isinstance(by, tuple) else 2 * by))
+    call = ours.graphed()
+
+    def between(training: Training, i: int) -> None:
+        if i == CALLS:
+            training.net[0].by = by
+
+    with pytest.warns(RuntimeWarning, match="a layer, an attribute"):
+        follow(ours, call, theirs, 2 * CALLS, between=between)
 
 
 SWITCHES: dict[str, Callable[[], Any]] = {
@@ -315,6 +350,31 @@ def _counting(training: Training) -> None:
     training.net.append(Counting())
 
 
+class Averaging(nn.Identity):
+    mean = torch.zeros(())
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.mean = 0.75 * self.mean + 0.25 * x.detach().mean()
+        return x - self.mean
+
+
+def _averaging(training: Training) -> None:
+    training.net.append(Averaging())
+
+
+def _input(training: Training) -> None:
+    training.net.register_forward_pre_hook(lambda net, args: args[0].mul_(0.5))
+
+
+def _judge(training: Training) -> None:
+    """Another model, whose gradients somebody else takes."""
+    judge = nn.Linear(5, 1)
+    with torch.no_grad():
+        judge.weight.fill_(0.25)
+        judge.bias.fill_(0.5)
+    training.net.register_forward_hook(lambda net, args, scores: scores + judge(scores) * scores)
+
+
 def _no_momentum(training: Training) -> None:
     training.net[1].momentum = None
 
@@ -332,6 +392,9 @@ CANT: dict[str, tuple[str, dict[str, Any], Callable[[Training], Any]]] = {
     "numpy's random": ("random numbers on the CPU", {}, lambda t: setattr(t, "then", np.random.rand)),
     "torch's random": ("random numbers on the CPU", {}, lambda t: setattr(t, "then", lambda: torch.rand(1))),
     "counting": ("it changes a layer, an attribute", {}, _counting),
+    "averaging": ("it changes a layer, an attribute", {}, _averaging),
+    "input": ("it changes an input in place", {}, _input),
+    "another model": ("gradients in parameters that neither(.|\n)*nn.ModuleList", {}, _judge),
 }
 
 
@@ -360,6 +423,50 @@ def test_what_no_graph_holds_is_refused(cause: str, pretence: Pretence) -> None:
     assert not call.graphs
     assert_equal(ours.step(*batch(calls)), theirs.step(*batch(calls)))
     assert_equal(ours.state(), theirs.state())
+
+
+def test_a_refused_recording_leaves_attributes_and_other_gradients(pretence: Pretence) -> None:
+    """What a recording computes is never there."""
+    training = Training()
+    _averaging(training)
+    layer, judge = training.net[-1], nn.Linear(5, 1)
+    training.net.register_forward_hook(lambda net, args, scores: scores + judge(scores))
+    call = training.graphed()
+    for i in range(WARM_UPS):
+        call(*batch(i))
+    mean, gradient = layer.mean, judge.weight.grad
+    assert gradient is not None
+    values = mean.clone(), gradient.clone()
+    with pytest.raises(RuntimeError, match="a layer, an attribute"):
+        call(*batch(0))
+    assert layer.mean is mean
+    assert judge.weight.grad is gradient
+    assert_equal((mean, gradient), values)
+
+
+def test_a_step_without_inputs(pretence: Pretence) -> None:
+    ours, theirs, given = Training(), Training(), batch(0)
+    call = fastres.graphed(lambda: ours.step(*given), ours.net, ours.optimizer, ours.scaler)
+    for _ in range(CALLS):
+        call()
+        theirs.step(*given)
+        assert_equal(ours.state(), theirs.state())
+
+
+@pytest.mark.parametrize("name", ["cuda.matmul", "cudnn.conv"])
+def test_the_newer_names_of_tf32(name: str, pretence: Pretence) -> None:
+    """Where they have been set, PyTorch may raise when somebody reads the older ones."""
+    training, of = Training(), operator.attrgetter(name)(torch.backends)
+    call, before = training.graphed(), of.fp32_precision
+    call(*batch(0))
+    try:
+        of.fp32_precision = "tf32"
+        with pytest.warns(RuntimeWarning, match="a switch of torch.backends"):
+            call(*batch(0))
+        found = dispatch.precision(torch.float32, torch.device("cuda"))
+    finally:
+        of.fp32_precision = before
+    assert found == ("tf32" if name == "cudnn.conv" else "ieee")
 
 
 def test_parameters_need_their_optimizer(pretence: Pretence) -> None:

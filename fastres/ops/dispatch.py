@@ -494,4 +494,5 @@ def precision(dtype: torch.dtype, device: torch.device) -> Literal["ieee", "tf32
     """How a float32 product is rounded, by PyTorch's own switch for convolutions."""
     if dtype != torch.float32 or device.type != "cuda":
         return "ieee"
-    return "tf32" if torch.backends.cudnn.allow_tf32 and torch.backends.cudnn.enabled else "ieee"
+    cudnn: Any = torch.backends.cudnn  # whose allow_tf32 raises where convolutions and RNNs differ
+    return "tf32" if cudnn.conv.fp32_precision == "tf32" and cudnn.enabled else "ieee"
