@@ -358,12 +358,12 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.mark.parametrize("half", [False, True], ids=["float32", "autocast"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("mode", ["train", "eval", "eval, no gradient"])
-@pytest.mark.parametrize("packs", [True, False], ids=["packed", "plain"])
+@pytest.mark.parametrize("packing", [("fprop", "wgrad"), ("fprop",), ()], ids=["packed", "packed forward", "plain"])
 def test_images_are_converted_once_at_most(
-    packs: bool, mode: str, layout: str, half: bool, monkeypatch: pytest.MonkeyPatch
+    packing: tuple[str, ...], mode: str, layout: str, half: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A stem that packs its images takes them as they come, forward and backward."""
-    monkeypatch.setattr(dispatch, "conv_engine", lambda *_: "stem" if packs else "aten")
+    """A pass that packs its images takes them as they come; any other wants them in NHWC."""
+    monkeypatch.setattr(dispatch, "conv_engine", lambda pass_, *_: "stem" if pass_ in packing else "aten")
     monkeypatch.setattr(launch, "_step", launch._step.__wrapped__)
     pools, launching = [], pool.launch
 
@@ -393,8 +393,26 @@ def test_images_are_converted_once_at_most(
             assert_close_to_reference(mine, exact, stock, lost=1e-6 + lost_in_sums(2 * 7 * 8, x))
     shapes = [list(x.shape), list(x.permute(0, 2, 3, 1).shape)]
     copies = sum(e.name == "aten::copy_" and e.input_shapes[0] in shapes for e in profiler.events())
-    assert copies == (0 if (layout == "NHWC" and not half) or packs else 1)
+    reading = {"fprop", "wgrad"} if gradients else {"fprop"}
+    assert copies == (0 if (layout == "NHWC" and not half) or reading <= set(packing) else 1)
     assert pools == [gradients], "taps are for a backward"
+
+
+def test_images_whose_minus_sign_is_pending() -> None:
+    """No kernel reads memory that stands for its negative, as the imaginary part of a conjugate does."""
+    net = nn.ModuleList([nn.Conv2d(3, 8, 7, 2, 3, bias=False), nn.BatchNorm2d(8), nn.MaxPool2d(3, 2, 1)]).to(DEVICE)
+    x = torch.randn(2, 3, 14, 16, device=DEVICE)
+    negative = torch.complex(x, -x).conj().imag
+    assert negative.is_neg()
+    results = []
+    for images in (x, negative):
+        net.zero_grad()
+        with fastres.backend("triton"), torch.autocast(x.device.type, torch.float16):
+            y = conv_bn_act.stem(images, *net)
+        y.sum().backward()
+        results.append([y, net[0].weight.grad])
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)
 
 
 @pytest.mark.gpu

@@ -118,7 +118,7 @@ class Call:
         """x [N, C, H, W] as the first convolution takes it, [N, H, W, C]: contiguous in `dtype`, or a view of what a
         stem packs, whatever its strides and dtype."""
         packs = self.end.kind == "pool" and self.steps[0].fprop_by == "stem"
-        return x.permute(0, 2, 3, 1) if packs else dense(x, dtype)
+        return x.resolve_neg().permute(0, 2, 3, 1) if packs else dense(x, dtype)
 
 
 def prepare(
