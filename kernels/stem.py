@@ -189,10 +189,11 @@ def load_windows(packed, n, p, q, j, inside, in_filter, H, rows, pairs, PAD: tl.
 
 def stem_refusal(problem: ConvProblem) -> str | None:
     """Why `conv_stem` and `conv_stem_wgrad` can't serve a convolution, or None where they can."""
-    if problem.C > CHANNELS or max(problem.R, problem.S) > WINDOW:
+    # One row would make `stem_columns` pointwise, whose tiles run across rows; the windows' boxes don't.
+    if problem.C > CHANNELS or min(problem.R, problem.S) < 2 or max(problem.R, problem.S) > WINDOW:
         return (
-            f"{problem.C} channels under {problem.R}x{problem.S} filters; at most {CHANNELS} under {WINDOW}x{WINDOW} "
-            "are served"
+            f"{problem.C} channels under {problem.R}x{problem.S} filters; at most {CHANNELS} under 2x2 to "
+            f"{WINDOW}x{WINDOW} are served"
         )
     if (problem.stride, problem.dilation, problem.groups) != (2, 1, 1):
         return f"stride={problem.stride}, dilation={problem.dilation}, groups={problem.groups}; 2, 1 and 1 are served"
@@ -276,7 +277,7 @@ def conv_stem(
         try:
             _launch_boxes(problem, columns, chosen, packed, filters, y, **rest)
         except RuntimeError as error:  # by their documentation drivers may refuse strides that make boxes overlap
-            if tile is not None:
+            if tile is not None or "tensor map descriptor" not in str(error):
                 raise
             _refusing[packed.device] = str(error)
             warnings.warn(f"conv_stem fetches by pointers, because TMA refuses its windows: {error}", stacklevel=2)

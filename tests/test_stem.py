@@ -117,7 +117,7 @@ def test_fuzz(seed: int) -> None:
     while True:
         sizes = draw.randint(1, 3), draw.randint(1, 15), draw.randint(1, 15), draw.randint(1, 4), draw.randint(1, 40)
         try:
-            problem = ConvProblem(*sizes, draw.randint(1, 8), draw.randint(1, 8), 2, draw.randint(0, 4))
+            problem = ConvProblem(*sizes, draw.randint(2, 8), draw.randint(2, 8), 2, draw.randint(0, 4))
             break
         except ValueError:
             continue
@@ -182,23 +182,26 @@ def test_empty_batch() -> None:
 
 
 def test_without_overlapping_boxes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A driver that refuses them is asked once; with a tile that asks for them it is an error."""
-    problem, asked = PROBLEMS["7x7"], []
+    """A driver that refuses them is asked once; for a tile with a box it is an error, as is all else."""
+    problem, asked, message = PROBLEMS["7x7"], [], "Triton Error [CUDA]: out of memory"
 
     def refuse(*_: Any, **__: Any) -> None:
         asked.append(1)
-        raise RuntimeError("Triton Error [CUDA]: invalid argument")
+        raise RuntimeError(message)
 
     if DEVICE == "cuda" and torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("boxes need compute capability 9.0")
     monkeypatch.setattr(stem, "_refusing", {})
     monkeypatch.setattr(stem, "launch_boxes", refuse)
     replay.forget()
+    with pytest.raises(RuntimeError, match="out of memory"):
+        hold_fprop(problem, torch.float16, None)
+    message = "Triton Error [CUDA]: Failed to create tensor map descriptor: invalid argument"
     with pytest.raises(RuntimeError, match="invalid argument"):
         hold_fprop(problem, torch.float16, FPROP["boxes"])
     with pytest.warns(UserWarning, match="by pointers, because TMA refuses its windows: Triton Error"):
         hold_fprop(problem, torch.float16, None)
-    assert len(asked) == 2
+    assert len(asked) == 3
     with pytest.raises(ValueError, match="impossible here: Triton Error"):
         hold_fprop(problem, torch.float16, FPROP["boxes"])
 
@@ -208,8 +211,11 @@ def test_refusals() -> None:
     images, w, dz = drawn(problem, torch.float32)
     packed, filters = pack_images(images, problem, torch.float32), pack_filters(w)
     wide = dataclasses.replace(problem, C=5)
-    with pytest.raises(ValueError, match="5 channels under 7x7 filters; at most 4 under 8x8"):
+    with pytest.raises(ValueError, match="5 channels under 7x7 filters; at most 4 under 2x2 to 8x8"):
         conv_stem_wgrad(dz, packed, wide)
+    for R, S in ((1, 3), (3, 1)):
+        with pytest.raises(ValueError, match=f"3 channels under {R}x{S} filters; at most 4 under 2x2 to 8x8"):
+            conv_stem(packed, filters, dataclasses.replace(problem, R=R, S=S))
     with pytest.raises(ValueError, match="stride=1, dilation=1, groups=1; 2, 1 and 1 are served"):
         conv_stem(packed, filters, dataclasses.replace(problem, stride=1))
     with pytest.raises(ValueError, match=r"dz must have shape \[2, 8, 6, 24\], got \[2, 8, 6, 23\]"):

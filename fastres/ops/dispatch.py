@@ -389,11 +389,11 @@ def _over_packed_images(pass_: Pass, problem: ConvProblem, dtype: torch.dtype) -
     """Whether kernels/stem.py computes a pass where that isn't measured.
 
     It copies 16 bytes at a time where the kernels for all shapes load one value; float32 was never measured, nor is it
-    what a net is trained in. A filter of one pixel leaves most of a window unused.
+    what a net is trained in.
     """
     from fastres.kernels.stem import stem_refusal
 
-    served = pass_ in ("infer", "fprop", "wgrad") and dtype in (torch.bfloat16, torch.float16) and problem.S > 1
+    served = pass_ in ("infer", "fprop", "wgrad") and dtype in (torch.bfloat16, torch.float16)
     return served and stem_refusal(problem) is None
 
 
