@@ -249,7 +249,8 @@ def conv_stem(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """y [N, P, Q, K] = [relu](scale conv + shift), with `statistics` also its partials, as `conv_fprop` gives them, for
     images from `pack_images` and filters from `pack_filters` of one dtype. tile: from `config` by default; one with a
-    box asks for TMA, one without for pointers. Raises ValueError where they don't fit."""
+    box asks for TMA, one without for pointers. A window is wider than its filter: an infinite pixel beside the filter
+    makes a NaN of y, for it is multiplied by zero. Raises ValueError where they don't fit."""
     N, P, Q, K, R = problem.N, problem.P, problem.Q, problem.K, problem.R
     _check_packed(packed, problem, precision)
     check_tensor("filters", filters, (K, R, WINDOW, CHANNELS), packed)

@@ -173,6 +173,22 @@ def test_steps_of_a_net_take_it(dtype: torch.dtype) -> None:
         assert_close_to_reference(dw, wgrad(p, images, exact, torch.float64), wgrad(p, images, rounded, torch.float32))
 
 
+@pytest.mark.parametrize("tile", FPROP.values(), ids=FPROP)
+def test_pixels_that_are_infinite(tile: Tile) -> None:
+    """They reach the windows they stand in, on either side of a filter, and no other: padding stays zero."""
+    problem = PROBLEMS["7x7"]
+    images, w, _ = drawn(problem, torch.float16)
+    for column in (4, 5):
+        spoilt = images.clone()
+        spoilt[0, 1, 6, column] = float("inf")
+        packed = pack_images(spoilt, problem, torch.float16)
+        rows, columns = (
+            (~conv_stem(packed, pack_filters(w), problem, tile=tile).isfinite()).any(3)[0].nonzero(as_tuple=True)
+        )
+        assert {*rows.tolist()} == {2, 3, 4}
+        assert {*columns.tolist()} == {1, 2, 3} | ({0} if column == 4 else {4})
+
+
 def test_empty_batch() -> None:
     problem = dataclasses.replace(PROBLEMS["7x7"], N=0)
     images, w, dz = drawn(problem, torch.float32)
