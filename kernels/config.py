@@ -443,7 +443,7 @@ def wgrad_tiles(
             cycles = _cycles(tiles * splits, resident, busy, gpu) + reduce
             for depth in (stages, stages + 1) if deeper else (stages,):
                 timed.append((cycles, Tile(BM, BN, BK, warps, depth, box if tma else None, splits, row)))
-    return [tile for _, tile in sorted(timed, key=lambda pair: pair[0])]
+    return [*dict.fromkeys(tile for _, tile in sorted(timed, key=lambda pair: pair[0]))]  # few steps: equal splits
 
 
 @lru_cache(maxsize=4096)
