@@ -88,8 +88,8 @@ PARTS: dict[str, Part] = {
     ),
     "tests-nets": checks(*NETS, *ON_GPU, seconds=130),
     "tests-gpu": checks(*OTHERS, *ON_GPU),
-    "tune-50": tune("50", seconds=200),
-    "tune-50-batch-1": tune("50", "--batch", "1", "--pass", "infer", seconds=75),
+    "tune-50": tune("50", seconds=255),
+    "tune-50-batch-1": tune("50", "--batch", "1", "--pass", "infer", seconds=100),
     "tests-tuned": checks("tests/test_layers.py", "-k", OF_50, seconds=120, proof=True),
     "bench-train-50": bench(*TRAIN_50, "--backend", TRAIN, seconds=200),
     "bench-infer-50": bench(*INFER_50, "--backend", INFER, seconds=210),
@@ -146,8 +146,8 @@ PLANS = {
     ),
     2: Plan(
         "tiles, and the record of training",
-        ("tune-50", "tests-tuned", "bench-train-50", "timeline-train-50"),
-        ("bench-train-50-overlap", "bench-train-50-fp16", "ablate-50"),
+        ("tune-50", "tests-tuned", "bench-train-50"),
+        ("timeline-train-50", "bench-train-50-overlap", "bench-train-50-fp16", "ablate-50"),
     ),
     3: Plan(
         "tiles for one image, the record of inference, each layer on its own",

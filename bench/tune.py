@@ -84,7 +84,6 @@ def candidates(step: Step, pass_: str, role: Role, dtype: torch.dtype, device: t
 def promising(pass_: str, found: Sequence[Tile], most: int) -> list[Tile]:
     """The first `most` of tiles, for inference of those with splits as many as of those without, and all of persistent
     programs: nothing that was measured says how well the model compares these with the others."""
-    found = list(dict.fromkeys(found))
     usual = [tile for tile in found if not tile.persistent]
     cut = [tile for tile in usual if tile.splits > 1] if pass_ == "infer" else []
     kept = [tile for tile in usual if tile not in cut][:most] + cut[:most]
