@@ -51,6 +51,7 @@ def kernels(depth: str, seconds: float) -> Part:
 
 STATUS = ["-m", "fastres", "status"]
 KERNELS = [f"tests/test_{name}.py" for name in ("conv_fprop", "conv_backward", "pointwise", "bottleneck")]
+KERNELS += [f"tests/test_{name}.py" for name in ("persistent", "stem")]
 NETS = [f"tests/test_{name}.py" for name in ("training", "inference", "registered", "compile")]
 OTHERS = ["tests", *(f"--ignore={file}" for file in (*KERNELS, *NETS, "tests/test_layers.py"))]
 ON_GPU = ["-m", "(gpu or interpret) and not slow"]
@@ -82,7 +83,8 @@ PARTS: dict[str, Part] = {
         *INFER_50, "--backend", "inductor,eager-channels-last,fastres-optimize", record="first", seconds=130
     ),
     "tests-first-rest": checks(*FIRST_REST, seconds=140),
-    "tests-kernels": checks(*KERNELS, "-k", "not every_tile", seconds=110),
+    "tests-graph": checks("tests/test_graph.py", "tests/test_beside.py", "-m", "gpu and not slow", seconds=60),
+    "tests-kernels": checks(*KERNELS, "-k", "not every_tile", seconds=130),
     "tests-tiles-50": checks(
         *KERNELS[:2], "-k", "every_tile and bfloat16 and not resnet18 and not resnext", seconds=130
     ),
@@ -142,7 +144,7 @@ PLANS = {
     1: Plan(
         "proof and a first number",
         ("status", "tests-first", "bench-first-train", "bench-first-infer", "tests-first-rest"),
-        ("tests-kernels", "tests-tiles-50"),
+        ("tests-graph", "tests-kernels", "tests-tiles-50"),
     ),
     2: Plan(
         "tiles, and the record of training",
