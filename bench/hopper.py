@@ -6,7 +6,7 @@
 oob: what TMA fills in outside a tensor with padding="nan", and whether `fma.oob.relu` makes it the zero of a padding.
 strides: whether the driver takes the views of kernels/stem.py (overlapping windows) and kernels/conv.py (5-D pairs).
 halo: whether wgmma's second operand may start at any swizzle atom (8 rows, 1 KiB) of shared memory.
-register-operand: whether a wgmma reads registers already overwritten (triton#9433); what `settle` in wgrad.py costs.
+register-operand: whether a wgmma reads registers already overwritten (triton#9433); what `settle` in wgrad costs.
 l2: the bandwidth from L2 to the multiprocessors, beside memory's and the rate of a large matmul.
 
 Prints a line `question | answer | figures` for each. Every question has a process and 40 seconds of its own; what it

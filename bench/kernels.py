@@ -133,11 +133,7 @@ def main(arguments: list[str] | None = None) -> int:
         rows.append(row(problem, count, role, pass_, dtype, device))
         print(line(rows[-1]), flush=True)
         if options.csv:
-            options.csv.parent.mkdir(parents=True, exist_ok=True)
-            with options.csv.open("w", newline="") as sink:
-                writer = csv.DictWriter(sink, COLUMNS)
-                writer.writeheader()
-                writer.writerows(rows)
+            layers.write_csv(options.csv, COLUMNS, rows)
     print(f"{totals(rows)}\nlost to the floor in a step:\n{losses(rows)}")
     return 0
 

@@ -1,12 +1,14 @@
-"""What `kernels.py` and `tune.py` share: the convolutions of a net, each in its role and with random operands; the work
-of a pass as the net runs it; timing on a GPU."""
+"""What the commands about single kernels share: the convolutions of a net, each in its role and with random operands;
+the work of a pass as the net runs it; timing on a GPU; tables as CSV."""
 
 from __future__ import annotations
 
+import csv
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -234,6 +236,15 @@ def met_by_dx(role: Role) -> int:
     """Tensors like dx that dgrad's epilogue reads: z of the BatchNorm below, or the shortcut's gradient, with which the
     end of a block brings its output and its z."""
     return 0 if role.place == "project" else 3 if role.border else 1
+
+
+def write_csv(file: Path, columns: Sequence[str], rows: Iterable[dict[str, Any]]) -> None:
+    """A table of `columns`; makes the folder if it is missing."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("w", newline="") as sink:
+        writer = csv.DictWriter(sink, columns)
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def applicable(problem: ConvProblem, pass_: str) -> bool:

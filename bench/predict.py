@@ -558,11 +558,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.goal is not None:
         print(f"\n{towards(options.goal, found, options.batch, measured)}")
     if options.csv:
-        options.csv.parent.mkdir(parents=True, exist_ok=True)
-        with options.csv.open("w", newline="") as sink:
-            writer = csv.DictWriter(sink, COLUMNS)
-            writer.writeheader()
-            writer.writerows(map(cells, found))
+        layers.write_csv(options.csv, COLUMNS, map(cells, found))
     return 0
 
 

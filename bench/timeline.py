@@ -11,7 +11,6 @@ the last one's end: the difference is the GPU waiting. Needs a CUDA GPU.
 from __future__ import annotations
 
 import argparse
-import csv
 import re
 import sys
 from collections import defaultdict
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import backends
+import layers
 import measure
 import torch
 from run import DTYPES, SEED, inputs, weights
@@ -89,11 +89,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{row['us']:9.1f} us {100 * row['share']:5.1f} % {row['calls']:6.1f} x  {row['kernel']}")
     print(f"{total:9.1f} us in kernels, {span:.1f} us from the first one's start to the last one's end")
     if options.csv:
-        options.csv.parent.mkdir(parents=True, exist_ok=True)
-        with options.csv.open("w", newline="") as sink:
-            writer = csv.DictWriter(sink, COLUMNS)
-            writer.writeheader()
-            writer.writerows(rows)
+        layers.write_csv(options.csv, COLUMNS, rows)
     return 0
 
 

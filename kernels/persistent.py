@@ -23,8 +23,7 @@ from .config import Tile
 from .launch import cdiv, gpu_of
 from .problem import ConvProblem
 from .replay import empty, launch
-from .tile import COMPILED, affine_relu, finish, join_relu, tile_statistics
-from .wgrad import settle
+from .tile import COMPILED, affine_relu, finish, join_relu, settle, tile_statistics
 
 
 def check(tile: Tile, problem: ConvProblem, dtype: torch.dtype) -> None:

@@ -59,6 +59,18 @@ def affine_relu(x, scale, shift, valid, PADDED: tl.constexpr):
 
 
 @triton.jit
+def settle(acc, WAIT: tl.constexpr):
+    """acc, unchanged; where WAIT, only once the wgmma that makes it is done.
+
+    Triton 3.6 lets a pipelined wgmma run on while the registers of its first operand are written anew (triton#9433). An
+    empty instruction on the result makes it wait.
+    """
+    if WAIT:
+        acc = tl.inline_asm_elementwise("", "=f,0", [acc], dtype=tl.float32, is_pure=True, pack=1)
+    return acc
+
+
+@triton.jit
 def join_relu(x, side, scale, shift, side_scale, side_shift, c, c_valid):
     """relu(scale x + shift + side), with a side_scale relu(scale x + shift + (side_scale side + side_shift)): the end
     of a residual block, in x's dtype, for x, side [BN, BK] of channels c [BK]. In fp32 and in `normalize`'s order."""

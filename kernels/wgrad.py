@@ -24,19 +24,7 @@ from .backward import BnBackward, choose_tile, conv_problem, load_dz, operand, p
 from .config import Tile
 from .launch import cdiv, check_tensor, tma_refusal
 from .replay import empty, launch, remembered
-from .tile import affine_relu, box_origin, box_pixels, unravel
-
-
-@triton.jit
-def settle(acc, WAIT: tl.constexpr):
-    """acc, unchanged; where WAIT, only once the wgmma that makes it is done.
-
-    Triton 3.6 lets a pipelined wgmma run on while the registers of its first operand are written anew (triton#9433). An
-    empty instruction on the result makes it wait.
-    """
-    if WAIT:
-        acc = tl.inline_asm_elementwise("", "=f,0", [acc], dtype=tl.float32, is_pure=True, pack=1)
-    return acc
+from .tile import affine_relu, box_origin, box_pixels, settle, unravel
 
 
 @triton.jit(do_not_specialize=["N", "H", "W", "P", "Q", "tiles_h", "tiles_w", "steps_in_all", "steps_per_split"])

@@ -609,13 +609,17 @@ def test_gpu_follows_the_eager_steps(dropout: float, where: str | None) -> None:
 
 
 @pytest.mark.gpu
-def test_gpu_adamw_and_autocast() -> None:
-    """capturable=True, gradients zeroed first, a short batch."""
+def test_gpu_adamw_and_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """capturable=True, gradients zeroed first, a short batch: apart by a tenth, at most, of how far training went. On a
+    CPU one step left out makes a quarter, a stale batch half of it."""
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     nets = []
     for graph in (True, False):
         torch.manual_seed(0)
         net = fastres.resnet18(num_classes=10).cuda()
-        optimizer = torch.optim.AdamW(net.parameters(), 2**-10, capturable=True)
+        start = [p.detach().clone() for p in net.parameters()]
+        # So large an eps makes a step proportional to the gradient; else rounding to bf16 turns signs of small ones.
+        optimizer = torch.optim.AdamW(net.parameters(), 2**-10, eps=1.0, capturable=True)
 
         def step(x: Tensor, y: Tensor, net: nn.Module = net, optimizer: Any = optimizer) -> Tensor:
             optimizer.zero_grad()
@@ -632,10 +636,10 @@ def test_gpu_adamw_and_autocast() -> None:
         assert torch.isfinite(last)
         assert not graph or len(call.graphs) == 2
         nets.append(net)
-    for ours, theirs in zip(nets[0].parameters(), nets[1].parameters(), strict=True):
-        # Adam's steps have the size of lr whatever the gradient's, and bf16 turns the signs of small ones.
-        assert (ours - theirs).abs().max() <= 2 * 2 * CALLS * 2**-10
-        assert ours.grad is not None
+    ours, theirs = ([p.detach() for p in net.parameters()] for net in nets)
+    apart, gone = (sum((a - b).square().sum() for a, b in zip(theirs, others, strict=True)) for others in (ours, start))
+    assert apart.sqrt() <= 0.1 * gone.sqrt()
+    assert all(p.grad is not None for p in nets[0].parameters())
 
 
 @pytest.mark.gpu
