@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastres.ops import dispatch, folded
-from fastres.ops.folded import FLOAT8
+from fastres.ops import dispatch, folded, quantised
+from fastres.ops.quantised import FLOAT8
 from fastres.ops.steps import nhwc
 from fastres.plan import (
     Aten,
@@ -30,16 +30,17 @@ from fastres.plan import (
     fuse_chains,
     leaves,
     quantise,
-    require_finite,
     trace,
 )
 from fastres.program import Program
+from fastres.ranges import Ranges
 
 __all__ = ["Optimized", "optimize"]
 
 _MOST_COMPARED = 16  # images, where a net asks for its number of them
 MAX_SHAPES = 8  # bound plans kept per net, least recently used dropped first
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+_QUANTISED = {FLOAT8: torch.bfloat16, torch.int8: torch.float32}  # convolutions in 8 bits: all else, and the answer, in
 
 
 @torch.inference_mode(False)
@@ -50,6 +51,7 @@ def optimize(
     dtype: torch.dtype | None = None,
     cuda_graph: bool = True,
     calibration: Iterable[Any] | None = None,
+    percentile: float | None = None,
 ) -> Optimized:
     """Freeze `model`, a ResNet in eval mode, for inference. The model itself stays untouched.
 
@@ -60,12 +62,18 @@ def optimize(
     stream changes them.
 
     example: input whose shape is made ready now (engines chosen, kernels compiled, graph captured) and not at the first
-    call. dtype: bfloat16, float16, float32, float64 or, on GPUs of compute capability 8.9 and above, float8_e4m3fn;
-    by default that of the model's convolutions. cuda_graph: replay a CUDA graph per input shape (the last 8 shapes are
-    kept). calibration: for float8 only, batches (or (batch, ...) tuples) that represent the real input; the largest
-    magnitudes met set the scales of activations; weights have one scale per output channel. The first convolution and
-    the classifier stay in bfloat16 and so does the result. Under `backend("reference")` float8 is simulated on any
-    device.
+    call. dtype: bfloat16, float16, float32, float64 or, on GPUs of compute capability 8.9 and above, float8_e4m3fn, on
+    CPUs with VNNI int8; by default that of the model's convolutions. cuda_graph: replay a CUDA graph per input shape
+    (the last 8 shapes are kept).
+
+    calibration: for float8 and int8 only, batches (or (batch, ...) tuples) that represent the real input. The numbers
+    met set the range of each activation; what lies beyond is clamped to it later. Weights have one scale per output
+    channel. percentile: above 0 and up to 100, by default 100: that share of an activation's numbers, in percent, lies
+    below the upper end of its range, and as many above the lower; 100 is the extremes. In float8 the first convolution,
+    grouped ones and the classifier stay in bfloat16 and so does the result. In int8 weights lie between -127 and 127,
+    activations between 0 and 255 about a zero point; max pools between convolutions work in 8 bits, the classifier and
+    all else in float32, and so does the result. 8 bits hold neither infinity nor NaN: such input gives finite numbers.
+    Under `backend("reference")` either is simulated on any device.
 
     Raises TypeError or ValueError, saying what is accepted, for a model in training mode or with hooks, for an
     operation without a step, for one in place whose effect may show under another name, for folded weights that aren't
@@ -78,23 +86,30 @@ def optimize(
         raise TypeError(f"optimize() takes an nn.Module, got {type(model).__name__}")
     if isinstance(model, Optimized):
         raise TypeError("this net is optimized already; optimize() takes the original")
-    if dtype is not None and dtype not in (*_DTYPES, FLOAT8):
-        raise ValueError(f"dtype={dtype} isn't served; accepted: {', '.join(map(str, (*_DTYPES, FLOAT8)))}")
-    if (dtype == FLOAT8) != (calibration is not None):
-        raise ValueError("float8_e4m3fn needs calibration=, an iterable of input batches, and no other dtype takes it")
+    if dtype is not None and dtype not in (*_DTYPES, *_QUANTISED):
+        raise ValueError(f"dtype={dtype} isn't served; accepted: {', '.join(map(str, (*_DTYPES, *_QUANTISED)))}")
+    if (dtype in _QUANTISED) != (calibration is not None):
+        raise ValueError(
+            "float8_e4m3fn and int8 need calibration=, an iterable of input batches, and no other dtype takes it"
+        )
+    if percentile is not None and calibration is None:
+        raise ValueError("percentile= says how calibration sets ranges; give it with float8_e4m3fn or int8")
+    ranges = Ranges(100.0 if percentile is None else percentile)
     steps, output = trace(copy.deepcopy(model))
-    steps = fuse(steps, output)
+    steps = fuse(steps, output, absorb=dtype != torch.int8)
     if not any(isinstance(step, Conv) for step in steps):
         raise ValueError(f"{type(model).__name__} has no convolution: there is nothing to optimize")
     device = _device(model)
     source = copy.deepcopy(model)
-    if dtype == FLOAT8:
-        _require_float8(device)
-        wide = Optimized(source, steps, output, torch.bfloat16, cuda_graph=False, original=source)
-        assert calibration is not None
-        steps, output = quantise(steps, output, _largest(wide, calibration))
-        dtype = torch.bfloat16
-    # The bf16 net that float8 was calibrated with has been compared; float8 itself is too coarse to be.
+    if calibration is not None:
+        assert dtype is not None
+        (_require_float8 if dtype == FLOAT8 else _require_int8)(device)
+        wide = Optimized(source, steps, output, _QUANTISED[dtype], cuda_graph=False, original=source)
+        for x in _batches(calibration):
+            wide.observed(x, ranges.meet)
+        steps, output = quantise(steps, output, ranges.found(), dtype)
+        dtype = wide.dtype
+    # The net that was calibrated with has been compared; one of 8 bits is too coarse to be.
     original = None if calibration is not None else source
     net = Optimized(source, fuse_chains(steps, output), output, dtype or _dtype(model, steps), cuda_graph, original)
     if example is not None:
@@ -130,27 +145,21 @@ def _require_float8(device: torch.device) -> None:
         )
 
 
+def _require_int8(device: torch.device) -> None:
+    if dispatch.wants_reference():
+        return
+    if device.type != "cpu":
+        raise ValueError(
+            f"int8 needs a CPU, the model is on {device}; there is float8_e4m3fn for GPUs, and backend('reference') "
+            "simulates int8"
+        )
+    if (reason := dispatch.why_no_int8(device)) is not None:
+        raise ValueError(f"int8 isn't served: {reason}; backend('reference') simulates it")
+
+
 def _batches(batches: Iterable[Any]) -> Iterator[Tensor]:
     for batch in batches:
         yield batch if isinstance(batch, Tensor) else batch[0]
-
-
-def _largest(net: Optimized, batches: Iterable[Any]) -> dict[str, float]:
-    """The largest magnitude of each value over the batches. Raises ValueError if there is none or it isn't finite."""
-    amax: dict[str, Tensor] = {}
-
-    def observe(name: str, value: Any) -> None:
-        if isinstance(value, Tensor) and value.dim() == 4 and value.numel():
-            largest = value.abs().amax().float()
-            amax[name] = torch.maximum(amax[name], largest) if name in amax else largest
-
-    for x in _batches(batches):
-        net.observed(x, observe)
-    if not amax:
-        raise ValueError("calibration is empty; give at least one non-empty input batch")
-    result = {name: float(value) for name, value in amax.items()}
-    require_finite(result)
-    return result
 
 
 class Optimized(nn.Module):
@@ -208,8 +217,9 @@ class Optimized(nn.Module):
             known = ", ".join(str(list(key[0])) for key in self._programs)
             wanted = f" for shape {list(shape)} (there are: {known})" if shape and known else ""
             raise ValueError(f"no plan yet{wanted}; call it on a batch first")
-        float8 = " with float8 convolutions" if self._is_float8() else ""
-        return f"{self._title} in {self.dtype}{float8}, {programs[-1].how()}\n{programs[-1].table()}"
+        small = self._eight_bits()
+        convolutions = f" with {small} convolutions" if small else ""
+        return f"{self._title} in {self.dtype}{convolutions}, {programs[-1].how()}\n{programs[-1].table()}"
 
     def agreement(self, model: Callable[[Tensor], Tensor], batches: Iterable[Any]) -> float:
         """The share of images in `batches` (tensors or (tensor, ...) tuples) with the same top-1 class as `model`'s.
@@ -238,7 +248,7 @@ class Optimized(nn.Module):
         return f"optimized {self._title}, dtype={self.dtype}"
 
     def observed(self, x: Tensor, observe: Callable[[str, Any], None]) -> Tensor:
-        """forward(x) without a graph; `observe` is shown every value by name."""
+        """forward(x) without a graph; `observe` is shown every value by name, which later steps may overwrite."""
         self._check(x)
         with _plain_mode(x), self._lock:
             return self._program(x)[0].run(self._nhwc(x), observe)
@@ -282,8 +292,8 @@ class Optimized(nn.Module):
         if conv.absorbed is not None:
             shift = shift + self._unit(conv.absorbed)[1]
         added = None if conv.bare or not shift.any() else shift
-        if conv.float8 is not None:
-            return folded.pack_float8(w, added, conv.float8.x)
+        if conv.quantised is not None:
+            return quantised.pack(w, added, conv.quantised.x)
         return folded.pack(w, added, self.dtype, conv.name)
 
     def _unit(self, unit: Any) -> tuple[Tensor, Tensor]:
@@ -305,15 +315,17 @@ class Optimized(nn.Module):
         return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        if self._is_float8():
+        if small := self._eight_bits():
             raise RuntimeError(
-                "the activation scales of a float8 net belong to the weights they were calibrated with; "
+                f"the activation scales of this {small} net belong to the weights they were calibrated with; "
                 "load the state_dict into the original and optimize it again"
             )
         super()._load_from_state_dict(*args, **kwargs)
 
-    def _is_float8(self) -> bool:
-        return any(conv.float8 is not None for step in self._steps for conv in convs(step))
+    def _eight_bits(self) -> str | None:
+        """The name of the 8-bit dtype that convolutions are in; None where there is none."""
+        grids = (conv.quantised.x for step in self._steps for conv in convs(step) if conv.quantised is not None)
+        return next(("float8" if grid.dtype == FLOAT8 else "int8" for grid in grids), None)
 
     def __getstate__(self) -> dict[str, Any]:
         derived = ("_lock", "_programs", "_folded", "_layers", "_weight", "_done", "_graphs")

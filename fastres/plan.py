@@ -1,7 +1,7 @@
 """The static plan of a net for inference: which steps, in which order, on which values. No tensor is touched here.
 
 `trace` reads a model's graph (torch.fx) into steps; `fuse` merges conv, BN, residual and ReLU into one step; `quantise`
-puts float8 between the convolutions; `fuse_chains` marks where three convolutions of a bottleneck may run as one. Every
+puts 8 bits between the convolutions; `fuse_chains` marks where three convolutions of a bottleneck may run as one. Every
 step names the values it reads and writes; each value is written once (what works in place in the model writes a new
 value here), so steps may move freely between their inputs and their first reader.
 """
@@ -9,7 +9,6 @@ value here), so steps may move freely between their inputs and their first reade
 from __future__ import annotations
 
 import inspect
-import math
 import operator
 import warnings
 from collections import Counter
@@ -26,7 +25,7 @@ from torch.nn.utils.parametrize import type_before_parametrizations
 from torchvision.ops import FrozenBatchNorm2d
 
 from fastres.ops import dispatch
-from fastres.ops.folded import FLOAT8_MAX
+from fastres.ops.quantised import FLOAT8, Grid, Quantised, grid
 from fastres.ops.shortcut import PadShortcut
 from fastres.ops.steps import Geometry
 
@@ -98,6 +97,7 @@ class Aten:
     args: tuple[Any, ...]
     out: str
     kwargs: Mapping[str, Any] = field(default_factory=dict)
+    selects: bool = False  # a max pool: each number of its output is one of its input's
 
     @property
     def reads(self) -> tuple[str, ...]:
@@ -117,15 +117,6 @@ class Unit:
 
 
 @dataclass(frozen=True)
-class Float8:
-    """A float8 convolution: its tensors hold values divided by these scales; `out` None: y is stored in 16 bits."""
-
-    x: float
-    residual: float | None
-    out: float | None
-
-
-@dataclass(frozen=True)
 class Conv:
     """out = [relu](conv(x, w) + shift + residual), w and shift as folded from `unit`.
 
@@ -142,7 +133,7 @@ class Conv:
     relu: bool = False
     absorbed: Unit | None = None
     bare: bool = False
-    float8: Float8 | None = None
+    quantised: Quantised | None = None
 
     @property
     def name(self) -> str:
@@ -159,11 +150,11 @@ class Conv:
 
 @dataclass(frozen=True)
 class Convert:
-    """out = float8(x / scale), or x scale in 16 bits where `back`."""
+    """out = x stored on `grid`, or what x stored there means where `back`."""
 
     x: str
     out: str
-    scale: float
+    grid: Grid
     back: bool = False
 
     @property
@@ -461,7 +452,8 @@ def _of_module(node: fx.Node, module: nn.Module, args: Any, kwargs: Any) -> tupl
             raise ValueError(f"layer {path!r} takes its statistics from the batch; optimize() needs running statistics")
         return Aten(path, "norm", args, out), False
     if kind in _MODULES:
-        return Aten(path, "module", args, out, kwargs), in_place
+        selects = kind is nn.MaxPool2d and not module.return_indices
+        return Aten(path, "module", args, out, kwargs, selects), in_place
     raise _unsupported(node, f"layer {path!r}, a {kind.__name__}")
 
 
@@ -475,7 +467,8 @@ def _of_function(node: fx.Node, args: Any, kwargs: Any) -> tuple[Step | None, bo
     if (kind in ("add", "mul") and (kwargs or len(args) != 2)) or (kind == "getattr" and args[1] != "shape"):
         raise _unsupported(node, f"{label}() with {kwargs or args[1:]!r}")
     in_place = target in _IN_PLACE or bool(kwargs.get("inplace", False)) or (target is F.relu and args[1:] == (True,))
-    return Aten(node.name, kind, args, node.name, kwargs), in_place
+    selects = kind == "max_pool2d" and len(args) < 7 and not kwargs.get("return_indices", False)
+    return Aten(node.name, kind, args, node.name, kwargs, selects), in_place
 
 
 def _label(node: fx.Node) -> str:
@@ -515,8 +508,12 @@ def borrows(steps: Iterable[Step], output: str) -> bool:
     return output in names
 
 
-def fuse(steps: Sequence[Step], output: str) -> list[Step]:
-    """Merge BN, the addition of a residual and ReLU into the convolution before them, where nobody else reads it."""
+def fuse(steps: Sequence[Step], output: str, *, absorb: bool = True) -> list[Step]:
+    """Merge BN, the addition of a residual and ReLU into the convolution before them, where nobody else reads it.
+
+    absorb: the shift of a projection is added by the convolution that adds the projection. That saves a pass, but
+    widens the range of what the projection writes.
+    """
     uses = readers(steps, output)
     plan: dict[str, Step] = {}
     for step in steps:
@@ -525,7 +522,7 @@ def fuse(steps: Sequence[Step], output: str) -> list[Step]:
             step = new
             break
         plan[step.writes[0]] = step  # a merged convolution moves to where its last part stood
-    return _absorb_shifts(list(plan.values()), output)
+    return _absorb_shifts(list(plan.values()), output) if absorb else list(plan.values())
 
 
 def _merges(step: Aten, plan: Mapping[str, Step], uses: Counter[str]) -> Iterator[tuple[str, Conv]]:
@@ -583,57 +580,68 @@ def _chains(spatial: Conv, expand: Conv, reduce: Conv) -> bool:
         and spatial.residual is None
         and expand.residual is not None
         and reduce.residual is None
-        and all(conv.relu and conv.float8 is None for conv in (spatial, expand, reduce))
+        and all(conv.relu and conv.quantised is None for conv in (spatial, expand, reduce))
     )
 
 
-def quantise(steps: Sequence[Step], output: str, amax: Mapping[str, float]) -> tuple[list[Step], str]:
-    """The plan with float8 convolutions, and the name of its output.
+def quantise(
+    steps: Sequence[Step], output: str, ranges: Mapping[str, tuple[float, float]], dtype: torch.dtype
+) -> tuple[list[Step], str]:
+    """The plan with convolutions in `dtype`, float8_e4m3fn or int8, and the name of its output.
 
-    Every ungrouped convolution but the net's first reads float8 and, where one reads it next, writes float8; all else
-    stays in 16 bits, with a `Convert` between. A value's scale is its largest magnitude in calibration, `amax`, over
-    float8's largest number.
+    In int8 every convolution reads and writes 8 bits, and a max pool between two of them passes them on. In float8
+    every ungrouped convolution but the net's first reads float8 and writes it where one reads it next. All else stays
+    as it was, with a `Convert` between. ranges: the ends between which the numbers of each value lie.
     """
+    grids = {name: grid(*ends, dtype) for name, ends in ranges.items()}
     first = next(step for step in steps if isinstance(step, Conv))
     eligible = {
-        step.out for step in steps if isinstance(step, Conv) and step is not first and step.geometry.groups == 1
+        step.out
+        for step in steps
+        if isinstance(step, Conv) and (dtype != FLOAT8 or (step is not first and step.geometry.groups == 1))
+        # what has no range is a number, or not an image, that broadcasts
+        if all(name in grids for name in step.reads)
     }
     wanted = {name for step in steps if step.writes[0] in eligible for name in step.reads}
-    scale = {name: (value / FLOAT8_MAX if value > 0 else 1.0) for name, value in amax.items()}
-    small = wanted & eligible  # stored in float8 by the convolution that computes them
+    small = wanted & eligible if dtype == FLOAT8 else set(eligible)  # stored in 8 bits by what computes them
+    for step in steps:
+        if (
+            isinstance(step, Aten)
+            and step.selects
+            and dtype != FLOAT8
+            and {*step.reads} <= small
+            and step.out in wanted
+        ):
+            small.add(step.out)
+            grids[step.out] = grids[step.reads[0]]
     plan: dict[str, Step] = {}
+    suffix = "float8" if dtype == FLOAT8 else "int8"
 
     def narrow(name: str) -> str:
         if name in small:
             return name
-        plan.setdefault(f"{name}:float8", Convert(name, f"{name}:float8", scale[name]))
-        return f"{name}:float8"
+        plan.setdefault(f"{name}:{suffix}", Convert(name, f"{name}:{suffix}", grids[name]))
+        return f"{name}:{suffix}"
 
     def wide(name: str) -> str:
         if name not in small:
             return name
-        plan.setdefault(f"{name}:wide", Convert(name, f"{name}:wide", scale[name], back=True))
+        plan.setdefault(f"{name}:wide", Convert(name, f"{name}:wide", grids[name], back=True))
         return f"{name}:wide"
 
     def widened(value: Any) -> Any:
         return Value(wide(value.name)) if isinstance(value, Value) else value
 
     for step in steps:
-        if isinstance(step, Aten):
+        if isinstance(step, Aten) and step.out not in small:
             step = replace(step, args=mapped(step.args, widened), kwargs=mapped(step.kwargs, widened))
         elif isinstance(step, Conv):
             take = narrow if step.out in eligible else wide
             if step.out in eligible:
-                out = scale[step.out] if step.out in small else None
-                residual = None if step.residual is None else scale[step.residual]
-                step = replace(step, float8=Float8(scale[step.x], residual, out))
+                out = grids[step.out] if step.out in small else None
+                residual = None if step.residual is None else grids[step.residual]
+                step = replace(step, quantised=Quantised(grids[step.x], residual, out))
             step = replace(step, x=take(step.x), residual=None if step.residual is None else take(step.residual))
         plan[step.writes[0]] = step
     output = wide(output)
     return list(plan.values()), output
-
-
-def require_finite(amax: Mapping[str, float]) -> None:
-    """Raises ValueError if calibration met a value that isn't finite."""
-    if bad := [name for name, value in amax.items() if not math.isfinite(value)]:
-        raise ValueError(f"calibration: the values written by {', '.join(bad[:5])} aren't finite")

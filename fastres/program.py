@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastres.ops import dispatch, folded
-from fastres.ops.folded import FLOAT8
+from fastres.ops import dispatch, folded, quantised
+from fastres.ops.quantised import FLOAT8, Quantised
 from fastres.ops.steps import nchw, nhwc
 from fastres.plan import (
     FUNCTIONS,
@@ -40,6 +40,9 @@ class Bound:
     call: Callable[..., Sequence[Any]]
     shape: tuple[int, ...] = ()
     dies: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        self.reads, self.writes = self.step.reads, self.step.writes  # which a step computes anew each time
 
 
 class Program:
@@ -82,7 +85,7 @@ class Program:
         if observe is not None:
             observe(INPUT, x)
         for bound in self.bound:
-            for name, value in zip(bound.step.writes, bound.call(*map(values.get, bound.step.reads)), strict=True):
+            for name, value in zip(bound.writes, bound.call(*map(values.get, bound.reads)), strict=True):
                 values[name] = value
                 if observe is not None:
                     observe(name, value)
@@ -160,8 +163,8 @@ class Program:
 
     def _bind(self, step: Step, *inputs: Any) -> tuple[Bound, Sequence[Any]]:
         if isinstance(step, Convert):
-            convert = partial(_widen, dtype=self.dtype) if step.back else _narrow
-            bound = Bound(step, "aten", "between dtypes", partial(convert, scale=step.scale))
+            convert = partial(step.grid.load, dtype=self.dtype) if step.back else step.grid.store
+            bound = Bound(step, "aten", "between dtypes", partial(_one, convert))
         elif isinstance(step, Chain):
             weights = tuple(self.weights[part.out] for part in step.parts)
             why = self._why_chained(step, *inputs)
@@ -177,33 +180,44 @@ class Program:
                 bound = Bound(step, "triton", "writes no indices", partial(_one, pool))
             else:
                 function = layer if layer is not None else FUNCTIONS[step.kind]
-                bound = Bound(step, "aten", "no kernel of ours", partial(_aten, step, function, self.layers))
+                call = partial(_aten, step, function, self.layers)
+                if step.selects and inputs[0].is_quantized:
+                    bound = self._pool_int8(step, call, inputs[0].device)
+                else:
+                    bound = Bound(step, "aten", "no kernel of ours", call)
         return bound, bound.call(*inputs)
+
+    def _pool_int8(self, step: Aten, pool: Callable[..., Any], device: torch.device) -> Bound:
+        if dispatch.wants_reference() or device.type != "cpu":
+            return Bound(step, "aten", "int8 simulated in float32", partial(quantised.by_pool, pool))
+        return Bound(step, "aten", "8 bits", pool)
 
     def _bind_conv(self, step: Conv, x: Tensor, residual: Tensor | None = None) -> tuple[Bound, Sequence[Tensor]]:
         problem = _problem(step, x)
         shape = (problem.N, problem.P, problem.Q, problem.K)
+        if step.quantised is not None and step.quantised.x.dtype == torch.quint8:
+            return self._bind_int8(step, problem, x, residual)
         if residual is not None and (not isinstance(residual, Tensor) or residual.shape != shape):
             return self._bind_apart(step, x, residual)
         inputs = (x,) if residual is None else (x, residual)
-        dtype = self.dtype if step.float8 is None else FLOAT8
+        dtype = self.dtype if step.quantised is None else FLOAT8
         engine, why = dispatch.why_engine("infer", problem, dtype, x.device)
         if engine == "stem" and residual is not None:  # its kernel adds nothing
             engine = "triton"
         name: str = engine
         static: dict[str, Any] = {"p": self.weights[step.out], "geometry": step.geometry, "relu": step.relu}
-        if step.float8 is not None:
-            residual_by, out = step.float8.residual, step.float8.out
-            static["residual_scale"] = 1.0 if residual_by is None else residual_by
-            static["out_scale"] = 1.0 if out is None else 1 / out
-            static["out_dtype"] = self.dtype if out is None else FLOAT8
         if engine == "triton":
+            if step.quantised is not None:
+                residual_grid, out = step.quantised.residual, step.quantised.out
+                static["residual_scale"] = 1.0 if residual_grid is None else residual_grid.scale
+                static["out_scale"] = 1.0 if out is None else 1 / out.scale
+                static["out_dtype"] = self.dtype if out is None else FLOAT8
             call = partial(folded.by_triton, precision=dispatch.precision(dtype, x.device), **static)
         elif engine == "stem":
             call = partial(folded.by_stem, precision=dispatch.precision(dtype, x.device), **static)
-        elif step.float8 is not None:
+        elif step.quantised is not None:
             why += "; float8 simulated in float32"
-            call = partial(folded.by_simulation, **static)
+            call = self._simulation(step, step.quantised, torch.float32)
         else:
             call = partial(folded.by_library, **static)
             if engine == "cudnn" and step.relu:
@@ -222,9 +236,48 @@ class Program:
                         return Bound(step, "cudnn fused", why, partial(_one, fused)), (result,)
         return Bound(step, name, why, partial(_one, call)), (call(*inputs),)
 
+    def _bind_int8(
+        self, step: Conv, problem: Any, x: Tensor, residual: Tensor | None
+    ) -> tuple[Bound, Sequence[Tensor]]:
+        assert step.quantised is not None
+        inputs = (x,) if residual is None else (x, residual)
+        engine, why = dispatch.why_engine("infer", problem, torch.int8, x.device)
+        wide = torch.float64
+        if engine == "onednn":
+            if residual is None or residual.shape == (problem.N, problem.P, problem.Q, problem.K):
+                keep = step.residual is not None and self._is_read_beside(step, step.residual)
+                p, relu = self.weights[step.out], step.relu
+                try:
+                    fused = quantised.by_onednn(p, geometry=step.geometry, relu=relu, grids=step.quantised, keep=keep)
+                    return Bound(step, "onednn int8", why, fused), fused(*inputs)
+                except RuntimeError as error:
+                    why = f"oneDNN: {str(error).splitlines()[0]}"
+            else:
+                why = "what is added has another shape"
+            engine, wide = "aten", torch.float32
+        why += f"; int8 simulated in {str(wide).removeprefix('torch.')}"
+        call = partial(_one, self._simulation(step, step.quantised, wide))
+        return Bound(step, engine, why, call), call(*inputs)
+
+    def _simulation(self, step: Conv, grids: Quantised, wide: torch.dtype) -> partial[Tensor]:
+        return partial(
+            quantised.by_simulation,
+            p=self.weights[step.out],
+            geometry=step.geometry,
+            relu=step.relu,
+            grids=grids,
+            dtype=self.dtype,
+            wide=wide,
+        )
+
+    def _is_read_beside(self, step: Conv, name: str) -> bool:
+        """Whether `step` reads the value `name` twice, or another step or the caller reads it afterwards."""
+        later = self.steps[self.steps.index(step) + 1 :]
+        return name == step.x or readers(later, self.output)[name] > 0
+
     def _bind_apart(self, step: Conv, x: Tensor, other: Any) -> tuple[Bound, Sequence[Tensor]]:
         """A convolution to which a number is added, or what has another shape than its output: in three passes."""
-        if step.float8 is not None:
+        if step.quantised is not None:
             raise ValueError(
                 f"layer {step.name!r}: in float8, what is added to its output must have the output's shape"
             )
@@ -307,14 +360,6 @@ def _one(call: Callable[..., Tensor], *inputs: Tensor) -> tuple[Tensor]:
     return (call(*inputs),)
 
 
-def _narrow(x: Tensor, *, scale: float) -> tuple[Tensor]:
-    return (folded.to_float8(x.float() / scale),)
-
-
-def _widen(x: Tensor, *, scale: float, dtype: torch.dtype) -> tuple[Tensor]:
-    return ((x.float() * scale).to(dtype),)
-
-
 def _aten(step: Aten, function: Callable[..., Any], layers: Mapping[str, Any], *inputs: Any) -> tuple[Any]:
     """A library operation on NCHW views of the values it reads."""
     values = dict(zip(step.reads, inputs, strict=True))
@@ -335,7 +380,7 @@ def _what(step: Step) -> str:
     if isinstance(step, Chain):
         return "chain: " + " -> ".join(_what(part) for part in step.parts)
     if not isinstance(step, Conv):
-        return step.kind if isinstance(step, Aten) else "float8"
+        return step.kind if isinstance(step, Aten) else "float8" if step.grid.dtype == FLOAT8 else "int8"
     k, r, s, c = step.filter
     stride, _, dilation, groups = step.geometry
     text = f"{r}x{s} {c * groups}->{k}"

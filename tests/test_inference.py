@@ -10,6 +10,7 @@ import sys
 import threading
 import types
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -26,7 +27,8 @@ from torchvision.ops import FrozenBatchNorm2d
 import fastres
 from fastres import optimize, paper, program
 from fastres.inference import MAX_SHAPES, Optimized
-from fastres.ops import dispatch, folded, steps
+from fastres.ops import dispatch, folded, quantised, steps
+from fastres.ops.quantised import Grid, Quantised
 from fastres.plan import Chain, Conv, fuse, fuse_chains, trace
 
 FLOAT8 = torch.float8_e4m3fn
@@ -703,8 +705,8 @@ def _parametrized_after_eval() -> nn.Module:
             lambda: nn.Sequential(nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3, track_running_stats=False)).eval(),
             *({}, ValueError, "layer '1' takes its statistics from the batch"),
         ),
-        (tiny, {"dtype": torch.int8}, ValueError, "accepted: torch.bfloat16, torch.float16"),
-        (tiny, {"dtype": FLOAT8}, ValueError, "needs calibration="),
+        (tiny, {"dtype": torch.int16}, ValueError, "accepted: torch.bfloat16, torch.float16"),
+        (tiny, {"dtype": FLOAT8}, ValueError, "need calibration="),
         (tiny, {"dtype": torch.float16, "calibration": []}, ValueError, "no other dtype takes it"),
         (lambda: tiny().to("meta"), {}, ValueError, "on one device, got meta"),
     ],
@@ -963,14 +965,15 @@ def test_float8_convolution_from_its_definition() -> None:
     y = F.conv2d((x8 * x_scale).permute(0, 3, 1, 2), w8 * w_scale.view(4, 1, 1, 1), shift, padding=1)
     y = F.relu(y.permute(0, 2, 3, 1) + residual8 * residual_scale)
 
-    p = folded.pack_float8(w, shift, float(x_scale))
+    grids = Quantised(*(Grid(float(scale), 0, FLOAT8) for scale in (x_scale, residual_scale, y_scale)))
+    p = quantised.pack(w, shift, grids.x)
     assert p.w.dtype == FLOAT8
-    arguments: dict[str, Any] = {"p": p, "geometry": steps.Geometry(pad=1), "relu": True}
-    inputs = folded.to_float8(x / x_scale), folded.to_float8(residual / residual_scale)
-    arguments["residual_scale"] = float(residual_scale)
-    got = folded.by_simulation(*inputs, **arguments, out_scale=1.0, out_dtype=torch.float32)
+    arguments: dict[str, Any] = {"p": p, "geometry": steps.Geometry(pad=1), "relu": True, "wide": torch.float32}
+    inputs = quantised.to_float8(x / x_scale), quantised.to_float8(residual / residual_scale)
+    arguments["dtype"] = torch.float32
+    got = quantised.by_simulation(*inputs, **arguments, grids=replace(grids, out=None))
     assert relative_error(got, y) <= 1e-6
-    got = folded.by_simulation(*inputs, **arguments, out_scale=1 / float(y_scale), out_dtype=FLOAT8)
+    got = quantised.by_simulation(*inputs, **arguments, grids=grids)
     expected = e4m3(y / y_scale)
     assert (expected == 448).any()
     assert expected.max() < (y / y_scale).max()  # saturated
@@ -989,10 +992,10 @@ def test_float8_net(simulated: None) -> None:
     assert y.dtype == torch.bfloat16
     half = relative_error(optimize(model, dtype=torch.bfloat16)(x), reference)
     assert half < relative_error(y, reference) < 0.1
-    small = {step.name for step in net._steps if isinstance(step, Conv) and step.float8 is not None}
+    small = {step.name for step in net._steps if isinstance(step, Conv) and step.quantised is not None}
     every = {step.name for step in fuse(*trace(model)) if isinstance(step, Conv)}
     assert every - small == {"0", "6.conv2"}  # the stem and the grouped convolution
-    assert net._folded[next(s.out for s in net._steps if isinstance(s, Conv) and s.float8)].w.dtype == FLOAT8
+    assert net._folded[next(s.out for s in net._steps if isinstance(s, Conv) and s.quantised)].w.dtype == FLOAT8
     assert "Sequential in torch.bfloat16 with float8 convolutions" in net.explain()
     assert "float8 simulated in float32" in net.explain()
     assert torch.equal(copy.deepcopy(net)(x), y)
@@ -1126,17 +1129,18 @@ def test_kernel_after_the_library() -> None:
 @pytest.mark.interpret
 def test_float8_kernel_means_its_simulation() -> None:
     w, shift = torch.randn(16, 16, 3, 3).double().to(DEVICE), torch.randn(16).double().to(DEVICE)
-    x, residual = (folded.to_float8(100 * torch.randn(1, 5, 6, 16)).to(DEVICE) for _ in range(2))
+    x, residual = (quantised.to_float8(100 * torch.randn(1, 5, 6, 16)).to(DEVICE) for _ in range(2))
     arguments: dict[str, Any] = {
-        "p": folded.pack_float8(w, shift, 0.01),
+        "p": quantised.pack(w, shift, Grid(0.01, 0, FLOAT8)),
         "geometry": steps.Geometry(pad=1),
         "relu": True,
-        "residual_scale": 0.03,
-        "out_scale": 5.0,
-        "out_dtype": torch.float32,
     }
-    expected = folded.by_simulation(x, residual, **arguments)
-    got = folded.by_triton(x, residual, precision="ieee", **arguments)
+    grids = Quantised(Grid(0.01, 0, FLOAT8), Grid(0.03, 0, FLOAT8), None)
+    expected = 5 * quantised.by_simulation(
+        x, residual, **arguments, grids=grids, dtype=torch.float32, wide=torch.float32
+    )
+    scales: dict[str, Any] = {"residual_scale": 0.03, "out_scale": 5.0, "out_dtype": torch.float32}
+    got = folded.by_triton(x, residual, precision="ieee", **arguments, **scales)
     assert relative_error(got, expected) <= 1e-5 + lost_in_sums(9 * 16, x)
 
 

@@ -19,13 +19,14 @@ from torch import Tensor, fx, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as nn_module
 
+from fastres.ops import quantised
 from fastres.ops.shortcut import PadShortcut
 
 if TYPE_CHECKING:
     from fastres.kernels.config import Found
     from fastres.kernels.problem import ConvProblem, Pass
 
-Engine = Literal["triton", "stem", "cudnn", "aten"]
+Engine = Literal["triton", "stem", "cudnn", "aten", "onednn"]
 
 BACKENDS = {
     "auto": "the fastest implementation known for each call",
@@ -261,6 +262,19 @@ def _kernel_less(device: torch.device) -> str | None:
     return reason
 
 
+def why_no_int8(device: torch.device) -> str | None:
+    """Why no engine has int8 convolutions on `device`, in words; None where one has."""
+    if device.type != "cpu":
+        return f"there are no int8 convolutions for {device.type}"
+    if "onednn" not in torch.backends.quantized.supported_engines:
+        return "this PyTorch was built without oneDNN"
+    if not torch.cpu._is_vnni_supported():
+        return "this CPU has no VNNI, without which sums of two products of 8 bits can saturate in 16 bits"
+    if quantised.saturates():
+        return "oneDNN saturates sums of two products of 8 bits in 16 bits here; is ONEDNN_MAX_CPU_ISA set?"
+    return None
+
+
 def serves_pad_end(x: Tensor, relu: nn.Module, shortcut: nn.Module) -> bool:
     """True where a block that runs module by module ends in one pass, relu(y + pad_shortcut(x))."""
     if torch.compiler.is_compiling() or type(shortcut) is not PadShortcut or type(relu) is not nn.ReLU:
@@ -348,7 +362,7 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 def conv_engine(pass_: Pass, problem: ConvProblem, dtype: torch.dtype, device: torch.device) -> Engine:
     """What computes one convolution: "triton", "stem" (Triton too, over packed images of few channels), "cudnn" (ATen
-    on a CUDA device) or "aten" (ATen elsewhere)."""
+    on a CUDA device), "aten" (ATen elsewhere) or, for int8, "onednn"."""
     return why_engine(pass_, problem, dtype, device)[0]
 
 
@@ -358,6 +372,9 @@ def why_engine(pass_: Pass, problem: ConvProblem, dtype: torch.dtype, device: to
     forced = _forced.get()
     if forced == "reference":
         return library, "backend('reference')"
+    if dtype == torch.int8:
+        reason = why_no_int8(device)
+        return ("onednn", "8 bits") if reason is None else (library, reason)
     reason = _kernel_less(device)
     if reason is None and dtype not in (*_DTYPES, torch.float8_e4m3fn):
         reason = f"there are no fused kernels for {dtype}"

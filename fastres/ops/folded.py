@@ -15,13 +15,10 @@ from torch import Tensor, nn
 
 from fastres.ops.steps import Geometry, nchw, nhwc, wide
 
-FLOAT8 = torch.float8_e4m3fn
-FLOAT8_MAX = torch.finfo(FLOAT8).max
-
 
 class Folded(NamedTuple):
     """w: KRSC. shift [K]: float32 (float64 for float64 weights), `bias` the same rounded to w's dtype, as ATen wants
-    it; None where nothing is added. scale [K], for a float8 w only: w stands for scale w."""
+    it; None where nothing is added. scale [K], for a w of 8 bits only: w stands for scale w."""
 
     w: Tensor
     shift: Tensor | None
@@ -58,19 +55,6 @@ def pack(w: Tensor, shift: Tensor | None, dtype: torch.dtype, layer: str) -> Fol
         if tensor is not None:
             _require_finite(tensor, layer, f"the folded {what} in {dtype}")
     return Folded(krsc, None if shift is None else shift.to(wide(dtype)), bias)
-
-
-def pack_float8(w: Tensor, shift: Tensor | None, x_scale: float) -> Folded:
-    """`fold`'s result with w in float8, one scale per output channel; x holds values divided by x_scale."""
-    amax = w.abs().amax((1, 2, 3))
-    scale = torch.where(amax > 0, amax / FLOAT8_MAX, 1.0)
-    small = to_float8(w / scale.view(-1, 1, 1, 1))
-    return Folded(nhwc(small), None if shift is None else shift.float(), None, (scale * x_scale).float())
-
-
-def to_float8(x: Tensor) -> Tensor:
-    """x in float8, what exceeds its range at its largest number (a plain cast would give NaN)."""
-    return x.clamp(-FLOAT8_MAX, FLOAT8_MAX).to(FLOAT8)
 
 
 def _require_finite(tensor: Tensor, layer: str, what: str) -> None:
@@ -168,28 +152,6 @@ def by_pool(x: Tensor, *, kernel: int, stride: int, pad: int) -> Tensor:
     from fastres.kernels.pool import max_pool
 
     return max_pool(x, kernel=kernel, stride=stride, pad=pad)
-
-
-def by_simulation(
-    x: Tensor,
-    residual: Tensor | None = None,
-    *,
-    p: Folded,
-    geometry: Geometry,
-    relu: bool,
-    residual_scale: float,
-    out_scale: float,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    """What `by_triton` computes from float8 x and w, in float32: float8 products are exact there (and in TF32)."""
-    assert p.scale is not None
-    y = nhwc(F.conv2d(nchw(x.float()), nchw(p.w.float()), None, *_args(geometry))) * p.scale
-    if p.shift is not None:
-        y += p.shift
-    if residual is not None:
-        y += residual.float() * residual_scale
-    y = (y.relu_() if relu else y) * out_scale
-    return to_float8(y) if out_dtype == FLOAT8 else y.to(out_dtype)
 
 
 def _args(geometry: Geometry) -> tuple[int, int, int, int]:
