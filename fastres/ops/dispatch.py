@@ -8,6 +8,7 @@ everywhere, `fusions` switches single fusions off so that each one's worth can b
 from __future__ import annotations
 
 import os
+import platform
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -37,6 +38,7 @@ BACKENDS = {
 
 _ALIKE = "same compute capability and multiprocessor count"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_ISA_LIMITS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")
 
 
 @dataclass(frozen=True)
@@ -273,6 +275,36 @@ def why_no_int8(device: torch.device) -> str | None:
     if quantised.saturates():
         return "oneDNN saturates sums of two products of 8 bits in 16 bits here; is ONEDNN_MAX_CPU_ISA set?"
     return None
+
+
+def why_no_onednn(dtype: torch.dtype) -> str | None:
+    """Why oneDNN's fused convolutions don't serve `dtype` on this CPU, in words; None where they do.
+
+    qint8 and quint8 mean what int8 does: uint8 activations by int8 weights. oneDNN would compute more than is let
+    pass: bfloat16 by emulation, which is slow, and int8 by instructions that saturate in 16 bits, which is wrong.
+    """
+    if not torch.backends.mkldnn.is_available():
+        return "this PyTorch is built without oneDNN"
+    if not torch.backends.mkldnn.enabled:
+        return "torch.backends.mkldnn.enabled is False"
+    if (machine := platform.machine().lower()) not in ("x86_64", "amd64"):
+        return f"oneDNN's fused convolutions are used on x86-64 only, this CPU is {machine}"
+    if dtype == torch.float32:
+        return None
+    if dtype not in (torch.bfloat16, torch.float16, torch.int8, torch.qint8, torch.quint8):
+        return f"oneDNN has no fused convolution in {dtype}"
+    for name in _ISA_LIMITS:
+        if os.environ.get(name):
+            return f"{name}={os.environ[name]} keeps oneDNN from this CPU's instructions"
+    if dtype == torch.bfloat16:
+        served = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        return None if served else "this CPU has neither AVX512-BF16 nor AMX"
+    if dtype == torch.float16:
+        served = torch.ops.mkldnn._is_mkldnn_fp16_supported()
+        return None if served else "this CPU computes no convolution in float16 (AVX512-FP16)"
+    if "onednn" not in torch.backends.quantized.supported_engines:
+        return "this PyTorch is built without oneDNN's quantised operators"
+    return None if torch.cpu._is_vnni_supported() else "this CPU has no AVX512-VNNI; without it int8 sums can saturate"
 
 
 def serves_pad_end(x: Tensor, relu: nn.Module, shortcut: nn.Module) -> bool:
