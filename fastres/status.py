@@ -15,6 +15,7 @@ from fastres.ops import dispatch, extension
 
 PLAIN = "plain PyTorch, module by module"
 FUSED = "fused"
+_ON_CPUS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8}
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Status:
     extension: extension.Status
     training: str  # the path of a residual block of the drop-in family, on the GPU if there is one
     inference: str
+    optimize: str  # in which dtypes `fastres.optimize` is fused on this CPU, and why not in others
     blocks: Mapping[str, str] | None = None  # of the model asked about: name -> path, in its present mode
 
     def __str__(self) -> str:
@@ -39,6 +41,7 @@ class Status:
             f"extension:  CPU {_yes(self.extension.cpu)}, CUDA {_yes(self.extension.cuda)}: {self.extension.reason}",
             f"training:   {self.training}",
             f"inference:  {self.inference}",
+            f"optimize:   {self.optimize}",
         ]
         if self.blocks is not None:
             fused = sum(path == FUSED for path in self.blocks.values())
@@ -58,14 +61,18 @@ def status(model: nn.Module | None = None) -> Status:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with torch.random.fork_rng(devices=[]), torch.device(device):
         block = BasicBlock(64, 64)
+    training = _path(block.train())
+    if device.type == "cpu" and training != FUSED and dispatch.why_no_onednn(torch.float32) is None:
+        training += "; most of a step are convolutions, by oneDNN as it is"
     return Status(
         gpu=_gpu(),
         versions={name: _version(name) for name in ("fastres", "torch", "torchvision", "triton")},
         triton=_triton(),
         table=dispatch.table_in_force(device) if _triton() == "usable" else "none: no GPU runs kernels here",
         extension=extension.status(),
-        training=_path(block.train()),
+        training=training,
         inference=_path(block.eval()),
+        optimize=_on_cpus(),
         blocks=None if model is None else _blocks(model),
     )
 
@@ -96,6 +103,15 @@ def _version(name: str) -> str:
         return version(name)
     except PackageNotFoundError:
         return "not installed"
+
+
+def _on_cpus() -> str:
+    reasons = {name: dispatch.why_no_onednn(dtype) for name, dtype in _ON_CPUS.items()}
+    if reasons["fp32"] is not None:
+        return f"plain PyTorch, layer by layer, on this CPU: {reasons['fp32']}"
+    served = ", ".join(name for name, reason in reasons.items() if reason is None)
+    refused = "".join(f"; not in {name}: {reason}" for name, reason in reasons.items() if reason is not None)
+    return f"oneDNN's fused convolutions on this CPU in {served}{refused}"
 
 
 def _yes(usable: bool) -> str:

@@ -36,6 +36,7 @@ def test_fields_and_words() -> None:
         "extension:",
         "training:",
         "inference:",
+        "optimize:",
         status.extension.reason,
     ):
         assert word in str(status)
@@ -59,6 +60,23 @@ def test_follows_the_forced_backend() -> None:
     with fastres.backend("reference"):
         assert fastres.status().training == FUSED
         assert fastres.status().inference == FUSED
+
+
+def test_what_optimize_brings_on_this_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    why: dict[torch.dtype, str | None] = {torch.bfloat16: None, torch.float16: "no fp16", torch.int8: "no VNNI"}
+    monkeypatch.setattr(dispatch, "why_no_onednn", lambda dtype: why.get(dtype))
+    told = fastres.status().optimize
+    assert told == "oneDNN's fused convolutions on this CPU in fp32, bf16; not in fp16: no fp16; not in int8: no VNNI"
+    why[torch.float32] = "no oneDNN"
+    assert fastres.status().optimize == "plain PyTorch, layer by layer, on this CPU: no oneDNN"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU trains")
+def test_training_on_a_cpu_stays_pytorchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "why_no_onednn", lambda dtype: None)
+    assert fastres.status().training.endswith("most of a step are convolutions, by oneDNN as it is")
+    monkeypatch.setattr(dispatch, "why_no_onednn", lambda dtype: "no oneDNN")
+    assert "oneDNN" not in fastres.status().training
 
 
 def test_a_model_block_by_block() -> None:
