@@ -6,7 +6,7 @@ import argparse
 import csv
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +23,7 @@ from tqdm import tqdm
 from fastres.classes import difference, out_of_order
 from fastres.evaluate import CROPS, SCALES, Predictor, Views, evaluate, require_metrics
 from fastres.images import ImageError, read_image
+from fastres.inference import optimize
 from fastres.models import families
 from fastres.train import data
 from fastres.train.loop import DTYPES, place
@@ -30,6 +31,9 @@ from fastres.train.recipe import RECIPES, Recipe
 from fastres.weights import Weights, load_into, read
 
 _EMBEDDED = {name: meaning for name, meaning in data.DATA.items() if name not in ("imagenet", "folder")}
+_CALIBRATED = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}  # dtypes that need images to set their ranges by
+_DTYPES = DTYPES | _CALIBRATED
+_CALIBRATION_IMAGES = 256
 _USUAL = {"digits": "digits", "cifar10": "cifar-2015", "cifar100": "cifar-2015"}  # recipes by data
 
 
@@ -55,8 +59,32 @@ def _common_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, default=64, help="images at a time (default: 64)")
     parser.add_argument("--workers", type=int, default=0, help="processes that decode images (default: 0)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU where there is one)")
-    parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="default: bf16 on a GPU, else fp32")
+    parser.add_argument(
+        "--dtype",
+        choices=list(_DTYPES),
+        help="int8 (CPUs with AVX512-VNNI) and fp8 (GPUs of compute capability 8.9 and above) need --optimize "
+        "(default: bf16 on a GPU, else fp32)",
+    )
     parser.add_argument("--optimize", action="store_true", help="run the nets through fastres.optimize")
+    parser.add_argument(
+        "--calibration",
+        type=Path,
+        metavar="FOLDER",
+        help="for int8 and fp8: images like those to come, from which ranges of activations are taken "
+        "(default: eval takes the data's training images, if there are any; otherwise the images themselves)",
+    )
+    parser.add_argument(
+        "--calibration-images",
+        type=int,
+        metavar="N",
+        help=f"how many of them, drawn with a fixed seed (default: {_CALIBRATION_IMAGES}, or all if fewer)",
+    )
+    parser.add_argument(
+        "--percentile",
+        type=float,
+        metavar="P",
+        help="the share of the values met, in percent, that the ranges hold (default: 100, all of them)",
+    )
     parser.add_argument(
         "--ignore-class-names",
         action="store_true",
@@ -110,22 +138,29 @@ def run_eval(args: argparse.Namespace) -> int:
     except ImportError as error:
         raise ValueError(str(error)) from error
     with place(args.device) as here:
+        _require_served(args, here.device)
         nets = _nets(args, args.checkpoint, here.device)
         name = args.data or _told_data(nets)
         images = _test_images(args, name, nets)
         for weights in nets.weights:
             _require_same_classes(args, weights, name, images.classes)
-        predictor = nets.predictor(args, images.preprocess or _mean_image(args, name, nets))
+        views = nets.views(args)
         if here.rank == 0:
-            nets.note(predictor.views)
-        batches = _Batches(images.share(here.rank, here.world), args, nets.channels, predictor)
+            nets.note(views)
+        calibration = _calibration(args, images.training or (images.items, "images tested"), nets, views)
+        preprocess = images.preprocess or _mean_image(args, name, nets)
+        predictor = nets.predictor(args, views, preprocess, calibration)
+        batches = _Batches(images.share(here.rank, here.world), args, nets, views)
         result = evaluate(predictor, batches, len(images.classes), here.device)
         if here.rank == 0:
             where = name if args.data else f"{name}, as the checkpoint says"
-            print(f"{nets.title}, {_described(predictor.views)}, on {where}\n{result}")
+            print(f"{nets.title} in {_dtype(args, here.device)}, {_described(views)}, on {where}")
+            if calibration is not None:
+                print(calibration.said)
+            print(result)
             if args.csv is not None:
                 result.write_csv(args.csv, images.classes)
-        return batches.report()
+        return batches.report() or (0 if calibration is None else calibration.report())
 
 
 @_interruptible("predict")
@@ -137,11 +172,17 @@ def run_predict(args: argparse.Namespace) -> int:
     weights, images = _apart(args)
     paths = list(_image_files(images))
     with place(args.device) as here:
+        _require_served(args, here.device)
         nets = _nets(args, weights, here.device)
         names = _labels(args.labels, nets)
-        predictor = nets.predictor(args, None)
-        nets.note(predictor.views)
-        batches = _Batches([(path, i) for i, path in enumerate(paths)], args, nets.channels, predictor)
+        views = nets.views(args)
+        nets.note(views)
+        items = [(path, i) for i, path in enumerate(paths)]
+        calibration = _calibration(args, (items, "images given"), nets, views)
+        predictor = nets.predictor(args, views, None, calibration)
+        if calibration is not None:
+            print(f"note: {calibration.said}", file=sys.stderr)
+        batches = _Batches(items, args, nets, views)
         rows = _predictions(predictor, batches, min(args.top, len(names)))
         with nullcontext() if args.csv is None else open(args.csv, "w", newline="", encoding="utf-8") as file:
             writer = None if file is None else csv.writer(file)
@@ -153,7 +194,7 @@ def run_predict(args: argparse.Namespace) -> int:
                 print(f"  {score:7.2%}  {names[k]}")
                 if writer is not None:
                     writer.writerow([paths[i], rank, k, names[k], f"{score:.6f}"])
-        return batches.report()
+        return batches.report() or (0 if calibration is None else calibration.report())
 
 
 def _predictions(predictor: Predictor, batches: _Batches, top: int) -> Iterator[tuple[int, int, int, float]]:
@@ -166,10 +207,10 @@ def _predictions(predictor: Predictor, batches: _Batches, top: int) -> Iterator[
 
 
 def _check(args: argparse.Namespace) -> None:
-    for name in ("batch", "size", "resize"):
+    for name in ("batch", "size", "resize", "calibration_images"):
         value = getattr(args, name)
         if value is not None and value < 1:
-            raise ValueError(f"--{name} {value}: any whole number from 1 is accepted")
+            raise ValueError(f"--{name.replace('_', '-')} {value}: any whole number from 1 is accepted")
     for name in ("scales", "no_flip"):
         if getattr(args, name) and args.crops != "multiscale":
             raise ValueError(f"--{name.replace('_', '-')} belongs to --crops multiscale, not to --crops {args.crops}")
@@ -177,6 +218,12 @@ def _check(args: argparse.Namespace) -> None:
     there = ["cpu", "cuda", *cards] if cards else ["cpu"]
     if args.device not in (None, *there):
         raise ValueError(f"--device {args.device} is not there: this machine has {', '.join(there)}")
+    calibrated = args.dtype in _CALIBRATED
+    if calibrated and not args.optimize:
+        raise ValueError(f"--dtype {args.dtype} needs --optimize")
+    for name in ("calibration", "calibration_images", "percentile"):
+        if getattr(args, name) is not None and not calibrated:
+            raise ValueError(f"--{name.replace('_', '-')} belongs to --dtype int8 and fp8, which --optimize serves")
     if args.workers < 0:
         raise ValueError(f"--workers {args.workers}: any whole number from 0 is accepted")
     if args.csv is not None:
@@ -185,6 +232,17 @@ def _check(args: argparse.Namespace) -> None:
             raise ValueError(f"--csv {args.csv}: the folder {folder} does not exist")
         if args.csv.is_dir() or not os.access(args.csv if args.csv.exists() else folder, os.W_OK):
             raise ValueError(f"--csv {args.csv} can't be written")
+
+
+def _dtype(args: argparse.Namespace, device: torch.device) -> str:
+    return args.dtype or ("bf16" if device.type == "cuda" else "fp32")
+
+
+def _require_served(args: argparse.Namespace, device: torch.device) -> None:
+    """Raises ValueError where `optimize` refuses the dtype on the device, before anything is read."""
+    if args.dtype in _CALIBRATED:
+        net, pixel = nn.Sequential(nn.Conv2d(1, 1, 1, device=device)).eval(), torch.zeros(1, 1, 1, 1, device=device)
+        optimize(net, dtype=_DTYPES[args.dtype], calibration=[pixel], percentile=args.percentile)
 
 
 @dataclass(frozen=True)
@@ -228,12 +286,18 @@ class _Nets:
         scales = tuple(args.scales or (round(side * size / SCALES[0]) for side in SCALES))
         return Views(args.crops, size, resize, scales, flip=not args.no_flip)
 
-    def predictor(self, args: argparse.Namespace, preprocess: nn.Module | None) -> Predictor:
+    @property
+    def device(self) -> torch.device:
+        return next(self.models[0].parameters()).device
+
+    def predictor(
+        self, args: argparse.Namespace, views: Views, preprocess: nn.Module | None, calibration: _Batches | None
+    ) -> Predictor:
         """preprocess: of the data, for nets whose weights don't tell their own."""
         own = [_preprocess(weights) or preprocess or self._by_recipe(weights) for weights in self.weights]
-        device = next(self.models[0].parameters()).device
-        dtype = DTYPES[args.dtype or ("bf16" if device.type == "cuda" else "fp32")]
-        return Predictor(self.models, self.views(args), own, dtype=dtype, fast=args.optimize)
+        dtype = _DTYPES[_dtype(args, self.device)]
+        how: dict[str, Any] = {"calibration": calibration, "percentile": args.percentile}
+        return Predictor(self.models, views, own, dtype=dtype, fast=args.optimize, **how)
 
     def _by_recipe(self, weights: Weights) -> nn.Module:
         if self.recipe is not None and self.recipe.normalise == "pixel":
@@ -341,16 +405,20 @@ def _described(views: Views) -> str:
     return f"{views.crops} crop{'s' * (views.crops == '10')} of {views.size}, shorter side {views.resize}"
 
 
+_Items = list[tuple[Path, int]] | tuple[Tensor, Tensor]
+
+
 @dataclass(frozen=True)
 class _TestImages:
     """items: paths with labels, or the images themselves, uint8 [N, C, H, W], with theirs. preprocess: of images whose
-    training images are at hand."""
+    training images are at hand. training: the training images and what to call them, where the data has any."""
 
-    items: list[tuple[Path, int]] | tuple[Tensor, Tensor]
+    items: _Items
     classes: Sequence[str]
     preprocess: nn.Module | None
+    training: tuple[_Items, str] | None
 
-    def share(self, rank: int, world: int) -> list[tuple[Path, int]] | tuple[Tensor, Tensor]:
+    def share(self, rank: int, world: int) -> _Items:
         """What process `rank` of `world` tests: the shares differ by at most one image."""
         if isinstance(self.items, tuple):
             return self.items[0][rank::world], self.items[1][rank::world]
@@ -361,17 +429,47 @@ def _test_images(args: argparse.Namespace, name: str, nets: _Nets) -> _TestImage
     if name in _EMBEDDED:
         recipe = nets.recipe or RECIPES["imagenet-modern"]
         found = data.load(name, recipe, args.root)
+        assert isinstance(found.train, data.Resident)
         assert isinstance(found.val, data.Resident)
-        return _TestImages((found.val.images, found.val.labels), found.classes, found.preprocess)
+        train, test = ((part.images, part.labels) for part in (found.train, found.val))
+        return _TestImages(test, found.classes, found.preprocess, (train, f"training images of {name}"))
     root = Path(name)
     if not root.is_dir():
         raise ValueError(f"--data {root}: there is no such folder, and no data of that name; {', '.join(_EMBEDDED)}")
     place = root / "val" if (root / "val").is_dir() else root
+    items, classes = _image_folder(place, "to test on")
+    training = None
+    if args.dtype in _CALIBRATED and args.calibration is None and place != root and (root / "train").is_dir():
+        training = _image_folder(root / "train", "to calibrate with")[0], f"training images in {root / 'train'}"
+    return _TestImages(items, classes, None, training)
+
+
+def _image_folder(place: Path, what_for: str) -> tuple[list[tuple[Path, int]], list[str]]:
     try:
         files = ImageFolder(str(place))
     except (FileNotFoundError, PermissionError) as error:
-        raise ValueError(f"{place} has no classes to test on: {error}") from error
-    return _TestImages([(Path(path), label) for path, label in files.samples], files.classes, None)
+        raise ValueError(f"{place} has no classes {what_for}: {error}") from error
+    return [(Path(path), label) for path, label in files.samples], files.classes
+
+
+def _calibration(args: argparse.Namespace, default: tuple[_Items, str], nets: _Nets, views: Views) -> _Batches | None:
+    """The images that calibrate: a sample of --calibration's, or of `default` and what to call them; None for dtypes
+    without calibration."""
+    if args.dtype not in _CALIBRATED:
+        return None
+    items, what = default
+    if args.calibration is not None:
+        items, what = [(path, 0) for path in _image_files([args.calibration])], f"images in {args.calibration}"
+    count = _count(items)
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
+    picked = order[: args.calibration_images or _CALIBRATION_IMAGES].sort().values
+    sample = (items[0][picked], items[1][picked]) if isinstance(items, tuple) else [items[i] for i in picked.tolist()]
+    within = "" if args.percentile is None else f", percentile {args.percentile:g}"
+    return _Batches(sample, args, nets, views, sample_of=f"{count:,} {what}{within}")
+
+
+def _count(items: _Items) -> int:
+    return len(items[1]) if isinstance(items, tuple) else len(items)
 
 
 def _mean_image(args: argparse.Namespace, name: str, nets: _Nets) -> nn.Module | None:
@@ -459,25 +557,36 @@ def _collate(pairs: Sequence[tuple[Tensor | str, int]]) -> tuple[Tensor | list[T
 
 
 class _Batches:
-    """Batches (images, labels) of a data set; what can't be read is named on stderr as it is met, and counted."""
+    """Batches (images, labels) of a data set; what can't be read is named on stderr as it is met, and counted anew in
+    each pass.
+
+    sample_of: of images that calibrate, from which they are taken.
+    """
 
     def __init__(
-        self,
-        items: Sequence[tuple[Path, int]] | tuple[Tensor, Tensor],
-        args: argparse.Namespace,
-        channels: int,
-        predictor: Predictor,
+        self, items: _Items, args: argparse.Namespace, nets: _Nets, views: Views, sample_of: str | None = None
     ) -> None:
         self.items, self.size, self.workers = items, args.batch, args.workers
-        self.channels, self.views, self.device = channels, predictor.views, predictor.device
+        self.channels, self.views, self.device = nets.channels, views, nets.device
+        self.sample_of = sample_of
         self.failed = 0
 
+    @property
+    def count(self) -> int:
+        return _count(self.items)
+
+    @property
+    def said(self) -> str:
+        """Of images that calibrate, after a pass: how many did, and of which."""
+        return f"calibrated with {self.count - self.failed:,} of {self.sample_of}"
+
     def __iter__(self) -> Iterator[tuple[Any, Tensor]]:
+        self.failed = 0
         if isinstance(self.items, tuple):
             images, labels = self.items
             if images.shape[1] != self.channels:
                 raise ValueError(f"the net reads images of {self.channels} channels, the data has {images.shape[1]}")
-            for i in tqdm(range(0, len(labels), self.size), unit="batch", disable=None, leave=False):
+            for i in self._shown(range(0, len(labels), self.size)):
                 yield self.views.prepare(images[i : i + self.size]), labels[i : i + self.size]
             return
         loader: DataLoader = DataLoader(
@@ -487,15 +596,20 @@ class _Batches:
             collate_fn=_collate,
             pin_memory=self.device.type == "cuda",
         )
-        for images, labels, reasons in tqdm(loader, unit="batch", disable=None, leave=False):
+        for images, labels, reasons in self._shown(loader):
             for reason in reasons:
-                tqdm.write(reason, file=sys.stderr)
+                tqdm.write(f"calibration: {reason}" if self.sample_of else reason, file=sys.stderr)
             self.failed += len(reasons)
             if len(labels):
                 yield images, labels
 
+    def _shown(self, batches: Iterable[Any]) -> Iterable[Any]:
+        title = "calibration" if self.sample_of else None
+        return tqdm(batches, title, unit="batch", disable=None, leave=False)
+
     def report(self) -> int:
         """The exit status: 1 if some of the images could not be read."""
         if self.failed:
-            print(f"{self.failed} of {len(self.items)} images could not be read", file=sys.stderr)
+            which = "images that calibrate" if self.sample_of else "images"
+            print(f"{self.failed} of {self.count} {which} could not be read", file=sys.stderr)
         return int(self.failed > 0)

@@ -157,7 +157,9 @@ class Predictor:
     models: nets on one device with one number of classes, each [N, C, H, W] -> [N, K]; put in eval mode. preprocess:
     uint8 [N, C, H, W] to what a net reads, a `fastres.train.data.Preprocess`; a mean image in it is resized to each
     view; one for all nets or one each. dtype: what convolutions run in, by autocast for 16 bits; None for the nets'
-    own. fast: through `fastres.optimize`. Raises ValueError for what the two conversions refuse.
+    own. fast: through `fastres.optimize`. calibration: for the dtypes that need it there, (images, ...) tuples with
+    images as a call takes them; they are gone through once per net, which reads all their views. percentile:
+    as there. Raises ValueError for what the two conversions refuse.
     """
 
     def __init__(
@@ -168,32 +170,39 @@ class Predictor:
         *,
         dtype: torch.dtype | None = None,
         fast: bool = False,
+        calibration: Iterable[tuple[Any, ...]] | None = None,
+        percentile: float | None = None,
     ) -> None:
         nets = [models] if isinstance(models, nn.Module) else list(models)
         before = [preprocess] * len(nets) if isinstance(preprocess, nn.Module) else list(preprocess)
         if not nets or len(before) != len(nets):
             raise ValueError(f"{len(nets)} nets with {len(before)} ways of preprocessing: one each, and at least one")
+        if not fast and dtype not in (None, torch.float64, torch.float32, torch.bfloat16, torch.float16):
+            raise ValueError(f"{dtype} needs fast=True")
         self.views = views
         self.device = next(nets[0].parameters()).device
         self.autocast = None if fast or dtype in (None, torch.float32) else dtype
         dense = views.crops == "multiscale"
         nets = [fully_convolutional(net, views.size) if dense else net.eval() for net in nets]
+        before = [copy.deepcopy(each).to(self.device) for each in before]
         if fast:  # a CUDA graph per shape pays for one shape, not for the many of whole images
-            nets = [optimize(net, dtype=dtype, cuda_graph=not dense) for net in nets]
-        self.members = [(copy.deepcopy(p).to(self.device), net) for p, net in zip(before, nets, strict=True)]
+            shown = [None if calibration is None else self._shown(calibration, each) for each in before]
+            nets = [
+                optimize(net, dtype=dtype, cuda_graph=not dense, calibration=inputs, percentile=percentile)
+                for net, inputs in zip(nets, shown, strict=True)
+            ]
+        self.members = list(zip(before, nets, strict=True))
 
     @torch.inference_mode()
     def __call__(self, images: Sequence[Tensor] | Tensor) -> Tensor:
         """Scores [N, K], fp32 on the nets' device, of N images prepared by `views.prepare`; shapes may differ."""
         if not len(images):
             raise ValueError("no images")
-        if isinstance(images, Tensor):
-            return self._group(images)
-        groups: dict[tuple[int, ...], list[int]] = {}
-        for i, image in enumerate(images):
-            groups.setdefault(tuple(image.shape), []).append(i)
-        parts = [self._group(torch.stack([images[i] for i in members])) for members in groups.values()]
-        order = torch.tensor([i for members in groups.values() for i in members], device=self.device)
+        groups = _grouped(images)
+        parts = [self._group(group) for _, group in groups]
+        if len(parts) == 1:
+            return parts[0]
+        order = torch.tensor([i for places, _ in groups for i in places], device=self.device)
         return torch.cat(parts)[order.argsort()]
 
     def _group(self, images: Tensor) -> Tensor:
@@ -203,7 +212,7 @@ class Predictor:
     def _view(self, view: Tensor) -> Tensor:
         scores = []
         for preprocess, net in self.members:
-            x = preprocess(view).contiguous(memory_format=torch.channels_last)
+            x = _read(preprocess, view)
             with nullcontext() if self.autocast is None else torch.autocast(self.device.type, self.autocast):
                 y = net(x)
             y = y.float().softmax(1)
@@ -212,6 +221,27 @@ class Predictor:
             classes = ", ".join(str(each.shape[1]) for each in scores)
             raise ValueError(f"nets of {classes} classes make no ensemble")
         return torch.stack(scores).mean(0)
+
+    def _shown(self, batches: Iterable[tuple[Any, ...]], preprocess: nn.Module) -> Iterator[Tensor]:
+        """What a net reads of all views of the batches' images."""
+        for images, *_ in batches:
+            for _, group in _grouped(images):
+                for view in self.views.of(group.to(self.device)):
+                    yield _read(preprocess, view)
+
+
+def _grouped(images: Sequence[Tensor] | Tensor) -> list[tuple[Sequence[int], Tensor]]:
+    """Images of one shape together: their places, and they themselves [n, C, H, W]."""
+    if isinstance(images, Tensor):
+        return [(range(len(images)), images)]
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for i, image in enumerate(images):
+        groups.setdefault(tuple(image.shape), []).append(i)
+    return [(places, torch.stack([images[i] for i in places])) for places in groups.values()]
+
+
+def _read(preprocess: nn.Module, view: Tensor) -> Tensor:
+    return preprocess(view).contiguous(memory_format=torch.channels_last)
 
 
 @dataclass(frozen=True)

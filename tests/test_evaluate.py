@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import fastres
 from fastres import paper
 from fastres.evaluate import Predictor, Result, Views, evaluate, fully_convolutional
-from fastres.train.data import Preprocess
+from fastres.train.data import Preprocess, by_channel
 
 CPU = torch.device("cpu")
 SCALES = (32, 37, 48)
@@ -285,6 +285,34 @@ def test_the_optimized_net_scores_the_same(crops: str, photos: list[Tensor]) -> 
     half = Predictor(net, views, mean_image(), dtype=torch.bfloat16)(prepared)
     assert half.dtype == torch.float32
     assert 0 < (half - plain).abs().max() < 0.05
+
+
+@pytest.mark.parametrize("crops", ["center", "10", "multiscale"])
+def test_calibration_sees_what_a_call_shows_the_nets(
+    crops: str, photos: list[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All views of each image, preprocessed as each net of an ensemble wants it, image shapes apart."""
+    shown: list[list[Tensor]] = []
+    monkeypatch.setattr(
+        "fastres.evaluate.optimize", lambda net, *, calibration, **_: (shown.append(list(calibration)), net)[1]
+    )
+    nets, views = [small_net(), small_net()], Views(crops, 32, 40, SCALES)
+    prepared = [views.prepare(image) for image in photos]
+    batches = [(prepared[:2], "labels"), (torch.stack([prepared[0]] * 3), "labels")]
+    ways = [mean_image(), by_channel()]
+    predict = Predictor(nets, views, ways, dtype=torch.int8, fast=True, calibration=batches)
+    read: list[list[Tensor]] = [[], []]
+    for (_, net), inputs in zip(predict.members, read, strict=True):
+        net.register_forward_pre_hook(lambda _, args, inputs=inputs: inputs.append(args[0]))
+    for images, _ in batches:
+        predict(images)
+    for calibrating, reading in zip(shown, read, strict=True):
+        assert len(calibrating) == len(reading)
+        for one, other in zip(calibrating, reading, strict=True):
+            assert torch.equal(one, other)
+            assert one.is_contiguous(memory_format=torch.channels_last)
+    with pytest.raises(ValueError, match=r"int8 needs fast=True"):
+        Predictor(nets, views, ways, dtype=torch.int8, calibration=batches)
 
 
 @pytest.mark.gpu
