@@ -11,7 +11,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from fastres.ops import dispatch
+from fastres.ops import dispatch, quantised
 
 _NARROW = (torch.bfloat16, torch.float16, torch.int8, torch.qint8, torch.quint8)
 
@@ -24,6 +24,7 @@ def able(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("_is_vnni_supported", "_is_avx512_bf16_supported", "_is_amx_tile_supported"):
         monkeypatch.setattr(torch.cpu, name, lambda: True)
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported", lambda: True)
+    monkeypatch.setattr(quantised, "saturates", lambda: False)
     for name in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"):
         monkeypatch.delenv(name, raising=False)
 
@@ -63,13 +64,14 @@ def test_no_onednn_at_all(able: None, monkeypatch: pytest.MonkeyPatch, dtype: to
         (torch.bfloat16, _lacks("_is_avx512_bf16_supported", "_is_amx_tile_supported"), "AMX"),
         (torch.int8, _lacks("_is_vnni_supported"), "VNNI"),
         (torch.quint8, _lacks("_is_vnni_supported"), "saturate"),
+        (torch.int8, lambda monkeypatch: monkeypatch.setattr(quantised, "saturates", lambda: True), "saturates"),
         (
             torch.float16,
             lambda monkeypatch: monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported", lambda: False),
             "float16",
         ),
     ],
-    ids=["bf16", "int8", "quint8", "fp16"],
+    ids=["bf16", "int8", "quint8", "int8 saturates", "fp16"],
 )
 def test_a_cpu_without_the_instructions(
     able: None,

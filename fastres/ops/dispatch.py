@@ -268,13 +268,7 @@ def why_no_int8(device: torch.device) -> str | None:
     """Why no engine has int8 convolutions on `device`, in words; None where one has."""
     if device.type != "cpu":
         return f"there are no int8 convolutions for {device.type}"
-    if "onednn" not in torch.backends.quantized.supported_engines:
-        return "this PyTorch was built without oneDNN"
-    if not torch.cpu._is_vnni_supported():
-        return "this CPU has no VNNI, without which sums of two products of 8 bits can saturate in 16 bits"
-    if quantised.saturates():
-        return "oneDNN saturates sums of two products of 8 bits in 16 bits here; is ONEDNN_MAX_CPU_ISA set?"
-    return None
+    return why_no_onednn(torch.int8)
 
 
 def why_no_onednn(dtype: torch.dtype) -> str | None:
@@ -304,7 +298,9 @@ def why_no_onednn(dtype: torch.dtype) -> str | None:
         return None if served else "this CPU computes no convolution in float16 (AVX512-FP16)"
     if "onednn" not in torch.backends.quantized.supported_engines:
         return "this PyTorch is built without oneDNN's quantised operators"
-    return None if torch.cpu._is_vnni_supported() else "this CPU has no AVX512-VNNI; without it int8 sums can saturate"
+    if not torch.cpu._is_vnni_supported():
+        return "this CPU has no AVX512-VNNI; without it int8 sums can saturate"
+    return "oneDNN saturates int8 sums in 16 bits here" if quantised.saturates() else None
 
 
 def serves_pad_end(x: Tensor, relu: nn.Module, shortcut: nn.Module) -> bool:
