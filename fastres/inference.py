@@ -7,6 +7,7 @@ BatchNorm is folded into the weights once, in float64. For each input shape the 
 from __future__ import annotations
 
 import copy
+import math
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastres.ops import dispatch, folded, quantised
+from fastres.ops import dispatch, folded, onednn, quantised
 from fastres.ops.quantised import FLOAT8
 from fastres.ops.steps import nhwc
 from fastres.plan import (
@@ -25,6 +26,7 @@ from fastres.plan import (
     Chain,
     Conv,
     Step,
+    by_image,
     convs,
     fuse,
     fuse_chains,
@@ -39,6 +41,9 @@ __all__ = ["Optimized", "optimize"]
 
 _MOST_COMPARED = 16  # images, where a net asks for its number of them
 MAX_SHAPES = 8  # bound plans kept per net, least recently used dropped first
+COMPILED_AFTER = 10  # calls of one shape on a CPU, then compiling it to a oneDNN graph is worth the time
+ALIVE = 32 * 2**20  # bytes of values alive at once on a CPU: what a large cache holds, and glibc's heap keeps
+_TRIED = 4  # images of a new size, to see how many bytes they take
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _QUANTISED = {FLOAT8: torch.bfloat16, torch.int8: torch.float32}  # convolutions in 8 bits: all else, and the answer, in
 
@@ -50,6 +55,7 @@ def optimize(
     *,
     dtype: torch.dtype | None = None,
     cuda_graph: bool = True,
+    onednn_graph: bool = True,
     calibration: Iterable[Any] | None = None,
     percentile: float | None = None,
 ) -> Optimized:
@@ -62,9 +68,11 @@ def optimize(
     stream changes them.
 
     example: input whose shape is made ready now (engines chosen, kernels compiled, graph captured) and not at the first
-    call. dtype: bfloat16, float16, float32, float64 or, on GPUs of compute capability 8.9 and above, float8_e4m3fn, on
-    CPUs with VNNI int8; by default that of the model's convolutions. cuda_graph: replay a CUDA graph per input shape
-    (the last 8 shapes are kept).
+    call, as by `ready`. dtype: bfloat16, float16, float32, float64 or, on GPUs of compute capability 8.9 and above,
+    float8_e4m3fn, on CPUs with VNNI int8; by default that of the model's convolutions. cuda_graph: replay a CUDA graph
+    per input shape (the last 8 shapes are kept). onednn_graph: on a CPU, compile a shape that was called ten times to a
+    oneDNN graph, once, if that is faster. The answer's last bits may differ from then on, so it isn't done where
+    `torch.use_deterministic_algorithms` is on; there is none for int8.
 
     calibration: for float8 and int8 only, batches (or (batch, ...) tuples) that represent the real input. The numbers
     met set the range of each activation; what lies beyond is clamped to it later. Weights have one scale per output
@@ -72,7 +80,7 @@ def optimize(
     below the upper end of its range, and as many above the lower; 100 is the extremes. In float8 the first convolution,
     grouped ones and the classifier stay in bfloat16 and so does the result. In int8 weights lie between -127 and 127,
     activations between 0 and 255 about a zero point; max pools between convolutions work in 8 bits, the classifier and
-    all else in float32, and so does the result. 8 bits hold neither infinity nor NaN: such input gives finite numbers.
+    all else in float32, and so does the result. An image with infinity or NaN, which int8 doesn't hold, gets NaN.
     Under `backend("reference")` either is simulated on any device.
 
     Raises TypeError or ValueError, saying what is accepted, for a model in training mode or with hooks, for an
@@ -111,9 +119,11 @@ def optimize(
         dtype = wide.dtype
     # The net that was calibrated with has been compared; one of 8 bits is too coarse to be.
     original = None if calibration is not None else source
-    net = Optimized(source, fuse_chains(steps, output), output, dtype or _dtype(model, steps), cuda_graph, original)
+    onednn_graph = onednn_graph and calibration is None
+    steps, dtype = fuse_chains(steps, output), dtype or _dtype(model, steps)
+    net = Optimized(source, steps, output, dtype, cuda_graph, original, onednn_graph)
     if example is not None:
-        net(example)
+        net.ready(example)
     return net
 
 
@@ -180,6 +190,7 @@ class Optimized(nn.Module):
         dtype: torch.dtype,
         cuda_graph: bool,
         original: nn.Module | None = None,
+        onednn_graph: bool = False,
     ) -> None:
         """original: what the first call is compared with. It shares its modules with the net."""
         super().__init__()
@@ -189,10 +200,11 @@ class Optimized(nn.Module):
         self.requires_grad_(False)
         self.training = False
         self.dtype = dtype
-        self.cuda_graph = cuda_graph
+        self.cuda_graph, self.onednn_graph = cuda_graph, onednn_graph
         self._steps = list(steps)
         self._output = output
         self._title = type(source).__name__
+        self._by_image = by_image(steps, source)
         self.register_load_state_dict_post_hook(_refold)
         self._start()
 
@@ -200,11 +212,14 @@ class Optimized(nn.Module):
         """The original's answer in `dtype` to x [N, C, H, W]: x in any floating dtype, on the weights' device."""
         self._check(x)
         with _plain_mode(x):
-            if x.is_cuda:
-                return self._on_cuda(x)
-            with self._lock:
-                program, first = self._program(x)
-            return program.run(self._nhwc(x)) if first is None else first
+            return self._on_cuda(x) if x.is_cuda else self._on_cpu(x)
+
+    def ready(self, example: Tensor) -> None:
+        """Make what calls with inputs like `example` need: engines, kernels, a CUDA graph or a oneDNN graph."""
+        self(example)
+        if not example.is_cuda:
+            with _plain_mode(example):
+                self._on_cpu(example, compiles_after=0)
 
     def explain(self, shape: Sequence[int] | None = None) -> str:
         """Each step's layer, output shape and engine, and why that engine, as a table.
@@ -258,11 +273,13 @@ class Optimized(nn.Module):
     def _start(self) -> None:
         self._lock = threading.RLock()
         self._programs: OrderedDict[Any, Program] = OrderedDict()
+        self._image_bytes: dict[Any, float] = {}  # what an image of a size adds to the bytes alive at once
         self._fold()
 
     def _fold(self) -> None:
         self._forget()
         self._folded: dict[str, folded.Folded] = {}
+        self._packings = onednn.Packings()
         self._layers: dict[str, Any] = {}  # modules and tensors of ATen steps in `dtype`
         for step in self._steps:
             if isinstance(step, Aten):
@@ -328,7 +345,17 @@ class Optimized(nn.Module):
         return next(("float8" if grid.dtype == FLOAT8 else "int8" for grid in grids), None)
 
     def __getstate__(self) -> dict[str, Any]:
-        derived = ("_lock", "_programs", "_folded", "_layers", "_weight", "_done", "_graphs")
+        derived = {
+            "_lock",
+            "_programs",
+            "_image_bytes",
+            "_folded",
+            "_packings",
+            "_layers",
+            "_weight",
+            "_done",
+            "_graphs",
+        }
         return {key: value for key, value in self.__dict__.items() if key not in derived}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -351,8 +378,13 @@ class Optimized(nn.Module):
     def _program(self, x: Tensor) -> tuple[Program, Tensor | None]:
         """The plan bound for inputs like x, and its answer to x if it had to be bound now. Under the lock."""
         self._compare(x)
-        cudnn = torch.backends.cudnn
-        switches = (cudnn.enabled, cudnn.deterministic, torch.are_deterministic_algorithms_enabled())
+        if x.is_cuda:
+            cudnn = torch.backends.cudnn
+            switches: Any = cudnn.enabled, cudnn.deterministic, torch.are_deterministic_algorithms_enabled()
+        else:
+            mkldnn: Any = torch.backends.mkldnn
+            switches = mkldnn.enabled, mkldnn.conv.fp32_precision, torch.get_num_threads()
+            switches += (torch.are_deterministic_algorithms_enabled(),)
         key = (tuple(x.shape), dispatch.choice(self.dtype, x.device), switches)
         if (program := self._programs.get(key)) is not None:
             self._programs.move_to_end(key)
@@ -361,9 +393,11 @@ class Optimized(nn.Module):
             if x.is_cuda:
                 torch.cuda.synchronize(x.device)
             self._programs.popitem(last=False)
-        program = Program(self._steps, self._output, self._folded, self._layers, self.dtype)
+        program = Program(self._steps, self._output, self._folded, self._layers, self.dtype, self._packings)
         first = program.bind(self._nhwc(x))
         self._programs[key] = program
+        if _is_plain(x):
+            self._image_bytes[tuple(x.shape[1:])] = program.most_bytes() / len(x)
         return program, first
 
     def _compare(self, x: Tensor) -> None:
@@ -396,6 +430,51 @@ class Optimized(nn.Module):
             break
         self._original = (None,)
 
+    def _on_cpu(self, x: Tensor, compiles_after: int = COMPILED_AFTER) -> Tensor:
+        """compiles_after: so many calls of a shape before it is compiled to a oneDNN graph."""
+        plain, fused = _is_plain(x), dispatch.optimizes_by_onednn(self.dtype, x.device)
+        finite = not plain or bool(x.sum(dtype=torch.float32).isfinite())
+        if not finite and self._eight_bits() == "int8":
+            return self._without_broken(x)
+        if not fused:
+            return self._on_steps(x)
+        if not (plain and finite):  # oneDNN's ReLU would make 0 of NaN, which is what its sums make of infinity
+            with dispatch.backend("reference"):
+                return self._on_steps(x)
+        onednn.keep_heap()
+        compiles = self.onednn_graph and not torch.are_deterministic_algorithms_enabled()
+        answers = [self._on_steps(part, compiles_after if compiles else None) for part in self._slices(x)]
+        return answers[0] if len(answers) == 1 else torch.cat(answers)
+
+    def _without_broken(self, x: Tensor) -> Tensor:
+        """The answer to x in int8, NaN for images that aren't finite; for all, where they may depend on each other."""
+        broken = ~x.isfinite().flatten(1).all(1)
+        y = self._on_steps(x.nan_to_num(0.0, 0.0, 0.0))
+        return y.index_fill_(0, broken.nonzero().flatten(), math.nan) if self._by_image else y.fill_(math.nan)
+
+    def _on_steps(self, x: Tensor, compiles_after: int | None = None) -> Tensor:
+        with self._lock:
+            program, first = self._program(x)
+            if compiles_after is not None:
+                program.calls += 1
+                if program.calls > compiles_after and program.compiled is program.why_not_compiled is None:
+                    program.compile(self._nhwc(x))
+        return program.run(self._nhwc(x)) if first is None else first
+
+    def _slices(self, x: Tensor) -> Iterator[Tensor]:
+        """x [N, C, H, W] in slices of so many images that what is alive at once stays within `ALIVE`, where the plan
+        treats each image by itself."""
+        if not self._by_image:
+            yield x
+            return
+        size, known = tuple(x.shape[1:]), 0
+        if size not in self._image_bytes:
+            known = min(_TRIED, len(x))
+            yield x[:known]
+        if known < len(x):
+            most = max(1, int(ALIVE / self._image_bytes[size]))
+            yield from x[known:].tensor_split(-(-(len(x) - known) // most))
+
     def _on_cuda(self, x: Tensor) -> Tensor:
         stream = torch.cuda.current_stream()
         if torch.cuda.is_current_stream_capturing():  # somebody else's graph takes the steps one by one
@@ -425,7 +504,7 @@ def _is_plain(x: Tensor) -> bool:
     """Whether a call is no more than that: not recorded, traced or transformed, and of at least one image."""
     recorded = x.is_cuda and torch.cuda.is_current_stream_capturing()
     traced = torch.jit.is_tracing() or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
-    transformed = type(x) is not Tensor or torch._C._are_functorch_transforms_active()
+    transformed = type(x) not in (Tensor, nn.Parameter) or torch._C._are_functorch_transforms_active()
     return not (recorded or traced or transformed) and x.numel() > 0
 
 

@@ -33,11 +33,9 @@ INPUT = "input"
 
 _ABSENT = (nn.Identity, _DropoutNd)  # in eval mode
 _NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d)
-_MODULES = (
-    *(nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.ZeroPad2d, PadShortcut),
-    *(nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SiLU, nn.GELU, nn.Sigmoid, nn.Tanh, nn.Hardswish, nn.Hardsigmoid),
-    *(nn.Linear, nn.Conv1d, nn.Flatten, nn.Softmax, nn.GroupNorm),
-)
+_BY_PIXELS = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.ZeroPad2d, PadShortcut)
+_POINTWISE = (nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SiLU, nn.GELU, nn.Sigmoid, nn.Tanh, nn.Hardswish, nn.Hardsigmoid)
+_MODULES = (*_BY_PIXELS, *_POINTWISE, nn.Linear, nn.Conv1d, nn.Flatten, nn.Softmax, nn.GroupNorm)
 # The functions and methods a traced net may call: name here -> (what computes it on NCHW values, its spellings).
 _TABLE: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
     "relu": (lambda input, inplace=False: F.relu(input), (F.relu, torch.relu, torch.relu_, "relu", "relu_")),
@@ -495,6 +493,56 @@ def readers(steps: Iterable[Step], output: str) -> Counter[str]:
     count = Counter(name for step in steps for name in step.reads)
     count[output] += 1
     return count
+
+
+def overwritable(steps: Sequence[Step], output: str) -> set[str]:
+    """The convolutions, by what they write, that may write it over their residual: a step wrote that which always
+    takes memory of its own, nothing may share it, and nobody reads it afterwards."""
+    owned = {step.out for step in steps if not isinstance(step, Chain) and not _may_share(step)} - {output}
+    for step in steps:
+        if _may_share(step):
+            owned -= set(step.reads)
+    last = {name: step for step in steps for name in step.reads}
+    found = (step for step in steps if isinstance(step, Conv) and step.residual in owned and step.x != step.residual)
+    return {step.out for step in found if last[step.residual] is step}  # type: ignore[index]
+
+
+def _may_share(step: Step) -> bool:
+    """Whether what `step` writes may share the memory of what it reads."""
+    return isinstance(step, Aten) and step.kind in (*_MAY_SHARE, "module") and not step.selects
+
+
+def by_image(steps: Iterable[Step], model: nn.Module) -> bool:
+    """Whether every step is known to treat each image of a batch by itself, so that a batch may be cut."""
+    flat: set[str] = set()  # values that may have lost dimensions: then a number of one no longer tells which it is
+    for step in steps:
+        if not isinstance(step, Aten):
+            continue
+        layer = model.get_submodule(step.name) if step.kind in ("module", "norm") else None
+        if not _by_image(step, layer, bool(flat & set(step.reads))):
+            return False
+        if step.kind in ("flatten", "mean") or isinstance(layer, nn.Flatten) or flat & set(step.reads):
+            flat.add(step.out)
+    return True
+
+
+def _by_image(step: Aten, layer: nn.Module | None, flat: bool) -> bool:
+    if any(isinstance(leaf, Attr) for leaf in leaves((step.args, step.kwargs))):
+        return False
+    rest, named = step.args[1:], step.kwargs
+    if isinstance(layer, nn.Flatten):
+        return layer.start_dim > 0
+    if layer is not None:
+        return isinstance(layer, (nn.Linear, *_POINTWISE)) or (isinstance(layer, (*_NORMS, *_BY_PIXELS)) and not flat)
+    if step.kind == "flatten":
+        first = rest[0] if rest else named.get("start_dim", 0)
+        return isinstance(first, int) and first > 0
+    if step.kind == "mean":
+        dims = [*leaves(rest[0] if rest else named.get("dim"))]
+        return not flat and all(isinstance(dim, int) and dim > 0 for dim in dims)
+    if step.kind in ("relu", "sigmoid"):
+        return True
+    return step.kind in ("add", "mul", "max_pool2d", "avg_pool2d", "adaptive_avg_pool2d") and not flat
 
 
 def borrows(steps: Iterable[Step], output: str) -> bool:

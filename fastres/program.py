@@ -1,16 +1,18 @@
-"""A plan bound to engines for one input shape, and how it runs: step by step, or replayed as a CUDA graph."""
+"""A plan bound to engines for one input shape, and how it runs: step by step, replayed as a CUDA graph, or compiled to
+a oneDNN graph."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from fastres.ops import dispatch, folded, quantised
+from fastres.ops import dispatch, folded, onednn, quantised
 from fastres.ops.quantised import FLOAT8, Quantised
 from fastres.ops.steps import nchw, nhwc
 from fastres.plan import (
@@ -26,19 +28,25 @@ from fastres.plan import (
     borrows,
     convs,
     mapped,
+    overwritable,
     readers,
 )
+
+# How far the answer of a oneDNN graph may be from that of the steps, relative: roundings, no more.
+_GRAPH_DIFFERENCE = {torch.float32: 1e-4, torch.bfloat16: 2**-5}
 
 
 @dataclass
 class Bound:
-    """A step with what computes it. call: the values it reads -> those it writes; dies: values nobody reads later."""
+    """A step with what computes it. call: the values it reads -> those it writes; shape and bytes are of the first of
+    these; dies: values nobody reads later."""
 
     step: Step
     engine: str
     why: str
     call: Callable[..., Sequence[Any]]
     shape: tuple[int, ...] = ()
+    bytes: int = 0
     dies: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -46,7 +54,8 @@ class Bound:
 
 
 class Program:
-    """A plan bound to engines for one input shape; on a GPU also its CUDA graph with the static input and output.
+    """A plan bound to engines for one input shape; on a GPU also its CUDA graph with the static input and output, on a
+    CPU also its oneDNN graph.
 
     `run` keeps nothing between calls and may run in several threads at once; `replay` may not.
     """
@@ -58,16 +67,22 @@ class Program:
         weights: Mapping[str, folded.Folded],
         layers: Mapping[str, Any],
         dtype: torch.dtype,
+        packings: onednn.Packings,
     ) -> None:
         self.steps, self.output, self.dtype = steps, output, dtype
-        self.weights, self.layers = weights, layers
+        self.weights, self.layers, self.packings = weights, layers, packings
+        self.parts = [part for step in steps for part in convs(step) or (step,)]
         self.borrows = borrows(steps, output)
+        self.overwritable = overwritable(self.parts, output)
         self.bound: list[Bound] = []
         self.graph: torch.cuda.CUDAGraph | None = None
+        self.compiled: Callable[[Tensor], Tensor] | None = None
+        self.why_not_compiled: str | None = None
+        self.calls = 0
 
     def bind(self, x: Tensor) -> Tensor:
         """Choose every step's engine while computing the answer to x [N, H, W, C]."""
-        left = readers([part for step in self.steps for part in convs(step) or (step,)], self.output)
+        left = readers(self.parts, self.output)
         values: dict[str, Any] = {INPUT: x}
         for step in self.steps:
             for bound in self._bound(step, values):
@@ -80,7 +95,10 @@ class Program:
         return self._answer(values[self.output])
 
     def run(self, x: Tensor, observe: Callable[[str, Any], None] | None = None) -> Tensor:
-        """The answer to x [N, H, W, C], computed step by step; `observe` is shown every value."""
+        """The answer to x [N, H, W, C]; where it is computed step by step `observe` is shown every value, which a later
+        step may overwrite."""
+        if self.compiled is not None and observe is None:
+            return self._answer(self.compiled(_canonical(nchw(x))))
         values: dict[str, Any] = {INPUT: x}
         if observe is not None:
             observe(INPUT, x)
@@ -93,11 +111,64 @@ class Program:
                 del values[name]
         return self._answer(values[self.output])
 
+    def most_bytes(self) -> int:
+        """What the values that are alive at once occupy at most, the input left out."""
+        alive: dict[str, int] = {}
+        most = 0
+        for bound in self.bound:
+            alive[bound.writes[0]] = bound.bytes
+            most = max(most, sum(alive.values()))
+            for name in bound.dies:
+                alive.pop(name, None)
+        return most
+
     def _answer(self, value: Any) -> Tensor:
         """`value` [N, H, W, C] as the caller's own, [N, C, H, W]: what the caller writes into it must reach neither the
         input nor the model's tensors."""
         answer = nchw(value) if value.dim() == 4 else value
         return answer.clone() if self.borrows else answer
+
+    def compile(self, x: Tensor) -> None:
+        """Have later calls of `run` replay a oneDNN graph, if it serves, answers to x [N, H, W, C] as the steps do and
+        is faster than they are."""
+        refusal = dispatch.why_no_onednn_graph(self.dtype)
+        if refusal is None and any(bound.engine not in ("onednn", "aten") for bound in self.bound):
+            refusal = "other engines are in the plan"
+        if refusal is not None:
+            self.why_not_compiled = refusal
+            return
+        want, images = self.run(x), _canonical(nchw(x))
+        try:
+            graph = onednn.graph(self._definition, images)
+            difference = _relative(graph(images), want)
+        except (RuntimeError, ValueError) as error:
+            self.why_not_compiled = str(error).strip().splitlines()[0]
+            return
+        if not difference <= _GRAPH_DIFFERENCE[self.dtype]:
+            self.why_not_compiled = f"its answer is {difference:.1e} from that of the steps"
+            return
+        together, apart = _seconds([partial(graph, images), partial(self.run, x)])
+        if together > apart:
+            self.why_not_compiled = f"measured: {1e3 * together:.1f} ms, step by step {1e3 * apart:.1f} ms"
+        else:
+            self.compiled = graph
+
+    def _definition(self, x: Tensor) -> Tensor:
+        """The plan in PyTorch's operations on NCHW tensors, its output as a step leaves it."""
+        values: dict[str, Any] = {INPUT: x}
+        for part in self.parts:
+            inputs = [values[name] for name in part.reads]
+            if isinstance(part, Conv):
+                p = self.weights[part.out]
+                residual = inputs[1] if len(inputs) > 1 else None
+                values[part.out] = onednn.definition(
+                    inputs[0], residual, w=nchw(p.w), bias=p.bias, geometry=part.geometry, relu=part.relu
+                )
+            else:
+                assert isinstance(part, Aten)
+                values[part.out] = _called(part, self._function(part), self.layers, inputs)
+        y = values[self.output]
+        return nhwc(y) if y.dim() == 4 else y
 
     def capture(self, x: Tensor, pool: Any, side: torch.cuda.Stream) -> None:
         """Record `run` as a CUDA graph, after warming up on the stream `side`.
@@ -124,7 +195,12 @@ class Program:
         return self.y.clone()
 
     def how(self) -> str:
-        return "one step after the other" if self.graph is None else "replayed as a CUDA graph"
+        if self.graph is not None:
+            return "replayed as a CUDA graph"
+        if self.compiled is not None:
+            return "as one oneDNN graph of what the steps mean"
+        why = f" (as a oneDNN graph: {self.why_not_compiled})" if self.why_not_compiled else ""
+        return f"one step after the other{why}"
 
     def table(self) -> str:
         rows = [("step", "layer", "what", "output", "engine", "why")]
@@ -140,6 +216,10 @@ class Program:
         """The module that `step` calls; None where it calls a function, whatever that is named."""
         return self.layers[step.name] if isinstance(step, Aten) and step.kind in ("module", "norm") else None
 
+    def _function(self, step: Aten) -> Callable[..., Any]:
+        layer = self._layer(step)
+        return layer if layer is not None else FUNCTIONS[step.kind]
+
     def _bound(self, step: Step, values: dict[str, Any]) -> Iterator[Bound]:
         """`step`, or the parts of a chain that doesn't run as one, bound and done: `values` holds their results."""
         if isinstance(step, Chain) and self._why_chained(step, *(values[name] for name in step.reads)) is None:
@@ -154,7 +234,9 @@ class Program:
                 bound, results = self._bind(part, *inputs)
             values.update(zip(part.writes, results, strict=True))
             last = results[0]
-            bound.shape = tuple(nchw(last).shape if last.dim() == 4 else last.shape) if isinstance(last, Tensor) else ()
+            if isinstance(last, Tensor):
+                bound.shape = tuple(nchw(last).shape if last.dim() == 4 else last.shape)
+                bound.bytes = last.nbytes
             yield bound
 
     def _why_chained(self, step: Chain, x: Tensor, residual: Any) -> str | None:
@@ -179,18 +261,32 @@ class Program:
                 pool = partial(folded.by_pool, kernel=kernel, stride=stride, pad=pad)
                 bound = Bound(step, "triton", "writes no indices", partial(_one, pool))
             else:
-                function = layer if layer is not None else FUNCTIONS[step.kind]
-                call = partial(_aten, step, function, self.layers)
+                call = partial(_aten, step, self._function(step), self.layers)
                 if step.selects and inputs[0].is_quantized:
                     bound = self._pool_int8(step, call, inputs[0].device)
                 else:
-                    bound = Bound(step, "aten", "no kernel of ours", call)
+                    bound = self._by_onednn(step, layer, *inputs) or Bound(step, "aten", "no kernel of ours", call)
         return bound, bound.call(*inputs)
 
     def _pool_int8(self, step: Aten, pool: Callable[..., Any], device: torch.device) -> Bound:
         if dispatch.wants_reference() or device.type != "cpu":
             return Bound(step, "aten", "int8 simulated in float32", partial(quantised.by_pool, pool))
         return Bound(step, "aten", "8 bits", pool)
+
+    def _by_onednn(self, step: Aten, layer: Any, *inputs: Any) -> Bound | None:
+        """A classifier, by oneDNN with packed weights, where it serves."""
+        if type(layer) is not nn.Linear or [type(value) for value in inputs] != [Tensor] or inputs[0].dim() != 2:
+            return None
+        (x,) = inputs
+        if not dispatch.optimizes_by_onednn(x.dtype, x.device) or x.dtype != layer.weight.dtype or not x.numel():
+            return None
+        try:
+            w = self.packings.linear(step.name, layer.weight.detach(), x)
+            linear = partial(onednn.linear, w=w, bias=layer.bias)
+            linear(x)
+        except RuntimeError:
+            return None
+        return Bound(step, "onednn", "weights packed", partial(_one, linear))
 
     def _bind_conv(self, step: Conv, x: Tensor, residual: Tensor | None = None) -> tuple[Bound, Sequence[Tensor]]:
         problem = _problem(step, x)
@@ -204,6 +300,20 @@ class Program:
         engine, why = dispatch.why_engine("infer", problem, dtype, x.device)
         if engine == "stem" and residual is not None:  # its kernel adds nothing
             engine = "triton"
+        if engine == "onednn":
+            try:
+                w = self.packings.conv(step.out, self.weights[step.out].w, step.geometry, x)
+                fused = partial(
+                    onednn.conv,
+                    w=w,
+                    bias=self.weights[step.out].bias,
+                    geometry=step.geometry,
+                    relu=step.relu,
+                    overwrite=step.out in self.overwritable,
+                )
+                return Bound(step, "onednn", why, partial(_one, fused)), (fused(*inputs),)
+            except RuntimeError as error:
+                engine, why = "aten", f"oneDNN: {str(error).splitlines()[0]}"
         name: str = engine
         static: dict[str, Any] = {"p": self.weights[step.out], "geometry": step.geometry, "relu": step.relu}
         if engine == "triton":
@@ -245,8 +355,7 @@ class Program:
         wide = torch.float64
         if engine == "onednn":
             if residual is None or residual.shape == (problem.N, problem.P, problem.Q, problem.K):
-                keep = step.residual is not None and self._is_read_beside(step, step.residual)
-                p, relu = self.weights[step.out], step.relu
+                p, relu, keep = self.weights[step.out], step.relu, step.out not in self.overwritable
                 try:
                     fused = quantised.by_onednn(p, geometry=step.geometry, relu=relu, grids=step.quantised, keep=keep)
                     return Bound(step, "onednn int8", why, fused), fused(*inputs)
@@ -269,11 +378,6 @@ class Program:
             dtype=self.dtype,
             wide=wide,
         )
-
-    def _is_read_beside(self, step: Conv, name: str) -> bool:
-        """Whether `step` reads the value `name` twice, or another step or the caller reads it afterwards."""
-        later = self.steps[self.steps.index(step) + 1 :]
-        return name == step.x or readers(later, self.output)[name] > 0
 
     def _bind_apart(self, step: Conv, x: Tensor, other: Any) -> tuple[Bound, Sequence[Tensor]]:
         """A convolution to which a number is added, or what has another shape than its output: in three passes."""
@@ -362,18 +466,44 @@ def _one(call: Callable[..., Tensor], *inputs: Tensor) -> tuple[Tensor]:
 
 def _aten(step: Aten, function: Callable[..., Any], layers: Mapping[str, Any], *inputs: Any) -> tuple[Any]:
     """A library operation on NCHW views of the values it reads."""
+    views = [nchw(value) if isinstance(value, Tensor) and value.dim() == 4 else value for value in inputs]
+    result = _called(step, function, layers, views)
+    return (nhwc(result) if isinstance(result, Tensor) and result.dim() == 4 else result,)
+
+
+def _called(step: Aten, function: Callable[..., Any], layers: Mapping[str, Any], inputs: Sequence[Any]) -> Any:
+    """`function` with the arguments of `step`, the values it reads being `inputs`, NCHW where they are images."""
     values = dict(zip(step.reads, inputs, strict=True))
 
     def argument(leaf: Any) -> Any:
         if isinstance(leaf, Attr):
             return layers[leaf.path]
-        if not isinstance(leaf, Value):
-            return leaf
-        value = values[leaf.name]
-        return nchw(value) if isinstance(value, Tensor) and value.dim() == 4 else value
+        return values[leaf.name] if isinstance(leaf, Value) else leaf
 
-    result = function(*mapped(step.args, argument), **mapped(step.kwargs, argument))
-    return (nhwc(result) if isinstance(result, Tensor) and result.dim() == 4 else result,)
+    return function(*mapped(step.args, argument), **mapped(step.kwargs, argument))
+
+
+def _canonical(x: Tensor) -> Tensor:
+    """x [N, C, H, W], channels_last, with the strides that its shape gives: of a dimension of one they may be others,
+    and a compiled graph would take them for another layout."""
+    _, c, h, w = x.shape
+    return x.as_strided(x.shape, (h * w * c, 1, w * c, c))
+
+
+def _relative(y: Tensor, want: Tensor) -> float:
+    """The distance of the two over the length of `want`."""
+    return float((y.double() - want.double()).norm() / want.double().norm().clamp(min=1e-30))
+
+
+def _seconds(calls: Sequence[Callable[[], Any]]) -> list[float]:
+    """What each call takes on a CPU, the faster of two, in turn. All have run before."""
+    spans: list[list[float]] = [[] for _ in calls]
+    for _ in range(2):
+        for call, own in zip(calls, spans, strict=True):
+            start = time.perf_counter()
+            call()
+            own.append(time.perf_counter() - start)
+    return [min(own) for own in spans]
 
 
 def _what(step: Step) -> str:

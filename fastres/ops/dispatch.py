@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from fastres.kernels.config import Found
     from fastres.kernels.problem import ConvProblem, Pass
 
-Engine = Literal["triton", "stem", "cudnn", "aten", "onednn"]
+Engine = Literal["triton", "stem", "cudnn", "onednn", "aten"]
 
 BACKENDS = {
     "auto": "the fastest implementation known for each call",
@@ -390,7 +390,7 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 def conv_engine(pass_: Pass, problem: ConvProblem, dtype: torch.dtype, device: torch.device) -> Engine:
     """What computes one convolution: "triton", "stem" (Triton too, over packed images of few channels), "cudnn" (ATen
-    on a CUDA device), "aten" (ATen elsewhere) or, for int8, "onednn"."""
+    on a CUDA device), "onednn" (with all that follows as one primitive: inference on a CPU) or "aten" (ATen there)."""
     return why_engine(pass_, problem, dtype, device)[0]
 
 
@@ -403,6 +403,9 @@ def why_engine(pass_: Pass, problem: ConvProblem, dtype: torch.dtype, device: to
     if dtype == torch.int8:
         reason = why_no_int8(device)
         return ("onednn", "8 bits") if reason is None else (library, reason)
+    if pass_ == "infer" and forced == "auto" and device.type == "cpu":
+        reason = why_no_onednn(dtype)
+        return ("onednn", "one primitive does all of it") if reason is None else ("aten", reason)
     reason = _kernel_less(device)
     if reason is None and dtype not in (*_DTYPES, torch.float8_e4m3fn):
         reason = f"there are no fused kernels for {dtype}"
@@ -459,6 +462,20 @@ def bn_backward_on_load(problem: ConvProblem) -> bool:
     costs more than the pass.
     """
     return problem.R == problem.S == 1
+
+
+def optimizes_by_onednn(dtype: torch.dtype, device: torch.device) -> bool:
+    """True where `optimize` runs a plan in `dtype` by oneDNN's fused operators."""
+    return _forced.get() == "auto" and device.type == "cpu" and why_no_onednn(dtype) is None
+
+
+def why_no_onednn_graph(dtype: torch.dtype) -> str | None:
+    """Why a plan that oneDNN's operators run is not compiled to a oneDNN graph, in words; None where it may be."""
+    if dtype not in (torch.float32, torch.bfloat16):
+        return f"oneDNN's graph compiler is not used for {dtype}"
+    mkldnn: Any = torch.backends.mkldnn
+    rounded = mkldnn.conv.fp32_precision
+    return None if rounded in ("none", "ieee") else f"it would not round float32 to {rounded}"
 
 
 def joins(problem: ConvProblem) -> bool:

@@ -1,0 +1,128 @@
+"""oneDNN on a CPU: a convolution with bias, addition and ReLU as one primitive, and a whole plan as one graph.
+
+The operators are those that PyTorch's Inductor calls. They are internal to PyTorch, so tests/test_onednn.py pins what
+is used of them. oneDNN's ReLU turns NaN into 0: give it finite inputs only.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastres.ops.steps import Geometry, nchw, nhwc
+
+HEAP_BLOCK = 2**25 - 2**16  # bytes: the largest that glibc still takes from its heap, less its own header
+
+
+class Packings:
+    """The weights of one net in the formats that oneDNN wants, one copy a format.
+
+    The format depends on the layer, the size of its input, the number of threads and whether there are several images.
+    """
+
+    def __init__(self) -> None:
+        self._by_call: dict[Any, Tensor] = {}
+        self._by_format: dict[Any, Tensor] = {}
+
+    def conv(self, name: str, w: Tensor, geometry: Geometry, x: Tensor) -> Tensor:
+        """The filters w [K, R, S, C/groups] of layer `name` for x [N, H, W, C], opaque."""
+        stride, pad, dilation, groups = _args(geometry)
+        shape = list(nchw(x).shape)
+        pack = torch.ops.mkldnn._reorder_convolution_weight
+        return self._packed((name, *shape[1:], len(x) > 1), lambda: pack(nchw(w), pad, stride, dilation, groups, shape))
+
+    def linear(self, name: str, w: Tensor, x: Tensor) -> Tensor:
+        """The weights w [classes, features] of layer `name` for x [N, features], opaque."""
+        return self._packed((name, len(x) > 1), lambda: torch.ops.mkldnn._reorder_linear_weight(w, len(x)))
+
+    def _packed(self, call: tuple[Any, ...], pack: Callable[[], Tensor]) -> Tensor:
+        key = (*call, torch.get_num_threads())
+        if key not in self._by_call:
+            packed = pack()
+            layout = bytes(torch.ops.mkldnn._get_mkldnn_serialized_md(packed).tolist())
+            self._by_call[key] = self._by_format.setdefault((call[0], layout), packed)
+        return self._by_call[key]
+
+
+def conv(
+    x: Tensor,
+    residual: Tensor | None = None,
+    *,
+    w: Tensor,
+    bias: Tensor | None,
+    geometry: Geometry,
+    relu: bool,
+    overwrite: bool = False,
+) -> Tensor:
+    """[relu](conv(x, w) + bias + residual), NHWC; w from `Packings.conv`. overwrite: the result may take the residual's
+    memory."""
+    stride, pad, dilation, groups = _args(geometry)
+    sizes = (pad, stride, dilation, groups)
+    unary = "relu" if relu else None
+    if residual is None:
+        y = torch.ops.mkldnn._convolution_pointwise.default(nchw(x), w, bias, *sizes, unary or "none", [], "")
+    elif overwrite:
+        y = torch.ops.mkldnn._convolution_pointwise_.binary(
+            nchw(residual), nchw(x), w, bias, *sizes, "add", 1.0, unary, [], ""
+        )
+    else:
+        y = torch.ops.mkldnn._convolution_pointwise.binary(
+            nchw(x), nchw(residual), w, bias, *sizes, "add", 1.0, unary, [], ""
+        )
+    return nhwc(y)
+
+
+def linear(x: Tensor, *, w: Tensor, bias: Tensor | None) -> Tensor:
+    """x w^T + bias [N, classes]; w from `Packings.linear`."""
+    return torch.ops.mkldnn._linear_pointwise.default(x, w, bias, "none", [], "")
+
+
+def _args(geometry: Geometry) -> tuple[list[int], list[int], list[int], int]:
+    stride, pad, dilation, groups = geometry
+    return [stride, stride], [pad, pad], [dilation, dilation], groups
+
+
+@cache
+def keep_heap() -> None:
+    """Have the C library keep the memory of tensors that die, for the next; once a process is enough.
+
+    glibc maps large blocks anew and unmaps them when they die, which costs a page fault for every 4 KiB written. What
+    counts as large rises to the largest mapped block that was freed, 32 MiB at most.
+    """
+    torch.empty(HEAP_BLOCK, dtype=torch.uint8)
+
+
+def graph(function: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[Tensor], Tensor]:
+    """`function`, PyTorch's operations on x [N, C, H, W], as TorchScript whose convolutions and what lies around them
+    are one oneDNN graph or a few. For inputs of x's shape and strides.
+
+    Values between its partitions keep oneDNN's own layouts, and each is compiled once: a call of a single primitive
+    looks it up. Raises RuntimeError where oneDNN took nothing of it.
+    """
+    before = torch.jit.onednn_fusion_enabled()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # TorchScript's, that shapes become constants: here they are
+        try:
+            torch.jit.enable_onednn_fusion(True)
+            traced = torch.jit.trace(function, (x,), check_trace=False)
+            for _ in range(2):  # the first call is profiled, the second compiles for the shape that was found
+                traced(x)
+        finally:
+            torch.jit.enable_onednn_fusion(before)
+    if "oneDNNFusionGroup" not in str(torch.jit.last_executed_optimized_graph()):
+        raise RuntimeError("TorchScript found nothing that oneDNN's graph compiler takes")
+    return traced
+
+
+def definition(x: Tensor, residual: Any, *, w: Tensor, bias: Tensor | None, geometry: Geometry, relu: bool) -> Tensor:
+    """What `conv` means, on x [N, C, H, W] and w [K, C/groups, R, S], in the operations that `graph` knows."""
+    y = F.conv2d(x, w, bias, *geometry)
+    if residual is not None:
+        y = y + residual
+    return F.relu(y) if relu else y
