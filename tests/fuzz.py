@@ -12,6 +12,7 @@ run PyTorch's own functions, so that what is compared is the rewriting.
 from __future__ import annotations
 
 import argparse
+import copy
 import itertools
 import logging
 import multiprocessing
@@ -24,6 +25,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +33,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import fastres
+from fastres import inference
 from fastres.ops.shortcut import PadShortcut
 
 TOLERANCE = 1e-8  # relative to the largest value; a fault of meaning is of order 1, rounding of order 1e-14
@@ -539,7 +542,24 @@ def optimized(model: nn.Module, x: Tensor) -> Verdict:
     except Exception as error:  # its own comparison's word among them: the plan is wrong all the same
         return Verdict([f"optimize: {said(error)}"])
     found = differences(Outcome({"output": got, "input": given}, set()), Outcome({"output": want, "input": x}, set()))
-    return Verdict([f"optimize: {line}" for line in found], Counter(optimized=1))
+    verdict = Verdict([f"optimize: {line}" for line in found], Counter(optimized=1))
+    verdict.faults += in_single_precision(model, x, want)
+    return verdict
+
+
+def in_single_precision(model: nn.Module, x: Tensor, want: Tensor) -> list[str]:
+    """`optimize(model, dtype=torch.float32)`, by oneDNN's primitives, image by image where that may be: as near to
+    `want`, which float64 gave, as eager PyTorch in float32 comes."""
+    eager = copy.deepcopy(model).float()
+    with torch.no_grad(), mock.patch.object(inference, "ALIVE", 1), mock.patch.object(inference, "_TRIED", 1):
+        theirs = eager(x.float())
+        try:
+            ours = fastres.optimize(eager)(x.float())
+        except Exception as error:
+            return [f"optimize in float32: {said(error)}"]
+    allowed = 8 * float((theirs - want).abs().max()) + 1e-6 * (1 + float(want.abs().max()))
+    error = float((ours - want).abs().max())
+    return [] if error <= allowed else [f"optimize in float32: off by {error:.2g}, {allowed:.2g} is allowed"]
 
 
 def command(seed: int) -> str:
