@@ -41,7 +41,7 @@ __all__ = ["Optimized", "optimize"]
 
 _MOST_COMPARED = 16  # images, where a net asks for its number of them
 MAX_SHAPES = 8  # bound plans kept per net, least recently used dropped first
-COMPILED_AFTER = 10  # calls of one shape on a CPU, then compiling it to a oneDNN graph is worth the time
+COMPILED_AFTER = 10  # calls of one shape on a CPU, then compiling it is worth the time
 ALIVE = 32 * 2**20  # bytes of values alive at once on a CPU: what a large cache holds, and glibc's heap keeps
 _TRIED = 4  # images of a new size, to see how many bytes they take
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -55,7 +55,7 @@ def optimize(
     *,
     dtype: torch.dtype | None = None,
     cuda_graph: bool = True,
-    onednn_graph: bool = True,
+    torchscript: bool = True,
     calibration: Iterable[Any] | None = None,
     percentile: float | None = None,
 ) -> Optimized:
@@ -70,9 +70,9 @@ def optimize(
     example: input whose shape is made ready now (engines chosen, kernels compiled, graph captured) and not at the first
     call, as by `ready`. dtype: bfloat16, float16, float32, float64 or, on GPUs of compute capability 8.9 and above,
     float8_e4m3fn, on CPUs with VNNI int8; by default that of the model's convolutions. cuda_graph: replay a CUDA graph
-    per input shape (the last 8 shapes are kept). onednn_graph: on a CPU, compile a shape that was called ten times to a
-    oneDNN graph, once, if that is faster. The answer's last bits may differ from then on, so it isn't done where
-    `torch.use_deterministic_algorithms` is on; there is none for int8.
+    per input shape (the last 8 shapes are kept). torchscript: on a CPU, have TorchScript compile a shape that was
+    called ten times, once, if that is faster: to a oneDNN graph, or in int8 to the same steps. The graph's last bits
+    may differ from those of the steps, so there is none where `torch.use_deterministic_algorithms` is on.
 
     calibration: for float8 and int8 only, batches (or (batch, ...) tuples) that represent the real input. The numbers
     met set the range of each activation; what lies beyond is clamped to it later. Weights have one scale per output
@@ -119,9 +119,8 @@ def optimize(
         dtype = wide.dtype
     # The net that was calibrated with has been compared; one of 8 bits is too coarse to be.
     original = None if calibration is not None else source
-    onednn_graph = onednn_graph and calibration is None
     steps, dtype = fuse_chains(steps, output), dtype or _dtype(model, steps)
-    net = Optimized(source, steps, output, dtype, cuda_graph, original, onednn_graph)
+    net = Optimized(source, steps, output, dtype, cuda_graph, original, torchscript)
     if example is not None:
         net.ready(example)
     return net
@@ -190,7 +189,7 @@ class Optimized(nn.Module):
         dtype: torch.dtype,
         cuda_graph: bool,
         original: nn.Module | None = None,
-        onednn_graph: bool = False,
+        torchscript: bool = False,
     ) -> None:
         """original: what the first call is compared with. It shares its modules with the net."""
         super().__init__()
@@ -200,7 +199,7 @@ class Optimized(nn.Module):
         self.requires_grad_(False)
         self.training = False
         self.dtype = dtype
-        self.cuda_graph, self.onednn_graph = cuda_graph, onednn_graph
+        self.cuda_graph, self.torchscript = cuda_graph, torchscript
         self._steps = list(steps)
         self._output = output
         self._title = type(source).__name__
@@ -215,7 +214,7 @@ class Optimized(nn.Module):
             return self._on_cuda(x) if x.is_cuda else self._on_cpu(x)
 
     def ready(self, example: Tensor) -> None:
-        """Make what calls with inputs like `example` need: engines, kernels, a CUDA graph or a oneDNN graph."""
+        """Make what calls with inputs like `example` need: engines, kernels, a CUDA graph, TorchScript."""
         self(example)
         if not example.is_cuda:
             with _plain_mode(example):
@@ -431,7 +430,7 @@ class Optimized(nn.Module):
         self._original = (None,)
 
     def _on_cpu(self, x: Tensor, compiles_after: int = COMPILED_AFTER) -> Tensor:
-        """compiles_after: so many calls of a shape before it is compiled to a oneDNN graph."""
+        """compiles_after: so many calls of a shape before TorchScript compiles it."""
         plain, fused = _is_plain(x), dispatch.optimizes_by_onednn(self.dtype, x.device)
         finite = not plain or bool(x.sum(dtype=torch.float32).isfinite())
         if not finite and self._eight_bits() == "int8":
@@ -442,7 +441,7 @@ class Optimized(nn.Module):
             with dispatch.backend("reference"):
                 return self._on_steps(x)
         onednn.keep_heap()
-        compiles = self.onednn_graph and not torch.are_deterministic_algorithms_enabled()
+        compiles = self.torchscript and not torch.are_deterministic_algorithms_enabled()
         answers = [self._on_steps(part, compiles_after if compiles else None) for part in self._slices(x)]
         return answers[0] if len(answers) == 1 else torch.cat(answers)
 

@@ -77,6 +77,8 @@ class Program:
         self.bound: list[Bound] = []
         self.graph: torch.cuda.CUDAGraph | None = None
         self.compiled: Callable[[Tensor], Tensor] | None = None
+        self.compiled_steps = 0  # so many of the first steps are in it
+        self.compiled_as = ""
         self.why_not_compiled: str | None = None
         self.calls = 0
 
@@ -98,18 +100,28 @@ class Program:
         """The answer to x [N, H, W, C]; where it is computed step by step `observe` is shown every value, which a later
         step may overwrite."""
         if self.compiled is not None and observe is None:
-            return self._answer(self.compiled(_canonical(nchw(x))))
-        values: dict[str, Any] = {INPUT: x}
+            at, value = self.compiled_steps, self.compiled(x)
+            return self._answer(self._run({self.bound[at - 1].writes[0]: value}, self.bound[at:], self.output))
         if observe is not None:
             observe(INPUT, x)
-        for bound in self.bound:
-            for name, value in zip(bound.writes, bound.call(*map(values.get, bound.reads)), strict=True):
+        return self._answer(self._run({INPUT: x}, self.bound, self.output, observe))
+
+    def _run(
+        self,
+        values: dict[str, Any],
+        bound: Sequence[Bound],
+        wanted: str,
+        observe: Callable[[str, Any], None] | None = None,
+    ) -> Any:
+        """The value `wanted`, from `values` by the steps `bound`."""
+        for each in bound:
+            for name, value in zip(each.writes, each.call(*map(values.get, each.reads)), strict=True):
                 values[name] = value
                 if observe is not None:
                     observe(name, value)
-            for name in bound.dies:
-                del values[name]
-        return self._answer(values[self.output])
+            for name in each.dies:
+                values.pop(name, None)
+        return values[wanted]
 
     def most_bytes(self) -> int:
         """What the values that are alive at once occupy at most, the input left out."""
@@ -129,29 +141,56 @@ class Program:
         return answer.clone() if self.borrows else answer
 
     def compile(self, x: Tensor) -> None:
-        """Have later calls of `run` replay a oneDNN graph, if it serves, answers to x [N, H, W, C] as the steps do and
-        is faster than they are."""
-        refusal = dispatch.why_no_onednn_graph(self.dtype)
-        if refusal is None and any(bound.engine not in ("onednn", "aten") for bound in self.bound):
+        """Have later calls of `run` go through TorchScript, if it serves, answers to x [N, H, W, C] as the steps do and
+        is faster than they are: as a oneDNN graph or, in int8, step after step."""
+        int8 = [bound.call for bound in self.bound if isinstance(bound.call, quantised.ByOneDNN)]
+        refusal = dispatch.why_not_scripted(torch.int8 if int8 else self.dtype)
+        if refusal is None and any(not bound.engine.startswith(("onednn", "aten")) for bound in self.bound):
             refusal = "other engines are in the plan"
+        if any(conv.copies for conv in int8):  # TorchScript isn't told that a copy will be written to
+            refusal = "a residual is read again"
+        if refusal is None:
+            want = self.run(x)
+            try:
+                self._script_steps(x, int8) if int8 else self._script_graph(x)
+                refusal = self._why_steps(x, want, 0.0 if int8 else _GRAPH_DIFFERENCE[self.dtype])
+            except (RuntimeError, ValueError) as error:
+                refusal = str(error).strip().splitlines()[0]
         if refusal is not None:
-            self.why_not_compiled = refusal
-            return
-        want, images = self.run(x), _canonical(nchw(x))
-        try:
-            graph = onednn.graph(self._definition, images)
-            difference = _relative(graph(images), want)
-        except (RuntimeError, ValueError) as error:
-            self.why_not_compiled = str(error).strip().splitlines()[0]
-            return
-        if not difference <= _GRAPH_DIFFERENCE[self.dtype]:
-            self.why_not_compiled = f"its answer is {difference:.1e} from that of the steps"
-            return
-        together, apart = _seconds([partial(graph, images), partial(self.run, x)])
-        if together > apart:
-            self.why_not_compiled = f"measured: {1e3 * together:.1f} ms, step by step {1e3 * apart:.1f} ms"
-        else:
-            self.compiled = graph
+            self.compiled, self.why_not_compiled = None, refusal
+
+    def _script_graph(self, x: Tensor) -> None:
+        graph = onednn.graph(self._definition, _canonical(nchw(x)))
+        self.compiled, self.compiled_steps = lambda x: graph(_canonical(nchw(x))), len(self.bound)
+        self.compiled_as = "as a oneDNN graph"
+
+    def _script_steps(self, x: Tensor, int8: Sequence[quantised.ByOneDNN]) -> None:
+        """All steps before the first of oneDNN's in floating point: the layout of its weights is not TorchScript's."""
+        steps = next((i for i, bound in enumerate(self.bound) if bound.engine == "onednn"), len(self.bound))
+        head, rest = self.bound[:steps], self.bound[steps:]
+        last = head[-1].writes[0]
+        if any(set(bound.reads) - {last} - {name for each in rest for name in each.writes} for bound in rest):
+            raise ValueError("more than one value goes from int8 to the rest")
+        packed = [conv.packed for conv in int8]
+        with quantised.ENGINE:
+            script = onednn.script(lambda x: self._run({INPUT: x}, head, last), x, packed)
+
+        def with_engine(x: Tensor) -> Tensor:
+            with quantised.ENGINE:
+                return script(x)
+
+        self.compiled, self.compiled_steps, self.compiled_as = with_engine, steps, "step after step"
+
+    def _why_steps(self, x: Tensor, want: Tensor, allowed: float) -> str | None:
+        """Why the steps are better than what was compiled, which then has to go; None where they aren't."""
+        difference = _relative(self.run(x), want)
+        if not difference <= allowed:
+            return f"its answer is {difference:.1e} from that of the steps"
+        apart = partial(self._run, bound=self.bound, wanted=self.output)
+        together, one_by_one = _seconds([lambda: self.run(x), lambda: apart({INPUT: x})])
+        if together <= one_by_one:
+            return None
+        return f"measured: {1e3 * together:.1f} ms, step by step {1e3 * one_by_one:.1f} ms"
 
     def _definition(self, x: Tensor) -> Tensor:
         """The plan in PyTorch's operations on NCHW tensors, its output as a step leaves it."""
@@ -198,8 +237,8 @@ class Program:
         if self.graph is not None:
             return "replayed as a CUDA graph"
         if self.compiled is not None:
-            return "as one oneDNN graph of what the steps mean"
-        why = f" (as a oneDNN graph: {self.why_not_compiled})" if self.why_not_compiled else ""
+            return f"by TorchScript, {self.compiled_as}"
+        why = f" (not by TorchScript: {self.why_not_compiled})" if self.why_not_compiled else ""
         return f"one step after the other{why}"
 
     def table(self) -> str:
@@ -357,7 +396,7 @@ class Program:
             if residual is None or residual.shape == (problem.N, problem.P, problem.Q, problem.K):
                 p, relu, keep = self.weights[step.out], step.relu, step.out not in self.overwritable
                 try:
-                    fused = quantised.by_onednn(p, geometry=step.geometry, relu=relu, grids=step.quantised, keep=keep)
+                    fused = quantised.ByOneDNN(p, geometry=step.geometry, relu=relu, grids=step.quantised, keep=keep)
                     return Bound(step, "onednn int8", why, fused), fused(*inputs)
                 except RuntimeError as error:
                     why = f"oneDNN: {str(error).splitlines()[0]}"

@@ -469,7 +469,7 @@ def test_input_is_not_changed() -> None:
 
 
 def test_threads() -> None:
-    net = optimize(tiny(), onednn_graph=False)
+    net = optimize(tiny(), torchscript=False)
     inputs = [images(1 + i % 3) for i in range(12)]
     expected = [optimize(tiny_like(net))(x) for x in inputs]
     results: list[list[Tensor | None]] = [[None] * len(inputs) for _ in range(4)]

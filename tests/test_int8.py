@@ -22,8 +22,8 @@ from test_inference import NETS, answers, images, lived_in, tiny
 from torch import Tensor, nn
 
 import fastres
-from fastres import optimize, paper
-from fastres.inference import Optimized
+from fastres import optimize, paper, program
+from fastres.inference import COMPILED_AFTER, Optimized
 from fastres.ops import dispatch, quantised
 from fastres.ops.folded import Folded
 from fastres.ops.quantised import Grid, Quantised, grid
@@ -43,6 +43,11 @@ def stored(*shape: int, on: Grid) -> Tensor:
 
 def int8(model: nn.Module, *batches: Tensor, **options: Any) -> Optimized:
     return optimize(model, dtype=torch.int8, calibration=batches or [images(4), images(4)], **options)
+
+
+def int8_like(net: Optimized) -> Optimized:
+    """Another of the same, which has met no input."""
+    return pickle.loads(pickle.dumps(net))
 
 
 # Grids and ranges.
@@ -182,11 +187,10 @@ def test_convolution_from_its_definition(kind: str, relu: bool, added: str, engi
     (k, r, s, c), geometry = KINDS[kind]["filter"], KINDS[kind].get("geometry", Geometry())
     x_on, residual_on = Grid(0.02, 120, U8), Grid(0.03, 30, U8) if added == "residual" else None
     x = stored(2, 9, 11, c * geometry.groups, on=x_on)
-    w = torch.randn(k, c, r, s).double() * torch.logspace(-2, 0, k).double().view(-1, 1, 1, 1)
+    w = torch.randn(k, c, r, s).double() * torch.logspace(0, -2, k).double().view(-1, 1, 1, 1)
     if k > 1:
-        w[0] = 0
-    bare = k == 1 or (kind == "1x1" and not relu)  # one channel's shift would put all of it beyond one end
-    p = quantised.pack(w, None if bare else torch.randn(k).double(), x_on)
+        w[-1] = 0
+    p = quantised.pack(w, None if kind == "1x1" and not relu else torch.randn(k).double(), x_on)
     assert p.w.dtype == torch.int8
     assert p.scale is not None
     step = p.scale.double().view(-1, 1, 1, 1) / x_on.scale
@@ -199,7 +203,7 @@ def test_convolution_from_its_definition(kind: str, relu: bool, added: str, engi
     grids = Quantised(x_on, residual_on, out)
     inputs = (x,) if residual is None else (x, residual)
     if engine == "onednn":
-        (got,) = quantised.by_onednn(p, geometry=geometry, relu=relu, grids=grids, keep=False)(*inputs)
+        (got,) = quantised.ByOneDNN(p, geometry=geometry, relu=relu, grids=grids, keep=False)(*inputs)
     else:
         wide: dict[str, Any] = {"dtype": torch.float32, "wide": torch.float64}
         got = quantised.by_simulation(*inputs, p=p, geometry=geometry, relu=relu, grids=grids, **wide)
@@ -207,6 +211,25 @@ def test_convolution_from_its_definition(kind: str, relu: bool, added: str, engi
     assert (got.q_scale(), got.q_zero_point()) == (out.scale, out.zero)
     assert {0, 255} <= set(got.int_repr().flatten().tolist())
     assert_rounded(got, y, out)
+
+
+@pytest.mark.parametrize("zero", [0, 1])
+@pytest.mark.parametrize("engine", ["simulation", pytest.param("onednn", marks=served)])
+def test_ties(engine: str, zero: int) -> None:
+    """x / 2 on a grid of whole numbers: to even after the zero point is added."""
+    on = Quantised(Grid(1.0, 0, U8), None, Grid(1.0, zero, U8))
+    w = torch.zeros(16, 16, 1, 1).double()
+    w[0, 0], w[0, 1] = 0.5, 63.5  # the second makes the scale 0.5
+    p = quantised.pack(w, None, on.x)
+    x = torch.zeros(12, 1, 1, 16)
+    x[:, 0, 0, 0] = torch.arange(12)
+    q = quantised.as_quint8(x, on.x)
+    if engine == "onednn":
+        (y,) = quantised.ByOneDNN(p, geometry=Geometry(), relu=False, grids=on, keep=False)(q)
+    else:
+        options: dict[str, Any] = {"dtype": torch.float32, "wide": torch.float64}
+        y = quantised.by_simulation(q, p=p, geometry=Geometry(), relu=False, grids=on, **options)
+    assert y.int_repr()[:, 0, 0, 0].tolist() == (torch.arange(12) / 2 + zero).round().tolist()
 
 
 @served
@@ -217,7 +240,7 @@ def test_the_residual_is_kept_where_it_is_wanted(keep: bool) -> None:
     p = quantised.pack(torch.randn(8, 16, 1, 1).double(), None, on.x)
     x, residual = stored(2, 4, 4, 16, on=on.x), stored(2, 4, 4, 8, on=Grid(0.02, 3, U8))
     before = residual.int_repr()
-    (y,) = quantised.by_onednn(p, geometry=Geometry(), relu=True, grids=on, keep=keep)(x, residual)
+    (y,) = quantised.ByOneDNN(p, geometry=Geometry(), relu=True, grids=on, keep=keep)(x, residual)
     assert (y.data_ptr() != residual.data_ptr()) == keep
     assert torch.equal(residual.int_repr(), before) == keep
 
@@ -231,7 +254,7 @@ def test_the_quantised_engine_stays_what_it_was() -> None:
         net = int8(tiny())
         net(images())
         assert torch.backends.quantized.engine == other
-        assert "aten    oneDNN" not in net.explain()
+        assert net.explain().count("onednn int8") == sum(isinstance(m, nn.Conv2d) for m in net.modules())
     finally:
         torch.backends.quantized.engine = before
 
@@ -354,7 +377,7 @@ def test_what_oneDNN_refuses_runs_in_float32_and_says_so(monkeypatch: pytest.Mon
 
     model, x = tiny(), images(4)
     want = int8(model, x)(x)
-    monkeypatch.setattr(quantised, "by_onednn", refuse)
+    monkeypatch.setattr(quantised.ByOneDNN, "__call__", refuse)
     net = int8(model, x)
     assert relative_error(net(x), want.double()) < 0.02
     assert "oneDNN: could not create a primitive; int8 simulated in float32" in net.explain()
@@ -378,21 +401,23 @@ def test_input_of_every_kind() -> None:
 
 
 @served
-def test_the_input_is_never_written_to() -> None:
+def test_a_convolution_that_adds_its_own_input() -> None:
+    """It may not write over what it still reads, and nobody writes into the caller's tensors."""
+
     class Adds(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.conv = nn.Conv2d(16, 16, 1)
+            self.conv = nn.Conv2d(64, 64, 3, padding=1)
 
         def forward(self, x: Tensor) -> Tensor:
             return F.relu(self.conv(x) + x)
 
-    x = torch.randn(2, 16, 5, 5).contiguous(memory_format=torch.channels_last)
+    x = torch.randn(2, 64, 9, 9).contiguous(memory_format=torch.channels_last)
     before, net = x.clone(), int8(Adds().eval(), x)
+    assert_each_step_from_its_definition(net, x)
     first = net(x)
-    assert torch.equal(net(x), first)
-    assert torch.equal(x, before)
     kept = first.clone()
+    assert torch.equal(x, before)
     first.zero_()  # the answer is the caller's own
     assert torch.equal(net(x), kept)
 
@@ -619,3 +644,36 @@ def test_an_image_that_is_not_finite_gets_nan(value: float) -> None:
             got = net(x)
         assert got[1].isnan().all()
         torch.testing.assert_close(got[[0, 2]], want[[0, 2]], rtol=0.05, atol=0.05)
+
+
+@served
+def test_a_shape_that_comes_back_goes_through_torchscript(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same steps, bit for bit; as PyTorch's engine for quantised tensors is whatever it was, before and after."""
+    monkeypatch.setattr(program, "_seconds", lambda calls: [1.0, 2.0])
+    before = torch.backends.quantized.engine
+    net = int8(tiny())
+    inputs = [images(2) for _ in range(COMPILED_AFTER + 3)]
+    want = [int8_like(net)(x) for x in inputs]
+    for x, y in zip(inputs, want, strict=True):
+        assert torch.equal(net(x), y)
+    assert "by TorchScript, step after step" in net.explain()
+    assert torch.backends.quantized.engine == before
+
+
+@served
+def test_a_residual_that_is_read_again_stays_out_of_torchscript() -> None:
+    """TorchScript isn't told that the operator writes over its residual, so it might share the copies of one."""
+
+    class Again(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = (nn.Conv2d(3, 8, 3, padding=1) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            a = torch.relu(self.a(x))
+            return torch.relu(self.b(x) + a) + torch.relu(self.c(x) + a)
+
+    model, x = Again().eval(), images(2)
+    net = int8(model, x, example=x)
+    assert "not by TorchScript: a residual is read again" in net.explain()
+    assert relative_error(net(x), model(x).double()) < 0.03

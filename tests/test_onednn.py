@@ -114,7 +114,7 @@ def test_a_new_number_of_images_packs_nothing(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_dispatch_decides() -> None:
-    net = optimize(tiny(), onednn_graph=False)
+    net = optimize(tiny(), torchscript=False)
     net(photographs())
     assert engines(net) == {"onednn"}
     with fastres.backend("reference"):
@@ -212,7 +212,7 @@ def test_only_what_nobody_reads_later_is_overwritten(again: str) -> None:
     steps, output = trace(copy.deepcopy(model))
     steps = fuse(steps, output)
     x = photographs()
-    net = optimize(model, onednn_graph=False)
+    net = optimize(model, torchscript=False)
     given = x.clone()
     with torch.no_grad():
         torch.testing.assert_close(net(given), model(x), rtol=1e-5, atol=1e-5)
@@ -228,7 +228,7 @@ def test_only_what_nobody_reads_later_is_overwritten(again: str) -> None:
 def test_a_batch_is_cut(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Into slices of at most two images here; each image gets the scores that it gets alone."""
     model, x = tiny(), photographs(n)
-    net = optimize(model, onednn_graph=False)
+    net = optimize(model, torchscript=False)
     net(x[:2])
     monkeypatch.setattr(inference, "ALIVE", 2 * net._image_bytes[(3, 16, 16)])
     for _ in range(2):
@@ -238,7 +238,7 @@ def test_a_batch_is_cut(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_new_size_tries_a_few_images_first() -> None:
-    net = optimize(tiny(), onednn_graph=False)
+    net = optimize(tiny(), torchscript=False)
     net(photographs(300, 64))
     cut = [key[0][0] for key in net._programs]
     assert cut[0] == inference._TRIED
@@ -286,7 +286,7 @@ def test_nets_of_this_field_may_be_cut() -> None:
 STEADY = """
 import resource, sys, torch, fastres
 torch.set_num_threads(1)
-net = fastres.optimize(fastres.resnet18().eval(), onednn_graph=len(sys.argv) > 1)
+net = fastres.optimize(fastres.resnet18().eval(), torchscript=len(sys.argv) > 1)
 for n in (1, 4, 24):
     x = torch.rand(n, 3, 128, 128)
     net.ready(x)
@@ -329,14 +329,14 @@ def test_a_shape_that_comes_back_is_compiled(dtype: torch.dtype, graph_wins: Non
         y = net(x)
         assert y.dtype == dtype
         assert_close_to_reference(y, want, theirs)
-        assert ("oneDNN graph" in net.explain().splitlines()[0]) == (call >= inference.COMPILED_AFTER)
+        assert ("by TorchScript" in net.explain().splitlines()[0]) == (call >= inference.COMPILED_AFTER)
     with torch.no_grad():
         assert_close_to_reference(net(x[:1]), want[:1], model(x[:1]))
 
 
 def test_an_example_compiles_at_once(graph_wins: None) -> None:
     net = optimize(tiny(), photographs())
-    assert "as one oneDNN graph" in net.explain()
+    assert "by TorchScript, as a oneDNN graph" in net.explain()
 
 
 def test_layouts_of_the_input_make_no_difference(graph_wins: None) -> None:
@@ -354,7 +354,7 @@ def test_layouts_of_the_input_make_no_difference(graph_wins: None) -> None:
 
 def test_where_it_is_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     x = photographs()
-    net = optimize(tiny(), x, onednn_graph=False)
+    net = optimize(tiny(), x, torchscript=False)
     assert "one step after the other" in net.explain()
     torch.use_deterministic_algorithms(True)
     try:
@@ -362,7 +362,7 @@ def test_where_it_is_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     finally:
         torch.use_deterministic_algorithms(False)
     monkeypatch.setattr(program, "_seconds", lambda calls: [0.002, 0.001])
-    assert "(as a oneDNN graph: measured: 2.0 ms, step by step 1.0 ms)" in optimize(tiny(), x).explain()
+    assert "(not by TorchScript: measured: 2.0 ms, step by step 1.0 ms)" in optimize(tiny(), x).explain()
 
 
 def test_a_graph_with_another_answer_is_not_taken(monkeypatch: pytest.MonkeyPatch, graph_wins: None) -> None:
@@ -380,7 +380,7 @@ def test_what_the_graph_compiler_refuses_stays_steps(monkeypatch: pytest.MonkeyP
         raise RuntimeError("it has gone")
 
     monkeypatch.setattr(torch.jit, "trace", refuse)
-    assert "(as a oneDNN graph: it has gone)" in optimize(tiny(), photographs()).explain()
+    assert "(not by TorchScript: it has gone)" in optimize(tiny(), photographs()).explain()
     assert not torch.jit.onednn_fusion_enabled()
 
 
@@ -399,7 +399,7 @@ def test_loaded_weights_reach_the_graph(graph_wins: None) -> None:
     net = optimize(model, x)
     net.load_state_dict(other.state_dict())
     net.ready(x)
-    assert "as one oneDNN graph" in net.explain()
+    assert "by TorchScript, as a oneDNN graph" in net.explain()
     with torch.no_grad():
         torch.testing.assert_close(net(x), other(x), rtol=1e-4, atol=1e-5)
 
@@ -419,7 +419,7 @@ def test_a_returned_tensor_is_the_callers_own(graph_wins: None) -> None:
 def test_threads_call_one_net_at_once(graph: bool, graph_wins: None) -> None:
     model = tiny()
     inputs = [photographs(1 + i % 3) for i in range(9)]
-    net = optimize(model, onednn_graph=graph)
+    net = optimize(model, torchscript=graph)
     for x in inputs[:3]:
         net.ready(x)
     with torch.no_grad():

@@ -469,10 +469,10 @@ def optimizes_by_onednn(dtype: torch.dtype, device: torch.device) -> bool:
     return _forced.get() == "auto" and device.type == "cpu" and why_no_onednn(dtype) is None
 
 
-def why_no_onednn_graph(dtype: torch.dtype) -> str | None:
-    """Why a plan that oneDNN's operators run is not compiled to a oneDNN graph, in words; None where it may be."""
-    if dtype not in (torch.float32, torch.bfloat16):
-        return f"oneDNN's graph compiler is not used for {dtype}"
+def why_not_scripted(dtype: torch.dtype) -> str | None:
+    """Why a plan that oneDNN's operators run on a CPU does not go through TorchScript, in words; None where it may."""
+    if dtype not in (torch.float32, torch.bfloat16, torch.int8):
+        return f"it is not used for {dtype}"
     mkldnn: Any = torch.backends.mkldnn
     rounded = mkldnn.conv.fp32_precision
     return None if rounded in ("none", "ieee") else f"it would not round float32 to {rounded}"

@@ -7,13 +7,13 @@ is used of them. oneDNN's ReLU turns NaN into 0: give it finite inputs only.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastres.ops.steps import Geometry, nchw, nhwc
 
@@ -106,17 +106,34 @@ def graph(function: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[Tensor],
     looks it up. Raises RuntimeError where oneDNN took nothing of it.
     """
     before = torch.jit.onednn_fusion_enabled()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # TorchScript's, that shapes become constants: here they are
-        try:
-            torch.jit.enable_onednn_fusion(True)
-            traced = torch.jit.trace(function, (x,), check_trace=False)
-            for _ in range(2):  # the first call is profiled, the second compiles for the shape that was found
-                traced(x)
-        finally:
-            torch.jit.enable_onednn_fusion(before)
+    try:
+        torch.jit.enable_onednn_fusion(True)
+        traced = script(function, x)
+    finally:
+        torch.jit.enable_onednn_fusion(before)
     if "oneDNNFusionGroup" not in str(torch.jit.last_executed_optimized_graph()):
         raise RuntimeError("TorchScript found nothing that oneDNN's graph compiler takes")
+    return traced
+
+
+def script(function: Callable[[Tensor], Tensor], x: Tensor, held: Sequence[Any] = ()) -> Callable[[Tensor], Tensor]:
+    """`function`, PyTorch's operations on x, as TorchScript, which calls them without Python. held: the packed weights
+    that they are given; it takes no tensor in a layout of oneDNN's own."""
+
+    class Net(nn.Module):  # a function may not refer to packed weights, a module may own them
+        def __init__(self) -> None:
+            super().__init__()
+            for i, each in enumerate(held):
+                setattr(self, f"held{i}", each)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return function(x)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that shapes become constants: here they are
+        traced = torch.jit.trace(Net().eval(), (x,), check_trace=False)
+        for _ in range(2):  # the first call is profiled, the second compiles for the shape that was found
+            traced(x)
     return traced
 
 

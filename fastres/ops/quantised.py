@@ -119,10 +119,8 @@ def as_quint8(q: Tensor, grid: Grid) -> Tensor:
     return torch._make_per_tensor_quantized_tensor(q.to(torch.uint8), grid.scale, grid.zero)
 
 
-def by_onednn(
-    p: Folded, *, geometry: Geometry, relu: bool, grids: Quantised, keep: bool
-) -> Callable[..., tuple[Tensor]]:
-    """What computes [relu](scale conv(x, w) + shift + residual) as one primitive of oneDNN, for one input shape.
+class ByOneDNN:
+    """Computes [relu](scale conv(x, w) + shift + residual) as one primitive of oneDNN, for one input shape.
 
     It may run in several threads at once. The operator writes the sum over the residual, which is copied first where
     `keep`. Raises RuntimeError, here or when it is called, where oneDNN doesn't serve it.
@@ -130,26 +128,28 @@ def by_onednn(
     The packed weights are of this convolution alone: they keep the primitive of their first call, which a call with
     another shape would not use, and another operator would take for its own.
     """
-    assert p.scale is not None
-    assert grids.out is not None
-    stride, pad, dilation, groups = geometry
-    scale = p.scale.double() / grids.x.scale
-    w = torch._make_per_channel_quantized_tensor(nchw(p.w), scale, torch.zeros(len(scale), dtype=torch.int64), 0)
-    ops: Any = torch.ops.quantized
-    with _by_onednn:
-        packed = ops.conv2d_prepack(w, p.shift, [stride, stride], [pad, pad], [dilation, dilation], groups)
-    scale_out, zero_out = grids.out.scale, grids.out.zero
-    if grids.residual is None:
-        alone = (ops.conv2d_relu if relu else ops.conv2d).new
-        return lambda x: (nhwc(alone(nchw(x), packed, scale_out, zero_out)),)
-    added = (ops.conv2d_add_relu if relu else ops.conv2d_add).default
 
-    def call(x: Tensor, residual: Tensor) -> tuple[Tensor]:
-        total = nchw(residual.clone() if keep else residual)
-        with _by_onednn:  # which these two operators ask for when they are called, too
-            return (nhwc(added(nchw(x), total, packed, scale_out, zero_out)),)
+    def __init__(self, p: Folded, *, geometry: Geometry, relu: bool, grids: Quantised, keep: bool) -> None:
+        assert p.scale is not None
+        assert grids.out is not None
+        stride, pad, dilation, groups = geometry
+        scale = p.scale.double() / grids.x.scale
+        w = torch._make_per_channel_quantized_tensor(nchw(p.w), scale, torch.zeros(len(scale), dtype=torch.int64), 0)
+        ops: Any = torch.ops.quantized
+        with ENGINE:
+            sizes = [stride, stride], [pad, pad], [dilation, dilation], groups
+            self.packed = ops.conv2d_prepack(w, p.shift, *sizes)
+        self.out = grids.out.scale, grids.out.zero
+        self.copies = keep and grids.residual is not None
+        self.alone = (ops.conv2d_relu if relu else ops.conv2d).new
+        self.added = (ops.conv2d_add_relu if relu else ops.conv2d_add).default
 
-    return call
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor]:
+        if residual is None:
+            return (nhwc(self.alone(nchw(x), self.packed, *self.out)),)
+        total = nchw(residual.clone() if self.copies else residual)
+        with ENGINE:  # which these two operators ask for when they are called, too
+            return (nhwc(self.added(nchw(x), total, self.packed, *self.out)),)
 
 
 class _Engine:
@@ -175,7 +175,7 @@ class _Engine:
                 torch.backends.quantized.engine = self._before
 
 
-_by_onednn = _Engine()
+ENGINE = _Engine()
 
 
 def by_pool(pool: Callable[..., tuple[Tensor]], x: Tensor) -> tuple[Tensor]:
@@ -190,7 +190,7 @@ def saturates() -> bool:
     without VNNI does."""
     p = Folded(torch.full((16, 1, 1, 64), 127, dtype=torch.int8), None, None, torch.ones(16))
     whole, out = Grid(1.0, 0, torch.quint8), Grid(127.0 * 64, 0, torch.quint8)
-    call = by_onednn(p, geometry=Geometry(), relu=False, grids=Quantised(whole, None, out), keep=False)
+    call = ByOneDNN(p, geometry=Geometry(), relu=False, grids=Quantised(whole, None, out), keep=False)
     (y,) = call(as_quint8(torch.full((1, 4, 4, 64), 255), whole))
     return bool((y.int_repr() != 255).any())
 
