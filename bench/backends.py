@@ -8,12 +8,13 @@ import importlib.util
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
-from functools import cache
+from dataclasses import dataclass, field, replace
+from functools import cache, partial
 from typing import Any
 from unittest import mock
 
 import plain
+import runtimes
 import torch
 import torch._dynamo.config
 import torch._inductor.config
@@ -28,6 +29,16 @@ from fastres.ops import dispatch
 
 DEPTHS = (18, 34, 50, 101, 152)
 MODES = ("infer", "train")
+FLOAT8 = torch.float8_e4m3fn
+QUANTISED = (torch.int8, FLOAT8)
+NAMES = {
+    torch.float64: "fp64",
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    FLOAT8: "fp8",
+    torch.int8: "int8",
+}
 
 
 @dataclass(frozen=True)
@@ -50,11 +61,14 @@ class Backend:
     net: name -> a module with the state_dict keys of `plain.net(name)`.
     compile: keyword arguments of `torch.compile`; None runs the module as it is.
     freeze: what turns the prepared net and the case's batches into what is called; the backend doesn't train.
-    float8: its convolutions round to e4m3, so that the case's dtype is no measure of its error.
+    dtype: what it computes in, whatever the case's dtype is; it doesn't train. Net and images come in it, but for int8
+    and float8, which quantise those of the case.
     graph: a whole training step, optimizer included, in one CUDA graph; the backend doesn't infer.
     ours: fastres, compared with the best peer; the others are the peers.
+    use: what a user of fastres writes to get it, in words or code.
     needs: device type this backend is confined to.
-    package: what must be installed besides fastres' own dependencies; it knows torchvision's nets only.
+    packages: what must be installed besides fastres' own dependencies.
+    only_torchvision: it has torchvision's nets and no others.
     """
 
     net: Callable[[str], nn.Module]
@@ -62,12 +76,14 @@ class Backend:
     compile: dict[str, Any] | None = None
     inductor: dict[str, Any] = field(default_factory=dict)
     freeze: Callable[[nn.Module, Sequence[torch.Tensor]], Callable] | None = None
-    float8: bool = False
+    dtype: torch.dtype | None = None
     graph: bool = False
     channels_last: bool = True
     ours: bool = False
+    use: str = ""
     needs: str | None = None
-    package: str | None = None
+    packages: tuple[str, ...] = ()
+    only_torchvision: bool = False
 
     def why_not(self, case: Case) -> str | None:
         """The reason, in words, why this backend can't run `case` here; None where it can."""
@@ -75,23 +91,43 @@ class Backend:
 
     def why_never(self, net: str, mode: str) -> str | None:
         """The reason, in words, why no machine lets this backend run `net` in `mode`; None where one may."""
-        if self.freeze and mode == "train":
+        if (self.freeze or self.dtype) and mode == "train":
             return "it only infers"
         if self.graph and mode == "infer":
             return "it only trains"
-        if self.package and net not in families.BUILDERS:
-            return f"{self.package} has no {net}"
+        if self.only_torchvision and net not in families.BUILDERS:
+            return f"{', '.join(self.packages)} has no {net}"
         return None
 
     def why_not_here(self, device: torch.device) -> str | None:
         """The reason, in words, why this backend can't run anything on `device` here; None where it can."""
         if self.needs and device.type != self.needs:
             return f"it needs a {self.needs} device"
-        if self.float8 and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+        if self.dtype == FLOAT8 and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
             return "float8 needs compute capability 8.9"
-        if self.package and importlib.util.find_spec(self.package) is None:
-            return f"{self.package} is not installed: pip install {self.package}"
+        if self.dtype == torch.int8 and not torch.cpu._is_vnni_supported():
+            return "this CPU has no VNNI, which int8 needs"
+        if self.dtype == torch.bfloat16 and not (
+            torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        ):
+            return "this CPU has neither AVX512-BF16 nor AMX, which bf16 needs to be any use"
+        for package in self.packages:
+            if importlib.util.find_spec(package) is None:
+                return f"{package} is not installed: pip install {package}"
         return None
+
+    @property
+    def quantises(self) -> bool:
+        """Whether it rounds to so few bits that a float dtype is no measure of its error."""
+        return self.dtype in QUANTISED
+
+    def own(self, case: Case) -> Case:
+        """The case in the dtype that net and images come in."""
+        return case if self.dtype is None or self.quantises else replace(case, dtype=self.dtype)
+
+    def arithmetic(self, case: Case) -> str:
+        """The dtype that it computes `case` in, as a record names it."""
+        return NAMES[self.dtype or case.dtype]
 
     @property
     def memory_format(self) -> torch.memory_format:
@@ -155,11 +191,11 @@ def overlapping(name: str) -> nn.Module:
 
 
 def optimize(model: nn.Module, inputs: Sequence[torch.Tensor]) -> Callable:
-    return fastres.optimize(model)
+    return fastres.optimize(model, inputs[0])  # what a shape's first calls prepare is ready before any is timed
 
 
-def optimize_float8(model: nn.Module, inputs: Sequence[torch.Tensor]) -> Callable:
-    return fastres.optimize(model, dtype=torch.float8_e4m3fn, calibration=inputs)
+def optimize_quantised(dtype: torch.dtype, model: nn.Module, inputs: Sequence[torch.Tensor]) -> Callable:
+    return fastres.optimize(model, inputs[0], dtype=dtype, calibration=inputs)
 
 
 def inductor(mode: str = "default", **kwargs: Any) -> Backend:
@@ -172,6 +208,8 @@ def inductor(mode: str = "default", **kwargs: Any) -> Backend:
     )
 
 
+ONNX = ("onnx", "onnxscript", "onnxruntime")
+
 BACKENDS = {
     "eager": Backend(
         plain.net,
@@ -179,6 +217,9 @@ BACKENDS = {
         channels_last=False,
     ),
     "eager-channels-last": Backend(plain.net, "plain PyTorch in channels_last"),
+    "eager-channels-last-bf16": Backend(
+        plain.net, "the same, net and images in bf16; inference only", dtype=torch.bfloat16, needs="cpu"
+    ),
     "eager-graph": Backend(
         plain.net, "the same, a whole training step in a CUDA graph; training only", graph=True, needs="cuda"
     ),
@@ -190,20 +231,54 @@ BACKENDS = {
     "reduce-overhead": inductor("reduce-overhead", needs="cuda"),
     "max-autotune": inductor("max-autotune"),
     "max-autotune-no-cudagraphs": inductor("max-autotune-no-cudagraphs"),
-    "timm": Backend(timm_net, "timm's resnet in channels_last", package="timm"),
+    "onnxruntime": Backend(
+        plain.net,
+        "ONNX Runtime in fp32; inference only",
+        freeze=runtimes.onnxruntime,
+        dtype=torch.float32,
+        channels_last=False,
+        needs="cpu",
+        packages=ONNX,
+    ),
+    "onnxruntime-int8": Backend(
+        plain.net,
+        "ONNX Runtime in int8, quantised statically by the batches it is timed with; inference only",
+        freeze=runtimes.onnxruntime_int8,
+        dtype=torch.int8,
+        channels_last=False,
+        needs="cpu",
+        packages=ONNX,
+    ),
+    "openvino": Backend(
+        plain.net,
+        "OpenVINO in fp32; inference only",
+        freeze=runtimes.openvino,
+        dtype=torch.float32,
+        channels_last=False,
+        needs="cpu",
+        packages=("openvino", "onnxscript"),
+    ),
+    "timm": Backend(timm_net, "timm's resnet in channels_last", packages=("timm",), only_torchvision=True),
     "timm-inductor": Backend(
         timm_net,
         "timm's resnet under torch.compile, weights frozen in inference",
         compile={"backend": "inductor"},
         inductor={"freezing": True},
-        package="timm",
+        packages=("timm",),
+        only_torchvision=True,
     ),
-    "fastres": Backend(families.named, "fastres in channels_last, no compiler", ours=True),
+    "fastres": Backend(
+        families.named,
+        "fastres in channels_last, no compiler",
+        ours=True,
+        use="fastres' net in channels_last",
+    ),
     "fastres-graph": Backend(
         families.named,
         "the same, a whole training step in a CUDA graph; training only",
         graph=True,
         ours=True,
+        use="fastres.graphed(step, model, optimizer)",
         needs="cuda",
     ),
     "fastres-graph-overlap": Backend(
@@ -211,6 +286,7 @@ BACKENDS = {
         "the same, weight gradients on a second stream; training only",
         graph=True,
         ours=True,
+        use="fastres.graphed(step, model, optimizer) with weight gradients on a second stream",
         needs="cuda",
     ),
     "fastres-inductor": Backend(
@@ -219,6 +295,7 @@ BACKENDS = {
         compile={"backend": "inductor"},
         inductor={"freezing": True},
         ours=True,
+        use="torch.compile of fastres' net",
     ),
     "fastres-compile": Backend(
         plain.net,
@@ -226,19 +303,40 @@ BACKENDS = {
         compile={"backend": "fastres"},
         inductor={"freezing": True},
         ours=True,
+        use='torch.compile(model, backend="fastres")',
     ),
     "fastres-optimize": Backend(
         families.named,
         "fastres.optimize: a static plan of folded convolutions, in a CUDA graph on a GPU; inference only",
         freeze=optimize,
         ours=True,
+        use="fastres.optimize(model)",
+    ),
+    "fastres-optimize-bf16": Backend(
+        families.named,
+        "the same, net and images in bf16; inference only",
+        freeze=optimize,
+        dtype=torch.bfloat16,
+        ours=True,
+        use="fastres.optimize(model, dtype=torch.bfloat16)",
+        needs="cpu",
+    ),
+    "fastres-optimize-int8": Backend(
+        families.named,
+        "the same in int8, calibrated on the batches it is timed with; inference only",
+        freeze=partial(optimize_quantised, torch.int8),
+        dtype=torch.int8,
+        ours=True,
+        use="fastres.optimize(model, dtype=torch.int8, calibration=batches)",
+        needs="cpu",
     ),
     "fastres-optimize-fp8": Backend(
         families.named,
         "the same in float8, calibrated on the batches it is timed with; inference only",
-        freeze=optimize_float8,
-        float8=True,
+        freeze=partial(optimize_quantised, FLOAT8),
+        dtype=FLOAT8,
         ours=True,
+        use="fastres.optimize(model, dtype=torch.float8_e4m3fn, calibration=batches)",
         needs="cuda",
     ),
 }
@@ -248,20 +346,24 @@ def by_default(device: torch.device, net: str, mode: str) -> list[str]:
     """The backends that make sense on this device when none is named.
 
     On a GPU ResNet-50 meets every peer and the other nets the strongest ones; "fastres-graph-overlap" is an experiment
-    that somebody has to name. On a CPU compilation takes longer than
-    everything else together: one compiled row stands for all.
+    that somebody has to name. On a CPU nobody has to wait for timm, which runs what eager PyTorch does, or for a second
+    compiled row; nets other than ResNet-50 do without any.
     """
     if device.type == "cuda":
         every_net = ("eager-channels-last", "eager-graph", "inductor", "max-autotune")
         chosen = [name for name, b in BACKENDS.items() if net == "resnet50" or b.ours or name in every_net]
         chosen.remove("fastres-graph-overlap")
     else:
-        chosen = ["eager-channels-last", "fastres"]
-        if net == "resnet50":
-            chosen += ["eager", "timm"]
-            if mode == "infer":
-                chosen.append("inductor")
-    return [name for name, backend in BACKENDS.items() if name in chosen and not backend.why_never(net, mode)]
+        chosen = ["eager-channels-last", "fastres", "onnxruntime", "onnxruntime-int8"]
+        chosen += ["fastres-optimize", "fastres-optimize-bf16", "fastres-optimize-int8"]
+        if net == "resnet50" and mode == "infer":
+            chosen += ["eager", "eager-channels-last-bf16", "inductor"]
+            chosen += ["openvino"] if importlib.util.find_spec("openvino") else []
+    return [
+        name
+        for name, backend in BACKENDS.items()
+        if name in chosen and not backend.why_never(net, mode) and backend.needs in (None, device.type)
+    ]
 
 
 def shared_weights(net: str, calibration: list[torch.Tensor], seed: int) -> dict[str, torch.Tensor]:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import backends
+import photos
 import torch
 import torch.nn.functional as F
 from backends import Backend, Case
@@ -33,6 +34,7 @@ os.environ.setdefault("TEARDOWN_CUPTI", "1")
 
 INPUTS = 4  # batches to rotate among: more than a GPU's L2 holds, at any useful batch
 CHECKED = 4  # images whose scores are compared in inference
+JUDGED = 64  # images, or a batch if that is more, whose classes are compared where a row's dtype isn't the case's
 WINDOWS = 7
 NOISY = 0.1  # the largest `quartile_spread` of the windows of a row that is ranked; a quiet machine has a tenth of it
 LOAD = 0.3  # seconds of a row's own work before each of its windows, on a GPU
@@ -74,7 +76,8 @@ class Data:
     """What all backends of one case share, in fp32 on the CPU: weights, input batches, labels; and what is right.
 
     reference: fp64 scores [CHECKED, classes] in inference; in training the gradient of every parameter, by name, of a
-    first step on the first batch. baseline: eager PyTorch's own errors in the case's dtype.
+    first step on the first batch. baseline: eager PyTorch's own errors in the case's dtype. judged: in inference,
+    batches that no row is calibrated with; classes: those that eager PyTorch gives their images, in the case's dtype.
     """
 
     weights: dict[str, Tensor]
@@ -83,6 +86,8 @@ class Data:
     reference: Any = None
     reference_dtype: str = "float64"
     baseline: dict[str, float] = field(default_factory=dict)
+    judged: list[Tensor] = field(default_factory=list)
+    classes: Tensor | None = None
 
 
 def prepare(case: Case, weights: dict[str, Tensor], inputs: list[Tensor], seed: int) -> Data:
@@ -92,16 +97,27 @@ def prepare(case: Case, weights: dict[str, Tensor], inputs: list[Tensor], seed: 
     labels = [torch.randint(classes, (case.batch,), generator=generator) for _ in inputs]
     data = Data(weights, inputs, labels)
     eager = backends.BACKENDS["eager"]
-    if case.mode == "infer":  # images don't depend on each other: a few stand for the batch
-        few = replace(data, inputs=[inputs[0][:CHECKED]])
+    if case.mode == "infer":
         exact = replace(case, dtype=torch.float64, device=torch.device("cpu"))
-        data.reference = few.reference = Infer(eager, exact, few)(0)
-        data.baseline = Infer(eager, case, few).errors()
+        data.reference = Infer(eager, exact, _few(data))(0)
+        data.baseline = errors_of_eager(case, data)
+        data.judged = photos.batches(math.ceil(JUDGED / case.batch), case.batch, case.size, seed + 2)
+        data.classes = Infer(backends.BACKENDS["eager-channels-last"], case, data).classes()
     else:
         data.reference, data.reference_dtype = _reference_gradients(eager, case, data)
         data.baseline = Train(eager, case, data).errors()
     release(case.device)
     return data
+
+
+def _few(data: Data) -> Data:
+    """Images don't depend on each other in inference: a few stand for the batch."""
+    return replace(data, inputs=[data.inputs[0][:CHECKED]])
+
+
+def errors_of_eager(case: Case, data: Data) -> dict[str, float]:
+    """Of inference in the case's dtype."""
+    return Infer(backends.BACKENDS["eager"], case, _few(data)).errors()
 
 
 def _reference_gradients(eager: Backend, case: Case, data: Data) -> tuple[dict[str, Tensor], str]:
@@ -125,6 +141,7 @@ class Infer:
     def __init__(self, backend: Backend, case: Case, data: Data) -> None:
         self.data = data
         self.case = case
+        self.backend = backend
         self.inputs = _on_device(data.inputs, case, backend)
         self.model, self.call = backend.prepare(data.weights, case, self.inputs)
 
@@ -148,10 +165,15 @@ class Infer:
     def _error(self, scores: Tensor) -> dict[str, float]:
         return {"error": relative_l2(scores.cpu(), self.data.reference)}
 
+    def classes(self) -> Tensor:
+        """Of the judged images."""
+        batches = _on_device(self.data.judged, self.case, self.backend)
+        with torch.inference_mode():
+            return torch.cat([self.call(x).argmax(1).cpu() for x in batches])
+
     def agreement(self) -> float:
-        """The share of the input images to which an optimized net gives eager PyTorch's class."""
-        eager, _ = backends.BACKENDS["eager-channels-last"].prepare(self.data.weights, self.case, self.inputs)
-        return self.call.agreement(eager, self.inputs)  # type: ignore[attr-defined]
+        """The share of the judged images that get eager PyTorch's class."""
+        return (self.classes() == self.data.classes).double().mean().item()
 
 
 class Train:
@@ -235,6 +257,7 @@ class Row:
     def __init__(self, backend: Backend, case: Case, seconds: float) -> None:
         """seconds: the timed time, for all windows together."""
         self.backend, self.case, self.seconds = backend, case, seconds
+        self.own = backend.own(case)
         self.life = ExitStack()
         self.recompiles = 0
         self.single: list[float] = []
@@ -254,7 +277,7 @@ class Row:
         torch.backends.cudnn.benchmark = True
         self.life.enter_context(self.backend.isolated(device))
         breaks, graphs, start = _graph_breaks(), _graphs(), time.perf_counter()
-        self.step = STEPS[self.case.mode](self.backend, self.case, self.data)
+        self.step = STEPS[self.case.mode](self.backend, self.own, self.data)
         with backends.watched_paths() as answers:
             self.step(0)
             synchronize(device)
@@ -280,13 +303,16 @@ class Row:
 
     def window(self) -> float:
         """Seconds per call in one timed window. On a GPU the row first runs untimed for `LOAD` seconds, to reach its
-        own clocks and temperature, then times three single calls."""
+        own clocks and temperature, then times three single calls. On a CPU it makes one call untimed: threads of the
+        row before may still spin, and caches are full of its data."""
         device = self.case.device
         with self._counting_recompiles():
             if device.type == "cuda":
                 for i in range(math.ceil(LOAD / min(self.single))):
                     self.step(i)
                 self.single += [_seconds(self.step, range(i, i + 1), device) for i in range(3)]
+            else:
+                self.step(0)
             return _seconds(self.step, range(self.calls), device) / self.calls
 
     def finish(self) -> dict[str, Any]:
@@ -322,18 +348,26 @@ class Row:
 
     def _verdict(self, finite: bool) -> dict[str, Any]:
         """The errors, what is allowed, and whether they are."""
-        errors, baseline = self.step.errors(), self.data.baseline
-        limits = {name: allowed(e, self.case.dtype, self.case.device, self.case.mode) for name, e in baseline.items()}
+        errors, baseline, case = self.step.errors(), self.data.baseline, self.own
+        if case != self.case:
+            baseline = errors_of_eager(case, self.data)
+        limits = {name: allowed(e, case.dtype, case.device, case.mode) for name, e in baseline.items()}
         agreement = departure = None
-        if self.backend.float8:
+        if self.backend.quantises and self.backend.ours:
             baseline, departure = self.step.definition()
             limits = {name: min(0.5, 2 * e) for name, e in baseline.items()}
+        elif self.backend.quantises:  # a peer's choice how to quantise is its own
+            limits = {}
+        if self.backend.dtype not in (None, self.case.dtype):
             agreement = self.step.agreement()
-        row: dict[str, Any] = {"agreement": agreement}
+        images = None if agreement is None else len(self.data.judged) * case.batch
+        row: dict[str, Any] = {"agreement": agreement, "agreement_images": images}
         for name in ("error", "error_p95"):
             row |= {name: _finite(errors.get(name)), f"{name}_allowed": _finite(limits.get(name))}
             row[f"{name}_of_eager"] = _finite(baseline.get(name))
-        wrong = [f"{n} {e:.2g} where {limits[n]:.2g} is allowed" for n, e in errors.items() if not e <= limits[n]]
+        wrong = [
+            f"{n} {errors[n]:.2g} where {limit:.2g} is allowed" for n, limit in limits.items() if not errors[n] <= limit
+        ]
         if not finite:
             wrong = ["NaN or infinity after the timed calls"]
         elif not all(map(math.isfinite, baseline.values())):

@@ -53,8 +53,10 @@ def draw(record: dict[str, Any], path: Path) -> None:
         for axes, setting in zip(line[1:], settings, strict=True):
             _draw_rates(axes, panels[net, setting])
     grid[0][0].set_title("multiply-adds, 10⁹", fontsize=9, color=INK)
-    for axes, (mode, batch, dtype, size) in zip(grid[0][1:], settings, strict=True):
-        axes.set_title(f"{TITLES[mode]}, img/s (batch {batch}, {dtype}, {size}²)", fontsize=9, color=INK)
+    for axes, setting in zip(grid[0][1:], settings, strict=True):
+        mode, batch, dtype, size = setting
+        shown = "" if any(_mixed(panels[net, setting]) for net in nets) else f" {dtype},"  # else each bar has its own
+        axes.set_title(f"{TITLES[mode]}, img/s (batch {batch},{shown} {size}²)", fontsize=9, color=INK)
     with rc_context({"svg.hashsalt": "fastres"}):  # the same record gives the same file
         figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
 
@@ -99,6 +101,11 @@ def _panel(rows: list[dict[str, Any]], net: str, setting: tuple[Any, ...]) -> li
     return sorted(mine, key=lambda row: row["img_s"] if row["status"] == "ok" else -1)
 
 
+def _mixed(rows: list[dict[str, Any]]) -> bool:
+    """Whether they compute in several dtypes."""
+    return len({records.arithmetic(row) for row in rows}) > 1
+
+
 def _draw_flops(axes: Any, table: list[dict[str, Any]], net: str, slots: int) -> None:
     """Up to three bars in the middle of the height that `slots` bars of the other panels take."""
     measured = next(row for row in table if row["net"] == net and row["paper"] is None)
@@ -123,7 +130,7 @@ _TEXT: dict[str, Any] = {"va": "center", "fontsize": 7, "color": INK}
 def _draw_rates(axes: Any, rows: list[dict[str, Any]]) -> None:
     if not rows:
         axes.set_axis_off()
-    ratios = records.ratios(rows)
+    ratios, to_eager, mixed = records.ratios(rows), records.ratios(rows, to_eager=True), _mixed(rows)
     for i, row in enumerate(rows):
         if row["status"] != "ok":
             axes.annotate(f" {row['status']}", (0, i), **_TEXT | {"color": OURS, "style": "italic"})
@@ -131,13 +138,17 @@ def _draw_rates(axes: Any, rows: list[dict[str, Any]]) -> None:
         rate, low, high = row["img_s"], row["img_s_min"], row["img_s_max"]
         axes.barh(i, rate, color=OURS if row["ours"] else PEER, height=0.72)
         axes.errorbar(rate, i, xerr=[[rate - low], [high - rate]], color=INK, lw=0.8, capsize=1.5)
-        ratio = ratios.get(records.key(row))
         beside = f"  {rate:,.4g}" if rate < 1e4 else f"  {rate:,.0f}"
-        if row["ours"] and ratio is not None:
-            beside += f"  ({ratio.value:.2f} x best peer)"
+        if mixed:
+            beside += f" {records.arithmetic(row)}"
+        compared = {"best peer": ratios} | ({"eager": to_eager} if mixed else {})
+        key = records.key(row)
+        times = [f"{found[key].value:.2f} x {other}" for other, found in compared.items() if key in found]
+        if row["ours"] and times:
+            beside += f"  ({', '.join(times)})"
         axes.annotate(beside, (high, i), **_TEXT)
     axes.set_ylim(-0.8, max(len(rows), 1) - 0.2)
-    axes.margins(x=0.28)
+    axes.margins(x=0.5 if mixed else 0.28)
     axes.set_xlim(left=0)
     axes.set_yticks(range(len(rows)), [row["backend"] for row in rows], fontsize=7.5, color=INK)
     for label, row in zip(axes.get_yticklabels(), rows, strict=True):

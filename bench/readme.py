@@ -1,8 +1,10 @@
-"""README's results, table and picture, from the record of a GPU.
+"""README's results, table and picture, from the record of a GPU or of a CPU.
 
     python bench/readme.py bench/records/nvidia-h200.json
+    python bench/readme.py bench/records/cpu-epyc.json
 
-Writes the table between README's two `results` marks, and beside the record its picture, `<record>.svg`.
+Writes the table between README's two `results` marks, or `results-cpu` marks, and beside the record its picture,
+`<record>.svg`.
 """
 
 from __future__ import annotations
@@ -16,16 +18,17 @@ from typing import Any
 import record as records
 
 README = records.ROOT / "README.md"
-BEGIN, END = "<!-- results: bench/readme.py -->\n", "<!-- /results -->\n"
+MARKS = {
+    "cuda": ("<!-- results: bench/readme.py -->\n", "<!-- /results -->\n"),
+    "cpu": ("<!-- results-cpu: bench/readme.py -->\n", "<!-- /results-cpu -->\n"),
+}
 MODES = {"train": "training", "infer": "inference"}
 
 
 def cases(record: dict[str, Any]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
     """(title, the rows that are right, fastest first) of every case of the record, in the order measured."""
     rows = [row for row in record["rows"] if row["status"] in ("ok", "noisy")]
-    for case in dict.fromkeys(records.key(row)[:-1] for row in rows):
-        net, mode, batch, dtype, _ = case
-        mine = [row for row in rows if records.key(row)[:-1] == case]
+    for (net, mode, batch, dtype, _), mine in records.by_case(rows).items():
         title = f"{net.replace('resnet', 'ResNet-')} {MODES[mode]}, {dtype}, batch {batch}"
         yield title, sorted(mine, key=lambda row: -row["img_s"])
 
@@ -54,17 +57,59 @@ def table(record: dict[str, Any]) -> str:
     for title, rows in cases(record):
         quiet = {row["backend"]: row for row in rows if row["status"] == "ok"}
         changed, eager = quiet.get("fastres"), quiet.get("eager-channels-last")
-        ours = [row for row in quiet.values() if row["ours"] and row.get("agreement") is None]  # float8 has no peer
+        dtype = rows[0]["dtype"]
+        ours = [row for row in quiet.values() if row["ours"] and records.arithmetic(row) == dtype]
         several = sum(not row["ours"] for row in rows) > 1  # one alone is best of nothing
-        peer = records.best_peer(rows) if several else None
+        peer = records.best_peer(rows, dtype) if several else None
         figures = [figure(changed, False), figure(ours[0] if ours else None), figure(peer), figure(eager, False)]
         ratios = [f"{times_faster(ours[0], row):.2f}" if ours and row else "" for row in (peer, eager)]
         lines.append(f"| {' | '.join([title, *figures, *ratios])} |")
     return "\n".join(lines) + "\n"
 
 
+def table_of_dtypes(record: dict[str, Any]) -> str:
+    """Inference on a CPU, a line a case: eager PyTorch, then for each dtype `fastres.optimize`, what it is in multiples
+    of eager PyTorch, and of the best peer that computes in that dtype."""
+    names = {"fp32": "fastres-optimize", "bf16": "fastres-optimize-bf16", "int8": "fastres-optimize-int8"}
+    heads = [f"`fastres.optimize`, {dtype} | x eager | x best {dtype} peer" for dtype in names]
+    lines = [f"| img/s | eager, channels_last | {' | '.join(heads)} |", "|---" * (2 + 3 * len(names)) + "|"]
+    for title, rows in cases(record):
+        if rows[0]["mode"] != "infer":
+            continue
+        quiet = {row["backend"]: row for row in rows if row["status"] == "ok"}
+        eager = quiet.get("eager-channels-last")
+        cells = [title.replace(f", {rows[0]['dtype']}", ""), rate(eager)]
+        for dtype, name in names.items():
+            ours, peer = quiet.get(name), records.best_peer(rows, dtype)
+            cells += [rate(ours), times(ours, eager), times(ours, peer)]
+            cells[-1] += f" (`{peer['backend']}`)" if ours and peer else ""
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def rate(row: dict[str, Any] | None) -> str:
+    return f"{row['img_s']:,.0f}" if row else ""
+
+
+def times(ours: dict[str, Any] | None, other: dict[str, Any] | None) -> str:
+    return f"{records.ratio(ours, other).value:.2f}" if ours and other else ""
+
+
+def block_of_cpu(record: dict[str, Any], picture: Path) -> str:
+    """What stands between README's marks of a CPU."""
+    where, versions = record["environment"], record["environment"]["versions"]
+    source = picture.with_suffix(".json")
+    return (
+        f"![{where['name']}: inference beside the peers]({picture})\n\n{table_of_dtypes(record)}\n"
+        f"{where['name']}, {where['threads']} threads, {record['created'][:10]}, torch {versions['torch']}, "
+        f"ONNX Runtime {versions['onnxruntime']}.\nEvery row, with its error against float64: [`{source}`]({source}).\n"
+    )
+
+
 def block(record: dict[str, Any], picture: Path) -> str:
     """What stands between README's marks."""
+    if record["environment"]["device"] == "cpu":
+        return block_of_cpu(record, picture)
     where, versions = record["environment"], record["environment"]["versions"]
     source = picture.with_suffix(".json")
     return (
@@ -74,18 +119,24 @@ def block(record: dict[str, Any], picture: Path) -> str:
     )
 
 
-def written(text: str, inside: str) -> str:
-    """README's `text` with `inside` between its marks. Raises ValueError where it lacks them."""
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"README.md lacks the line {BEGIN.strip()} or {END.strip()}")
+def written(text: str, inside: str, device: str = "cuda") -> str:
+    """README's `text` with `inside` between the marks of `device`. Raises ValueError where it lacks them."""
+    begin, end = MARKS[device]
+    before, begun, rest = text.partition(begin)
+    _, ended, after = rest.partition(end)
+    if not begun or not ended:
+        raise ValueError(f"README.md lacks the line {begin.strip()} or {end.strip()}")
     return f"{before}{begin}{inside}{end}{after}"
 
 
 def drawn(record: dict[str, Any]) -> dict[str, Any]:
-    """The part of a record that the picture shows: the largest batch of each mode in the record's first dtype."""
+    """The part of a record that the picture shows: of a GPU the largest batch of each mode in the record's first dtype,
+    of a CPU inference with the smallest and the largest batch."""
     rows = record["rows"]
+    if record["environment"]["device"] == "cpu":
+        rows = [row for row in rows if row["mode"] == "infer"]
+        batches = [row["batch"] for row in rows]
+        return record | {"rows": [row for row in rows if row["batch"] in (min(batches), max(batches))]}
     most = {mode: max(row["batch"] for row in rows if row["mode"] == mode) for mode in {row["mode"] for row in rows}}
     shown = [row for row in rows if row["batch"] == most[row["mode"]] and row["dtype"] == rows[0]["dtype"]]
     return record | {"rows": shown}
@@ -98,7 +149,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         record = records.read(options.record)
         picture = options.record.resolve().with_suffix(".svg")
-        text = written(README.read_text(), block(record, picture.relative_to(records.ROOT)))
+        inside = block(record, picture.relative_to(records.ROOT))
+        text = written(README.read_text(), inside, record["environment"]["device"])
     except (OSError, ValueError) as error:
         parser.error(str(error))
     import plot

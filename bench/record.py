@@ -23,7 +23,7 @@ from fastres.kernels import config
 SCHEMA = "fastres.bench/3"
 ROOT = Path(__file__).resolve().parent.parent
 CASE = ("net", "mode", "batch", "dtype", "size")  # rows that agree in these compete
-PACKAGES = ("torch", "torchvision", "triton", "timm", "numpy", "fastres")
+PACKAGES = ("torch", "torchvision", "triton", "timm", "numpy", "onnxruntime", "openvino", "fastres")
 DONE = {"ok", "wrong", "out of memory", "not available"}  # --resume tries noisy, unfinished and failed rows again
 
 
@@ -164,22 +164,44 @@ class Ratio(NamedTuple):
     high: float
 
 
-def best_peer(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """The fastest peer (not ours) of the rows of one case, by median. None where there is no peer, or where the fastest
-    is noisy."""
+def arithmetic(row: dict[str, Any]) -> str:
+    """The dtype that the row computes in."""
+    old = "fp8" if row.get("agreement") is not None else row["dtype"]  # rows written before they told it
+    return row.get("arithmetic", old)
+
+
+def best_peer(rows: list[dict[str, Any]], computing_in: str) -> dict[str, Any] | None:
+    """The fastest peer (not ours), by median, of the rows of one case that compute in that dtype. None where there is
+    no peer, or where the fastest is noisy."""
     peers = [row for row in rows if not row["ours"] and row["status"] in ("ok", "noisy")]
-    best = max(peers, key=lambda row: row["img_s"], default=None)
+    best = max((row for row in peers if arithmetic(row) == computing_in), key=lambda row: row["img_s"], default=None)
     return best if best is not None and best["status"] == "ok" else None
 
 
-def ratios(rows: list[dict[str, Any]]) -> dict[tuple[Any, ...], Ratio]:
-    """For every row that is ok: its img/s over that of the best peer of the same case, by `key`."""
+def eager(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """Of the rows of one case, eager PyTorch's in channels_last, if it is ok: what rows of all dtypes are compared
+    with."""
+    return next((row for row in rows if row["backend"] == "eager-channels-last" and row["status"] == "ok"), None)
+
+
+def by_case(rows: list[dict[str, Any]]) -> dict[tuple[Any, ...], list[dict[str, Any]]]:
+    """The rows of each case, by the values of `CASE`."""
     cases: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in rows:
         cases.setdefault(key(row)[:-1], []).append(row)
-    best = {case: best_peer(of_case) for case, of_case in cases.items()}
-    ok = [(row, best[key(row)[:-1]]) for row in rows if row["status"] == "ok"]
-    return {key(row): ratio(row, peer) for row, peer in ok if peer is not None}
+    return cases
+
+
+def ratios(rows: list[dict[str, Any]], to_eager: bool = False) -> dict[tuple[Any, ...], Ratio]:
+    """For every row that is ok: its img/s over that of the best peer of the same case and dtype, or over `eager`'s, by
+    `key`."""
+    found = {}
+    for mine in by_case(rows).values():
+        for row in (row for row in mine if row["status"] == "ok"):
+            other = eager(mine) if to_eager else best_peer(mine, arithmetic(row))
+            if other is not None:
+                found[key(row)] = ratio(row, other)
+    return found
 
 
 def ratio(row: dict[str, Any], peer: dict[str, Any]) -> Ratio:

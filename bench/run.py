@@ -22,6 +22,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import advice
 import backends
 import measure
 import photos
@@ -34,10 +35,10 @@ from tqdm import tqdm
 
 from fastres.models import families, flops
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {backends.NAMES[dtype]: dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)}
 DEFAULTS = {
     "cuda": {"batch": 256, "dtype": "bf16", "seconds": 3.0},
-    "cpu": {"batch": 4, "dtype": "fp32", "seconds": 2.0},
+    "cpu": {"batch": 4, "dtype": "fp32", "seconds": 3.0},
 }
 SEED = 0
 TORCHVISION = {f"resnet{depth}": depth for depth in DEPTHS}
@@ -79,7 +80,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
     asked = {(*records_case(case), backend) for case, backend in plan.rows}
     rows = [row for row in record["rows"] if records.key(row) in asked]
-    print(f"\n{render_rows(rows)}", flush=True)
+    print(f"\n{render_rows(rows)}\n\n{advice.advice(rows)}", flush=True)
     if plan.json:
         print(f"record: {plan.json}")
     if plan.plot:
@@ -106,11 +107,11 @@ def parse(arguments: list[str] | None) -> Plan:
     )
     parser.add_argument("--mode", default="both", choices=[*MODES, "both"])
     parser.add_argument("--backend", help="names from the list below, with commas; or all; default: by device and net")
-    parser.add_argument("--batch", type=int, help="images a batch; default: 256 on a GPU, 4 on a CPU")
+    parser.add_argument("--batch", help="images a batch, several with commas; default: 256 on a GPU, 4 on a CPU")
     parser.add_argument("--dtype", choices=DTYPES, help="default: bf16 on a GPU, fp32 on a CPU; training: by autocast")
     parser.add_argument("--device", help="cpu, cuda or cuda:N; default: cuda if there is one")
     parser.add_argument("--size", type=int, help="side of the images; default: the net's usual, 224 or 32")
-    parser.add_argument("--seconds", type=float, help="timed seconds a row; default: 3 on a GPU, 2 on a CPU")
+    parser.add_argument("--seconds", type=float, help="timed seconds a row; default: 3")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the record here, after every round of windows")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the record here (.png, .svg, .pdf)")
     parser.add_argument(
@@ -132,12 +133,16 @@ def parse(arguments: list[str] | None) -> Plan:
     except ValueError as error:
         parser.error(str(error))
     defaults = DEFAULTS[device.type]
-    batch, dtype, seconds = (
+    sizes, dtype, seconds = (
         defaults[name] if getattr(given, name) is None else getattr(given, name)
         for name in ("batch", "dtype", "seconds")
     )
-    if batch < 1:
-        parser.error(f"--batch {batch}; accepted: from 1")
+    try:
+        batches = [int(batch) for batch in str(sizes).split(",")]
+    except ValueError:
+        batches = [0]
+    if min(batches) < 1:
+        parser.error(f"--batch {sizes}; accepted: whole numbers from 1, with commas between")
     if given.size is not None and given.size < 32:
         parser.error(f"--size {given.size}; accepted: from 32")
     for option, value in (("--seconds", seconds), ("--patience", given.patience)):
@@ -174,14 +179,19 @@ def parse(arguments: list[str] | None) -> Plan:
         except ValueError as error:
             parser.error(str(error))
         for mode in MODES if given.mode == "both" else [given.mode]:
-            if mode == "train" and batch == 1 and any(row.output[2:] == (1, 1) for row in layers if "Norm" in row.kind):
+            if (
+                mode == "train"
+                and 1 in batches
+                and any(row.output[2:] == (1, 1) for row in layers if "Norm" in row.kind)
+            ):
                 parser.error(
                     f"training {net} with batch 1 at size {size} leaves BatchNorm one value a channel; "
                     "accepted: more of either"
                 )
-            case = Case(net, mode, batch, DTYPES[dtype], size, device)
             default = BACKENDS if given.backend == "all" else backends.by_default(device, net, mode)
-            rows += [(case, name) for name in named or default]
+            for batch in dict.fromkeys(batches):
+                case = Case(net, mode, batch, DTYPES[dtype], size, device)
+                rows += [(case, name) for name in named or default]
     apart = given.apart or device.type == "cuda"
     return Plan(rows, device, seconds, dtype, given.json, given.plot, given.resume, apart, given.patience)
 
@@ -235,17 +245,19 @@ def introduction(plan: Plan, record: dict[str, Any]) -> str:
     environment = record["environment"]
     cases = [case for case, _ in plan.rows]
     sizes = ", ".join(dict.fromkeys(f"{case.size}x{case.size}" for case in cases))
+    batches = ", ".join(dict.fromkeys(str(case.batch) for case in cases))
     versions = environment["versions"]
     lines = [
         f"{environment['name']}, {environment['threads']} CPU threads, torch {versions['torch']}; "
-        f"batch {cases[0].batch}, {plan.dtype}, {sizes} photographs"
+        f"batch {batches}, {plan.dtype}, {sizes} photographs"
     ]
     if plan.device.type == "cpu":
         gpu = DEFAULTS["cuda"]
         lines.append(
             f"On a GPU the defaults would be batch {gpu['batch']}, {gpu['dtype']}, every backend for ResNet-50 "
-            "(CUDA graphs and max-autotune among them), fastres on its fused kernels, and peak memory; "
-            "on a CPU fastres runs PyTorch's own operations."
+            "(CUDA graphs and max-autotune among them), fastres on its fused kernels, and peak memory. "
+            "On a CPU fastres.optimize runs oneDNN's fused convolutions, in fp32, bf16 or int8; training, and a net "
+            "that is not optimized, run PyTorch's own operations."
         )
     return "\n".join(lines)
 
@@ -271,7 +283,8 @@ def measure_rows(plan: Plan, record: dict[str, Any], case: Case, names: Sequence
     def tell(name: str, fields: dict[str, Any]) -> None:
         row = dict(zip(records.CASE, records_case(case), strict=True))
         finished = None if fields["status"] == "unfinished" else records.now()
-        row |= {"backend": name, "ours": BACKENDS[name].ours, "finished": finished} | fields
+        row |= {"backend": name, "ours": BACKENDS[name].ours, "arithmetic": BACKENDS[name].arithmetic(case)}
+        row |= {"finished": finished} | fields
         noisy = any(records.key(old) == records.key(row) and old["status"] == "noisy" for old in record["rows"])
         if not (noisy and fields["status"] in ("unfinished", "failed")):  # then the old measurement is the better one
             records.put(record, row)
@@ -381,7 +394,7 @@ def render_flops(table: list[dict[str, Any]]) -> str:
 
 
 def one_line(row: dict[str, Any]) -> str:
-    start = f"{row['net']} {row['mode']} {row['backend']}: "
+    start = f"{row['net']} {row['mode']} {row['batch']} {row['backend']}: "
     if row["status"] not in ("ok", "noisy"):
         return f"{start}{row['status']}: {row['reason']}"
     said = f"{start}{row['img_s']:.4g} img/s, {row['latency_ms']:.4g} ms a batch, error {row['error']:.1e}"
@@ -389,33 +402,37 @@ def one_line(row: dict[str, Any]) -> str:
 
 
 COUNTS = {"graphs": "graphs", "graph_breaks": "breaks", "recompiles": "recompiles", "kernels_per_step": "kernels"}
-COLUMNS = ["backend", "first call s", "img/s", "min..max", "latency ms", "host ms", "MiB", "GFLOP/s"]
-COLUMNS += ["J/img", *COUNTS.values(), "error", "/ best peer", "interval"]
+COLUMNS = ["backend", "dtype", "first call s", "img/s", "min..max", "latency ms", "host ms", "MiB", "GFLOP/s"]
+COLUMNS += ["J/img", *COUNTS.values(), "error", "/ best peer", "interval", "x eager"]
 
 
 def render_rows(rows: list[dict[str, Any]]) -> str:
-    """One table a case: fastest first, then what is wrong or missing, with remarks below."""
-    ratio = records.ratios(rows)
+    """One table a case: fastest first, then what is wrong or missing, with remarks below. Rows of several dtypes are
+    compared with the best peer of their own and, all of them, with eager PyTorch in the case's."""
+    ratio, to_eager = records.ratios(rows), records.ratios(rows, to_eager=True)
     blocks = []
-    for case in dict.fromkeys(records.key(row)[:-1] for row in rows):
-        net, mode, batch, dtype, size = case
+    for (net, mode, batch, dtype, size), mine in records.by_case(rows).items():
         lines, remarks = [COLUMNS], []
-        mine = [row for row in rows if records.key(row)[:-1] == case]
+        mixed = len({records.arithmetic(row) for row in mine}) > 1
         for row in sorted(mine, key=lambda row: (row["status"] != "ok", -row.get("img_s", 0))):
-            agrees = row.get("agreement")
+            agrees, images = row.get("agreement"), row.get("agreement_images")
             said = [row.get("path"), row.get("reason"), *row.get("notes", ())]
-            said += [f"{100 * agrees:.1f} % of the images get eager PyTorch's class"] if agrees is not None else []
+            if agrees is not None:
+                of = "" if images is None else f" {images}"
+                said.append(f"{100 * agrees:.1f} % of{of} images get the class of eager PyTorch in {dtype}")
             remarks += [f"  {row['backend']}: {remark}" for remark in said if remark]
+            named = [row["backend"], records.arithmetic(row) if mixed else ""]
             if "error" not in row:
-                lines.append([row["backend"], "", row["status"], *[""] * (len(COLUMNS) - 3)])
+                lines.append([*named, "", row["status"], *[""] * (len(COLUMNS) - 4)])
                 continue
             memory, host, error, joules = (
                 row.get(name) for name in ("peak_reserved_mib", "host_ms", "error", "joules_per_image")
             )
             rate, right = ratio.get(records.key(row)), row["status"] != "wrong"
+            beside = to_eager.get(records.key(row))
             lines.append(
                 [
-                    row["backend"],
+                    *named,
                     f"{row['first_call_s']:.1f}",
                     f"{row['img_s']:.4g}" + (" noisy" if row["status"] == "noisy" else "") if right else "WRONG",
                     f"{row['img_s_min']:.4g}..{row['img_s_max']:.4g}" if right else "",
@@ -428,11 +445,14 @@ def render_rows(rows: list[dict[str, Any]]) -> str:
                     "NaN" if error is None else f"{error:.1e}",
                     f"{rate.value:.2f}" if rate else "",
                     f"{rate.low:.2f}..{rate.high:.2f}" if rate and rate.value != 1 else "",
+                    f"{beside.value:.2f}" if beside else "",
                 ]
             )
         title = f"{net}, {mode}, batch {batch}, {dtype}, {size}x{size}"
         errors = {"infer": "scores", "train": "gradients, median over the parameters"}[mode]
-        allowed = (row.get("error_allowed") for row in mine if row.get("agreement") is None)  # float8 has its own
+        allowed = (
+            row.get("error_allowed") for row in mine if records.arithmetic(row) == dtype
+        )  # others have their own
         limit = next((f"; right up to {error:.1e}" for error in allowed if error is not None), "")
         title += f"; error: of the {errors}, relative to fp64{limit}"
         told = [column for column in zip(*lines, strict=True) if set(column[1:]) - {"", "-"}]

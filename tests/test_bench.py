@@ -32,7 +32,7 @@ from fastres.ops import dispatch
 
 ROOT = Path(__file__).resolve().parent.parent
 BENCH = ROOT / "bench"
-MODULES = ("apart", "backends", "measure", "photos", "plain", "plot", "record", "rounds", "run")
+MODULES = ("advice", "apart", "backends", "measure", "photos", "plain", "plot", "record", "rounds", "run", "runtimes")
 PAPER_NETS = ["paper-18-A", "paper-18-C", "paper-50-A", "paper-50-B", "plain-18", "cifar-8", "cifar-plain-8"]
 PAPER_NETS += ["cifar-stem-18"]
 FEW = ["--batch", "2", "--seconds", "0.05", "--device", "cpu"]
@@ -173,7 +173,8 @@ def test_flops_table_of_other_nets(bench: SimpleNamespace) -> None:
         (["--device", "tpu"], "--device tpu; accepted: cpu, cuda, cuda:N"),
         (["--device", "meta"], "--device meta; accepted: cpu, cuda, cuda:N"),
         (["--device", "cuda:99"], "CUDA device(s) here"),
-        (["--batch", "0"], "--batch 0; accepted: from 1"),
+        (["--batch", "0"], "--batch 0; accepted: whole numbers from 1"),
+        (["--batch", "4,"], "--batch 4,; accepted: whole numbers from 1"),
         (["--size", "31"], "--size 31; accepted: from 32"),
         (["--seconds", "nan"], "--seconds nan; accepted: above 0"),
         (["--resume"], "name it with --json FILE"),
@@ -376,6 +377,8 @@ def test_resume_fills_one_record(bench: SimpleNamespace, monkeypatch: pytest.Mon
     assert rows_of(path)["infer", "eager"] == first
     assert bench.run.main([*ask, "--backend", "eager", "--batch", "3"]) == 0
     assert [row["batch"] for row in json.loads(path.read_text())["rows"]] == [2, 2, 3]
+    assert bench.run.main([*ask, "--backend", "eager", "--batch", "3,1,5"]) == 0
+    assert [row["batch"] for row in json.loads(path.read_text())["rows"]] == [2, 2, 3, 1, 5]
     bench.plot.draw(bench.record.read(path), tmp_path / "two-batches.png")
 
 
@@ -432,6 +435,53 @@ def test_ratios_hold_within_a_case(bench: SimpleNamespace) -> None:
     assert found["fastres"] == (1.5, 140 / 110, 165 / 90)
     assert found["b"] == (0.5, 50 / 110, 50 / 90)
     assert bench.record.ratios([*rows, row_of("e", 101, status="noisy")]).keys() == set(), "which is the best?"
+
+
+def test_ratios_hold_within_a_dtype(bench: SimpleNamespace) -> None:
+    """The best peer computes in the same dtype; eager PyTorch in the case's is what all are compared with."""
+    rows = [row_of(f"peer-{dtype}", rate) | {"arithmetic": dtype} for dtype, rate in (("bf16", 100), ("int8", 300))]
+    rows += [row_of("eager-channels-last", 50) | {"arithmetic": "bf16"}]
+    rows += [row_of("fastres", 330) | {"arithmetic": "int8"}]
+    rows += [row_of("fastres-fp8", 400) | {"agreement": 0.9, "ours": True}]  # of an old record
+    found = {key[-1]: ratio.value for key, ratio in bench.record.ratios(rows).items()}
+    assert found == {"peer-bf16": 1, "peer-int8": 1, "eager-channels-last": 0.5, "fastres": 1.1}, "float8 has no peer"
+    found = {key[-1]: ratio.value for key, ratio in bench.record.ratios(rows, to_eager=True).items()}
+    assert found == {"peer-bf16": 2, "peer-int8": 6, "eager-channels-last": 1, "fastres": 6.6, "fastres-fp8": 8}
+    printed = bench.run.render_rows([row | {"reason": "not drawn"} for row in rows])
+    assert re.search(r"\nfastres +int8 ", printed)
+
+
+def advised(backend: str, *img_s: float, mode: str = "infer", **other: Any) -> dict[str, Any]:
+    row = row_of(backend, *img_s) | {"mode": mode, "dtype": "fp32", "ours": backend.startswith("fastres")}
+    return row | {"arithmetic": "fp32", "path": "plain path"} | other
+
+
+def test_advice(bench: SimpleNamespace) -> None:
+    """What was measured and is steady; the honest word where a peer is faster or nothing is won."""
+    int8 = {"arithmetic": "int8", "agreement": 0.75, "agreement_images": 64}
+    rows = [advised("eager-channels-last", 32), advised("onnxruntime", 55), advised("fastres-optimize", 52)]
+    rows += [advised("fastres-optimize-int8", 160, **int8), advised("onnxruntime-int8", 150, **int8)]
+    rows += [advised("fastres-optimize-bf16", 900, status="wrong", arithmetic="bf16")]
+    rows += [advised(name, 10, mode="train") for name in ("eager-channels-last", "fastres")]
+    assert bench.advice.advice(rows) == (
+        "What to use here for resnet50, batch 1, fp32, 224x224. Inference: fastres.optimize(model, dtype=torch.int8, "
+        "calibration=batches), 160 img/s, 5.00 x eager PyTorch in channels_last (75.0 % of 64 images get its class). "
+        "Without calibration: fastres.optimize(model), 52 img/s, 1.62 x eager PyTorch in channels_last, but 0.95 x "
+        "onnxruntime. Training: PyTorch's own speed (fastres 1.00 x); convolutions are PyTorch's there."
+    )
+    slow = [advised("eager-channels-last", 32, 33), advised("fastres-optimize", 32, 34)]
+    assert "nothing surely faster than eager PyTorch" in bench.advice.advice(slow)
+    fused = [advised("eager-channels-last", 10, mode="train")]
+    fused += [advised("fastres-graph", 18, mode="train", path="fused in 16 of 17 blocks")]
+    assert "Training: fastres.graphed(step, model, optimizer), 18 img/s, 1.80 x eager" in bench.advice.advice(fused)
+    for lost in ("wrong", "noisy"):
+        (eager, ours) = ({**row, "status": lost} for row in slow)
+        assert "img/s" not in bench.advice.advice([eager, slow[1]])
+        assert "img/s" not in bench.advice.advice([slow[0], ours])
+
+
+def test_every_row_of_ours_says_how_to_get_it(bench: SimpleNamespace) -> None:
+    assert all(bool(backend.use) == backend.ours for backend in bench.backends.BACKENDS.values())
 
 
 def test_what_slows_all_rows_down_is_in_no_ratio(bench: SimpleNamespace) -> None:
@@ -493,11 +543,16 @@ def test_photographs(bench: SimpleNamespace) -> None:
 
 def test_defaults_by_device(bench: SimpleNamespace) -> None:
     table, choose = bench.backends.BACKENDS, bench.backends.by_default
-    idle = {"infer": {"eager-graph", "fastres-graph"}, "train": {"fastres-optimize", "fastres-optimize-fp8"}}
+    idle = {
+        "infer": {name for name, backend in table.items() if backend.graph},
+        "train": {name for name, backend in table.items() if backend.freeze or backend.dtype},
+    }
+    assert {"fastres-optimize-int8", "onnxruntime", "eager-channels-last-bf16"} <= idle["train"]
     for names in idle.values():
         names.add("fastres-graph-overlap")  # an experiment
     for mode in ("infer", "train"):
-        assert choose(torch.device("cuda"), "resnet50", mode) == [name for name in table if name not in idle[mode]]
+        served = [name for name, backend in table.items() if backend.needs != "cpu"]
+        assert choose(torch.device("cuda"), "resnet50", mode) == [name for name in served if name not in idle[mode]]
         for device in ("cuda", "cpu"):
             for net in ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "cifar-110", "paper-34-A"):
                 chosen = choose(torch.device(device), net, mode)
@@ -505,7 +560,14 @@ def test_defaults_by_device(bench: SimpleNamespace) -> None:
                 graphed = (device, mode) == ("cuda", "train")
                 assert ("eager-graph" in chosen) == ("fastres-graph" in chosen) == graphed
                 assert all(table[name].needs in (None, device) for name in chosen)
-                assert net in families.BUILDERS or not any(table[name].package for name in chosen)
+                assert net in families.BUILDERS or not any(table[name].only_torchvision for name in chosen)
+    ours = {"fastres", "fastres-optimize", "fastres-optimize-bf16", "fastres-optimize-int8"}
+    chosen = set(choose(torch.device("cpu"), "resnet50", "infer")) - {"openvino"}  # where it is installed
+    assert chosen == ours | {"eager", "inductor", "onnxruntime", "onnxruntime-int8"} | {
+        "eager-channels-last",
+        "eager-channels-last-bf16",
+    }
+    assert choose(torch.device("cpu"), "resnet50", "train") == ["eager-channels-last", "fastres"]
 
 
 def test_the_overlapping_net_is_the_net(bench: SimpleNamespace) -> None:
@@ -573,7 +635,9 @@ class Namespaces(TorchDispatchMode):
 )
 def test_peers_run_no_fastres_code(name: str, bench: SimpleNamespace) -> None:
     """And compute what our net does, from the same state_dict."""
-    peers = {backend.net for backend in bench.backends.BACKENDS.values() if not (backend.ours or backend.package)}
+    peers = {
+        backend.net for backend in bench.backends.BACKENDS.values() if not (backend.ours or backend.only_torchvision)
+    }
     assert peers == {bench.plain.net}
     theirs, ours = bench.plain.net(name).double(), families.named(name).double()
     assert not [m for m in theirs.modules() if type(m).__module__.startswith("fastres")]
@@ -636,7 +700,7 @@ def test_a_float8_row_is_held_against_its_definition(bench: SimpleNamespace, mon
     inputs = bench.photos.batches(bench.measure.INPUTS, 4, 32, seed=0)
     data = bench.measure.prepare(case, bench.backends.shared_weights(case.net, inputs, 0), inputs, 0)
     simulated = dataclasses.replace(bench.backends.BACKENDS["fastres-optimize-fp8"], needs=None)
-    assert simulated.float8
+    assert simulated.quantises
     assert simulated.why_not(case) is None
     with fastres.backend("reference"):
         row = bench.measure.measure(simulated, case, data, 0.05, 1)
@@ -644,6 +708,10 @@ def test_a_float8_row_is_held_against_its_definition(bench: SimpleNamespace, mon
         assert 0 < row["error"] == row["error_of_eager"] < row["error_allowed"] == min(0.5, 2 * row["error"])
         assert data.baseline["error"] < row["error"]
         assert 0.5 <= row["agreement"] <= 1
+        assert row["agreement_images"] == bench.measure.JUDGED
+        peer = bench.measure.measure(dataclasses.replace(simulated, ours=False), case, data, 0.05, 1)
+        assert (peer["status"], peer["error_allowed"]) == ("ok", None), "how a peer quantises is its own choice"
+        assert (peer["error"], peer["agreement"]) == (row["error"], row["agreement"])
         definition = bench.measure.Infer.definition
         errors, _ = definition(bench.measure.Infer(simulated, case, data))
         for departure in (1.1 * errors["error"], float("nan")):
@@ -651,6 +719,61 @@ def test_a_float8_row_is_held_against_its_definition(bench: SimpleNamespace, mon
             row = bench.measure.measure(simulated, case, data, 0.05, 1)
             assert row["status"] == "wrong"
             assert f"scores are {departure:.2g} from PyTorch's with the same quantised values" in row["reason"]
+
+
+def test_a_row_in_another_dtype_has_its_own_yardstick(bench: SimpleNamespace) -> None:
+    """Eager PyTorch's error in that dtype, not in the case's; its classes are compared with the case's."""
+    case = bench.backends.Case("cifar-8", "infer", 4, torch.float32, 32, torch.device("cpu"))
+    inputs = bench.photos.batches(bench.measure.INPUTS, 4, 32, seed=0)
+    data = bench.measure.prepare(case, bench.backends.shared_weights(case.net, inputs, 0), inputs, 0)
+    table = bench.backends.BACKENDS
+    wide, low, ours = (
+        bench.measure.measure(table[name], case, data, 0.05, 1)
+        for name in ("eager", "eager-channels-last-bf16", "fastres-optimize-bf16")
+    )
+    assert wide["status"] == low["status"] == ours["status"] == "ok"
+    assert (wide["agreement"], wide["agreement_images"]) == (None, None)
+    assert low["error_of_eager"] == ours["error_of_eager"] > 100 * wide["error_of_eager"]
+    assert low["error"] > 100 * wide["error_allowed"]
+    assert 0.5 < low["agreement"] <= 1
+    data.classes = (data.classes + 1) % 10
+    assert bench.measure.measure(table["eager-channels-last-bf16"], case, data, 0.05, 1)["agreement"] < 0.5
+
+
+def test_onnxruntime_answers_as_eager(bench: SimpleNamespace) -> None:
+    """So does OpenVINO, where it is installed. For the batch the net was exported for; with as many threads as PyTorch
+    has, which leave the cores to others after a call."""
+    pytest.importorskip("onnxruntime")
+    case = bench.backends.Case("cifar-8", "infer", 4, torch.float32, 32, torch.device("cpu"))
+    inputs = bench.photos.batches(bench.measure.INPUTS, 4, 32, seed=0)
+    data = bench.measure.prepare(case, bench.backends.shared_weights(case.net, inputs, 0), inputs, 0)
+    steps = {}
+    for name in ("eager", "onnxruntime", "openvino", "onnxruntime-int8"):
+        if bench.backends.BACKENDS[name].why_not_here(case.device) is None:
+            steps[name] = bench.measure.Infer(bench.backends.BACKENDS[name], case, data)
+    right, *found = (step(1) for step in steps.values())
+    limit = bench.measure.allowed(data.baseline["error"], case.dtype, case.device, case.mode)
+    if "onnxruntime-int8" in steps:
+        assert limit < relative_error(found.pop(), right) < 0.1
+    assert all(relative_error(scores, right) < limit for scores in found)
+    options = steps["onnxruntime"].call.session.get_session_options()
+    assert options.intra_op_num_threads == torch.get_num_threads()
+    assert options.get_session_config_entry("session.force_spinning_stop") == "1"
+
+
+def test_a_cpu_without_the_instructions(bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = bench.backends.Case("resnet50", "infer", 4, torch.float32, 224, torch.device("cpu"))
+    reasons = {"int8": "this CPU has no VNNI", "bf16": "this CPU has neither AVX512-BF16 nor AMX"}
+    asked = ("_is_vnni_supported", "_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    for has in (True, False):
+        for name in asked:
+            monkeypatch.setattr(torch.cpu, name, lambda has=has: has)
+        for name, backend in bench.backends.BACKENDS.items():
+            if backend.needs != "cpu" or backend.packages:
+                continue
+            reason = reasons.get(backend.arithmetic(case))
+            why = backend.why_not(case)
+            assert why is None if has or reason is None else why.startswith(reason), name
 
 
 def test_without_a_yardstick_nothing_is_right(bench: SimpleNamespace) -> None:

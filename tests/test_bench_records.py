@@ -122,13 +122,14 @@ def test_what_was_lost_is_no_success(proof: ModuleType, tmp_path: Path) -> None:
     assert proof.main([str(later), str(failed)]) == 1
 
 
-def test_readme_shows_its_record(readme: ModuleType) -> None:
+@pytest.mark.parametrize("device", ["cuda"])
+def test_readme_shows_its_record(device: str, readme: ModuleType) -> None:
     records, text = importlib.import_module("record"), readme.README.read_text()
-    named = text.partition(readme.BEGIN)[2].partition("](")[2].partition(")")[0]
+    named = text.partition(readme.MARKS[device][0])[2].partition("](")[2].partition(")")[0]
     picture = records.ROOT / named
     assert picture.exists()
     record = records.read(picture.with_suffix(".json"))
-    assert readme.written(text, readme.block(record, Path(named))) == text
+    assert readme.written(text, readme.block(record, Path(named)), device) == text
 
 
 def row(mode: str, backend: str, img_s: float, **other: Any) -> dict[str, Any]:
@@ -154,6 +155,45 @@ def test_a_table_compares_what_was_measured(readme: ModuleType) -> None:
     assert row_of(readme.table({"rows": [*rows, noisy]}), "ResNet-50 training, bf16, batch 256")[1:] == unsure
     with pytest.raises(ValueError, match="lacks the line"):
         readme.written("no marks", text)
+
+
+def of_a_cpu() -> dict[str, Any]:
+    """A small record: inference at two batches."""
+    dtypes = {"eager-channels-last": "fp32", "onnxruntime": "fp32", "onnxruntime-int8": "int8"}
+    dtypes |= {"fastres-optimize": "fp32", "fastres-optimize-bf16": "bf16", "fastres-optimize-int8": "int8"}
+    rates = {1: (30, 50, 150, 51, 88, 156), 16: (40, 60, 200, 60, 90, 190)}
+    rows = [
+        row("infer", name, float(rate), batch=batch, dtype="fp32", arithmetic=dtype)
+        | {"img_s_min": rate - 1.0, "img_s_max": rate + 1.0}
+        for batch, found in rates.items()
+        for (name, dtype), rate in zip(dtypes.items(), found, strict=True)
+    ]
+    rows[4]["status"] = "noisy"
+    where = {"device": "cpu", "name": "Quiet CPU", "threads": 2}
+    where["versions"] = dict.fromkeys(("torch", "fastres", "onnxruntime"), "1.2")
+    flops = [{"net": "resnet50", "variant": "", "paper": None, "ours": 4.09, "beside": "ResNet-50"}]
+    made = {"schema": "fastres.bench/3", "created": "2026-11-27", "code": {"commit": "a", "dirty": False}}
+    return made | {"environment": where, "flops": flops, "rows": rows}
+
+
+def test_a_table_of_a_cpu(readme: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each dtype beside eager PyTorch and beside the best peer in it; what is noisy stays out."""
+    begin, end = readme.MARKS["cpu"]
+    page, record = tmp_path / "README.md", tmp_path / "cpu.json"
+    page.write_text(f"before\n{begin}old\n{end}after\n")
+    record.write_text(json.dumps(of_a_cpu()))
+    monkeypatch.setattr(readme, "README", page)
+    monkeypatch.setattr(readme.records, "ROOT", tmp_path)
+    assert readme.main([str(record)]) == 0
+    text = page.read_text()
+    want = ["30", "51", "1.70", "1.02 (`onnxruntime`)", "", "", "", "156", "5.20", "1.04 (`onnxruntime-int8`)"]
+    assert row_of(text, "ResNet-50 inference, batch 1")[1:] == want
+    assert row_of(text, "ResNet-50 inference, batch 16")[4:8] == ["1.00 (`onnxruntime`)", "90", "2.25", ""]
+    assert text.startswith(f"before\n{begin}![Quiet CPU")
+    assert text.endswith(f"(cpu.json).\n{end}after\n")
+    drawn = (tmp_path / "cpu.svg").read_text()
+    for ratio, times in (("1.04", "5.20"), ("0.95", "4.75")):
+        assert f"int8  ({ratio} x best peer, {times} x eager)" in drawn
 
 
 @pytest.mark.parametrize(

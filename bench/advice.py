@@ -1,0 +1,78 @@
+"""What to use on this machine, in one plain sentence a net and batch, from the rows that were measured."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import record as records
+from backends import BACKENDS
+
+Row = dict[str, Any]
+
+
+def advice(rows: list[Row]) -> str:
+    """A line for each net, batch, dtype and size among the rows. Only rows that are ok are spoken of."""
+    cases: dict[tuple[Any, ...], dict[str, list[Row]]] = {}
+    for (net, mode, *rest), mine in records.by_case(rows).items():
+        cases.setdefault((net, *rest), {})[mode] = mine
+    return "\n".join(_line(case, modes) for case, modes in cases.items())
+
+
+def _line(case: tuple[Any, ...], modes: dict[str, list[Row]]) -> str:
+    net, batch, dtype, size = case
+    said = [{"infer": _inference, "train": _training}[mode](mine, dtype) for mode, mine in modes.items()]
+    return f"What to use here for {net}, batch {batch}, {dtype}, {size}x{size}. {' '.join(said)}"
+
+
+def _inference(rows: list[Row], dtype: str) -> str:
+    """The fastest of ours, then the fastest that needs no calibration, then the fastest in the case's dtype."""
+    if (why := _unknown(rows)) is not None:
+        return f"Inference: {why}."
+    ours = [row for row in rows if row["ours"] and row["status"] == "ok"]
+    fits = {
+        "Inference": ours,
+        "Without calibration": [row for row in ours if not BACKENDS[row["backend"]].quantises],
+        f"In {dtype}": [row for row in ours if records.arithmetic(row) == dtype],
+    }
+    said, told = [], set[str]()
+    for when, some in fits.items():
+        best = max(some, key=lambda row: row["img_s"], default=None)
+        if best is not None and best["backend"] not in told:
+            told.add(best["backend"])
+            said.append(f"{when}: {_worth(best, rows)}.")
+    return " ".join(said)
+
+
+def _training(rows: list[Row], dtype: str) -> str:
+    if (why := _unknown(rows)) is not None:
+        return f"Training: {why}."
+    best = max((row for row in rows if row["ours"] and row["status"] == "ok"), key=lambda row: row["img_s"])
+    if "fused in" not in best["path"] and not BACKENDS[best["backend"]].compile:
+        beside = records.ratio(best, records.eager(rows))
+        return f"Training: PyTorch's own speed (fastres {beside.value:.2f} x); convolutions are PyTorch's there."
+    return f"Training: {_worth(best, rows)}."
+
+
+def _unknown(rows: list[Row]) -> str | None:
+    """Why nothing can be said of a case."""
+    if records.eager(rows) is None:
+        return "not known, for lack of a steady row eager-channels-last to compare with"
+    if not any(row["ours"] and row["status"] == "ok" for row in rows):
+        return "not known, for lack of a steady row of fastres"
+    return None
+
+
+def _worth(row: Row, rows: list[Row]) -> str:
+    """What to write for a row, its rate, and what it brings beside eager PyTorch and beside the best peer."""
+    eager, peer = records.eager(rows), records.best_peer(rows, records.arithmetic(row))
+    beside = records.ratio(row, eager)
+    rate = f"{row['img_s']:,.4g}" if row["img_s"] < 1e4 else f"{row['img_s']:,.0f}"
+    text = f"{BACKENDS[row['backend']].use}, {rate} img/s"
+    if beside.low <= 1:
+        return f"nothing surely faster than eager PyTorch in channels_last ({text}, {beside.value:.2f} x)"
+    text += f", {beside.value:.2f} x eager PyTorch in channels_last"
+    if peer is not None and peer is not eager and records.ratio(row, peer).high < 1:
+        text += f", but {records.ratio(row, peer).value:.2f} x {peer['backend']}"
+    if (agreement := row.get("agreement")) is not None:
+        text += f" ({100 * agreement:.1f} % of {row['agreement_images']} images get its class)"
+    return text
