@@ -122,7 +122,7 @@ def test_what_was_lost_is_no_success(proof: ModuleType, tmp_path: Path) -> None:
     assert proof.main([str(later), str(failed)]) == 1
 
 
-@pytest.mark.parametrize("device", ["cuda"])
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
 def test_readme_shows_its_record(device: str, readme: ModuleType) -> None:
     records, text = importlib.import_module("record"), readme.README.read_text()
     named = text.partition(readme.MARKS[device][0])[2].partition("](")[2].partition(")")[0]
