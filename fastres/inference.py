@@ -41,7 +41,7 @@ __all__ = ["Optimized", "optimize"]
 
 _MOST_COMPARED = 16  # images, where a net asks for its number of them
 MAX_SHAPES = 8  # bound plans kept per net, least recently used dropped first
-COMPILED_AFTER = 10  # calls of one shape on a CPU, then compiling it is worth the time
+SETTLED_AFTER = 10  # calls of one shape on a CPU, then compiling it is worth the time
 ALIVE = 32 * 2**20  # bytes of values alive at once on a CPU: what a large cache holds, and glibc's heap keeps
 _TRIED = 4  # images of a new size, to see how many bytes they take
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -218,7 +218,7 @@ class Optimized(nn.Module):
         self(example)
         if not example.is_cuda:
             with _plain_mode(example):
-                self._on_cpu(example, compiles_after=0)
+                self._on_cpu(example, settles_after=0)
 
     def explain(self, shape: Sequence[int] | None = None) -> str:
         """Each step's layer, output shape and engine, and why that engine, as a table.
@@ -429,8 +429,8 @@ class Optimized(nn.Module):
             break
         self._original = (None,)
 
-    def _on_cpu(self, x: Tensor, compiles_after: int = COMPILED_AFTER) -> Tensor:
-        """compiles_after: so many calls of a shape before TorchScript compiles it."""
+    def _on_cpu(self, x: Tensor, settles_after: int = SETTLED_AFTER) -> Tensor:
+        """settles_after: so many calls of a shape before TorchScript compiles it."""
         plain, fused = _is_plain(x), dispatch.optimizes_by_onednn(self.dtype, x.device)
         finite = not plain or bool(x.sum(dtype=torch.float32).isfinite())
         if not finite and self._eight_bits() == "int8":
@@ -441,8 +441,7 @@ class Optimized(nn.Module):
             with dispatch.backend("reference"):
                 return self._on_steps(x)
         onednn.keep_heap()
-        compiles = self.torchscript and not torch.are_deterministic_algorithms_enabled()
-        answers = [self._on_steps(part, compiles_after if compiles else None) for part in self._slices(x)]
+        answers = [self._on_steps(part, settles_after) for part in self._slices(x)]
         return answers[0] if len(answers) == 1 else torch.cat(answers)
 
     def _without_broken(self, x: Tensor) -> Tensor:
@@ -451,13 +450,14 @@ class Optimized(nn.Module):
         y = self._on_steps(x.nan_to_num(0.0, 0.0, 0.0))
         return y.index_fill_(0, broken.nonzero().flatten(), math.nan) if self._by_image else y.fill_(math.nan)
 
-    def _on_steps(self, x: Tensor, compiles_after: int | None = None) -> Tensor:
+    def _on_steps(self, x: Tensor, settles_after: int | None = None) -> Tensor:
         with self._lock:
             program, first = self._program(x)
-            if compiles_after is not None:
+            if settles_after is not None:
                 program.calls += 1
-                if program.calls > compiles_after and program.compiled is program.why_not_compiled is None:
-                    program.compile(self._nhwc(x))
+                if program.calls > settles_after and not program.settled:
+                    compiles = self.torchscript and not torch.are_deterministic_algorithms_enabled()
+                    program.settle(self._nhwc(x), compiles)
         return program.run(self._nhwc(x)) if first is None else first
 
     def _slices(self, x: Tensor) -> Iterator[Tensor]:

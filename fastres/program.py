@@ -80,7 +80,8 @@ class Program:
         self.compiled_steps = 0  # so many of the first steps are in it
         self.compiled_as = ""
         self.why_not_compiled: str | None = None
-        self.calls = 0
+        self.calls, self.settled = 0, False
+        self.shares = False  # int8 weights that were packed for another number of images
 
     def bind(self, x: Tensor) -> Tensor:
         """Choose every step's engine while computing the answer to x [N, H, W, C]."""
@@ -140,7 +141,19 @@ class Program:
         answer = nchw(value) if value.dim() == 4 else value
         return answer.clone() if self.borrows else answer
 
-    def compile(self, x: Tensor) -> None:
+    def settle(self, x: Tensor, script: bool) -> None:
+        """Do once what pays off only for a shape that comes back, that of x [N, H, W, C]: pack int8 weights for it
+        alone, and let TorchScript compile the steps where `script`."""
+        self.settled = True
+        if self.shares:
+            for bound in self.bound:
+                if isinstance(bound.call, quantised.ByOneDNN):
+                    bound.call = bound.call.another()
+            self.shares = False
+        if script:
+            self._compile(x)
+
+    def _compile(self, x: Tensor) -> None:
         """Have later calls of `run` go through TorchScript, if it serves, answers to x [N, H, W, C] as the steps do and
         is faster than they are: as a oneDNN graph or, in int8, step after step."""
         int8 = [bound.call for bound in self.bound if isinstance(bound.call, quantised.ByOneDNN)]
@@ -395,8 +408,15 @@ class Program:
         if engine == "onednn":
             if residual is None or residual.shape == (problem.N, problem.P, problem.Q, problem.K):
                 p, relu, keep = self.weights[step.out], step.relu, step.out not in self.overwritable
+                size = step.out, *x.shape[1:3]
                 try:
-                    fused = quantised.ByOneDNN(p, geometry=step.geometry, relu=relu, grids=step.quantised, keep=keep)
+                    fused = self.packings.int8.get(size)
+                    if fused is None:
+                        options: dict[str, Any] = {"geometry": step.geometry, "relu": relu, "keep": keep}
+                        fused = quantised.ByOneDNN(p, grids=step.quantised, **options)
+                        self.packings.int8[size] = fused
+                    else:
+                        self.shares = True
                     return Bound(step, "onednn int8", why, fused), fused(*inputs)
                 except RuntimeError as error:
                     why = f"oneDNN: {str(error).splitlines()[0]}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import importlib
 import logging
 import math
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 
 import fastres
 from fastres import optimize, paper, program
-from fastres.inference import COMPILED_AFTER, Optimized
+from fastres.inference import MAX_SHAPES, SETTLED_AFTER, Optimized
 from fastres.ops import dispatch, quantised
 from fastres.ops.folded import Folded
 from fastres.ops.quantised import Grid, Quantised, grid
@@ -652,7 +653,7 @@ def test_a_shape_that_comes_back_goes_through_torchscript(monkeypatch: pytest.Mo
     monkeypatch.setattr(program, "_seconds", lambda calls: [1.0, 2.0])
     before = torch.backends.quantized.engine
     net = int8(tiny())
-    inputs = [images(2) for _ in range(COMPILED_AFTER + 3)]
+    inputs = [images(2) for _ in range(SETTLED_AFTER + 3)]
     want = [int8_like(net)(x) for x in inputs]
     for x, y in zip(inputs, want, strict=True):
         assert torch.equal(net(x), y)
@@ -677,3 +678,27 @@ def test_a_residual_that_is_read_again_stays_out_of_torchscript() -> None:
     net = int8(model, x, example=x)
     assert "not by TorchScript: a residual is read again" in net.explain()
     assert relative_error(net(x), model(x).double()) < 0.03
+
+
+@served
+def test_another_number_of_images_is_packed_for_once_it_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packing takes longer than a call: a new number of images shares what is packed for its size, at the same bits."""
+    net = int8(tiny(), torchscript=False)
+    net(images(2))
+    made, init = [], quantised.ByOneDNN.__init__
+
+    def counting(self: Any, *args: Any, **options: Any) -> None:
+        made.append(self)
+        init(self, *args, **options)
+
+    monkeypatch.setattr(quantised.ByOneDNN, "__init__", counting)
+    x = images(3)
+    want = net(x)
+    assert not made
+    for _ in range(SETTLED_AFTER + 2):
+        assert torch.equal(net(x), want)
+    assert len(made) == sum(isinstance(m, nn.Conv2d) for m in tiny().modules())
+    for size in range(24, 24 + 2 * MAX_SHAPES):
+        net(images(2, size))
+    gc.collect()
+    assert len(net._packings.int8) <= MAX_SHAPES * sum(isinstance(m, nn.Conv2d) for m in tiny().modules())

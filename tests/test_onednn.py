@@ -325,11 +325,11 @@ def test_a_shape_that_comes_back_is_compiled(dtype: torch.dtype, graph_wins: Non
     with torch.no_grad():
         want, theirs = model.double()(x.double()), model.to(dtype)(x)
     net = optimize(model)
-    for call in range(inference.COMPILED_AFTER + 3):
+    for call in range(inference.SETTLED_AFTER + 3):
         y = net(x)
         assert y.dtype == dtype
         assert_close_to_reference(y, want, theirs)
-        assert ("by TorchScript" in net.explain().splitlines()[0]) == (call >= inference.COMPILED_AFTER)
+        assert ("by TorchScript" in net.explain().splitlines()[0]) == (call >= inference.SETTLED_AFTER)
     with torch.no_grad():
         assert_close_to_reference(net(x[:1]), want[:1], model(x[:1]))
 

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +30,8 @@ class Packings:
     def __init__(self) -> None:
         self._by_call: dict[Any, Tensor] = {}
         self._by_format: dict[Any, Tensor] = {}
+        # Convolutions in int8, by layer and the size of its input, while a plan uses them.
+        self.int8: WeakValueDictionary[Any, Any] = WeakValueDictionary()
 
     def conv(self, name: str, w: Tensor, geometry: Geometry, x: Tensor) -> Tensor:
         """The filters w [K, R, S, C/groups] of layer `name` for x [N, H, W, C], opaque."""

@@ -7,10 +7,10 @@ their scale and zero point.
 
 from __future__ import annotations
 
-import functools
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -120,16 +120,18 @@ def as_quint8(q: Tensor, grid: Grid) -> Tensor:
 
 
 class ByOneDNN:
-    """Computes [relu](scale conv(x, w) + shift + residual) as one primitive of oneDNN, for one input shape.
+    """Computes [relu](scale conv(x, w) + shift + residual) as one primitive of oneDNN.
 
     It may run in several threads at once. The operator writes the sum over the residual, which is copied first where
     `keep`. Raises RuntimeError, here or when it is called, where oneDNN doesn't serve it.
 
-    The packed weights are of this convolution alone: they keep the primitive of their first call, which a call with
-    another shape would not use, and another operator would take for its own.
+    The packed weights are of this convolution alone: they keep the primitive of their first call, which another
+    operator would take for its own. A call with another shape has PyTorch look its primitive up, and pack anew each
+    time where that wants another format. An `another` is fastest for its first shape, but packing takes longest of all.
     """
 
     def __init__(self, p: Folded, *, geometry: Geometry, relu: bool, grids: Quantised, keep: bool) -> None:
+        self.another = partial(ByOneDNN, p, geometry=geometry, relu=relu, grids=grids, keep=keep)
         assert p.scale is not None
         assert grids.out is not None
         stride, pad, dilation, groups = geometry
@@ -184,7 +186,7 @@ def by_pool(pool: Callable[..., tuple[Tensor]], x: Tensor) -> tuple[Tensor]:
     return (as_quint8(y, Grid(x.q_scale(), x.q_zero_point(), x.dtype)),)
 
 
-@functools.cache
+@cache
 def saturates() -> bool:
     """Whether oneDNN's int8 convolution on this CPU loses sums of two products that leave 16 bits, as its code for CPUs
     without VNNI does."""
