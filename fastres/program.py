@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -53,6 +53,14 @@ class Bound:
         self.reads, self.writes = self.step.reads, self.step.writes  # which a step computes anew each time
 
 
+class Compiled(NamedTuple):
+    """The first `steps` steps of a program as TorchScript: x [N, H, W, C] -> what the last of them writes."""
+
+    call: Callable[[Tensor], Tensor]
+    steps: int
+    how: str
+
+
 class Program:
     """A plan bound to engines for one input shape; on a GPU also its CUDA graph with the static input and output, on a
     CPU also its oneDNN graph.
@@ -76,9 +84,7 @@ class Program:
         self.overwritable = overwritable(self.parts, output)
         self.bound: list[Bound] = []
         self.graph: torch.cuda.CUDAGraph | None = None
-        self.compiled: Callable[[Tensor], Tensor] | None = None
-        self.compiled_steps = 0  # so many of the first steps are in it
-        self.compiled_as = ""
+        self.compiled: Compiled | None = None
         self.why_not_compiled: str | None = None
         self.calls, self.settled = 0, False
         self.shares = False  # int8 weights that were packed for another number of images
@@ -100,9 +106,9 @@ class Program:
     def run(self, x: Tensor, observe: Callable[[str, Any], None] | None = None) -> Tensor:
         """The answer to x [N, H, W, C]; where it is computed step by step `observe` is shown every value, which a later
         step may overwrite."""
-        if self.compiled is not None and observe is None:
-            at, value = self.compiled_steps, self.compiled(x)
-            return self._answer(self._run({self.bound[at - 1].writes[0]: value}, self.bound[at:], self.output))
+        compiled = self.compiled
+        if compiled is not None and observe is None:
+            return self._through(compiled, x)
         if observe is not None:
             observe(INPUT, x)
         return self._answer(self._run({INPUT: x}, self.bound, self.output, observe))
@@ -165,19 +171,20 @@ class Program:
         if refusal is None:
             want = self.run(x)
             try:
-                self._script_steps(x, int8) if int8 else self._script_graph(x)
-                refusal = self._why_steps(x, want, 0.0 if int8 else _GRAPH_DIFFERENCE[self.dtype])
+                compiled = self._script_steps(x, int8) if int8 else self._script_graph(x)
+                refusal = self._why_steps(compiled, x, want, 0.0 if int8 else _GRAPH_DIFFERENCE[self.dtype])
             except (RuntimeError, ValueError) as error:
                 refusal = str(error).strip().splitlines()[0]
-        if refusal is not None:
-            self.compiled, self.why_not_compiled = None, refusal
+        if refusal is None:
+            self.compiled = compiled
+        else:
+            self.why_not_compiled = refusal
 
-    def _script_graph(self, x: Tensor) -> None:
+    def _script_graph(self, x: Tensor) -> Compiled:
         graph = onednn.graph(self._definition, _canonical(nchw(x)))
-        self.compiled, self.compiled_steps = lambda x: graph(_canonical(nchw(x))), len(self.bound)
-        self.compiled_as = "as a oneDNN graph"
+        return Compiled(lambda x: graph(_canonical(nchw(x))), len(self.bound), "as a oneDNN graph")
 
-    def _script_steps(self, x: Tensor, int8: Sequence[quantised.ByOneDNN]) -> None:
+    def _script_steps(self, x: Tensor, int8: Sequence[quantised.ByOneDNN]) -> Compiled:
         """All steps before the first of oneDNN's in floating point: the layout of its weights is not TorchScript's."""
         steps = next((i for i, bound in enumerate(self.bound) if bound.engine == "onednn"), len(self.bound))
         head, rest = self.bound[:steps], self.bound[steps:]
@@ -192,18 +199,21 @@ class Program:
             with quantised.ENGINE:
                 return script(x)
 
-        self.compiled, self.compiled_steps, self.compiled_as = with_engine, steps, "step after step"
+        return Compiled(with_engine, steps, "step after step")
 
-    def _why_steps(self, x: Tensor, want: Tensor, allowed: float) -> str | None:
-        """Why the steps are better than what was compiled, which then has to go; None where they aren't."""
-        difference = _relative(self.run(x), want)
+    def _why_steps(self, compiled: Compiled, x: Tensor, want: Tensor, allowed: float) -> str | None:
+        """Why the steps are better than `compiled`; None where they aren't."""
+        difference = _relative(self._through(compiled, x), want)
         if not difference <= allowed:
             return f"its answer is {difference:.1e} from that of the steps"
-        apart = partial(self._run, bound=self.bound, wanted=self.output)
-        together, one_by_one = _seconds([lambda: self.run(x), lambda: apart({INPUT: x})])
+        together, one_by_one = _seconds([lambda: self._through(compiled, x), lambda: self.run(x)])
         if together <= one_by_one:
             return None
         return f"measured: {1e3 * together:.1f} ms, step by step {1e3 * one_by_one:.1f} ms"
+
+    def _through(self, compiled: Compiled, x: Tensor) -> Tensor:
+        values = {self.bound[compiled.steps - 1].writes[0]: compiled.call(x)}
+        return self._answer(self._run(values, self.bound[compiled.steps :], self.output))
 
     def _definition(self, x: Tensor) -> Tensor:
         """The plan in PyTorch's operations on NCHW tensors, its output as a step leaves it."""
@@ -250,7 +260,7 @@ class Program:
         if self.graph is not None:
             return "replayed as a CUDA graph"
         if self.compiled is not None:
-            return f"by TorchScript, {self.compiled_as}"
+            return f"by TorchScript, {self.compiled.how}"
         why = f" (not by TorchScript: {self.why_not_compiled})" if self.why_not_compiled else ""
         return f"one step after the other{why}"
 
