@@ -517,6 +517,8 @@ def by_image(steps: Iterable[Step], model: nn.Module) -> bool:
     flat: set[str] = set()  # values that may have lost dimensions: then a number of one no longer tells which it is
     for step in steps:
         if not isinstance(step, Aten):
+            if flat & set(step.reads):  # a residual that broadcasts
+                return False
             continue
         layer = model.get_submodule(step.name) if step.kind in ("module", "norm") else None
         if not _by_image(step, layer, bool(flat & set(step.reads))):

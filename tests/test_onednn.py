@@ -277,6 +277,25 @@ def test_a_batch_whose_images_depend_on_each_other_stays_whole(name: str, monkey
         torch.testing.assert_close(optimize(model)(x), model(x), rtol=1e-5, atol=1e-5)
 
 
+class AddsMean(nn.Module):
+    """What the convolution adds has lost dimensions, and broadcasts images over rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x) + x.mean((2, 3))
+
+
+def test_a_convolution_that_adds_what_lost_dimensions_keeps_the_batch_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = AddsMean().eval(), torch.randn(4, 3, 4, 3)
+    monkeypatch.setattr(inference, "ALIVE", 1)
+    monkeypatch.setattr(inference, "_TRIED", 1)
+    with torch.no_grad():
+        torch.testing.assert_close(optimize(model)(x), model(x), rtol=1e-5, atol=1e-5)
+
+
 def test_nets_of_this_field_may_be_cut() -> None:
     for model in (fastres.resnet18(), fastres.resnet50(), fastres.paper.cifar(20), fastres.paper.resnet(18, "A")):
         steps, output = trace(model.eval())
