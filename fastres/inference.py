@@ -432,6 +432,7 @@ class Optimized(nn.Module):
     def _on_cpu(self, x: Tensor, settles_after: int = SETTLED_AFTER) -> Tensor:
         """settles_after: so many calls of a shape before TorchScript compiles it."""
         plain, fused = _is_plain(x), dispatch.optimizes_by_onednn(self.dtype, x.device)
+        x = x.to(self.dtype)  # in which a finite number may be infinite
         finite = not plain or bool(x.sum(dtype=torch.float32).isfinite())
         if not finite and self._eight_bits() == "int8":
             return self._without_broken(x)

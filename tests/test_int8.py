@@ -648,6 +648,13 @@ def test_an_image_that_is_not_finite_gets_nan(value: float) -> None:
 
 
 @served
+def test_an_image_that_float32_does_not_hold_gets_nan() -> None:
+    net, x = int8(tiny()), images(3).double()
+    x[1, 2, 5, 5] = 1e300
+    assert net(x).isnan().all(1).tolist() == [False, True, False]
+
+
+@served
 def test_a_shape_that_comes_back_goes_through_torchscript(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same steps, bit for bit; as PyTorch's engine for quantised tensors is whatever it was, before and after."""
     monkeypatch.setattr(program, "_seconds", lambda calls: [1.0, 2.0])

@@ -175,6 +175,16 @@ def test_what_is_not_finite_answers_as_in_pytorch(value: float, dtype: torch.dty
     assert got[2].isfinite().all()
 
 
+@pytest.mark.skipif(not HAS_BF16, reason="this CPU computes no bf16")
+def test_what_is_finite_in_another_dtype_alone_answers_as_in_pytorch() -> None:
+    model, x = tiny().bfloat16(), photographs()
+    x[1, 2, 5, 5] = 3.4e38  # bfloat16 rounds it to infinity
+    with torch.no_grad():
+        want = model(x.bfloat16())
+    assert want[1].isnan().all()
+    assert torch.equal(optimize(model)(x).isnan(), want.isnan())
+
+
 def test_large_finite_input_is_served() -> None:
     """Its sum leaves the range of float16, and of float32."""
     model = tiny()
