@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import copy
+import gc
 import subprocess
 import sys
 import threading
+import time
+import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
+import numpy
 import pytest
 import torch
 import torch.nn.functional as F
@@ -408,7 +413,7 @@ def test_what_the_graph_compiler_refuses_stays_steps(monkeypatch: pytest.MonkeyP
     def refuse(*_: Any, **__: Any) -> Any:
         raise RuntimeError("it has gone")
 
-    monkeypatch.setattr(torch.jit, "trace", refuse)
+    monkeypatch.setattr(onednn, "script", refuse)
     assert "(not by TorchScript: RuntimeError: it has gone)" in optimize(tiny(), photographs()).explain()
     assert not torch.jit.onednn_fusion_enabled()
 
@@ -421,6 +426,51 @@ def test_compiling_leaves_pytorchs_switch_as_it_was(graph_wins: None) -> None:
             assert torch.jit.onednn_fusion_enabled() == before
         finally:
             torch.jit.enable_onednn_fusion(False)
+
+
+def test_threads_that_compile_leave_pytorchs_switch_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first leaves while the second is inside, where nothing makes it wait."""
+    inside = threading.Barrier(2)
+
+    def script(*_: Any) -> Any:
+        assert torch.jit.onednn_fusion_enabled()
+        with suppress(threading.BrokenBarrierError):
+            inside.wait(0.2)
+        time.sleep(0.2 * (threading.current_thread().name == "second"))
+        raise RuntimeError("enough")
+
+    def compile() -> None:
+        with suppress(RuntimeError):
+            onednn.graph(torch.relu, torch.zeros(1, 1, 1, 1))
+
+    monkeypatch.setattr(onednn, "script", script)
+    threads = [threading.Thread(target=compile, name=name) for name in ("first", "second")]
+    try:
+        for thread in threads:
+            thread.start()
+            time.sleep(0.05)
+        for thread in threads:
+            thread.join()
+        assert not torch.jit.onednn_fusion_enabled()
+    finally:
+        torch.jit.enable_onednn_fusion(False)
+
+
+def test_a_graph_dies_with_its_weights() -> None:
+    """And so does what it compiled: no unit of PyTorch's own keeps it."""
+    kept, x = numpy.ones((8, 3, 3, 3), numpy.float32), photographs()
+    alive = weakref.ref(kept)
+
+    def graph(w: Tensor) -> Callable[[Tensor], Tensor]:
+        return onednn.graph(lambda x: F.relu(F.conv2d(x, w)), x)
+
+    function = graph(torch.from_numpy(kept))
+    del kept
+    function(x)
+    assert alive() is not None
+    del function
+    gc.collect()
+    assert alive() is None
 
 
 def test_loaded_weights_reach_the_graph(graph_wins: None) -> None:

@@ -6,6 +6,7 @@ is used of them. oneDNN's ReLU turns NaN into 0: give it finite inputs only.
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from fastres.ops.steps import Geometry, nchw, nhwc
 
+_FUSION = threading.Lock()  # held while TorchScript's fusion by oneDNN, which all threads share, is switched
 HEAP_BLOCK = 2**25 - 2**16  # bytes: the largest that glibc still takes from its heap, less its own header
 
 
@@ -108,12 +110,13 @@ def graph(function: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[Tensor],
     Values between its partitions keep oneDNN's own layouts, and each is compiled once: a call of a single primitive
     looks it up. Raises RuntimeError where oneDNN took nothing of it.
     """
-    before = torch.jit.onednn_fusion_enabled()
-    try:
-        torch.jit.enable_onednn_fusion(True)
-        traced = script(function, x)
-    finally:
-        torch.jit.enable_onednn_fusion(before)
+    with _FUSION:
+        before = torch.jit.onednn_fusion_enabled()
+        try:
+            torch.jit.enable_onednn_fusion(True)
+            traced = script(function, x)
+        finally:
+            torch.jit.enable_onednn_fusion(before)
     if "oneDNNFusionGroup" not in str(torch.jit.last_executed_optimized_graph()):
         raise RuntimeError("TorchScript found nothing that oneDNN's graph compiler takes")
     return traced
@@ -134,7 +137,11 @@ def script(function: Callable[[Tensor], Tensor], x: Tensor, held: Sequence[Any] 
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that shapes become constants: here they are
-        traced = torch.jit.trace(Net().eval(), (x,), check_trace=False)
+        if held:
+            traced: Callable[[Tensor], Tensor] = torch.jit.trace(Net().eval(), (x,), check_trace=False)
+        else:  # not by `trace`, whose unit keeps what it compiled, with the weights, for as long as the process lives
+            recorded, _ = torch._C._create_graph_by_tracing(function, (x,), lambda _: "", True, False)
+            traced = torch._C._create_function_from_graph("net", recorded)
         for _ in range(2):  # the first call is profiled, the second compiles for the shape that was found
             traced(x)
     return traced
