@@ -54,10 +54,11 @@ class Bound:
 
 
 class Compiled(NamedTuple):
-    """The first `steps` steps of a program as TorchScript: x [N, H, W, C] -> what the last of them writes."""
+    """The first `steps` steps of a program as TorchScript: x [N, H, W, C] -> the value `writes`."""
 
     call: Callable[[Tensor], Tensor]
     steps: int
+    writes: str
     how: str
 
 
@@ -182,14 +183,15 @@ class Program:
 
     def _script_graph(self, x: Tensor) -> Compiled:
         graph = onednn.graph(self._definition, _canonical(nchw(x)))
-        return Compiled(lambda x: graph(_canonical(nchw(x))), len(self.bound), "as a oneDNN graph")
+        return Compiled(lambda x: graph(_canonical(nchw(x))), len(self.bound), self.output, "as a oneDNN graph")
 
     def _script_steps(self, x: Tensor, int8: Sequence[quantised.ByOneDNN]) -> Compiled:
         """All steps before the first of oneDNN's in floating point: the layout of its weights is not TorchScript's."""
         steps = next((i for i, bound in enumerate(self.bound) if bound.engine == "onednn"), len(self.bound))
         head, rest = self.bound[:steps], self.bound[steps:]
         last = head[-1].writes[0]
-        if any(set(bound.reads) - {last} - {name for each in rest for name in each.writes} for bound in rest):
+        known = {last, *(name for each in rest for name in each.writes)}
+        if self.output not in known or any(set(bound.reads) - known for bound in rest):
             raise ValueError("more than one value goes from int8 to the rest")
         packed = [conv.packed for conv in int8]
         with quantised.ENGINE:
@@ -199,7 +201,7 @@ class Program:
             with quantised.ENGINE:
                 return script(x)
 
-        return Compiled(with_engine, steps, "step after step")
+        return Compiled(with_engine, steps, last, "step after step")
 
     def _why_steps(self, compiled: Compiled, x: Tensor, want: Tensor, allowed: float) -> str | None:
         """Why the steps are better than `compiled`; None where they aren't."""
@@ -212,7 +214,7 @@ class Program:
         return f"measured: {1e3 * together:.1f} ms, step by step {1e3 * one_by_one:.1f} ms"
 
     def _through(self, compiled: Compiled, x: Tensor) -> Tensor:
-        values = {self.bound[compiled.steps - 1].writes[0]: compiled.call(x)}
+        values = {compiled.writes: compiled.call(x)}
         return self._answer(self._run(values, self.bound[compiled.steps :], self.output))
 
     def _definition(self, x: Tensor) -> Tensor:

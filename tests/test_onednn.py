@@ -473,6 +473,48 @@ def test_a_graph_dies_with_its_weights() -> None:
     assert alive() is None
 
 
+class Unread(nn.Module):
+    """Returns the features; nobody reads the scores, which it computes afterwards."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.pool, self.fc = nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.conv(x))
+        self.fc(torch.flatten(self.pool(y), 1))
+        return y
+
+
+def test_what_a_net_returns_need_not_be_computed_last(graph_wins: None) -> None:
+    model, x = Unread().eval(), photographs()
+    net = optimize(model, x)
+    assert "by TorchScript, as a oneDNN graph" in net.explain()
+    with torch.no_grad():
+        torch.testing.assert_close(net(x), model(x), rtol=1e-5, atol=1e-5)
+
+
+def test_no_call_takes_a_graph_before_it_was_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here one with another answer, called by another thread while it is compared."""
+    model, x = tiny(), photographs()
+    net = optimize(model, torchscript=False)
+    found: list[Any] = []
+    net(x)
+    (plan,) = net._programs.values()
+
+    def meanwhile(x: Tensor) -> Tensor:
+        if not found:
+            found.append(None)
+            found[0] = plan.run(nhwc(x))
+        return x.new_zeros(2, 10)
+
+    monkeypatch.setattr(onednn, "graph", lambda *_: meanwhile)
+    plan._compile(nhwc(x))
+    assert "from that of the steps" in net.explain()
+    with torch.no_grad():
+        torch.testing.assert_close(found[0], model(x), rtol=1e-4, atol=1e-5)
+
+
 def test_loaded_weights_reach_the_graph(graph_wins: None) -> None:
     model, other, x = tiny(), tiny(), photographs()
     net = optimize(model, x)
