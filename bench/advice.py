@@ -49,16 +49,16 @@ def _training(rows: list[Row], dtype: str) -> str:
     best = max((row for row in rows if row["ours"] and row["status"] == "ok"), key=lambda row: row["img_s"])
     if "fused in" not in best["path"] and not BACKENDS[best["backend"]].compile:
         beside = records.ratio(best, records.eager(rows))
-        return f"Training: PyTorch's own speed (fastres {beside.value:.2f} x); convolutions are PyTorch's there."
+        return f"Training: fastres runs PyTorch's own operations here, at {beside.value:.2f} x eager PyTorch's speed."
     return f"Training: {_worth(best, rows)}."
 
 
 def _unknown(rows: list[Row]) -> str | None:
     """Why nothing can be said of a case."""
     if records.eager(rows) is None:
-        return "not known, for lack of a steady row eager-channels-last to compare with"
+        return "not known: no steady rate of eager-channels-last to compare with was measured"
     if not any(row["ours"] and row["status"] == "ok" for row in rows):
-        return "not known, for lack of a steady row of fastres"
+        return "not known: no steady rate of fastres was measured"
     return None
 
 
@@ -74,5 +74,5 @@ def _worth(row: Row, rows: list[Row]) -> str:
     if peer is not None and peer is not eager and records.ratio(row, peer).high < 1:
         text += f", but {records.ratio(row, peer).value:.2f} x {peer['backend']}"
     if (agreement := row.get("agreement")) is not None:
-        text += f" ({100 * agreement:.1f} % of {row['agreement_images']} images get its class)"
+        text += f" ({100 * agreement:.1f} % of {row['agreement_images']} images get the same class)"
     return text

@@ -61,8 +61,8 @@ class Backend:
     net: name -> a module with the state_dict keys of `plain.net(name)`.
     compile: keyword arguments of `torch.compile`; None runs the module as it is.
     freeze: what turns the prepared net and the case's batches into what is called; the backend doesn't train.
-    dtype: what it computes in, whatever the case's dtype is; it doesn't train. Net and images come in it, but for int8
-    and float8, which quantise those of the case.
+    dtype: what it computes in, whatever the case's dtype is; it doesn't train. Net and images come in it. Where it is
+    int8 or float8, they come in the case's dtype; a peer in int8 gets fp32.
     graph: a whole training step, optimizer included, in one CUDA graph; the backend doesn't infer.
     ours: fastres, compared with the best peer; the others are the peers.
     use: what a user of fastres writes to get it, in words or code.
@@ -105,16 +105,10 @@ class Backend:
             return f"it needs a {self.needs} device"
         if self.dtype == FLOAT8 and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
             return "float8 needs compute capability 8.9"
-        if self.dtype == torch.int8 and not torch.cpu._is_vnni_supported():
-            return "this CPU has no VNNI, which int8 needs"
-        if self.dtype == torch.bfloat16 and not (
-            torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-        ):
-            return "this CPU has neither AVX512-BF16 nor AMX, which bf16 needs to be any use"
-        for package in self.packages:
-            if importlib.util.find_spec(package) is None:
-                return f"{package} is not installed: pip install {package}"
-        return None
+        if self.dtype in (torch.int8, torch.bfloat16) and (reason := dispatch.why_no_onednn(self.dtype)) is not None:
+            return reason  # a peer might run, but emulated, or with sums that saturate
+        missing = [package for package in self.packages if importlib.util.find_spec(package) is None]
+        return f"not installed: pip install {' '.join(missing)}" if missing else None
 
     @property
     def quantises(self) -> bool:
@@ -123,6 +117,8 @@ class Backend:
 
     def own(self, case: Case) -> Case:
         """The case in the dtype that net and images come in."""
+        if self.dtype == torch.int8 and not self.ours:
+            return replace(case, dtype=torch.float32)
         return case if self.dtype is None or self.quantises else replace(case, dtype=self.dtype)
 
     def arithmetic(self, case: Case) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib
+import importlib.util
 import json
 import os
 import re
@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fastres
 from fastres.graphed import WARM_UPS
 from fastres.models import families
-from fastres.ops import dispatch
+from fastres.ops import dispatch, quantised
 
 ROOT = Path(__file__).resolve().parent.parent
 BENCH = ROOT / "bench"
@@ -465,9 +465,9 @@ def test_advice(bench: SimpleNamespace) -> None:
     rows += [advised(name, 10, mode="train") for name in ("eager-channels-last", "fastres")]
     assert bench.advice.advice(rows) == (
         "What to use here for resnet50, batch 1, fp32, 224x224. Inference: fastres.optimize(model, dtype=torch.int8, "
-        "calibration=batches), 160 img/s, 5.00 x eager PyTorch in channels_last (75.0 % of 64 images get its class). "
-        "Without calibration: fastres.optimize(model), 52 img/s, 1.62 x eager PyTorch in channels_last, but 0.95 x "
-        "onnxruntime. Training: PyTorch's own speed (fastres 1.00 x); convolutions are PyTorch's there."
+        "calibration=batches), 160 img/s, 5.00 x eager PyTorch in channels_last (75.0 % of 64 images get the same "
+        "class). Without calibration: fastres.optimize(model), 52 img/s, 1.62 x eager PyTorch in channels_last, but "
+        "0.95 x onnxruntime. Training: fastres runs PyTorch's own operations here, at 1.00 x eager PyTorch's speed."
     )
     slow = [advised("eager-channels-last", 32, 33), advised("fastres-optimize", 32, 34)]
     assert "nothing surely faster than eager PyTorch" in bench.advice.advice(slow)
@@ -763,7 +763,10 @@ def test_onnxruntime_answers_as_eager(bench: SimpleNamespace) -> None:
 
 def test_a_cpu_without_the_instructions(bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     case = bench.backends.Case("resnet50", "infer", 4, torch.float32, 224, torch.device("cpu"))
-    reasons = {"int8": "this CPU has no VNNI", "bf16": "this CPU has neither AVX512-BF16 nor AMX"}
+    for name in dispatch._ISA_LIMITS:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(quantised, "saturates", lambda: False)
+    reasons = {"int8": "this CPU has no AVX512-VNNI", "bf16": "this CPU has neither AVX512-BF16 nor AMX"}
     asked = ("_is_vnni_supported", "_is_avx512_bf16_supported", "_is_amx_tile_supported")
     for has in (True, False):
         for name in asked:
@@ -774,6 +777,23 @@ def test_a_cpu_without_the_instructions(bench: SimpleNamespace, monkeypatch: pyt
             reason = reasons.get(backend.arithmetic(case))
             why = backend.why_not(case)
             assert why is None if has or reason is None else why.startswith(reason), name
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    for name in ("fastres-optimize-bf16", "fastres-optimize-int8"):
+        assert "ONEDNN_MAX_CPU_ISA=AVX2" in bench.backends.BACKENDS[name].why_not(case)
+
+
+def test_what_is_missing_is_named_at_once(bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    reason = bench.backends.BACKENDS["onnxruntime"].why_not_here(torch.device("cpu"))
+    assert reason == "not installed: pip install onnx onnxscript onnxruntime"
+
+
+def test_a_peer_quantises_fp32(bench: SimpleNamespace) -> None:
+    """ONNX Runtime has no bfloat16 to quantise; our int8 takes the case's net as it is."""
+    case = bench.backends.Case("resnet18", "infer", 2, torch.bfloat16, 64, torch.device("cpu"))
+    table = bench.backends.BACKENDS
+    assert table["onnxruntime-int8"].own(case).dtype == torch.float32
+    assert table["fastres-optimize-int8"].own(case).dtype == torch.bfloat16
 
 
 def test_without_a_yardstick_nothing_is_right(bench: SimpleNamespace) -> None:
