@@ -63,7 +63,7 @@ def status(model: nn.Module | None = None) -> Status:
         block = BasicBlock(64, 64)
     training = _path(block.train())
     if device.type == "cpu" and training != FUSED and dispatch.why_no_onednn(torch.float32) is None:
-        training += "; most of a step are convolutions, by oneDNN as it is"
+        training += "; its convolutions, most of the work, are oneDNN's already"
     return Status(
         gpu=_gpu(),
         versions={name: _version(name) for name in ("fastres", "torch", "torchvision", "triton")},
@@ -110,8 +110,12 @@ def _on_cpus() -> str:
     if reasons["fp32"] is not None:
         return f"plain PyTorch, layer by layer, on this CPU: {reasons['fp32']}"
     served = ", ".join(name for name, reason in reasons.items() if reason is None)
-    refused = "".join(f"; not in {name}: {reason}" for name, reason in reasons.items() if reason is not None)
-    return f"oneDNN's fused convolutions on this CPU in {served}{refused}"
+    refused: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        if reason is not None:
+            refused.setdefault(reason, []).append(name)
+    without = "".join(f"; not in {', '.join(names)}: {reason}" for reason, names in refused.items())
+    return f"oneDNN's fused convolutions on this CPU in {served}{without}"
 
 
 def _yes(usable: bool) -> str:

@@ -67,6 +67,8 @@ def test_what_optimize_brings_on_this_cpu(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(dispatch, "why_no_onednn", lambda dtype: why.get(dtype))
     told = fastres.status().optimize
     assert told == "oneDNN's fused convolutions on this CPU in fp32, bf16; not in fp16: no fp16; not in int8: no VNNI"
+    why[torch.int8] = "no fp16"
+    assert fastres.status().optimize.endswith("in fp32, bf16; not in fp16, int8: no fp16")
     why[torch.float32] = "no oneDNN"
     assert fastres.status().optimize == "plain PyTorch, layer by layer, on this CPU: no oneDNN"
 
@@ -74,7 +76,7 @@ def test_what_optimize_brings_on_this_cpu(monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU trains")
 def test_training_on_a_cpu_stays_pytorchs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "why_no_onednn", lambda dtype: None)
-    assert fastres.status().training.endswith("most of a step are convolutions, by oneDNN as it is")
+    assert fastres.status().training.endswith("its convolutions, most of the work, are oneDNN's already")
     monkeypatch.setattr(dispatch, "why_no_onednn", lambda dtype: "no oneDNN")
     assert "oneDNN" not in fastres.status().training
 
