@@ -25,8 +25,10 @@ from fastres.evaluate import CROPS, SCALES, Predictor, Views, evaluate, require_
 from fastres.images import ImageError, read_image
 from fastres.inference import optimize
 from fastres.models import families
+from fastres.ops import dispatch
 from fastres.train import data
 from fastres.train.loop import DTYPES, place
+from fastres.train.process import Place
 from fastres.train.recipe import RECIPES, Recipe
 from fastres.weights import Weights, load_into, read
 
@@ -138,7 +140,7 @@ def run_eval(args: argparse.Namespace) -> int:
     except ImportError as error:
         raise ValueError(str(error)) from error
     with place(args.device) as here:
-        _require_served(args, here.device)
+        _require_served(args, here)
         nets = _nets(args, args.checkpoint, here.device)
         name = args.data or _told_data(nets)
         images = _test_images(args, name, nets)
@@ -172,7 +174,7 @@ def run_predict(args: argparse.Namespace) -> int:
     weights, images = _apart(args)
     paths = list(_image_files(images))
     with place(args.device) as here:
-        _require_served(args, here.device)
+        _require_served(args, here)
         nets = _nets(args, weights, here.device)
         names = _labels(args.labels, nets)
         views = nets.views(args)
@@ -223,7 +225,7 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError(f"--dtype {args.dtype} needs --optimize")
     for name in ("calibration", "calibration_images", "percentile"):
         if getattr(args, name) is not None and not calibrated:
-            raise ValueError(f"--{name.replace('_', '-')} belongs to --dtype int8 and fp8, which --optimize serves")
+            raise ValueError(f"--{name.replace('_', '-')} is for --optimize with --dtype int8 or fp8 only")
     if args.workers < 0:
         raise ValueError(f"--workers {args.workers}: any whole number from 0 is accepted")
     if args.csv is not None:
@@ -238,11 +240,17 @@ def _dtype(args: argparse.Namespace, device: torch.device) -> str:
     return args.dtype or ("bf16" if device.type == "cuda" else "fp32")
 
 
-def _require_served(args: argparse.Namespace, device: torch.device) -> None:
-    """Raises ValueError where `optimize` refuses the dtype on the device, before anything is read."""
-    if args.dtype in _CALIBRATED:
+def _require_served(args: argparse.Namespace, here: Place) -> None:
+    """Raises ValueError where `optimize` refuses the dtype on the device, before anything is read. Says on stderr where
+    it has no fused convolutions in that dtype on a CPU."""
+    device, name = here.device, _dtype(args, here.device)
+    dtype = _DTYPES[name]
+    reason = dispatch.why_no_onednn(dtype) if args.optimize and device.type == "cpu" else None
+    if name not in _CALIBRATED and reason is not None and here.rank == 0:
+        print(f"note: --optimize fuses nothing in {name} here: {reason}", file=sys.stderr)
+    if name in _CALIBRATED:
         net, pixel = nn.Sequential(nn.Conv2d(1, 1, 1, device=device)).eval(), torch.zeros(1, 1, 1, 1, device=device)
-        optimize(net, dtype=_DTYPES[args.dtype], calibration=[pixel], percentile=args.percentile)
+        optimize(net, dtype=dtype, calibration=[pixel], percentile=args.percentile)
 
 
 @dataclass(frozen=True)
@@ -602,6 +610,8 @@ class _Batches:
             self.failed += len(reasons)
             if len(labels):
                 yield images, labels
+        if self.sample_of and self.failed == self.count:
+            raise ValueError(f"{self.said}: none that was tried can be read")
 
     def _shown(self, batches: Iterable[Any]) -> Iterable[Any]:
         title = "calibration" if self.sample_of else None

@@ -26,6 +26,7 @@ from fastres import commands, evaluate, paper, weights
 from fastres.__main__ import main
 from fastres.evaluate import Predictor, Views
 from fastres.models import families
+from fastres.ops import dispatch
 from fastres.ops.dispatch import why_no_onednn
 from fastres.train import checkpoint, loop
 from fastres.train.data import Preprocess, by_channel
@@ -664,6 +665,33 @@ def test_images_that_calibrate_and_cannot_be_read(
     assert "1 of 9 images that calibrate could not be read" in err
 
 
+def test_no_image_that_calibrates_can_be_read(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(dispatch, "why_no_int8", lambda device: None)
+    bad = tmp_path / "bad"
+    bad.mkdir()
+    (bad / "a.jpg").write_bytes(b"no image")
+    given = ["predict", str(photos), "--weights", saved(tmp_path / "net.pt", net().state_dict()), *SMALL, *INT8]
+    told = refused([*given, "--calibration", str(bad)], capsys)
+    assert f"calibrated with 0 of 1 images in {bad}: none that was tried can be read" in told
+
+
+@pytest.mark.parametrize("more", [[], ["--dtype", "bf16"], ["--optimize"], ["--optimize", "--dtype", "bf16"]])
+def test_a_dtype_that_optimize_does_not_fuse_is_noted(
+    more: list[str],
+    photos: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(dispatch, "why_no_onednn", {torch.float32: None, torch.bfloat16: "no AMX"}.get)
+    file = saved(tmp_path / "net.pt", net().state_dict())
+    assert main(["predict", str(photos), "--weights", file, *SMALL, *more]) == 0
+    note = "note: --optimize fuses nothing in bf16 here: no AMX\n"
+    assert capsys.readouterr().err == (note if len(more) == 3 else "")
+
+
 @pytest.mark.parametrize("command", ["eval", "predict"])
 @pytest.mark.parametrize(
     ("more", "served", "named"),
@@ -673,9 +701,13 @@ def test_images_that_calibrate_and_cannot_be_read(
         (INT8, False, "torch.int8 isn't served"),
         ([*INT8, "--calibration-images", "0"], True, "--calibration-images 0: any whole number from 1"),
         ([*INT8, "--calibration", "nowhere"], True, "nowhere does not exist"),
-        (["--percentile", "99"], True, "--percentile belongs to --dtype int8 and fp8"),
-        (["--calibration", "."], True, "--calibration belongs to --dtype int8 and fp8"),
-        (["--optimize", "--calibration-images", "9"], True, "--calibration-images belongs to --dtype int8 and fp8"),
+        (["--percentile", "99"], True, "--percentile is for --optimize with --dtype int8 or fp8 only"),
+        (["--calibration", "."], True, "--calibration is for --optimize with --dtype int8 or fp8 only"),
+        (
+            ["--optimize", "--calibration-images", "9"],
+            True,
+            "--calibration-images is for --optimize with --dtype int8 or fp8 only",
+        ),
     ],
 )
 def test_calibration_is_refused_before_an_image_is_read(
