@@ -45,7 +45,7 @@ SETTLED_AFTER = 10  # calls of one shape on a CPU, then compiling it is worth th
 ALIVE = 32 * 2**20  # bytes of values alive at once on a CPU: what a large cache holds, and glibc's heap keeps
 _TRIED = 4  # images of a new size, to see how many bytes they take
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-_QUANTISED = {FLOAT8: torch.bfloat16, torch.int8: torch.float32}  # convolutions in 8 bits: all else, and the answer, in
+_QUANTISED = {FLOAT8: torch.bfloat16, torch.int8: torch.float32}  # of convolutions -> of all else and of the answer
 
 
 @torch.inference_mode(False)
@@ -67,21 +67,29 @@ def optimize(
     even where the model would work in it in place. Returned tensors are the caller's own: no later call, thread or
     stream changes them.
 
-    example: input whose shape is made ready now (engines chosen, kernels compiled, graph captured) and not at the first
-    call, as by `ready`. dtype: bfloat16, float16, float32, float64 or, on GPUs of compute capability 8.9 and above,
-    float8_e4m3fn, on CPUs with VNNI int8; by default that of the model's convolutions. cuda_graph: replay a CUDA graph
-    per input shape (the last 8 shapes are kept). torchscript: on a CPU, have TorchScript compile a shape that was
-    called ten times, once, if that is faster: to a oneDNN graph, or in int8 to the same steps. The graph's last bits
-    may differ from those of the steps, so there is none where `torch.use_deterministic_algorithms` is on.
+    example: input whose shape is made ready now, not at the first call, as by `ready`: engines are chosen, kernels
+    compiled, a graph is captured. dtype: bfloat16, float16, float32 or float64; float8_e4m3fn on GPUs of compute
+    capability 8.9 and above; int8 on CPUs with AVX512-VNNI. The default is that of the model's convolutions.
+    cuda_graph: on a GPU, replay a CUDA graph per input shape (the last 8 shapes are kept).
 
-    calibration: for float8 and int8 only, batches (or (batch, ...) tuples) that represent the real input. The numbers
-    met set the range of each activation; what lies beyond is clamped to it later. Weights have one scale per output
-    channel. percentile: above 0 and up to 100, by default 100: that share of an activation's numbers, in percent, lies
-    below the upper end of its range, and as many above the lower; 100 is the extremes. In float8 the first convolution,
-    grouped ones and the classifier stay in bfloat16 and so does the result. In int8 weights lie between -127 and 127,
-    activations between 0 and 255 about a zero point; max pools between convolutions work in 8 bits, the classifier and
-    all else in float32, and so does the result. An image with infinity or NaN, which int8 doesn't hold, gets NaN.
-    Under `backend("reference")` either is simulated on any device.
+    On an x86-64 CPU the convolutions are oneDNN's, each with its bias, addition and ReLU in one call: in float32, in
+    int8 and, where the CPU has the instructions, in bfloat16 and float16. An image with NaN or infinity is answered as
+    by PyTorch, in int8 by NaN. One difference remains: where an activation overflows inside the net, a NaN may follow,
+    and oneDNN's ReLU makes 0 of it.
+
+    torchscript: on a CPU, have TorchScript compile the plan for an input shape after ten calls with it, or at once for
+    `example` and `ready`. The result is used where it is faster than the steps one by one. In float32 and bfloat16 it
+    is a oneDNN graph, whose answers may differ from those of the steps in the last bits; in int8 it has the same steps
+    and answers. Where `torch.use_deterministic_algorithms` is on, nothing is compiled.
+
+    calibration: for float8 and int8 only, batches (or (batch, ...) tuples) that represent the real input. Their numbers
+    set the range of each activation; what lies beyond it later is clamped. percentile: above 0 and up to 100, the
+    default. This share of an activation's numbers, in percent, lies below the upper end of its range, and as many above
+    the lower end; 100 is the extremes. Weights have one scale per output channel. In float8 the first convolution,
+    grouped ones and the classifier stay in bfloat16, and the result is in it. In int8 weights are whole numbers from
+    -127 to 127, activations from 0 to 255 with a zero point; max pools between convolutions work in 8 bits. The
+    classifier, all else and the result are in float32. Under `backend("reference")` either dtype is simulated on any
+    device.
 
     Raises TypeError or ValueError, saying what is accepted, for a model in training mode or with hooks, for an
     operation without a step, for one in place whose effect may show under another name, for folded weights that aren't
@@ -214,7 +222,8 @@ class Optimized(nn.Module):
             return self._on_cuda(x) if x.is_cuda else self._on_cpu(x)
 
     def ready(self, example: Tensor) -> None:
-        """Make what calls with inputs like `example` need: engines, kernels, a CUDA graph, TorchScript."""
+        """Make what calls with inputs of `example`'s shape need: engines, kernels, a CUDA graph, or TorchScript on a
+        CPU, without waiting for ten calls."""
         self(example)
         if not example.is_cuda:
             with _plain_mode(example):
@@ -438,7 +447,7 @@ class Optimized(nn.Module):
             return self._without_broken(x)
         if not fused:
             return self._on_steps(x)
-        if not (plain and finite):  # oneDNN's ReLU would make 0 of NaN, which is what its sums make of infinity
+        if not (plain and finite):  # oneDNN's ReLU makes 0 of NaN, and infinity becomes NaN in a sum
             with dispatch.backend("reference"):
                 return self._on_steps(x)
         onednn.keep_heap()

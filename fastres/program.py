@@ -1,5 +1,5 @@
-"""A plan bound to engines for one input shape, and how it runs: step by step, replayed as a CUDA graph, or compiled to
-a oneDNN graph."""
+"""A plan bound to engines for one input shape, and how it runs: step by step, replayed as a CUDA graph, or compiled by
+TorchScript."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Compiled(NamedTuple):
 
 class Program:
     """A plan bound to engines for one input shape; on a GPU also its CUDA graph with the static input and output, on a
-    CPU also its oneDNN graph.
+    CPU also what TorchScript compiled of it.
 
     `run` keeps nothing between calls and may run in several threads at once; `replay` may not.
     """
@@ -161,8 +161,8 @@ class Program:
             self._compile(x)
 
     def _compile(self, x: Tensor) -> None:
-        """Have later calls of `run` go through TorchScript, if it serves, answers to x [N, H, W, C] as the steps do and
-        is faster than they are: as a oneDNN graph or, in int8, step after step."""
+        """Have later calls of `run` go through TorchScript, as a oneDNN graph or, in int8, step after step. It is used
+        only if it answers x [N, H, W, C] as the steps do and is faster than they are."""
         int8 = [bound.call for bound in self.bound if isinstance(bound.call, quantised.ByOneDNN)]
         refusal = dispatch.why_not_scripted(torch.int8 if int8 else self.dtype)
         if refusal is None and any(not bound.engine.startswith(("onednn", "aten")) for bound in self.bound):

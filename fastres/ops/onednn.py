@@ -1,7 +1,7 @@
 """oneDNN on a CPU: a convolution with bias, addition and ReLU as one primitive, and a whole plan as one graph.
 
 The operators are those that PyTorch's Inductor calls. They are internal to PyTorch, so tests/test_onednn.py pins what
-is used of them. oneDNN's ReLU turns NaN into 0: give it finite inputs only.
+is used of them. oneDNN's ReLU makes 0 of NaN: give it finite inputs only.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from fastres.ops.steps import Geometry, nchw, nhwc
 
 _FUSION = threading.Lock()  # held while TorchScript's fusion by oneDNN, which all threads share, is switched
-HEAP_BLOCK = 2**25 - 2**16  # bytes: the largest that glibc still takes from its heap, less its own header
+HEAP_BLOCK = 2**25 - 2**16  # bytes: almost the largest block that glibc may serve from its heap, 32 MiB
 
 
 class Packings:
@@ -95,20 +95,20 @@ def _args(geometry: Geometry) -> tuple[list[int], list[int], list[int], int]:
 
 @cache
 def keep_heap() -> None:
-    """Have the C library keep the memory of tensors that die, for the next; once a process is enough.
+    """Have the C library reuse the memory of tensors that die; once a process is enough.
 
-    glibc maps large blocks anew and unmaps them when they die, which costs a page fault for every 4 KiB written. What
-    counts as large rises to the largest mapped block that was freed, 32 MiB at most.
+    glibc maps each large block anew and unmaps it when it is freed, which costs a page fault for every 4 KiB written.
+    Freeing a mapped block raises the limit of what counts as large to its size, up to 32 MiB: so one is freed here.
     """
     torch.empty(HEAP_BLOCK, dtype=torch.uint8)
 
 
 def graph(function: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[Tensor], Tensor]:
-    """`function`, PyTorch's operations on x [N, C, H, W], as TorchScript whose convolutions and what lies around them
-    are one oneDNN graph or a few. For inputs of x's shape and strides.
+    """`function`, PyTorch's operations on x [N, C, H, W], as TorchScript in which one oneDNN graph, or a few, compute
+    the convolutions and what follows them. It takes inputs of x's shape and strides only.
 
-    Values between its partitions keep oneDNN's own layouts, and each is compiled once: a call of a single primitive
-    looks it up. Raises RuntimeError where oneDNN took nothing of it.
+    It is faster than single primitives: each part of the graph is compiled once instead of being looked up per call,
+    and values between the parts keep oneDNN's own layouts. Raises RuntimeError where oneDNN took no part of it.
     """
     with _FUSION:
         before = torch.jit.onednn_fusion_enabled()
@@ -124,7 +124,7 @@ def graph(function: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[Tensor],
 
 def script(function: Callable[[Tensor], Tensor], x: Tensor, held: Sequence[Any] = ()) -> Callable[[Tensor], Tensor]:
     """`function`, PyTorch's operations on x, as TorchScript, which calls them without Python. held: the packed weights
-    that they are given; it takes no tensor in a layout of oneDNN's own."""
+    that the operations take. TorchScript holds no tensor in a layout of oneDNN's own."""
 
     class Net(nn.Module):  # a function may not refer to packed weights, a module may own them
         def __init__(self) -> None:

@@ -1,8 +1,8 @@
-"""Convolutions of 8 bits: float8 (GPUs) and int8 (CPUs). How numbers are stored, and what computes with them.
+"""Convolutions in 8 bits, float8 on GPUs and int8 on CPUs: how numbers are stored, and what computes with them.
 
-Activations NHWC-contiguous [N, H, W, C], weights KRSC-contiguous with one scale per output channel and no zero point.
-int8 means whole numbers: weights from -127 to 127, activations from 0 to 255 in tensors of dtype quint8, which carry
-their scale and zero point.
+Activations are NHWC-contiguous [N, H, W, C]. Weights are KRSC-contiguous, with one scale per output channel and no zero
+point. In int8 weights are whole numbers from -127 to 127, activations whole numbers from 0 to 255 in tensors of dtype
+quint8, which carry their scale and zero point.
 """
 
 from __future__ import annotations
@@ -122,12 +122,13 @@ def as_quint8(q: Tensor, grid: Grid) -> Tensor:
 class ByOneDNN:
     """Computes [relu](scale conv(x, w) + shift + residual) as one primitive of oneDNN.
 
-    It may run in several threads at once. The operator writes the sum over the residual, which is copied first where
-    `keep`. Raises RuntimeError, here or when it is called, where oneDNN doesn't serve it.
+    It may run in several threads at once. The operator writes the sum over the residual; where `keep`, over a copy of
+    it. Raises RuntimeError, here or when it is called, where oneDNN doesn't serve it.
 
-    The packed weights are of this convolution alone: they keep the primitive of their first call, which another
-    operator would take for its own. A call with another shape has PyTorch look its primitive up, and pack anew each
-    time where that wants another format. An `another` is fastest for its first shape, but packing takes longest of all.
+    The packed weights belong to this convolution alone. PyTorch keeps the primitive of the first call in them; another
+    operator would use it wrongly. A call with another shape looks its own primitive up, and packs the weights anew each
+    time if that primitive wants another format. `another` packs once more, for a first call of its own; packing takes
+    longer than several calls.
     """
 
     def __init__(self, p: Folded, *, geometry: Geometry, relu: bool, grids: Quantised, keep: bool) -> None:
