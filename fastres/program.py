@@ -167,6 +167,8 @@ class Program:
         refusal = dispatch.why_not_scripted(torch.int8 if int8 else self.dtype)
         if refusal is None and any(not bound.engine.startswith(("onednn", "aten")) for bound in self.bound):
             refusal = "other engines are in the plan"
+        if not int8 and any(isinstance(part, Aten) and part.kind == "norm" for part in self.parts):
+            refusal = "a BatchNorm that no convolution takes in can keep the graph compiler busy for ever"
         if any(conv.copies for conv in int8):  # TorchScript isn't told that a copy will be written to
             refusal = "a residual is read again"
         if refusal is None:

@@ -494,6 +494,29 @@ def test_what_a_net_returns_need_not_be_computed_last(graph_wins: None) -> None:
         torch.testing.assert_close(net(x), model(x), rtol=1e-5, atol=1e-5)
 
 
+class Apart(nn.Module):
+    """Its BatchNorm is not folded: what it reads is read again. The graph compiler never returns from it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        return y + self.bn(y)
+
+
+def test_a_batch_norm_by_itself_stays_out_of_the_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(onednn, "graph", lambda *given: asked.append(given))
+    model, x = lived_in(Apart()), photographs()
+    net = optimize(model, x)
+    assert not asked
+    assert "(not by TorchScript: a BatchNorm that no convolution takes in" in net.explain()
+    with torch.no_grad():
+        torch.testing.assert_close(net(x), model(x), rtol=1e-4, atol=1e-5)
+
+
 def test_no_call_takes_a_graph_before_it_was_compared(monkeypatch: pytest.MonkeyPatch) -> None:
     """Here one with another answer, called by another thread while it is compared."""
     model, x = tiny(), photographs()
