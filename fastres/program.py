@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fastres.ops import dispatch, folded, onednn, quantised
 from fastres.ops.quantised import FLOAT8, Quantised
+from fastres.ops.shortcut import PadShortcut
 from fastres.ops.steps import nchw, nhwc
 from fastres.plan import (
     FUNCTIONS,
@@ -34,6 +35,8 @@ from fastres.plan import (
 
 # How far the answer of a oneDNN graph may be from that of the steps, relative: roundings, no more.
 _GRAPH_DIFFERENCE = {torch.float32: 1e-4, torch.bfloat16: 2**-5}
+_GRAPH_LAYERS = (nn.MaxPool2d, nn.AdaptiveAvgPool2d, nn.Flatten, nn.Linear, PadShortcut)
+_GRAPH_FUNCTIONS = ("relu", "flatten", "mean", "max_pool2d", "adaptive_avg_pool2d")
 
 
 @dataclass
@@ -167,8 +170,8 @@ class Program:
         refusal = dispatch.why_not_scripted(torch.int8 if int8 else self.dtype)
         if refusal is None and any(not bound.engine.startswith(("onednn", "aten")) for bound in self.bound):
             refusal = "other engines are in the plan"
-        if not int8 and any(isinstance(part, Aten) and part.kind == "norm" for part in self.parts):
-            refusal = "a BatchNorm that no convolution takes in can keep the graph compiler busy for ever"
+        if refusal is None and not int8:
+            refusal = next((why for part in self.parts if (why := self._why_no_graph(part)) is not None), None)
         if any(conv.copies for conv in int8):  # TorchScript isn't told that a copy will be written to
             refusal = "a residual is read again"
         if refusal is None:
@@ -182,6 +185,16 @@ class Program:
             self.compiled = compiled
         else:
             self.why_not_compiled = refusal
+
+    def _why_no_graph(self, part: Step) -> str | None:
+        """The graph compiler gets what ResNets consist of and nothing else: of y + bn(y), where y is a convolution's
+        output, it never returns."""
+        layer = self._layer(part)
+        if isinstance(part, Conv) or (layer is not None and type(layer) in _GRAPH_LAYERS):
+            return None
+        if isinstance(part, Aten) and layer is None and part.kind in _GRAPH_FUNCTIONS:
+            return None
+        return f"{part.name!r} is none of the steps that oneDNN's graph compiler is given"
 
     def _script_graph(self, x: Tensor) -> Compiled:
         graph = onednn.graph(self._definition, _canonical(nchw(x)))
