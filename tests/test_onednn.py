@@ -18,7 +18,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import assert_close_to_reference
-from test_inference import lived_in, tiny
+from test_inference import NETS, lived_in, tiny
 from torch import Tensor, nn
 
 import fastres
@@ -583,3 +583,24 @@ def test_threads_call_one_net_at_once(graph: bool, graph_wins: None) -> None:
         assert len(row) == 27
         for y, right in zip(row, want * 3, strict=True):
             torch.testing.assert_close(y, right, rtol=1e-4, atol=1e-5)
+
+
+# Nets with steps that the graph compiler isn't given.
+STEPS_ONLY = {
+    "group norm",
+    "timm deep stem, average down",
+    "timm squeeze-excitation",
+    "timm blur",
+    "timm efficient attention",
+}
+
+
+@pytest.mark.extra
+@pytest.mark.parametrize("name", NETS)
+def test_every_net_answers_when_it_is_compiled(name: str, graph_wins: None) -> None:
+    model, x = lived_in(NETS[name]()), photographs(2, 33)
+    with torch.no_grad():
+        theirs, want = model(x), copy.deepcopy(model).double()(x.double())
+    net = optimize(model, x)
+    assert_close_to_reference(net(x), want, theirs, factor=4.0)
+    assert ("by TorchScript, as a oneDNN graph" in net.explain()) == (name not in STEPS_ONLY)
