@@ -74,8 +74,8 @@ def optimize(
 
     On an x86-64 CPU the convolutions are oneDNN's, each with its bias, addition and ReLU in one call: in float32, in
     int8 and, where the CPU has the instructions, in bfloat16 and float16. An image with NaN or infinity is answered as
-    by PyTorch, in int8 by NaN. One difference remains: where an activation overflows inside the net, a NaN may follow,
-    and oneDNN's ReLU makes 0 of it.
+    by PyTorch, in int8 by NaN. One difference remains in float32 and bfloat16: where an activation overflows inside
+    the net, a NaN may follow, and oneDNN's ReLU makes 0 of it.
 
     torchscript: on a CPU, have TorchScript compile the plan for an input shape after ten calls with it, or at once for
     `example` and `ready`. The result is used where it is faster than the steps one by one. In float32 and bfloat16 it

@@ -190,6 +190,22 @@ def test_what_is_finite_in_another_dtype_alone_answers_as_in_pytorch() -> None:
     assert torch.equal(optimize(model)(x).isnan(), want.isnan())
 
 
+def test_where_activations_overflow_a_nan_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As float16 is served on CPUs that compute in it: here float32 stands for it."""
+    x, w = nhwc(torch.randn(2, 16, 6, 6)), nhwc(torch.randn(8, 16, 3, 3))
+    x[0, 2, 2, 2] = float("nan")
+    packed = onednn.Packings().conv("layer", w, Geometry(pad=1), x)
+    residual = nhwc(torch.randn(2, 8, 6, 6))
+    options: dict[str, Any] = {"w": packed, "bias": None, "geometry": Geometry(pad=1), "relu": True}
+    assert not onednn.conv(x, **options).isnan().any()
+    monkeypatch.setattr(onednn, "_OVERFLOWS", (torch.float32,))
+    z = F.conv2d(nchw(x), nchw(w), padding=1)
+    for overwrite in (False, True):
+        y = onednn.conv(x, residual.clone(), overwrite=overwrite, **options)
+        torch.testing.assert_close(nchw(y), (z + nchw(residual)).relu(), rtol=1e-4, atol=1e-4, equal_nan=True)
+    torch.testing.assert_close(nchw(onednn.conv(x, **options)), z.relu(), rtol=1e-4, atol=1e-4, equal_nan=True)
+
+
 def test_large_finite_input_is_served() -> None:
     """Its sum leaves the range of float16, and of float32."""
     model = tiny()

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from fastres.ops.steps import Geometry, nchw, nhwc
 
+_OVERFLOWS = (torch.float16,)  # activations of real nets leave their range: ReLU stays PyTorch's, which keeps NaN
 _FUSION = threading.Lock()  # held while TorchScript's fusion by oneDNN, which all threads share, is switched
 HEAP_BLOCK = 2**25 - 2**16  # bytes: almost the largest block that glibc may serve from its heap, 32 MiB
 
@@ -69,7 +70,7 @@ def conv(
     memory."""
     stride, pad, dilation, groups = _args(geometry)
     sizes = (pad, stride, dilation, groups)
-    unary = "relu" if relu else None
+    unary = "relu" if relu and x.dtype not in _OVERFLOWS else None
     if residual is None:
         y = torch.ops.mkldnn._convolution_pointwise.default(nchw(x), w, bias, *sizes, unary or "none", [], "")
     elif overwrite:
@@ -80,7 +81,7 @@ def conv(
         y = torch.ops.mkldnn._convolution_pointwise.binary(
             nchw(x), nchw(residual), w, bias, *sizes, "add", 1.0, unary, [], ""
         )
-    return nhwc(y)
+    return nhwc(y.relu_() if relu and unary is None else y)
 
 
 def linear(x: Tensor, *, w: Tensor, bias: Tensor | None) -> Tensor:
