@@ -20,6 +20,7 @@ import torchvision
 from cases import relative_error
 from covering import extra
 from test_inference import NETS, answers, images, lived_in, tiny
+from test_onednn import Unread
 from torch import Tensor, nn
 
 import fastres
@@ -671,17 +672,6 @@ def test_a_shape_that_comes_back_goes_through_torchscript(monkeypatch: pytest.Mo
 @served
 def test_what_a_net_returns_need_not_come_after_int8() -> None:
     """Features, in floating point before the scores that nobody reads: TorchScript would end with what these take."""
-
-    class Unread(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv, self.pool, self.fc = nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Linear(8, 4)
-
-        def forward(self, x: Tensor) -> Tensor:
-            y = torch.relu(self.conv(x))
-            self.fc(torch.flatten(self.pool(y), 1))
-            return y
-
     model, x = Unread().eval(), images(2)
     assert relative_error(int8(model, x, example=x)(x), model(x).double()) < 0.03
 
