@@ -79,10 +79,11 @@ class Program:
         weights: Mapping[str, folded.Folded],
         layers: Mapping[str, Any],
         dtype: torch.dtype,
-        packings: onednn.Packings,
+        packings: onednn.Packings | None = None,
     ) -> None:
+        """packings: what programs of the same weights share."""
         self.steps, self.output, self.dtype = steps, output, dtype
-        self.weights, self.layers, self.packings = weights, layers, packings
+        self.weights, self.layers, self.packings = weights, layers, packings or onednn.Packings()
         self.parts = [part for step in steps for part in convs(step) or (step,)]
         self.borrows = borrows(steps, output)
         self.overwritable = overwritable(self.parts, output)
