@@ -659,6 +659,7 @@ def quantise(
             isinstance(step, Aten)
             and step.selects
             and dtype != FLOAT8
+            and step.reads  # not of a tensor of the model
             and {*step.reads} <= small
             and step.out in wanted
         ):

@@ -342,7 +342,7 @@ class Program:
                 bound = Bound(step, "triton", "writes no indices", partial(_one, pool))
             else:
                 call = partial(_aten, step, self._function(step), self.layers)
-                if step.selects and inputs[0].is_quantized:
+                if step.selects and inputs and inputs[0].is_quantized:
                     bound = self._pool_int8(step, call, inputs[0].device)
                 else:
                     bound = self._by_onednn(step, layer, *inputs) or Bound(step, "aten", "no kernel of ours", call)

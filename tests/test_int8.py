@@ -717,3 +717,19 @@ def test_another_number_of_images_is_packed_for_once_it_comes_back(monkeypatch: 
         net(images(2, size))
     gc.collect()
     assert len(net._packings.int8) <= MAX_SHAPES * sum(isinstance(m, nn.Conv2d) for m in tiny().modules())
+
+
+@served
+def test_a_pool_of_the_models_own_tensor() -> None:
+    """It reads no value of the plan, so nothing hands 8 bits on to it."""
+
+    class Table(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.table = nn.Conv2d(3, 8, 3, padding=1), nn.Parameter(torch.randn(2, 8, 32, 32))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.relu(self.conv(x) + F.max_pool2d(self.table, 2))
+
+    model, x = Table().eval(), images(2)
+    assert relative_error(int8(model, x, example=x)(x), model(x).detach().double()) < 0.03
