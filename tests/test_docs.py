@@ -1,0 +1,267 @@
+"""README, docs and the other pages do what they say: code and cheap commands run, all commands parse, links lead on."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import pytest
+
+from fastres import __main__ as entry
+
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
+MAKEFILE = (ROOT / "Makefile").read_text()
+SHELL = {"cd", "cp", "git", "source", "tar"}  # other programs that a page may name
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+
+# Parses the arguments of several commands, as JSON [[script, argument, ...], ...], by the scripts' own parsers, which
+# end the program where they refuse. Nothing is run.
+PARSE = """
+import argparse, contextlib, json, os, runpy, sys
+parse = argparse.ArgumentParser.parse_args
+def stop(self, *given):
+    parse(self, *given)
+    raise SystemExit(0)
+argparse.ArgumentParser.parse_args = stop
+for command in json.loads(sys.argv[1]):
+    sys.argv[:], sys.path[0] = command, os.path.dirname(command[0])
+    try:
+        runpy.run_path(command[0], run_name="__main__")
+    except SystemExit as end:
+        if end.code:
+            sys.exit(f"refused: {' '.join(command)}")
+    else:
+        sys.exit(f"parses no arguments: {command[0]}")
+"""
+
+
+@dataclass(frozen=True)
+class Page:
+    """A Markdown page and what it holds."""
+
+    path: Path
+
+    def __str__(self) -> str:
+        return str(self.path.relative_to(ROOT))
+
+    @cached_property
+    def text(self) -> str:
+        return self.path.read_text()
+
+    @cached_property
+    def blocks(self) -> list[tuple[str, str]]:
+        """(language, body) of each fenced block."""
+        return re.findall(r"^ *```(\w*)\n(.*?)^ *```", self.text, re.MULTILINE | re.DOTALL)
+
+    @cached_property
+    def code(self) -> str:
+        return "\n".join(body for language, body in self.blocks if language == "python")
+
+    @cached_property
+    def commands(self) -> list[list[str]]:
+        """The words of each command in a bash block, and of each `python -m fastres ...` in the text, without
+        assignments to environment variables in front of them."""
+        prose = re.sub(r"^ *```.*?^ *```", "", self.text, flags=re.MULTILINE | re.DOTALL)
+        lines = [" ".join(span.split()) for span in re.findall(r"`(python -m fastres \w[^`]*)`", prose)]
+        lines = [line for line in lines if "..." not in line]
+        for language, body in self.blocks:
+            if language == "bash":
+                lines += body.replace("\\\n", " ").splitlines()
+        found = [shlex.split(line, comments=True) for line in lines]
+        return [words for line in found if (words := _without_assignments(line))]
+
+    @cached_property
+    def links(self) -> list[str]:
+        prose = re.sub(r"^ *```.*?^ *```|`[^`\n]*`", "", self.text, flags=re.MULTILINE | re.DOTALL)
+        return re.findall(r"\]\(([^)\s]+)\)", prose) + re.findall(r'(?:src|srcset|href)="([^"]+)"', prose)
+
+    @cached_property
+    def anchors(self) -> set[str]:
+        """As a repository page makes them of headings."""
+        headings = re.findall(r"^#+ +(.*)$", re.sub(r"^```.*?^```", "", self.text, flags=re.M | re.S), re.MULTILINE)
+        return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def _without_assignments(words: list[str]) -> list[str]:
+    while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
+        words = words[1:]
+    return words
+
+
+def _pages() -> Iterator[Page]:
+    for pattern in ("*.md", "docs/**/*.md", "examples/*.md", "bench/*.md", "bench/records/*.md"):
+        yield from map(Page, sorted(ROOT.glob(pattern)))
+
+
+PAGES = list(_pages())
+WITH_CODE = [page for page in PAGES if page.code]
+COMMANDS = [(page, words) for page in PAGES for words in page.commands]
+
+
+def python(words: list[str]) -> list[str] | None:
+    """What a command gives to Python: ["-m", module, ...] or [script, ...]; None if it calls another program."""
+    program, *rest = words
+    if program == "torchrun":
+        return rest[rest.index("-m") :]
+    return rest if Path(program).name in ("python", "python3") else None
+
+
+def of_fastres(words: list[str]) -> list[str] | None:
+    """The arguments of `python -m fastres`, if that is what it calls."""
+    given = python(words)
+    return given[2:] if given and given[:2] == ["-m", "fastres"] else None
+
+
+def runs_here(words: list[str]) -> bool:
+    """Whether a command of fastres needs nothing but a minute: a training must say how few iterations it has."""
+    arguments = of_fastres(words)
+    if not arguments or words[0] == "torchrun" or any(re.fullmatch(r"[A-Z_]{3,}.*", word) for word in arguments):
+        return False
+    if arguments[0] == "train":
+        return "--iterations" in arguments and not {"imagenet", "cifar10", "cifar100"} & set(arguments)
+    return arguments[0] in ("status", "summary", "eval", "predict")
+
+
+WITH_RUNS = [page for page in PAGES if any(runs_here(words) for words in page.commands)]
+
+
+def test_the_pages_are_found() -> None:
+    assert {"README.md", "CONTRIBUTING.md", "docs/README.md", "docs/inference.md", "examples/README.md"} <= set(
+        map(str, PAGES)
+    )
+    assert README in {page.path for page in WITH_CODE} & {page.path for page in WITH_RUNS}
+    assert len(COMMANDS) > 50
+
+
+def test_readme_is_short() -> None:
+    assert len(README.read_text().splitlines()) <= 100
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("page", WITH_CODE, ids=str)
+def test_code(page: Page, tmp_path: Path) -> None:
+    """A page's Python blocks, one after the other, as one script in an empty folder."""
+    script = tmp_path / f"{page.path.stem}.py"
+    script.write_text(page.code)
+    done = subprocess.run([sys.executable, script], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("page", WITH_RUNS, ids=str)
+def test_commands_run(page: Page, tmp_path: Path) -> None:
+    """In the page's order, in one folder."""
+    for words in filter(runs_here, page.commands):
+        given = [sys.executable, "-m", "fastres", *(of_fastres(words) or [])]
+        done = subprocess.run(given, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True)
+        assert done.returncode == 0, f"{' '.join(words)}\n{done.stderr}"
+        assert done.stdout.strip(), words
+
+
+OF_FASTRES = sorted({tuple(arguments) for _, words in COMMANDS if (arguments := of_fastres(words))})
+
+
+@pytest.mark.parametrize("arguments", OF_FASTRES, ids=" ".join)
+def test_options_of_a_command_exist(arguments: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the real parser, which ends the program where it refuses; nothing is run."""
+    name = arguments[0]
+    monkeypatch.setitem(entry.COMMANDS, name, replace(entry.COMMANDS[name], run=lambda args: 0))
+    assert entry.main(arguments) == 0
+
+
+SCRIPTS: dict[str, list[list[str]]] = {}
+for _, words in COMMANDS:
+    if (given := python(words)) and given[0] != "-m" and given not in SCRIPTS.setdefault(given[0], []):
+        SCRIPTS[given[0]].append(given)
+
+
+@pytest.mark.parametrize("script", sorted(SCRIPTS))
+def test_options_of_a_script_exist(script: str) -> None:
+    calls = [[str(ROOT / script), *arguments] for _, *arguments in SCRIPTS[script]]
+    done = subprocess.run(
+        [sys.executable, "-c", PARSE, json.dumps(calls)], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_no_other_program_is_called() -> None:
+    """So that each command of a page is checked by some test here."""
+    for page, words in COMMANDS:
+        given = python(words)
+        modules = given is not None and given[0] == "-m" and given[1] in ("fastres", "pip", "pytest", "venv")
+        script = given is not None and (ROOT / given[0]).is_file()
+        assert modules or script or words[0] in SHELL | {"make"}, f"{page}: {' '.join(words)}"
+
+
+def test_tests_that_are_named_exist() -> None:
+    files = [word for _, words in COMMANDS if "pytest" in words for word in words if word.endswith(".py")]
+    assert files
+    for name in files:
+        assert (ROOT / name).is_file(), name
+
+
+def test_extras_that_are_named_exist() -> None:
+    offered = set(re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text(), re.MULTILINE))
+    named = {extra for page in PAGES for extra in re.findall(r"(?:fastres|\.)\[(\w+)\]", page.text)}
+    assert "test" in named
+    assert named <= offered
+
+
+def test_make_targets_and_their_variables_exist() -> None:
+    called = [words[1:] for _, words in COMMANDS if words[0] == "make"]
+    assert {"bench", "test", "gpu"} <= {target for target, *_ in called}
+    for target, *variables in called:
+        assert re.search(rf"^{target}:", MAKEFILE, re.MULTILINE), target
+        for variable in variables:
+            assert f"$({variable.partition('=')[0]})" in MAKEFILE, variable
+
+
+def test_plain_lines_are_what_make_runs() -> None:
+    """The commands by hand beside `make` are the Makefile's own."""
+    recipes = MAKEFILE.replace("$(VENV)", ".venv").replace("$(DEPTH)", "50")
+    lines = [
+        line for page in PAGES for language, body in page.blocks if language == "bash" for line in body.split("\n")
+    ]
+    by_hand = {line.split("#")[0].strip() for line in lines if ".venv/bin/python" in line}
+    assert len(by_hand) >= 4
+    for command in by_hand:
+        assert command in recipes, command
+
+
+@pytest.mark.parametrize("page", PAGES, ids=str)
+def test_links_lead_somewhere(page: Page) -> None:
+    """To files, folders and headings of this repository; addresses elsewhere aren't asked."""
+    for link in page.links:
+        if re.match(r"https?://", link):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (page.path.parent / path).resolve() if path else page.path
+        assert target.exists(), f"{page} links to {link}"
+        assert ROOT in [target, *target.parents], f"{page} links out of the repository: {link}"
+        if anchor:
+            assert anchor in Page(target).anchors, f"{page} links to {link}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=str)
+def test_lines_are_short(page: Page) -> None:
+    """Except those of tables, and those with an address or a picture."""
+    long = [
+        line for line in page.text.splitlines() if len(line) > 120 and not re.search(r"^ *\||\]\(|<img|<source", line)
+    ]
+    assert not long
+
+
+def test_map_names_what_exists() -> None:
+    folders = re.findall(r"^\| \[`(\w+(?:/\w+)*)/`\]", README.read_text(), re.MULTILINE)
+    assert {"kernels", "csrc", "bench", "tests", "docs", "examples"} <= set(folders)
+    for folder in folders:
+        assert (ROOT / folder).is_dir(), folder
