@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -71,7 +72,7 @@ class Page:
         """The words of each command in a bash block, and of each `python -m fastres ...` in the text, without
         assignments to environment variables in front of them."""
         prose = re.sub(r"^ *```.*?^ *```", "", self.text, flags=re.MULTILINE | re.DOTALL)
-        lines = [" ".join(span.split()) for span in re.findall(r"`(python -m fastres \w[^`]*)`", prose)]
+        lines = [" ".join(span.split()) for span in re.findall(r"`(python -m fastres \w+ [^`]+)`", prose)]
         lines = [line for line in lines if "..." not in line]
         for language, body in self.blocks:
             if language == "bash":
@@ -103,7 +104,6 @@ def _pages() -> Iterator[Page]:
 
 
 PAGES = list(_pages())
-WITH_CODE = [page for page in PAGES if page.code]
 COMMANDS = [(page, words) for page in PAGES for words in page.commands]
 
 
@@ -131,6 +131,13 @@ def runs_here(words: list[str]) -> bool:
     return arguments[0] in ("status", "summary", "eval", "predict")
 
 
+def _readme_first(pages: list[Page]) -> list[Any]:
+    """Cases of a test that runs for a while: `make test` takes README's."""
+    marks = {page: () if page.path == README else pytest.mark.extra for page in pages}
+    return [pytest.param(page, id=str(page), marks=marks[page]) for page in pages]
+
+
+WITH_CODE = [page for page in PAGES if page.code]
 WITH_RUNS = [page for page in PAGES if any(runs_here(words) for words in page.commands)]
 
 
@@ -147,17 +154,17 @@ def test_readme_is_short() -> None:
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("page", WITH_CODE, ids=str)
+@pytest.mark.parametrize("page", _readme_first(WITH_CODE))
 def test_code(page: Page, tmp_path: Path) -> None:
     """A page's Python blocks, one after the other, as one script in an empty folder."""
-    script = tmp_path / f"{page.path.stem}.py"
+    script = tmp_path / "page.py"
     script.write_text(page.code)
     done = subprocess.run([sys.executable, script], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("page", WITH_RUNS, ids=str)
+@pytest.mark.parametrize("page", _readme_first(WITH_RUNS))
 def test_commands_run(page: Page, tmp_path: Path) -> None:
     """In the page's order, in one folder."""
     for words in filter(runs_here, page.commands):
@@ -228,10 +235,8 @@ def test_make_targets_and_their_variables_exist() -> None:
 def test_plain_lines_are_what_make_runs() -> None:
     """The commands by hand beside `make` are the Makefile's own."""
     recipes = MAKEFILE.replace("$(VENV)", ".venv").replace("$(DEPTH)", "50")
-    lines = [
-        line for page in PAGES for language, body in page.blocks if language == "bash" for line in body.split("\n")
-    ]
-    by_hand = {line.split("#")[0].strip() for line in lines if ".venv/bin/python" in line}
+    shell = "\n".join(body for page in PAGES for language, body in page.blocks if language == "bash")
+    by_hand = {line.split("#")[0].strip() for line in shell.splitlines() if ".venv/bin/python" in line}
     assert len(by_hand) >= 4
     for command in by_hand:
         assert command in recipes, command
@@ -249,15 +254,6 @@ def test_links_lead_somewhere(page: Page) -> None:
         assert ROOT in [target, *target.parents], f"{page} links out of the repository: {link}"
         if anchor:
             assert anchor in Page(target).anchors, f"{page} links to {link}"
-
-
-@pytest.mark.parametrize("page", PAGES, ids=str)
-def test_lines_are_short(page: Page) -> None:
-    """Except those of tables, and those with an address or a picture."""
-    long = [
-        line for line in page.text.splitlines() if len(line) > 120 and not re.search(r"^ *\||\]\(|<img|<source", line)
-    ]
-    assert not long
 
 
 def test_map_names_what_exists() -> None:
