@@ -1,7 +1,8 @@
 """The paper's experiments anew: `python -m fastres experiment degradation | shortcuts | responses`.
 
 Each trains its nets one after another under out/runs, every one resumable and kept, so that experiments share those
-they have in common; then it writes <experiment>.csv, .md (beside the paper's numbers, with what differs) and .png.
+they have in common; then it writes <experiment>.csv, .md (beside the paper's numbers, with what differs) and .svg. The
+errors drawn by iteration are in <experiment>-curves.csv; `--redraw` draws the picture again from such files.
 
     degradation   Fig. 6 (Fig. 4 with photographs): training and validation error of plain and residual nets by depth
     shortcuts     Table 3: the shortcuts A, B and C
@@ -30,6 +31,7 @@ import torch
 from torch import Tensor, nn
 
 import fastres
+from fastres import picture
 from fastres.models import families
 from fastres.models.flops import PAPER_TABLE
 from fastres.models.paper import SHORTCUTS
@@ -215,6 +217,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--cuda-graph", action=argparse.BooleanOptionalAction, help="capture each step (default: on a GPU)"
     )
     parser.add_argument("--no-plot", action="store_true", help="tables only; pictures need matplotlib")
+    parser.add_argument("--redraw", action="store_true", help="train nothing: draw the tables in --out again")
 
 
 def plan(args: argparse.Namespace) -> Plan:
@@ -261,7 +264,12 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("experiments run in one process; `train` takes several for one net")
     if not args.no_plot and importlib.util.find_spec("matplotlib") is None:
         raise ValueError("the pictures need matplotlib: pip install matplotlib, or leave them out with --no-plot")
+    if args.redraw and args.no_plot:
+        raise ValueError("--redraw draws the picture that --no-plot leaves out: give one of them")
     wanted = plan(args)
+    if args.redraw:
+        print(f"wrote {redraw(wanted.name, wanted.out)}")
+        return 0
     threads = torch.get_num_threads()
     if args.quick:
         torch.set_num_threads(1)  # 8x8 images have little use for more, and one rounds alike everywhere
@@ -271,17 +279,21 @@ def run(args: argparse.Namespace) -> int:
             wanted, trained
         )
         text = report(wanted, finding, sum(one.seconds(wanted.recipe.batch) for one in trained))
-        files = {"csv": _csv(finding.rows).encode(), "md": text.encode()}
+        files = {f"{wanted.name}.csv": _csv(finding.rows).encode(), f"{wanted.name}.md": text.encode()}
+        shown = finding.rows
+        if wanted.name != "responses":
+            shown = curves(trained)
+            files[drawn_from(wanted.name)] = _csv(shown).encode()
         if not args.no_plot:
-            files["png"] = draw_responses(finding.rows) if wanted.name == "responses" else draw_errors(trained)
-        for suffix, content in files.items():
-            write_atomically(wanted.out / f"{wanted.name}.{suffix}", content)
+            files[f"{wanted.name}.svg"] = draw(wanted.name, shown)
+        for name, content in files.items():
+            write_atomically(wanted.out / name, content)
     except (CheckpointError, NonFiniteError, OSError) as error:
         raise SystemExit(f"python -m fastres experiment: {error}") from error
     finally:
         torch.set_num_threads(threads)
     print(text)
-    print(f"{wanted.out} holds {', '.join(f'{wanted.name}.{suffix}' for suffix in files)} and runs/")
+    print(f"{wanted.out} holds {', '.join(files)} and runs/")
     return 1 if finding.seen is False else 0
 
 
@@ -487,65 +499,101 @@ def report(wanted: Plan, finding: Finding, seconds: float) -> str:
     return "\n".join(lines) + "\n"
 
 
-def draw_errors(trained: Sequence[Trained]) -> bytes:
-    """Fig. 6 as a PNG: a panel each for plain and residual nets; errors by iteration, means over seeds, thin for
-    training and bold for validation, whose range over seeds is shaded."""
-    from matplotlib.figure import Figure
+def curves(trained: Sequence[Trained]) -> list[Row]:
+    """Every training's errors by iteration, in [0, 1]: what `draw` draws of them."""
+    rows: list[Row] = []
+    for one in trained:
+        points: dict[float, Row] = {}
+        for row in one.history:
+            point = points.setdefault(row["iteration"], {"train_error": None, "val_error": None})
+            point.update({name: row[name] for name in point if name in row})
+        rows += [{"net": str(one.net), "seed": one.seed, "iteration": at, **point} for at, point in points.items()]
+    return rows
 
-    nets = by_net(trained)
-    kinds = [plain for plain in (True, False) if any(net.plain == plain for net in nets)]
-    figure = Figure(figsize=(4.6 * len(kinds), 3.8), layout="constrained")
+
+def redraw(name: str, folder: Path) -> Path:
+    """Draws an experiment's picture from the table in `folder` and returns where it is. Raises ValueError where there
+    is no such table."""
+    table, target = folder / drawn_from(name), folder / f"{name}.svg"
+    try:
+        with table.open(newline="") as file:
+            rows = list(csv.DictReader(file))
+    except OSError as error:
+        raise ValueError(f"{table} can't be read: {error.strerror}; leave out --redraw to train") from error
+    write_atomically(target, draw(name, rows))
+    return target
+
+
+def draw(name: str, rows: Sequence[Row]) -> bytes:
+    """An experiment's picture as an SVG. rows: of `curves`, or those of `responses`; numbers or their text."""
+    with picture.style():
+        return picture.encode(draw_responses(rows) if name == "responses" else draw_errors(rows), "svg")
+
+
+def draw_errors(rows: Sequence[Row]) -> Any:
+    """Fig. 6: a panel each for plain and residual nets; errors by iteration, means over seeds, thin for training and
+    bold for validation, whose range over seeds is shaded."""
+    nets = list(dict.fromkeys(row["net"] for row in rows))
+    kinds = {"plain": [net for net in nets if net.startswith("plain")]}
+    kinds |= {"residual": [net for net in nets if net not in kinds["plain"]]}
+    kinds = {kind: names for kind, names in kinds.items() if names}
+    figure = picture.figure(8.3 if len(kinds) > 1 else 5, 3.4)
     panels = figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0]
-    for axes, plain in zip(panels, kinds, strict=True):
-        for number, (net, ones) in enumerate((net, ones) for net, ones in nets.items() if net.plain == plain):
-            colour = f"C{number}"
-            for column, width, label in (("train_error", 0.7, None), ("val_error", 2.2, str(net))):
+    for axes, (kind, names) in zip(panels, kinds.items(), strict=True):
+        for number, net in enumerate(names):
+            colour, marker = picture.series(number)
+            for column in ("train_error", "val_error"):
                 points: dict[float, list[float]] = {}
-                for one in ones:
-                    for row in one.history:
-                        if column in row:
-                            points.setdefault(row["iteration"], []).append(100 * row[column])
+                for row in rows:
+                    if row["net"] == net and row[column] not in (None, ""):
+                        points.setdefault(float(row["iteration"]), []).append(100 * float(row[column]))
                 where = sorted(points)
-                axes.plot(where, [statistics.fmean(points[i]) for i in where], color=colour, lw=width, label=label)
-                if column == "val_error":
-                    low, high = ([extreme(points[i]) for i in where] for extreme in (min, max))
-                    axes.fill_between(where, low, high, color=colour, alpha=0.15, lw=0)
-        axes.set(xlabel="iteration", title="plain" if plain else "residual")
+                means = [statistics.fmean(points[i]) for i in where]
+                if column == "train_error":
+                    axes.plot(where, means, color=colour, lw=0.8)
+                    continue
+                axes.plot(where, means, color=colour, lw=2, marker=marker, ms=4.5, label=net)
+                low, high = ([extreme(points[i]) for i in where] for extreme in (min, max))
+                axes.fill_between(where, low, high, color=colour, alpha=0.15, lw=0)
+        axes.set(xlabel="iteration", title=f"{kind} nets")
         axes.set_ylim(bottom=0)
-        axes.grid(alpha=0.3)
-        axes.legend()
-    panels[0].set_ylabel("error (%), thin: training, bold: validation")
-    return _png(figure)
+        axes.grid()
+        axes.tick_params(labelleft=True)
+        axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    panels[0].set_ylabel("error, %; thin: training, bold: validation")
+    return figure
 
 
-def draw_responses(rows: Sequence[Row]) -> bytes:
-    """Fig. 7 as a PNG: standard deviations by layer above, by size below; means over seeds, plain nets dashed."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 6), layout="constrained")
+def draw_responses(rows: Sequence[Row]) -> Any:
+    """Fig. 7: standard deviations by layer above, by size below; means over seeds, plain nets dashed."""
+    figure = picture.figure(8.3, 5.4)
     above, below = figure.subplots(2, 1)
     layers: dict[str, dict[int, list[float]]] = {}
     for row in rows:
-        layers.setdefault(row["net"], {}).setdefault(row["layer"], []).append(row["std"])
+        layers.setdefault(row["net"], {}).setdefault(int(row["layer"]), []).append(float(row["std"]))
+    depths = list(dict.fromkeys(name.partition("-")[2] for name in layers))
     for name, found in layers.items():
         stds = [statistics.fmean(found[index]) for index in sorted(found)]
-        style = "--" if name.startswith("plain") else "-"
+        number = depths.index(name.partition("-")[2])
+        colour, marker = picture.series(number)
+        line = "--" if name.startswith("plain") else "-"
         for axes, values in ((above, stds), (below, sorted(stds, reverse=True))):
-            axes.plot(range(1, len(values) + 1), values, style, lw=1.2, label=name)
-    above.set(xlabel="layer, in order")
+            at = range(1, len(values) + 1)
+            axes.plot(
+                at, values, line, color=colour, lw=1.4, marker=marker, ms=4, markevery=(2 * number, 6), label=name
+            )
+    above.set(xlabel="layer, in order", title="Responses of the 3x3 layers, standard deviation")
     below.set(xlabel="layer, by size of response")
     for axes in (above, below):
-        axes.set_ylabel("std")
         axes.set_ylim(bottom=0)
-        axes.grid(alpha=0.3)
-    above.legend()
-    return _png(figure)
+        axes.grid()
+    above.legend(ncols=2)
+    return figure
 
 
-def _png(figure: Any) -> bytes:
-    image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=120)
-    return image.getvalue()
+def drawn_from(name: str) -> str:
+    """The table that holds what an experiment's picture shows."""
+    return f"{name}.csv" if name == "responses" else f"{name}-curves.csv"
 
 
 def _csv(rows: Sequence[Row]) -> str:

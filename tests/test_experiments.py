@@ -22,7 +22,7 @@ from fastres.train.loop import Trainer
 from fastres.train.recipe import QUICK, RECIPES, Steps, lasting
 
 TINY = ["--depths", "8", "14", "--seeds", "2", "--iterations", "2", "--device", "cpu"]
-PNG = b"\x89PNG\r\n"
+SVG = b"<?xml"
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -72,7 +72,28 @@ def test_degradation_writes_table_rows_and_picture(whole: tuple[Path, int]) -> N
     assert "| digits | images, crop" in line
     assert "iterations: 2 (64000)" in table
     assert code == int("claim is not seen" in table)
-    assert (out / "degradation.png").read_bytes().startswith(PNG)
+    assert (out / "degradation.svg").read_bytes().startswith(SVG)
+
+
+def test_a_picture_is_redrawn_from_its_table(
+    whole: tuple[Path, int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, _ = whole
+    found = rows(out / "degradation-curves.csv")
+    log = [line for line in rows(out / "runs" / "cifar-plain-8-seed1" / "log.csv") if line["val_error"]]
+    mine = [row for row in found if (row["net"], row["seed"]) == ("plain-8", "1")]
+    assert [(row["iteration"], row["val_error"]) for row in mine] == [(at["iteration"], at["val_error"]) for at in log]
+    assert all(row["train_error"] for row in mine)
+    shutil.copy(out / "degradation-curves.csv", tmp_path)
+    assert main(["experiment", "degradation", "--redraw", "--out", str(tmp_path)]) == 0
+    assert (tmp_path / "degradation.svg").read_bytes() == (out / "degradation.svg").read_bytes()
+    for name, other, message in (
+        ("shortcuts", [], "shortcuts-curves.csv can't be read: No such file or directory; leave out --redraw"),
+        ("degradation", ["--no-plot"], "give one of them"),
+    ):
+        with pytest.raises(SystemExit):
+            main(["experiment", name, "--redraw", "--out", str(tmp_path), *other])
+        assert message in capsys.readouterr().err
 
 
 def test_what_is_there_is_not_trained_again(whole: tuple[Path, int], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,7 +183,7 @@ def test_shortcuts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out
     assert "| ResNet-18 A | 27.88 (Table 2) |" in text
     assert "testing: one centre crop (10 crops)" in text
-    assert (tmp_path / "shortcuts.png").read_bytes().startswith(PNG)
+    assert (tmp_path / "shortcuts.svg").read_bytes().startswith(SVG)
 
 
 def test_the_paper_s_table_3_stands_beside() -> None:
@@ -223,7 +244,7 @@ def test_responses(tmp_path: Path) -> None:
     ]
     assert all(0 < float(row["std"]) < math.inf for row in found)
     assert "Here those of ResNet-8 are on average" in (tmp_path / "responses.md").read_text()
-    assert (tmp_path / "responses.png").read_bytes().startswith(PNG)
+    assert (tmp_path / "responses.svg").read_bytes().startswith(SVG)
 
 
 def test_quick_is_fixed() -> None:

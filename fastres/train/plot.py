@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from fastres import picture
 from fastres.train.checkpoint import write_atomically
 
 
@@ -15,22 +15,22 @@ def curves(path: Path, runs: Mapping[str, Sequence[Mapping[str, float]]]) -> boo
     Returns False, having done nothing, where matplotlib is not installed.
     """
     try:
-        from matplotlib.figure import Figure
+        import matplotlib.figure  # noqa: F401
     except ImportError:
         return False
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.subplots()
-    for number, (label, history) in enumerate(runs.items()):
-        for column, width, name in (("train_error", 0.7, None), ("val_error", 2.2, label)):
-            points = [(row["iteration"], 100 * row[column]) for row in history if column in row]
-            if points:
-                axes.plot(*zip(*points, strict=True), color=f"C{number}", linewidth=width, label=name)
-    axes.set(xlabel="iteration", ylabel="error (%)", title="thin: training, bold: validation")
-    axes.set_ylim(bottom=0)
-    axes.grid(alpha=0.3)
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend()
-    image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=120)
-    write_atomically(path, image.getvalue())
+    with picture.style():
+        figure = picture.figure(6, 4)
+        axes = figure.subplots()
+        for number, (label, history) in enumerate(runs.items()):
+            colour, _ = picture.series(number)
+            for column, width, name in (("train_error", 0.7, None), ("val_error", 2.2, label)):
+                points = [(row["iteration"], 100 * row[column]) for row in history if column in row]
+                if points:
+                    axes.plot(*zip(*points, strict=True), color=colour, linewidth=width, label=name)
+        axes.set(xlabel="iteration", ylabel="error, %", title="thin: training, bold: validation")
+        axes.set_ylim(bottom=0)
+        axes.grid()
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend()
+        write_atomically(path, picture.encode(figure, "png"))
     return True
