@@ -1,92 +1,246 @@
-"""Pictures of a record: img/s by net and backend beside the paper's FLOPs; compile time against img/s.
+"""Pictures of what the bench measured and counted, each from the file that holds it.
 
-python bench/plot.py out/record.json out/record.png
-python bench/plot.py out/record.json out/compile.png compile
+    python bench/plot.py out/record.json out/record.svg                # img/s of every row, with intervals
+    python bench/plot.py out/record.json out/summary.svg summary       # ours, the best peer and eager PyTorch
+    python bench/plot.py out/record.json out/compile.svg compile       # time of the first call against img/s
+    python bench/plot.py out/kernels-50.csv out/roofline.svg roofline  # of bench/kernels.py on an H200, in 16 bits
+    python bench/plot.py out/memory.csv out/memory.svg memory          # of bench/memory.py
+
+The suffix may be .png or .pdf as well. `python bench/readme.py` draws the pictures in bench/records again.
 """
 
 from __future__ import annotations
 
+import argparse
+import csv
+import itertools
+import math
 import re
 import sys
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import record as records
 
-SUFFIXES = (".png", ".svg", ".pdf")
-OURS, PEER, PAPER, INK, FAINT = "#d1495b", "#8ea9c1", "#c9b27c", "#22303c", "#b8c0c7"
-TITLES = {"infer": "inference", "train": "training"}
+from fastres import picture
+from fastres.kernels.problem import H200
+from fastres.picture import FAINT, INK, LINE, OURS, PEER
+
+Row = dict[str, Any]
+MODES = {"infer": "inference", "train": "training"}
+PASSES = {
+    "infer": "inference",
+    "fprop": "forward",
+    "dgrad": "input gradient",
+    "wgrad": "weight gradient",
+}
+# What a reader who doesn't know bench/backends.py calls them.
+WORDS = {
+    "eager": "eager PyTorch, contiguous",
+    "eager-channels-last": "eager PyTorch",
+    "eager-channels-last-bf16": "eager PyTorch in bf16",
+    "inductor": "torch.compile",
+    "reduce-overhead": "torch.compile, reduce-overhead",
+    "max-autotune": "torch.compile, max-autotune",
+    "onnxruntime": "ONNX Runtime",
+    "onnxruntime-int8": "ONNX Runtime in int8",
+    "openvino": "OpenVINO",
+    "fastres": "fastres, one import changed",
+    "fastres-graph": "fastres.graphed",
+    "fastres-optimize": "fastres.optimize",
+    "fastres-optimize-bf16": "fastres.optimize in bf16",
+    "fastres-optimize-int8": "fastres.optimize in int8",
+    "fastres-optimize-fp8": "fastres.optimize in float8",
+}
+FIGURES = ("us", "tflops", "gbs", "roofline", "cudnn_us")  # of bench/kernels.py, that the roofline needs
+WIDTH = 8.3  # inches
+LABEL = 8  # points
 
 
-def draw(record: dict[str, Any], path: Path) -> None:
-    """Draw `record` to `path`: a row of panels per net; multiply-adds left, then img/s for each mode and setting.
-
-    Raises ImportError where matplotlib is missing.
-    """
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
-    rows = record["rows"]
-    nets = sorted({row["net"] for row in rows}, key=_natural)
-    settings = list(dict.fromkeys((row["mode"], *records.key(row)[2:-1]) for row in rows))
-    panels = {(n, s): _panel(rows, n, s) for n in nets for s in settings}
-    heights = [1 + max(3, *(len(panels[n, s]) for s in settings)) for n in nets]
-    figure = Figure(figsize=(3.6 + 5.2 * len(settings), 1.3 + 0.235 * sum(heights)), layout="constrained", dpi=150)
-    grid = figure.subplots(
-        len(nets),
-        1 + len(settings),
-        squeeze=False,
-        sharex="col",
-        gridspec_kw={"height_ratios": heights, "width_ratios": [2, *[5] * len(settings)]},
-    )
-    versions = record["environment"]["versions"]
-    code = record["code"]
+@picture.style()
+def rates(record: dict[str, Any], in_words: bool = False) -> Any:
+    """A panel for each net and case of `record`. A bar shows the median of a row's windows, the line on it the slowest
+    and the fastest. in_words: rows are called by `WORDS`, and the multiply-adds are left out."""
+    nets = sorted({row["net"] for row in record["rows"]}, key=_natural)
+    settings = list(dict.fromkeys(_setting(row) for row in record["rows"]))
+    panels = [(net, s, rows) for net in nets for s in settings if (rows := _panel(record["rows"], net, s))]
+    environment, code = record["environment"], record["code"]
     commit = (code["commit"] or "unknown commit")[:10] + (" with changes" if code["dirty"] else "")
-    figure.suptitle(
-        f"ResNet throughput on {record['environment']['name']}\n"
-        f"torch {versions['torch']}, fastres {versions['fastres']} ({commit}), {record['created'][:10]}",
-        fontsize=10,
-        color=INK,
-    )
-    for line, net in zip(grid, nets, strict=True):
-        _draw_flops(line[0], record["flops"], net, max(len(panels[net, s]) for s in settings))
-        for axes, setting in zip(line[1:], settings, strict=True):
-            _draw_rates(axes, panels[net, setting])
-    grid[0][0].set_title("multiply-adds, 10⁹", fontsize=9, color=INK)
-    for axes, setting in zip(grid[0][1:], settings, strict=True):
+    lines = [
+        f"Images a second on {environment['name']}, {record['created'][:10]}: median and range of the windows; "
+        f"torch {environment['versions']['torch']}, fastres {environment['versions']['fastres']} ({commit})",
+        *([] if in_words else filter(None, (_flops(record, net) for net in nets))),
+    ]
+    figure = picture.figure(WIDTH, 0.2 + 0.15 * len(lines) + sum(0.42 + 0.19 * len(rows) for *_, rows in panels))
+    _say(figure, "\n".join(lines))
+    heights = [len(rows) + 0.5 for *_, rows in panels]
+    grid = figure.subplots(len(panels) or 1, squeeze=False, gridspec_kw={"height_ratios": heights or [1]})[:, 0]
+    for axes, (net, setting, rows) in zip(grid, panels, strict=False):
         mode, batch, dtype, size = setting
-        shown = "" if any(_mixed(panels[net, setting]) for net in nets) else f" {dtype},"  # else each bar has its own
-        axes.set_title(f"{TITLES[mode]}, img/s (batch {batch},{shown} {size}²)", fontsize=9, color=INK)
-    with rc_context({"svg.hashsalt": "fastres"}):  # the same record gives the same file
-        figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+        axes.set_title(f"{net_of(net)} {MODES[mode]}, {dtype}, batch {batch}, {size}x{size}")
+        most = max(row.get("img_s_max", 0) for row in record["rows"] if _setting(row) == setting)
+        axes.set_xlim(0, 2 * most or 1)  # as much again for what is written beside the bars
+        _draw_rates(axes, rows, WORDS if in_words else {})
+    return figure
 
 
-def draw_compile(record: dict[str, Any], path: Path) -> None:
-    """Draw seconds of the first call (building and compiling included) against img/s: a panel a case of `record`.
+def summary(record: dict[str, Any]) -> Any:
+    """`rates` of the cases and rows that README shows, named in words."""
+    return rates(record | {"rows": chosen(record)}, in_words=True)
 
-    Raises ImportError where matplotlib is missing, ValueError where no row has a rate.
-    """
-    from matplotlib.figure import Figure
 
+def chosen(record: dict[str, Any]) -> list[Row]:
+    """Of each case our rows, eager PyTorch's and the fastest peer's in each dtype. The cases: training with the largest
+    batch, inference with the largest and with the smallest, in the record's first dtype."""
+    kept = []
+    for (_, mode, batch, dtype, _), rows in records.by_case(record["rows"]).items():
+        batches = [row["batch"] for row in record["rows"] if row["mode"] == mode]
+        extremes = {max(batches), min(batches)} if mode == "infer" else {max(batches)}
+        if dtype == record["rows"][0]["dtype"] and batch in extremes:
+            # A noisy one stays, too: without it the next would pass for the best.
+            shown = [records.fastest_peer(rows, dtype) for dtype in {records.arithmetic(row) for row in rows}]
+            kept += [row for row in rows if row["ours"] or row in shown or row is records.eager(rows)]
+    return kept
+
+
+@picture.style()
+def compile_times(record: dict[str, Any]) -> Any:
+    """Seconds of the first call, which builds and compiles, against img/s: a panel for each case of `record`. Raises
+    ValueError where no row has a rate."""
     rows = [row for row in record["rows"] if row["status"] == "ok"]
     if not rows:
         raise ValueError("no row of the record has a rate to draw")
-    cases = list(dict.fromkeys(records.key(row)[:-1] for row in rows))
-    figure = Figure(figsize=(6.4 * len(cases), 4.6), layout="constrained", dpi=150)
-    figure.suptitle(f"First call and throughput on {record['environment']['name']}", fontsize=10, color=INK)
-    for axes, case in zip(figure.subplots(1, len(cases), squeeze=False)[0], cases, strict=True):
-        for row in (row for row in rows if records.key(row)[:-1] == case):
-            at = (row["first_call_s"], row["img_s"])
-            axes.scatter(*at, color=OURS if row["ours"] else PEER, s=28)
-            axes.annotate(f"  {row['backend']}", at, **_TEXT)
-        net, mode, batch, dtype, size = case
-        axes.set_title(f"{net}, {TITLES[mode]} (batch {batch}, {dtype}, {size}²)", fontsize=9, color=INK)
+    cases = records.by_case(rows)
+    columns = min(2, len(cases))
+    lines = -(-len(cases) // columns)
+    figure = picture.figure(WIDTH, 0.4 + 2.9 * lines)
+    _say(figure, f"The first call, compiling included, against throughput on {record['environment']['name']}")
+    grid = figure.subplots(lines, columns, squeeze=False, sharex=True).ravel()
+    for axes in grid[len(cases) :]:
+        axes.set_axis_off()
+    for axes, ((net, mode, batch, dtype, _), mine) in zip(grid, cases.items(), strict=False):
+        for row in mine:
+            style = {"marker": "o", "color": OURS} if row["ours"] else {"marker": "s", "color": PEER}
+            axes.scatter(row["first_call_s"], row["img_s"], s=30, **style)
+        axes.set_title(f"{net_of(net)} {MODES[mode]}, {dtype}, batch {batch}")
         axes.set_xscale("log")
-        axes.set_xlabel("first call, s", fontsize=8, color=INK)
-        axes.set_ylabel("img/s", fontsize=8, color=INK)
-        axes.set_ylim(bottom=0)
         axes.margins(x=0.3)
-    figure.savefig(path)
+        axes.set_ylim(0, 1.2 * max(row["img_s"] for row in mine))
+        axes.set_xlabel("first call, s")
+        axes.set_ylabel("img/s")
+        axes.grid()
+        axes.tick_params(labelbottom=True)
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+        _plain_numbers(axes.xaxis)
+    figure.draw_without_rendering()
+    for axes, mine in zip(grid, cases.values(), strict=False):
+        _label(axes, mine)
+    return figure
+
+
+@picture.style()
+def roofline(rows: Sequence[Row]) -> Any:
+    """TFLOP/s by arithmetic intensity of each convolution that bench/kernels.py measured on an H200 in 16 bits, ours
+    and the library's for the same work. Raises ValueError where the table's roofline is another one."""
+    peak, bandwidth = H200.flops_16bit / 1e12, H200.bandwidth / 1e12
+    figure = picture.figure(WIDTH, 6.6)
+    _say(figure, f"Every convolution of the net on its own, on an {H200.name} in 16 bits, and what bounds it")
+    grid = figure.subplots(2, 2, sharex=True, sharey=True, subplot_kw={"xscale": "log", "yscale": "log"})
+    intensities, reached = [], []
+    for axes, (pass_, title) in zip(grid.ravel(), PASSES.items(), strict=True):
+        mine = [{name: float(row[name]) for name in FIGURES} for row in rows if row["pass"] == pass_]
+        for row in mine:
+            if abs(max(row["tflops"] / peak, row["gbs"] / bandwidth / 1e3) / row["roofline"] - 1) > 0.01:
+                raise ValueError(f"this table's roofline is not that of an {H200.name} in 16 bits")
+        at = [1e3 * row["tflops"] / row["gbs"] for row in mine]
+        ours = [row["tflops"] for row in mine]
+        library = [row["tflops"] * row["us"] / row["cudnn_us"] for row in mine]
+        axes.vlines(at, ours, library, color=LINE, lw=1.2, zorder=1)
+        axes.scatter(at, library, marker="s", s=26, facecolors="none", edgecolors=PEER, label="cuDNN, the same work")
+        axes.scatter(at, ours, marker="o", s=22, color=OURS, label="fastres")
+        won = sum(row["us"] <= row["cudnn_us"] for row in mine)
+        axes.set_title(f"{title}: fastres faster in {won} of {len(mine)}")
+        intensities += at
+        reached += ours + library
+        axes.grid()
+        _plain_numbers(axes.xaxis, axes.yaxis)
+        axes.tick_params(labelbottom=True, labelleft=True)
+    left, right = 0.7 * min(intensities), 1.4 * max(*intensities, peak / bandwidth)
+    grid[0, 0].set(xlim=(left, right), ylim=(0.7 * min(reached), 2 * peak))
+    for axes in grid.ravel():
+        axes.plot([left, peak / bandwidth, right], [bandwidth * left, peak, peak], color=INK, lw=1.2, zorder=1)
+    words: dict[str, Any] = {"textcoords": "offset points", "ha": "right", "fontsize": LABEL}
+    grid[0, 0].annotate(f"{bandwidth:.1f} TB/s", (5 * left, 5 * bandwidth * left), (-6, 4), **words)
+    grid[0, 0].annotate(f"{peak:.0f} TFLOP/s", (right, peak), (-6, 4), **words)
+    grid[0, 0].legend(loc="lower right")
+    for axes in grid[-1]:
+        axes.set_xlabel("FLOP per byte moved")
+    for axes in grid[:, 0]:
+        axes.set_ylabel("TFLOP/s")
+    return figure
+
+
+@picture.style()
+def memory(rows: Sequence[Row]) -> Any:
+    """What a net saves for its backward, per image, as bench/memory.py counted it: three bars for each depth."""
+    figure = picture.figure(WIDTH, 3.2)
+    axes = figure.subplots()
+    kinds = (
+        ("pytorch", "eager PyTorch", {"color": PEER}),
+        ("fastres", "fastres, of eager PyTorch's", {"color": OURS}),
+        ("recompute", "fastres recomputing, of eager PyTorch's", {"fc": "none", "ec": OURS, "lw": 1.2}),
+    )
+    for k, (column, label, look) in enumerate(kinds):
+        places = [i + 0.27 * (k - 1) for i in range(len(rows))]
+        values = [float(row[column]) / 2**20 for row in rows]
+        bars = axes.bar(places, values, width=0.24, label=label, **look)
+        parts = [f"{float(row[column]) / float(row['pytorch']):.2f}" for row in rows]
+        sizes = [f"{value:.0f} MiB" for value in values]
+        weight = "bold" if k else "normal"
+        axes.bar_label(bars, parts if k else sizes, padding=1, fontsize=LABEL, color=INK, fontweight=weight)
+    axes.set_xticks(range(len(rows)), [f"ResNet-{row['depth']}" for row in rows], color=INK)
+    axes.tick_params(length=0)
+    axes.set_ylabel("MiB per image")
+    axes.set_title(f"Saved for backward, bf16, {rows[0]['size']}x{rows[0]['size']}")
+    axes.legend(loc="upper left")
+    axes.grid(axis="y")
+    return figure
+
+
+def _read_csv(path: Path) -> list[Row]:
+    with path.open(newline="") as source:
+        return list(csv.DictReader(source))
+
+
+KINDS: dict[str, tuple[Callable[[Path], Any], Callable[[Any], Any]]] = {
+    "rates": (records.read, rates),
+    "summary": (records.read, summary),
+    "compile": (records.read, compile_times),
+    "roofline": (_read_csv, roofline),
+    "memory": (_read_csv, memory),
+}
+
+
+def drawn(kind: str, source: Path) -> Any:
+    """The figure of that kind from its file. Raises ImportError where matplotlib is missing, OSError or ValueError for
+    a file that holds none."""
+    read, draw = KINDS[kind]
+    return draw(read(source))
+
+
+def number(rate: float) -> str:
+    return f"{rate:,.0f}" if rate >= 100 else f"{rate:.1f}"
+
+
+def figure_of(row: Row) -> str:
+    """Its img/s, for single images their latency as well."""
+    return f"{number(row['img_s'])} ({row['latency_ms']:.2f} ms)" if row["batch"] == 1 else number(row["img_s"])
+
+
+def _setting(row: Row) -> tuple[Any, ...]:
+    return (row["mode"], *records.key(row)[2:-1])
 
 
 def _natural(name: str) -> list[Any]:
@@ -94,77 +248,119 @@ def _natural(name: str) -> list[Any]:
     return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
 
 
-def _panel(rows: list[dict[str, Any]], net: str, setting: tuple[Any, ...]) -> list[dict[str, Any]]:
+def net_of(name: str) -> str:
+    """resnet50 as ResNet-50."""
+    return re.sub(r"^resnet(\d+)$", r"ResNet-\1", name)
+
+
+def _panel(rows: Sequence[Row], net: str, setting: tuple[Any, ...]) -> list[Row]:
     """The rows of one panel, slowest first: bars grow upwards. Rows without a rate come first of all."""
-    mine = [row for row in rows if row["net"] == net and (row["mode"], *records.key(row)[2:-1]) == setting]
-    mine = [row for row in mine if row["status"] != "not available"]
+    mine = [row for row in rows if row["net"] == net and _setting(row) == setting and row["status"] != "not available"]
     return sorted(mine, key=lambda row: row["img_s"] if row["status"] == "ok" else -1)
 
 
-def _mixed(rows: list[dict[str, Any]]) -> bool:
-    """Whether they compute in several dtypes."""
-    return len({records.arithmetic(row) for row in rows}) > 1
+def _flops(record: dict[str, Any], net: str) -> str:
+    """Multiply-adds of one image in 10⁹ by our count, and what the paper prints for its net of that kind."""
+    measured = next((row for row in record["flops"] if row["net"] == net and row["paper"] is None), None)
+    if measured is None:
+        return ""
+    paper = [row for row in record["flops"] if row["net"] == measured["beside"] and row["paper"] is not None]
+    beside = "".join(f"; the paper's {row['net']} {row['ours']:.2f}, printed {row['paper']:.1f}" for row in paper)
+    return f"{net_of(net)}: {measured['ours']:.2f}·10⁹ multiply-adds an image{beside}"
 
 
-def _draw_flops(axes: Any, table: list[dict[str, Any]], net: str, slots: int) -> None:
-    """Up to three bars in the middle of the height that `slots` bars of the other panels take."""
-    measured = next(row for row in table if row["net"] == net and row["paper"] is None)
-    bars = [(f" measured net {measured['ours']:.2f}", measured["ours"], INK)]
-    for row in (row for row in table if row["net"] == measured["beside"] and row["paper"] is not None):
-        bars.append((f" our count {row['ours']:.2f}", row["ours"], FAINT))
-        bars.append((f" paper {row['paper']:.1f}", row["paper"], PAPER))
-    slots = max(slots, len(bars))
-    for i, (label, value, colour) in enumerate(bars, start=(slots - len(bars)) // 2):
-        axes.barh(i, value, color=colour, height=0.72)
-        axes.annotate(label, (value, i), **_TEXT)
-    axes.set_ylim(-0.8, slots - 0.2)
-    axes.margins(x=0.9)
-    axes.set_yticks([])
-    axes.set_ylabel(net, fontsize=10, color=INK)
-    _clean(axes)
+def _say(figure: Any, text: str) -> None:
+    """Small print over the whole figure."""
+    figure.suptitle(text, fontsize=LABEL, color=FAINT, x=0.01, ha="left")
 
 
-_TEXT: dict[str, Any] = {"va": "center", "fontsize": 7, "color": INK}
-
-
-def _draw_rates(axes: Any, rows: list[dict[str, Any]]) -> None:
-    if not rows:
-        axes.set_axis_off()
-    ratios, to_eager, mixed = records.ratios(rows), records.ratios(rows, to_eager=True), _mixed(rows)
+def _draw_rates(axes: Any, rows: list[Row], words: dict[str, str]) -> None:
+    to_peer, to_eager = records.ratios(rows), records.ratios(rows, to_eager=True)
+    mixed = len({records.arithmetic(row) for row in rows}) > 1
+    note = partial(axes.annotate, textcoords="offset points", va="center", fontsize=LABEL)
     for i, row in enumerate(rows):
         if row["status"] != "ok":
-            axes.annotate(f" {row['status']}", (0, i), **_TEXT | {"color": OURS, "style": "italic"})
+            note(row["status"], (0, i), (4, 0), color=FAINT, style="italic")
             continue
         rate, low, high = row["img_s"], row["img_s_min"], row["img_s_max"]
-        axes.barh(i, rate, color=OURS if row["ours"] else PEER, height=0.72)
-        axes.errorbar(rate, i, xerr=[[rate - low], [high - rate]], color=INK, lw=0.8, capsize=1.5)
-        beside = f"  {rate:,.4g}" if rate < 1e4 else f"  {rate:,.0f}"
-        if mixed:
-            beside += f" {records.arithmetic(row)}"
-        compared = {"best peer": ratios} | ({"eager": to_eager} if mixed else {})
-        key = records.key(row)
+        axes.barh(i, rate, color=OURS if row["ours"] else PEER, height=0.7)
+        axes.errorbar(rate, i, xerr=[[rate - low], [high - rate]], color=INK, lw=1, capsize=2)
+        note(figure_of(row), (high, i), (5, 0), fontweight=_weight(row))
+        key, dtype = records.key(row), f"{records.arithmetic(row)} " if mixed else ""
+        compared = {f"best {dtype}peer": to_peer, f"{row['dtype']} eager" if mixed else "eager": to_eager}
         times = [f"{found[key].value:.2f} x {other}" for other, found in compared.items() if key in found]
-        if row["ours"] and times:
-            beside += f"  ({', '.join(times)})"
-        axes.annotate(beside, (high, i), **_TEXT)
-    axes.set_ylim(-0.8, max(len(rows), 1) - 0.2)
-    axes.margins(x=0.5 if mixed else 0.28)
-    axes.set_xlim(left=0)
-    axes.set_yticks(range(len(rows)), [row["backend"] for row in rows], fontsize=7.5, color=INK)
+        if row["ours"]:
+            note(", ".join(times), (1, i), (0, 0), xycoords=("axes fraction", "data"), ha="right")
+    axes.set_ylim(-0.7, len(rows) - 0.3)
+    axes.set_yticks(range(len(rows)), [words.get(row["backend"], row["backend"]) for row in rows], color=INK)
     for label, row in zip(axes.get_yticklabels(), rows, strict=True):
-        label.set_fontweight("bold" if row["ours"] else "normal")
-    _clean(axes)
+        label.set_fontweight(_weight(row))
+    axes.spines["bottom"].set_visible(False)
+    axes.tick_params(length=0, labelbottom=False, labelsize=8.5)
 
 
-def _clean(axes: Any) -> None:
-    for side in ("top", "right", "bottom"):
-        axes.spines[side].set_visible(False)
-    axes.spines["left"].set_color(FAINT)
-    axes.tick_params(length=0, labelbottom=False)
+def _weight(row: Row) -> str:
+    return "bold" if row["ours"] else "normal"
+
+
+def _plain_numbers(*lines: Any) -> None:
+    """Ticks of a logarithmic axis as 1, 10, 100."""
+    for line in lines:
+        line.set_major_formatter(lambda value, _: f"{value:g}")
+        line.set_minor_formatter(lambda value, _: "")
+
+
+def _label(axes: Any, rows: Sequence[Row]) -> None:
+    """Write each row's name beside its point: on no other name, as near to that point as can be. A line leads to one
+    that stands apart, or nearer to another point. The figure must have been laid out."""
+    scale = axes.figure.dpi / 72  # pixels in a point
+    inside, taken = axes.get_window_extent(), []
+    dots = axes.transData.transform([(row["first_call_s"], row["img_s"]) for row in rows])
+    directions = [math.radians(degrees) for degrees in (0, 180, 90, 270, 30, 150, 210, 330, 60, 120, 240, 300)]
+    write = partial(axes.annotate, textcoords="offset points", ha="center", va="center", fontsize=LABEL)
+    for number, row in enumerate(rows):
+        at = row["first_call_s"], row["img_s"]
+        name = write(row["backend"], at, (0, 0), fontweight=_weight(row))
+        centred = name.get_window_extent()
+        places = []
+        for reach, angle in itertools.product(range(7, 90, 3), directions):
+            dx = (reach + centred.width / scale / 2) * math.cos(angle)
+            dy = (reach + centred.height / scale / 2) * math.sin(angle)
+            box = centred.translated(dx * scale, dy * scale)
+            away = [_distance(box, dot) / scale for dot in dots]
+            within = inside.contains(*box.min) and inside.contains(*box.max)
+            fits = within and min(away) > 4 and not box.padded(scale).count_overlaps(taken)
+            astray = away[number] - min(away) > 2
+            places.append((not fits, reach + 20 * astray, reach > 7 or astray, dx, dy, box))
+        *_, told, dx, dy, box = min(places, key=lambda place: place[:2])
+        name.set_position((dx, dy))
+        taken.append(box)
+        if told:
+            x, y = (min(max(dot, low), high) for dot, low, high in zip(dots[number], box.min, box.max, strict=True))
+            end = (x - dots[number][0]) / scale, (y - dots[number][1]) / scale
+            line = {"arrowstyle": "-", "color": FAINT, "lw": 0.6, "shrinkA": 0, "shrinkB": 3}
+            write("", at, end, arrowprops=line)
+
+
+def _distance(box: Any, point: Any) -> float:
+    """From the point to the nearest of the box, 0 within it."""
+    return math.hypot(*(max(box.min[i] - point[i], 0, point[i] - box.max[i]) for i in (0, 1)))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", type=Path, help="what to draw: a record of bench/run.py, or a table")
+    parser.add_argument("picture", type=Path, help=f"where to: a name that ends in {', '.join(picture.SUFFIXES)}")
+    parser.add_argument("kind", choices=list(KINDS), nargs="?", default="rates", help="default: %(default)s")
+    options = parser.parse_args(arguments)
+    if options.picture.suffix not in picture.SUFFIXES:
+        parser.error(f"{options.picture}: accepted: a name that ends in {', '.join(picture.SUFFIXES)}")
+    try:
+        picture.save(drawn(options.kind, options.source), options.picture)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    return 0
 
 
 if __name__ == "__main__":
-    if len(sys.argv) not in (3, 4) or sys.argv[3:] not in ([], ["compile"]) or Path(sys.argv[2]).suffix not in SUFFIXES:
-        sys.exit(f"usage: python bench/plot.py RECORD PICTURE [compile], a picture that ends in {', '.join(SUFFIXES)}")
-    draw_picture = draw_compile if sys.argv[3:] else draw
-    draw_picture(records.read(Path(sys.argv[1])), Path(sys.argv[2]))
+    sys.exit(main())

@@ -1,162 +1,284 @@
-"""README's results, table and picture, from the record of a GPU or of a CPU.
+"""Writes the results in README.md and docs/benchmarks.md and draws the pictures, from the records in bench/records.
 
-    python bench/readme.py bench/records/nvidia-h200.json
-    python bench/readme.py bench/records/cpu-epyc.json
+    python bench/readme.py                                            # the records that docs/benchmarks.md shows
+    python bench/readme.py bench/records/nvidia-h100-80gb-hbm3.json   # this one replaces that of the same device type
 
-Writes the table between README's two `results` marks, or `results-cpu` marks, and beside the record its picture,
-`<record>.svg`.
+On each page a block of results stands between the lines `<!-- NAME: bench/readme.py -->` and `<!-- /NAME -->`. NAME is
+`results` for a GPU, `results-cpu` for a CPU, and `memory` for what bench/memory.py counted. Needs matplotlib.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
+import re
 import sys
-from collections.abc import Iterator
+import textwrap
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import plot
 import record as records
 
-README = records.ROOT / "README.md"
-MARKS = {
-    "cuda": ("<!-- results: bench/readme.py -->\n", "<!-- /results -->\n"),
-    "cpu": ("<!-- results-cpu: bench/readme.py -->\n", "<!-- /results-cpu -->\n"),
-}
-MODES = {"train": "training", "infer": "inference"}
+from fastres import picture
+
+README, BENCHMARKS = "README.md", "docs/benchmarks.md"
+MEMORY = "bench/records/memory.csv"
+BLOCKS = {"cuda": "results", "cpu": "results-cpu"}
+DTYPES = {"fp32": "fastres-optimize", "bf16": "fastres-optimize-bf16", "int8": "fastres-optimize-int8"}
+
+Row = dict[str, Any]
 
 
-def cases(record: dict[str, Any]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """(title, the rows that are right, fastest first) of every case of the record, in the order measured."""
-    rows = [row for row in record["rows"] if row["status"] in ("ok", "noisy")]
-    for (net, mode, batch, dtype, _), mine in records.by_case(rows).items():
-        title = f"{net.replace('resnet', 'ResNet-')} {MODES[mode]}, {dtype}, batch {batch}"
-        yield title, sorted(mine, key=lambda row: -row["img_s"])
+def shown() -> dict[str, str]:
+    """Device -> the record, by its path in the repository, to which docs/benchmarks.md links in that device's block."""
+    text, found = (records.ROOT / BENCHMARKS).read_text(), {}
+    for device, name in BLOCKS.items():
+        link = re.search(r"\]\(\.\./(bench/records/[\w.-]+\.json)\)", inside(text, name, BENCHMARKS))
+        if link is not None:
+            found[device] = link[1]
+    return found
 
 
-def figure(row: dict[str, Any] | None, named: bool = True) -> str:
-    """A row's rate, for single images its latency; and its name."""
-    if row is None:
-        return ""
-    value = f"{row['latency_ms']:.2f} ms" if row["batch"] == 1 else f"{row['img_s']:,.0f}"
-    return f"{value} (`{row['backend']}`)" if named else value
+def inside(text: str, name: str, page: str) -> str:
+    """What stands between the marks of that name. Raises ValueError where `text` lacks them."""
+    return _split(text, name, page)[1]
 
 
-def times_faster(ours: dict[str, Any], other: dict[str, Any]) -> float:
-    """By latency for single images, else by the windows that were taken in turns."""
-    if ours["batch"] == 1:
-        return other["latency_ms"] / ours["latency_ms"]
-    return records.ratio(ours, other).value
+def written(text: str, name: str, block: str, page: str) -> str:
+    """`text` with `block` between the marks of that name. Raises ValueError where it lacks them."""
+    before, _, after = _split(text, name, page)
+    return before + block + after
 
 
-def table(record: dict[str, Any]) -> str:
-    """A line a case: one import changed, the fastest of ours, the best of several peers, eager PyTorch, and ratios."""
-    lines = [
-        "| img/s | one import changed | fastest of ours | best peer | eager, channels_last | x best peer | x eager |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for title, rows in cases(record):
-        quiet = {row["backend"]: row for row in rows if row["status"] == "ok"}
-        changed, eager = quiet.get("fastres"), quiet.get("eager-channels-last")
-        dtype = rows[0]["dtype"]
-        ours = [row for row in quiet.values() if row["ours"] and records.arithmetic(row) == dtype]
-        several = sum(not row["ours"] for row in rows) > 1  # one alone is best of nothing
-        peer = records.best_peer(rows, dtype) if several else None
-        figures = [figure(changed, False), figure(ours[0] if ours else None), figure(peer), figure(eager, False)]
-        ratios = [f"{times_faster(ours[0], row):.2f}" if ours and row else "" for row in (peer, eager)]
-        lines.append(f"| {' | '.join([title, *figures, *ratios])} |")
-    return "\n".join(lines) + "\n"
-
-
-def table_of_dtypes(record: dict[str, Any]) -> str:
-    """Inference on a CPU, a line a case: eager PyTorch, then for each dtype `fastres.optimize`, what it is in multiples
-    of eager PyTorch, and of the best peer that computes in that dtype."""
-    names = {"fp32": "fastres-optimize", "bf16": "fastres-optimize-bf16", "int8": "fastres-optimize-int8"}
-    heads = [f"`fastres.optimize`, {dtype} | x eager | x best {dtype} peer" for dtype in names]
-    lines = [f"| img/s | eager, channels_last | {' | '.join(heads)} |", "|---" * (2 + 3 * len(names)) + "|"]
-    for title, rows in cases(record):
-        if rows[0]["mode"] != "infer":
-            continue
-        quiet = {row["backend"]: row for row in rows if row["status"] == "ok"}
-        eager = quiet.get("eager-channels-last")
-        cells = [title.replace(f", {rows[0]['dtype']}", ""), rate(eager)]
-        for dtype, name in names.items():
-            ours, peer = quiet.get(name), records.best_peer(rows, dtype)
-            cells += [rate(ours), times(ours, eager), times(ours, peer)]
-            cells[-1] += f" (`{peer['backend']}`)" if ours and peer else ""
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
-
-
-def rate(row: dict[str, Any] | None) -> str:
-    return f"{row['img_s']:,.0f}" if row else ""
-
-
-def times(ours: dict[str, Any] | None, other: dict[str, Any] | None) -> str:
-    return f"{records.ratio(ours, other).value:.2f}" if ours and other else ""
-
-
-def block_of_cpu(record: dict[str, Any], picture: Path) -> str:
-    """What stands between README's marks of a CPU."""
-    where, versions = record["environment"], record["environment"]["versions"]
-    source = picture.with_suffix(".json")
-    return (
-        f"![{where['name']}: inference beside the peers]({picture})\n\n{table_of_dtypes(record)}\n"
-        f"{where['name']}, {where['threads']} threads, {record['created'][:10]}, torch {versions['torch']}, "
-        f"ONNX Runtime {versions['onnxruntime']}.\nEvery row, with its error against float64: [`{source}`]({source}).\n"
-    )
-
-
-def block(record: dict[str, Any], picture: Path) -> str:
-    """What stands between README's marks."""
-    if record["environment"]["device"] == "cpu":
-        return block_of_cpu(record, picture)
-    where, versions = record["environment"], record["environment"]["versions"]
-    source = picture.with_suffix(".json")
-    return (
-        f"![{where['name']}: training and inference beside the peers]({picture})\n\n{table(record)}\n"
-        f"One {where['name']}, {record['created'][:10]}, torch {versions['torch']}, triton {versions['triton']}, cuDNN "
-        f"{versions['cudnn']}.\nEvery row, with its error against float64: [`{source}`]({source}).\n"
-    )
-
-
-def written(text: str, inside: str, device: str = "cuda") -> str:
-    """README's `text` with `inside` between the marks of `device`. Raises ValueError where it lacks them."""
-    begin, end = MARKS[device]
+def _split(text: str, name: str, page: str) -> tuple[str, str, str]:
+    begin, end = f"<!-- {name}: bench/readme.py -->\n", f"<!-- /{name} -->\n"
     before, begun, rest = text.partition(begin)
-    _, ended, after = rest.partition(end)
+    middle, ended, after = rest.partition(end)
     if not begun or not ended:
-        raise ValueError(f"README.md lacks the line {begin.strip()} or {end.strip()}")
-    return f"{before}{begin}{inside}{end}{after}"
+        raise ValueError(f"{page} lacks the line {begin.strip()} or {end.strip()}")
+    return before + begin, middle, end + after
 
 
-def drawn(record: dict[str, Any]) -> dict[str, Any]:
-    """The part of a record that the picture shows: of a GPU the largest batch of each mode in the record's first dtype,
-    of a CPU inference with the smallest and the largest batch."""
-    rows = record["rows"]
-    if record["environment"]["device"] == "cpu":
-        rows = [row for row in rows if row["mode"] == "infer"]
-        batches = [row["batch"] for row in rows]
-        return record | {"rows": [row for row in rows if row["batch"] in (min(batches), max(batches))]}
-    most = {mode: max(row["batch"] for row in rows if row["mode"] == mode) for mode in {row["mode"] for row in rows}}
-    shown = [row for row in rows if row["batch"] == most[row["mode"]] and row["dtype"] == rows[0]["dtype"]]
-    return record | {"rows": shown}
+def table(head: list[str], lines: list[list[str]]) -> str:
+    """Markdown; all columns but the first to the right."""
+    rules = ["---", *["---:"] * (len(head) - 1)]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in (head, rules, *lines))
+
+
+def times(row: Row | None, other: Row | None) -> str:
+    return f"{records.ratio(row, other).value:.2f}" if row and other else ""
+
+
+def word(row: Row) -> str:
+    return plot.WORDS.get(row["backend"], row["backend"])
+
+
+def paragraph(text: str) -> str:
+    return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False) + "\n"
+
+
+def case_of(row: Row) -> str:
+    return f"{plot.MODES[row['mode']]}, {row['dtype']}, batch {row['batch']}"
+
+
+def where(record: dict[str, Any], *packages: str) -> str:
+    """Device, date and versions."""
+    environment, versions = record["environment"], record["environment"]["versions"]
+    device = environment["name"]
+    if environment["device"] == "cpu":
+        device += f", {environment['threads']} threads"
+    return f"{device}, {record['created'][:10]}, " + ", ".join(
+        f"{name} {_version(versions[package])}" for package, name in _NAMES.items() if package in packages
+    )
+
+
+_NAMES = {"torch": "torch", "triton": "triton", "cudnn": "cuDNN", "onnxruntime": "ONNX Runtime"}
+
+
+def _version(text: str) -> str:
+    """cuDNN numbers itself as 91900."""
+    number = int(text) if text.isdecimal() else None
+    return text if number is None else f"{number // 10000}.{number // 100 % 100}.{number % 100}"
+
+
+def quiet(rows: list[Row]) -> dict[str, Row]:
+    return {row["backend"]: row for row in rows if row["status"] == "ok"}
+
+
+def summary_of_gpu(record: dict[str, Any], source: str) -> str:
+    """README's block: the picture; of each case that it shows a line with eager PyTorch, the best other peer, the
+    fastest of ours in the same dtype, and two ratios of img/s."""
+    lines = []
+    for case, rows in records.by_case(plot.chosen(record)).items():
+        dtype, eager = case[3], records.eager(rows)
+        peer = records.best_peer(rows, dtype)
+        peer = None if peer is eager else peer
+        ours = [row for row in quiet(rows).values() if row["ours"] and records.arithmetic(row) == dtype]
+        best = max(ours, key=lambda row: row["img_s"], default=None)
+        cells = [
+            f"{plot.net_of(case[0])} {case_of(rows[0])}",
+            plot.figure_of(eager) if eager else "",
+            f"{plot.figure_of(peer)} {word(peer)}" if peer else "",
+            f"**{plot.figure_of(best)}** `{word(best)}`" if best else "",
+        ]
+        lines.append([*cells, times(best, peer), times(best, eager)])
+    head = ["img/s", "eager PyTorch", "best peer", "fastres", "x best peer", "x eager PyTorch"]
+    alt = f"{record['environment']['name']}: training and inference beside the peers"
+    said = f"One {where(record, 'torch', 'triton', 'cudnn')}. Every row, with its error against float64: "
+    return f"![{alt}]({_beside(source, '-summary.svg')})\n\n{table(head, lines)}\n" + paragraph(
+        f"{said}[`{source}`]({source})."
+    )
+
+
+def summary_of_cpu(record: dict[str, Any], source: str) -> str:
+    """README's block: inference, a line for each dtype of `fastres.optimize`, a column for each batch."""
+    cases = [rows for case, rows in records.by_case(record["rows"]).items() if case[1] == "infer"]
+    eagers = [records.eager(rows) for rows in cases]
+    lines = [["eager PyTorch, fp32", *(plot.number(row["img_s"]) if row else "" for row in eagers)]]
+    for dtype, backend in DTYPES.items():
+        cells = [f"`fastres.optimize`, {dtype}"]
+        for rows, eager in zip(cases, eagers, strict=True):
+            ours, peer = quiet(rows).get(backend), records.best_peer(rows, dtype)
+            compared = [f"{times(ours, eager)} x eager"] if ours and eager else []
+            compared += [f"{times(ours, peer)} x {word(peer)}"] if ours and peer else []
+            cells.append(f"**{plot.number(ours['img_s'])}** ({', '.join(compared)})" if ours else "")
+        lines.append(cells)
+    head = [f"{plot.net_of(cases[0][0]['net'])} inference, img/s", *(f"batch {rows[0]['batch']}" for rows in cases)]
+    return f"{table(head, lines)}\n" + paragraph(
+        f"{where(record, 'torch', 'onnxruntime')}: [`{source}`]({source}). Ratios: to eager PyTorch in fp32 and to the "
+        "best peer in the line's dtype."
+    )
+
+
+def full(record: dict[str, Any], source: str) -> str:
+    """The block of docs/benchmarks.md: the picture, and every row that was measured, a table a case."""
+    link = f"../{source}"
+    parts = [f"![{record['environment']['name']}: img/s of every backend]({_beside(link, '.svg')})\n"]
+    to_peer, to_eager = records.ratios(record["rows"]), records.ratios(record["rows"], to_eager=True)
+    for rows in records.by_case(record["rows"]).values():
+        mixed = len({records.arithmetic(row) for row in rows}) > 1
+        peers = "x best peer in that dtype" if mixed else "x best peer"
+        head = ["backend", *["dtype"] * mixed, "img/s", "slowest to fastest", "latency, ms", "first call, s"]
+        lines = []
+        for row in sorted((row for row in rows if "img_s" in row), key=lambda row: -row["img_s"]):
+            key, status = records.key(row), "" if row["status"] == "ok" else f" ({row['status']})"
+            cells = [
+                f"**`{row['backend']}`**" if row["ours"] else f"`{row['backend']}`",
+                *[records.arithmetic(row)] * mixed,
+                plot.number(row["img_s"]) + status,
+                f"{plot.number(row['img_s_min'])} to {plot.number(row['img_s_max'])}",
+                f"{row['latency_ms']:.2f}",
+                f"{row['first_call_s']:.1f}",
+            ]
+            lines.append(
+                [*cells, *(f"{found[key].value:.2f}" if key in found else "" for found in (to_peer, to_eager))]
+            )
+        title = f"{plot.net_of(rows[0]['net'])} {case_of(rows[0])}, {rows[0]['size']}x{rows[0]['size']}"
+        parts.append(f"**{title}**\n\n{table([*head, peers, 'x eager'], lines)}")
+    packages = ("torch", "triton", "cudnn") if record["environment"]["device"] == "cuda" else ("torch", "onnxruntime")
+    parts.append(paragraph(f"{where(record, *packages)}: [`{source}`]({link})."))
+    return "\n".join(parts)
+
+
+def memory_line(rows: list[Row], source: str) -> str:
+    """README's block, one sentence."""
+    depths = [row["depth"] for row in rows]
+    parts = [_part(row, "fastres") for row in rows]
+    least, most = (extreme(_part(row, "recompute") for row in rows) for extreme in (min, max))
+    each = ", ".join(f"{part} for ResNet-{depth}" for part, depth in zip(parts, depths, strict=True))
+    return paragraph(
+        f"Saved for backward, of what eager PyTorch saves in bf16: {each}; {least} to {most} with "
+        f"`dispatch.fusions(recompute=True)`. [Counted](bench/memory.py), not measured: [`{source}`]({source})."
+    )
+
+
+def memory_table(rows: list[Row], source: str) -> str:
+    """The block of docs/benchmarks.md."""
+    head = [
+        "saved for backward, MiB per image",
+        "eager PyTorch",
+        "fastres",
+        "x eager",
+        "fastres, recomputing",
+        "x eager",
+    ]
+    lines = []
+    for row in rows:
+        sizes = [f"{float(row[name]) / 2**20:.1f}" for name in ("pytorch", "fastres", "recompute")]
+        parts = [_part(row, name) for name in ("fastres", "recompute")]
+        lines.append([f"ResNet-{row['depth']}", *sizes[:2], parts[0], sizes[2], parts[1]])
+    link = f"../{source}"
+    return (
+        f"![What a net saves for its backward, by depth]({_beside(link, '.svg')})\n\n{table(head, lines)}\n"
+        f"{rows[0]['size']}x{rows[0]['size']} images, bf16 autocast: [`{source}`]({link}).\n"
+    )
+
+
+def _part(row: Row, name: str) -> str:
+    return f"{float(row[name]) / float(row['pytorch']):.2f}"
+
+
+def _beside(source: str, end: str) -> str:
+    return str(Path(source).with_suffix("")) + end
+
+
+PAGES: dict[str, dict[str, Callable[..., str]]] = {
+    README: {"results": summary_of_gpu, "results-cpu": summary_of_cpu, "memory": memory_line},
+    BENCHMARKS: {"results": full, "results-cpu": full, "memory": memory_table},
+}
+
+
+def pages(sources: dict[str, str]) -> dict[str, str]:
+    """Page -> its text with every block anew; `sources`: as of `shown`. Raises ValueError where marks are missing."""
+    with (records.ROOT / MEMORY).open(newline="") as file:
+        given: dict[str, tuple[Any, str]] = {"memory": (list(csv.DictReader(file)), MEMORY)}
+    for device, source in sources.items():
+        given[BLOCKS[device]] = records.read(records.ROOT / source), source
+    found = {}
+    for page, blocks in PAGES.items():
+        text = (records.ROOT / page).read_text()
+        for name, block in blocks.items():
+            if name in given:
+                text = written(text, name, block(*given[name]), page)
+        found[page] = text
+    return found
+
+
+def pictures(sources: dict[str, str]) -> dict[str, tuple[str, str]]:
+    """Picture -> (its kind in `plot.KINDS`, what it is drawn from)."""
+    found = {_beside(MEMORY, ".svg"): ("memory", MEMORY)}
+    for table in (records.ROOT / "bench" / "records").glob("nvidia-h200-kernels-*.csv"):
+        source = str(table.relative_to(records.ROOT))
+        found[_beside(source, ".svg")] = "roofline", source
+    for device, source in sources.items():
+        found[_beside(source, ".svg")] = "rates", source
+        found[_beside(source, "-compile.svg")] = "compile", source
+        if device == "cuda":
+            found[_beside(source, "-summary.svg")] = "summary", source
+    return found
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("record", type=Path, help="a record of bench/run.py, in bench/records")
+    parser.add_argument("record", type=Path, nargs="*", help="a record of bench/run.py, in bench/records")
     options = parser.parse_args(arguments)
     try:
-        record = records.read(options.record)
-        picture = options.record.resolve().with_suffix(".svg")
-        inside = block(record, picture.relative_to(records.ROOT))
-        text = written(README.read_text(), inside, record["environment"]["device"])
+        sources = shown()
+        for path in options.record:
+            device = records.read(path)["environment"]["device"]
+            sources[device] = path.resolve().relative_to(records.ROOT).as_posix()
+        texts = pages(sources)
+        for path, (kind, source) in pictures(sources).items():
+            picture.save(plot.drawn(kind, records.ROOT / source), records.ROOT / path)
+    except ImportError as error:
+        parser.error(f"{error}: pip install 'fastres[bench]'")
     except (OSError, ValueError) as error:
         parser.error(str(error))
-    import plot
-
-    plot.draw(drawn(record), picture)
-    README.write_text(text)
+    for page, text in texts.items():
+        (records.ROOT / page).write_text(text)
+        print(f"wrote {page}")
     return 0
 
 

@@ -171,11 +171,16 @@ def arithmetic(row: dict[str, Any]) -> str:
 
 
 def best_peer(rows: list[dict[str, Any]], computing_in: str) -> dict[str, Any] | None:
-    """The fastest peer (not ours), by median, of the rows of one case that compute in that dtype. None where there is
-    no peer, or where the fastest is noisy."""
-    peers = [row for row in rows if not row["ours"] and row["status"] in ("ok", "noisy")]
-    best = max((row for row in peers if arithmetic(row) == computing_in), key=lambda row: row["img_s"], default=None)
+    """`fastest_peer`, or None where that row is noisy."""
+    best = fastest_peer(rows, computing_in)
     return best if best is not None and best["status"] == "ok" else None
+
+
+def fastest_peer(rows: list[dict[str, Any]], computing_in: str) -> dict[str, Any] | None:
+    """The fastest peer (not ours), by median, of the rows of one case that compute in that dtype, noisy or not. None
+    where there is no peer."""
+    peers = [row for row in rows if not row["ours"] and row["status"] in ("ok", "noisy")]
+    return max((row for row in peers if arithmetic(row) == computing_in), key=lambda row: row["img_s"], default=None)
 
 
 def eager(rows: list[dict[str, Any]]) -> dict[str, Any] | None:

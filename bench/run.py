@@ -2,7 +2,7 @@
 
     python bench/run.py --depth 50
     python bench/run.py --net cifar-110,paper-34-A --mode train
-    python bench/run.py --depth all --mode train --json out/train.json --plot out/train.png --resume
+    python bench/run.py --depth all --mode train --json out/train.json --plot out/train.svg --resume
 
 Prints the FLOPs table, a line as each backend finishes, and a table with the ratio to the best peer. The rows of a case
 take turns, window by window; one whose windows differ too much is "noisy" and not ranked. On a GPU each row has a
@@ -33,6 +33,7 @@ import torch
 from backends import BACKENDS, DEPTHS, MODES, Case
 from tqdm import tqdm
 
+from fastres import picture
 from fastres.models import families, flops
 
 DTYPES = {backends.NAMES[dtype]: dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)}
@@ -84,7 +85,7 @@ def main(arguments: list[str] | None = None) -> int:
     if plan.json:
         print(f"record: {plan.json}")
     if plan.plot:
-        plot.draw(record, plan.plot)
+        picture.save(plot.rates(record), plan.plot)
         print(f"picture: {plan.plot}")
     bad = [row for row in rows if row["ours"] and row["status"] in ("wrong", "failed")]
     return int(bool(bad) or not any(row["status"] in ("ok", "noisy") for row in rows))
@@ -159,8 +160,8 @@ def parse(arguments: list[str] | None) -> Plan:
             parser.error(f"{option}: {package} is not installed: pip install 'fastres[bench]'")
     if given.plot and given.json and given.plot.resolve() == given.json.resolve():
         parser.error(f"--json and --plot both name {given.json}; accepted: two files")
-    if given.plot and given.plot.suffix not in plot.SUFFIXES:
-        parser.error(f"--plot {given.plot}: accepted: a name that ends in {', '.join(plot.SUFFIXES)}")
+    if given.plot and given.plot.suffix not in picture.SUFFIXES:
+        parser.error(f"--plot {given.plot}: accepted: a name that ends in {', '.join(picture.SUFFIXES)}")
 
     named = None if given.backend in (None, "all") else given.backend.split(",")
     for name in named or ():

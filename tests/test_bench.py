@@ -379,7 +379,7 @@ def test_resume_fills_one_record(bench: SimpleNamespace, monkeypatch: pytest.Mon
     assert [row["batch"] for row in json.loads(path.read_text())["rows"]] == [2, 2, 3]
     assert bench.run.main([*ask, "--backend", "eager", "--batch", "3,1,5"]) == 0
     assert [row["batch"] for row in json.loads(path.read_text())["rows"]] == [2, 2, 3, 1, 5]
-    bench.plot.draw(bench.record.read(path), tmp_path / "two-batches.png")
+    assert bench.plot.main([str(path), str(tmp_path / "two-batches.png")]) == 0
 
 
 def test_rows_that_cannot_be_compared_begin_a_new_record(
@@ -612,7 +612,8 @@ def test_other_nets(bench: SimpleNamespace, tmp_path: Path, capsys: pytest.Captu
     assert re.search(r"cifar-8, train, batch 2, fp32, 32x32", printed)
     assert "timm: timm has no cifar-8" in printed
     drawn = picture.read_text()
-    assert all(f">{text}<" in drawn or f"<!-- {text} -->" in drawn for text in ("cifar-8", "cifar-plain-8"))
+    assert all(f">{net} training, fp32, batch 2, 32x32<" in drawn for net in ("cifar-8", "cifar-plain-8"))
+    assert ">cifar-8: 0.01·10⁹ multiply-adds an image<" in drawn
 
     plan = bench.run.parse(["--net", "cifar-20,resnet18", "--batch", "1", "--mode", "train", "--device", "cpu"])
     assert {(case.net, case.size) for case, _ in plan.rows} == {("cifar-20", 32), ("resnet18", 224)}
@@ -912,11 +913,11 @@ def test_compiled_rows(
     printed = dict(zip(head, next(line for line in lines if line[0] == "unsteady"), strict=False))
     assert [printed[name] for name in ("graphs", "breaks", "recompiles")] == [*map(str, (graphs, breaks, recompiles))]
     assert "kernels" not in head, "no row has any on a CPU"
-    bench.plot.draw_compile(bench.record.read(path), picture)
+    assert bench.plot.main([str(path), str(picture), "compile"]) == 0
     drawn = picture.read_text()
     assert all(name in drawn for name in (*counts, "first call, s", "img/s"))
     with pytest.raises(ValueError, match="no row"):
-        bench.plot.draw_compile({"rows": [], "environment": {}}, picture)
+        bench.plot.compile_times({"rows": [], "environment": {}})
 
 
 def test_transposed_layouts_are_noted(bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,6 @@ from typing import Any
 import pytest
 import stub_cuda
 import torch
-import torchvision
 from binary import Launch, record
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -155,29 +154,6 @@ def test_training_steps_as_far_as_the_driver(name: str, batch: int, size: int, m
     steps = [[(one.name, one.grid, one.shared) for one in launched[a:b]] for a, b in itertools.pairwise(counts)]
     assert steps[0] == steps[1]
     assert len(steps[0]) > 100
-
-
-@pytest.mark.parametrize(("depth", "part", "recomputed"), [(18, 0.63, 0.57), (34, 0.67, 0.55), (50, 0.79, 0.60)])
-def test_bytes_kept_for_backward_beside_stock(
-    depth: int, part: float, recomputed: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """16 bit, 224 x 224. Every raw convolution output and every block's output once, the last only where they are not
-    recomputed; stock keeps the activations between them, too."""
-    monkeypatch.setattr(dispatch, "conv_engine", lambda *_: "triton")
-
-    def kept(models: Any) -> int:
-        net, x = net_and_images(models, depth, 8, 224)
-        storages = {}
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: storages.setdefault(t.untyped_storage(), t), id):
-            net(x)
-        weights = {p.untyped_storage() for p in net.parameters()}
-        return sum(storage.nbytes() for storage in storages.keys() - weights)
-
-    with record():
-        ours, stock = kept(fastres), kept(torchvision.models)
-        assert ours <= part * stock
-        with dispatch.fusions(recompute=True):
-            assert kept(fastres) <= recomputed * stock
 
 
 def test_what_keeping_activations_takes_and_saves(monkeypatch: pytest.MonkeyPatch) -> None:
