@@ -48,7 +48,7 @@ WORDS = {
     "onnxruntime-int8": "ONNX Runtime in int8",
     "openvino": "OpenVINO",
     "fastres": "fastres, one import changed",
-    "fastres-graph": "fastres.graphed",
+    "fastres-graph": "fastres, step in a CUDA graph",
     "fastres-optimize": "fastres.optimize",
     "fastres-optimize-bf16": "fastres.optimize in bf16",
     "fastres-optimize-int8": "fastres.optimize in int8",

@@ -121,14 +121,14 @@ def summary_of_gpu(record: dict[str, Any], source: str) -> str:
             f"{plot.net_of(case[0])} {case_of(rows[0])}",
             plot.figure_of(eager) if eager else "",
             f"{plot.figure_of(peer)} {word(peer)}" if peer else "",
-            f"**{plot.figure_of(best)}** `{word(best)}`" if best else "",
+            f"**{plot.figure_of(best)}** {word(best)}" if best else "",
         ]
         lines.append([*cells, times(best, peer), times(best, eager)])
     head = ["img/s", "eager PyTorch", "best peer", "fastres", "x best peer", "x eager PyTorch"]
     alt = f"{record['environment']['name']}: training and inference beside the peers"
-    said = f"One {where(record, 'torch', 'triton', 'cudnn')}. Every row, with its error against float64: "
+    said = f"One {where(record, 'torch', 'triton', 'cudnn')}. "
     return f"![{alt}]({_beside(source, '-summary.svg')})\n\n{table(head, lines)}\n" + paragraph(
-        f"{said}[`{source}`]({source})."
+        f"{said}[Every row, with its error against float64]({source})."
     )
 
 
@@ -147,8 +147,8 @@ def summary_of_cpu(record: dict[str, Any], source: str) -> str:
         lines.append(cells)
     head = [f"{plot.net_of(cases[0][0]['net'])} inference, img/s", *(f"batch {rows[0]['batch']}" for rows in cases)]
     return f"{table(head, lines)}\n" + paragraph(
-        f"{where(record, 'torch', 'onnxruntime')}: [`{source}`]({source}). Ratios: to eager PyTorch in fp32 and to the "
-        "best peer in the line's dtype."
+        f'{where(record, "torch", "onnxruntime")}: [record]({source}). "x eager" is relative to fp32, the other ratio '
+        "to the best peer in the same dtype."
     )
 
 
@@ -184,13 +184,12 @@ def full(record: dict[str, Any], source: str) -> str:
 
 def memory_line(rows: list[Row], source: str) -> str:
     """README's block, one sentence."""
-    depths = [row["depth"] for row in rows]
-    parts = [_part(row, "fastres") for row in rows]
+    depths = ", ".join(row["depth"] for row in rows)
+    parts = ", ".join(_part(row, "fastres") for row in rows)
     least, most = (extreme(_part(row, "recompute") for row in rows) for extreme in (min, max))
-    each = ", ".join(f"{part} for ResNet-{depth}" for part, depth in zip(parts, depths, strict=True))
     return paragraph(
-        f"Saved for backward, of what eager PyTorch saves in bf16: {each}; {least} to {most} with "
-        f"`dispatch.fusions(recompute=True)`. [Counted](bench/memory.py), not measured: [`{source}`]({source})."
+        f"[Memory saved for backward]({source}) in bf16, counted, relative to eager PyTorch: {parts} for "
+        f"ResNet-{depths}; with recomputation {least} to {most}."
     )
 
 

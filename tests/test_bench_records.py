@@ -286,13 +286,13 @@ def test_a_table_compares_what_was_measured(readme: ModuleType) -> None:
         cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if "batch" in line]
         return {first: rest for first, *rest in cells}
 
-    want = ["100", "200 torch.compile", "**300** `fastres.graphed`", "1.50", "3.00"]
+    want = ["100", "200 torch.compile", "**300** fastres, step in a CUDA graph", "1.50", "3.00"]
     alone = ["10.0 (5.00 ms)", "", "**30.0 (2.50 ms)** `fastres.optimize`", "", "3.00"]
     training = "ResNet-50 training, bf16, batch 256"
     assert lines() == {training: want, "ResNet-50 inference, bf16, batch 1": alone}, "one peer is best of nothing"
     assert lines(row("train", "fastres-fp8", 900.0, agreement=0.9))[training] == want
     noisy = row("train", "max-autotune", 201.0, status="noisy")
-    assert lines(noisy)[training] == ["100", "", "**300** `fastres.graphed`", "", "3.00"]
+    assert lines(noisy)[training] == ["100", "", "**300** fastres, step in a CUDA graph", "", "3.00"]
     shown = {one["backend"] for one in importlib.import_module("plot").chosen({"rows": [*rows, noisy]})}
     assert {"max-autotune", "fastres-graph", "eager-channels-last"} <= shown, "nobody else passes for the best peer"
     assert not {"inductor", "timm"} & shown
