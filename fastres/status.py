@@ -13,6 +13,14 @@ from torch import nn
 from fastres.models.resnet import BasicBlock, ResNet
 from fastres.ops import dispatch, extension
 
+TRAIN = "python -m fastres train"
+TUNE = "python bench/tune.py"
+INSTALL_TRITON = "python -m pip install triton"
+WHAT_FOR = {
+    TRAIN: "trains ResNet-20 on handwritten digits",
+    TUNE: "measures this GPU's kernels, in a checkout",
+    INSTALL_TRITON: "the fused kernels are written in it",
+}
 PLAIN = "plain PyTorch, module by module"
 FUSED = "fused"
 _ON_CPUS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8}
@@ -22,6 +30,7 @@ _ON_CPUS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16
 class Status:
     """`str()` of it says all of it in words. A path is `FUSED`, or `PLAIN` with the reason behind a colon."""
 
+    summary: str  # what runs fused on this machine, in one or two sentences
     gpu: str  # name and compute capability, or why there is none
     versions: Mapping[str, str]
     triton: str  # "usable", or why not
@@ -30,15 +39,18 @@ class Status:
     training: str  # the path of a residual block of the drop-in family, on the GPU if there is one
     inference: str
     optimize: str  # in which dtypes `fastres.optimize` is fused on this CPU, and why not in others
+    next_step: str  # a command to try
     blocks: Mapping[str, str] | None = None  # of the model asked about: name -> path, in its present mode
 
     def __str__(self) -> str:
         lines = [
+            self.summary,
+            "",
             f"GPU:        {self.gpu}",
             "versions:   " + ", ".join(f"{name} {number}" for name, number in self.versions.items()),
             f"Triton:     {self.triton}",
             f"table:      {self.table}",
-            f"extension:  CPU {_yes(self.extension.cpu)}, CUDA {_yes(self.extension.cuda)}: {self.extension.reason}",
+            f"extension:  {self.extension.reason}",
             f"training:   {self.training}",
             f"inference:  {self.inference}",
             f"optimize:   {self.optimize}",
@@ -47,6 +59,7 @@ class Status:
             fused = sum(path == FUSED for path in self.blocks.values())
             lines.append(f"model:      {fused} of {len(self.blocks)} blocks and stems run fused")
             lines += [f"  {name or 'stem'}: {path}" for name, path in self.blocks.items()]
+        lines += ["", f"next:       {self.next_step}   ({WHAT_FOR[self.next_step]})"]
         return "\n".join(lines)
 
 
@@ -62,19 +75,56 @@ def status(model: nn.Module | None = None) -> Status:
     with torch.random.fork_rng(devices=[]), torch.device(device):
         block = BasicBlock(64, 64)
     training = _path(block.train())
+    summary, next_step = _on_gpu(device) if device.type == "cuda" else (_on_cpu(training), TRAIN)
     if device.type == "cpu" and training != FUSED and dispatch.why_no_onednn(torch.float32) is None:
-        training += "; its convolutions, most of the work, are oneDNN's already"
+        training += "; its convolutions, which are most of the work, are oneDNN's"
     return Status(
+        summary=summary,
         gpu=_gpu(),
         versions={name: _version(name) for name in ("fastres", "torch", "torchvision", "triton")},
         triton=_triton(),
-        table=dispatch.table_in_force(device) if _triton() == "usable" else "none: no GPU runs kernels here",
+        table=dispatch.table_in_force(device) if _triton() == "usable" else "none: no kernels run on a GPU here",
         extension=extension.status(),
         training=training,
         inference=_path(block.eval()),
-        optimize=_on_cpus(),
+        optimize=_optimize(),
+        next_step=next_step,
         blocks=None if model is None else _blocks(model),
     )
+
+
+def _on_gpu(device: torch.device) -> tuple[str, str]:
+    """What runs fused on a machine with a GPU, and a command to try."""
+    name = torch.cuda.get_device_name()
+    major, minor = torch.cuda.get_device_capability()
+    if (major, minor) < (8, 0):
+        said = f"Models run as plain PyTorch on this machine's {name}."
+        return f"{said}\nThe fused kernels need compute capability 8.0, this GPU has {major}.{minor}.", TRAIN
+    if not _has_triton():
+        said = f"The fused kernels for this machine's {name} need Triton, which is not installed."
+        return f"{said}\nUntil it is, nets of fastres can't run on this GPU.", INSTALL_TRITON
+    said = f"ResNets run on fused Triton kernels on this machine's {name}, in training and inference."
+    table = dispatch.table_in_force(device)
+    if table.startswith("none"):
+        return f"{said}\nNo kernels have been measured on such a GPU, so heuristics choose among them.", TUNE
+    if table.startswith("broken"):
+        return f"{said}\nIts table of measured kernels can't be read.", TUNE
+    return f"{said}\nMeasurements choose among them: {table}.", TRAIN
+
+
+def _on_cpu(training: str) -> str:
+    """What runs fused on a machine without a usable GPU."""
+    said = "This machine has no GPU." if torch.version.cuda else "This PyTorch is built without CUDA and uses no GPU."
+    trains = "training runs as plain PyTorch" if training != FUSED else "the forced backend runs the blocks"
+    served = [name for name, dtype in _ON_CPUS.items() if dispatch.why_no_onednn(dtype) is None]
+    if not served:
+        return f"{said}\nModels run as plain PyTorch on the CPU."
+    names = ", ".join(served[:-1]) + " and " * (len(served) > 1) + served[-1]
+    return f"{said}\nfastres.optimize serves ResNets on the CPU with oneDNN in {names}; {trains}."
+
+
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def _gpu() -> str:
@@ -87,7 +137,7 @@ def _gpu() -> str:
 
 
 def _triton() -> str:
-    if importlib.util.find_spec("triton") is None:
+    if not _has_triton():
         return "not usable: it is not installed"
     if dispatch.interpreting():
         return "usable: its interpreter runs the kernels, slowly (TRITON_INTERPRET=1)"
@@ -105,7 +155,7 @@ def _version(name: str) -> str:
         return "not installed"
 
 
-def _on_cpus() -> str:
+def _optimize() -> str:
     reasons = {name: dispatch.why_no_onednn(dtype) for name, dtype in _ON_CPUS.items()}
     if reasons["fp32"] is not None:
         return f"plain PyTorch, layer by layer, on this CPU: {reasons['fp32']}"
@@ -116,10 +166,6 @@ def _on_cpus() -> str:
             refused.setdefault(reason, []).append(name)
     without = "".join(f"; not in {', '.join(names)}: {reason}" for reason, names in refused.items())
     return f"oneDNN's fused convolutions on this CPU in {served}{without}"
-
-
-def _yes(usable: bool) -> str:
-    return "yes" if usable else "no"
 
 
 def _blocks(model: nn.Module) -> dict[str, str]:
@@ -134,6 +180,8 @@ def _parts(module: nn.Module) -> dispatch.Parts | None:
 
 
 def _path(module: nn.Module) -> str:
+    if torch.cuda.is_available() and next(module.parameters()).is_cuda and not _has_triton():
+        return "none: the fused kernels need Triton, which is not installed"
     parts = _parts(module)
     assert parts is not None
     conv = parts.units[0][0]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 import torchvision
@@ -9,7 +11,9 @@ from torch import nn
 
 import fastres
 from fastres.ops import dispatch, extension
-from fastres.status import FUSED
+from fastres.status import FUSED, INSTALL_TRITON, TRAIN, TUNE
+
+words = sys.modules["fastres.status"]  # `fastres.status` is the function
 
 
 @pytest.fixture(autouse=True)
@@ -37,12 +41,15 @@ def test_fields_and_words() -> None:
         "training:",
         "inference:",
         "optimize:",
+        "next:",
         status.extension.reason,
     ):
         assert word in str(status)
+    assert str(status).startswith(f"{status.summary}\n\n")
+    assert f"next:       {status.next_step}   (" in str(status).splitlines()[-1]
     if not torch.cuda.is_available():
         assert status.gpu.startswith("none: ")
-        assert status.table == "none: no GPU runs kernels here"
+        assert status.table == "none: no kernels run on a GPU here"
         assert status.training.startswith("plain PyTorch")
         assert "cpu" in status.training or "interpreter" in status.training
 
@@ -76,9 +83,79 @@ def test_what_optimize_brings_on_this_cpu(monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU trains")
 def test_training_on_a_cpu_stays_pytorchs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "why_no_onednn", lambda dtype: None)
-    assert fastres.status().training.endswith("its convolutions, most of the work, are oneDNN's already")
+    assert fastres.status().training.endswith("its convolutions, which are most of the work, are oneDNN's")
     monkeypatch.setattr(dispatch, "why_no_onednn", lambda dtype: "no oneDNN")
     assert "oneDNN" not in fastres.status().training
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU comes first")
+def test_begins_with_what_runs_fused_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    why: dict[torch.dtype, str | None] = {}
+    monkeypatch.setattr(dispatch, "why_no_onednn", lambda dtype: why.get(dtype))
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    served = "fastres.optimize serves ResNets on the CPU with oneDNN in {}; training runs as plain PyTorch."
+    assert fastres.status().summary == f"This machine has no GPU.\n{served.format('fp32, bf16, fp16 and int8')}"
+    why |= {torch.bfloat16: "no", torch.float16: "no", torch.int8: "no"}
+    assert fastres.status().summary == f"This machine has no GPU.\n{served.format('fp32')}"
+    why[torch.float32] = "no"
+    assert fastres.status().summary == "This machine has no GPU.\nModels run as plain PyTorch on the CPU."
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert fastres.status().summary.startswith("This PyTorch is built without CUDA and uses no GPU.\n")
+
+
+FUSED_HERE = "ResNets run on fused Triton kernels on this machine's NVIDIA X1, in training and inference.\n"
+
+
+@pytest.mark.parametrize(
+    ("capability", "triton", "table", "summary", "next_step"),
+    [
+        (
+            (9, 0),
+            True,
+            "this GPU's own, measured problems: 7",
+            f"{FUSED_HERE}Measurements choose among them: this GPU's own, measured problems: 7.",
+            TRAIN,
+        ),
+        (
+            (8, 0),
+            True,
+            "none: heuristics",
+            f"{FUSED_HERE}No kernels have been measured on such a GPU, so heuristics choose among them.",
+            TUNE,
+        ),
+        ((9, 0), True, "broken: no JSON", f"{FUSED_HERE}Its table of measured kernels can't be read.", TUNE),
+        (
+            (7, 5),
+            True,
+            "",
+            "Models run as plain PyTorch on this machine's NVIDIA X1.\n"
+            "The fused kernels need compute capability 8.0, this GPU has 7.5.",
+            TRAIN,
+        ),
+        (
+            (9, 0),
+            False,
+            "",
+            "The fused kernels for this machine's NVIDIA X1 need Triton, which is not installed.\n"
+            "Until it is, nets of fastres can't run on this GPU.",
+            INSTALL_TRITON,
+        ),
+    ],
+)
+def test_begins_with_what_runs_fused_on_a_gpu(
+    capability: tuple[int, int],
+    triton: bool,
+    table: str,
+    summary: str,
+    next_step: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA X1")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(dispatch, "table_in_force", lambda device: table)
+    monkeypatch.setattr(words, "_has_triton", lambda: triton)
+    assert words._on_gpu(torch.device("cuda")) == (summary, next_step)
+    assert next_step in words.WHAT_FOR
 
 
 def test_a_model_block_by_block() -> None:
