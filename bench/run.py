@@ -104,17 +104,22 @@ def parse(arguments: list[str] | None) -> Plan:
     )
     which.add_argument(
         "--net",
-        help="any others, with commas: cifar-20, paper-34-A, plain-18, wide_resnet50_2, ...; peers run them plain",
+        help="any others, with commas: cifar-20, paper-34-A, plain-18, wide_resnet50_2, ...; peers run them plain; "
+        "default: those of --depth",
     )
-    parser.add_argument("--mode", default="both", choices=[*MODES, "both"])
+    parser.add_argument("--mode", default="both", choices=[*MODES, "both"], help="default: both")
     parser.add_argument("--backend", help="names from the list below, with commas; or all; default: by device and net")
     parser.add_argument("--batch", help="images a batch, several with commas; default: 256 on a GPU, 4 on a CPU")
     parser.add_argument("--dtype", choices=DTYPES, help="default: bf16 on a GPU, fp32 on a CPU; training: by autocast")
     parser.add_argument("--device", help="cpu, cuda or cuda:N; default: cuda if there is one")
     parser.add_argument("--size", type=int, help="side of the images; default: the net's usual, 224 or 32")
     parser.add_argument("--seconds", type=float, help="timed seconds a row; default: 3")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the record here, after every round of windows")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the record here (.png, .svg, .pdf)")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="write the record here, after every round; default: nowhere"
+    )
+    parser.add_argument(
+        "--plot", type=Path, metavar="FILE", help="draw the record here (.png, .svg, .pdf); default: nowhere"
+    )
     parser.add_argument(
         "--resume",
         action="store_true",

@@ -7,7 +7,7 @@ import csv
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from fastres.images import ImageError, read_image
 from fastres.inference import optimize
 from fastres.models import families
 from fastres.ops import dispatch
+from fastres.terminal import shows_bars
 from fastres.train import data
 from fastres.train.loop import DTYPES, place
 from fastres.train.process import Place
@@ -46,42 +47,52 @@ _WEIGHTS = "trained weights, or their torchvision name as ResNet50_Weights.IMAGE
 
 def _common_arguments(parser: argparse.ArgumentParser) -> None:
     crops = "; ".join(f"{name}: {meaning}" for name, meaning in CROPS.items())
-    parser.add_argument("--recipe", choices=list(RECIPES), help="whose image size and normalisation (default: theirs)")
-    parser.add_argument("--crops", choices=list(CROPS), default="center", help=f"{crops} (default: center)")
-    parser.add_argument("--size", type=int, help="side of the crops (default: as trained, else 224)")
-    parser.add_argument("--resize", type=int, help="shorter side before cropping (default: as trained, else 256)")
-    parser.add_argument(
+    views = parser.add_argument_group("how images are shown")
+    views.add_argument(
+        "--recipe",
+        choices=list(RECIPES),
+        metavar="NAME",
+        help=f"whose image size and normalisation: {', '.join(RECIPES)} (default: as the weights say)",
+    )
+    views.add_argument("--crops", choices=list(CROPS), default="center", help=f"{crops} (default: center)")
+    views.add_argument("--size", type=int, metavar="PIXELS", help="side of the crops (default: as trained, else 224)")
+    views.add_argument(
+        "--resize", type=int, metavar="PIXELS", help="shorter side before cropping (default: as trained, else 256)"
+    )
+    views.add_argument(
         "--scales",
         type=int,
         nargs="+",
+        metavar="PIXELS",
         help=f"shorter sides of multiscale (default: the paper's {', '.join(map(str, SCALES))} for crops of 224, in "
         "proportion for others)",
     )
-    parser.add_argument("--no-flip", action="store_true", help="multiscale without mirror images")
-    parser.add_argument("--batch", type=int, default=64, help="images at a time (default: 64)")
-    parser.add_argument("--workers", type=int, default=0, help="processes that decode images (default: 0)")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU where there is one)")
-    parser.add_argument(
+    views.add_argument("--no-flip", action="store_true", help="multiscale without mirror images")
+    how = parser.add_argument_group("how it runs")
+    how.add_argument("--batch", type=int, default=64, metavar="N", help="images at a time (default: 64)")
+    how.add_argument("--workers", type=int, default=0, metavar="N", help="processes that decode images (default: 0)")
+    how.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU where there is one)")
+    how.add_argument(
         "--dtype",
         choices=list(_DTYPES),
         help="int8 (CPUs with AVX512-VNNI) and fp8 (GPUs of compute capability 8.9 and above) need --optimize "
-        "(default: bf16 on a GPU, else fp32)",
+        "(default: bf16 on a GPU, fp32 on a CPU)",
     )
-    parser.add_argument("--optimize", action="store_true", help="run the nets through fastres.optimize")
-    parser.add_argument(
+    how.add_argument("--optimize", action="store_true", help="run the nets through fastres.optimize")
+    how.add_argument(
         "--calibration",
         type=Path,
         metavar="FOLDER",
         help="for int8 and fp8: images like those to come, from which ranges of activations are taken "
         "(default: eval takes the data's training images, if there are any; otherwise the images themselves)",
     )
-    parser.add_argument(
+    how.add_argument(
         "--calibration-images",
         type=int,
         metavar="N",
         help=f"how many of them, drawn with a fixed seed (default: {_CALIBRATION_IMAGES}, or all if fewer)",
     )
-    parser.add_argument(
+    how.add_argument(
         "--percentile",
         type=float,
         metavar="P",
@@ -95,39 +106,41 @@ def _common_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def eval_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = """\
+examples:
+  python -m fastres eval --checkpoint out/digits/best.pt
+  python -m fastres eval --checkpoint best.pt --data DIR --crops 10 --csv classes.csv
+  python -m fastres eval --checkpoint ResNet50_Weights.IMAGENET1K_V2 --model resnet50 --data DIR --optimize"""
     embedded = "; ".join(f"{name}: {meaning}" for name, meaning in _EMBEDDED.items())
     data_help = f"a folder, [val/]<class>/<image>, or {embedded} (default: as the checkpoint says, unless photographs)"
     parser.add_argument("--data", help=data_help)
-    parser.add_argument("--root", type=Path, help="where torchvision keeps CIFAR")
+    parser.add_argument(
+        "--root", type=Path, metavar="DIR", help="where torchvision keeps CIFAR (default: other data need none)"
+    )
     weights = f"{_WEIGHTS}; several make an ensemble"
     parser.add_argument("--checkpoint", nargs="+", required=True, metavar="FILE", help=weights)
     parser.add_argument("--model", nargs="+", metavar="NAME", help=_MODEL)
-    parser.add_argument("--csv", type=Path, help="file for the figures per class")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="file for the figures per class (default: none)")
     _common_arguments(parser)
 
 
 def predict_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = """\
+examples:
+  python -m fastres predict photo.jpg --weights best.pt
+  python -m fastres predict DIR --weights ResNet50_Weights.IMAGENET1K_V2 --model resnet50 --top 3 --csv out.csv"""
     parser.add_argument("images", nargs="*", type=Path, metavar="IMG_OR_FOLDER", help="images, or folders of images")
     weights = f"{_WEIGHTS}; several make an ensemble"
     parser.add_argument("--weights", action="extend", nargs="+", required=True, metavar="FILE", help=weights)
     parser.add_argument("--model", action="append", metavar="NAME", help=_MODEL)
-    parser.add_argument("--top", type=int, default=5, help="classes per image (default: 5)")
-    parser.add_argument("--labels", type=Path, help="file with one class name per line (default: as the weights say)")
-    parser.add_argument("--csv", type=Path, help="file for the predictions")
+    parser.add_argument("--top", type=int, default=5, metavar="N", help="classes per image (default: 5)")
+    parser.add_argument(
+        "--labels", type=Path, metavar="FILE", help="file with one class name per line (default: as the weights say)"
+    )
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="file for the predictions (default: none)")
     _common_arguments(parser)
 
 
-@contextmanager
-def _interruptible(command: str) -> Iterator[None]:
-    """Ctrl-C ends the program with 130 and one line."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        tqdm.write(f"python -m fastres {command}: interrupted", file=sys.stderr)
-        raise SystemExit(130) from None
-
-
-@_interruptible("eval")
 def run_eval(args: argparse.Namespace) -> int:
     """Prints top-1 and top-5. Returns 1 if images could not be read, else 0; raises ValueError for what can't be, and
     for weights and data whose classes are not the same in the same order, as far as both name them.
@@ -165,7 +178,6 @@ def run_eval(args: argparse.Namespace) -> int:
         return batches.report() or (0 if calibration is None else calibration.report())
 
 
-@_interruptible("predict")
 def run_predict(args: argparse.Namespace) -> int:
     """Prints the likeliest classes of each image. Returns 1 if images could not be read, else 0."""
     _check(args)
@@ -615,7 +627,7 @@ class _Batches:
 
     def _shown(self, batches: Iterable[Any]) -> Iterable[Any]:
         title = "calibration" if self.sample_of else None
-        return tqdm(batches, title, unit="batch", disable=None, leave=False)
+        return tqdm(batches, title, unit="batch", disable=not shows_bars(), leave=False)
 
     def report(self) -> int:
         """The exit status: 1 if some of the images could not be read."""

@@ -48,6 +48,13 @@ EXPERIMENTS = {
 }
 PLAIN = {"cifar": "cifar-plain", "paper": "plain"}  # the family without shortcuts, by the residual one
 PAPER_RECIPE = {"cifar": "cifar-2015", "paper": "imagenet-2015"}
+EPILOG = """\
+examples:
+  python -m fastres experiment degradation --quick      a short one, on digits
+  python -m fastres experiment shortcuts --data imagenet --root DIR
+
+Trainings that --out holds already are kept, and one that was stopped is resumed. Exit status 3: the claim of
+`degradation` (deeper plain nets train worse, deeper residual nets don't) was not seen."""
 SEEN = "The paper's claim is seen: all deeper plain nets train worse, no deeper residual net does."
 TAIL = 1 / 8  # of a training's iterations, at its end, over which the training error is averaged
 
@@ -108,12 +115,10 @@ class Trained:
     def val_error_top5(self) -> float:
         return self._last("val_error_top5")
 
-    def seconds(self, batch: int) -> float:
-        """What it took, evaluations and checkpoints but the last included, however often it was interrupted."""
-        rows = [row for row in self.history if "images_per_second" in row]
-        starts = [0.0, *(row["iteration"] for row in rows)]
-        spans = zip(rows, starts, strict=False)
-        return sum(batch * (row["iteration"] - start) / row["images_per_second"] for row, start in spans)
+    @property
+    def seconds(self) -> float:
+        """What it took until its last evaluation had ended, however often it was interrupted; nan if not recorded."""
+        return self.history[-1].get("seconds", math.nan)
 
     def _last(self, column: str) -> float:
         return [row[column] for row in self.history if column in row][-1]
@@ -194,30 +199,57 @@ class Finding:
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `experiment`. Defaults that the experiment decides are None."""
-    parser.epilog = (
-        "What --out holds already is kept: a run that was killed goes on where it was. The exit code is 1 where the "
-        "claim of `degradation` (deeper plain nets train worse, deeper residual nets don't) was not seen."
-    )
+    parser.epilog = EPILOG
     kinds = "; ".join(f"{name}: {meaning}" for name, meaning in EXPERIMENTS.items())
-    parser.add_argument("experiment", choices=list(EXPERIMENTS), help=kinds)
-    parser.add_argument("--quick", action="store_true", help="a small budget on digits, on the CPU unless --device")
-    parser.add_argument("--data", choices=list(STUDY_RECIPES), help="what to train on (default: digits)")
-    parser.add_argument("--root", type=Path, help="where the images are")
-    parser.add_argument("--download", action="store_true", help="fetch CIFAR to --root")
-    parser.add_argument("--holdout", type=whole(0), default=0, help="training images to validate on instead")
-    parser.add_argument("--workers", type=whole(0), default=0, help="processes that decode photographs (default: 0)")
-    parser.add_argument("--cache", type=Path, help="where mean images are kept (default: ~/.cache/fastres)")
-    parser.add_argument("--depths", type=int, nargs="+", help="layers of the nets (default: the paper's)")
-    parser.add_argument("--seeds", type=whole(1), help="trainings of each net, from seeds 0, 1, ...")
-    parser.add_argument("--iterations", type=whole(1), help="of each training; milestones move in proportion")
-    parser.add_argument("--out", type=Path, help="default: out/experiment/<data>[-quick]")
-    parser.add_argument("--device", help="cpu, cuda or cuda:<number> (default: a GPU where there is one)")
-    parser.add_argument("--dtype", choices=list(DTYPES), help="default: bf16 on a GPU, else fp32")
+    parser.add_argument("experiment", choices=list(EXPERIMENTS), metavar="EXPERIMENT", help=kinds)
     parser.add_argument(
+        "--quick", action="store_true", help="train for a short time on digits, on the CPU unless --device says else"
+    )
+    nets = parser.add_argument_group("nets and their training")
+    nets.add_argument("--depths", type=int, nargs="+", metavar="N", help="layers of the nets (default: the paper's)")
+    nets.add_argument(
+        "--seeds",
+        type=whole(1),
+        metavar="N",
+        help="trainings of each net, from seeds 0, 1, ... (default: 1 or 3, by the experiment and the data)",
+    )
+    nets.add_argument(
+        "--iterations",
+        type=whole(1),
+        metavar="N",
+        help="length of each training; the recipe's milestones move in proportion (default: the recipe's)",
+    )
+    images = parser.add_argument_group("images")
+    images.add_argument(
+        "--data",
+        choices=list(STUDY_RECIPES),
+        metavar="NAME",
+        help=f"what to train on: {', '.join(STUDY_RECIPES)} (default: digits)",
+    )
+    images.add_argument("--root", type=Path, metavar="DIR", help="where the images are (default: digits need none)")
+    images.add_argument("--download", action="store_true", help="fetch CIFAR to --root")
+    images.add_argument(
+        "--holdout",
+        type=whole(0),
+        default=0,
+        metavar="N",
+        help="validate on so many of the training images (default: 0, on the test or validation images)",
+    )
+    images.add_argument(
+        "--workers", type=whole(0), default=0, metavar="N", help="processes that decode photographs (default: 0)"
+    )
+    images.add_argument(
+        "--cache", type=Path, metavar="DIR", help="where mean images are kept (default: ~/.cache/fastres)"
+    )
+    how = parser.add_argument_group("how it runs")
+    how.add_argument("--out", type=Path, metavar="DIR", help="default: out/experiment/<data>, with -quick behind it")
+    how.add_argument("--device", help="cpu, cuda or cuda:<number> (default: a GPU where there is one)")
+    how.add_argument("--dtype", choices=list(DTYPES), help="default: bf16 on a GPU, fp32 on a CPU")
+    how.add_argument(
         "--cuda-graph", action=argparse.BooleanOptionalAction, help="capture each step (default: on a GPU)"
     )
-    parser.add_argument("--no-plot", action="store_true", help="tables only; pictures need matplotlib")
-    parser.add_argument("--redraw", action="store_true", help="train nothing: draw the tables in --out again")
+    how.add_argument("--no-plot", action="store_true", help="write tables only; pictures need matplotlib")
+    how.add_argument("--redraw", action="store_true", help="train nothing: draw the tables in --out again")
 
 
 def plan(args: argparse.Namespace) -> Plan:
@@ -257,8 +289,8 @@ def plan(args: argparse.Namespace) -> Plan:
 def run(args: argparse.Namespace) -> int:
     """Trains what is missing, writes the files and prints the table.
 
-    Returns 1 where the paper's claim was asked for and not seen, else 0. Raises ValueError for arguments that can't be
-    served, SystemExit for what fails while training or after a signal.
+    Returns 3 where the paper's claim was asked for and not seen, else 0. Raises ValueError for arguments that can't be
+    served, SystemExit for what fails while training or after a signal, OSError for files that can't be written.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError("experiments run in one process; `train` takes several for one net")
@@ -278,7 +310,7 @@ def run(args: argparse.Namespace) -> int:
         finding = {"degradation": degradation, "shortcuts": shortcuts, "responses": responses}[wanted.name](
             wanted, trained
         )
-        text = report(wanted, finding, sum(one.seconds(wanted.recipe.batch) for one in trained))
+        text = report(wanted, finding, sum(one.seconds for one in trained))
         files = {f"{wanted.name}.csv": _csv(finding.rows).encode(), f"{wanted.name}.md": text.encode()}
         shown = finding.rows
         if wanted.name != "responses":
@@ -288,13 +320,13 @@ def run(args: argparse.Namespace) -> int:
             files[f"{wanted.name}.svg"] = draw(wanted.name, shown)
         for name, content in files.items():
             write_atomically(wanted.out / name, content)
-    except (CheckpointError, NonFiniteError, OSError) as error:
+    except (CheckpointError, NonFiniteError) as error:
         raise SystemExit(f"python -m fastres experiment: {error}") from error
     finally:
         torch.set_num_threads(threads)
     print(text)
     print(f"{wanted.out} holds {', '.join(files)} and runs/")
-    return 1 if finding.seen is False else 0
+    return 3 if finding.seen is False else 0
 
 
 def trainings(wanted: Plan) -> list[Trained]:

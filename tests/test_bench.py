@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
 import importlib.util
@@ -190,6 +191,19 @@ def test_impossible_requests_are_refused(
         bench.run.main(arguments)
     assert stop.value.code == 2
     assert said in capsys.readouterr().err
+
+
+def test_help_names_every_default(bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: argparse.ArgumentParser, arguments: list[str] | None) -> None:
+        raise LookupError(self)
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", refuse)
+    with pytest.raises(LookupError) as found:
+        bench.run.parse([])
+    options = found.value.args[0]._actions
+    assert len(options) > 10
+    for action in options:
+        assert action.nargs == 0 or "default: " in (action.help or ""), action.option_strings
 
 
 def test_a_record_is_neither_replaced_nor_lost(

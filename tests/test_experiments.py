@@ -71,7 +71,7 @@ def test_degradation_writes_table_rows_and_picture(whole: tuple[Path, int]) -> N
     assert f"| {mean:.2f} ± " in line
     assert "| digits | images, crop" in line
     assert "iterations: 2 (64000)" in table
-    assert code == int("claim is not seen" in table)
+    assert code == 3 * ("claim is not seen" in table)
     assert (out / "degradation.svg").read_bytes().startswith(SVG)
 
 
@@ -117,8 +117,7 @@ def test_an_interrupted_experiment_goes_on(
         step(self, batches)
 
     monkeypatch.setattr(Trainer, "step", failing)
-    with pytest.raises(KeyboardInterrupt):
-        experiment("degradation", tmp_path, *TINY)
+    assert experiment("degradation", tmp_path, *TINY) == 130
     assert not (tmp_path / "degradation.csv").exists()
     assert experiment("degradation", tmp_path, *TINY) == whole[1]
     assert (tmp_path / "degradation.csv").read_bytes() == (whole[0] / "degradation.csv").read_bytes()
@@ -160,10 +159,10 @@ def test_the_verdict_is_on_means(plain: tuple[float, ...], residual: tuple[float
     assert row[:3] == ("plain-20", "none printed", f"{100 * plain[0]:.2f} ± 3.00")
 
 
-def test_seconds_are_those_of_all_iterations() -> None:
-    history = [{"iteration": 4.0, "images_per_second": 8.0}, {"iteration": 4.0, "val_error": 0.5}]
-    one = Trained(Net("cifar", 20), 0, Path(), [*history, {"iteration": 10.0, "images_per_second": 2.0}])
-    assert one.seconds(16) == 4 * 16 / 8 + 6 * 16 / 2
+def test_seconds_are_those_of_the_last_row() -> None:
+    history = [{"iteration": 4.0, "seconds": 8.0}, {"iteration": 8.0, "seconds": 15.5}]
+    assert Trained(Net("cifar", 20), 0, Path(), history).seconds == 15.5
+    assert math.isnan(Trained(Net("cifar", 20), 0, Path(), [{"iteration": 8.0}]).seconds)
 
 
 def test_a_single_depth_has_no_verdict() -> None:

@@ -12,9 +12,17 @@ from pathlib import Path
 
 from fastres.models.families import FAMILIES
 from fastres.models.paper import SHORTCUTS
+from fastres.terminal import listing
 from fastres.train.recipe import DATA, GRAPHS, LOADERS, RECIPES, Recipe
 
-EPILOG = "Several GPUs or processes: torchrun --nproc-per-node N -m fastres train ... (batch and lr stay the recipe's)."
+EXAMPLES = """\
+examples:
+  python -m fastres train                                  ResNet-20 on handwritten digits
+  python -m fastres train --resume                         go on after Ctrl-C
+  python -m fastres train --recipe cifar-2015 --depth 56 --root DIR --download
+  torchrun --nproc-per-node 8 -m fastres train --recipe imagenet-2015 --root DIR
+
+Several processes share the batch: it and the learning rate stay the recipe's."""
 
 
 def whole(least: int) -> Callable[[str], int]:
@@ -39,49 +47,102 @@ def positive(text: str) -> float:
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `train`. Defaults that a recipe decides are None."""
-    parser.epilog = EPILOG
-    recipes = "; ".join(f"{name}: {recipe.source}" for name, recipe in RECIPES.items())
-    parser.add_argument("--recipe", choices=list(RECIPES), default="digits", help=f"{recipes} (default: digits)")
-    parser.add_argument("--out", type=Path, help="folder for checkpoints, log and curves (default: out/<recipe>)")
+    lists = {
+        "recipes": {name: recipe.source for name, recipe in RECIPES.items()},
+        "families": {name: family.meaning for name, family in FAMILIES.items()},
+        "data": DATA,
+    }
+    parser.epilog = "\n\n".join([*(listing(title, names) for title, names in lists.items()), EXAMPLES])
+    parser.add_argument(
+        "--recipe", choices=list(RECIPES), default="digits", metavar="NAME", help="one of those below (default: digits)"
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="folder for checkpoints, log and curves (default: out/<recipe>)"
+    )
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out, if there is one")
-    net = parser.add_argument_group("net (default: the recipe's)")
-    net.add_argument("--family", choices=list(FAMILIES))
-    net.add_argument("--depth", type=int, help="layers, one of the family's depths")
-    net.add_argument("--shortcut", choices=list(SHORTCUTS), help="families paper only")
+    net = parser.add_argument_group("net")
+    net.add_argument(
+        "--family",
+        choices=list(FAMILIES),
+        metavar="NAME",
+        help="one of those below (default: the recipe's)",
+    )
+    net.add_argument(
+        "--depth", type=int, metavar="N", help="layers, one of the family's depths (default: the recipe's)"
+    )
+    net.add_argument("--shortcut", choices=list(SHORTCUTS), help="of the family paper (default: as in the paper)")
     data = parser.add_argument_group("images")
-    meanings = "; ".join(f"{name}: {meaning}" for name, meaning in DATA.items())
-    data.add_argument("--data", choices=list(DATA), help=f"{meanings} (default: the recipe's)")
-    data.add_argument("--root", type=Path, help="where they are")
+    data.add_argument("--data", choices=list(DATA), metavar="NAME", help="one of those below (default: the recipe's)")
+    data.add_argument("--root", type=Path, metavar="DIR", help="where the images are (default: digits need none)")
     data.add_argument("--download", action="store_true", help="fetch CIFAR to --root")
     data.add_argument(
         "--holdout",
         type=whole(0),
         default=0,
-        help="training images to validate on instead (the paper's 45k/5k split: 5000)",
+        metavar="N",
+        help="validate on so many of the training images; the paper's 45k/5k split: 5000 (default: 0, on the test or "
+        "validation images)",
     )
-    data.add_argument("--workers", type=whole(0), help="processes that read photographs (default: one per CPU)")
+    data.add_argument(
+        "--workers", type=whole(0), metavar="N", help="processes that read photographs (default: one per CPU)"
+    )
     loaders = "; ".join(f"{name}: {meaning}" for name, meaning in LOADERS.items())
     data.add_argument("--loader", choices=list(LOADERS), default="auto", help=f"{loaders} (default: auto)")
-    data.add_argument("--cache", type=Path, help="where mean images are kept (default: ~/.cache/fastres)")
+    data.add_argument(
+        "--cache", type=Path, metavar="DIR", help="where mean images are kept (default: ~/.cache/fastres)"
+    )
     recipe = parser.add_argument_group("instead of the recipe's")
-    recipe.add_argument("--batch", type=whole(1), help="images per iteration, of all processes together")
-    recipe.add_argument("--lr", type=positive)
-    recipe.add_argument("--iterations", type=whole(1))
-    recipe.add_argument("--epochs", type=whole(1))
-    recipe.add_argument("--micro-batch", type=whole(1), help="images per forward pass, which BN normalises together")
+    recipe.add_argument(
+        "--batch",
+        type=whole(1),
+        metavar="N",
+        help="images per iteration, of all processes together (default: the recipe's)",
+    )
+    recipe.add_argument("--lr", type=positive, metavar="X", help="learning rate (default: the recipe's)")
+    recipe.add_argument(
+        "--iterations", type=whole(1), metavar="N", help="length of the training (default: the recipe's)"
+    )
+    recipe.add_argument(
+        "--epochs",
+        type=whole(1),
+        metavar="N",
+        help="its length in epochs, without --iterations (default: the recipe's)",
+    )
+    recipe.add_argument(
+        "--micro-batch",
+        type=whole(1),
+        metavar="N",
+        help="images per forward pass, which BN normalises together (default: the recipe's)",
+    )
     how = parser.add_argument_group("how it runs")
-    how.add_argument("--seed", type=whole(0), default=0)
+    how.add_argument(
+        "--seed", type=whole(0), default=0, metavar="N", help="of the weights and the images' order (default: 0)"
+    )
     how.add_argument("--device", help="cpu, cuda or cuda:<number> (default: a GPU where there is one)")
-    how.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="default: bf16 on a GPU, else fp32")
-    how.add_argument("--compile", choices=("none", "inductor", "fastres"), default="none", help="default: none")
+    how.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="default: bf16 on a GPU, fp32 on a CPU")
+    how.add_argument(
+        "--compile",
+        choices=("none", "inductor", "fastres"),
+        default="none",
+        help="a backend of torch.compile (default: none)",
+    )
     graphs = "; ".join(f"{name}: {meaning}" for name, meaning in GRAPHS.items())
     spelt = {"choices": list(GRAPHS), "nargs": "?", "const": "on", "default": "auto"}
     how.add_argument("--cuda-graph", **spelt, help=f"{graphs} (default: auto; alone: on)")  # type: ignore[arg-type]
     how.add_argument("--deterministic", action="store_true", help="only cuDNN algorithms that repeat bit for bit")
-    how.add_argument("--log-every", type=whole(1), default=50, help="iterations (default: 50)")
-    how.add_argument("--eval-every", type=whole(1), help="iterations (default: an epoch)")
-    how.add_argument("--save-every", type=whole(1), help="iterations (default: with every evaluation)")
-    how.add_argument("--tensorboard", action="store_true", help="write for TensorBoard too")
+    how.add_argument(
+        "--log-every", type=whole(1), default=50, metavar="N", help="iterations between rows of log.csv (default: 50)"
+    )
+    how.add_argument(
+        "--eval-every", type=whole(1), metavar="N", help="iterations between evaluations (default: an epoch)"
+    )
+    how.add_argument(
+        "--save-every",
+        type=whole(1),
+        metavar="N",
+        help="iterations between checkpoints (default: with every evaluation)",
+    )
+    how.add_argument("--tensorboard", action="store_true", help="write the log for TensorBoard as well")
 
 
 def overridden(args: argparse.Namespace) -> Recipe:
@@ -98,7 +159,8 @@ def overridden(args: argparse.Namespace) -> Recipe:
 def run(args: argparse.Namespace) -> int:
     """Trains; the first process prints how it ended. Returns 0.
 
-    Raises ValueError for arguments that can't be served, SystemExit for what fails while training.
+    Raises ValueError for arguments that can't be served, SystemExit for what fails while training or after a signal,
+    OSError for files that can't be written.
     """
     from fastres.train import loop
     from fastres.train.checkpoint import CheckpointError
@@ -108,7 +170,7 @@ def run(args: argparse.Namespace) -> int:
     out = args.out or Path("out") / args.recipe
     try:
         summary = loop.train(loop.Run(args.recipe, overridden(args), out, **options))
-    except (CheckpointError, loop.NonFiniteError, OSError) as error:
+    except (CheckpointError, loop.NonFiniteError) as error:
         raise SystemExit(f"python -m fastres train: {error}") from error
     if int(os.environ.get("RANK", 0)) == 0:
         print(summary)

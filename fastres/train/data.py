@@ -38,6 +38,7 @@ from tqdm import tqdm
 
 from fastres.classes import IMAGENET, are_imagenet_ids
 from fastres.images import READING, ImageError, read_image
+from fastres.terminal import shows_bars
 from fastres.train.checkpoint import write_atomically
 from fastres.train.recipe import DATA, IMAGENET_MEAN, IMAGENET_STD, AreaCrop, PadCrop, Recipe, ScaleCrop
 
@@ -610,7 +611,7 @@ def _moments(files: datasets.ImageFolder, recipe: Recipe, cache: Path, workers: 
     mine = range(rank, len(folder), world)
     batches = [[(i, 0) for i in mine[k : k + 64]] for k in range(0, len(mine), 64)]
     images = (x for x, _ in decoded(folder, batches, workers, device))
-    shown = tqdm(images, "mean image", len(batches), unit="batch", disable=None if rank == 0 else True)
+    shown = tqdm(images, "mean image", len(batches), unit="batch", disable=rank > 0 or not shows_bars())
     moments = Moments.of(shown, 3, recipe.size)
     if world > 1:
         shares: list[Any] = [None] * world
