@@ -5,18 +5,26 @@ from __future__ import annotations
 import csv
 import dataclasses
 import errno
+import fcntl
 import io
 import json
 import math
 import multiprocessing
 import os
+import re
 import resource
+import shlex
 import signal
 import socket
+import struct
 import sys
 import tempfile
+import termios
+import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -32,6 +40,7 @@ from fastres.__main__ import main
 from fastres.models import families
 from fastres.train import checkpoint, report
 from fastres.train.checkpoint import CheckpointError
+from fastres.train.data import Folder
 from fastres.train.loop import Errors, NonFiniteError, Run, Summary, Trainer, errors, graph_choice, train
 from fastres.train.process import Place, Signals, average, place
 from fastres.train.recipe import RECIPES, Ema, Recipe, Warmup
@@ -170,7 +179,7 @@ def test_killed_anywhere_it_ends_as_if_never_killed(tmp_path: Path, undisturbed:
     assert ours["schedule"] == theirs["schedule"]
     assert torch.equal(ours["rng"][0]["torch"], theirs["rng"][0]["torch"])
     timeless = [
-        [{k: v for k, v in row.items() if "per_second" not in k} for row in run["history"]] for run in (ours, theirs)
+        [{k: v for k, v in row.items() if "second" not in k} for row in run["history"]] for run in (ours, theirs)
     ]
     assert timeless[0] == timeless[1]
     assert_same(weights(tmp_path, checkpoint.BEST), weights(undisturbed, checkpoint.BEST))
@@ -189,9 +198,10 @@ def _signalled(out: Path, number: int, iteration: int, validating: bool) -> None
         return images(self)
 
     whole, images = Trainer.step, Trainer._validation
-    Trainer.step = step  # type: ignore[method-assign]
-    Trainer._validation = validation  # type: ignore[method-assign]
-    train(short(out, resume=True))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "step", step)
+        patch.setattr(Trainer, "_validation", validation)
+        train(short(out, resume=True))
 
 
 def test_sigterm_and_ctrl_c_save_first(tmp_path: Path, undisturbed: Path) -> None:
@@ -216,6 +226,170 @@ def test_what_is_stopped_says_how_to_go_on(
     with pytest.raises(SystemExit, match="130"):
         training._leave(signal.SIGINT)
     assert f"saved {tmp_path / checkpoint.LAST}; {how} goes on from it" in capsys.readouterr().err
+
+
+# what is shown while it trains
+
+
+def on_terminal(out: Path, monkeypatch: pytest.MonkeyPatch, columns: int = 100, **options: Any) -> str:
+    """What a training writes to stderr where that is a terminal of so many columns."""
+    ours, theirs = os.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 30, columns, 0, 0))
+    read: list[bytes] = []
+
+    def reads() -> None:
+        with suppress(OSError):  # once the other end is closed
+            while chunk := os.read(ours, 65536):
+                read.append(chunk)
+
+    reader = threading.Thread(target=reads)
+    reader.start()
+    with os.fdopen(theirs, "w") as terminal:
+        monkeypatch.setattr(sys, "stderr", terminal)
+        train(short(out, **options))
+    monkeypatch.undo()
+    reader.join()
+    os.close(ours)
+    return b"".join(read).decode()
+
+
+LINE = re.compile(
+    r"iteration (\d)/8  epoch 0\.[24]/0\.4  loss  \d\.\d{3}  "
+    r"validation error \d\d\.\d\d%, top-5 \d\d\.\d\d%  +[\d.,]+ images/s  0:\d\d:\d\d"
+)
+INTRODUCTION = [
+    "training cifar-8, 75,002 parameters, on digits: 1,438 images, 359 to validate on; recipe digits",
+    "8 iterations of 64 images, 0.4 epochs, in fp32 on the CPU; files in {}",
+]
+
+
+def test_a_file_gets_a_line_per_evaluation_and_no_bar(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(short(tmp_path))
+    printed, said = capsys.readouterr()
+    assert not printed
+    first, second, *lines = said.splitlines()
+    assert [first, second] == [line.format(tmp_path) for line in INTRODUCTION]
+    assert [match and match[1] for match in map(LINE.fullmatch, lines)] == ["4", "8"]
+    assert len({len(line) for line in lines}) == 1
+    assert "\r" not in said
+
+
+def test_a_terminal_gets_a_bar_as_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(report._Bar, "monitor_interval", 0)
+    said = on_terminal(tmp_path / "wide", monkeypatch)
+    drawn = [part.strip() for part in re.split(r"[\r\n]", said)]
+    assert [match[1] for part in drawn if (match := LINE.fullmatch(part))] == ["4", "8"]
+    bars = [part for part in drawn if "%|" in part]
+    assert bars[0].startswith("training     0%|")
+    assert re.search(r"\| 0/8, \? left, - images/s$", bars[0])
+    assert any(re.match(r"validating  50%\|.*\| 4/8, 0:\d\d:\d\d left, [\d.,]+ images/s, loss \d", bar) for bar in bars)
+    assert drawn[:2] == [INTRODUCTION[0], ""]
+    assert re.search(r"\r +\r$", said)  # nothing of it is left in the end
+
+    monkeypatch.setenv("TERM", "xterm")
+    narrow = re.split(r"[\r\n]", on_terminal(tmp_path / "narrow", monkeypatch, columns=40))
+    bars = [part for part in narrow if "%|" in part]
+    assert "left" in bars[-1]
+    assert max(map(len, bars)) <= 40
+
+
+def test_a_dumb_terminal_gets_no_bar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "dumb")
+    said = on_terminal(tmp_path, monkeypatch)
+    assert "%|" not in said
+    assert len(said.splitlines()) == 4
+
+
+def ticking(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock that an iteration moves on by a second, an evaluation by 100, a checkpoint by 10."""
+    now = 0.0
+
+    def slow(method: Callable[..., Any], seconds: float) -> Callable[..., Any]:
+        def timed(*args: Any, **options: Any) -> Any:
+            nonlocal now
+            now += seconds
+            return method(*args, **options)
+
+        return timed
+
+    for name, seconds in (("step", 1.0), ("evaluate", 100.0), ("save", 10.0)):
+        monkeypatch.setattr(Trainer, name, slow(getattr(Trainer, name), seconds))
+    monkeypatch.setattr("fastres.train.process.time", SimpleNamespace(perf_counter=lambda: now))
+
+
+def test_images_per_second_are_of_the_time_spent_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In log.csv and in the lines, without evaluations, checkpoints and, resumed, the images of the process before.
+    The time so far has all of them."""
+    ticking(monkeypatch)
+    with pytest.raises(SystemExit):
+        _signalled(tmp_path, signal.SIGTERM, 4, False)
+    train(short(tmp_path, resume=True))
+    rows = list(csv.DictReader((tmp_path / "log.csv").open()))
+    assert {float(row["images_per_second"]) for row in rows if row["images_per_second"]} == {64.0}
+    lines = [match[0] for match in LINE.finditer(capsys.readouterr().err)]
+    assert all("  64.0 images/s  " in line for line in lines)
+    # Before the second evaluation ends: 8 steps, an evaluation, its checkpoint, those of iterations 3, 5 and 6.
+    assert [row["seconds"] for row in rows if row["val_error"]] == ["114.0", "248.0"]
+    assert [line.split()[-1] for line in lines] == ["0:01:54", "0:04:08"]
+
+
+def test_the_time_left_leaves_out_what_was_done_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By an earlier process, and the first iteration of this one, whose kernels may have to be compiled."""
+    monkeypatch.setattr(report, "shows_bars", lambda: True)
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    now = 100.0
+    monkeypatch.setattr(report, "time", SimpleNamespace(monotonic=lambda: now))
+    resumed = trainer(tmp_path, dataclasses.replace(SHORT, iterations=16))
+    resumed.iteration = 8
+    checkpoint.prepare(tmp_path)
+    shown = resumed.report()
+    resumed.clock.start()
+    drawn = []
+    for now in (160.0, 163.0, 166.0):  # noqa: B007 - the clock that `shown` asks
+        shown.advance()
+        drawn.append(str(shown.bar))
+    shown.close()
+    assert re.search(r"\| 9/16, \? left, ", drawn[0])
+    assert "| 11/16, 0:00:15 left, " in drawn[2]
+
+
+def test_the_line_s_loss_is_of_the_images_since_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[float | None] = []
+    whole = report.Report.evaluated
+
+    def evaluated(self: report.Report, loss: float | None) -> None:
+        shown.append(loss)
+        whole(self, loss)
+
+    monkeypatch.setattr(report.Report, "evaluated", evaluated)
+    train(short(tmp_path / "together"))
+    train(short(tmp_path / "each", log_every=1))
+    rows = [row for row in checkpoint.load(tmp_path / "each" / checkpoint.LAST)["history"] if "train_loss" in row]
+    losses = [row["train_loss"] for row in rows]
+    expected = [sum(losses[:4]) / 4, sum(losses[4:]) / 4]
+    assert shown == pytest.approx([*expected, *expected], rel=1e-9)
+
+
+def test_the_command_to_run_next(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("torchmetrics")
+    done = train(short(tmp_path, dataclasses.replace(SHORT, iterations=2), eval_every=1))
+    assert str(done).splitlines()[-1] == f"next: {done.then}"
+    words = shlex.split(done.then)
+    assert words[:3] == ["python", "-m", "fastres"]
+    capsys.readouterr()
+    assert main([*words[3:], "--device", "cpu"]) == 0
+    assert f"error {done.best:.2%}; top-5" in capsys.readouterr().out
+
+
+def test_the_command_to_run_next_names_the_images(tmp_path: Path) -> None:
+    ours = trainer(tmp_path)
+    ours.run = dataclasses.replace(ours.run, root=Path("my images"))
+    assert ours._then().endswith("best.pt --root 'my images'")
+    ours.loader.train = object.__new__(Folder)
+    assert ours._then().endswith("best.pt --data 'my images'")
 
 
 # several processes
@@ -325,8 +499,8 @@ def test_a_graphed_training_is_the_same(tmp_path: Path, undisturbed: Path, monke
     for name in ("model", "ema"):
         assert_same(ours[name], theirs[name])
     for row, other in zip(ours["history"], theirs["history"], strict=True):
-        assert {k: v for k, v in row.items() if "per_second" not in k} == pytest.approx(
-            {k: v for k, v in other.items() if "per_second" not in k}, rel=0, abs=0, nan_ok=True
+        assert {k: v for k, v in row.items() if "second" not in k} == pytest.approx(
+            {k: v for k, v in other.items() if "second" not in k}, rel=0, abs=0, nan_ok=True
         )
 
 
@@ -584,7 +758,7 @@ def test_a_resumed_run_says_where_it_begins(
     assert f"no checkpoint in {tmp_path / 'new'}: begins anew\n" in capsys.readouterr().err
     out = _run_files(tmp_path / "run", undisturbed)
     train(short(out, resume=True))
-    assert f"{out / checkpoint.LAST}: goes on from iteration 8\n" in capsys.readouterr().err
+    assert f"{out / checkpoint.LAST}: goes on from iteration 8 of 8\n" in capsys.readouterr().err
 
 
 def test_a_full_disk_leaves_the_earlier_checkpoint(tmp_path: Path, undisturbed: Path) -> None:
@@ -763,7 +937,7 @@ def test_tensorboard_gets_what_the_log_gets(tmp_path: Path, monkeypatch: pytest.
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     rows = list(csv.DictReader((tmp_path / "log.csv").open()))
-    names = set(rows[0]) - {"iteration", "epoch"}
+    names = set(rows[0]) - {"iteration", "epoch", "seconds"}
     assert set(events.Tags()["scalars"]) == names
     for name in names - {"images_per_second"}:  # measured anew
         found = [(event.step, pytest.approx(event.value, rel=1e-6)) for event in events.Scalars(name)]
@@ -807,7 +981,7 @@ def test_matplotlib_and_safetensors_are_optional(tmp_path: Path, monkeypatch: py
     done = train(short(tmp_path, dataclasses.replace(SHORT, iterations=1)))
     assert isinstance(done, Summary)
     assert sorted(path.name for path in tmp_path.iterdir()) == [checkpoint.BEST, checkpoint.LAST, "log.csv"]
-    assert str(done).endswith(f"; {tmp_path} holds log.csv, last.pt, best.pt")
+    assert f"; {tmp_path} holds log.csv, last.pt, best.pt\n" in str(done)
 
 
 @pytest.mark.gpu

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import shlex
 import sys
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -27,14 +27,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from tqdm import tqdm
 
 import fastres
 from fastres.classes import difference, out_of_order
 from fastres.graphed import graphed
 from fastres.models import families
+from fastres.terminal import duration
 from fastres.train import checkpoint, dali
 from fastres.train.data import Folder, Loader, Stream, load
-from fastres.train.process import Place, Signals, average, place, usable_cpus
+from fastres.train.process import Clock, Place, Signals, average, place, usable_cpus
 from fastres.train.recipe import GRAPHS, LOADERS, Recipe
 from fastres.train.report import CURVES, LOG, TENSORBOARD, Report, require_tensorboard
 from fastres.train.schedule import LearningRate
@@ -109,19 +111,22 @@ def _at_least(name: str, value: int | None, least: int) -> None:
 
 @dataclass(frozen=True)
 class Summary:
-    """How a training ended. Errors in [0, 1]; of the averaged weights where the recipe averages."""
+    """How a training ended. Errors in [0, 1]; of the averaged weights where the recipe averages. seconds: that it took,
+    of all its processes. then: a command that tests its best weights."""
 
     iterations: int
     error: float
     top5: float
     best: float
     out: Path
+    seconds: float
+    then: str
 
     def __str__(self) -> str:
         found = ", ".join(name for name in FILES if (self.out / name).exists())
         return (
             f"{self.iterations} iterations, validation error {self.error:.2%} (top-5 {self.top5:.2%}), "
-            f"best {self.best:.2%}; {self.out} holds {found}"
+            f"best {self.best:.2%}, {duration(self.seconds)}; {self.out} holds {found}\nnext: {self.then}"
         )
 
 
@@ -194,7 +199,9 @@ class Trainer:
         self.best = math.inf
         self.latest: Errors | None = None
         self.history: list[dict[str, float]] = []
+        self.clock = Clock()
         self.meter = torch.zeros(3, dtype=torch.float64, device=place.device)  # loss, wrong, images since the last log
+        self.losses = [0.0, 0.0]  # loss and images since the last evaluation, less what the meter holds of them
         self.held = torch.zeros((), device=place.device)  # 1 from the first loss on that was not finite
         self.pending: deque[tuple[int, Tensor, torch.cuda.Event | None]] = deque()
         self.touched = [*self.model.buffers(), self.meter]
@@ -344,6 +351,7 @@ class Trainer:
         self._gather_meter()
         loss, wrong, count = self.meter.tolist()
         self.meter.zero_()
+        self.losses = [self.losses[0] + loss, self.losses[1] + count]
         self.lr.training_error(wrong / count)
         row = {**self._where(), "train_loss": loss / count, "train_error": wrong / count}
         self.history.append({**row, "images_per_second": images / seconds})
@@ -351,7 +359,8 @@ class Trainer:
 
     def _where(self) -> dict[str, float]:
         lr = self.optimizer.param_groups[0]["lr"]
-        return {"iteration": self.iteration, "epoch": self.iteration / self.steps_per_epoch, "lr": lr}
+        epoch, seconds = self.iteration / self.steps_per_epoch, self.clock.total()
+        return {"iteration": self.iteration, "epoch": epoch, "lr": lr, "seconds": seconds}
 
     def _validation(self) -> Iterator[tuple[Tensor, Tensor]]:
         for batch in self.loader.validation():
@@ -403,6 +412,7 @@ class Trainer:
             "meter": self.meter,
             "rng": rng,
             "history": self.history,
+            "seconds": self.clock.total(),
             "run": self.identity,
         }
 
@@ -435,21 +445,40 @@ class Trainer:
         self.iteration, self.evaluated, self.best = state["iteration"], state["evaluated"], state["best"]
         self.latest = None if state["latest"] is None else Errors(**state["latest"])
         self.history = state["history"]
+        self.clock = Clock(state.get("seconds", math.nan))  # nan: the checkpoint is of a time when it held none
         self.meter.copy_(state["meter"] if self.main else torch.zeros(3))
+        if self.iteration == self.evaluated:
+            self._mean_loss()  # from here on
         if len(state["rng"]) == self.place.world:
             checkpoint.set_rng_state(state["rng"][self.place.rank])
 
     def report(self) -> Report:
         """Of this training, from here on."""
         title = f"{self.family}-{self.depth} on {self.meta['data']}"
-        span = (self.recipe.batch, self.iteration, self.total)
-        return Report(self.run.out, title, *span, self.history, tensorboard=self.run.tensorboard)
+        span = (self.recipe.batch, self.iteration, self.total, self.total / self.steps_per_epoch)
+        return Report(self.run.out, title, *span, self.history, self.clock, tensorboard=self.run.tensorboard)
+
+    def introduction(self) -> str:
+        """What is to be trained, on what and where, in two lines."""
+        dataset, recipe, place = self.loader.dataset, self.recipe, self.place
+        net = "-".join(str(part) for part in (self.family, self.depth, self.run.shortcut) if part is not None)
+        parameters = sum(p.numel() for p in self.model.parameters())
+        device = torch.cuda.get_device_name(place.device) if place.device.type == "cuda" else "the CPU"
+        dtype = next(name for name, dtype in DTYPES.items() if dtype == self.dtype)
+        several = f", {place.world} processes" if place.world > 1 else ""
+        return (
+            f"training {net}, {parameters:,} parameters, on {self.meta['data']}: {len(dataset.train):,} images, "
+            f"{len(dataset.val):,} to validate on; recipe {self.run.name}\n"
+            f"{self.total:,} iterations of {recipe.batch:,} images, {self.total / self.steps_per_epoch:.1f} epochs, "
+            f"in {dtype} on {device}{several}; files in {self.run.out}"
+        )
 
     def fit(self, report: Report | None = None) -> Summary:
         """Trains to the end. Raises NonFiniteError, CheckpointError, DataError; SystemExit after a signal."""
         self.model.train()
         batches = self.loader.training(self.iteration, self.total)
-        start, logged = time.perf_counter(), self.iteration
+        self.clock.start()
+        start, logged = self.clock.training(), self.iteration
         while True:
             self._visit(report)
             if self.iteration == self.total:
@@ -460,7 +489,7 @@ class Trainer:
             every = self._log_every()
             if self.iteration % every == 0 or self.iteration == self.total:
                 self._heed(0)
-                now = time.perf_counter()
+                now = self.clock.training()
                 row = self.log(now - start, (self.iteration - logged) * self.recipe.batch)
                 start, logged = now, self.iteration
                 if report is not None:
@@ -468,7 +497,15 @@ class Trainer:
             if self.stopping:
                 self._leave(self.stopping)
         assert self.latest is not None
-        return Summary(self.iteration, self.latest.top1, self.latest.top5, self.best, self.run.out)
+        figures = (self.iteration, self.latest.top1, self.latest.top5, self.best)
+        return Summary(*figures, self.run.out, self.clock.total(), self._then())
+
+    def _then(self) -> str:
+        """The command that tests the best weights on the validation images, or the test images with a holdout."""
+        words = ["python", "-m", "fastres", "eval", "--checkpoint", str(self.run.out / checkpoint.BEST)]
+        if self.run.root is not None:
+            words += ["--data" if isinstance(self.loader.train, Folder) else "--root", str(self.run.root)]
+        return shlex.join(words)
 
     def _log_every(self) -> int:
         warmup = self.recipe.warmup
@@ -480,25 +517,38 @@ class Trainer:
             return
         if self.iteration != self.evaluated and (self.iteration % self.eval_every == 0 or self.iteration == self.total):
             self._heed(0)
-            try:
-                found = self.evaluate()
-            except Interrupted:
-                self._leave(self.signals.received)
-            better = found.top1 < self.best
-            self.best = min(self.best, found.top1)
-            self.save(best=better)
-            if report is not None:
-                report.evaluated(found.top1, found.top5)
+            with self.clock.pause():
+                if report is not None:
+                    report.evaluating()
+                try:
+                    found = self.evaluate()
+                except Interrupted:
+                    self._leave(self.signals.received)
+                better = found.top1 < self.best
+                self.best = min(self.best, found.top1)
+                self.save(best=better)
+                loss = self._mean_loss()
+                if report is not None:
+                    report.evaluated(loss)
         elif self.iteration % self.save_every == 0:
             self._heed(0)
-            self.save()
+            with self.clock.pause():
+                self.save()
+
+    def _mean_loss(self) -> float | None:
+        """Of the training images since it was last asked for; None without any. The meter is the main process's."""
+        met, _, count = self.meter.tolist()
+        before, images = self.losses
+        self.losses = [-met, -count]
+        return (before + met) / (images + count) if images + count else None
 
     def _leave(self, number: int) -> None:
         self._heed(0)
         self.save()
         if self.main:
             how = "the same command" if self.run.resume else "--resume"
-            print(f"stopped at iteration {self.iteration}, saved {self.last}; {how} goes on from it", file=sys.stderr)
+            said = f"stopped at iteration {self.iteration}, saved {self.last}; {how} goes on from it"
+            tqdm.write(said, file=sys.stderr)  # above a progress bar, if there is one
         raise SystemExit(128 + number)
 
 
@@ -587,8 +637,10 @@ def _train(run: Run, here: Place, signals: Signals) -> Summary:
     if trainer.main:
         checkpoint.prepare(run.out)  # only now: a run that is refused leaves no folder
     if trainer.main and run.resume:
-        begun = f"{last}: goes on from iteration {trainer.iteration}"
+        begun = f"{last}: goes on from iteration {trainer.iteration} of {trainer.total}"
         print(begun if resuming else f"no checkpoint in {run.out}: begins anew", file=sys.stderr)
+    if trainer.main:
+        print(trainer.introduction(), file=sys.stderr)
     if trainer.main and isinstance(trainer.loader.train, Folder):
         print(f"photographs are decoded by {LOADERS[trainer.decoder]}", file=sys.stderr)
         if (order := out_of_order(trainer.loader.dataset.classes)) is not None:

@@ -6,9 +6,10 @@ import gc
 import os
 import signal
 import threading
+import time
 import traceback
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,6 +84,39 @@ def usable_cpus() -> int:
     return max(1, count // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
+class Clock:
+    """Seconds of a training: all of them, of the processes before a resumption as well, and those spent training."""
+
+    def __init__(self, before: float = 0.0) -> None:
+        """before: what earlier processes took."""
+        self.before = before
+        self._began: float | None = None
+        self._paused = 0.0
+        self._pause: float | None = None  # when the present one began
+
+    def start(self) -> None:
+        self._began = time.perf_counter()
+
+    def total(self) -> float:
+        return self.before + self._running()
+
+    def training(self) -> float:
+        """Of this process, without what runs inside `pause`."""
+        return (self._running() if self._pause is None else self._pause) - self._paused
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        began = self._pause = self._running()
+        try:
+            yield
+        finally:
+            self._pause = None
+            self._paused += self._running() - began
+
+    def _running(self) -> float:
+        return 0.0 if self._began is None else time.perf_counter() - self._began
+
+
 class Signals:
     """SIGTERM and Ctrl-C as a wish that the loop grants after its iteration.
 
@@ -97,6 +131,9 @@ class Signals:
         self.received = self.received or number
         if number == signal.SIGINT:
             signal.signal(number, self._before[number])
+            if os.environ.get("RANK", "0") == "0":
+                with suppress(OSError):  # not print: a handler may run in the midst of one
+                    os.write(2, b"\nCtrl-C: saves a checkpoint after this iteration; once more ends at once\n")
 
     def _restore(self) -> None:
         for number, handler in self._before.items():
