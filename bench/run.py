@@ -61,7 +61,8 @@ class Plan:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit status 1 if a row of ours is wrong or failed, or nothing could be measured; else 0."""
+    """Exit status 1 if a row of ours is wrong or failed, or nothing could be measured; 130 after Ctrl-C, 143 after
+    SIGTERM; else 0."""
     plan = parse(arguments)
     table = flops_table(tuple(dict.fromkeys(case.net for case, _ in plan.rows)))
     print(render_flops(table), flush=True)
@@ -75,10 +76,10 @@ def main(arguments: list[str] | None = None) -> int:
     torch.backends.cudnn.benchmark = True
     try:
         run(plan, record)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         kept = f"; {plan.json} holds what was measured, --resume goes on with it" if plan.json else ""
         print(f"\nstopped{kept}", file=sys.stderr)
-        return 130
+        return 128 + (stop.args[0] if stop.args else signal.SIGINT)
     asked = {(*records_case(case), backend) for case, backend in plan.rows}
     rows = [row for row in record["rows"] if records.key(row) in asked]
     print(f"\n{render_rows(rows)}\n\n{advice.advice(rows)}", flush=True)
@@ -477,6 +478,11 @@ def columns(lines: list[list[str]], left: set[int]) -> str:
     )
 
 
+def terminated(number: int, frame: object) -> None:
+    """SIGTERM ends a run as Ctrl-C does: rows' processes and their files go."""
+    raise KeyboardInterrupt(number)
+
+
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: rows' processes and their files go
+    signal.signal(signal.SIGTERM, terminated)
     sys.exit(main())

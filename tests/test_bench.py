@@ -979,7 +979,7 @@ def test_a_run_that_is_terminated_leaves_nothing_behind(tmp_path: Path) -> None:
         time.sleep(0.1)
     running.terminate()
     _, said = running.communicate(timeout=60)
-    assert running.returncode == 130, said
+    assert running.returncode == 143, said
     assert f"stopped; {path} holds what was measured" in said
     assert not [*tmp_path.glob("fastres-bench-*")]
     for _ in range(100):  # multiprocessing's own helper goes a moment later
