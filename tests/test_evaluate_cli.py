@@ -789,6 +789,7 @@ SOURCES: dict[str, tuple[Callable[[Path], str], str]] = {
     "empty": (lambda path: (path.touch(), str(path))[1], "truncated, damaged"),
     "truncated": (truncated, "truncated, damaged"),
     "text": (text, "truncated, damaged"),
+    "another text": (lambda path: (path.write_text("root:x:0:0"), str(path))[1], "truncated, damaged"),
     "pickle": (lambda path: (path.write_bytes(pickle.dumps({"a": 1})), str(path))[1], "no file with weights$"),
     "module": (lambda path: saved(path, net()), rf"a pickled module.*CifarResNet.*{STATE_DICT}"),
     "module in a dict": (lambda path: saved(path, {"model": net()}), rf"a pickled module.*CifarResNet.*{STATE_DICT}"),
