@@ -253,6 +253,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _drop_output() -> None:
     """Forgets what stdout holds and can't write: Python would try, and complain, once more at its end."""
+    if sys.stdout is None:  # closed before Python began
+        return
     try:
         sys.stdout.flush()
     except OSError:

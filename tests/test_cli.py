@@ -217,6 +217,18 @@ def test_output_that_can_t_be_written() -> None:
     assert said == ["python -m fastres summary: [Errno 28] No space left on device\n", ""]
 
 
+def test_a_failure_is_said_where_stdout_is_closed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(args: argparse.Namespace) -> str:
+        raise PermissionError(13, "Permission denied", "x.csv")
+
+    monkeypatch.setitem(COMMANDS, "status", replace(COMMANDS["status"], run=run))
+    monkeypatch.setattr(sys, "stdout", None)
+    assert main(["status"]) == 1
+    assert capsys.readouterr().err == "python -m fastres status: [Errno 13] Permission denied: 'x.csv'\n"
+
+
 # bench
 
 
