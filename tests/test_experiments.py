@@ -6,7 +6,9 @@ import argparse
 import csv
 import importlib.util
 import math
+import os
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +123,22 @@ def test_an_interrupted_experiment_goes_on(
     assert not (tmp_path / "degradation.csv").exists()
     assert experiment("degradation", tmp_path, *TINY) == whole[1]
     assert (tmp_path / "degradation.csv").read_bytes() == (whole[0] / "degradation.csv").read_bytes()
+
+
+def test_ctrl_c_stops_where_trainings_are_done(
+    whole: tuple[Path, int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    restore = Trainer.restore
+
+    def interrupted(self: Trainer, path: Path) -> None:
+        restore(self, path)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(Trainer, "restore", interrupted)
+    assert experiment("degradation", whole[0], *TINY) == 130
+    said = capsys.readouterr().err
+    assert "[1/8]" in said
+    assert "[2/8]" not in said
 
 
 def test_runs_of_other_settings_are_not_taken_for_these(

@@ -121,6 +121,7 @@ class Signals:
     """SIGTERM and Ctrl-C as a wish that the loop grants after its iteration.
 
     A second Ctrl-C ends the process at once; a second SIGTERM does not: torchrun sends one to processes still saving.
+    One that comes when no iteration is left is delivered again in the end, so that `experiment` stops there as well.
     """
 
     def __init__(self) -> None:
@@ -144,5 +145,7 @@ class Signals:
             self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         self._restore()
+        if self.received and kind is None:
+            signal.raise_signal(self.received)
