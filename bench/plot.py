@@ -209,17 +209,22 @@ def memory(rows: Sequence[Row]) -> Any:
     return figure
 
 
-def _read_csv(path: Path) -> list[Row]:
+def _read_csv(path: Path, columns: Sequence[str]) -> list[Row]:
+    """Its rows. Raises ValueError where there are none, or one lacks a figure of `columns`."""
     with path.open(newline="") as source:
-        return list(csv.DictReader(source))
+        rows = list(csv.DictReader(source))
+    lacking = [name for name in columns if not all(row.get(name) for row in rows)]
+    if lacking or not rows:
+        raise ValueError(f"{path} is no such table: it lacks {', '.join(lacking) or 'rows'}")
+    return rows
 
 
 KINDS: dict[str, tuple[Callable[[Path], Any], Callable[[Any], Any]]] = {
     "rates": (records.read, rates),
     "summary": (records.read, summary),
     "compile": (records.read, compile_times),
-    "roofline": (_read_csv, roofline),
-    "memory": (_read_csv, memory),
+    "roofline": (partial(_read_csv, columns=("pass", *FIGURES)), roofline),
+    "memory": (partial(_read_csv, columns=("depth", "size", "pytorch", "fastres", "recompute")), memory),
 }
 
 
@@ -357,6 +362,8 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"{options.picture}: accepted: a name that ends in {', '.join(picture.SUFFIXES)}")
     try:
         picture.save(drawn(options.kind, options.source), options.picture)
+    except ImportError as error:
+        parser.error(f"{error}: pip install 'fastres[bench]'")
     except (OSError, ValueError) as error:
         parser.error(str(error))
     return 0

@@ -89,7 +89,8 @@ def encode(figure: Any, kind: str) -> bytes:
 
 
 def save(figure: Any, path: Path) -> None:
-    """Write the figure to `path`, whose suffix is one of `SUFFIXES`."""
+    """Write the figure to `path`, whose suffix is one of `SUFFIXES`; makes the folder if it is missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(encode(figure, path.suffix[1:]))
 
 

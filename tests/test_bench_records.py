@@ -8,6 +8,7 @@ import io
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -365,17 +366,40 @@ def test_what_no_picture_is_drawn_of(tmp_path: Path, capsys: pytest.CaptureFixtu
         writer = csv.DictWriter(file, list(lines[0]))
         writer.writeheader()
         writer.writerows(line | {"roofline": 2 * float(line["roofline"])} for line in lines)
+    cut, empty = tmp_path / "cut.csv", tmp_path / "empty.csv"
+    cut.write_text("depth,size,pytorch,fastres,recompute\n18,224,11892736,7376896,6624256\n34,224,169103")
+    empty.touch()
     told = [
         ([doubled, tmp_path / "a.svg", "roofline"], "is not that of an NVIDIA H200 in 16 bits"),
         ([tmp_path / "no.json", tmp_path / "a.svg"], "No such file"),
         ([table, tmp_path / "a.svg"], "is no record"),
         ([table, tmp_path / "a.gif", "roofline"], "a name that ends in .png, .svg, .pdf"),
+        ([table, tmp_path / "a.svg", "memory"], "kernels-50.csv is no such table: it lacks depth, size, pytorch"),
+        ([cut, tmp_path / "a.svg", "memory"], "cut.csv is no such table: it lacks fastres, recompute"),
+        ([empty, tmp_path / "a.svg", "roofline"], "empty.csv is no such table: it lacks rows"),
     ]
     for arguments, message in told:
         with pytest.raises(SystemExit):
             plot.main(list(map(str, arguments)))
         assert message in capsys.readouterr().err
     assert not (tmp_path / "a.svg").exists()
+
+
+def test_a_picture_s_folder_is_made(tmp_path: Path) -> None:
+    target = tmp_path / "out" / "memory.png"
+    assert importlib.import_module("plot").main([str(ROOT / "bench/records/memory.csv"), str(target), "memory"]) == 0
+    assert target.read_bytes().startswith(b"\x89PNG")
+
+
+def test_pictures_need_matplotlib(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    arguments = [str(ROOT / "bench/records/memory.csv"), str(tmp_path / "a.svg"), "memory"]
+    with pytest.raises(SystemExit) as stopped:
+        importlib.import_module("plot").main(arguments)
+    assert stopped.value.code == 2
+    assert "matplotlib" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
