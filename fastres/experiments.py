@@ -545,14 +545,19 @@ def curves(trained: Sequence[Trained]) -> list[Row]:
 
 def redraw(name: str, folder: Path) -> Path:
     """Draws an experiment's picture from the table in `folder` and returns where it is. Raises ValueError where there
-    is no such table."""
+    is no such table, or it is damaged."""
     table, target = folder / drawn_from(name), folder / f"{name}.svg"
     try:
         with table.open(newline="") as file:
             rows = list(csv.DictReader(file))
+        if not rows or any(None in row.values() for row in rows):
+            raise ValueError("it has no rows, or one is cut short")
+        drawn = draw(name, rows)
     except OSError as error:
         raise ValueError(f"{table} can't be read: {error.strerror}; leave out --redraw to train") from error
-    write_atomically(target, draw(name, rows))
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"{table} is damaged ({error}); leave out --redraw to write it again") from error
+    write_atomically(target, drawn)
     return target
 
 

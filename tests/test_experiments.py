@@ -98,6 +98,26 @@ def test_a_picture_is_redrawn_from_its_table(
         assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "it has no rows"),
+        ("net,seed,iteration,train_error,val_error\nplain-8,0,1", "one is cut short"),
+        ("net,seed,iteration,train_error,val_error\nplain-8,0,1,x,0.5\n", "could not convert string to float: 'x'"),
+        ("layer,std\n1,0.5\n", "'net'"),
+    ],
+)
+def test_a_damaged_table_is_not_drawn(text: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "degradation-curves.csv").write_text(text)
+    with pytest.raises(SystemExit) as stopped:
+        main(["experiment", "degradation", "--redraw", "--out", str(tmp_path)])
+    assert stopped.value.code == 2
+    err = capsys.readouterr().err
+    assert "degradation-curves.csv is damaged (" in err
+    assert said in err
+    assert not (tmp_path / "degradation.svg").exists()
+
+
 def test_what_is_there_is_not_trained_again(whole: tuple[Path, int], monkeypatch: pytest.MonkeyPatch) -> None:
     out, code = whole
     before = (out / "degradation.csv").read_bytes()
