@@ -527,7 +527,8 @@ def report(wanted: Plan, finding: Finding, seconds: float) -> str:
         lines += ["What differs, the paper's in brackets:", ""]
         lines += [f"- {name.replace('_', ' ')}: {text}" for name, text in differences.items()]
         lines.append("")
-    lines.append(f"{_environment(_device(wanted.options))}; the trainings took {seconds:,.0f} s.")
+    took = "" if math.isnan(seconds) else f"; the trainings took {seconds:,.0f} s"
+    lines.append(f"{_environment(_device(wanted.options))}{took}.")
     return "\n".join(lines) + "\n"
 
 

@@ -9,6 +9,7 @@ import math
 import os
 import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from fastres import experiments
 from fastres.__main__ import main
 from fastres.experiments import Net, Trained, degradation, layer_responses, plan
 from fastres.models import families
-from fastres.train.loop import Trainer
+from fastres.train.loop import Summary, Trainer
 from fastres.train.recipe import QUICK, RECIPES, Steps, lasting
 
 TINY = ["--depths", "8", "14", "--seeds", "2", "--iterations", "2", "--device", "cpu"]
@@ -201,6 +202,16 @@ def test_seconds_are_those_of_the_last_row() -> None:
     history = [{"iteration": 4.0, "seconds": 8.0}, {"iteration": 8.0, "seconds": 15.5}]
     assert Trained(Net("cifar", 20), 0, Path(), history).seconds == 15.5
     assert math.isnan(Trained(Net("cifar", 20), 0, Path(), [{"iteration": 8.0}]).seconds)
+
+
+def test_seconds_that_nobody_recorded_are_left_out() -> None:
+    wanted = planned("degradation", "--quick", "--device", "cpu")
+    finding = experiments.Finding([], ["net"], [["plain-8"]], [])
+    assert experiments.report(wanted, finding, 37.4).endswith("; the trainings took 37 s.\n")
+    assert "took" not in experiments.report(wanted, finding, math.nan)
+    ended = Summary(8, 0.1, 0.0, 0.1, Path("out"), 15.5, "the command")
+    assert "best 10.00%, 0:00:16; out holds" in str(ended)
+    assert "best 10.00%; out holds" in str(replace(ended, seconds=math.nan))
 
 
 def test_a_single_depth_has_no_verdict() -> None:

@@ -112,7 +112,7 @@ def _at_least(name: str, value: int | None, least: int) -> None:
 @dataclass(frozen=True)
 class Summary:
     """How a training ended. Errors in [0, 1]; of the averaged weights where the recipe averages. seconds: that it took,
-    of all its processes. then: a command that tests its best weights."""
+    of all its processes; nan: unknown. then: a command that tests its best weights."""
 
     iterations: int
     error: float
@@ -124,9 +124,10 @@ class Summary:
 
     def __str__(self) -> str:
         found = ", ".join(name for name in FILES if (self.out / name).exists())
+        took = "" if math.isnan(self.seconds) else f", {duration(self.seconds)}"
         return (
             f"{self.iterations} iterations, validation error {self.error:.2%} (top-5 {self.top5:.2%}), "
-            f"best {self.best:.2%}, {duration(self.seconds)}; {self.out} holds {found}\nnext: {self.then}"
+            f"best {self.best:.2%}{took}; {self.out} holds {found}\nnext: {self.then}"
         )
 
 
