@@ -3,39 +3,29 @@
     python examples/serve.py --weights out/finetune/best.pt
     curl --data-binary @IMAGE http://127.0.0.1:8000/classify
     curl http://127.0.0.1:8000/health
-    python examples/serve.py --self-test   # starts, sends itself 16 images at once, prints what came back, stops
 
-Requests that arrive together are answered in one call of the net: a batch is closed when it is full, or --wait ms after
-its first image. One thread owns the net, which `fastres.optimize` has made ready for every batch size before the port
-opens. SIGTERM and Ctrl-C stop the server: it accepts no more connections, answers the requests in flight and exits with
-status 0. Without --weights the net is a ResNet-18 with random weights.
+One call of the net answers the requests that arrive within --wait ms of the first, up to --batch of them. The net,
+through `fastres.optimize`, is made ready for all batch sizes before the port opens. SIGTERM and Ctrl-C stop the server:
+it accepts no more connections, answers the requests in flight and exits with status 0.
 """
 
 import argparse
 import asyncio
 import io
-import json
-import queue
 import signal
-import socket
 import sys
-import threading
-import time
-import urllib.request
-import warnings
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
 from typing import Annotated
 
 import torch
-from PIL import Image
 from torchvision.transforms.v2 import functional as tvf
 
 import fastres
-from fastres.evaluate import Views
-from fastres.images import ImageError, read_image
-from fastres.models import families
-from fastres.train.data import Preprocess, by_channel
-from fastres.weights import Weights, load_into, read
+from fastres.commands import load_predictor
+from fastres.evaluate import Predictor, Views
+from fastres.images import ImageError, opened, read_image
+from fastres.train.data import by_channel
 
 try:
     import uvicorn
@@ -44,10 +34,8 @@ try:
 except ImportError as error:
     sys.exit(f"serve.py needs FastAPI and uvicorn ({error}): pip install 'fastres[serve]'")
 
-READ_S = 30  # seconds that a client may take to send its image
-FINISH_S = 30  # seconds that requests in flight are given when the server stops
-TRIED = 16  # images that --self-test sends
-PIXELS = 50_000_000  # that an image may have: a small file can hold many
+READ_S, FINISH_S = 30, 30  # what a client may take to send its image, and requests in flight when the server stops
+PIXELS, RATIO = 50_000_000, 20  # of an image at most: a small file can hold many pixels, or be resized to many
 
 
 class Upload(io.BytesIO):
@@ -56,88 +44,64 @@ class Upload(io.BytesIO):
 
 
 class Net:
-    """A net behind a queue. `submit` takes an image and gives a Future of its scores; one thread calls the net."""
-
-    def __init__(self, source, model, batch, wait):
-        """source, model: as `python -m fastres predict` takes them; None for random weights. wait: in seconds."""
-        known = Weights("random weights", {}) if source is None else read(source, model)
-        told = [known.meta.get(key) for key in ("family", "depth", "shortcut") if known.meta.get(key) is not None]
-        if source is not None and model is None and len(told) < 2:
-            raise ValueError(f"{source} doesn't say which net it is of: give --model")
-        self.name = model or "-".join(map(str, told)) or "resnet18"
-        self.channels = known.channels or 3
-        net = families.named(self.name, num_classes=known.classes or 1000, in_channels=self.channels)
-        if source is not None:
-            load_into(net, known, self.name)
-        self.classes = known.names or [str(k) for k in range(known.classes or 1000)]
-        self.views = Views("center", **{"size": 224, "resize": 256} | known.preset)
-        self.before = by_channel()
-        if known.preprocess:
-            mean, std = known.preprocess["mean"], known.preprocess["std"]
-            self.before = Preprocess(mean, std, torch.zeros(len(mean), len(mean)))
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.before.to(self.device)
-        net.to(self.device, memory_format=torch.channels_last).eval()
-        self.net = fastres.optimize(net, dtype=torch.bfloat16 if self.device.type == "cuda" else None)
+    def __init__(self, weights, model, batch):
+        if weights is None:
+            net = fastres.resnet18().to("cuda" if torch.cuda.is_available() else "cpu")
+            self.predict, self.name = Predictor(net, Views(), by_channel(), fast=True), "resnet18 with random weights"
+            self.classes = [str(k) for k in range(1000)]
+        else:
+            self.predict, self.name, self.classes = load_predictor(weights, model)
+        ((preprocess, net),), side = self.predict.members, self.predict.views.size
+        self.channels, self.images, self.calls = len(preprocess.mean), 0, 0
         self.sizes = sorted({min(2**k, batch) for k in range(8)})  # a batch is filled up to the next of these
         for size in self.sizes:
-            images = torch.zeros(size, self.channels, self.views.size, self.views.size, dtype=torch.uint8)
-            self.net.ready(self.before(images.to(self.device)))
-        self.wait, self.images, self.calls = wait, 0, 0
-        self.queue = queue.SimpleQueue()
-        self.thread = threading.Thread(target=self._work, daemon=True)
-        self.thread.start()
+            images = torch.zeros(size, self.channels, side, side, dtype=torch.uint8, device=self.predict.device)
+            net.ready(preprocess(images))
 
     def decode(self, data):
-        """The bytes of an image file -> uint8 [C, size, size]. Raises ImageError or ValueError."""
+        """The bytes of an image file -> uint8 [C, side, side]. Raises ImageError."""
+        with opened(Upload(data)) as image:
+            width, height = image.size
+        if width * height > PIXELS or max(width, height) > RATIO * min(width, height):
+            raise ImageError(f"{width}x{height}: up to {PIXELS:,} pixels and sides up to {RATIO}:1 are accepted")
         image = read_image(Upload(data), "L" if self.channels == 1 else "RGB")
-        return self.views.prepare(tvf.pil_to_tensor(image))
+        return self.predict.views.prepare(tvf.pil_to_tensor(image))
 
-    def submit(self, image):
-        future = Future()
-        self.queue.put((image, future))
-        return future
-
-    def stop(self):
-        """Returns when all that was submitted is answered."""
-        self.queue.put(None)
-        self.thread.join()
-
-    def _work(self):
-        while (item := self.queue.get()) is not None:
-            batch, end = [], time.monotonic() + self.wait
-            while item is not None:
-                batch.append(item)
-                if len(batch) == self.sizes[-1]:
-                    break
-                try:
-                    item = self.queue.get(timeout=max(0.0, end - time.monotonic()))
-                except queue.Empty:
-                    break
-            if item is None:
-                self.queue.put(None)  # after this batch
-            batch = [(image, future) for image, future in batch if future.set_running_or_notify_cancel()]
-            try:
-                scores = self._call([image for image, _ in batch]) if batch else []
-                for (_, future), row in zip(batch, scores, strict=True):
-                    future.set_result(row)
-            except Exception as error:  # these requests fail, the next ones needn't
-                for _, future in batch:
-                    future.set_exception(error)
-
-    @torch.inference_mode()
-    def _call(self, images):
+    def answer(self, images):
+        """The scores of each image, for a list of them."""
         size = next(size for size in self.sizes if size >= len(images))
-        filled = torch.stack(images + images[:1] * (size - len(images))).to(self.device)
-        scores = self.net(self.before(filled)).float().softmax(1)[: len(images)].tolist()
+        scores = self.predict(torch.stack(images + images[:1] * (size - len(images)))).tolist()
         self.images, self.calls = self.images + len(images), self.calls + 1
-        return scores
+        return scores[: len(images)]
 
 
 def application(net, options):
-    app = FastAPI(title="fastres")
-    decoders = ThreadPoolExecutor(2)
+    decoders, caller = ThreadPoolExecutor(2), ThreadPoolExecutor(1)
+    decoded = asyncio.Queue()  # images, each with the future of its scores
     inside = 0  # requests between their first byte and their answer
+
+    async def work():
+        while True:
+            batch = [await decoded.get()]
+            if decoded.qsize() < options.batch - 1:
+                await asyncio.sleep(options.wait / 1000)
+            batch += [decoded.get_nowait() for _ in range(min(decoded.qsize(), options.batch - 1))]
+            images, futures = map(list, zip(*batch, strict=True))
+            try:
+                answers = await asyncio.get_running_loop().run_in_executor(caller, net.answer, images)
+            except Exception as error:  # these requests fail, the next ones needn't
+                answers = [error] * len(batch)
+            for future, scores in zip(futures, answers, strict=True):
+                if not future.cancelled():
+                    (future.set_exception if isinstance(scores, Exception) else future.set_result)(scores)
+
+    @asynccontextmanager
+    async def lifespan(_):
+        worker = asyncio.create_task(work())
+        yield
+        worker.cancel()
+
+    app = FastAPI(title="fastres", lifespan=lifespan)
 
     @app.get("/health")
     async def health():
@@ -151,8 +115,10 @@ def application(net, options):
         inside += 1
         try:
             data = await asyncio.wait_for(body(request), READ_S)
-            image = await asyncio.get_running_loop().run_in_executor(decoders, net.decode, data)
-            scores = await asyncio.wrap_future(net.submit(image))
+            loop = asyncio.get_running_loop()
+            image = await loop.run_in_executor(decoders, net.decode, data)
+            decoded.put_nowait((image, future := loop.create_future()))
+            scores = await future
         except ClientDisconnect:
             raise HTTPException(400, "the connection was closed before the image was complete") from None
         except asyncio.TimeoutError:
@@ -166,34 +132,14 @@ def application(net, options):
 
     async def body(request):
         """All of it is read, or a client that is still sending would not see the answer; up to the limit is kept."""
-        data, limit = bytearray(), options.limit * 2**20
+        data, limit = bytearray(), int(options.limit * 2**20)
         async for chunk in request.stream():
-            data += chunk[: int(limit) + 1 - len(data)]
+            data += chunk[: limit + 1 - len(data)]
         if len(data) > limit:
             raise HTTPException(413, f"the image has more than {options.limit:g} MiB")
         return bytes(data)
 
     return app
-
-
-def try_it(url, server):
-    """Sends all images at once and prints what came back."""
-    try:
-        file = io.BytesIO()
-        Image.effect_noise((320, 240), 90).save(file, "jpeg")
-
-        def send(path, data):
-            with urllib.request.urlopen(url + path, data, timeout=60) as answer:
-                return json.load(answer)
-
-        with ThreadPoolExecutor(TRIED) as clients:
-            answers = list(clients.map(send, ["/classify?top=2"] * TRIED, [file.getvalue()] * TRIED))
-        print(json.dumps(answers[0]))
-        print(f"{len(answers)} requests: {send('/health', None)}")
-    except OSError as error:
-        print(f"serve.py: {error}", file=sys.stderr)
-    finally:
-        server.should_exit = True
 
 
 def main():
@@ -206,41 +152,29 @@ def main():
     parser.add_argument("--limit", type=float, default=10, help="MiB of an upload (default: 10)")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
     parser.add_argument("--port", type=int, default=8000, help="0 for a free one (default: 8000)")
-    parser.add_argument("--self-test", action="store_true", help="send 16 images at once, print the answers, stop")
     options = parser.parse_args()
-    if not 1 <= options.batch <= 128 or not options.wait >= 0 or options.queue < 1 or not options.limit > 0:
-        parser.error("--batch is from 1 to 128, --wait from 0, --queue from 1, --limit above 0")
-    if not 0 <= options.port < 65536:
-        parser.error(f"--port {options.port}: 0 to 65535 are accepted")
-    listener = socket.socket(socket.AF_INET6 if ":" in options.host else socket.AF_INET)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if options.batch not in range(1, 129) or options.port not in range(65536) or options.queue < 1:
+        parser.error("--batch is from 1 to 128, --port from 0 to 65535, --queue from 1")
+    if not options.wait >= 0 or not options.limit > 0:
+        parser.error("--wait is from 0, --limit above 0")
+    if options.model and options.weights is None:
+        parser.error("--model needs --weights")
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the net is made ready ends it without a traceback
+    settings = {"host": options.host, "port": options.port, "timeout_graceful_shutdown": FINISH_S}
+    config = uvicorn.Config(lambda: application(net, options), factory=True, log_level="warning", **settings)
+    listener = config.bind_socket()  # exits where the port is taken, before anything is read
     try:
-        listener.bind((options.host, 0 if options.self_test else options.port))  # taken: known before anything is read
-        net = Net(options.weights, options.model, options.batch, options.wait / 1000)
-        listener.listen(2048)
-    except OSError as error:
-        parser.error(f"--host {options.host} --port {options.port}: {error.strerror}")
+        net = Net(options.weights, options.model, options.batch)
     except ValueError as error:
         parser.error(str(error))
-    Image.MAX_IMAGE_PIXELS = PIXELS
-    warnings.simplefilter("error", Image.DecompressionBombWarning)
-    url = f"http://{options.host}:{listener.getsockname()[1]}"
-    app = application(net, options)
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=FINISH_S))
+    listener.listen()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)  # uvicorn raises the signal that stopped it once more
-    print(f"{net.name} on {net.device}, batches up to {options.batch}: {url}/classify", flush=True)
-    if options.self_test:
-        threading.Thread(target=try_it, args=(url, server)).start()
-    server.run(sockets=[listener])
-    net.stop()
-    if options.self_test and net.images < TRIED:
-        sys.exit(f"serve.py: the self-test failed: {net.images} of {TRIED} images were answered")
+    url = f"http://{options.host}:{listener.getsockname()[1]}/classify"
+    print(f"{net.name} on {net.predict.device}, batches up to {options.batch}: {url}", flush=True)
+    uvicorn.Server(config).run(sockets=[listener])
     print(f"stopped after {net.images} images in {net.calls} calls of the net", flush=True)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:  # while the net is made ready
-        sys.exit(130)
+    main()

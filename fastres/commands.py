@@ -211,6 +211,18 @@ def run_predict(args: argparse.Namespace) -> int:
         return batches.report() or (0 if calibration is None else calibration.report())
 
 
+def load_predictor(weights: str, model: str | None = None) -> tuple[Predictor, str, list[str]]:
+    """What `predict --optimize` runs on a GPU, or else on the CPU; with the net's name and its classes' names.
+
+    weights, model: as --weights and --model take them. Raises ValueError for weights that `predict` refuses.
+    """
+    parser = argparse.ArgumentParser()
+    predict_arguments(parser)
+    args = parser.parse_args([f"--weights={weights}", *([] if model is None else [f"--model={model}"]), "--optimize"])
+    nets = _nets(args, args.weights, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    return nets.predictor(args, nets.views(args), None, None), nets.title, _labels(None, nets)
+
+
 def _predictions(predictor: Predictor, batches: _Batches, top: int) -> Iterator[tuple[int, int, int, float]]:
     """For each image its `top` likeliest classes: (which image, rank from 1, class, score)."""
     for images, places in batches:
