@@ -27,105 +27,92 @@ from torchvision.transforms import v2
 
 import fastres
 from fastres import weights
+from fastres.evaluate import Predictor, Views
 from fastres.images import read_image
 from fastres.train.checkpoint import CheckpointError, prepare, write_atomically
 from fastres.train.data import by_channel
 
 
 def photographs(folder, side=160):
-    """Writes train/ and val/ with stripes, rings and checks of random size, colour and noise: 96 and 30 JPEGs."""
+    """Writes train/ and val/ with checks, rings and stripes of random size, colour and noise: 96 and 30 JPEGs."""
     rng = np.random.default_rng(0)
     y, x = np.mgrid[:side, :side] / side
-    for part, count in (("train", 32), ("val", 10)):
-        for name in ("checks", "rings", "stripes"):
-            (folder / part / name).mkdir(parents=True, exist_ok=True)
-            for i in range(count):
-                f, a, b = rng.uniform((15, 0.2, 0.2), (40, 0.8, 0.8))
-                wave = {"checks": np.sin(f * x) * np.sin(f * y), "rings": np.sin(f * np.hypot(x - a, y - b))}
-                shape = wave.get(name, np.sin(f * (a * x + b * y)))[..., None] * rng.uniform(40, 90, 3)
-                pixels = np.clip(128 + shape + rng.normal(0, 15, shape.shape), 0, 255).astype(np.uint8)
-                Image.fromarray(pixels).save(folder / part / name / f"{i}.jpg")
+    for i in range(126):
+        f, a, b = rng.uniform((15, 0.2, 0.2), (40, 0.8, 0.8))
+        waves = {"checks": np.sin(f * x) * np.sin(f * y), "rings": np.sin(f * np.hypot(x - a, y - b))}
+        waves["stripes"] = np.sin(f * (a * x + b * y))
+        name = list(waves)[i % 3]
+        pixels = 128 + waves[name][..., None] * rng.uniform(40, 90, 3) + rng.normal(0, 15, (side, side, 3))
+        path = folder / ("train" if i < 96 else "val") / name / f"{i}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(path)
 
 
-def net(options, classes):
-    """The net with a new classifier, and how its weights want images: a module from uint8 to what the net reads."""
-    name = f"resnet{options.depth}"
-    if options.weights is None:
-        return getattr(fastres, name)(num_classes=classes), by_channel()
-    known = weights.read(options.weights, name)
+def folders(data, **steps):
+    """Data sets of uint8 images [3, size, size] in data/train and data/val. Raises ValueError where there are none."""
+    try:
+        train, val = (ImageFolder(data / part, v2.Compose(steps[part]), loader=read_image) for part in ("train", "val"))
+    except OSError as error:
+        raise ValueError(f"--data {data}: {error}; expected are train/<class>/ and val/<class>/") from error
+    if train.classes != val.classes:
+        raise ValueError(f"--data {data}: train/ has the classes {train.classes}, val/ has {val.classes}")
+    return train, val
+
+
+def pretrained(source, name):
+    """The net with the weights of `source`, and its preprocessing: uint8 images to what it reads."""
+    known, before = weights.read(source, name), by_channel()
     model = getattr(fastres, name)(num_classes=known.classes or 1000)
     weights.load_into(model, known, name)
-    model.fc = nn.Linear(model.fc.in_features, classes)
-    before = by_channel()
-    if known.preprocess:
-        before.mean, before.std = (known.preprocess[key].float() for key in ("mean", "std"))
-    return model.requires_grad_(not options.freeze), before
-
-
-def folders(options, resize):
-    """The training and the validation images, as uint8 [3, size, size]. Raises ValueError where there are none."""
-    augment = [v2.RandomResizedCrop(options.size, scale=(0.35, 1.0)), v2.RandomHorizontalFlip(), v2.PILToTensor()]
-    centre = [v2.PILToTensor(), v2.Resize(resize), v2.CenterCrop(options.size)]  # as `python -m fastres eval` does
-    try:
-        train, val = (
-            ImageFolder(options.data / part, v2.Compose(steps), loader=read_image)
-            for part, steps in (("train", augment), ("val", centre))
-        )
-    except OSError as error:
-        raise ValueError(f"--data {options.data}: {error}; expected are train/<class>/ and val/<class>/") from error
-    if train.classes != val.classes:
-        raise ValueError(f"--data {options.data}: train/ has the classes {train.classes}, val/ has {val.classes}")
-    return train, val
+    for key, value in known.preprocess.items():
+        setattr(before, key, value.float())
+    return model, before
 
 
 def run(options):
     torch.manual_seed(0)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     prepare(options.out)
     if options.data is None:
         options.data = options.out / "photographs"
         photographs(options.data)
         print(f"no --data: made synthetic photographs in {options.data}")
-    resize = round(options.size * 256 / 224)
-    train, val = folders(options, resize)
-    model, before = net(options, len(train.classes))
-    model.fc.requires_grad_(True)
+    views = Views("center", options.size, round(options.size * 256 / 224))
+    augment = [v2.RandomResizedCrop(options.size, scale=(0.35, 1.0)), v2.RandomHorizontalFlip(), v2.PILToTensor()]
+    train, val = folders(options.data, train=augment, val=[v2.PILToTensor(), views.prepare])
+    name = f"resnet{options.depth}"
+    model, before = pretrained(options.weights, name) if options.weights else (getattr(fastres, name)(), by_channel())
+    model.requires_grad_(not options.freeze)
+    model.fc = nn.Linear(model.fc.in_features, len(train.classes))  # is trained in any case
+    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", None)
     model, before = model.to(device, memory_format=torch.channels_last), before.to(device)
-    how = {"num_workers": options.workers, "pin_memory": device.type == "cuda"}
-    batches = DataLoader(train, options.batch, shuffle=True, drop_last=len(train) > options.batch, **how)
+    batches = DataLoader(train, options.batch, True, num_workers=options.workers, drop_last=len(train) > options.batch)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.SGD(trained, options.lr, momentum=0.9, weight_decay=1e-4)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, options.lr, total_steps=options.epochs * len(batches))
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
     best = -1.0
-    for epoch in range(options.epochs):
+    for epoch in range(1, options.epochs + 1):
         model.train(not options.freeze)  # frozen BatchNorms keep their statistics, too
-        losses = []
+        total = 0.0
         for images, labels in batches:
-            with autocast:
+            with torch.autocast(device, torch.bfloat16, enabled=dtype is not None):
                 loss = F.cross_entropy(model(before(images.to(device))), labels.to(device))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             scheduler.step()
-            losses.append(loss.detach())
-        model.eval()
-        right = 0
-        with torch.inference_mode(), autocast:
-            for images, labels in DataLoader(val, options.batch, **how):
-                right += int((model(before(images.to(device))).argmax(1) == labels.to(device)).sum())
-        mean, accuracy = float(torch.stack(losses).mean()), right / len(val)
-        if not np.isfinite(mean):
+            total += loss.detach()
+        if not (mean := float(total / len(batches))) < float("inf"):
             raise ValueError(f"the loss is {mean} at --lr {options.lr}: choose a smaller one")
-        written = ""
+        predict = Predictor(model, views, before, dtype=dtype)
+        tested = DataLoader(val, options.batch, num_workers=options.workers)
+        accuracy = sum(int((predict(x).argmax(1).cpu() == labels).sum()) for x, labels in tested) / len(val)
         if accuracy >= best:
-            best, written = accuracy, f" (written to {options.out / 'best.pt'})"
-            about = {"family": "torchvision", "depth": options.depth, "classes": train.classes, "data": "folder"}
-            about |= {"size": options.size, "val_size": options.size, "resize": resize}
+            best, meta = accuracy, {"family": "torchvision", "depth": options.depth, "classes": train.classes}
+            meta |= {"data": "folder", "size": views.size, "val_size": views.size, "resize": views.resize}
             preprocess = {"mean": before.mean.cpu(), "std": before.std.cpu()}
-            torch.save({"model": model.state_dict(), "meta": about, "preprocess": preprocess}, file := io.BytesIO())
+            torch.save({"model": model.state_dict(), "meta": meta, "preprocess": preprocess}, file := io.BytesIO())
             write_atomically(options.out / "best.pt", file.getvalue())
-        print(f"epoch {epoch + 1} of {options.epochs}: loss {mean:.4f}, validation {accuracy:.2%}{written}", flush=True)
+        print(f"epoch {epoch} of {options.epochs}: loss {mean:.4f}, validation {accuracy:.2%}", flush=True)
     print(f"best epoch: {best:.2%}; test it, or use it:")
     print(f"  python -m fastres eval --checkpoint {options.out / 'best.pt'} --data {options.data}")
     print(f"  python -m fastres predict {options.data / 'val'} --weights {options.out / 'best.pt'} --top 1")
@@ -150,7 +137,7 @@ def main():
         parser.error("--freeze needs --weights: features of random weights are of no use")
     try:
         run(options)
-    except (ValueError, CheckpointError) as error:
+    except (ValueError, OSError, CheckpointError) as error:
         parser.error(str(error).splitlines()[-1])
     except KeyboardInterrupt:
         print("\nfinetune.py: interrupted", file=sys.stderr)

@@ -8,29 +8,18 @@ training step keeps for its backward pass, and the time of inference beside eage
 """
 
 import argparse
+import operator
 import signal
 import time
 from collections import Counter
 from statistics import median, quantiles
 
 import torch
+import torch.fx
 import torchvision
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastres
-
-
-class Calls(TorchDispatchMode):
-    """Counts the calls of PyTorch's operators by name."""
-
-    def __init__(self):
-        super().__init__()
-        self.count = Counter()
-
-    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
-        self.count[operator.overloadpacket.__name__] += 1
-        return operator(*args, **(kwargs or {}))
 
 
 def kept_by_autograd(net, images):
@@ -92,14 +81,13 @@ def main():
 
     fast = fastres.optimize(ours.eval(), images)
     _, *steps = fast.explain().splitlines()
-    net, shapes = built(torchvision.models, "meta", dtype)
-    with Calls() as calls, torch.no_grad():
-        net.eval()(shapes)
-    norms, relus, adds = (calls.count[operator] for operator in ("native_batch_norm", "relu_", "add_"))
+    nodes = torch.fx.symbolic_trace(theirs.eval()).graph.nodes
+    calls = Counter(type(theirs.get_submodule(n.target)) if n.op == "call_module" else n.target for n in nodes)
+    norms, relus, adds = (calls[each] for each in (nn.BatchNorm2d, nn.ReLU, operator.add))
     left = sum(any(f" {what} " in step for what in ("BatchNorm2d", "ReLU", "relu_", "add")) for step in steps)
     print(f"\nINFERENCE, {len(steps) - 1} steps after fastres.optimize; the first:")
     print("\n".join(f"  {step}" for step in steps[:7]))
-    print(f"  Passes that only read and write activations, beside {calls.count['convolution']} convolutions:")
+    print(f"  Passes that only read and write activations, beside {calls[nn.Conv2d]} convolutions:")
     print(f"    eager PyTorch: {norms + relus + adds} ({norms} BatchNorms, {relus} ReLUs, {adds} additions)")
     print(f"    fastres.optimize: {left}")
 
@@ -111,7 +99,7 @@ def main():
     print(f"\nTRAINING, kept for the backward pass, bf16, {list(shape)}\n  eager PyTorch: {eager / 2**20:.1f} MiB")
     print(f"  fused: {fused / 2**20:.1f} MiB, {fused / eager:.2f} x ({how})")
 
-    nets = {"eager PyTorch": theirs.eval(), "fastres.optimize": fast}
+    nets = {"eager PyTorch": theirs, "fastres.optimize": fast}
     spent = [{label: seconds(net, images) for label, net in nets.items()} for _ in range(options.rounds + 3)][3:]
     where = f"{torch.get_num_threads()} CPU threads" if device == "cpu" else torch.cuda.get_device_name()
     print(f"\nSPEED of inference, {dtype}, {list(shape)}, on {where}, medians of {options.rounds} calls in turn")
