@@ -130,6 +130,19 @@ def test_first_look(tmp_path: Path) -> None:
     assert re.search(r"fastres.optimize is \d+\.\d+ x as fast \(median", said)
 
 
+def test_first_look_counts_the_passes_of_libraries(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without oneDNN nothing but the BatchNorms is folded away."""
+    monkeypatch.setattr(
+        sys, "argv", ["first_look.py", "--depth", "18", "--batch", "1", "--size", "64", "--rounds", "4"]
+    )
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with torch.backends.mkldnn.flags(enabled=False):
+        module("first_look").main()
+    assert "fastres.optimize: 25\n" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("depth", [18, 50])
 def test_first_look_counts_what_the_fused_path_keeps(depth: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its rule, applied to shapes, beside the tensors that the fused blocks give to autograd."""
