@@ -168,11 +168,12 @@ def main():
     except ValueError as error:
         parser.error(str(error))
     listener.listen()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: None)  # uvicorn raises the signal that stopped it once more
+    server = uvicorn.Server(config)
+    for number in (signal.SIGINT, signal.SIGTERM):  # before uvicorn runs; it raises what stopped it once more
+        signal.signal(number, lambda *_: setattr(server, "should_exit", True))
     url = f"http://{options.host}:{listener.getsockname()[1]}/classify"
     print(f"{net.name} on {net.predict.device}, batches up to {options.batch}: {url}", flush=True)
-    uvicorn.Server(config).run(sockets=[listener])
+    server.run(sockets=[listener])
     print(f"stopped after {net.images} images in {net.calls} calls of the net", flush=True)
 
 

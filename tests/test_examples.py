@@ -438,6 +438,16 @@ def test_served_in_flight(folder: Path) -> None:
             server.health()
 
 
+def test_serve_stopped_before_uvicorn_runs(folder: Path) -> None:
+    early = "import os, signal, runpy, uvicorn; run = uvicorn.Server.run; uvicorn.Server.run = lambda *a, **k: "
+    early += f"(os.kill(os.getpid(), signal.SIGTERM), run(*a, **k)); runpy.run_path({str(EXAMPLES / 'serve.py')!r}, "
+    early += "run_name='__main__')"
+    words = [sys.executable, "-c", early, "--weights", "net.pt", "--port", "0"]
+    done = subprocess.run(words, cwd=folder, env=ON_A_CPU, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "stopped after 0 images" in done.stdout
+
+
 def test_serve_where_the_port_is_taken(folder: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = str(other.getsockname()[1])
