@@ -165,8 +165,10 @@ def test_ctrl_c_stops_where_trainings_are_done(
 def test_runs_of_other_settings_are_not_taken_for_these(
     whole: tuple[Path, int], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit, match=r"recipe\.iterations: 2 there, 4 here"):
+    with pytest.raises(SystemExit) as stopped:
         experiment("degradation", whole[0], *TINY[:-3], "4", "--device", "cpu")
+    assert stopped.value.code == 2
+    assert "recipe.iterations: 2 there, 4 here" in capsys.readouterr().err
 
 
 def ended(net: Net, seed: int, train_error: float) -> Trained:

@@ -742,11 +742,23 @@ def test_checkpoints_of_other_runs(tmp_path: Path, undisturbed: Path) -> None:
         ({"micro_batch": 16}, "micro-batches: 2 there, 4 here"),
     ]
     for options, message in others:
-        with pytest.raises(CheckpointError, match=message):
+        with pytest.raises(ValueError, match=message):
             train(short(out, **options, resume=True))
     with pytest.raises(ValueError, match=r"last\.pt is there already: --resume"):
         train(short(out))
     assert (out / checkpoint.LAST).read_bytes() == before
+
+
+def test_another_runs_checkpoint_is_a_wrong_argument(
+    tmp_path: Path, undisturbed: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Status 2, with `--resume` and without it."""
+    out = _run_files(tmp_path / "run", undisturbed)
+    for given, said in ((["--resume"], "of another run: "), ([], "is there already")):
+        with pytest.raises(SystemExit) as stopped:
+            main(["train", "--out", str(out), "--device", "cpu", "--lr", "0.3", *given])
+        assert stopped.value.code == 2
+        assert said in capsys.readouterr().err
 
 
 def test_a_resumed_run_says_where_it_begins(

@@ -145,13 +145,11 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def require_equal(path: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
-    """Raises CheckpointError that names each setting in which the checkpoint's run differs from this one."""
+    """Raises ValueError that names each setting in which the checkpoint's run differs from this one."""
     names = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
     if names:
         differences = "; ".join(f"{name}: {theirs.get(name)!r} there, {ours.get(name)!r} here" for name in names)
-        raise CheckpointError(
-            f"{path} is of another run: {differences}. Resume with its settings or choose another --out"
-        )
+        raise ValueError(f"{path} is of another run: {differences}. Resume with its settings or choose another --out")
 
 
 def rng_state() -> dict[str, Any]:

@@ -426,15 +426,13 @@ class Trainer:
             dist.barrier()
 
     def restore(self, path: Path) -> None:
-        """Stands where the checkpoint's training stood. Raises CheckpointError for one of another run."""
+        """Stands where the checkpoint's training stood. Raises ValueError for one of another run."""
         state = checkpoint.load(path)
         checkpoint.require_equal(path, state["run"], self.identity)
         classes = self.loader.dataset.classes
         said = difference(state["meta"]["classes"], classes, ("the checkpoint", "the data"))
         if said is not None:
-            raise checkpoint.CheckpointError(
-                f"{path} is of another run: {said}. Resume with its images or choose another --out"
-            )
+            raise ValueError(f"{path} is of another run: {said}. Resume with its images or choose another --out")
         self.model.load_state_dict(state["model"])
         if self.ema is not None:
             self.ema.module.load_state_dict(state["ema"])
