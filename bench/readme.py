@@ -147,8 +147,8 @@ def summary_of_cpu(record: dict[str, Any], source: str) -> str:
         lines.append(cells)
     head = [f"{plot.net_of(cases[0][0]['net'])} inference, img/s", *(f"batch {rows[0]['batch']}" for rows in cases)]
     return f"{table(head, lines)}\n" + paragraph(
-        f'{where(record, "torch", "onnxruntime")}: [record]({source}). "x eager" is relative to fp32, the other ratio '
-        "to the best peer in the same dtype."
+        f'{where(record, "torch", "onnxruntime")}: [record]({source}). "x eager" compares with eager PyTorch in fp32, '
+        "the other ratio with the best peer in the same dtype."
     )
 
 
@@ -188,8 +188,8 @@ def memory_line(rows: list[Row], source: str) -> str:
     parts = ", ".join(_part(row, "fastres") for row in rows)
     least, most = (extreme(_part(row, "recompute") for row in rows) for extreme in (min, max))
     return paragraph(
-        f"[Memory saved for backward]({source}) in bf16, counted, relative to eager PyTorch: {parts} for "
-        f"ResNet-{depths}; with recomputation {least} to {most}."
+        f"[Memory saved for backward]({source}) in bf16, as a fraction of eager PyTorch's: {parts} for "
+        f"ResNet-{depths}; {least} to {most} with recomputation. It is counted, not measured on a GPU."
     )
 
 
