@@ -525,7 +525,12 @@ def main(arguments: list[str] | None = None) -> int:
         "--untried", action="store_true", help="take tiles that no GPU has run where the model prefers them"
     )
     parser.add_argument(
-        "--fusions", type=switch, nargs="+", default=[], metavar="NAME=0|1", help="of `fastres.fusions`, on or off"
+        "--fusions",
+        type=switch,
+        nargs="+",
+        default=[],
+        metavar="NAME=0|1",
+        help="of `fastres.ops.dispatch.fusions`, on or off",
     )
     parser.add_argument("--csv", type=Path, help="write the rows here as well")
     options = parser.parse_args(arguments)
