@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -62,7 +63,7 @@ class Plan:
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit status 1 if a row of ours is wrong or failed, or nothing could be measured; 130 after Ctrl-C, 143 after
-    SIGTERM; else 0."""
+    SIGTERM while measuring; else 0."""
     plan = parse(arguments)
     table = flops_table(tuple(dict.fromkeys(case.net for case, _ in plan.rows)))
     print(render_flops(table), flush=True)
@@ -77,9 +78,10 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         run(plan, record)
     except KeyboardInterrupt as stop:
-        kept = f"; {plan.json} holds what was measured, --resume goes on with it" if plan.json else ""
+        begun = plan.json is not None and plan.json.exists()
+        kept = f"; {plan.json} holds what was measured, --resume goes on with it" if begun else ""
         print(f"\nstopped{kept}", file=sys.stderr)
-        return 128 + (stop.args[0] if stop.args else signal.SIGINT)
+        return status_of(stop)
     asked = {(*records_case(case), backend) for case, backend in plan.rows}
     rows = [row for row in record["rows"] if records.key(row) in asked]
     print(f"\n{render_rows(rows)}\n\n{advice.advice(rows)}", flush=True)
@@ -483,6 +485,17 @@ def terminated(number: int, frame: object) -> None:
     raise KeyboardInterrupt(number)
 
 
+def status_of(stop: KeyboardInterrupt) -> int:
+    """130 after Ctrl-C, 143 after SIGTERM."""
+    return 128 + (stop.args[0] if stop.args else signal.SIGINT)
+
+
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, terminated)
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt as stop:  # before or after the measuring, in which `main` sees to it
+        sys.exit(status_of(stop))
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # which Python would write to at its end
+        sys.exit(141)

@@ -206,6 +206,26 @@ def test_help_names_every_default(bench: SimpleNamespace, monkeypatch: pytest.Mo
         assert action.nargs == 0 or "default: " in (action.help or ""), action.option_strings
 
 
+def test_stopped_before_anything_is_measured(
+    bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    def stopped(plan: Any, record: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bench.run, "run", stopped)
+    assert bench.run.main([*TINY, "--json", str(tmp_path / "r.json")]) == 130
+    assert capsys.readouterr().err.endswith("\nstopped\n")
+
+
+def test_nobody_reads_what_is_printed() -> None:
+    read, closed = os.pipe()
+    os.close(read)
+    with os.fdopen(closed, "w") as nobody:
+        command = [sys.executable, str(BENCH / "run.py"), *TINY]
+        done = subprocess.run(command, stdout=nobody, stderr=subprocess.PIPE, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
 def test_a_record_is_neither_replaced_nor_lost(
     bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
