@@ -135,6 +135,8 @@ def summary_of_gpu(record: dict[str, Any], source: str) -> str:
 def summary_of_cpu(record: dict[str, Any], source: str) -> str:
     """README's block: inference, a line for each dtype of `fastres.optimize`, a column for each batch."""
     cases = [rows for case, rows in records.by_case(record["rows"]).items() if case[1] == "infer"]
+    if not cases:
+        raise ValueError(f"{source} has no inference, which README.md shows of a CPU")
     eagers = [records.eager(rows) for rows in cases]
     lines = [["eager PyTorch, fp32", *(plot.number(row["img_s"]) if row else "" for row in eagers)]]
     for dtype, backend in DTYPES.items():

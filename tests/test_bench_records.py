@@ -357,6 +357,11 @@ def test_pages_of_a_cpu(readme: ModuleType, tmp_path: Path, monkeypatch: pytest.
     assert (tmp_path / "docs" / "benchmarks.md").read_text() == full
 
 
+def test_a_cpu_s_record_without_inference(readme: ModuleType) -> None:
+    with pytest.raises(ValueError, match=r"bench/records/x\.json has no inference"):
+        readme.summary_of_cpu({"rows": []}, "bench/records/x.json")
+
+
 def test_what_no_picture_is_drawn_of(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     plot, table = importlib.import_module("plot"), ROOT / "bench" / "records" / "nvidia-h200-kernels-50.csv"
     doubled = tmp_path / "fp32.csv"
