@@ -372,6 +372,17 @@ def test_the_line_s_loss_is_of_the_images_since_the_one_before(tmp_path: Path, m
     expected = [sum(losses[:4]) / 4, sum(losses[4:]) / 4]
     assert shown == pytest.approx([*expected, *expected], rel=1e-9)
 
+    def step(self: Trainer, batches: Any) -> None:
+        self.signals.received = signal.SIGTERM * (self.iteration == 2)
+        stepped(self, batches)
+
+    stepped = Trainer.step
+    monkeypatch.setattr(Trainer, "step", step)
+    with pytest.raises(SystemExit):
+        train(short(tmp_path / "stopped", log_every=1))
+    train(short(tmp_path / "stopped", log_every=1, resume=True))
+    assert shown[4:] == pytest.approx(expected, rel=1e-9)
+
 
 def test_the_command_to_run_next(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("torchmetrics")

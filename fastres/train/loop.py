@@ -411,6 +411,7 @@ class Trainer:
             "best": self.best,
             "latest": None if self.latest is None else dataclasses.asdict(self.latest),
             "meter": self.meter,
+            "losses": self.losses,
             "rng": rng,
             "history": self.history,
             "seconds": self.clock.total(),
@@ -446,6 +447,7 @@ class Trainer:
         self.history = state["history"]
         self.clock = Clock(state.get("seconds", math.nan))  # nan: the checkpoint is of a time when it held none
         self.meter.copy_(state["meter"] if self.main else torch.zeros(3))
+        self.losses = state.get("losses", self.losses)
         if self.iteration == self.evaluated:
             self._mean_loss()  # from here on
         if len(state["rng"]) == self.place.world:
