@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -100,9 +99,9 @@ def _on_gpu(device: torch.device) -> tuple[str, str]:
     if (major, minor) < (8, 0):
         said = f"Models run as plain PyTorch on this machine's {name}."
         return f"{said}\nThe fused kernels need compute capability 8.0, this GPU has {major}.{minor}.", TRAIN
-    if not _has_triton():
-        said = f"The fused kernels for this machine's {name} need Triton, which is not installed."
-        return f"{said}\nUntil it is, nets of fastres can't run on this GPU.", INSTALL_TRITON
+    if not dispatch.has_triton():
+        said = f"Models run as plain PyTorch on this machine's {name}."
+        return f"{said}\nThe fused kernels need Triton, which is not installed.", INSTALL_TRITON
     said = f"ResNets run on fused Triton kernels on this machine's {name}, in training and inference."
     table = dispatch.table_in_force(device)
     if table.startswith("none"):
@@ -123,10 +122,6 @@ def _on_cpu(training: str) -> str:
     return f"{said}\nfastres.optimize serves ResNets on the CPU with oneDNN in {names}; {trains}."
 
 
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
 def _gpu() -> str:
     if not torch.cuda.is_available():
         return "none: " + (
@@ -137,7 +132,7 @@ def _gpu() -> str:
 
 
 def _triton() -> str:
-    if not _has_triton():
+    if not dispatch.has_triton():
         return "not usable: it is not installed"
     if dispatch.interpreting():
         return "usable: its interpreter runs the kernels, slowly (TRITON_INTERPRET=1)"
@@ -180,8 +175,6 @@ def _parts(module: nn.Module) -> dispatch.Parts | None:
 
 
 def _path(module: nn.Module) -> str:
-    if torch.cuda.is_available() and next(module.parameters()).is_cuda and not _has_triton():
-        return "none: the fused kernels need Triton, which is not installed"
     parts = _parts(module)
     assert parts is not None
     conv = parts.units[0][0]

@@ -136,8 +136,8 @@ FUSED_HERE = "ResNets run on fused Triton kernels on this machine's NVIDIA X1, i
             (9, 0),
             False,
             "",
-            "The fused kernels for this machine's NVIDIA X1 need Triton, which is not installed.\n"
-            "Until it is, nets of fastres can't run on this GPU.",
+            "Models run as plain PyTorch on this machine's NVIDIA X1.\n"
+            "The fused kernels need Triton, which is not installed.",
             INSTALL_TRITON,
         ),
     ],
@@ -153,9 +153,30 @@ def test_begins_with_what_runs_fused_on_a_gpu(
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA X1")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     monkeypatch.setattr(dispatch, "table_in_force", lambda device: table)
-    monkeypatch.setattr(words, "_has_triton", lambda: triton)
+    monkeypatch.setattr(dispatch, "has_triton", lambda: triton)
     assert words._on_gpu(torch.device("cuda")) == (summary, next_step)
     assert next_step in words.WHAT_FOR
+
+
+@pytest.mark.parametrize(
+    ("capability", "triton", "reason"),
+    [
+        ((8, 0), True, None),
+        ((7, 5), True, "compute capability 7.5 is below 8.0"),
+        ((9, 0), False, "Triton is not installed"),
+    ],
+)
+def test_a_gpu_without_kernels_runs_plain(
+    capability: tuple[int, int], triton: bool, reason: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(dispatch, "has_triton", lambda: triton)
+    gpu = torch.device("cuda")
+    assert dispatch.why_unfused(torch.float32, gpu) == reason
+    assert dispatch.pointwise_engine(torch.float32, gpu) == ("triton" if reason is None else "aten")
+    if reason is not None:
+        with fastres.backend("triton"), pytest.raises(RuntimeError, match=reason):
+            dispatch.why_unfused(torch.float32, gpu)
 
 
 def test_a_model_block_by_block() -> None:

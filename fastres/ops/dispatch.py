@@ -7,12 +7,14 @@ everywhere, `fusions` switches single fusions off so that each one's worth can b
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import platform
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, fields, replace
+from functools import cache
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
@@ -254,7 +256,9 @@ def _kernel_less(device: torch.device) -> str | None:
     forced = _forced.get()
     if device.type == "cuda":
         capability = torch.cuda.get_device_capability(device)
-        reason = None if capability >= (8, 0) else f"compute capability {capability[0]}.{capability[1]} is below 8.0"
+        reason = None if has_triton() else "Triton is not installed"
+        if capability < (8, 0):
+            reason = f"compute capability {capability[0]}.{capability[1]} is below 8.0"
     elif interpreting():
         reason = "the kernels' interpreter serves only backend('triton')" if forced == "auto" else None
     else:
@@ -262,6 +266,12 @@ def _kernel_less(device: torch.device) -> str | None:
     if reason is not None and forced != "auto":
         raise RuntimeError(f"backend({forced!r}) is in force but {reason}; use a CUDA GPU or TRITON_INTERPRET=1")
     return reason
+
+
+@cache
+def has_triton() -> bool:
+    """Whether Triton, in which the kernels are written, is installed. PyTorch brings it on Linux only."""
+    return importlib.util.find_spec("triton") is not None
 
 
 def why_no_int8(device: torch.device) -> str | None:
@@ -536,7 +546,9 @@ def pointwise_engine(dtype: torch.dtype, device: torch.device) -> Engine:
     """What computes the passes between convolutions: "triton" or "aten"."""
     if _forced.get() == "reference" or dtype not in _DTYPES:
         return "aten"
-    return "triton" if device.type == "cuda" or interpreting() else "aten"
+    if device.type == "cuda":
+        return "triton" if _kernel_less(device) is None else "aten"
+    return "triton" if interpreting() else "aten"
 
 
 @dataclass(frozen=True)
