@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 import torch
+import torchvision
 import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -28,6 +29,7 @@ import fastres
 from fastres.kernels import batch_norm, config, conv, persistent, problem, stem
 from fastres.kernels.problem import ConvProblem
 from fastres.ops import dispatch, launch
+from fastres.ops.stage import stage
 
 ROOT = Path(__file__).resolve().parent.parent
 BENCH = ROOT / "bench"
@@ -479,3 +481,36 @@ def test_what_is_asked_wrongly_is_refused(
     out, error = capsys.readouterr()
     assert said in error
     assert out == ""
+
+
+def drawn_kernels(bench: SimpleNamespace, net: Any, make: Any, blocks: int) -> tuple[int, int]:
+    """How many kernels forward and backward of `blocks` bottleneck blocks have, without those that merge partials,
+    count batches or convert dtypes and layouts; PyTorch's BatchNorm as one."""
+    with bench.calls.META:
+        made = [make(256, 64).to(memory_format=torch.channels_last) for _ in range(blocks)]
+    small = ("merge", "finish", "wgrad_reduce", "_sums", "clone", "_copy")
+    with bench.calls.recorded(BF16) as recorder:
+        x = torch.empty(256, 256, 56, 56, dtype=BF16, device="meta").to(memory_format=torch.channels_last)
+        y = net(x.requires_grad_(), made)
+        forward = len(recorder.launches())
+        y.backward(torch.empty_like(y))
+    big = [one.bytes > 2**20 and not any(part in one.kernel for part in small) for one in recorder.launches()]
+    return sum(big[:forward]), sum(big[forward:])
+
+
+def test_blocks_have_the_kernels_that_are_drawn(bench: SimpleNamespace) -> None:
+    """docs/fused.svg: an inner block of a stage by the H200's shipped table. A stage's last block ends by itself."""
+
+    def ours(x: torch.Tensor, blocks: list[Any]) -> torch.Tensor:
+        return stage(x, [(block.units(), block.downsample) for block in blocks])
+
+    def theirs(x: torch.Tensor, blocks: list[Any]) -> torch.Tensor:
+        return torch.nn.Sequential(*blocks)(x)
+
+    last = drawn_kernels(bench, ours, fastres.Bottleneck, 1)
+    both = drawn_kernels(bench, ours, fastres.Bottleneck, 2)
+    assert last == (5, 9)
+    assert (both[0] - last[0], both[1] - last[1]) == (4, 7)
+    assert drawn_kernels(bench, theirs, torchvision.models.resnet.Bottleneck, 1) == (10, 13)
+    drawing = (ROOT / "docs" / "fused.svg").read_text()
+    assert re.findall(r">(\d+) kernels<", drawing) == ["10", "4", "13", "7"]

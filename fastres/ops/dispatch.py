@@ -48,7 +48,7 @@ class Fusions:
     """The fusions of a training step, each of which can be turned off.
 
     statistics: BN statistics in the conv's epilogue, not in a pass of their own. prologue: normalise + ReLU while the
-    next conv loads, so that the activation is never stored. bn_backward: dz = p g + q z + r while dgrad and wgrad load.
+    next conv loads. bn_backward: dz = p g + q z + r while dgrad and wgrad load.
     relu_mask: the ReLU mask and both BN sums in dgrad's epilogue. block_end: a block's end within its successor's first
     convolution; forward it is computed while a 1x1 loads, backward its mask and sums stand in dgrad's epilogue.
     recompute (off unless asked for: it saves memory, not time): the outputs of a stage's blocks are not kept for
