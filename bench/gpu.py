@@ -111,7 +111,8 @@ def main(arguments: list[str] | None = None) -> int:
     if importlib.util.find_spec("pytest_timeout") is None:
         print("== pytest-timeout is not installed: a test that hangs takes its whole part with it", flush=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that every `finally` runs
-    out, cache = options.out, options.cache or Path(os.environ.get("FASTRES_CACHE_DIR") or ROOT / "out" / "cache")
+    out = options.out
+    cache = options.cache or Path(os.environ.get("FASTRES_CACHE_DIR") or ROOT / "out" / "cache").expanduser()
     if options.rehearse:
         out, cache = out / "rehearsal", out / "rehearsal" / "cache"
     run = Run(

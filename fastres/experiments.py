@@ -239,7 +239,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--workers", type=whole(0), default=0, metavar="N", help="processes that decode photographs (default: 0)"
     )
     images.add_argument(
-        "--cache", type=Path, metavar="DIR", help="where mean images are kept (default: ~/.cache/fastres)"
+        "--cache",
+        type=Path,
+        metavar="DIR",
+        help="where mean images are kept (default: $FASTRES_CACHE_DIR, else ~/.cache/fastres)",
     )
     how = parser.add_argument_group("how it runs")
     how.add_argument("--out", type=Path, metavar="DIR", help="default: out/experiment/<data>, with -quick behind it")

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import warnings
 from collections.abc import Mapping
@@ -21,6 +20,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
+from ..paths import cache_folder
 from . import replay
 from .problem import ConvProblem, Pass
 
@@ -602,12 +602,12 @@ def _lender(gpu: Gpu) -> tuple[str, Table]:
 
 def table_file(gpu: str, folder: Path | None = None) -> Path:
     """Where the table of the GPU of that name (`torch.cuda.get_device_name`) lies in `folder`; by default in the user's
-    own, which wins over what the package ships: $FASTRES_CACHE_DIR, else ~/.cache/fastres."""
+    own, which wins over what the package ships: `cache_folder`'s."""
     return (folder or _users_folder()) / (re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-") + ".json")
 
 
 def _users_folder() -> Path:
-    return Path(os.environ.get("FASTRES_CACHE_DIR") or Path.home() / ".cache" / "fastres") / "tables"
+    return cache_folder() / "tables"
 
 
 def write_table(table: Mapping[Key, Measurement], path: Path, gpu: Gpu) -> None:

@@ -14,8 +14,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
-# A floor may import itself and the floors below it; `kernels` stands apart and knows torch and triton only.
-FLOORS = ["face", "models", "ops", "kernels"]
+# A floor may import itself and the floors below it. `kernels` knows torch and triton, the ground only Python.
+FLOORS = ["face", "models", "ops", "kernels", "ground"]
 
 
 def modules() -> dict[str, Path]:
@@ -29,12 +29,13 @@ def modules() -> dict[str, Path]:
 
 
 def floor(module: str) -> str:
-    """fastres.models.x -> models; fastres.timm holds models too; everything else right under fastres is the face."""
+    """fastres.models.x -> models; fastres.timm holds models too, fastres.paths is the ground; everything else right
+    under fastres is the face."""
     parts = module.split(".")
     room = parts[1] if len(parts) > 1 else ""
     if room in ("timm", "paper"):
         return "models"
-    return {"csrc": "kernels"}.get(room, room if room in FLOORS else "face")
+    return {"csrc": "kernels", "paths": "ground"}.get(room, room if room in FLOORS else "face")
 
 
 def imports(file: Path, module: str) -> Iterator[str]:
@@ -65,14 +66,17 @@ def violations(module: str, file: Path, known: dict[str, Path]) -> list[str]:
             # `problem` is arithmetic on sizes; everything that runs is reached through ops
             if floor(module) == "face" and floor(target) == "kernels" and target != "fastres.kernels.problem":
                 wrong.append(f"{module} imports {name}, past ops")
-        elif floor(module) == "kernels" and root not in ("torch", "triton") and root not in sys.stdlib_module_names:
-            wrong.append(f"{module} imports {name}; kernels know torch and triton only")
+        elif root not in sys.stdlib_module_names:
+            if floor(module) == "kernels" and root not in ("torch", "triton"):
+                wrong.append(f"{module} imports {name}; kernels know torch and triton only")
+            if floor(module) == "ground":
+                wrong.append(f"{module} imports {name}; the ground knows Python only")
     return wrong
 
 
 def test_who_may_import_whom() -> None:
     known = modules()
-    assert {"fastres", "fastres.models.resnet", "fastres.ops.dispatch"} <= known.keys()
+    assert {"fastres", "fastres.models.resnet", "fastres.ops.dispatch", "fastres.paths"} <= known.keys()
     assert [line for module, file in known.items() for line in violations(module, file, known)] == []
 
 
@@ -85,6 +89,8 @@ def test_who_may_import_whom() -> None:
         ("fastres.kernels.x", "from fastres.ops import dispatch"),
         ("fastres.kernels.x", "from ..ops.dispatch import serves"),
         ("fastres.kernels.x", "import torchvision"),
+        ("fastres.paths", "import torch"),
+        ("fastres.paths", "from fastres.kernels import problem"),
         ("fastres.inference", "from fastres.kernels import conv"),
     ],
 )

@@ -1,7 +1,7 @@
 """Builds and loads csrc/: the CPU and the CUDA kernels of the option-A shortcut, one shared library each.
 
 A library is built by ninja when an operator first meets a tensor of its device, in seconds (stable ABI, no Python, no
-torch/extension.h), and kept in `FASTRES_CACHE_DIR` (else the user's cache folder) under a name that holds a hash of
+torch/extension.h), and kept in the cache folder (`fastres.paths`) under a name that holds a hash of
 sources, flags and torch version. Who builds holds a file lock, which the system takes back when a process dies, builds
 in a folder of its own and renames the result into place: a killed build or a second process leaves nothing half done.
 
@@ -29,6 +29,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
+from fastres.paths import cache_folder
 
 DEVICES = ("cpu", "cuda")
 _TORCH = Path(torch.__file__).parent
@@ -143,15 +145,7 @@ class _Recipe:
 
     @property
     def library(self) -> Path:
-        return cache_dir() / self.name
-
-
-def cache_dir() -> Path:
-    """Where libraries are kept: `FASTRES_CACHE_DIR`, else fastres/ in the user's cache folder."""
-    if chosen := os.environ.get("FASTRES_CACHE_DIR"):
-        return Path(chosen).expanduser().absolute()
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "fastres"
+        return cache_folder() / self.name
 
 
 def build(device: str, archs: tuple[str, ...] | None = None) -> Path:

@@ -89,7 +89,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     loaders = "; ".join(f"{name}: {meaning}" for name, meaning in LOADERS.items())
     data.add_argument("--loader", choices=list(LOADERS), default="auto", help=f"{loaders} (default: auto)")
     data.add_argument(
-        "--cache", type=Path, metavar="DIR", help="where mean images are kept (default: ~/.cache/fastres)"
+        "--cache",
+        type=Path,
+        metavar="DIR",
+        help="where mean images are kept (default: $FASTRES_CACHE_DIR, else ~/.cache/fastres)",
     )
     recipe = parser.add_argument_group("instead of the recipe's")
     recipe.add_argument(

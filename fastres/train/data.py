@@ -38,6 +38,7 @@ from tqdm import tqdm
 
 from fastres.classes import IMAGENET, are_imagenet_ids
 from fastres.images import READING, ImageError, read_image
+from fastres.paths import cache_folder
 from fastres.terminal import shows_bars
 from fastres.train.checkpoint import write_atomically
 from fastres.train.recipe import DATA, IMAGENET_MEAN, IMAGENET_STD, AreaCrop, PadCrop, Recipe, ScaleCrop
@@ -587,11 +588,6 @@ def _image_folder(name: str, place: Path) -> datasets.ImageFolder:
         return datasets.ImageFolder(str(place))
     except (FileNotFoundError, NotADirectoryError, PermissionError) as error:
         raise DataError(f"{place}: {error}. {HOW_TO_GET[name]}") from error
-
-
-def cache_folder() -> Path:
-    """Where statistics are kept unless the user says otherwise."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastres"
 
 
 def _moments(files: datasets.ImageFolder, recipe: Recipe, cache: Path, workers: int, device: torch.device) -> Moments:
