@@ -135,7 +135,7 @@ def _triton() -> str:
     if not dispatch.has_triton():
         return "not usable: it is not installed"
     if dispatch.interpreting():
-        return "usable: its interpreter runs the kernels, slowly (TRITON_INTERPRET=1)"
+        return "usable: its interpreter runs the kernels, slowly, in fp32 and fp16 (TRITON_INTERPRET=1)"
     if not torch.cuda.is_available():
         return "not usable: there is no GPU"
     if torch.cuda.get_device_capability() < (8, 0):
@@ -181,5 +181,8 @@ def _path(module: nn.Module) -> str:
     weight = next(module.parameters())
     channels = getattr(conv, "in_channels", weight.shape[1] if weight.dim() > 1 else 1)
     x = torch.empty(1, channels, 56, 56, device=weight.device, dtype=weight.dtype)
-    reason = dispatch.why_plain(x, parts)
+    try:
+        reason = dispatch.why_plain(x, parts)
+    except RuntimeError as error:  # of a backend that is forced and can't serve it
+        return f"refused: {error}"
     return FUSED if reason is None else f"{PLAIN}: {reason}"

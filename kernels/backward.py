@@ -18,7 +18,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .config import Tile, backward_tile
-from .launch import cdiv, check_tensor, gpu_of
+from .launch import cdiv, check_product, check_tensor, gpu_of
 from .problem import ConvProblem
 
 
@@ -117,6 +117,7 @@ def conv_problem(
     if dy.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         raise ValueError(f"dy must be bfloat16, float16 or float32, got {dy.dtype}")
     check_tensor("dy", dy, (N, problem.P, problem.Q, K), dy)
+    check_product(dy)
     return problem
 
 

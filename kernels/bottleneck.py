@@ -21,7 +21,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .config import cover
-from .launch import cdiv, check_tensor, tma_refusal
+from .launch import cdiv, check_product, check_tensor, tma_refusal
 from .problem import ConvProblem
 from .replay import empty, launch, remembered
 from .tile import box_origin, filter_tap, relu
@@ -109,6 +109,7 @@ def bottleneck_chain(
     """
     if x.dtype not in (torch.bfloat16, torch.float16):
         raise ValueError(f"x must be bfloat16 or float16, got {x.dtype}")
+    check_product(x)
     if x.dim() != 4 or x.shape[3] not in CHANNELS:
         raise ValueError(f"x must be [N, H, W, C] with C one of {CHANNELS}, got shape {list(x.shape)}")
     N, H, W, C = x.shape

@@ -34,7 +34,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import persistent
 from .config import Tile, fprop_tile, pixel_tiles, reduction_steps, row_channels
-from .launch import cdiv, check_device, check_tensor, gpu_of, tma_refusal
+from .launch import cdiv, check_device, check_product, check_tensor, gpu_of, tma_refusal
 from .problem import ConvProblem
 from .replay import empty, launch, remembered
 from .tile import affine_relu, box_origin, box_pixels, filter_tap, finish, join_relu, store_statistics, unravel
@@ -418,6 +418,7 @@ def conv_fprop(
     check_tensor("residual", residual, shape, x, x.dtype, y_dtype)
     check_tensor("out", out, shape, x, y_dtype)
     check_device(x, x.dtype, y_dtype)
+    check_product(x)
 
     y = empty(shape, y_dtype, x.device) if out is None else out
     computed = 0 if prologue is None else 1 if join is None else 2

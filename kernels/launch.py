@@ -44,6 +44,12 @@ def check_device(x: Tensor, *dtypes: torch.dtype) -> None:
         raise ValueError(f"x must be on a CUDA device, got {x.device}; only Triton's interpreter takes CPU tensors")
 
 
+def check_product(x: Tensor) -> None:
+    """ValueError where Triton's interpreter would run a kernel that multiplies by x and get it wrong."""
+    if triton.knobs.runtime.interpret and x.dtype == torch.bfloat16 and x.device.type != "meta":
+        raise ValueError("Triton's interpreter multiplies bfloat16 wrongly; it takes float16 and float32")
+
+
 def tma_refusal(problem: ConvProblem, *tensors: Tensor | None) -> str | None:
     """Why the tensor memory accelerator can't carry boxes of these tensors, or None where it can."""
     present = [tensor for tensor in tensors if tensor is not None]

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from .config import STEM_WINDOW, Tile, pixel_tiles, reduction_steps, stem_tile, stem_wgrad_tile
 from .conv import FLOATS, launch_boxes
-from .launch import cdiv, check_device, check_tensor, gpu_of, tma_refusal
+from .launch import cdiv, check_device, check_product, check_tensor, gpu_of, tma_refusal
 from .problem import ConvProblem
 from .replay import empty, launch, remembered
 from .tile import finish, store_statistics, unravel
@@ -296,6 +296,7 @@ def _check_packed(packed: Tensor, problem: ConvProblem, precision: str) -> None:
         raise ValueError(f"precision must be 'ieee' or 'tf32', got {precision!r}")
     check_tensor("packed", packed, (problem.N, *_packed_sizes(problem), CHANNELS), packed, *FLOATS)
     check_device(packed, packed.dtype)
+    check_product(packed)
 
 
 def _packed_sizes(problem: ConvProblem) -> tuple[int, int]:

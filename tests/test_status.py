@@ -179,6 +179,31 @@ def test_a_gpu_without_kernels_runs_plain(
             dispatch.why_unfused(torch.float32, gpu)
 
 
+def test_the_interpreter_does_not_multiply_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its `tl.dot` would, and give garbage."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    net, cpu = fastres.resnet18().bfloat16(), torch.device("cpu")
+    assert "in fp32 and fp16" in fastres.status().triton
+    with fastres.backend("triton"):
+        for refuse in (
+            lambda: net(torch.zeros(1, 3, 32, 32, dtype=torch.bfloat16)),
+            lambda: fastres.optimize(net.eval())(torch.zeros(1, 3, 32, 32)),
+            lambda: dispatch.why_unfused(torch.bfloat16, cpu),
+        ):
+            with pytest.raises(RuntimeError, match="interpreter multiplies bfloat16 wrongly; use a CUDA GPU, float16"):
+                refuse()
+        blocks = fastres.status(net).blocks
+        assert blocks is not None
+        assert all("refused: backend('triton')" in path for path in blocks.values())
+        assert dispatch.why_unfused(torch.float16, cpu) is None
+        assert set((fastres.status(net.half()).blocks or {}).values()) == {FUSED}
+
+
+def test_a_status_says_what_a_forced_backend_refuses() -> None:
+    with fastres.backend("triton"):
+        assert fastres.status().training.startswith(("fused", "refused: backend('triton') is in force but"))
+
+
 def test_a_model_block_by_block() -> None:
     net = fastres.resnet18()
     net.layer1[0].relu.register_forward_hook(lambda *_: None)

@@ -248,7 +248,9 @@ def why_unfused(dtype: torch.dtype, device: torch.device) -> str | None:
     if _forced.get() == "reference":
         return None
     reason = _kernel_less(device)
-    return reason if dtype in _DTYPES else f"there are no fused kernels for {dtype}"
+    if dtype not in _DTYPES:
+        return f"there are no fused kernels for {dtype}"
+    return reason or _uninterpreted(dtype, device)
 
 
 def _kernel_less(device: torch.device) -> str | None:
@@ -265,6 +267,17 @@ def _kernel_less(device: torch.device) -> str | None:
         reason = f"there are no fused kernels for {device.type}"
     if reason is not None and forced != "auto":
         raise RuntimeError(f"backend({forced!r}) is in force but {reason}; use a CUDA GPU or TRITON_INTERPRET=1")
+    return reason
+
+
+def _uninterpreted(dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why Triton's interpreter, where it runs the kernels, must not multiply `dtype`: `tl.dot` is wrong there in
+    bfloat16. Raises RuntimeError where `backend` forces it."""
+    if not interpreting() or dtype != torch.bfloat16 or device.type == "meta":
+        return None
+    reason = "Triton's interpreter multiplies bfloat16 wrongly"
+    if (forced := _forced.get()) != "auto":
+        raise RuntimeError(f"backend({forced!r}) is in force but {reason}; use a CUDA GPU, float16 or float32")
     return reason
 
 
@@ -419,6 +432,8 @@ def why_engine(pass_: Pass, problem: ConvProblem, dtype: torch.dtype, device: to
     reason = _kernel_less(device)
     if reason is None and dtype not in (*_DTYPES, torch.float8_e4m3fn):
         reason = f"there are no fused kernels for {dtype}"
+    if reason is None:
+        reason = _uninterpreted(dtype, device)
     if reason is None and forced == "cudnn":
         reason = "backend('cudnn')"
     if reason is not None:
