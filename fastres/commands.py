@@ -141,6 +141,7 @@ examples:
     _common_arguments(parser)
 
 
+@data.hearing_workers()
 def run_eval(args: argparse.Namespace) -> int:
     """Prints top-1 and top-5. Returns 1 if images could not be read, else 0; raises ValueError for what can't be, and
     for weights and data whose classes are not the same in the same order, as far as both name them.
@@ -178,6 +179,7 @@ def run_eval(args: argparse.Namespace) -> int:
         return batches.report() or (0 if calibration is None else calibration.report())
 
 
+@data.hearing_workers()
 def run_predict(args: argparse.Namespace) -> int:
     """Prints the likeliest classes of each image. Returns 1 if images could not be read, else 0."""
     _check(args)

@@ -21,6 +21,7 @@ import platform
 import statistics
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, fields
 from datetime import datetime, timezone
 from itertools import pairwise
@@ -36,9 +37,9 @@ from fastres.models import families
 from fastres.models.flops import PAPER_TABLE
 from fastres.models.paper import SHORTCUTS
 from fastres.train import checkpoint, data
-from fastres.train.checkpoint import CheckpointError, write_atomically
+from fastres.train.checkpoint import write_atomically
 from fastres.train.command import whole
-from fastres.train.loop import DTYPES, NonFiniteError, Run, train
+from fastres.train.loop import DTYPES, FAILURES, Run, train
 from fastres.train.recipe import QUICK, RECIPES, RISE, STUDIES, STUDY_RECIPES, Recipe, Study, lasting
 
 EXPERIMENTS = {
@@ -323,7 +324,7 @@ def run(args: argparse.Namespace) -> int:
             files[f"{wanted.name}.svg"] = draw(wanted.name, shown)
         for name, content in files.items():
             write_atomically(wanted.out / name, content)
-    except (CheckpointError, NonFiniteError) as error:
+    except FAILURES as error:
         raise SystemExit(f"python -m fastres experiment: {error}") from error
     finally:
         torch.set_num_threads(threads)
@@ -479,7 +480,8 @@ def responses(wanted: Plan, trained: Sequence[Trained]) -> Finding:
         sizes = {"num_classes": len(dataset.classes), "in_channels": dataset.channels}
         model = families.build(net.family, net.depth, net.shortcut, **sizes).to(device).eval()
         model.load_state_dict(checkpoint.load(one.folder / checkpoint.LAST)["model"])
-        stds = layer_responses(model, (x for x, _ in loader.validation()))
+        with closing(loader.validation()) as batches:
+            stds = layer_responses(model, (x for x, _ in batches))
         for index, (layer, std) in enumerate(stds.items(), 1):
             rows.append({"net": str(net), "seed": one.seed, "layer": index, "name": layer, "std": std})
     nets = by_net(trained)

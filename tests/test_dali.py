@@ -18,7 +18,7 @@ from sklearn.datasets import load_sample_images
 
 from fastres.__main__ import main
 from fastres.train import checkpoint, dali, data
-from fastres.train.data import DataError, Dataset, Loader, Stream
+from fastres.train.data import DataError, Dataset, Loader, ReadError, Stream
 from fastres.train.loop import Run, Trainer, train
 from fastres.train.recipe import RECIPES, Recipe, ScaleCrop
 
@@ -107,7 +107,7 @@ def test_what_is_rare_is_decoded_by_pillow(folder: Path) -> None:
     kinds = {}
     for index, (path, _) in enumerate(dataset.train.files.samples):
         item = coded[index, 0]
-        assert not isinstance(item, DataError)
+        assert not isinstance(item, ReadError)
         content = item[1].numpy().tobytes()
         kinds[int(Path(path).stem)] = content[:2]
         same = Image.open(io.BytesIO(content)).convert("RGB")
@@ -224,7 +224,7 @@ def test_a_corrupt_picture_is_named(folder: Path, workers: int, what: str) -> No
     bad.write_bytes(whole[: len(whole) // 2] if what == "cut" else b"no picture")
     recipe = dataclasses.replace(SMALL, normalise="channel")
     _, theirs = loaders(data.load("folder", recipe, folder), recipe, workers)
-    with pytest.raises(DataError, match=rf"^{bad} is no image that can be read .* fetch it again"):
+    with pytest.raises(ReadError, match=rf"^{bad} is no image that can be read .* fetch it again"):
         list(theirs.training(0, 3))
 
 

@@ -436,6 +436,24 @@ def test_a_signal_to_one_process_stops_all(tmp_path: Path) -> None:
     assert torch.load(tmp_path / checkpoint.LAST, weights_only=True)["iteration"] == 5
 
 
+def _one_rank_failing(out: Path) -> None:
+    def step(self: Trainer, batches: Any) -> None:
+        if self.iteration == 3 and not self.main:
+            raise torch.OutOfMemoryError("no memory")
+        whole(self, batches)
+
+    whole = Trainer.step
+    Trainer.step = step  # type: ignore[method-assign]
+    train(short(out))
+
+
+def test_a_process_that_fails_ends_all(tmp_path: Path) -> None:
+    (first, said), (second, why) = ranks(_one_rank_failing, tmp_path)
+    assert (first, second) == (1, 1)
+    assert said.startswith("PeerError: another process has ended, whose last words say why (")
+    assert why.startswith(f"OutOfMemoryError: no memory; --resume goes on from {tmp_path / checkpoint.LAST}; a smaller")
+
+
 def test_two_processes_are_one_that_accumulates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """gloo. Parameters to rounding; running statistics are rank 0's; validation covers each image once."""
     recipe = dataclasses.replace(SHORT, iterations=2, ema=None)

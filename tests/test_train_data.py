@@ -17,7 +17,7 @@ from sklearn.datasets import load_sample_images
 from torchvision import datasets
 
 from fastres.train import data
-from fastres.train.data import COLOUR, SAMPLE, DataError, Dataset, Loader, Moments, Resident, Stream
+from fastres.train.data import COLOUR, SAMPLE, DataError, Dataset, Loader, Moments, ReadError, Resident, Stream
 from fastres.train.recipe import IMAGENET_MEAN, IMAGENET_STD, RECIPES, Recipe, ScaleCrop
 
 CPU = torch.device("cpu")
@@ -384,9 +384,9 @@ def test_a_corrupt_picture_is_named(folder: Path, tmp_path: Path, workers: int) 
     bad = folder / "train" / "class1" / "1.png"
     bad.write_bytes(bad.read_bytes()[:200])
     recipe = dataclasses.replace(SMALL, normalise="channel")
-    with pytest.raises(DataError, match=rf"^{bad} is no image that can be read .* fetch it again"):
+    with pytest.raises(ReadError, match=rf"^{bad} is no image that can be read .* fetch it again"):
         list(loader(data.load("folder", recipe, folder), recipe, workers=workers).training(0, 3))
-    with pytest.raises(DataError, match=str(bad)):
+    with pytest.raises(ReadError, match=str(bad)):
         data.load("folder", SMALL, folder, cache=tmp_path / "cache")
 
 

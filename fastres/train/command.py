@@ -163,17 +163,16 @@ def run(args: argparse.Namespace) -> int:
     """Trains; the first process prints how it ended. Returns 0.
 
     Raises ValueError for arguments that can't be served, SystemExit for what fails while training or after a signal,
-    OSError for files that can't be written.
+    OSError for files that can't be read or written and for workers that died.
     """
     from fastres.train import loop
-    from fastres.train.checkpoint import CheckpointError
 
     names = {field.name for field in dataclasses.fields(loop.Run)} - {"name", "recipe", "out"}
     options = {name: value for name, value in vars(args).items() if name in names}
     out = args.out or Path("out") / args.recipe
     try:
         summary = loop.train(loop.Run(args.recipe, overridden(args), out, **options))
-    except (CheckpointError, loop.NonFiniteError) as error:
+    except loop.FAILURES as error:
         raise SystemExit(f"python -m fastres train: {error}") from error
     if int(os.environ.get("RANK", 0)) == 0:
         print(summary)

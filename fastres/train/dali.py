@@ -28,7 +28,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from fastres.images import ImageError, eight_bits, opened
-from fastres.train.data import Batches, DataError, Dataset, Folder, fetched, seeded
+from fastres.train.data import Batches, DataError, Dataset, Folder, Pairs, ReadError, fetched, seeded
 from fastres.train.recipe import Recipe, ScaleCrop
 
 Item = tuple[int, Tensor, Tensor, int]  # which photograph, its bytes, its window, its label
@@ -87,7 +87,7 @@ class Encoded:
     def __len__(self) -> int:
         return len(self.folder)
 
-    def __getitem__(self, item: tuple[int, int]) -> Item | DataError:
+    def __getitem__(self, item: tuple[int, int]) -> Item | ReadError:
         index, word = item
         path, label = self.folder.files.samples[index]
         try:
@@ -101,7 +101,7 @@ class Encoded:
                     size = picture.size
                     picture.save(content, "PPM")
         except ImageError as error:
-            return DataError(str(error))
+            return ReadError(str(error))
         with seeded(word):
             return (
                 index,
@@ -125,11 +125,11 @@ def _is_common(image: Image.Image) -> bool:
     return False
 
 
-def collate(items: Sequence[Item | DataError]) -> tuple[list[int], Tensor, list[int], Tensor, Tensor] | DataError:
+def collate(items: Sequence[Item | ReadError]) -> tuple[list[int], Tensor, list[int], Tensor, Tensor] | ReadError:
     """Which photographs, all their bytes in one tensor, how many each has, windows [N, 7], labels [N, 1]."""
     whole = []
     for item in items:
-        if isinstance(item, DataError):
+        if isinstance(item, ReadError):
             return item
         whole.append(item)
     which, data, windows, labels = zip(*whole, strict=True)
@@ -142,7 +142,7 @@ def collate(items: Sequence[Item | DataError]) -> tuple[list[int], Tensor, list[
     )
 
 
-def decoded(folder: Folder, batches: Batches, workers: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+def decoded(folder: Folder, batches: Batches, workers: int, device: torch.device) -> Pairs:
     """As `fastres.train.data.decoded`: uint8 [N, 3, H, W] in channels_last strides, and labels, on the device."""
     from nvidia.dali.plugin.pytorch import DALIClassificationIterator
 
@@ -168,7 +168,7 @@ def decoded(folder: Folder, batches: Batches, workers: int, device: torch.device
     except RuntimeError as error:
         for index in chain(*under_way):
             culprit = folder[index, 0]
-            if isinstance(culprit, DataError):
+            if isinstance(culprit, ReadError):
                 raise culprit from error
         raise
     finally:

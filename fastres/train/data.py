@@ -10,19 +10,23 @@ photographs that workers decode and crop; they travel as uint8 and are normalise
 
 from __future__ import annotations
 
+import atexit
+import ctypes
 import gc
 import hashlib
 import io
+import multiprocessing
 import os
 import pickle
 import signal
+import sys
 import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -44,11 +48,32 @@ from fastres.train.checkpoint import write_atomically
 from fastres.train.recipe import DATA, IMAGENET_MEAN, IMAGENET_STD, AreaCrop, PadCrop, Recipe, ScaleCrop
 
 SYNTHETIC_IMAGES = 1024
+PR_SET_PDEATHSIG = 1
 ORDER, SAMPLE, COLOUR, MIX = range(4)  # what chance is drawn for: each has its own Philox key
 
 
 class DataError(ValueError):
-    """Images that are missing, unreadable or unfit for the recipe. The message names the path and the mend."""
+    """Images that are missing or unfit for the recipe. The message names the path and the mend."""
+
+
+class ReadError(OSError):
+    """A photograph that can't be read, met on the way through them. The message names it and the mend."""
+
+
+class WorkerError(ChildProcessError):
+    """A process that reads images has died, or could not be started."""
+
+
+@contextmanager
+def hearing_workers() -> Iterator[None]:
+    """A worker's death is a WorkerError: torch raises a RuntimeError wherever the main process happens to be."""
+    try:
+        yield
+    except RuntimeError as error:
+        said = str(error).strip(" .")
+        if not said.startswith("DataLoader worker (pid"):
+            raise
+        raise WorkerError(f"a process that reads images has died ({said}); fewer --workers take less memory") from error
 
 
 @contextmanager
@@ -192,13 +217,13 @@ class Folder:
     def __len__(self) -> int:
         return len(self.files.samples)
 
-    def __getitem__(self, item: tuple[int, int]) -> tuple[Tensor, int] | DataError:
+    def __getitem__(self, item: tuple[int, int]) -> tuple[Tensor, int] | ReadError:
         index, word = item
         path, label = self.files.samples[index]
         try:
             image = read_image(path)
         except ImageError as error:
-            return DataError(str(error))
+            return ReadError(str(error))
         with seeded(word):
             pixels = torch.from_numpy(np.array(self.transform(image)))
             if self.erase is not None:
@@ -206,11 +231,11 @@ class Folder:
         return pixels, label
 
 
-def collate(items: Sequence[tuple[Tensor, int] | DataError]) -> tuple[Tensor, Tensor] | DataError:
+def collate(items: Sequence[tuple[Tensor, int] | ReadError]) -> tuple[Tensor, Tensor] | ReadError:
     """uint8 [N, C, H, W] in channels_last strides, and labels; or the first failure, which the main process raises."""
     pairs = []
     for item in items:
-        if isinstance(item, DataError):
+        if isinstance(item, ReadError):
             return item
         pairs.append(item)
     return torch.stack([pixels for pixels, _ in pairs]).permute(0, 3, 1, 2), torch.tensor([y for _, y in pairs])
@@ -292,7 +317,8 @@ class Dataset:
 
 
 Batches = Iterable[list[tuple[int, int]]]  # of (index, word)
-Decoder = Callable[[Folder, Batches, int, torch.device], Iterator[tuple[Tensor, Tensor]]]  # as `decoded`
+Pairs = Generator[tuple[Tensor, Tensor], None, None]  # whoever takes them closes them, which ends the workers
+Decoder = Callable[[Folder, Batches, int, torch.device], Pairs]  # as `decoded`
 
 
 @dataclass
@@ -319,7 +345,7 @@ class Loader:
         both = (self.dataset.train, self.dataset.val)
         self.train, self.val = (part.to(self.device) if isinstance(part, Resident) else part for part in both)
 
-    def training(self, start: int, stop: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def training(self, start: int, stop: int) -> Pairs:
         """This process's micro-batches of iterations [start, stop), in order."""
         if isinstance(self.train, Resident):
             yield from (self._resident(self.train, positions) for positions in self._schedule(start, stop))
@@ -328,11 +354,11 @@ class Loader:
             list(zip(self.stream.indices(p).tolist(), self.stream.words(p, SAMPLE)[:, 0].tolist(), strict=True))
             for p in self._schedule(start, stop)
         )
-        batches = (self.decode or decoded)(self.train, items, self.workers, self.device)
-        for positions, (x, y) in zip(self._schedule(start, stop), batches, strict=True):
-            yield self._mixed(self.preprocess(x, self._colour(positions)), y, positions)
+        with closing((self.decode or decoded)(self.train, items, self.workers, self.device)) as batches:
+            for positions, (x, y) in zip(self._schedule(start, stop), batches, strict=True):
+                yield self._mixed(self.preprocess(x, self._colour(positions)), y, positions)
 
-    def validation(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def validation(self) -> Pairs:
         """This process's share of the validation images, each once."""
         batch = max(1, min(self.recipe.batch, 256))
         indices = range(self.rank, len(self.val), self.world)
@@ -343,8 +369,9 @@ class Loader:
                 yield self.preprocess(self.val.images[index]), self.val.labels[index]
             return
         items = ([(index, 0) for index in chunk] for chunk in chunks)
-        for x, y in (self.decode or decoded)(self.val, items, self.workers, self.device):
-            yield self.preprocess(x), y
+        with closing((self.decode or decoded)(self.val, items, self.workers, self.device)) as batches:
+            for x, y in batches:
+                yield self.preprocess(x), y
 
     def _schedule(self, start: int, stop: int) -> Iterator[np.ndarray]:
         for iteration in range(start, stop):
@@ -372,13 +399,18 @@ class Loader:
         return x.contiguous(memory_format=torch.channels_last), y
 
 
-def _ignore_signals(worker: int) -> None:
-    """Ctrl-C and SIGTERM reach the whole group; the main process saves first and ends its workers itself."""
+def _serve(worker: int) -> None:
+    """Ctrl-C and SIGTERM reach the whole group; the main process saves first and ends its workers itself. However it
+    ends, they end with it."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+    if sys.platform == "linux":  # elsewhere torch's loop looks every five seconds whether the main process is there
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if (parent := multiprocessing.parent_process()) is not None and not parent.is_alive():
+        os._exit(1)
 
 
-def decoded(folder: Folder, batches: Batches, workers: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+def decoded(folder: Folder, batches: Batches, workers: int, device: torch.device) -> Pairs:
     """The photographs of each batch of (index, word), on the device; the next is on its way while one is used."""
     pinned = device.type == "cuda"
     found = fetched(folder, batches, workers, collate, pinned=pinned)
@@ -387,32 +419,96 @@ def decoded(folder: Folder, batches: Batches, workers: int, device: torch.device
 
 def fetched(
     dataset: Any,
-    batches: Batches,
+    batches: Iterable[list[Any]],
     workers: int,
     collate: Callable[[Sequence[Any]], Any],
     *,
     pinned: bool = False,
 ) -> Generator[Any, None, None]:
-    """What `collate` makes of the items of each batch of keys, in order. Raises a DataError that it meets."""
+    """What `collate` makes of the items of each batch of keys, in order. Raises a ReadError that it meets; WorkerError
+    where workers lack what they need, and RuntimeError, at any place, where one dies (`hearing_workers`).
+
+    The workers end when it is closed. Close it: the traceback of an exception may hold on to it, and to them, for long.
+    """
     loader: DataLoader = DataLoader(
         dataset,
         batch_sampler=batches,
         num_workers=workers,
-        collate_fn=collate,
+        collate_fn=_Shared(collate) if workers else collate,
         pin_memory=pinned,
         prefetch_factor=4 if workers else None,
-        worker_init_fn=_ignore_signals,
+        worker_init_fn=_serve,
         generator=torch.Generator(),  # the global one is the model's
     )
     if workers:
         gc.collect()  # a pipeline of DALI's must not be left to a worker to free: its threads aren't there to end
-    for batch in loader:
-        if isinstance(batch, DataError):
-            raise batch
-        yield batch
+    before = multiprocessing.active_children()
+    try:
+        coming = iter(loader)
+    except OSError as error:
+        _kill(set(multiprocessing.active_children()) - set(before))
+        said = f"{workers} processes that read images can't be started ({error.strerror}): fewer --workers take less"
+        raise WorkerError(said) from error
+    with _alive(coming) if workers else nullcontext():
+        for batch in coming:
+            if isinstance(batch, (ReadError, WorkerError)):
+                raise batch
+            yield batch
 
 
-def _ahead(batches: Iterator[tuple[Tensor, Tensor]], device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+@dataclass(frozen=True)
+class _Shared:
+    """`collate`, with its tensors in shared memory. A worker's queue puts them there as well, but in a thread whose
+    errors nobody hears of, and the batch would be waited for without end."""
+
+    collate: Callable[[Sequence[Any]], Any]
+
+    def __call__(self, items: Sequence[Any]) -> Any:
+        batch = self.collate(items)
+        try:
+            _share(batch)
+        except RuntimeError as error:
+            return WorkerError(
+                f"a process that reads images lacks shared memory ({str(error).splitlines()[0]}): enlarge /dev/shm, or "
+                "--workers 0 needs none"
+            )
+        return batch
+
+
+def _share(value: Any) -> None:
+    if isinstance(value, Tensor):
+        value.share_memory_()
+    elif isinstance(value, (tuple, list)):
+        for part in value:
+            _share(part)
+
+
+@contextmanager
+def _alive(coming: Any) -> Iterator[None]:
+    """The workers of a DataLoader's iterator live inside, and not beyond the end of the process."""
+    end = partial(_end, coming)
+    atexit.register(end)  # to run before multiprocessing's own, which would wait for them without end
+    try:
+        yield
+    finally:
+        atexit.unregister(end)
+        end()
+
+
+def _end(coming: Any) -> None:
+    """torch asks the workers to end; those that can't hear it are killed."""
+    try:
+        coming._shutdown_workers()
+    finally:
+        _kill(coming._workers)
+
+
+def _kill(workers: Iterable[Any]) -> None:
+    for worker in workers:
+        worker.kill()
+
+
+def _ahead(batches: Pairs, device: torch.device) -> Pairs:
     """Copies batch k + 1 to the device on a stream of its own while batch k is used. Batches are in pinned memory."""
     copies = torch.cuda.Stream(device)
 
@@ -423,14 +519,15 @@ def _ahead(batches: Iterator[tuple[Tensor, Tensor]], device: torch.device) -> It
         with torch.cuda.stream(copies):
             return batch[0].to(device, non_blocking=True), batch[1].to(device, non_blocking=True)
 
-    coming = start()
-    while coming is not None:
-        current = torch.cuda.current_stream(device)
-        current.wait_stream(copies)
-        for tensor in coming:
-            tensor.record_stream(current)
-        ready, coming = coming, start()
-        yield ready
+    with closing(batches):
+        coming = start()
+        while coming is not None:
+            current = torch.cuda.current_stream(device)
+            current.wait_stream(copies)
+            for tensor in coming:
+                tensor.record_stream(current)
+            ready, coming = coming, start()
+            yield ready
 
 
 def load(
@@ -606,9 +703,10 @@ def _moments(files: datasets.ImageFolder, recipe: Recipe, cache: Path, workers: 
     folder = Folder(files, centre_crop(recipe.resize, recipe.size))
     mine = range(rank, len(folder), world)
     batches = [[(i, 0) for i in mine[k : k + 64]] for k in range(0, len(mine), 64)]
-    images = (x for x, _ in decoded(folder, batches, workers, device))
-    shown = tqdm(images, "mean image", len(batches), unit="batch", disable=rank > 0 or not shows_bars())
-    moments = Moments.of(shown, 3, recipe.size)
+    with closing(decoded(folder, batches, workers, device)) as pairs:
+        images = (x for x, _ in pairs)
+        shown = tqdm(images, "mean image", len(batches), unit="batch", disable=rank > 0 or not shows_bars())
+        moments = Moments.of(shown, 3, recipe.size)
     if world > 1:
         shares: list[Any] = [None] * world
         dist.all_gather_object(shares, moments)

@@ -16,7 +16,7 @@ import shlex
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ from fastres.graphed import graphed
 from fastres.models import families
 from fastres.terminal import duration
 from fastres.train import checkpoint, dali
-from fastres.train.data import Folder, Loader, Stream, load
+from fastres.train.data import Folder, Loader, Pairs, ReadError, Stream, WorkerError, hearing_workers, load
 from fastres.train.process import Clock, Place, Signals, average, place, usable_cpus
 from fastres.train.recipe import GRAPHS, LOADERS, Recipe
 from fastres.train.report import CURVES, LOG, TENSORBOARD, Report, require_tensorboard
@@ -48,6 +48,9 @@ FILES = (LOG, CURVES, checkpoint.LAST, checkpoint.BEST, checkpoint.WEIGHTS, TENS
 
 class NonFiniteError(RuntimeError):
     """The loss or its gradient was no number. The message names the iteration and the checkpoint of the one before."""
+
+
+FAILURES = (checkpoint.CheckpointError, NonFiniteError, torch.OutOfMemoryError)  # whose message is all there is to say
 
 
 class Interrupted(Exception):
@@ -363,11 +366,12 @@ class Trainer:
         epoch, seconds = self.iteration / self.steps_per_epoch, self.clock.total()
         return {"iteration": self.iteration, "epoch": epoch, "lr": lr, "seconds": seconds}
 
-    def _validation(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for batch in self.loader.validation():
-            if self.signals.received and self.place.world == 1:
-                raise Interrupted
-            yield batch
+    def _validation(self) -> Pairs:
+        with closing(self.loader.validation()) as batches:
+            for batch in batches:
+                if self.signals.received and self.place.world == 1:
+                    raise Interrupted
+                yield batch
 
     def evaluate(self) -> Errors:
         """Validates the averaged weights, or the trained ones; the plateau rule hears of it. Raises Interrupted."""
@@ -377,8 +381,8 @@ class Trainer:
         model = self.ema.module if self.ema is not None else self.model
         model.eval()
         try:
-            with self._autocast():
-                found = errors(model, self._validation(), self.place.device, len(self.loader.dataset.classes))
+            with self._autocast(), closing(self._validation()) as batches:
+                found = errors(model, batches, self.place.device, len(self.loader.dataset.classes))
         finally:
             model.train()
         self.evaluated, self.latest = self.iteration, found
@@ -475,9 +479,15 @@ class Trainer:
         )
 
     def fit(self, report: Report | None = None) -> Summary:
-        """Trains to the end. Raises NonFiniteError, CheckpointError, DataError; SystemExit after a signal."""
+        """Trains to the end. Raises NonFiniteError, CheckpointError, ReadError; SystemExit after a signal."""
+        with closing(self.loader.training(self.iteration, self.total)) as batches:
+            self._train(batches, report)
+        assert self.latest is not None
+        figures = (self.iteration, self.latest.top1, self.latest.top5, self.best)
+        return Summary(*figures, self.run.out, self.clock.total(), self._then())
+
+    def _train(self, batches: Iterator[tuple[Tensor, Tensor]], report: Report | None) -> None:
         self.model.train()
-        batches = self.loader.training(self.iteration, self.total)
         self.clock.start()
         start, logged = self.clock.training(), self.iteration
         while True:
@@ -497,9 +507,6 @@ class Trainer:
                     report.row(row)
             if self.stopping:
                 self._leave(self.stopping)
-        assert self.latest is not None
-        figures = (self.iteration, self.latest.top1, self.latest.top5, self.best)
-        return Summary(*figures, self.run.out, self.clock.total(), self._then())
 
     def _then(self) -> str:
         """The command that tests the best weights on the validation images, or the test images with a holdout."""
@@ -618,11 +625,29 @@ def _plain(data: dict[str, Any]) -> dict[str, Any]:
 def train(run: Run) -> Summary:
     """Trains as `run` says and leaves checkpoints, log.csv and curves.png in run.out.
 
-    Raises ValueError (DataError among them) for what can't be served before training starts, CheckpointError and
-    NonFiniteError; SystemExit with 143 after SIGTERM and 130 after Ctrl-C, once a checkpoint is written.
+    Raises ValueError (DataError among them) for what can't be served before training starts; CheckpointError,
+    NonFiniteError, torch.OutOfMemoryError and the OSErrors ReadError and WorkerError for what fails then; SystemExit
+    with 143 after SIGTERM and 130 after Ctrl-C, once a checkpoint is written. However it ends, no worker is left.
     """
-    with Signals() as signals, place(run.device) as here:
-        return _train(run, here, signals)  # a function of its own: what holds the process group dies before that does
+    try:
+        with hearing_workers(), Signals() as signals, place(run.device) as here:
+            return _train(run, here, signals)  # a function of its own: what holds the process group dies before that
+    except ReadError as error:
+        raise ReadError(f"{error}; {_going_on(run, ' with the same number of training images')}") from error
+    except WorkerError as error:
+        raise WorkerError(f"{error}; {_going_on(run)}") from error
+    except torch.OutOfMemoryError as error:
+        raise torch.OutOfMemoryError(
+            f"{error}; {_going_on(run)}; a smaller --micro-batch takes less memory, which is another run: begin it in "
+            "another --out"
+        ) from error
+
+
+def _going_on(run: Run, condition: str = "") -> str:
+    last = run.out / checkpoint.LAST
+    if not last.exists():
+        return f"there is no checkpoint in {run.out} yet"
+    return f"{'the same command' if run.resume else '--resume'} goes on from {last}{condition}"
 
 
 def _train(run: Run, here: Place, signals: Signals) -> Summary:

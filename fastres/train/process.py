@@ -27,9 +27,16 @@ class Place:
     device: torch.device
 
 
+class PeerError(ConnectionError):
+    """Another process of the group has ended, or can't be reached."""
+
+
 @contextmanager
 def place(device: str | None) -> Iterator[Place]:
-    """One process, or torchrun's, whose process group is up inside: NCCL on GPUs, gloo elsewhere."""
+    """One process, or torchrun's, whose process group is up inside: NCCL on GPUs, gloo elsewhere.
+
+    Raises ValueError for a device that isn't there, PeerError when gloo loses another process.
+    """
     kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         chosen = torch.device(kind)
@@ -55,6 +62,9 @@ def place(device: str | None) -> Iterator[Place]:
         yield Place(dist.get_rank(), world, chosen)
     except BaseException as error:
         traceback.clear_frames(error.__traceback__)
+        if isinstance(error, RuntimeError) and "gloo/transport" in str(error):
+            said = str(error).partition("] ")[2]
+            raise PeerError(f"another process has ended, whose last words say why ({said})") from error
         raise
     finally:
         gc.collect()  # a DistributedDataParallel that outlives its process group can hang when it is freed
