@@ -113,8 +113,9 @@ class Trained:
         return self._last("val_error")
 
     @property
-    def val_error_top5(self) -> float:
-        return self._last("val_error_top5")
+    def val_error_top5(self) -> float | None:
+        """None for fewer than five classes."""
+        return next((row["val_error_top5"] for row in reversed(self.history) if "val_error_top5" in row), None)
 
     @property
     def seconds(self) -> float:
@@ -425,7 +426,8 @@ def _errors(wanted: Plan, trained: Sequence[Trained], words: Sequence[str], seen
     columns = ("train_error", "val_error", "val_error_top5")
     body = []
     for net, ones in by_net(trained).items():
-        cells = [Spread.of(getattr(one, column) for one in ones).percent() for column in columns]
+        figures = [[getattr(one, column) for one in ones] for column in columns]
+        cells = ["-" if None in values else Spread.of(values).percent() for values in figures]
         body.append((str(net), net.errors_of_paper(), *cells, wanted.data))
     return Finding(rows, head, body, words, seen)
 

@@ -38,9 +38,9 @@ from torch.nn.parallel import DistributedDataParallel
 import fastres
 from fastres.__main__ import main
 from fastres.models import families
-from fastres.train import checkpoint, report
+from fastres.train import checkpoint, loop, report
 from fastres.train.checkpoint import CheckpointError
-from fastres.train.data import Folder
+from fastres.train.data import Folder, Resident
 from fastres.train.loop import Errors, NonFiniteError, Run, Summary, Trainer, errors, graph_choice, train
 from fastres.train.process import Place, Signals, average, place
 from fastres.train.recipe import RECIPES, Ema, Recipe, Warmup
@@ -664,7 +664,7 @@ def test_errors_are_counted() -> None:
     loss = F.cross_entropy(scores, labels).item()
     expected = Errors(loss, sum(r >= 1 for r in ranks) / 50, sum(r >= 5 for r in ranks) / 50, 50)
     assert dataclasses.astuple(found) == pytest.approx(dataclasses.astuple(expected), rel=1e-5)
-    assert errors(lambda x: x, [(scores[:, :3], labels.clamp(max=2))], CPU, 3).top5 == 0
+    assert errors(lambda x: x, [(scores[:, :4], labels.clamp(max=3))], CPU, 4).top5 is None
 
 
 @pytest.mark.parametrize("lag", [0, 1])
@@ -743,7 +743,8 @@ def test_damaged_checkpoints(tmp_path: Path, undisturbed: Path) -> None:
     for content in (whole[: len(whole) // 2], bytes(flipped), b"", b"no zip"):
         last.write_bytes(content)
         with pytest.raises(
-            CheckpointError, match=rf"{last} is truncated, damaged or no.*{out / checkpoint.BEST} is there"
+            CheckpointError,
+            match=rf"{last} is truncated, damaged or no.*{out / checkpoint.BEST} is there to .*: copy it to {last}$",
         ):
             train(short(out, resume=True))
         assert last.read_bytes() == content
@@ -819,6 +820,45 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(tmp_path: Path, undisturbed: 
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert (out / checkpoint.LAST).read_bytes() == before
     assert sorted(path.name for path in out.iterdir()) == [checkpoint.BEST, checkpoint.LAST]
+
+
+def test_a_disk_full_at_first_claims_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def write(path: Path, content: bytes) -> None:
+        if path.suffix == ".pt":
+            raise OSError(errno.ENOSPC, "x")
+        whole(path, content)
+
+    whole = checkpoint.write_atomically
+    monkeypatch.setattr(checkpoint, "write_atomically", write)
+    with pytest.raises(CheckpointError, match=r"full; there is no earlier checkpoint, make room and begin anew$"):
+        train(short(tmp_path))
+
+
+def test_best_takes_the_place_of_a_damaged_last(tmp_path: Path, undisturbed: Path) -> None:
+    """As the message says."""
+    out = _run_files(tmp_path / "run", undisturbed)
+    (out / checkpoint.LAST).write_bytes((out / checkpoint.BEST).read_bytes())
+    train(short(out, resume=True))
+    assert_same(weights(out), weights(undisturbed))
+
+
+def test_few_classes_have_no_top_5(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not in the lines, nor in the summary and the log."""
+    whole = loop.load
+
+    def three(*args: Any, **options: Any) -> Any:
+        dataset = whole(*args, **options)
+        parts = [Resident(part.images, part.labels % 3) for part in (dataset.train, dataset.val)]
+        return dataclasses.replace(dataset, classes=tuple("abc"), train=parts[0], val=parts[1])
+
+    monkeypatch.setattr(loop, "load", three)
+    done = train(short(tmp_path))
+    assert "top-5" not in f"{capsys.readouterr().err}{done}"
+    rows = list(csv.DictReader((tmp_path / "log.csv").open()))
+    assert any(row["val_error"] for row in rows)
+    assert not any(row["val_error_top5"] for row in rows)
 
 
 @pytest.mark.parametrize(("number", "said"), [(errno.ENOSPC, "the disk is full"), (errno.EROFS, "system is read-only")])
@@ -910,6 +950,8 @@ def test_synthetic_images_from_the_command(
         ("--epochs 0", "--epochs: 0: any whole number from 1"),
         ("--iterations 5 --epochs 5", "exclude each other"),
         ("--seed -1", "--seed: -1: any whole number from 0"),
+        (f"--seed {2**70}", f"seed {2**70}: any whole number from 0 to 2**63 - 1 is accepted"),
+        (f"--seed {2**63}", "any whole number from 0 to 2**63 - 1 is accepted"),
         ("--micro-batch 0", "--micro-batch: 0: any whole number from 1"),
         ("--log-every 0", "--log-every: 0: any whole number from 1"),
         ("--eval-every 0", "--eval-every: 0: any whole number from 1"),

@@ -92,10 +92,11 @@ def save(folder: Path, state: dict[str, Any], *, best: bool) -> None:
         try:
             write_atomically(folder / name, data)
         except OSError as error:
-            raise CheckpointError(
-                f"{folder / name} can't be written ({len(data)} bytes): {_cause(error)}; the checkpoints before it are "
-                "intact, make room and go on from them"
-            ) from error
+            last = folder / LAST
+            there = f"{last} is intact, make room and go on from it"
+            mend = there if last.exists() else "there is no earlier checkpoint, make room and begin anew"
+            said = f"{folder / name} can't be written ({len(data)} bytes): {_cause(error)}; {mend}"
+            raise CheckpointError(said) from error
 
 
 def _cause(error: OSError) -> str:
@@ -137,7 +138,7 @@ def load(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} does not exist") from error
     except (OSError, EOFError, RuntimeError, ValueError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
         other = path.with_name(BEST if path.name == LAST else LAST)
-        mend = f"; {other} is there to resume from" if other.exists() else ""
+        mend = f"; {other} is there to resume from: copy it to {path}" if other.exists() else ""
         raise CheckpointError(f"{path} is truncated, damaged or no checkpoint ({error}){mend}") from error
     if not isinstance(state, dict) or not {"meta", "model", "ema"} <= state.keys():
         raise CheckpointError(f"{path} is no checkpoint of fastres: it lacks meta, model and ema")

@@ -99,6 +99,8 @@ class Run:
             _at_least(name, getattr(self, name), 0)
         for name in ("micro_batch", "log_every", "eval_every", "save_every"):
             _at_least(name, getattr(self, name), 1)
+        if self.seed >= 2**63:  # which NumPy's Philox would round
+            raise ValueError(f"seed {self.seed}: any whole number from 0 to 2**63 - 1 is accepted")
         choices = {"dtype": [None, *DTYPES], "compile": COMPILE, "loader": LOADERS, "cuda_graph": GRAPHS}
         for name, accepted in choices.items():
             if getattr(self, name) not in accepted:
@@ -114,12 +116,13 @@ def _at_least(name: str, value: int | None, least: int) -> None:
 
 @dataclass(frozen=True)
 class Summary:
-    """How a training ended. Errors in [0, 1]; of the averaged weights where the recipe averages. seconds: that it took,
-    of all its processes; nan: unknown. then: a command that tests its best weights."""
+    """How a training ended. Errors in [0, 1]; of the averaged weights where the recipe averages. top5: None for fewer
+    than five classes. seconds: that it took, of all its processes; nan: unknown. then: a command that tests its best
+    weights."""
 
     iterations: int
     error: float
-    top5: float
+    top5: float | None
     best: float
     out: Path
     seconds: float
@@ -128,19 +131,20 @@ class Summary:
     def __str__(self) -> str:
         found = ", ".join(name for name in FILES if (self.out / name).exists())
         took = "" if math.isnan(self.seconds) else f", {duration(self.seconds)}"
+        five = "" if self.top5 is None else f" (top-5 {self.top5:.2%})"
         return (
-            f"{self.iterations} iterations, validation error {self.error:.2%} (top-5 {self.top5:.2%}), "
+            f"{self.iterations} iterations, validation error {self.error:.2%}{five}, "
             f"best {self.best:.2%}{took}; {self.out} holds {found}\nnext: {self.then}"
         )
 
 
 @dataclass(frozen=True)
 class Errors:
-    """Mean loss, top-1 and top-5 error in [0, 1] over `count` images."""
+    """Mean loss, top-1 and top-5 error in [0, 1] over `count` images. top5: None for fewer than five classes."""
 
     loss: float
     top1: float
-    top5: float
+    top5: float | None
     count: int
 
 
@@ -158,7 +162,7 @@ def errors(
     if dist.is_initialized():
         dist.all_reduce(sums)
     loss, first, five, count = sums.tolist()
-    return Errors(loss / count, 1 - first / count, 1 - five / count, int(count))
+    return Errors(loss / count, 1 - first / count, None if classes < 5 else 1 - five / count, int(count))
 
 
 class Trainer:
@@ -387,7 +391,9 @@ class Trainer:
             model.train()
         self.evaluated, self.latest = self.iteration, found
         self.lr.validation_error(found.top1)
-        row = {"val_loss": found.loss, "val_error": found.top1, "val_error_top5": found.top5}
+        row = {"val_loss": found.loss, "val_error": found.top1}
+        if found.top5 is not None:
+            row["val_error_top5"] = found.top5
         self.history.append({**self._where(), **row})
         return found
 

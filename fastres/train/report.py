@@ -127,7 +127,8 @@ class Report:
             f"iteration {int(row['iteration']):{whole}}/{self.total}",
             f"epoch {row['epoch']:{len(epochs)}.1f}/{epochs}",
             f"loss {'-' if loss is None else f'{loss:.3f}':>6}",
-            f"validation error {row['val_error']:6.2%}, top-5 {row['val_error_top5']:6.2%}",
+            f"validation error {row['val_error']:6.2%}"
+            + (f", top-5 {row['val_error_top5']:6.2%}" if "val_error_top5" in row else ""),
             f"{self._speed():>15}",
             duration(row["seconds"]),
         )
