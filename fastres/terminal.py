@@ -1,16 +1,36 @@
-"""What a terminal is shown that a file or a pipe is not."""
+"""What a terminal is shown that a file or a pipe is not, and text as it can be shown and kept."""
 
 from __future__ import annotations
 
 import math
 import os
+import re
 import sys
 from collections.abc import Mapping
+
+_NO_CHARACTERS = r"\ud800-\udfff"  # among them Python's stand-ins for bytes of file names that aren't UTF-8
+_CONTROLS = r"\x00-\x08\x0a-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069"  # all but the tab; and what turns text around
 
 
 def shows_bars() -> bool:
     """True where stderr is a terminal that can go back to the start of a line, as a progress bar does."""
     return sys.stderr is not None and sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+
+
+def utf8(text: object) -> str:
+    """`text` as a file in UTF-8 can hold it: of a file's name, bytes that aren't UTF-8 become \\xNN."""
+    return re.sub(f"[{_NO_CHARACTERS}]", _escape, str(text))
+
+
+def printable(text: object) -> str:
+    """`text` as one line that does nothing to a terminal: as `utf8`, and control characters become \\n, \\x1b, ..."""
+    return re.sub(f"[{_NO_CHARACTERS}{_CONTROLS}]", _escape, str(text))
+
+
+def _escape(found: re.Match[str]) -> str:
+    code = ord(found[0])
+    byte = 0xDC80 <= code <= 0xDCFF
+    return f"\\x{code - 0xDC00:02x}" if byte else found[0].encode("unicode_escape").decode()
 
 
 def duration(seconds: float) -> str:
