@@ -93,7 +93,7 @@ def test_windows_are_those_that_the_transform_draws(size: tuple[int, int]) -> No
 
 
 def test_the_window_of_validation_is_the_centre() -> None:
-    top, left, bottom, right, down, across, mirrored = dali.window(data.centre_crop(256, 224), 640, 427).tolist()
+    top, left, bottom, right, down, across, mirrored = dali.window(data.CentreCrop(256, 224), 640, 427).tolist()
     assert (down, across, mirrored) == (224, 224, 0)
     scale = 427 / 256
     assert (bottom - top, right - left) == pytest.approx((224 * scale, 224 * 640 / 383), abs=1e-3)

@@ -140,7 +140,7 @@ def test_scale_crop_flip() -> None:
         with data.seeded(word):
             crop = np.asarray(transform(photo))
         with data.seeded(word):
-            side = min(scale(photo).size)
+            side = min(scale.make_params([photo])["size"])
         height, width = side, int(side * 640 / 427)
         resized = np.asarray(photo.resize((width, height), Image.Resampling.BILINEAR))
         assert crop.shape == (224, 224, 3)
@@ -156,7 +156,7 @@ def test_scale_crop_flip() -> None:
     assert (np.min(places, 0) < 0.1).all()
     assert (np.max(places, 0) > 0.9).all()
     with data.seeded(0):
-        many = [min(scale(Image.new("L", (9, 9))).size) for _ in range(3000)]
+        many = [min(scale.make_params([Image.new("L", (9, 9))])["size"]) for _ in range(3000)]
     assert set(many) == set(range(256, 481))
 
 
@@ -324,7 +324,7 @@ def test_statistics_are_computed_once(folder: Path, tmp_path: Path, monkeypatch:
     cache = tmp_path / "cache"
     first = data.load("folder", SMALL, folder, cache=cache).preprocess
     files = [path for path, _ in datasets.ImageFolder(str(folder / "train")).samples]
-    crops = [np.asarray(data.centre_crop(56, 48)(Image.open(path))) / 255 for path in files]
+    crops = [np.asarray(data.CentreCrop(56, 48)(Image.open(path))) / 255 for path in files]
     np.testing.assert_allclose(first.mean.permute(1, 2, 0).numpy(), np.mean(crops, 0), atol=1e-6)
     kept = next(cache.iterdir())
 

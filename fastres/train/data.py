@@ -41,7 +41,8 @@ from torchvision.transforms import InterpolationMode, v2
 from tqdm import tqdm
 
 from fastres.classes import IMAGENET, are_imagenet_ids
-from fastres.images import READING, ImageError, read_image
+from fastres.crop import centre, resized, resized_crop
+from fastres.images import READING, ClassFolders, ImageError, read_image
 from fastres.paths import cache_folder
 from fastres.terminal import shows_bars
 from fastres.train.checkpoint import write_atomically
@@ -241,25 +242,44 @@ def collate(items: Sequence[tuple[Tensor, int] | ReadError]) -> tuple[Tensor, Te
     return torch.stack([pixels for pixels, _ in pairs]).permute(0, 3, 1, 2), torch.tensor([y for _, y in pairs])
 
 
-class RandomScale(v2.Transform):
-    """The shorter side becomes a whole number from [low, high]. torchvision's own may be one off."""
+class ScaledCrop(v2.Transform):
+    """The shorter side becomes a whole number from [low, high]; then a crop of [size, size] at random. torchvision's
+    own random sizes may be one off."""
 
-    def __init__(self, low: int, high: int) -> None:
+    def __init__(self, low: int, high: int, size: int) -> None:
         super().__init__()
-        self.low, self.high = low, high
+        self.low, self.high, self.size = low, high, size
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
-        return {"side": int(torch.randint(self.low, self.high + 1, ()))}
+        side = int(torch.randint(self.low, self.high + 1, ()))
+        whole = resized(v2.functional.get_size(flat_inputs[0]), side)
+        top, left = (int(torch.randint(0, n - self.size + 1, ())) if n > self.size else 0 for n in whole)
+        return {"size": whole, "box": (top, left, self.size, self.size)}
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        return v2.functional.resize(inpt, [params["side"]], antialias=True)
+        return resized_crop(inpt, **params)
+
+
+class CentreCrop(v2.Transform):
+    """The shorter side becomes `resize`; then the square of `size` in the middle."""
+
+    def __init__(self, resize: int, size: int) -> None:
+        super().__init__()
+        self.resize, self.size = resize, size
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        whole = resized(v2.functional.get_size(flat_inputs[0]), self.resize)
+        return {"size": whole, "box": centre(whole, self.size)}
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        return resized_crop(inpt, **params)
 
 
 def train_transform(recipe: Recipe) -> v2.Transform:
     """A photograph's way to the uint8 crop that the recipe trains on."""
     steps: list[v2.Transform] = []
     if isinstance(recipe.crop, ScaleCrop):
-        steps += [RandomScale(recipe.crop.low, recipe.crop.high), v2.RandomCrop(recipe.size)]
+        steps.append(ScaledCrop(recipe.crop.low, recipe.crop.high, recipe.size))
     elif isinstance(recipe.crop, AreaCrop):
         steps.append(v2.RandomResizedCrop(recipe.size, antialias=True))
     if recipe.flip:
@@ -273,11 +293,6 @@ def erasing(recipe: Recipe) -> v2.Transform | None:
     """Random erasing before the device normalises: filled with the mean, to the next whole grey level."""
     grey = [float(round(255 * mean)) for mean in IMAGENET_MEAN]
     return v2.RandomErasing(recipe.erase, value=grey) if recipe.erase else None
-
-
-def centre_crop(resize: int, size: int) -> v2.Transform:
-    """The shorter side to `resize`, then the square of `size` in the middle."""
-    return v2.Compose([v2.Resize(resize, antialias=True), v2.CenterCrop(size)])
 
 
 def crop_and_flip(x: Tensor, words: np.ndarray, pad: int, flip: bool) -> Tensor:
@@ -672,7 +687,7 @@ def _photographs(
         trained.samples = [trained.samples[i] for i in kept.tolist()]
     classes = IMAGENET if name == "imagenet" else tuple(trained.classes)
     train = Folder(trained, train_transform(recipe), erasing(recipe))
-    val = Folder(held, centre_crop(recipe.resize, recipe.val_size))
+    val = Folder(held, CentreCrop(recipe.resize, recipe.val_size))
     if recipe.normalise == "pixel":
         preprocess = _moments(trained, recipe, cache, workers, device or torch.device("cpu")).preprocess()
     else:
@@ -682,8 +697,8 @@ def _photographs(
 
 def _image_folder(name: str, place: Path) -> datasets.ImageFolder:
     try:
-        return datasets.ImageFolder(str(place))
-    except (FileNotFoundError, NotADirectoryError, PermissionError) as error:
+        return ClassFolders(str(place))
+    except OSError as error:
         raise DataError(f"{place}: {error}. {HOW_TO_GET[name]}") from error
 
 
@@ -700,7 +715,7 @@ def _moments(files: datasets.ImageFolder, recipe: Recipe, cache: Path, workers: 
         dist.broadcast_object_list(known)
     if known[0] is not None:
         return known[0]
-    folder = Folder(files, centre_crop(recipe.resize, recipe.size))
+    folder = Folder(files, CentreCrop(recipe.resize, recipe.size))
     mine = range(rank, len(folder), world)
     batches = [[(i, 0) for i in mine[k : k + 64]] for k in range(0, len(mine), 64)]
     with closing(decoded(folder, batches, workers, device)) as pairs:
@@ -719,7 +734,7 @@ def _moments(files: datasets.ImageFolder, recipe: Recipe, cache: Path, workers: 
 def _fingerprint(files: datasets.ImageFolder, recipe: Recipe) -> str:
     digest = hashlib.sha256(f"{READING} {recipe.resize} {recipe.size}\n".encode())
     for path, label in files.samples:
-        digest.update(f"{os.path.relpath(path, files.root)} {label}\n".encode())
+        digest.update(f"{os.path.relpath(path, files.root)} {label}\n".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()[:16]
 
 
