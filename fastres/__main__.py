@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import fastres
+from fastres.terminal import printable
 
 PROGRAM = "python -m fastres"
 
@@ -227,6 +229,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         program.print_help(sys.stderr)
         return 2
     name = f"{PROGRAM} {args.command}"
+    if isinstance(sys.stdout, io.TextIOWrapper):  # which may be in ASCII
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         outcome = COMMANDS[args.command].run(args)
         if isinstance(outcome, str):
@@ -236,7 +240,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.stdout.flush()
         return outcome
     except ValueError as error:
-        parser.error(str(error))
+        parser.error(printable(error))
     except KeyboardInterrupt:
         from tqdm import tqdm
 
@@ -246,7 +250,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _drop_output()
         return 141
     except OSError as error:
-        print(f"{name}: {error}", file=sys.stderr)
+        print(f"{name}: {printable(error)}", file=sys.stderr)
         _drop_output()
         return 1
 

@@ -3,30 +3,30 @@
 from __future__ import annotations
 
 import argparse
-import csv
+import math
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
-from torchvision.datasets import ImageFolder
+from torch.utils.data import Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms.v2 import functional as tvf
 from tqdm import tqdm
 
 from fastres.classes import difference, out_of_order
 from fastres.evaluate import CROPS, SCALES, Predictor, Views, evaluate, require_metrics
-from fastres.images import ImageError, read_image
+from fastres.images import ClassFolders, ImageError, image_files, read_image, require_file
 from fastres.inference import optimize
 from fastres.models import families
 from fastres.ops import dispatch
-from fastres.terminal import shows_bars
+from fastres.table import Table, in_place_of
+from fastres.terminal import printable, shows_bars
 from fastres.train import data
 from fastres.train.loop import DTYPES, place
 from fastres.train.process import Place
@@ -181,12 +181,15 @@ def run_eval(args: argparse.Namespace) -> int:
 
 @data.hearing_workers()
 def run_predict(args: argparse.Namespace) -> int:
-    """Prints the likeliest classes of each image. Returns 1 if images could not be read, else 0."""
+    """Prints the likeliest classes of each image. Returns 1 if images could not be read or got no finite scores, or
+    folders could not be listed; else 0."""
     _check(args)
     if args.top < 1:
         raise ValueError(f"--top {args.top}: any whole number from 1 is accepted")
     weights, images = _apart(args)
-    paths = list(_image_files(images))
+    paths, unlisted = _image_files(images)
+    for reason in unlisted:
+        print(reason, file=sys.stderr)
     with place(args.device) as here:
         _require_served(args, here)
         nets = _nets(args, weights, here.device)
@@ -199,18 +202,24 @@ def run_predict(args: argparse.Namespace) -> int:
         if calibration is not None:
             print(f"note: {calibration.said}", file=sys.stderr)
         batches = _Batches(items, args, nets, views)
-        rows = _predictions(predictor, batches, min(args.top, len(names)))
-        with nullcontext() if args.csv is None else open(args.csv, "w", newline="", encoding="utf-8") as file:
-            writer = None if file is None else csv.writer(file)
-            if writer is not None:
-                writer.writerow(["image", "rank", "class", "name", "score"])
-            for i, rank, k, score in rows:
-                if rank == 1:
-                    print(paths[i])
-                print(f"  {score:7.2%}  {names[k]}")
-                if writer is not None:
-                    writer.writerow([paths[i], rank, k, names[k], f"{score:.6f}"])
-        return batches.report() or (0 if calibration is None else calibration.report())
+        broken = 0
+        with nullcontext() if args.csv is None else Table(args.csv) as table:
+            if table is not None:
+                table.row("image", "rank", "class", "name", "score")
+            for i, scores, classes in _predictions(predictor, batches, min(args.top, len(names))):
+                if not all(map(math.isfinite, scores)):
+                    tqdm.write(f"{printable(paths[i])}: the net's scores are not finite", file=sys.stderr)
+                    broken += 1
+                    continue
+                print(printable(paths[i]))
+                for rank, (score, k) in enumerate(zip(scores, classes, strict=True), 1):
+                    print(f"  {score:7.2%}  {printable(names[k])}")
+                    if table is not None:
+                        table.row(paths[i], rank, k, names[k], f"{score:.6f}")
+        if broken:
+            print(f"{broken} of {len(paths)} images got no finite scores", file=sys.stderr)
+        failed = [batches.report(), 0 if calibration is None else calibration.report(), broken, len(unlisted)]
+        return int(any(failed))
 
 
 def load_predictor(weights: str, model: str | None = None) -> tuple[Predictor, str, list[str]]:
@@ -225,13 +234,11 @@ def load_predictor(weights: str, model: str | None = None) -> tuple[Predictor, s
     return nets.predictor(args, nets.views(args), None, None), nets.title, _labels(None, nets)
 
 
-def _predictions(predictor: Predictor, batches: _Batches, top: int) -> Iterator[tuple[int, int, int, float]]:
-    """For each image its `top` likeliest classes: (which image, rank from 1, class, score)."""
+def _predictions(predictor: Predictor, batches: _Batches, top: int) -> Iterator[tuple[int, list[float], list[int]]]:
+    """Which image, the scores of its `top` likeliest classes, and which these are."""
     for images, places in batches:
         scores, classes = predictor(images).topk(top)
-        for i, row, columns in zip(places.tolist(), scores.tolist(), classes.tolist(), strict=True):
-            for rank, (score, k) in enumerate(zip(row, columns, strict=True), 1):
-                yield i, rank, k, score
+        yield from zip(places.tolist(), scores.tolist(), classes.tolist(), strict=True)
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -258,7 +265,7 @@ def _check(args: argparse.Namespace) -> None:
         folder = args.csv.resolve().parent
         if not folder.is_dir():
             raise ValueError(f"--csv {args.csv}: the folder {folder} does not exist")
-        if args.csv.is_dir() or not os.access(args.csv if args.csv.exists() else folder, os.W_OK):
+        if args.csv.is_dir() or not os.access(folder if in_place_of(args.csv) else args.csv, os.W_OK):
             raise ValueError(f"--csv {args.csv} can't be written")
 
 
@@ -439,7 +446,7 @@ def _described(views: Views) -> str:
     return f"{views.crops} crop{'s' * (views.crops == '10')} of {views.size}, shorter side {views.resize}"
 
 
-_Items = list[tuple[Path, int]] | tuple[Tensor, Tensor]
+_Items = list[tuple[str, int]] | tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -478,12 +485,12 @@ def _test_images(args: argparse.Namespace, name: str, nets: _Nets) -> _TestImage
     return _TestImages(items, classes, None, training)
 
 
-def _image_folder(place: Path, what_for: str) -> tuple[list[tuple[Path, int]], list[str]]:
+def _image_folder(place: Path, what_for: str) -> tuple[list[tuple[str, int]], list[str]]:
     try:
-        files = ImageFolder(str(place))
-    except (FileNotFoundError, PermissionError) as error:
+        files = ClassFolders(str(place))
+    except OSError as error:
         raise ValueError(f"{place} has no classes {what_for}: {error}") from error
-    return [(Path(path), label) for path, label in files.samples], files.classes
+    return files.samples, files.classes
 
 
 def _calibration(args: argparse.Namespace, default: tuple[_Items, str], nets: _Nets, views: Views) -> _Batches | None:
@@ -493,7 +500,10 @@ def _calibration(args: argparse.Namespace, default: tuple[_Items, str], nets: _N
         return None
     items, what = default
     if args.calibration is not None:
-        items, what = [(path, 0) for path in _image_files([args.calibration])], f"images in {args.calibration}"
+        paths, unlisted = _image_files([args.calibration])
+        if unlisted:
+            raise ValueError(unlisted[0])
+        items, what = [(path, 0) for path in paths], f"images in {printable(args.calibration)}"
     count = _count(items)
     order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
     picked = order[: args.calibration_images or _CALIBRATION_IMAGES].sort().values
@@ -531,18 +541,29 @@ def _apart(args: argparse.Namespace) -> tuple[list[str], list[Path]]:
     return weights, images
 
 
-def _image_files(given: Sequence[Path]) -> Iterator[Path]:
-    """The images named, and those in the folders named, sorted, at any depth. Raises ValueError if there are none."""
+def _image_files(given: Sequence[Path]) -> tuple[list[str], list[str]]:
+    """The images named, and those in the folders named, sorted, at any depth; and which folders can't be listed, and
+    why. Raises ValueError for what is neither an image nor a folder with images."""
+    paths: list[str] = []
+    errors: list[OSError] = []
     for path in given:
-        if path.is_dir():
-            found = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMG_EXTENSIONS)
-            if not found:
+        if os.path.isdir(path):
+            found = image_files(path, errors.append)
+            if not found and not errors:
                 raise ValueError(f"{path} holds no images; accepted are {', '.join(IMG_EXTENSIONS)}")
-            yield from found
-        elif path.is_file():
-            yield path
-        else:
-            raise ValueError(f"{path} does not exist")
+            paths += sorted(found, key=lambda file: file.split(os.sep))
+            continue
+        try:
+            require_file(path)
+        except FileNotFoundError as error:
+            raise ValueError(f"{path} does not exist") from error
+        except OSError as error:
+            raise ValueError(f"{path} can't be read: {error.strerror}") from error
+        paths.append(str(path))
+    unlisted = [f"{printable(error.filename)} can't be listed: {error.strerror}" for error in errors]
+    if not paths:
+        raise ValueError("; ".join(unlisted))
+    return paths, unlisted
 
 
 def _labels(file: Path | None, nets: _Nets) -> list[str]:
@@ -550,9 +571,17 @@ def _labels(file: Path | None, nets: _Nets) -> list[str]:
     if file is None:
         return next((each.names for each in nets.weights if each.names), [str(k) for k in range(classes)])
     try:
-        names = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"--labels {file} can't be read: {error}") from error
+        text = file.read_text(encoding="utf-8-sig", errors="surrogateescape")
+    except OSError as error:
+        raise ValueError(f"--labels {file} can't be read: {error.strerror}") from error
+    if "\0" in text:
+        raise ValueError(f"--labels {file} can't be read: it is no text, or in UTF-16; UTF-8 is accepted")
+    names = text.split("\n")
+    while names and not names[-1].strip():
+        names.pop()
+    empty = [line for line, name in enumerate(names, 1) if not name.strip()]
+    if empty:
+        raise ValueError(f"--labels {file}: line {empty[0]} is empty; a class on each line is accepted")
     if len(names) != classes:
         raise ValueError(f"--labels {file} names {len(names)} classes, {nets.weights[0].source} has {classes}")
     return names
@@ -561,7 +590,7 @@ def _labels(file: Path | None, nets: _Nets) -> list[str]:
 class _Files(Dataset):
     """Item i: the image of the i-th path, prepared, or the reason why there is none; and its label."""
 
-    def __init__(self, items: Sequence[tuple[Path, int]], views: Views, channels: int) -> None:
+    def __init__(self, items: Sequence[tuple[str, int]], views: Views, channels: int) -> None:
         self.items = items
         self.views = views
         self.mode = "L" if channels == 1 else "RGB"
@@ -572,13 +601,11 @@ class _Files(Dataset):
     def __getitem__(self, index: int) -> tuple[Tensor | str, int]:
         path, label = self.items[index]
         try:
-            image = tvf.pil_to_tensor(read_image(path, self.mode))
+            return self.views.prepare(tvf.pil_to_tensor(read_image(path, self.mode))), label
         except ImageError as error:
             return str(error), label
-        try:
-            return self.views.prepare(image), label
-        except ValueError as error:
-            return f"{path} can't be shown to the net ({error})", label
+        except (ValueError, MemoryError) as error:
+            return f"{printable(path)} can't be shown to the net ({printable(error)})", label
 
 
 def _collate(pairs: Sequence[tuple[Tensor | str, int]]) -> tuple[Tensor | list[Tensor], Tensor, list[str]]:
@@ -620,28 +647,27 @@ class _Batches:
             images, labels = self.items
             if images.shape[1] != self.channels:
                 raise ValueError(f"the net reads images of {self.channels} channels, the data has {images.shape[1]}")
-            for i in self._shown(range(0, len(labels), self.size)):
+            starts = range(0, len(labels), self.size)
+            for i in self._shown(starts, len(starts)):
                 yield self.views.prepare(images[i : i + self.size]), labels[i : i + self.size]
             return
-        loader: DataLoader = DataLoader(
-            _Files(self.items, self.views, self.channels),
-            self.size,
-            num_workers=self.workers,
-            collate_fn=_collate,
-            pin_memory=self.device.type == "cuda",
-        )
-        for images, labels, reasons in self._shown(loader):
-            for reason in reasons:
-                tqdm.write(f"calibration: {reason}" if self.sample_of else reason, file=sys.stderr)
-            self.failed += len(reasons)
-            if len(labels):
-                yield images, labels
+        files = _Files(self.items, self.views, self.channels)
+        starts = range(0, self.count, self.size)
+        places = (list(range(i, min(i + self.size, self.count))) for i in starts)
+        pinned = self.device.type == "cuda"
+        with closing(data.fetched(files, places, self.workers, _collate, pinned=pinned)) as batches:
+            for images, labels, reasons in self._shown(batches, len(starts)):
+                for reason in reasons:
+                    tqdm.write(f"calibration: {reason}" if self.sample_of else reason, file=sys.stderr)
+                self.failed += len(reasons)
+                if len(labels):
+                    yield images, labels
         if self.sample_of and self.failed == self.count:
             raise ValueError(f"{self.said}: none that was tried can be read")
 
-    def _shown(self, batches: Iterable[Any]) -> Iterable[Any]:
+    def _shown(self, batches: Iterable[Any], total: int) -> Iterable[Any]:
         title = "calibration" if self.sample_of else None
-        return tqdm(batches, title, unit="batch", disable=not shows_bars(), leave=False)
+        return tqdm(batches, title, total, unit="batch", disable=not shows_bars(), leave=False)
 
     def report(self) -> int:
         """The exit status: 1 if some of the images could not be read."""

@@ -12,7 +12,7 @@ evaluation is that of its [41].
 from __future__ import annotations
 
 import copy
-import csv
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -23,7 +23,9 @@ import torch
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as tvf
 
+from fastres.crop import MOST_PIXELS, centre, resized, resized_crop
 from fastres.inference import optimize
+from fastres.table import Table
 
 __all__ = [
     "CROPS",
@@ -70,6 +72,13 @@ class Views:
                 )
         elif self.size < 1 or (self.resize is not None and self.resize < self.size):
             raise ValueError(f"crops of side {self.size} don't fit images with a shorter side of {self.resize}")
+        kept = {"center": self.size, "10": self.resize or self.size, "multiscale": max(self.scales)}[self.crops]
+        most = math.isqrt(MOST_PIXELS)
+        if kept > most:
+            raise ValueError(
+                f"crops or scales of {kept}x{kept} are too large: up to {most}x{most} are accepted, of which a net's "
+                "first layer makes 1 GB"
+            )
 
     def prepare(self, image: Tensor) -> Tensor:
         """What can be done before images are batched, say by a loader's worker: uint8 [..., C, H, W] to uint8.
@@ -77,14 +86,20 @@ class Views:
         [..., C, size, size] for a centre crop; [..., C, resize, resize] for 10 crops, which [21] takes from the central
         square; the image itself for the fully convolutional form. Raises ValueError for one smaller than its crop.
         """
+        height, width = image.shape[-2:]
         if self.crops == "multiscale":
+            rows, columns = resized((height, width), max(self.scales))
+            if rows * columns > MOST_PIXELS:
+                raise ValueError(
+                    f"an image of {height}x{width} becomes {rows}x{columns}, more than {MOST_PIXELS:,} pixels"
+                )
             return image
         if self.resize is not None:
-            image = tvf.resize(image, [self.resize], antialias=True)
-        side = self.size if self.crops == "center" else min(image.shape[-2:])
-        if min(image.shape[-2:]) < self.size:
+            height, width = resized((height, width), self.resize)
+        if min(height, width) < self.size:
             raise ValueError(f"an image of {list(image.shape)} is smaller than its crop, {self.size}x{self.size}")
-        return tvf.center_crop(image, [side, side])
+        side = self.size if self.crops == "center" else min(height, width)
+        return resized_crop(image, (height, width), centre((height, width), side))
 
     def of(self, images: Tensor) -> Iterator[Tensor]:
         """The views, each [N, C, h, w], of prepared images uint8 [N, C, H, W]."""
@@ -274,13 +289,12 @@ class Result:
     def write_csv(self, path: str | Path, names: Sequence[str]) -> None:
         """One line per class: index, name, images, how many were right, and their shares (empty for no images)."""
         columns = {"top1": self.top1} | ({} if self.top5 is None else {"top5": self.top5})
-        with open(path, "w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
+        with Table(path) as table:
             shares = [f"{name}_accuracy" for name in columns]
-            writer.writerow(["class", "name", "images", *(f"{name}_correct" for name in columns), *shares])
+            table.row("class", "name", "images", *(f"{name}_correct" for name in columns), *shares)
             for k, (name, count) in enumerate(zip(names, self.images.tolist(), strict=True)):
                 correct = [int(column[k]) for column in columns.values()]
-                writer.writerow([k, name, count, *correct, *(f"{c / count:.6f}" if count else "" for c in correct)])
+                table.row(k, name, count, *correct, *(f"{c / count:.6f}" if count else "" for c in correct))
 
 
 def evaluate(

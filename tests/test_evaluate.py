@@ -149,7 +149,7 @@ def exact_resize(monkeypatch: pytest.MonkeyPatch) -> None:
     def resize(image: Tensor, size: list[int], **kwargs: Any) -> Tensor:
         if image.dtype != torch.uint8:
             return own(image, size, **kwargs)
-        return resized(image, *size) if image.dim() == 3 else torch.stack([resized(each, *size) for each in image])
+        return resized(image, min(size)) if image.dim() == 3 else torch.stack([resized(i, min(size)) for i in image])
 
     monkeypatch.setattr("fastres.evaluate.tvf.resize", resize)
 
