@@ -19,7 +19,7 @@ EXIT_STATUSES = {
     0: "done",
     1: "failed while it ran, or an image could not be read; stderr names what",
     2: "refused: wrong arguments, or something missing that they need; nothing was done",
-    3: "`experiment degradation` finished, and the paper's claim was not seen",
+    3: "`experiment degradation` did not see the paper's claim, or `eval --expect published` not that accuracy",
     130: "stopped by Ctrl-C; `train` and `experiment` save a checkpoint first",
     141: "whatever read the output is gone",
     143: "stopped by SIGTERM; `train` and `experiment` save a checkpoint first",

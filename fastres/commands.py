@@ -19,8 +19,8 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms.v2 import functional as tvf
 from tqdm import tqdm
 
-from fastres.classes import difference, out_of_order
-from fastres.evaluate import CROPS, SCALES, Predictor, Views, evaluate, require_metrics
+from fastres.classes import IMAGENET, are_imagenet_ids, difference, out_of_order
+from fastres.evaluate import CROPS, SCALES, Predictor, Result, Views, evaluate, require_metrics
 from fastres.images import ClassFolders, ImageError, image_files, read_image, require_file
 from fastres.inference import optimize
 from fastres.models import families
@@ -37,6 +37,9 @@ _EMBEDDED = {name: meaning for name, meaning in data.DATA.items() if name not in
 _CALIBRATED = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}  # dtypes that need images to set their ranges by
 _DTYPES = DTYPES | _CALIBRATED
 _CALIBRATION_IMAGES = 256
+_NOT_AS_EXPECTED = 3  # of __main__'s EXIT_STATUSES
+_VALIDATION_IMAGES = 50_000  # of ImageNet
+_MARGIN = 0.1  # points between two ways of computing the same accuracy: resizing, batches, dtypes
 _USUAL = {"digits": "digits", "cifar10": "cifar-2015", "cifar100": "cifar-2015"}  # recipes by data
 
 
@@ -121,6 +124,12 @@ examples:
     parser.add_argument("--checkpoint", nargs="+", required=True, metavar="FILE", help=weights)
     parser.add_argument("--model", nargs="+", metavar="NAME", help=_MODEL)
     parser.add_argument("--csv", type=Path, metavar="FILE", help="file for the figures per class (default: none)")
+    parser.add_argument(
+        "--expect",
+        choices=["published"],
+        help="published: compare with the accuracy that torchvision's weights tell of ImageNet's validation images; "
+        f"exit status {_NOT_AS_EXPECTED} where they differ (default: none)",
+    )
     _common_arguments(parser)
 
 
@@ -143,8 +152,9 @@ examples:
 
 @data.hearing_workers()
 def run_eval(args: argparse.Namespace) -> int:
-    """Prints top-1 and top-5. Returns 1 if images could not be read, else 0; raises ValueError for what can't be, and
-    for weights and data whose classes are not the same in the same order, as far as both name them.
+    """Prints top-1 and top-5. Returns 1 if images could not be read, 3 for another accuracy than the expected one, else
+    0; raises ValueError for what can't be, and for weights and data whose classes are not the same in the same order,
+    as far as both name them.
 
     Under torchrun every process tests its share of the images and the first prints.
     """
@@ -161,6 +171,7 @@ def run_eval(args: argparse.Namespace) -> int:
         for weights in nets.weights:
             _require_same_classes(args, weights, name, images.classes)
         views = nets.views(args)
+        published = {} if args.expect is None else _published(nets, name, images, views)
         if here.rank == 0:
             nets.note(views)
         calibration = _calibration(args, images.training or (images.items, "images tested"), nets, views)
@@ -168,15 +179,21 @@ def run_eval(args: argparse.Namespace) -> int:
         predictor = nets.predictor(args, views, preprocess, calibration)
         batches = _Batches(images.share(here.rank, here.world), args, nets, views)
         result = evaluate(predictor, batches, len(images.classes), here.device)
+        compared, agrees = _compared(result, published)
         if here.rank == 0:
+            for taken in nets.taken:
+                print(f"weights: {taken}")
             where = name if args.data else f"{name}, as the checkpoint says"
             print(f"{nets.title} in {_dtype(args, here.device)}, {_described(views)}, on {where}")
             if calibration is not None:
                 print(calibration.said)
             print(result)
+            for line in compared:
+                print(line)
             if args.csv is not None:
                 result.write_csv(args.csv, images.classes)
-        return batches.report() or (0 if calibration is None else calibration.report())
+        failed = batches.report() or (0 if calibration is None else calibration.report())
+        return failed or (0 if agrees else _NOT_AS_EXPECTED)
 
 
 @data.hearing_workers()
@@ -196,6 +213,8 @@ def run_predict(args: argparse.Namespace) -> int:
         names = _labels(args.labels, nets)
         views = nets.views(args)
         nets.note(views)
+        for taken in nets.taken:
+            print(f"note: weights: {taken}", file=sys.stderr)
         items = [(path, i) for i, path in enumerate(paths)]
         calibration = _calibration(args, (items, "images given"), nets, views)
         predictor = nets.predictor(args, views, None, calibration)
@@ -300,6 +319,11 @@ class _Nets:
     def title(self) -> str:
         return self.names[0] if len(self.names) == 1 else f"an ensemble of {', '.join(self.names)}"
 
+    @property
+    def taken(self) -> list[str]:
+        """Which weights were read of each file with averaged ones, or several."""
+        return [f"{each.taken} of {each.source}" for each in self.weights if each.taken is not None]
+
     def note(self, views: Views) -> None:
         """Says on stderr which views of an image add nothing, or are unlike all that a net was trained on."""
         if views.crops == "10" and views.size == views.resize:
@@ -352,14 +376,9 @@ class _Nets:
 
 
 def _preprocess(weights: Weights) -> nn.Module | None:
-    if not {"mean", "std"} <= weights.preprocess.keys():
+    if not weights.preprocess:
         return None
     mean, std = weights.preprocess["mean"], weights.preprocess["std"]
-    if mean.dim() != 3 or len(mean) != weights.channels:
-        raise ValueError(
-            f"{weights.source} holds a mean of shape {list(mean.shape)} for a net of {weights.channels} channels; "
-            "[channels, height, width] is expected"
-        )
     return data.Preprocess(mean, std, torch.zeros(len(mean), len(mean)))
 
 
@@ -422,12 +441,61 @@ def _require_same_classes(args: argparse.Namespace, weights: Weights, name: str,
 
 
 def _told(weights: Weights) -> str:
-    """The net's name as the checkpoint tells it."""
+    """The net's name as the weights tell it."""
+    if weights.net is not None:
+        return weights.net
     meta = weights.meta
     if "family" not in meta or "depth" not in meta:
         raise ValueError(f"{weights.source} doesn't say which net it is of: give --model")
     parts = (meta["family"], meta["depth"], meta.get("shortcut"))
     return "-".join(str(part) for part in parts if part is not None)
+
+
+def _published(nets: _Nets, name: str, images: _TestImages, views: Views) -> dict[int, float]:
+    """The accuracy to expect, in percent at top-1 and top-5. Raises ValueError where the weights tell none, and for
+    other images or views than those that it was measured on."""
+    weights = nets.weights[0]
+    if len(nets.weights) > 1:
+        raise ValueError("--expect published is for one net; for an ensemble no accuracy is published")
+    if 1 not in weights.published:
+        raise ValueError(
+            f"--expect published: {weights.source} tells no accuracy. torchvision's weights do under their names, as "
+            f"--checkpoint ResNet50_Weights.IMAGENET1K_V2, whose file may lie in {torch.hub.get_dir()}/checkpoints"
+        )
+    imagenet = tuple(images.classes) == IMAGENET or are_imagenet_ids(images.classes)
+    if name in _EMBEDDED or not imagenet or _count(images.items) > _VALIDATION_IMAGES:
+        raise ValueError(
+            f"--expect published: what {weights.source} tells is of ImageNet's {_VALIDATION_IMAGES:,} validation "
+            f"images, or some of them, in their 1000 classes; {name} has {_count(images.items):,} images of "
+            f"{len(images.classes):,} classes"
+        )
+    preset = weights.preset
+    if not preset or (views.crops, views.size, views.resize) != ("center", preset["size"], preset["resize"]):
+        usual = _described(Views("center", preset["size"], preset["resize"])) if preset else "views it doesn't tell"
+        raise ValueError(
+            f"--expect published: what {weights.source} tells is of {usual}, not of {_described(views)}; leave out "
+            "--crops, --size, --resize and --recipe"
+        )
+    return weights.published
+
+
+def _compared(result: Result, published: dict[int, float]) -> tuple[list[str], bool]:
+    """A line for each accuracy beside the published one, and whether all of them agree.
+
+    They do within `_MARGIN`, and for n of the N validation images three standard errors of a random sample more.
+    """
+    lines, agrees, n, total = [], True, result.count, _VALIDATION_IMAGES
+    for k, expected in published.items():
+        share, found = expected / 100, 100 * result.accuracy(k)
+        margin = _MARGIN + 300 * math.sqrt(share * (1 - share) / n * (1 - n / total))
+        within = abs(found - expected) <= margin
+        agrees &= within
+        lines.append(
+            f"top-{k}: {found:.2f}% here, {expected:.2f}% published, difference {found - expected:+.2f} points, "
+            f"{'within' if within else 'beyond'} the margin of {margin:.2f}"
+            + (f" for {n:,} of {total:,} images" if n < total else "")
+        )
+    return lines, agrees
 
 
 def _told_data(nets: _Nets) -> str:
