@@ -217,7 +217,9 @@ class Optimized(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The original's answer in `dtype` to x [N, C, H, W]: x in any floating dtype, on the weights' device."""
-        self._check(x)
+        x = self._given(x)
+        if _is_recorded(x):
+            return self._recorded(x)
         with _plain_mode(x):
             return self._on_cuda(x) if x.is_cuda else self._on_cpu(x)
 
@@ -227,7 +229,7 @@ class Optimized(nn.Module):
         self(example)
         if not example.is_cuda:
             with _plain_mode(example):
-                self._on_cpu(example, settles_after=0)
+                self._on_cpu(self._given(example), settles_after=0)
 
     def explain(self, shape: Sequence[int] | None = None) -> str:
         """Each step's layer, output shape and engine, and why that engine, as a table.
@@ -272,7 +274,7 @@ class Optimized(nn.Module):
 
     def observed(self, x: Tensor, observe: Callable[[str, Any], None]) -> Tensor:
         """forward(x) without a graph; `observe` is shown every value by name, which later steps may overwrite."""
-        self._check(x)
+        x = self._given(x)
         with _plain_mode(x), self._lock:
             return self._program(x)[0].run(self._nhwc(x), observe)
 
@@ -294,6 +296,7 @@ class Optimized(nn.Module):
                 self._adopt(step)
             for conv in convs(step):
                 self._folded[conv.out] = self._pack(conv)
+        self._unbound = self._new_program()
         self._weight = next(iter(self._folded.values())).w
         if self._weight.is_cuda:
             self._done = torch.cuda.Event()  # the last use of weights or static buffers that a stream must wait for
@@ -360,6 +363,7 @@ class Optimized(nn.Module):
             "_folded",
             "_packings",
             "_layers",
+            "_unbound",
             "_weight",
             "_done",
             "_graphs",
@@ -372,13 +376,27 @@ class Optimized(nn.Module):
 
     # One call.
 
-    def _check(self, x: Tensor) -> None:
+    def _given(self, x: Tensor) -> Tensor:
+        """x as a plain tensor, where it is fit for the net."""
         if not isinstance(x, Tensor) or not x.is_floating_point():
             raise TypeError(f"input [N, C, H, W] of a floating dtype expected, got {getattr(x, 'dtype', type(x))}")
         if x.dim() != 4:
             raise ValueError(f"input [N, C, H, W] expected, got shape {list(x.shape)}")
         if x.device != self._weight.device:
             raise ValueError(f"the net is on {self._weight.device}, the input on {x.device}")
+        # A class that only carries more with it, as a torchvision.tv_tensors.Image; one that computes stays what it is.
+        carries = type(x) is not Tensor and type(x).__torch_dispatch__ is Tensor.__torch_dispatch__
+        return x.as_subclass(Tensor) if carries else x
+
+    def _recorded(self, x: Tensor) -> Tensor:
+        """The answer in PyTorch's operations on x [N, C, H, W], whose sizes may be symbols."""
+        if small := self._eight_bits():
+            raise RuntimeError(
+                f"this {small} net can't be traced, exported, compiled or transformed; for that, optimize the original "
+                "in a floating dtype"
+            )
+        with torch.no_grad(), _without_autocast(x):
+            return self._unbound.definition(x.to(self.dtype))
 
     def _nhwc(self, x: Tensor) -> Tensor:
         return nhwc(x.to(self.dtype, memory_format=torch.channels_last))
@@ -401,12 +419,15 @@ class Optimized(nn.Module):
             if x.is_cuda:
                 torch.cuda.synchronize(x.device)
             self._programs.popitem(last=False)
-        program = Program(self._steps, self._output, self._folded, self._layers, self.dtype, self._packings)
+        program = self._new_program()
         first = program.bind(self._nhwc(x))
         self._programs[key] = program
         if _is_plain(x):
             self._image_bytes[tuple(x.shape[1:])] = program.most_bytes() / len(x)
         return program, first
+
+    def _new_program(self) -> Program:
+        return Program(self._steps, self._output, self._folded, self._layers, self.dtype, self._packings)
 
     def _compare(self, x: Tensor) -> None:
         """Once: whether the plan answers as the original does, to two random images of x's size, or to as many as in x
@@ -509,12 +530,16 @@ class Optimized(nn.Module):
             raise
 
 
+def _is_recorded(x: Tensor) -> bool:
+    """Whether something records, traces or transforms what is done with x."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(x) is not Tensor:
+        return True
+    return torch._C._len_torch_dispatch_stack() > 0 or torch._C._are_functorch_transforms_active()
+
+
 def _is_plain(x: Tensor) -> bool:
-    """Whether a call is no more than that: not recorded, traced or transformed, and of at least one image."""
-    recorded = x.is_cuda and torch.cuda.is_current_stream_capturing()
-    traced = torch.jit.is_tracing() or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
-    transformed = type(x) not in (Tensor, nn.Parameter) or torch._C._are_functorch_transforms_active()
-    return not (recorded or traced or transformed) and x.numel() > 0
+    """Whether a call is no more than that: of at least one image, and not in somebody's CUDA graph."""
+    return x.numel() > 0 and not (x.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def _exact(tensor: Tensor) -> Tensor:
@@ -546,12 +571,16 @@ def _refold(net: Optimized, incompatible: Any) -> None:
 
 @contextmanager
 def _plain_mode(x: Tensor) -> Iterator[None]:
-    """On x's device, with no gradients, no autocast (it would cast each library call to its own dtype) and no inference
-    mode (buffers kept between calls must be ordinary tensors)."""
-    kind, off = x.device.type, nullcontext()
-    casts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    autocast = torch.autocast(kind, enabled=False) if casts else off
+    """On x's device, with no gradients, no autocast and no inference mode (buffers kept between calls must be ordinary
+    tensors)."""
+    off = nullcontext()
     inference = torch.inference_mode(False) if torch.is_inference_mode_enabled() else off
     device = torch.cuda.device_of(x) if x.is_cuda else off
-    with autocast, inference, device, torch.no_grad():
+    with _without_autocast(x), inference, device, torch.no_grad():
         yield
+
+
+def _without_autocast(x: Tensor) -> Any:
+    """A context in which no library call casts to a dtype of its own. Where none would, a tracer sees no change."""
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()

@@ -198,7 +198,11 @@ class Program:
         return f"{part.name!r} is none of the steps that oneDNN's graph compiler is given"
 
     def _script_graph(self, x: Tensor) -> Compiled:
-        graph = onednn.graph(self._definition, _canonical(nchw(x)))
+        def as_a_step(x: Tensor) -> Tensor:
+            y = self.definition(x)
+            return nhwc(y) if y.dim() == 4 else y
+
+        graph = onednn.graph(as_a_step, _canonical(nchw(x)))
         return Compiled(lambda x: graph(_canonical(nchw(x))), len(self.bound), self.output, "as a oneDNN graph")
 
     def _script_steps(self, x: Tensor, int8: Sequence[quantised.ByOneDNN]) -> Compiled:
@@ -233,8 +237,9 @@ class Program:
         values = {compiled.writes: compiled.call(x)}
         return self._answer(self._run(values, self.bound[compiled.steps :], self.output))
 
-    def _definition(self, x: Tensor) -> Tensor:
-        """The plan in PyTorch's operations on NCHW tensors, its output as a step leaves it."""
+    def definition(self, x: Tensor) -> Tensor:
+        """The answer to x [N, C, H, W] in PyTorch's operations alone, which a tracer can record for any size: nothing
+        is bound or kept. Not for plans with 8 bits."""
         values: dict[str, Any] = {INPUT: x}
         for part in self.parts:
             inputs = [values[name] for name in part.reads]
@@ -247,8 +252,8 @@ class Program:
             else:
                 assert isinstance(part, Aten)
                 values[part.out] = _called(part, self._function(part), self.layers, inputs)
-        y = values[self.output]
-        return nhwc(y) if y.dim() == 4 else y
+        y: Tensor = values[self.output]
+        return y.clone() if self.borrows else y
 
     def capture(self, x: Tensor, pool: Any, side: torch.cuda.Stream) -> None:
         """Record `run` as a CUDA graph, after warming up on the stream `side`.

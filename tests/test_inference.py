@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torchvision.models.resnet import BasicBlock, Bottleneck, conv1x1
 from torchvision.ops import FrozenBatchNorm2d
+from torchvision.tv_tensors import Image
 
 import fastres
 from fastres import optimize, paper, program
@@ -898,13 +899,72 @@ def test_a_traced_net_is_accepted() -> None:
     assert relative_error(optimize(again)(x), answers(model, x)[0]) <= 1e-12
 
 
-def test_it_can_be_traced_and_exported_before_its_first_call() -> None:
+def _exported(net: nn.Module, x: Tensor) -> Callable[[Tensor], Tensor]:
+    return torch.export.export(net, (x,), dynamic_shapes=({0: torch.export.Dim("n")},)).module()
+
+
+def _compiled(net: nn.Module, x: Tensor) -> Callable[[Tensor], Tensor]:
+    torch._dynamo.reset()
+    return torch.compile(net, backend="eager", dynamic=True, fullgraph=True)
+
+
+def _as_onnx(net: nn.Module, x: Tensor) -> Callable[[Tensor], Tensor]:
+    runtime, file = pytest.importorskip("onnxruntime"), io.BytesIO()
+    torch.onnx.export(net, (x,), dynamo=True, dynamic_shapes=({0: torch.export.Dim("n")},), verbose=False).save(file)
+    session = runtime.InferenceSession(file.getvalue())
+    return lambda x: torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])
+
+
+RECORDERS: dict[str, Callable[..., Any]] = {
+    "torch.jit.trace": torch.jit.trace,
+    "torch.export": _exported,
+    "torch.compile": _compiled,
+    "vmap": lambda net, x: lambda x: torch.func.vmap(lambda image: net(image[None])[0])(x),
+    "onnx": pytest.param(_as_onnx, marks=pytest.mark.extra),  # type: ignore[dict-item]
+}
+
+
+@pytest.mark.parametrize("called", [False, True], ids=["cold", "called before"])
+@pytest.mark.parametrize("recorder", RECORDERS.values(), ids=RECORDERS)
+def test_a_recording_answers_for_any_number_of_images(recorder: Any, called: bool) -> None:
+    model = tiny()
+    net = optimize(model, images(2) if called else None)
+    recorded = recorder(net, images(2))
+    assert {key[0] for key in net._programs} <= {(2, 3, 16, 16)}  # jit.trace checks with a call
+    for n in (1, 2, 5):
+        x = images(n)
+        assert relative_error(recorded(x), answers(model, x)[0]) <= 1e-5
+    assert relative_error(net(x), answers(model, x)[0]) <= 1e-5
+
+
+def test_a_recording_is_made_in_whatever_mode() -> None:
+    net, x = optimize(tiny()), images()
+    for mode in (torch.autocast("cpu", dtype=torch.bfloat16), torch.inference_mode()):
+        with mode:
+            assert torch.equal(_compiled(net, x)(x), net._recorded(x))
+    exported = torch.export.export(optimize(tiny(), dtype=torch.bfloat16), (x.requires_grad_(),)).module()
+    assert exported(x).dtype == torch.bfloat16
+    assert not exported(x).requires_grad
+
+
+def test_what_cannot_be_recorded_says_so() -> None:
     model, x = tiny(), images()
-    (expected,) = answers(model, x)
-    traced = torch.jit.trace(optimize(model), x)
-    assert relative_error(traced(x), expected) <= 1e-5
-    exported = torch.export.export(optimize(model), (x,))
-    assert relative_error(exported.module()(x), expected) <= 1e-5
+    with fastres.backend("reference"):
+        small = optimize(model, dtype=torch.int8, calibration=[x])
+    for recorder in (torch.jit.trace, _exported):
+        with pytest.raises(RuntimeError, match="this int8 net can't be traced, exported, compiled or transformed"):
+            recorder(small, x)
+
+
+def test_a_tensor_that_carries_more_is_an_ordinary_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torchvision's transforms give: it goes to the engines, and the answer is a plain tensor."""
+    net, x = optimize(tiny()), images()
+    expected = net(x)
+    monkeypatch.setattr(Optimized, "_recorded", None)
+    for given in (Image(x), nn.Parameter(x)):
+        y = net(given)
+        assert type(y) is Tensor
+        assert torch.equal(y, expected)
 
 
 @pytest.mark.parametrize("first", [1, 5])
