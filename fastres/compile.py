@@ -29,6 +29,7 @@ from torch.utils._pytree import tree_leaves
 from fastres.ops import dispatch
 from fastres.ops.registered import Chain, conv_affine_act, conv_bn_act
 from fastres.ops.steps import wide
+from fastres.wrappers import refuse_sharded
 
 __all__ = ["Explanation", "Finding", "backend", "explain"]
 
@@ -125,6 +126,7 @@ def explain(model: nn.Module, *example: Any, **kwargs: Any) -> Explanation:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"explain takes an nn.Module, not {type(model).__name__}")
+    refuse_sharded(model, "explain")
     twin = copy.deepcopy(model)
 
     def call(*args: Any, **kwargs: Any) -> Any:

@@ -36,6 +36,7 @@ from fastres.plan import (
 )
 from fastres.program import Program
 from fastres.ranges import Ranges
+from fastres.wrappers import refuse_wrapper
 
 __all__ = ["Optimized", "optimize"]
 
@@ -98,10 +99,9 @@ def optimize(
     ValueError if they differ, as where the model's code asks `type(x)`, which a trace can't see. What `torch.autocast`
     does inside a model is left out.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"optimize() takes an nn.Module, got {type(model).__name__}")
-    if isinstance(model, Optimized):
-        raise TypeError("this net is optimized already; optimize() takes the original")
+    refuse_wrapper(model, "optimize")
+    if any(isinstance(module, Optimized) for module in model.modules()):
+        raise TypeError("this net is optimized already, or a part of it is; optimize() takes the original")
     if dtype is not None and dtype not in (*_DTYPES, *_QUANTISED):
         raise ValueError(f"dtype={dtype} isn't served; accepted: {', '.join(map(str, (*_DTYPES, *_QUANTISED)))}")
     if (dtype in _QUANTISED) != (calibration is not None):

@@ -15,6 +15,7 @@ from torch import nn
 
 from fastres.models import resnet
 from fastres.ops import dispatch
+from fastres.wrappers import compiled_form
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class Conversion:
 
     model: nn.Module
     converted: tuple[str, ...]  # names of the modules that are ours now; "" is the net itself, with its stem
-    kept: Mapping[str, str]  # name -> reason, of the blocks and ResNets that stayed what they were
+    kept: Mapping[str, str]  # name -> reason, of blocks, ResNets and programs that stayed what they were
 
     def __str__(self) -> str:
         lines = [f"converted: {len(self.converted)}, kept: {len(self.kept)}"]
@@ -47,6 +48,7 @@ def convert(model: nn.Module) -> Conversion:
     ours, theirs = tuple(families.values()), tuple(families)
     converted: list[str] = []
     kept: dict[str, str] = {}
+    inside: tuple[str, ...] = ()  # of programs that were made of nets: what their layers' names start with
     for name, module in model.named_modules():
         if isinstance(module, ours):
             kept[name] = "it is fastres's already"
@@ -56,6 +58,9 @@ def convert(model: nn.Module) -> Conversion:
                 converted.append(name)
             else:
                 kept[name] = reason
+        elif not name.startswith(inside) and (form := compiled_form(module)) is not None:
+            inside = (*inside, f"{name}." if name else "")
+            kept[name] = f"it is a {form}, which holds no blocks; convert the original eager module"
     return Conversion(model, tuple(converted), kept)
 
 
