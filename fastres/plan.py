@@ -35,14 +35,18 @@ _ABSENT = (nn.Identity, _DropoutNd)  # in eval mode
 _NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d)
 _BY_PIXELS = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.ZeroPad2d, PadShortcut)
 _POINTWISE = (nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SiLU, nn.GELU, nn.Sigmoid, nn.Tanh, nn.Hardswish, nn.Hardsigmoid)
-_MODULES = (*_BY_PIXELS, *_POINTWISE, nn.Linear, nn.Conv1d, nn.Flatten, nn.Softmax, nn.GroupNorm)
+_MODULES = (*_BY_PIXELS, *_POINTWISE, nn.Linear, nn.BatchNorm1d, nn.Conv1d, nn.Flatten, nn.Softmax, nn.GroupNorm)
 # The functions and methods a traced net may call: name here -> (what computes it on NCHW values, its spellings).
 _TABLE: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
     "relu": (lambda input, inplace=False: F.relu(input), (F.relu, torch.relu, torch.relu_, "relu", "relu_")),
     "add": (operator.add, (operator.add, operator.iadd, torch.add, "add", "add_")),
     "mul": (operator.mul, (operator.mul, operator.imul, torch.mul, "mul", "mul_")),
+    "sub": (operator.sub, (operator.sub, operator.isub, torch.sub, "sub", "sub_")),
+    "div": (operator.truediv, (operator.truediv, operator.itruediv, torch.div, "div", "div_")),
     "sigmoid": (torch.sigmoid, (torch.sigmoid, F.sigmoid, "sigmoid")),
     "mean": (torch.mean, (torch.mean, "mean")),
+    "normalize": (F.normalize, (F.normalize,)),
+    "squeeze": (torch.squeeze, (torch.squeeze, "squeeze")),
     "flatten": (torch.flatten, (torch.flatten, "flatten")),
     "reshape": (
         lambda input, *shape, **named: input.reshape(*(shape or named.values())),
@@ -61,9 +65,13 @@ _TABLE: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
 }
 FUNCTIONS = {name: function for name, (function, _) in _TABLE.items()}
 _KINDS = {spelling: name for name, (_, spellings) in _TABLE.items() for spelling in spellings}
-_IN_PLACE = ("relu_", "add_", "mul_", operator.iadd, operator.imul, torch.relu_)
+_ARITHMETIC = ("add", "mul", "sub", "div")
+_IN_PLACE = (
+    *("relu_", "add_", "mul_", "sub_", "div_"),
+    *(operator.iadd, operator.imul, operator.isub, operator.itruediv, torch.relu_),
+)
 # What may give a view of what it is given: functions by name here, modules by class.
-_MAY_SHARE = ("flatten", "reshape", "expand_as", "getitem", nn.Flatten, PadShortcut)
+_MAY_SHARE = ("flatten", "squeeze", "reshape", "expand_as", "getitem", nn.Flatten, PadShortcut)
 _ACCEPTED = (
     "Conv2d, BatchNorm2d, ReLU, additions, "
     + ", ".join(kind.__name__ for kind in _MODULES)
@@ -235,6 +243,12 @@ class _Proxy(fx.Proxy):
 
     def __imul__(self, other: Any) -> fx.Proxy:
         return self.tracer.create_proxy("call_function", operator.imul, (self, other), {})
+
+    def __isub__(self, other: Any) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", operator.isub, (self, other), {})
+
+    def __itruediv__(self, other: Any) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", operator.itruediv, (self, other), {})
 
 
 class _Tracer(fx.Tracer):
@@ -445,9 +459,9 @@ def _of_module(node: fx.Node, module: nn.Module, args: Any, kwargs: Any) -> tupl
     in_place = bool(getattr(module, "inplace", False))
     if kind is nn.ReLU:
         return Aten(path, "relu", args, out), in_place
+    if kind in (*_NORMS, nn.BatchNorm1d) and module.running_mean is None:
+        raise ValueError(f"layer {path!r} takes its statistics from the batch; optimize() needs running statistics")
     if kind in _NORMS:
-        if module.running_mean is None:
-            raise ValueError(f"layer {path!r} takes its statistics from the batch; optimize() needs running statistics")
         return Aten(path, "norm", args, out), False
     if kind in _MODULES:
         selects = kind is nn.MaxPool2d and not module.return_indices
@@ -462,7 +476,7 @@ def _of_function(node: fx.Node, args: Any, kwargs: Any) -> tuple[Step | None, bo
     kind = _KINDS.get(target)
     if kind is None:
         raise _unsupported(node, f"{label}()")
-    if (kind in ("add", "mul") and (kwargs or len(args) != 2)) or (kind == "getattr" and args[1] != "shape"):
+    if (kind in _ARITHMETIC and (kwargs or len(args) != 2)) or (kind == "getattr" and args[1] != "shape"):
         raise _unsupported(node, f"{label}() with {kwargs or args[1:]!r}")
     in_place = target in _IN_PLACE or bool(kwargs.get("inplace", False)) or (target is F.relu and args[1:] == (True,))
     selects = kind == "max_pool2d" and len(args) < 7 and not kwargs.get("return_indices", False)
@@ -521,21 +535,31 @@ def by_image(steps: Iterable[Step], model: nn.Module) -> bool:
                 return False
             continue
         layer = model.get_submodule(step.name) if step.kind in ("module", "norm") else None
-        if not _by_image(step, layer, bool(flat & set(step.reads))):
+        if not _by_image(step, model, layer, bool(flat & set(step.reads))):
             return False
         if step.kind in ("flatten", "mean") or isinstance(layer, nn.Flatten) or flat & set(step.reads):
             flat.add(step.out)
     return True
 
 
-def _by_image(step: Aten, layer: nn.Module | None, flat: bool) -> bool:
-    if any(isinstance(leaf, Attr) for leaf in leaves((step.args, step.kwargs))):
+def _is_one_for_all(attr: Attr, model: nn.Module) -> bool:
+    """Whether a tensor of the model, met by a batch of images, is the same for each of them."""
+    owner, _, name = attr.path.rpartition(".")
+    tensor = getattr(model.get_submodule(owner), name)
+    return tensor.dim() < 4 or (tensor.dim() == 4 and len(tensor) == 1)
+
+
+def _by_image(step: Aten, model: nn.Module, layer: nn.Module | None, flat: bool) -> bool:
+    attrs = [leaf for leaf in leaves((step.args, step.kwargs)) if isinstance(leaf, Attr)]
+    meets = step.kind in _ARITHMETIC and step.reads  # of a tensor of the model alone there is one, however many images
+    if attrs and not (meets and all(_is_one_for_all(attr, model) for attr in attrs)):
         return False
     rest, named = step.args[1:], step.kwargs
     if isinstance(layer, nn.Flatten):
         return layer.start_dim > 0
     if layer is not None:
-        return isinstance(layer, (nn.Linear, *_POINTWISE)) or (isinstance(layer, (*_NORMS, *_BY_PIXELS)) and not flat)
+        images = isinstance(layer, (*_NORMS, *_BY_PIXELS)) and not flat
+        return images or isinstance(layer, (nn.Linear, nn.BatchNorm1d, *_POINTWISE))
     if step.kind == "flatten":
         first = rest[0] if rest else named.get("start_dim", 0)
         return isinstance(first, int) and first > 0
@@ -544,7 +568,7 @@ def _by_image(step: Aten, layer: nn.Module | None, flat: bool) -> bool:
         return not flat and all(isinstance(dim, int) and dim > 0 for dim in dims)
     if step.kind in ("relu", "sigmoid"):
         return True
-    return step.kind in ("add", "mul", "max_pool2d", "avg_pool2d", "adaptive_avg_pool2d") and not flat
+    return step.kind in (*_ARITHMETIC, "max_pool2d", "avg_pool2d", "adaptive_avg_pool2d") and not flat
 
 
 def borrows(steps: Iterable[Step], output: str) -> bool:

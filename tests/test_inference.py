@@ -706,6 +706,10 @@ def _parametrized_after_eval() -> nn.Module:
             lambda: nn.Sequential(nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3, track_running_stats=False)).eval(),
             *({}, ValueError, "layer '1' takes its statistics from the batch"),
         ),
+        (
+            lambda: _with_head(nn.BatchNorm1d(32, track_running_stats=False)),
+            *({}, ValueError, "layer '10' takes its statistics from the batch"),
+        ),
         (tiny, {"dtype": torch.int16}, ValueError, "accepted: torch.bfloat16, torch.float16"),
         (tiny, {"dtype": FLOAT8}, ValueError, "need calibration="),
         (tiny, {"dtype": torch.float16, "calibration": []}, ValueError, "no other dtype takes it"),
@@ -897,6 +901,106 @@ def test_a_traced_net_is_accepted() -> None:
     model, x = tiny().double(), images(dtype=torch.float64)
     again = torch.fx.symbolic_trace(model).eval()
     assert relative_error(optimize(again)(x), answers(model, x)[0]) <= 1e-12
+
+
+class Normalises(nn.Module):
+    """Its own input, by what registers as buffers or by numbers, before a net."""
+
+    def __init__(self, body: Callable[..., Tensor], *shape: int) -> None:
+        super().__init__()
+        self.net, self.body = tiny(), body
+        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(shape or 3))
+        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(shape or 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(self.body(self, x))
+
+
+def _in_place(m: Any, x: Tensor) -> Tensor:
+    x -= m.mean
+    x /= m.std
+    return x
+
+
+FRONTS: dict[str, Callable[[], nn.Module]] = {
+    "[1, C, 1, 1]": lambda: Normalises(lambda m, x: (x - m.mean) / m.std, 1, 3, 1, 1),
+    "[C, 1, 1]": lambda: Normalises(lambda m, x: (x - m.mean) / m.std, 3, 1, 1),
+    "[C]": lambda: Normalises(lambda m, x: (x - m.mean[None, :, None, None]) / m.std.view(1, -1, 1, 1)),
+    "numbers": lambda: Normalises(lambda m, x: x / 255 - 0.5),
+    "from -1 to 1": lambda: Normalises(lambda m, x: 1 - 2 * x / 255),
+    "methods": lambda: Normalises(lambda m, x: x.sub(m.mean).div(m.std), 3, 1, 1),
+    "methods in place": lambda: Normalises(lambda m, x: x.sub_(m.mean).div_(m.std), 3, 1, 1),
+    "operators in place": lambda: Normalises(_in_place, 3, 1, 1),
+}
+HEADS: dict[str, Callable[[], nn.Module]] = {
+    "BatchNorm1d": lambda: nn.Sequential(nn.BatchNorm1d(32), nn.Dropout(), nn.Linear(32, 16), nn.ReLU()).append(
+        nn.Sequential(nn.BatchNorm1d(16), nn.Linear(16, 4))
+    ),
+    "its kinds": lambda: nn.Sequential(nn.BatchNorm1d(32, affine=False), nn.BatchNorm1d(32, eps=0.1, momentum=None)),
+}
+
+
+def _with_head(head: nn.Module) -> nn.Module:
+    model = nn.Sequential(*tiny()[:-1], head)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm1d) and module.track_running_stats:
+            nn.init.uniform_(module.running_mean, -0.3, 0.3)
+            nn.init.uniform_(module.running_var, 0.5, 2.0)
+    return model.eval()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.int8], ids=str)
+@pytest.mark.parametrize("name", [*FRONTS, *HEADS])
+def test_fronts_and_heads(name: str, dtype: torch.dtype) -> None:
+    model = FRONTS[name]().eval() if name in FRONTS else _with_head(HEADS[name]())
+    x = torch.rand(6, 3, 16, 16) * (255 if "numbers" in name or "from" in name else 1)
+    kept, (reference,) = x.clone(), answers(copy.deepcopy(model).double(), x.double())
+    if dtype == torch.int8:
+        with fastres.backend("reference"):
+            net = optimize(model, dtype=dtype, calibration=[x])
+            assert relative_error(net(x), reference) < 0.1
+    else:
+        net = optimize(model, dtype=dtype)
+        got = net(x)
+        assert torch.equal(x, kept)
+        (baseline,) = answers(copy.deepcopy(model).to(dtype), x.to(dtype, copy=True))
+        if dtype == torch.float64:
+            assert relative_error(got, reference) <= 1e-12
+        else:
+            assert_close_to_reference(got, reference, baseline)
+    assert torch.equal(x, kept)
+    assert net._by_image == (name != "[C]")
+
+
+class Embeds(nn.Module):
+    def __init__(self, body: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.net, self.body = nn.Sequential(*tiny()[:-2]), body
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(self.net(x))
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        lambda x: F.normalize(x.flatten(1)),
+        lambda x: F.normalize(x.flatten(1), p=1, dim=-1),
+        lambda x: x.squeeze(-1).squeeze(-1),
+        torch.squeeze,
+    ],
+)
+def test_embeddings(body: Callable[[Tensor], Tensor]) -> None:
+    model, x = Embeds(body).double().eval(), images(dtype=torch.float64)
+    assert relative_error(optimize(model)(x), answers(model, x)[0]) <= 1e-12
+
+
+def test_a_constant_is_no_batch() -> None:
+    """What is computed of the model's tensors alone has no images to be cut into."""
+    body: Any = lambda m, x: F.relu(m.mean) if m.net is not None else x  # noqa: E731
+    for front in (lambda m, x: m.mean - m.std, body):
+        steps_of = Normalises(lambda m, x, front=front: x * front(m, x), 1, 3, 1, 1).eval()
+        assert not optimize(steps_of)._by_image
 
 
 def _exported(net: nn.Module, x: Tensor) -> Callable[[Tensor], Tensor]:
