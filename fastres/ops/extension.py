@@ -4,6 +4,8 @@ A library is built by ninja when an operator first meets a tensor of its device,
 torch/extension.h), and kept in the cache folder (`fastres.paths`) under a name that holds a hash of
 sources, flags and torch version. Who builds holds a file lock, which the system takes back when a process dies, builds
 in a folder of its own and renames the result into place: a killed build or a second process leaves nothing half done.
+A library ends with the SHA-256 of all before it. One that a full disk or a power failure has cut short, which would end
+the process with a bus error, is built anew.
 
 `FASTRES_CUDA_EXT` governs both libraries: `0` never builds nor loads; `1` raises `BuildError` where a device's library
 can't be had; `auto` (the default) then warns once, and the ATen formulation serves.
@@ -35,6 +37,7 @@ from fastres.paths import cache_folder
 DEVICES = ("cpu", "cuda")
 _TORCH = Path(torch.__file__).parent
 _MODES = ("0", "1", "auto")
+_DIGEST = 64  # bytes at a library's end: SHA-256 in hexadecimal
 _TORCH_ABI = "0x020a000000000000"  # 2.10: the oldest stable ABI with all that csrc/ uses (parallel_for, empty)
 
 
@@ -81,7 +84,7 @@ _lock = threading.Lock()
 
 
 def _mode() -> str:
-    mode = os.environ.get("FASTRES_CUDA_EXT", "auto")
+    mode = os.environ.get("FASTRES_CUDA_EXT") or "auto"
     if mode not in _MODES:
         raise ValueError(f"FASTRES_CUDA_EXT is {mode!r}; accepted: {', '.join(_MODES)}")
     return mode
@@ -95,7 +98,7 @@ def _try_load(device: str) -> str | None:
         library = build(device)
         try:
             torch.ops.load_library(str(library))
-        except OSError as error:
+        except (OSError, UnicodeError) as error:  # UnicodeError: of a folder whose name is not UTF-8
             cause = error.__cause__ or error
             raise BuildError(f"{library} doesn't load ({cause}); delete it to have it built anew") from error
     except BuildError as error:
@@ -121,7 +124,7 @@ def _describe(device: str) -> tuple[bool, str]:
         recipe = _recipe(device)
     except BuildError as error:
         return False, f"plain PyTorch, {error}"
-    if recipe.library.exists():
+    if _is_whole(recipe.library):
         return True, "own kernel, built, loads at first use"
     return False, "own kernel, not built yet, builds at first use"
 
@@ -149,18 +152,18 @@ class _Recipe:
 
 
 def build(device: str, archs: tuple[str, ...] | None = None) -> Path:
-    """The library of `device` ("cpu" or "cuda"), built if the cache hasn't got it. Loads nothing.
+    """The library of `device` ("cpu" or "cuda"), built if the cache hasn't got it whole. Loads nothing.
 
     archs: for cuda, compute capabilities such as ("80", "90"); by default those of the GPUs that are present.
     Raises BuildError, which names the cause and the mend.
     """
     recipe = _recipe(device, archs)
-    if recipe.library.exists():
+    if _is_whole(recipe.library):
         return recipe.library
     try:
         recipe.library.parent.mkdir(parents=True, exist_ok=True)
         with _file_lock(recipe.library.with_suffix(".lock")):
-            if not recipe.library.exists():
+            if not _is_whole(recipe.library):
                 _run(recipe)
     except OSError as error:
         raise BuildError(
@@ -181,13 +184,30 @@ def _run(recipe: _Recipe) -> None:
         rule = f"rule shared\n  command = {command} -o $out $in {libraries}\n"
         source = re.sub(r"([$ :])", r"$\1", str(recipe.source))
         (folder / "build.ninja").write_text(f"{rule}build {recipe.name}: shared {source}\n")
-        done = subprocess.run([_ninja(), "-C", str(folder)], capture_output=True, text=True)
-        if done.returncode:
+        done = subprocess.run([_ninja(), "-C", str(folder)], capture_output=True, text=True, errors="replace")
+        product = folder / recipe.name
+        if done.returncode or not product.exists():
             cause = "\n".join((done.stdout + done.stderr).strip().splitlines()[-20:])
             raise BuildError(f"building {recipe.source.name} failed:\n{cause}\n")
-        os.replace(folder / recipe.name, library)
+        digest = _digest(product.read_bytes())
+        with product.open("ab") as file:  # loaders don't mind what follows an ELF file
+            file.write(digest)
+        os.replace(product, library)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_whole(library: Path) -> bool:
+    """True if the file is there and as it was built."""
+    try:
+        content = library.read_bytes()
+    except OSError:
+        return False
+    return content[-_DIGEST:] == _digest(content[:-_DIGEST])
+
+
+def _digest(content: bytes) -> bytes:
+    return hashlib.sha256(content).hexdigest().encode()
 
 
 @contextmanager
@@ -248,7 +268,11 @@ def _gencode(archs: tuple[str, ...] | None) -> list[str]:
 
 
 def _cxx() -> list[str]:
-    named = shlex.split(os.environ.get("CXX", ""))
+    given = os.environ.get("CXX", "")
+    try:
+        named = shlex.split(given)
+    except ValueError as error:
+        raise BuildError(f"CXX is {given!r}, which is no command ({error}); set it to g++ or clang++") from error
     for command in [named] if named else [["c++"], ["g++"], ["clang++"]]:
         if shutil.which(command[0]):
             return command
