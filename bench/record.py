@@ -116,13 +116,35 @@ def write(record: dict[str, Any], path: Path) -> None:
 def read(path: Path) -> dict[str, Any]:
     """The record in `path`. Raises ValueError where it isn't one of this schema."""
     try:
-        record = json.loads(path.read_text())
-    except ValueError as error:
+        record = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no record: {error}") from None
     schema = record.get("schema") if isinstance(record, dict) else None
     if schema != SCHEMA:
         raise ValueError(f"{path} has schema {schema!r}; this bench reads and writes {SCHEMA!r}")
+    if damage := _damage(record):
+        raise ValueError(f"{path} is a damaged record: {damage}")
     return record
+
+
+def _damage(record: dict[str, Any]) -> str | None:
+    """What a record lacks of the fields that every reader takes for granted."""
+    kinds = {"created": str, "code": dict, "environment": dict, "options": dict, "flops": list, "rows": list}
+    for name, kind in kinds.items():
+        if not isinstance(record.get(name), kind):
+            return f"{name} is missing or of another kind"
+    named = {"environment": ("device", "name"), "code": ("sources",)}
+    if lacking := [f"{part}.{name}" for part, names in named.items() for name in names if name not in record[part]]:
+        return f"{', '.join(lacking)} is missing"
+    for number, row in enumerate(record["rows"]):
+        if not isinstance(row, dict):
+            return f"row {number} is no row"
+        measured = ("img_s", "img_s_min", "img_s_max", "first_call_s") if row.get("status") in ("ok", "noisy") else ()
+        wrong = [name for name in (*CASE, "backend", "ours", "status") if name not in row]
+        wrong += [name for name in measured if not isinstance(row.get(name), (int, float))]
+        if wrong:
+            return f"row {number} lacks {', '.join(wrong)}"
+    return None
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

@@ -457,3 +457,30 @@ def test_losses_of_a_written_table(tmp_path: Path, capsys: pytest.CaptureFixture
     first, second = capsys.readouterr().out.splitlines()
     assert first.split()[:3] == ["150.0", "us", "wgrad"]  # 300 - 0.5 x 300
     assert second.split()[:3] == ["120.0", "us", "dgrad"]  # 4 (80 - 0.5 x 100)
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda record: record.pop("created"), "created is missing"),
+        (lambda record: record.update(rows=None), "rows is missing"),
+        (lambda record: record["environment"].pop("name"), r"environment\.name is missing"),
+        (lambda record: record["rows"].append(1), "is no row"),
+        (lambda record: record["rows"][0].update(img_s="fast"), "row 0 lacks img_s"),
+    ],
+)
+def test_damaged_record_is_refused_by_name(tmp_path: Path, damage: Any, said: str) -> None:
+    records = importlib.import_module("record")
+    record = records.read(BENCH / "records" / "cpu-epyc.json")
+    damage(record)
+    path = tmp_path / "record.json"
+    path.write_text(json.dumps(record))
+    with pytest.raises(ValueError, match=rf"record\.json is a damaged record: .*{said}"):
+        records.read(path)
+
+
+def test_nesting_without_end_is_no_record(tmp_path: Path) -> None:
+    path = tmp_path / "record.json"
+    path.write_text("[" * 200_000)
+    with pytest.raises(ValueError, match=r"record\.json is no record"):
+        importlib.import_module("record").read(path)

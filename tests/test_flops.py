@@ -221,3 +221,9 @@ def test_fused_convolutions_count_as_plain_ones(fused: object) -> None:
 def test_a_formula_names_arguments_that_exist(fused: object) -> None:
     with pytest.raises(ValueError, match=r"no argument weight; it has x, w, stride"):
         register_conv_flops(fused.fprop, (0, "weight"))
+
+
+@pytest.mark.parametrize("size", [10**11, 10**30])
+def test_size_beyond_any_tensor(size: int) -> None:
+    with pytest.raises(ValueError, match="is larger than any tensor"):
+        count(nn.Conv2d(3, 4, 1), size)

@@ -52,7 +52,7 @@ def count(model: nn.Module, size: int | Sequence[int] = 224) -> Cost:
 
     size: the images' side, their (H, W), or the whole input shape (N, C, H, W); N is 1 and C the first convolution's
     unless given. Only modules count: a convolution called as a function is not seen. A shared parameter counts once.
-    Raises ValueError for another form of size, or where C has to be given.
+    Raises ValueError for another form of size, for one no tensor can have, or where C has to be given.
     """
     shape = _input_shape(model, size)
     model = _on_meta(model).eval()
@@ -73,8 +73,12 @@ def count(model: nn.Module, size: int | Sequence[int] = 224) -> Cost:
         if isinstance(module, (_ConvNd, nn.Linear)) or not any(module.children()):
             module.register_forward_hook(partial(record, name))
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
+    try:
+        images = torch.empty(shape, device="meta", dtype=dtype)
+    except (RuntimeError, OverflowError, TypeError) as error:  # 2^63 bytes and more
+        raise ValueError(f"size {size!r} is larger than any tensor") from error
     with torch.no_grad():
-        model(torch.empty(shape, device="meta", dtype=dtype))
+        model(images)
     total = sum(layer.multiply_adds for layer in found.values())
     return Cost(total, sum(p.numel() for p in model.parameters()), tuple(found.values()))
 
