@@ -26,10 +26,10 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
+from fastres.models.wrappers import refuse_sharded
 from fastres.ops import dispatch
 from fastres.ops.registered import Chain, conv_affine_act, conv_bn_act
 from fastres.ops.steps import wide
-from fastres.wrappers import refuse_sharded
 
 __all__ = ["Explanation", "Finding", "backend", "explain"]
 

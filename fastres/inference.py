@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastres.models.wrappers import refuse_wrapper
 from fastres.ops import dispatch, folded, onednn, quantised
 from fastres.ops.quantised import FLOAT8
 from fastres.ops.steps import nhwc
@@ -36,7 +37,6 @@ from fastres.plan import (
 )
 from fastres.program import Program
 from fastres.ranges import Ranges
-from fastres.wrappers import refuse_wrapper
 
 __all__ = ["Optimized", "optimize"]
 

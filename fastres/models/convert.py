@@ -14,8 +14,8 @@ import torchvision.models.resnet as tv
 from torch import nn
 
 from fastres.models import resnet
+from fastres.models.wrappers import compiled_form
 from fastres.ops import dispatch
-from fastres.wrappers import compiled_form
 
 
 @dataclass(frozen=True)
