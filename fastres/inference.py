@@ -12,6 +12,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from itertools import chain
 from typing import Any
 
 import torch
@@ -111,6 +112,7 @@ def optimize(
     if percentile is not None and calibration is None:
         raise ValueError("percentile= says how calibration sets ranges; give it with float8_e4m3fn or int8")
     ranges = Ranges(100.0 if percentile is None else percentile)
+    model = _openly_normalised(model)
     steps, output = trace(copy.deepcopy(model))
     steps = fuse(steps, output, absorb=dtype != torch.int8)
     if not any(isinstance(step, Conv) for step in steps):
@@ -132,6 +134,42 @@ def optimize(
     if example is not None:
         net.ready(example)
     return net
+
+
+class _Normalize(nn.Module):
+    """torchvision's Normalize as arithmetic that a trace can read: x [N, C, H, W] -> (x - mean) / std."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, mean: Tensor, std: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("mean", mean, persistent=False)
+        self.register_buffer("std", std, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x - self.mean) / self.std
+
+
+def _openly_normalised(model: nn.Module) -> nn.Module:
+    """A copy of `model` with `_Normalize` for torchvision's Normalize layers; the model itself where it has none."""
+    found = {path: module for path, module in model.named_modules() if path and _is_normalize(module)}
+    if not found:
+        return model
+    like = next(chain(model.parameters(), model.buffers()))
+    model = copy.deepcopy(model)
+    for path, module in found.items():
+        mean, std = (torch.as_tensor(v, dtype=torch.float64, device=like.device) for v in (module.mean, module.std))
+        layer = _Normalize(mean.reshape(-1, 1, 1), std.reshape(-1, 1, 1))
+        model.set_submodule(path, layer.train(module.training))
+    return model
+
+
+def _is_normalize(module: nn.Module) -> bool:
+    """Whether it is one, of transforms or transforms.v2, whose call does no more than the arithmetic."""
+    kind = type(module)
+    named = kind.__name__ == "Normalize" and kind.__module__.startswith("torchvision.transforms.")
+    return named and not module.inplace and not dispatch.has_hooks(module) and 0 not in module.std  # type: ignore
 
 
 def _device(model: nn.Module) -> torch.device:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torchvision.models.resnet import BasicBlock, Bottleneck, conv1x1
 from torchvision.ops import FrozenBatchNorm2d
+from torchvision.transforms import v2
 from torchvision.tv_tensors import Image
 
 import fastres
@@ -1537,3 +1538,19 @@ def test_gpu_float8() -> None:
     with fastres.backend("reference"):
         assert error <= 1.5 * relative_error(net(x), reference)
         assert "simulated" in net.explain()
+
+
+@pytest.mark.parametrize("kind", [torchvision.transforms.Normalize, v2.Normalize])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_torchvisions_normalize_in_front(kind: type[Any], dtype: torch.dtype) -> None:
+    model, x = nn.Sequential(kind([0.5, 0.4, 0.3], [0.2, 0.3, 0.25]), tiny()).eval(), images()
+    before = x.clone()
+    net = optimize(model, dtype=dtype)
+    exact, baseline = copy.deepcopy(model).double()(x.double()), copy.deepcopy(model).to(dtype)(x.to(dtype))
+    assert_close_to_reference(net(x), exact, baseline)
+    assert torch.equal(x, before)
+    assert net.state_dict().keys() == model.state_dict().keys()
+    assert type(model[0]) is kind
+    model[0].inplace = True  # a stand-in passes through that of v2; the comparison at the first call hears of it
+    with pytest.raises(ValueError, match=r"can trace|doesn't answer as Sequential does"):
+        optimize(model)(x)
