@@ -316,7 +316,8 @@ def of_a_cpu() -> dict[str, Any]:
     where = {"device": "cpu", "name": "Quiet CPU", "threads": 2}
     where["versions"] = dict.fromkeys(("torch", "fastres", "onnxruntime"), "1.2")
     flops = [{"net": "resnet50", "variant": "", "paper": None, "ours": 4.09, "beside": "ResNet-50"}]
-    made = {"schema": "fastres.bench/3", "created": "2026-11-27", "code": {"commit": "a", "dirty": False}}
+    code = {"commit": "a", "dirty": False, "sources": "b"}
+    made = {"schema": "fastres.bench/3", "created": "2026-11-27", "code": code, "options": {}}
     return made | {"environment": where, "flops": flops, "rows": rows}
 
 
