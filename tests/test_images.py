@@ -230,6 +230,6 @@ def test_every_reader_names_what_it_refuses(tmp_path: Path) -> None:
     path = written(tmp_path / "class" / "float.tif", UNKNOWN_WHITE["floating point"][1])
     folder = data.Folder(datasets.ImageFolder(str(tmp_path)), v2.Identity())
     (reason, _) = _Files([(path, 0)], Views("multiscale"), 3)[0]
-    for said in (folder[0, 0], dali.Encoded(folder)[0, 0], data.DataError(reason)):
-        assert isinstance(said, data.DataError)
+    for said in (folder[0, 0], dali.Encoded(folder)[0, 0], data.ReadError(reason)):
+        assert isinstance(said, data.ReadError)
         assert str(said).startswith(f"{path} is no image that can be read (mode F in a TIFF file")
