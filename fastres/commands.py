@@ -616,8 +616,9 @@ def _image_files(given: Sequence[Path]) -> tuple[list[str], list[str]]:
     errors: list[OSError] = []
     for path in given:
         if os.path.isdir(path):
+            before = len(errors)
             found = image_files(path, errors.append)
-            if not found and not errors:
+            if not found and len(errors) == before:
                 raise ValueError(f"{path} holds no images; accepted are {', '.join(IMG_EXTENSIONS)}")
             paths += sorted(found, key=lambda file: file.split(os.sep))
             continue

@@ -156,7 +156,7 @@ def _openly_normalised(model: nn.Module) -> nn.Module:
     found = {path: module for path, module in model.named_modules() if path and _is_normalize(module)}
     if not found:
         return model
-    like = next(chain(model.parameters(), model.buffers()))
+    like = next(chain(model.parameters(), model.buffers()), torch.empty(0))
     model = copy.deepcopy(model)
     for path, module in found.items():
         mean, std = (torch.as_tensor(v, dtype=torch.float64, device=like.device) for v in (module.mean, module.std))

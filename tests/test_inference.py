@@ -1551,6 +1551,8 @@ def test_torchvisions_normalize_in_front(kind: type[Any], dtype: torch.dtype) ->
     assert torch.equal(x, before)
     assert net.state_dict().keys() == model.state_dict().keys()
     assert type(model[0]) is kind
+    with pytest.raises(ValueError, match="no convolution"):
+        optimize(nn.Sequential(model[0]).eval())
     model[0].inplace = True  # a stand-in passes through that of v2; the comparison at the first call hears of it
     with pytest.raises(ValueError, match=r"can trace|doesn't answer as Sequential does"):
         optimize(model)(x)
