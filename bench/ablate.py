@@ -1,9 +1,10 @@
 """What each fusion of a training step is worth: every one switched by itself, beside the defaults and stock PyTorch.
 
+Every row has the whole step in one CUDA graph: launched kernel by kernel, the host would limit most of them.
+
     python bench/ablate.py --depth 50 --json out/ablate-50.json
 
-Per row: images per second, peak memory per image, and both relative to the row of the defaults. Needs a CUDA GPU
-for figures that mean anything; on a CPU fastres has no fused path and the command says so.
+Per row: images per second, their ratio to those of the defaults, and peak memory per image. Needs a CUDA GPU.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ def main(arguments: list[str] | None = None) -> int:
     document |= {"schema": "fastres.ablation/1", "options": {key: str(value) for key, value in vars(options).items()}}
     names = [*ROWS, "library convolutions, fused passes between", "stock PyTorch, channels_last"]
     for name in names:
-        backend = BACKENDS["eager-channels-last" if name.startswith("stock") else "fastres"]
+        backend = BACKENDS["eager-graph" if name.startswith("stock") else "fastres-graph"]
         with setting(name):
             found = measure.measure(
                 replace(backend), case, data, options.seconds, run.cost(case.net, options.size).multiply_adds

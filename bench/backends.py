@@ -180,9 +180,10 @@ def timm_net(name: str) -> nn.Module:
     return timm.create_model(name)
 
 
-def overlapping(name: str) -> nn.Module:
+def switched(fusion: str, name: str) -> nn.Module:
+    """The net called `name`, trained with that fusion on."""
     net = families.named(name)
-    net.forward = dispatch.fusions(overlap=True)(net.forward)  # type: ignore[method-assign]
+    net.forward = dispatch.fusions(**{fusion: True})(net.forward)  # type: ignore[method-assign]
     return net
 
 
@@ -277,8 +278,16 @@ BACKENDS = {
         use="fastres.graphed(step, model, optimizer)",
         needs="cuda",
     ),
+    "fastres-graph-keep": Backend(
+        partial(switched, "keep_activation"),
+        "the same, activations that forward and backward both store computed once; training only",
+        graph=True,
+        ours=True,
+        use="fastres.graphed(step, model, optimizer) with the fusion keep_activation",
+        needs="cuda",
+    ),
     "fastres-graph-overlap": Backend(
-        overlapping,
+        partial(switched, "overlap"),
         "the same, weight gradients on a second stream; training only",
         graph=True,
         ours=True,
@@ -338,17 +347,20 @@ BACKENDS = {
 }
 
 
+EXPERIMENTS = ("fastres-graph-keep", "fastres-graph-overlap")
+
+
 def by_default(device: torch.device, net: str, mode: str) -> list[str]:
     """The backends that make sense on this device when none is named.
 
-    On a GPU ResNet-50 meets every peer and the other nets the strongest ones; "fastres-graph-overlap" is an experiment
-    that somebody has to name. On a CPU nobody has to wait for timm, which runs what eager PyTorch does, or for a second
-    compiled row; nets other than ResNet-50 do without any.
+    On a GPU ResNet-50 meets every peer and the other nets the strongest ones; the rows of `EXPERIMENTS` are for whoever
+    names them. On a CPU nobody has to wait for timm, which runs what eager PyTorch does, or for a second compiled row;
+    nets other than ResNet-50 do without any.
     """
     if device.type == "cuda":
         every_net = ("eager-channels-last", "eager-graph", "inductor", "max-autotune")
         chosen = [name for name, b in BACKENDS.items() if net == "resnet50" or b.ours or name in every_net]
-        chosen.remove("fastres-graph-overlap")
+        chosen = [name for name in chosen if name not in EXPERIMENTS]
     else:
         chosen = ["eager-channels-last", "fastres", "onnxruntime", "onnxruntime-int8"]
         chosen += ["fastres-optimize", "fastres-optimize-bf16", "fastres-optimize-int8"]

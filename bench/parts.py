@@ -102,8 +102,8 @@ PARTS: dict[str, Part] = {
     "passes": Part(["bench/passes.py"], 40),
     "hopper": Part(["bench/hopper.py", "--markdown", "{out}/hopper.md"], 40),
     "ablate-50": Part(["bench/ablate.py", "--depth", "50", "--seconds", "5", "--json", "{out}/ablate-50.json"], 290),
-    "bench-train-50-overlap": bench(
-        *TRAIN_50, "--backend", "fastres-graph,fastres-graph-overlap", record="overlap", seconds=80
+    "bench-train-50-switches": bench(
+        *TRAIN_50, "--backend", "fastres-graph,fastres-graph-keep,fastres-graph-overlap", record="switches", seconds=90
     ),
     "bench-train-50-fp16": bench(
         *TRAIN_50, "--dtype", "fp16", "--backend", "eager-channels-last,fastres-graph", seconds=120
@@ -149,7 +149,7 @@ PLANS = {
     2: Plan(
         "tiles, and the record of training",
         ("tune-50", "tests-tuned", "bench-train-50"),
-        ("timeline-train-50", "bench-train-50-overlap", "bench-train-50-fp16", "ablate-50"),
+        ("timeline-train-50", "bench-train-50-switches", "bench-train-50-fp16", "ablate-50"),
     ),
     3: Plan(
         "tiles for one image, the record of inference, each layer on its own",

@@ -583,7 +583,7 @@ def test_defaults_by_device(bench: SimpleNamespace) -> None:
     }
     assert {"fastres-optimize-int8", "onnxruntime", "eager-channels-last-bf16"} <= idle["train"]
     for names in idle.values():
-        names.add("fastres-graph-overlap")  # an experiment
+        names |= set(bench.backends.EXPERIMENTS)
     for mode in ("infer", "train"):
         served = [name for name, backend in table.items() if backend.needs != "cpu"]
         assert choose(torch.device("cuda"), "resnet50", mode) == [name for name in served if name not in idle[mode]]
@@ -604,8 +604,8 @@ def test_defaults_by_device(bench: SimpleNamespace) -> None:
     assert choose(torch.device("cpu"), "resnet50", "train") == ["eager-channels-last", "fastres"]
 
 
-def test_the_overlapping_net_is_the_net(bench: SimpleNamespace) -> None:
-    net, seen = bench.backends.overlapping("cifar-8"), []
+def test_the_switched_net_is_the_net(bench: SimpleNamespace) -> None:
+    net, seen = bench.backends.switched("overlap", "cifar-8"), []
     assert net.state_dict().keys() == bench.plain.net("cifar-8").state_dict().keys()
     net.conv1.register_forward_hook(lambda *_: seen.append(dispatch._fusions.get().overlap))
     for _ in range(2):
