@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import gc
 import itertools
 import statistics
 from collections import Counter, defaultdict
@@ -443,20 +444,33 @@ def test_whole_step_in_a_graph_with_scaled_gradients(depth: int) -> None:
 
 
 @pytest.mark.gpu
-def test_peak_memory_beside_stock() -> None:
-    """bf16 autocast, channels_last: the activations kept for backward are fewer than stock's."""
+@pytest.mark.parametrize(
+    ("depth", "recompute", "most"), [(18, False, 0.72), (18, True, 0.65), (50, False, 0.85), (50, True, 0.65)]
+)
+def test_peak_memory_beside_stock(depth: int, recompute: bool, most: float) -> None:
+    """Of a whole step in bf16 autocast and channels_last, over torchvision's. What is kept for backward alone is
+    0.62, 0.56, 0.78 and 0.60 of stock's (bench/memory.py); weights, gradients and momentum are the same for both."""
 
-    def peak(net: nn.Module) -> int:
-        net = net.cuda().to(memory_format=torch.channels_last)
-        images = torch.randn(64, 3, 224, 224, device="cuda").contiguous(memory_format=torch.channels_last)
-        for _ in range(2):
+    def peak(models: Any) -> int:
+        gc.collect()
+        before = torch.cuda.memory_allocated()
+        net = getattr(models, f"resnet{depth}")().cuda().to(memory_format=torch.channels_last)
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, fused=True)
+        images = torch.randn(128, 3, 224, 224, device="cuda").contiguous(memory_format=torch.channels_last)
+        labels = torch.arange(128, device="cuda")
+        for _ in range(3):
             torch.cuda.reset_peak_memory_stats()
             with torch.autocast("cuda", torch.bfloat16):
-                loss = net(images).float().logsumexp(1).sum()
+                loss = F.cross_entropy(net(images), labels)
+            optimizer.zero_grad(set_to_none=True)
             loss.backward()
-        return torch.cuda.max_memory_allocated()
+            optimizer.step()
+        return torch.cuda.max_memory_allocated() - before
 
-    assert peak(fastres.resnet50()) < 0.85 * peak(torchvision.models.resnet50())
+    with dispatch.fusions(recompute=recompute):
+        ours = peak(fastres)
+    theirs = peak(torchvision.models)
+    assert ours <= most * theirs, f"{ours / 2**20:.0f} of {theirs / 2**20:.0f} MiB, {ours / theirs:.3f}; at most {most}"
 
 
 @pytest.mark.gpu
@@ -466,7 +480,7 @@ def test_resnet50_200_steps_beside_stock_on_photographs() -> None:
     channels_last, contiguous, and from weights moved by as much as bf16 rounds them."""
     from sklearn.datasets import load_sample_images
 
-    photos = [torch.from_numpy(i.copy()).permute(2, 0, 1).float() / 255 for i in load_sample_images().images]
+    photos = [torch.from_numpy(i.copy()).cuda().permute(2, 0, 1) / 255 for i in load_sample_images().images]
     generator = torch.Generator().manual_seed(0)
 
     def batch() -> tuple[Tensor, Tensor]:
@@ -475,7 +489,7 @@ def test_resnet50_200_steps_beside_stock_on_photographs() -> None:
         for label in labels.tolist():
             top, left = (int(torch.randint(0, side - 224, (), generator=generator)) for side in photos[label].shape[1:])
             crops.append(photos[label][:, top : top + 224, left : left + 224])
-        return torch.stack(crops).sub_(0.5).div_(0.25), labels
+        return torch.stack(crops).sub_(0.5).div_(0.25), labels.cuda()
 
     data = [batch() for _ in range(200)]
 
@@ -485,7 +499,7 @@ def test_resnet50_200_steps_beside_stock_on_photographs() -> None:
         losses = []
         for images, labels in data:
             with torch.autocast("cuda", torch.bfloat16):
-                loss = F.cross_entropy(net(images.cuda().contiguous(memory_format=memory_format)), labels.cuda())
+                loss = F.cross_entropy(net(images.contiguous(memory_format=memory_format)), labels)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
