@@ -38,6 +38,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -45,6 +46,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -344,6 +346,9 @@ def keep(name: str, command: list[str], status: int, seconds: float, limit: floa
         tail = (run.out / f"{name}.log").read_text(errors="replace").splitlines()[-TAIL_LINES:]
         summary = {"part": name, "command": command, "status": status, "seconds": round(seconds, 1)}
         summary |= {"limit": round(limit), "tail": tail} | ({"rehearsal": REHEARSAL} if run.rehearsal else {})
+        if PARTS[name].watch:
+            summary["reported"] = reported((run.out / f"{name}.log").read_text(errors="replace"))
+            tail.append(f"== reported, lines by kernel: {json.dumps(summary['reported'])}")
         (run.out / f"{name}.json").write_text(json.dumps(summary, indent=1) + "\n")
         title = f"{name} ({REHEARSAL})" if run.rehearsal else name
         print("\n".join(tail), f"\n== {title}: {in_words(status)} after {seconds:.1f} s", flush=True)
@@ -353,6 +358,11 @@ def keep(name: str, command: list[str], status: int, seconds: float, limit: floa
             pack(run.out, run.cache, run.archive)
     except Exception as error:
         print(f"== not all of {name} is kept: {error!r}", flush=True)
+
+
+def reported(log: str) -> dict[str, int]:
+    """How many lines of a sanitizer's name each kernel."""
+    return dict(Counter(re.findall(r"^=========.*?(\w+_kernel)\b", log, re.MULTILINE)).most_common())
 
 
 def write_proof(out: Path) -> None:

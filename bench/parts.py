@@ -60,8 +60,16 @@ OF_50 = "resnet50 and bfloat16"
 FIRST = [f"tests/test_{name}.py" for name in ("layers", "shortcut", "extension")]
 FIRST += ["-k", f"({OF_50}) or cuda"]
 FIRST_REST = ["tests/test_layers.py", "-m", "gpu and not slow", "-k", f"not ({OF_50})"]
-# Every access of every kernel is checked there, and no allocation hides in a larger one.
-SANITIZER = ["compute-sanitizer", "--target-processes", "all", "--error-exitcode", "9"]
+# Whole nets at real sizes: 200 steps beside stock, the same bits 20 times, peaks of memory.
+CURVES = ["tests/test_training.py", "tests/test_determinism.py", "-m", "gpu and not slow"]
+CURVES += ["-k", "200_steps or 20_runs or peak_memory"]
+# For every kernel at small sizes, in all of pytest's processes; what it says names the kernel.
+SANITIZER = ["compute-sanitizer", "--target-processes", "all", "--max-connections", "64"]
+SANITIZER += ["--error-exitcode", "9", "--show-backtrace", "no", "--print-limit", "2000"]
+# No allocation hides in a larger one, nor lies behind another. An API's error is an exception in Python as well.
+MEMCHECK = [*SANITIZER, "--tool", "memcheck", "--padding", "512", "--report-api-errors", "no"]
+# Hazards in shared memory alone: a report for each two accesses of a kernel, with their number.
+RACECHECK = [*SANITIZER, "--tool", "racecheck", "--racecheck-report", "analysis"]
 
 TRAIN_50, INFER_50 = (["--depth", "50", "--mode", mode] for mode in ("train", "infer"))
 # The strongest peers and ours; what else there is has parts of its own, and max-autotune compiles for minutes.
@@ -114,7 +122,9 @@ PARTS: dict[str, Part] = {
     "bench-cifar": bench("--net", "cifar-20,cifar-110", "--mode", "train", "--batch", "128", "--backend", GRAPHS),
     "bench-option-a": bench("--net", "paper-34-A", "--mode", "train", "--backend", f"{GRAPHS},inductor"),
     "bench-cifar-1202": bench("--net", "cifar-1202", "--mode", "train", "--batch", "32", "--backend", GRAPHS),
-    "tests-memory": checks(*KERNELS, "-k", "features or every_problem or single_pixels", watch=SANITIZER),
+    "tests-memcheck": checks("tests/test_sanitized.py", seconds=120, watch=MEMCHECK),
+    "tests-racecheck": checks("tests/test_sanitized.py", seconds=120, watch=RACECHECK),
+    "tests-curves": checks(*CURVES, seconds=150),
     "tests-tiles": checks(*KERNELS, "-k", "every_tile"),
     "bench-infer-50-autotune": bench(*INFER_50, "--backend", AUTOTUNE),
     "bench-train-50-autotune": bench(*TRAIN_50, "--backend", AUTOTUNE),

@@ -185,13 +185,24 @@ def test_without_a_gpu_nothing_is_called_a_success(
     assert not (tmp_path / "out").exists()
 
 
+RACE = """
+========= Error: Race reported between Write access at dgrad_kernel+0x1a0 in dgrad.py:120
+=========     and Read access at dgrad_kernel+0x2b0 in dgrad.py:131 [64 hazards]
+========= Invalid __global__ read of size 4 bytes
+=========     at void at::native::elementwise_kernel<(int)128>(int)+0x90
+PASSED tests/test_sanitized.py::test_kernel[wgrad_kernel, 3x3]"""
+
+
 def test_a_part_under_a_sanitizer(
     gpu: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    code = "import os; print(os.environ['PYTORCH_NO_CUDA_MEMORY_CACHING'], os.environ['WATCHED'])"
+    code = f"import os; print(os.environ['PYTORCH_NO_CUDA_MEMORY_CACHING'], os.environ['WATCHED'] + {RACE!r})"
     part = {"watched": gpu.Part(["-c", code], watch=["env", "WATCHED=yes"])}
     assert run(gpu, monkeypatch, part, "--out", str(tmp_path)) == 0
-    assert (tmp_path / "watched.log").read_text() == "1 yes\n"
+    assert (tmp_path / "watched.log").read_text() == f"1 yes{RACE}\n"
+    counts = {"dgrad_kernel": 2, "elementwise_kernel": 1}
+    assert json.loads((tmp_path / "watched.json").read_text())["reported"] == counts
+    assert f"== reported, lines by kernel: {json.dumps(counts)}" in capsys.readouterr().out
     part = {"watched": gpu.Part(["-c", code], watch=["no-such-sanitizer"])}
     assert run(gpu, monkeypatch, part, "--out", str(tmp_path)) == 1
     assert "failed: watched (no-such-sanitizer is not installed)" in capsys.readouterr().out
