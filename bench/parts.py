@@ -45,6 +45,10 @@ def timeline(mode: str, backend: str, seconds: float) -> Part:
     return Part([*command, "--csv", f"{{out}}/timeline-{mode}.csv"], seconds)
 
 
+def counters(mode: str, seconds: float) -> Part:
+    return Part(["bench/counters.py", "--mode", mode, "--csv", f"{{out}}/counters-{mode}.csv"], seconds)
+
+
 def kernels(depth: str, seconds: float) -> Part:
     return Part(["bench/kernels.py", "--depth", depth, "--csv", f"{{out}}/kernels-{depth}.csv"], seconds)
 
@@ -107,6 +111,8 @@ PARTS: dict[str, Part] = {
     "kernels-50": kernels("50", 50),
     "timeline-train-50": timeline("train", "fastres-graph", 60),
     "timeline-infer-50": timeline("infer", "fastres-optimize", 60),
+    "counters-train-50": counters("train", 150),
+    "counters-infer-50": counters("infer", 120),
     "passes": Part(["bench/passes.py"], 40),
     "hopper": Part(["bench/hopper.py", "--markdown", "{out}/hopper.md"], 40),
     "ablate-50": Part(["bench/ablate.py", "--depth", "50", "--seconds", "5", "--json", "{out}/ablate-50.json"], 290),

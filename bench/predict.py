@@ -169,6 +169,12 @@ def tile_of(launch: Launch) -> Cut:
     return Cut(BM, BN, BK, steps, 1, BM + BN * operands, BM + BN * buffers, instructions)
 
 
+def tile_name(launch: Launch) -> str:
+    """As a table has it; empty where the arguments don't tell."""
+    cut = tile_of(launch)
+    return f"{cut.BM}x{cut.BN}x{cut.BK} w{launch.arguments.get('num_warps', 0)}" if cut.BM else ""
+
+
 def executed(launch: Launch) -> int:
     """FLOPs of all tiles, those of pixels and channels beyond the edge included; 0 where the arguments don't tell."""
     cut = tile_of(launch)
@@ -307,9 +313,7 @@ def rows(launches: Iterable[Launch], device: Device, gpu: Gpu) -> list[Row]:
     """In the order in which a step first comes to them."""
     found: dict[tuple[str, ...], Row] = {}
     for launch in launches:
-        cut, warps = tile_of(launch), launch.arguments.get("num_warps", 0)
-        tile = f"{cut.BM}x{cut.BN}x{cut.BK} w{warps}" if cut.BM else ""
-        key = (launch.pass_, launch.layer, launch.kernel, tile)
+        key = (launch.pass_, launch.layer, launch.kernel, tile_name(launch))
         found.setdefault(key, Row(*key)).add(launch, time(launch, device, gpu))
     return [*found.values()]
 

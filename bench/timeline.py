@@ -14,6 +14,8 @@ import argparse
 import re
 import sys
 from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,17 @@ from fastres.models import families
 
 COLUMNS = ("kernel", "calls", "us", "share")
 STEPS = 3  # profiled, behind as many that warm up
+
+
+@contextmanager
+def running(backend: backends.Backend, case: backends.Case) -> Iterator[Callable[[int], Any]]:
+    """Yields the step of `case` as bench/run.py has it, by the number of its batch."""
+    torch.backends.cudnn.benchmark = True
+    batches = inputs(case.batch, case.size)
+    generator = torch.Generator().manual_seed(SEED)
+    labels = [torch.randint(10, (case.batch,), generator=generator) for _ in batches]
+    with backend.isolated(case.device):
+        yield measure.STEPS[case.mode](backend, case, measure.Data(weights(case.net, case.size), batches, labels))
 
 
 def kernels(step: Any) -> tuple[dict[str, tuple[float, float]], float]:
@@ -72,12 +85,7 @@ def main(arguments: list[str] | None = None) -> int:
     backend = backends.BACKENDS[options.backend]
     if reason := backend.why_not(case):
         parser.error(f"backend {options.backend!r} can't run this: {reason}")
-    torch.backends.cudnn.benchmark = True
-    batches = inputs(options.batch, size)
-    generator = torch.Generator().manual_seed(SEED)
-    labels = [torch.randint(10, (options.batch,), generator=generator) for _ in batches]
-    with backend.isolated(device):
-        step = measure.STEPS[options.mode](backend, case, measure.Data(weights(options.net, size), batches, labels))
+    with running(backend, case) as step:
         found, span = kernels(step)
     total = sum(us for _, us in found.values())
     rows = [

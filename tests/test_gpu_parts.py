@@ -341,7 +341,7 @@ def scripts() -> dict[str, argparse.ArgumentParser]:
         found.append(parser)
         raise AskedError
 
-    names = ("run", "tune", "kernels", "timeline", "passes", "hopper", "ablate")
+    names = ("run", "tune", "kernels", "timeline", "counters", "passes", "hopper", "ablate")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(argparse.ArgumentParser, "parse_args", stop)
         for name in names:
