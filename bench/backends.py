@@ -401,17 +401,16 @@ def watched_paths() -> Iterator[Counter[str | None]]:
     """Counts, while the context lasts, the answers to stem, blocks and stages of blocks, and to the chains that backend
     "fastres" finds: why the plain path; None where fused."""
     answers: Counter[str | None] = Counter()
-    ask, ask_together, rewrite = dispatch.why_plain, dispatch.serves_stage, fastres_compile.rewrite
+    ask, ask_together, rewrite = dispatch.why_plain, dispatch.serves_stages, fastres_compile.rewrite
 
     def listen(*call: Any) -> str | None:
         answer = ask(*call)
         answers[answer] += 1
         return answer
 
-    def listen_to_stage(x: torch.Tensor, blocks: Sequence[Any]) -> bool:
-        served = ask_together(x, blocks)
-        if served:
-            answers[None] += len(blocks)
+    def listen_to_stages(x: torch.Tensor, stages: Sequence[Sequence[Any]]) -> int:
+        served = ask_together(x, stages)
+        answers[None] += sum(map(len, stages[:served]))
         return served
 
     def look(*call: Any, **options: Any) -> list[fastres_compile.Finding]:
@@ -421,7 +420,7 @@ def watched_paths() -> Iterator[Counter[str | None]]:
 
     with (
         mock.patch.object(dispatch, "why_plain", listen),
-        mock.patch.object(dispatch, "serves_stage", listen_to_stage),
+        mock.patch.object(dispatch, "serves_stages", listen_to_stages),
         mock.patch.object(fastres_compile, "rewrite", look),
     ):
         yield answers

@@ -32,7 +32,7 @@ class Role(NamedTuple):
 
     place: "stem"; "first" of a block, which reads a finished activation; "inner" and "last", which read z of the
     convolution before them through BatchNorm and ReLU; "project", on the shortcut.
-    border: a "first" whose block follows another one in its stage, whose end is fused with it forward and backward.
+    border: a "first" whose block follows another one, whose end is fused with it forward and backward.
     summed: the gradient comes masked and with its sums, so that our dgrad and wgrad may compute dz on load; elsewhere
     dz is stored, whatever the engine. It comes so from our dgrad of the convolution behind: where the library wins that
     one, dz is stored here, too, and what is measured here is not quite what runs.
@@ -60,16 +60,16 @@ def roles(depth: int, batch: int, size: int) -> Counter[tuple[ConvProblem, Role]
             return conv(x)
 
         x = net.maxpool(count(net.conv1, x, "stem"))
-        for stage in (net.layer1, net.layer2, net.layer3, net.layer4):
-            for b, block in enumerate(stage):
-                units, shortcut = block.parts().units, block.parts().shortcut
-                if shortcut is not None:
-                    count(shortcut[0], x, "project")
-                first, *inner, last = (conv for conv, _ in units)
-                x = count(first, x, "first", border=b > 0, summed=True)
-                for conv in inner:
-                    x = count(conv, x, "inner", summed=True)
-                x = count(last, x, "last", summed=shortcut is None and b + 1 < len(stage))
+        blocks = [*net.layer1, *net.layer2, *net.layer3, *net.layer4]
+        for b, block in enumerate(blocks):
+            units, shortcut = block.parts().units, block.parts().shortcut
+            if shortcut is not None:
+                count(shortcut[0], x, "project")
+            first, *inner, last = (conv for conv, _ in units)
+            x = count(first, x, "first", border=b > 0, summed=True)
+            for conv in inner:
+                x = count(conv, x, "inner", summed=True)
+            x = count(last, x, "last", summed=shortcut is None and b + 1 < len(blocks))
     return found
 
 

@@ -204,8 +204,8 @@ def test_same_seed_same_bits(name: str, size: int) -> None:
 def test_each_fusion_can_be_switched(switch: str, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     net = Narrow().to(DEVICE)
-    stages = Mock(wraps=resnet.stage)
-    monkeypatch.setattr(resnet, "stage", stages)
+    stages = Mock(wraps=resnet.stages)
+    monkeypatch.setattr(resnet, "stages", stages)
     hold(net, batches(3, 3, size), **{switch: not getattr(dispatch.Fusions(), switch)})
     assert stages.call_count == 3 * (switch != "block_end")
 
@@ -245,8 +245,8 @@ def test_a_stage_leaves_other_blocks_to_themselves(monkeypatch: pytest.MonkeyPat
     def hold(out: Tensor) -> None:
         assert_close_to_reference(out, exact, usual, factor=3, lost=lost_in_sums(9 * 8, x))
 
-    stages = Mock(wraps=resnet.stage)
-    monkeypatch.setattr(resnet, "stage", stages)
+    stages = Mock(wraps=resnet.stages)
+    monkeypatch.setattr(resnet, "stages", stages)
     with fastres.backend("triton"):
         hold(resnet.run_stages(x, layer))
         assert stages.call_count == 1
@@ -258,7 +258,7 @@ def test_a_stage_leaves_other_blocks_to_themselves(monkeypatch: pytest.MonkeyPat
         half = copy.deepcopy(layer)
         half[0].requires_grad_(False)
         hold(resnet.run_stages(x, half))
-        assert [len(call.args[1]) for call in stages.call_args_list] == [2, 1]
+        assert [len(*call.args[1]) for call in stages.call_args_list] == [2, 1]
         stages.reset_mock()
 
         seen: list[Tensor] = []

@@ -30,7 +30,7 @@ from torchvision.models.resnet import (
 
 from fastres.ops import dispatch
 from fastres.ops.conv_bn_act import residual_block, stem
-from fastres.ops.stage import stage
+from fastres.ops.stage import stages
 
 __all__ = [
     "BasicBlock",
@@ -115,16 +115,25 @@ class Bottleneck(tv.Bottleneck):
 
 
 def run_stages(x: Tensor, *layers: nn.Module) -> Tensor:
-    """x through `layers`, the blocks of each as one call where `dispatch` says so."""
-    for layer in layers:
-        blocks: list[Any] = list(layer) if type(layer) is nn.Sequential and dispatch.is_bare(layer) else []
-        if blocks and dispatch.serves_stage(x, blocks):
-            while not dispatch.wants_gradients(x, blocks[:1]):  # frozen: keeps nothing for backward
-                x = blocks.pop(0)(x)
-            x = stage(x, [(block.units(), block.downsample) for block in blocks])
+    """x through `layers`, the blocks of each as one call where `dispatch` says so, and neighbours of such layers with
+    their borders fused."""
+    rest = [(layer, _blocks(layer)) for layer in layers]
+    while rest:
+        count = dispatch.serves_stages(x, [blocks for _, blocks in rest])
+        served = [blocks for _, blocks in rest[:count]]
+        if served:
+            while not dispatch.wants_gradients(x, served[0][:1]):  # frozen: keeps nothing for backward
+                x = served[0].pop(0)(x)
+            x = stages(x, [[(block.units(), block.downsample) for block in blocks] for blocks in served])
         else:
-            x = layer(x)
+            x = rest[0][0](x)
+        rest = rest[max(1, count) :]
     return x
+
+
+def _blocks(layer: nn.Module) -> list[Any]:
+    """The blocks of a stage that calling `layer` runs one after the other, and that alone; else none."""
+    return list(layer) if type(layer) is nn.Sequential and dispatch.is_bare(layer) else []
 
 
 def pooled(x: Tensor, avgpool: nn.Module) -> Tensor:

@@ -131,7 +131,7 @@ def why_plain(x: Tensor, parts: Parts) -> str | None:
 
 
 def runs_stages() -> bool:
-    """True where a fusion across the blocks of a stage may be in force: then ask `serves_stage`."""
+    """True where a fusion across the blocks of a stage may be in force: then ask `serves_stages`."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or not torch.is_grad_enabled():
         return False
     wanted = _fusions.get()
@@ -143,24 +143,28 @@ def recomputes() -> bool:
     return _fusions.get().recompute
 
 
-def serves_stage(x: Tensor, blocks: Sequence[Any]) -> bool:
-    """True where `blocks`, run one after the other on x for a backward pass, are one call.
+def serves_stages(x: Tensor, stages: Sequence[Sequence[Any]]) -> int:
+    """How many of `stages`, from the first on, each a list of blocks run one after the other on x for a backward pass,
+    are calls of `stage` that hand over to one another.
 
     Only blocks whose `forward` is this package's: a subclass with its own may do anything.
     """
     if not runs_stages() or wants_reference() or torch._C._len_torch_dispatch_stack():
-        return False
-    if _unfusable_call(x) or _unfusable_device(x):
-        return False
+        return 0
+    if not stages[0] or _unfusable_call(x) or _unfusable_device(x) or not wants_gradients(x, stages[0]):
+        return 0
     channels = x.shape[1]
-    for block in blocks:
-        if not (hasattr(block, "downsample") and _is_ours(block) and is_bare(block)):
-            return False
-        parts = block.parts()
-        if foreign(parts) or _watched(parts) or _mismatch(x, channels, parts):
-            return False
-        channels = parts.units[-1][0].out_channels
-    return wants_gradients(x, blocks)
+    for count, blocks in enumerate(stages):
+        for block in blocks:
+            if not (hasattr(block, "downsample") and _is_ours(block) and is_bare(block)):
+                return count
+            parts = block.parts()
+            if foreign(parts) or _watched(parts) or _mismatch(x, channels, parts):
+                return count
+            channels = parts.units[-1][0].out_channels
+        if not blocks:
+            return count
+    return len(stages)
 
 
 def wants_gradients(x: Tensor, modules: Sequence[nn.Module]) -> bool:
