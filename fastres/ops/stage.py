@@ -54,15 +54,21 @@ class Border:
         """y and the BatchNorms before its ReLU, as the forward of the stage before left them."""
         pending, below = self.pending, self.below
         self.pending = self.below = None
-        assert pending is not None and below is not None
+        assert pending is not None
+        assert below is not None
         return pending, below
 
-    def take_back(self, dy: Tensor) -> tuple[Tensor, Gradient]:
-        """y and the gradient there, of which autograd says that it is dy [N, H, W, C]."""
-        assert self.back is not None
+    def take_back(self, dy: Tensor) -> tuple[Tensor | None, Gradient]:
+        """y, if somebody has brought it, and the gradient there, of which autograd says that it is dy [N, H, W, C].
+
+        It is another one than was handed over in a gradient's own backward. Whether that is masked already or not,
+        masking it again changes nothing.
+        """
+        if self.back is None:
+            return None, Gradient(dy)
         (gradient, out), self.back = self.back, None
         same = gradient.value.data_ptr() == dy.data_ptr() and gradient.value.stride() == dy.stride()
-        return out, gradient if same else Gradient(dy)  # masked or not: masking again changes nothing
+        return out, gradient if same else Gradient(dy)
 
 
 def stages(x: Tensor, of_stages: Sequence[Sequence[tuple[Sequence[Unit], nn.Module | None]]]) -> Tensor:
@@ -201,6 +207,8 @@ class _Stage(torch.autograd.Function):
         grads: list[Sequence[Tensor | None]] = [[None] * len(p) for p in own]
         dy = nhwc(dy.to(ctx.dtype))
         out, dout = (nhwc(y), Gradient(dy)) if ctx.after is None else ctx.after.take_back(dy)
+        if out is None:
+            out = pending(calls[-1], inputs[-1], zs[-1], stats[-1]).compute()
         projection = None if z_side is None else (z_side, mean_side)
         at_border = None if before is None else ((nhwc(x), mean), projection)
         for b in reversed(range(len(calls))):
