@@ -97,7 +97,6 @@ PARTS: dict[str, Part] = {
     "tests-first-rest": checks(*FIRST_REST, seconds=140),
     "tests-graph": checks("tests/test_graph.py", "tests/test_beside.py", "-m", "gpu and not slow", seconds=60),
     "tests-kernels": checks(*KERNELS, "-k", "not every_tile", seconds=130),
-    "tests-stem": checks("tests/test_stem.py", seconds=70),
     "tests-tiles-50": checks(
         *KERNELS[:2], "-k", "every_tile and bfloat16 and not resnet18 and not resnext", seconds=130
     ),
@@ -116,7 +115,7 @@ PARTS: dict[str, Part] = {
     "counters-infer-50": counters("infer", 120),
     "passes": Part(["bench/passes.py"], 40),
     "hopper": Part(["bench/hopper.py", "--markdown", "{out}/hopper.md"], 40),
-    "ablate-50": Part(["bench/ablate.py", "--depth", "50", "--seconds", "5", "--json", "{out}/ablation-50.json"], 290),
+    "ablate-50": Part(["bench/ablate.py", "--depth", "50", "--seconds", "5", "--json", "{out}/ablate-50.json"], 290),
     "bench-train-50-switches": bench(
         *TRAIN_50, "--backend", "fastres-graph,fastres-graph-keep,fastres-graph-overlap", record="switches", seconds=90
     ),

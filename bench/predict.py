@@ -146,9 +146,6 @@ def tile_of(launch: Launch) -> Cut:
         values = given["R"] * STEM_WINDOW
         products, steps = (math.ceil(values / BN), steps) if "dw" in given else (1, math.ceil(values / BK))
         return Cut(BM, BN, BK, steps, products, BM + BN * products, BM + BN * products)
-    if "windows" in given:  # the stem's by programs that stay
-        steps = math.ceil(given["tiles"] * math.ceil(given["K"] / BM) / launch.programs) * given["R"]
-        return Cut(BM, BN, BK, steps, 1, BN, BN, stays=True)
     operands = 1 + any(given.get(name) is not None for name in ("z", "side"))  # tensors that one side is computed from
     stages = given.get("num_stages", 1)
     buffers = config.buffered(stages, operands) / stages

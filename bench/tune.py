@@ -101,11 +101,10 @@ def stem_candidates(
     tma = gpu.capability >= (9, 0)
     tiles = config.stem_tiles(stem_columns(problem), dtype.itemsize, tma, gpu, ieee)
     tiles = [tile for tile in tiles if max(64, problem.K) >= tile.BM]
-    boxed = [tile for tile in tiles if tile.box is not None and not tile.persistent][:most]
+    boxed = [tile for tile in tiles if tile.box is not None][:most]
     boxes = ((n, h, w) for n in (1, 2, 4) for h in (1, 2, 4, 8, 16) for w in (8, 16))
     shaped = [replace(tile, box=box) for box in boxes for tile in boxed if math.prod(box) == tile.BN]
-    staying = [tile for tile in tiles if tile.persistent]
-    return list(dict.fromkeys([*boxed, *shaped, *[tile for tile in tiles if tile.box is None][:most], *staying]))
+    return list(dict.fromkeys([*boxed, *shaped, *[tile for tile in tiles if tile.box is None][:most]]))
 
 
 def over_images(pass_: str, problem: ConvProblem) -> bool:

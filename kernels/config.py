@@ -72,9 +72,6 @@ STEM_WINDOW = 32  # values of one row of the stem's filter: 8 pixels of 4 channe
 # last store, as fitted to an H200's times by bench/predict.py, and of work that other programs can't hide.
 WGMMA, MMA, FMA, L2, MEMORY, LATENCY, OVERHEAD = 2048, 1024, 128, 48, 18, 9500, 200
 
-# Rows and columns of the boxes of the stem's persistent programs.
-_STEM_BOXES = ((8, 8), (4, 16), (8, 16), (16, 8))
-
 # Cycles that the small kernel behind a split sum adds: assumed, two microseconds. Parts that fprop's sum is cut into.
 REDUCE, SPLITS = 4000, (1, 2, 4, 8, 16)
 
@@ -177,23 +174,15 @@ def fprop_tile(
 
 def stem_tiles(columns: ConvProblem, itemsize: int, tma: bool, gpu: Gpu = H200, ieee: bool = False) -> list[Tile]:
     """Tiles for `conv_stem`, which convolves as `columns` does, the most promising first: by TMA where that serves,
-    then by pointers, which take one row of the filter at a step or two, then persistent ones. Every program reads all
-    filters: the widest tile does it for the most pixels."""
+    then by pointers, which take one row of the filter at a step or two. Every program reads all filters: the widest
+    tile does it for the most pixels."""
     by_pointers = fprop_tiles(columns, itemsize, False, gpu, ieee)
     if itemsize == 2:
         pairs = [replace(tile, BK=2 * tile.BK, stages=3) for tile in by_pointers]
         if gpu.capability < (9, 0):  # 64 pixels of one row spill 8 bytes there, at 80 registers
             by_pointers = [tile for tile in by_pointers if tile.BN != 64]
         by_pointers += [Tile(64, 256, STEM_WINDOW, 8, 3), *pairs]
-    staying = []
-    if tma and itemsize == 2 and gpu.capability[0] == 9:
-        BM = 64 if columns.K <= 64 else 128
-        for (TH, TW), warps, stages, programs in product(_STEM_BOXES, (4, 8), (2, 3), (1, 2, 3)):
-            pixels = columns.R * TH * TW  # of all windows of a tile
-            shared = itemsize * (STEM_WINDOW * (stages * pixels + columns.R * BM) + BM * TH * TW) + SMALL
-            if shared * programs <= gpu.shared and (warps == 4 or TH * TW > 64):
-                staying.append(Tile(BM, TH * TW, STEM_WINDOW, warps, stages, (1, TH, TW), persistent=programs))
-    return (fprop_tiles(columns, itemsize, True, gpu, ieee) if tma else []) + by_pointers + staying
+    return (fprop_tiles(columns, itemsize, True, gpu, ieee) if tma else []) + by_pointers
 
 
 @lru_cache(maxsize=4096)

@@ -23,7 +23,7 @@ from .config import Tile
 from .launch import cdiv, gpu_of
 from .problem import ConvProblem
 from .replay import empty, launch
-from .tile import COMPILED, affine_relu, finish, join_relu, merge_statistics, settle, tile_statistics
+from .tile import COMPILED, affine_relu, finish, join_relu, settle, tile_statistics
 
 
 def check(tile: Tile, problem: ConvProblem, dtype: torch.dtype) -> None:
@@ -40,13 +40,9 @@ def check(tile: Tile, problem: ConvProblem, dtype: torch.dtype) -> None:
 
 
 def programs(pixels: int, channels: int, tile: Tile, device: torch.device) -> int:
-    """Programs per tile of channels for rows of `pixels`, see `resident`."""
-    return resident(cdiv(pixels, tile.BN), channels, tile, device)
-
-
-def resident(tiles: int, channels: int, tile: Tile, device: torch.device) -> int:
-    """Programs per tile of channels: `tile.persistent` on each multiprocessor, none without one of `tiles`."""
-    return min(tiles, max(1, gpu_of(device).sms * tile.persistent // cdiv(channels, tile.BM)))
+    """Programs per tile of channels: as many as `tile.persistent` on each multiprocessor, none without a tile."""
+    resident = gpu_of(device).sms * tile.persistent
+    return min(cdiv(pixels, tile.BN), max(1, resident // cdiv(channels, tile.BM)))
 
 
 @triton.jit
@@ -138,7 +134,11 @@ def pointwise_fprop_kernel(
         if partials is not None:
             n = tl.minimum(BN, pixels - pixel).to(tl.float32)
             of_tile, apart = tile_statistics(out, n, pixel + tl.arange(0, BN) < pixels, FULL)
-            count, centre, squares = merge_statistics(count, centre, squares, n, of_tile, apart)
+            total = count + n  # Chan's rule, as in `batch_norm.merged_statistics`
+            delta = of_tile - centre
+            centre += delta * (n / total)
+            squares += apart + delta * delta * (count * (n / total))
+            count = total
     if partials is not None:
         at = partials + first * 3 * K + k
         tl.store(at, tl.zeros_like(centre) + count, mask=k < K)

@@ -8,8 +8,7 @@ row. So images are packed to 4 channels, window q of a row starting at its pixel
 
 Two ways to fetch windows. By pointers, on every GPU: a window starts 16 bytes (of 16-bit values) behind its left
 neighbour, so that it is 4 asynchronous copies of 16 bytes. By TMA, fprop alone: a view [N, H/2, 2, Q, 32] whose windows
-overlap makes the stem an R x 1 convolution of 32 channels for `conv_fprop_tma_kernel`, or for `stem_persistent_kernel`,
-whose programs stay as those of `persistent` do.
+overlap makes the stem an R x 1 convolution of 32 channels for `conv_fprop_tma_kernel`.
 
 The packing takes images in any layout and dtype, so that it is at once the one conversion that a net's input needs.
 """
@@ -24,25 +23,13 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .config import STEM_WINDOW, Tile, pixel_tiles, reduction_steps, stem_tile, stem_wgrad_tile
 from .conv import FLOATS, launch_boxes
 from .launch import cdiv, check_device, check_product, check_tensor, gpu_of, tma_refusal
-from .persistent import resident
 from .problem import ConvProblem
 from .replay import empty, launch, remembered
-from .tile import (
-    COMPILED,
-    box_origin,
-    box_pixels,
-    finish,
-    merge_statistics,
-    settle,
-    store_statistics,
-    tile_statistics,
-    unravel,
-)
+from .tile import finish, store_statistics, unravel
 from .wgrad import wgrad_reduce_kernel
 
 WINDOW, CHANNELS = 8, 4
@@ -125,73 +112,6 @@ def stem_fprop_kernel(
     tl.store(y + pixel[None, :] * K + k[:, None], out, mask=inside[None, :] & (k < K)[:, None])
     if partials is not None:
         store_statistics(partials, out, tile, tl.minimum(BN, pixels - tile * BN), inside, k, k < K, K, FULL)
-
-
-@triton.jit(do_not_specialize=["N", "P", "Q", "tiles", "tiles_p", "tiles_q"])
-def stem_persistent_kernel(
-    windows,
-    filters,
-    y,
-    scale,
-    shift,
-    partials,
-    N,
-    P,
-    Q,
-    K,
-    tiles,
-    tiles_p,
-    tiles_q,
-    R: tl.constexpr,
-    PAD: tl.constexpr,
-    FULL: tl.constexpr,
-    RELU: tl.constexpr,
-    PRECISION: tl.constexpr,
-    TN: tl.constexpr,
-    TH: tl.constexpr,
-    TW: tl.constexpr,
-    BM: tl.constexpr,
-    BK: tl.constexpr,
-):
-    """Every n-th box of TN x TH x TW pixels per program, which holds BM filters [BM, R x BK] all the while.
-
-    Descriptors: windows [N, H/2, 2, Q, BK], filters [K, R x BK], y [N, P, Q, K]. FULL: no box leaves the image;
-    partials is [programs, 3, K].
-    """
-    BN: tl.constexpr = TN * TH * TW
-    tiles_k = tl.cdiv(K, BM)
-    k0 = tl.program_id(0) % tiles_k * BM
-    first = tl.program_id(0) // tiles_k
-    k = k0 + tl.arange(0, BM)
-    of_rows = ()
-    for r in tl.static_range(R):
-        of_rows += (filters.load([k0, r * BK]),)
-
-    total = 0.0
-    centre = tl.zeros((BM,), tl.float32)
-    squares = tl.zeros((BM,), tl.float32)
-    tl.assume(first < tiles)
-    for tile in range(first, tiles, tl.num_programs(0) // tiles_k):
-        n0, p0, q0 = box_origin(tile, tiles_p, tiles_q, TN, TH, TW)
-        acc = tl.zeros((BM, BN), tl.float32)
-        for r in tl.static_range(R):
-            # r + PAD is 2 PAD more than the offset: not negative.
-            a = windows.load([n0, p0 + (r + PAD) // 2 - PAD, (r + PAD) % 2, q0, 0]).reshape((BN, BK))
-            acc = tl.dot(of_rows[r], a.T, acc, input_precision=PRECISION)
-        acc = settle(acc, COMPILED)
-        out = finish(acc, None, scale, shift, None, None, None, k, k < K, None, None, RELU, y.dtype)
-        y.store([n0, p0, q0, k0], out.T.reshape((TN, TH, TW, BM)))
-        if partials is not None:
-            n, p, q = box_pixels(n0, p0, q0, TN, TH, TW)
-            inside = (n < N) & (p < P) & (q < Q)
-            count = (tl.minimum(TN, N - n0) * tl.minimum(TH, P - p0) * tl.minimum(TW, Q - q0)).to(tl.float32)
-            mean, apart = tile_statistics(out, count, inside, FULL)
-            total, centre, squares = merge_statistics(total, centre, squares, count, mean, apart)
-    if partials is not None:
-        at = partials + first * 3 * K + k
-        tl.store(at, tl.zeros_like(centre) + total, mask=k < K)
-        tl.store(at + K, centre, mask=k < K)
-        tl.store(at + 2 * K, squares, mask=k < K)
 
 
 @triton.jit(do_not_specialize=["pixels", "H", "P", "Q", "C", "S", "rows", "pairs", "steps_in_all", "steps_per_split"])
@@ -347,11 +267,8 @@ def conv_stem(
         pass_: Literal["infer", "fprop"] = "fprop" if statistics else "infer"
         of_gpu = gpu_of(packed.device)
         chosen = stem_tile(problem, columns, packed.dtype, refusal is None, of_gpu, ieee, pass_)
-    if chosen.persistent and (chosen.box is None or chosen.BK != STEM_WINDOW):
-        raise ValueError(f"{chosen} is persistent and needs a box and BK={STEM_WINDOW}")
     tiles = pixel_tiles(columns, chosen.BN, chosen.box)
-    programs = resident(tiles, K, chosen, packed.device) if chosen.persistent else tiles
-    partials = empty((programs, 3, K), torch.float32, packed.device) if statistics else None
+    partials = empty((tiles, 3, K), torch.float32, packed.device) if statistics else None
     rest: dict[str, Any] = {"scale": scale, "shift": shift, "partials": partials, "RELU": relu, "PRECISION": precision}
     if not problem.pixels:
         pass
@@ -395,33 +312,12 @@ def _launch_boxes(
     windows = packed.as_strided(
         (problem.N, rows // 2, 2, problem.Q, STEM_WINDOW), (rows * row, 2 * row, row, 2 * CHANNELS, 1)
     )
-    if tile.persistent:
-        _launch_persistent(problem, columns, tile, windows, filters, y, **rest)
-        return
     launch_boxes(
         tile, windows, filters, y, H=problem.H, W=problem.W, C=STEM_WINDOW,
         steps=reduction_steps(columns, tile), steps_per_split=None, R=problem.R, S=1, STRIDE=2, PAD_H=problem.pad,
         PAD_W=0, DILATION=1,
         prologue_scale=None, prologue_shift=None, side_scale=None, side_shift=None, mean=None, var=None, eps=None,
         residual_scale=None, out_scale=None, **rest,
-    )  # fmt: skip
-
-
-def _launch_persistent(
-    problem: ConvProblem, columns: ConvProblem, tile: Tile, windows: Tensor, filters: Tensor, y: Tensor, **rest: Any
-) -> None:
-    assert tile.box is not None
-    TN, TH, TW = tile.box
-    N, P, Q, K = y.shape
-    tiles = pixel_tiles(columns, tile.BN, tile.box)
-    launch(
-        stem_persistent_kernel, (resident(tiles, K, tile, y.device) * cdiv(K, tile.BM),),
-        windows=TensorDescriptor.from_tensor(windows, [TN, TH, 1, TW, STEM_WINDOW]),
-        filters=TensorDescriptor.from_tensor(filters.view(K, -1), [tile.BM, STEM_WINDOW]),
-        y=TensorDescriptor.from_tensor(y, [TN, TH, TW, tile.BM]),
-        N=N, P=P, Q=Q, K=K, tiles=tiles, tiles_p=cdiv(P, TH), tiles_q=cdiv(Q, TW), R=problem.R, PAD=problem.pad,
-        FULL=(N % TN, P % TH, Q % TW) == (0, 0, 0), TN=TN, TH=TH, TW=TW, BM=tile.BM, BK=STEM_WINDOW,
-        num_warps=tile.warps, num_stages=tile.stages, **rest,
     )  # fmt: skip
 
 

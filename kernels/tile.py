@@ -109,16 +109,6 @@ def tile_statistics(y, count, valid, FULL: tl.constexpr):
 
 
 @triton.jit
-def merge_statistics(total, centre, squares, count, mean, apart):
-    """(count, mean [BM], M2 [BM]) of both of two sets, by Chan's rule as in `batch_norm.merged_statistics`."""
-    both = total + count
-    delta = mean - centre
-    centre += delta * (count / both)
-    squares += apart + delta * delta * (total * (count / both))
-    return both, centre, squares
-
-
-@triton.jit
 def bn_affine(mean, var, weight, bias, eps, channel, valid):
     """(rstd, scale, shift) of a BatchNorm with these statistics, fp32 like mean; weight, bias: pointers or None."""
     rstd = tl.div_rn(1.0, tl.sqrt_rn(var + eps))

@@ -13,17 +13,16 @@ import test_backward_compile as backward
 import test_conv_compile as forward
 import torch
 import triton
-from binary import Launch, check, record
+from binary import Launch, check
 from covering import extra
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fastres.kernels import conv, launch
-from fastres.kernels.config import H200, Tile, dgrad_tiles, fprop_tiles, stem_tiles
+from fastres.kernels.config import H200, Tile, dgrad_tiles, fprop_tiles
 from fastres.kernels.conv import conv_fprop
 from fastres.kernels.dgrad import conv_dgrad
 from fastres.kernels.problem import ConvProblem
-from fastres.kernels.stem import conv_stem, stem_columns
 
 pytestmark = pytest.mark.compiles
 
@@ -32,7 +31,6 @@ EXPAND[256] = ConvProblem(256, 14, 14, 256, 1024)
 REDUCE = {64: ConvProblem(256, 56, 56, 256, 64), 128: ConvProblem(256, 28, 28, 512, 128)}
 REDUCE[256] = ConvProblem(256, 14, 14, 1024, 256)
 JOINED = ConvProblem(256, 56, 56, 256, 64)
-STEM = ConvProblem(256, 224, 224, 3, 64, 7, 7, 2, 3)
 
 
 def candidates(pass_: str, problem: ConvProblem, use: str) -> list[Tile]:
@@ -90,29 +88,7 @@ def test_candidates(pass_: str, problem: ConvProblem, use: str) -> None:
         assert_ahead(one)
 
 
-@pytest.mark.parametrize("statistics", [True, extra(False)])
-def test_the_stem(statistics: bool) -> None:
-    packed = torch.empty(256, 224, 230, 4, dtype=torch.bfloat16, device="meta")
-    filters = torch.empty(64, 7, 8, 4, dtype=torch.bfloat16, device="meta")
-    shift = None if statistics else torch.empty(64, device="meta")
-    tiles = [tile for tile in stem_tiles(stem_columns(STEM), 2, True) if tile.persistent]
-    assert tiles
-    for tile in tiles:
-        with record() as launches:
-            conv_stem(packed, filters, STEM, shift=shift, relu=not statistics, statistics=statistics, tile=tile)
-        (one,) = launches
-        binary = one.compile(90)
-        room = (H200.shared + 1024) // tile.persistent - 1024
-        registers = min(255, 65536 // (32 * tile.warps * tile.persistent) // 8 * 8)
-        check(
-            binary, registers=registers, shared=room, matrix="HGMMA", present=("UTMALDG", "UTMASTG"),
-            loop_absent=("LDG", "STG") if statistics else ("STG",),
-        )  # fmt: skip
-        assert all(name.endswith("SS") for name in binary.matrix), binary.matrix
-        assert_ahead(one, "filters")
-
-
-def assert_ahead(one: Launch, filters: str = "w") -> None:
+def assert_ahead(one: Launch) -> None:
     """All that a tile reads, Triton asks for behind the dot of a tile before: in the loop no box is awaited before the
     last one is asked for, and the filters are loaded outside."""
     fn, types, constexprs, attrs, options = one.specialization(90)
@@ -122,11 +98,11 @@ def assert_ahead(one: Launch, filters: str = "w") -> None:
     loop = loop[: loop.index("scf.yield")]
     behind = loop[loop.rindex("warp_group_dot_wait") :]
     copy = re.compile(r"async_tma_copy_global_to_local %(\w+?)\[")
-    read = ("x", "windows", "side", "residual", "dy", "z", "z_prev", "z_side", "sign", "dout", "out")
+    read = ("x", "side", "residual", "dy", "z", "z_prev", "z_side", "sign", "dout", "out")
     given = {name for name in read if one.kwargs.get(name) is not None}
     assert {*copy.findall(behind)} == given
     assert copy.findall(loop) == copy.findall(behind)
-    assert {*copy.findall(before)} == given | {filters}
+    assert {*copy.findall(before)} == given | {"w"}
     assert "wait_barrier" not in behind
 
 

@@ -106,8 +106,6 @@ def cases() -> Iterator[Any]:
         for name, kernel in (("boxes", "conv_fprop_tma_kernel"), ("a row", "stem_fprop_kernel")):
             tile = replace(stem.FPROP[name], BM=rows)
             yield case(kernel, f"images, {name}, {rows} rows", stem.hold_fprop, images, HALF, tile)
-        tile = replace(stem.STAYING, BM=rows)
-        yield case("stem_persistent_kernel", f"{rows} rows", stem.hold_fprop, images, HALF, tile)
         tile = replace(stem.WGRAD["a row, 3 splits"], BM=rows)
         yield case("stem_wgrad_kernel", f"{rows} rows", stem.hold_wgrad, images, HALF, tile)
     for problem in (ConvProblem(2, 14, 14, 64, 64, 3, 3, 1, 1), ConvProblem(2, 14, 14, 64, 128)):

@@ -19,11 +19,11 @@ from torch import Tensor
 from torch.nn.grad import conv2d_weight
 
 import fastres
-from fastres.kernels import persistent, replay, stem
+from fastres.kernels import replay, stem
 from fastres.kernels.config import Tile, stem_wgrad_tiles
-from fastres.kernels.launch import INTERPRETER, gpu_of
+from fastres.kernels.launch import gpu_of
 from fastres.kernels.problem import ConvProblem
-from fastres.kernels.stem import _packed_sizes, conv_stem, conv_stem_wgrad, pack_filters, pack_images
+from fastres.kernels.stem import conv_stem, conv_stem_wgrad, pack_filters, pack_images
 from fastres.ops import launch
 from fastres.ops.steps import Geometry
 
@@ -94,25 +94,6 @@ def wgrad(p: ConvProblem, images: Tensor, dz: Tensor, dtype: torch.dtype) -> Ten
 @covered(dtype=DTYPES, problem=PROBLEMS, tile=FPROP)
 def test_fprop(dtype: torch.dtype, problem: ConvProblem, tile: Tile) -> None:
     hold_fprop(problem, dtype, tile)
-
-
-STAYING = Tile(16, 8, 32, 4, 2, (1, 2, 4), persistent=1)
-
-
-@pytest.mark.parametrize("sms", [1, 5, 1000], ids=lambda sms: f"{sms} multiprocessors")
-@covered(dtype=DTYPES, problem=PROBLEMS)
-def test_programs_that_stay(
-    dtype: torch.dtype, problem: ConvProblem, sms: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(persistent, "gpu_of", lambda _: INTERPRETER._replace(sms=sms))
-    hold_fprop(problem, dtype, STAYING)
-    _, partials = conv_stem(
-        torch.zeros(problem.N, *_packed_sizes(problem), 4, dtype=dtype, device=DEVICE),
-        torch.zeros(problem.K, problem.R, 8, 4, dtype=dtype, device=DEVICE),
-        problem, statistics=True, tile=STAYING,
-    )  # fmt: skip
-    boxes = problem.N * -(-problem.P // 2) * -(-problem.Q // 4)
-    assert len(partials) == min(boxes, max(1, sms // -(-problem.K // 16)))
 
 
 @covered(dtype=DTYPES, problem=PROBLEMS, tile=WGRAD)
@@ -251,9 +232,6 @@ def test_refusals() -> None:
     for R, S in ((1, 3), (3, 1)):
         with pytest.raises(ValueError, match=f"3 channels under {R}x{S} filters; at most 4 under 2x2 to 8x8"):
             conv_stem(packed, filters, dataclasses.replace(problem, R=R, S=S))
-    for wrong in ({"box": None}, {"BK": 16}):
-        with pytest.raises(ValueError, match="is persistent and needs a box and BK=32"):
-            conv_stem(packed, filters, problem, tile=dataclasses.replace(STAYING, **wrong))
     with pytest.raises(ValueError, match="stride=1, dilation=1, groups=1; 2, 1 and 1 are served"):
         conv_stem(packed, filters, dataclasses.replace(problem, stride=1))
     with pytest.raises(ValueError, match=r"dz must have shape \[2, 8, 6, 24\], got \[2, 8, 6, 23\]"):
