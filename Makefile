@@ -41,7 +41,7 @@ lint: $(READY)
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
-# With the interpreter $(PYTHON), which must have the packages of the extra `test`: PLAN=1, 2 or 3, ten minutes each;
+# With the interpreter $(PYTHON), which must have the packages of the extra `test`: PLAN=1 to 7, ten minutes each;
 # PART="name name" for single parts; neither for all of them, over three hours. REHEARSE=1 does the same without a GPU.
 gpu:
 	$(PYTHON) bench/gpu.py --out $(OUT) $(if $(PLAN),--plan $(PLAN) --archive plan-$(PLAN).tar.gz) \

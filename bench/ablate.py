@@ -4,7 +4,8 @@ Every row has the whole step in one CUDA graph: launched kernel by kernel, the h
 
     python bench/ablate.py --depth 50 --json out/ablate-50.json
 
-Per row: images per second, their ratio to those of the defaults, and peak memory per image. Needs a CUDA GPU.
+Per row: images per second, their ratio to those of the defaults, and the memory that PyTorch reserves, the graph's
+included, per image. Needs a CUDA GPU.
 """
 
 from __future__ import annotations
@@ -87,7 +88,7 @@ def line(row: dict[str, Any], first: dict[str, Any], batch: int) -> str:
         return f"{row['row']:44} {row['status']}: {row.get('reason', 'nothing to compare with')}"
     return (
         f"{row['row']:44} {row['img_s']:9.0f} img/s  x {row['img_s'] / first['img_s']:5.2f}  "
-        f"{row['peak_allocated_mib'] / batch:7.2f} MiB/img  {row.get('path', '')}"
+        f"{row['peak_reserved_mib'] / batch:7.2f} MiB/img  {row.get('path', '')}"
     )
 
 

@@ -1,4 +1,4 @@
-"""Everything that needs a GPU, in parts with limits, and in three plans of ten minutes.
+"""Everything that needs a GPU, in parts with limits, and in plans of ten minutes.
 
     python bench/gpu.py --list
     python bench/gpu.py --plan 1 --jobs 14 --archive gpu-1.tar.gz

@@ -83,13 +83,16 @@ ONE_IMAGE = "eager-channels-last,inductor,reduce-overhead,fastres-optimize"
 OTHER_TRAIN = "eager,timm-inductor,reduce-overhead,cudagraphs,fastres-compile"
 OTHER_INFER = "eager,aot-eager,timm-inductor,cudagraphs,fastres-compile,fastres-inductor"
 GRAPHS = "eager-channels-last,eager-graph,reduce-overhead,fastres,fastres-graph"
+# The other depths in one call, with the strongest peer, eager PyTorch and ours.
+OTHER_DEPTHS = ["--net", "resnet18,resnet34,resnet101,resnet152"]
+DEEP_TRAIN, DEEP_INFER = "inductor,eager-graph,fastres-graph", "inductor,eager-channels-last,fastres-optimize"
 AUTOTUNE = "max-autotune,max-autotune-no-cudagraphs"
 
 PARTS: dict[str, Part] = {
     "status": Part(STATUS, 25),
     "tests-first": checks(*FIRST, seconds=140, proof=True),
     "bench-first-train": bench(
-        *TRAIN_50, "--backend", "inductor,eager-graph,fastres-graph", record="first", seconds=150
+        *TRAIN_50, "--backend", "inductor,eager-graph,fastres-graph", record="first", seconds=190
     ),
     "bench-first-infer": bench(
         *INFER_50, "--backend", "inductor,eager-channels-last,fastres-optimize", record="first", seconds=130
@@ -103,21 +106,22 @@ PARTS: dict[str, Part] = {
     "tests-nets": checks(*NETS, *ON_GPU, seconds=130),
     "tests-gpu": checks(*OTHERS, *ON_GPU),
     "tune-50": tune("50", seconds=255),
+    "tune-all": tune("all", seconds=300),
     "tune-50-batch-1": tune("50", "--batch", "1", "--pass", "infer", seconds=100),
     "tests-tuned": checks("tests/test_layers.py", "-k", OF_50, seconds=120, proof=True),
-    "bench-train-50": bench(*TRAIN_50, "--backend", TRAIN, seconds=200),
-    "bench-infer-50": bench(*INFER_50, "--backend", INFER, seconds=210),
+    "bench-train-50": bench(*TRAIN_50, "--backend", TRAIN, seconds=330),
+    "bench-infer-50": bench(*INFER_50, "--backend", INFER, seconds=270),
     "bench-infer-50-batch-1": bench(*INFER_50, "--batch", "1", "--backend", ONE_IMAGE, seconds=130),
     "kernels-50": kernels("50", 50),
     "timeline-train-50": timeline("train", "fastres-graph", 60),
     "timeline-infer-50": timeline("infer", "fastres-optimize", 60),
     "counters-train-50": counters("train", 150),
     "counters-infer-50": counters("infer", 120),
-    "passes": Part(["bench/passes.py"], 40),
+    "passes": Part(["bench/passes.py"], 70),
     "hopper": Part(["bench/hopper.py", "--markdown", "{out}/hopper.md"], 40),
-    "ablate-50": Part(["bench/ablate.py", "--depth", "50", "--seconds", "5", "--json", "{out}/ablate-50.json"], 290),
+    "ablate-50": Part(["bench/ablate.py", "--depth", "50", "--seconds", "5", "--json", "{out}/ablation-50.json"], 240),
     "bench-train-50-switches": bench(
-        *TRAIN_50, "--backend", "fastres-graph,fastres-graph-keep,fastres-graph-overlap", record="switches", seconds=90
+        *TRAIN_50, "--backend", "fastres-graph,fastres-graph-keep,fastres-graph-overlap", record="switches", seconds=170
     ),
     "bench-train-50-fp16": bench(
         *TRAIN_50, "--dtype", "fp16", "--backend", "eager-channels-last,fastres-graph", seconds=120
@@ -135,7 +139,8 @@ PARTS: dict[str, Part] = {
     "bench-infer-50-autotune": bench(*INFER_50, "--backend", AUTOTUNE),
     "bench-train-50-autotune": bench(*TRAIN_50, "--backend", AUTOTUNE),
     "kernels-18": kernels("18", 50),
-    "tune-all": tune("all"),
+    "bench-train-depths": bench(*OTHER_DEPTHS, "--mode", "train", "--backend", DEEP_TRAIN, seconds=580),
+    "bench-infer-depths": bench(*OTHER_DEPTHS, "--mode", "infer", "--backend", DEEP_INFER, seconds=450),
     "bench-infer-all": bench("--depth", "all", "--mode", "infer"),
     "bench-train-all": bench("--depth", "all", "--mode", "train"),
     "bench-infer-all-batch-32": bench("--depth", "all", "--mode", "infer", "--batch", "32"),
@@ -159,18 +164,26 @@ class Plan:
 PLANS = {
     1: Plan(
         "proof and a first number",
-        ("status", "tests-first", "bench-first-train", "bench-first-infer", "tests-first-rest"),
-        ("tests-graph", "tests-kernels", "tests-tiles-50"),
+        ("status", "tests-first", "bench-first-train", "bench-first-infer"),
+        ("tests-first-rest", "tests-graph", "tests-kernels", "tests-tiles-50"),
     ),
-    2: Plan(
-        "tiles, and the record of training",
-        ("tune-50", "tests-tuned", "bench-train-50"),
-        ("timeline-train-50", "bench-train-50-switches", "bench-train-50-fp16", "ablate-50"),
-    ),
+    2: Plan("tiles", ("tune-all", "tests-tuned", "timeline-train-50"), ("kernels-50", "passes")),
     3: Plan(
+        "the record of training, what each fusion is worth",
+        ("bench-train-50", "ablate-50"),
+        ("bench-train-50-switches", "bench-train-50-fp16"),
+    ),
+    4: Plan(
         "tiles for one image, the record of inference, each layer on its own",
-        ("tune-50-batch-1", "bench-infer-50", "bench-infer-50-batch-1", "kernels-50", "timeline-infer-50"),
-        ("tests-nets", "hopper", "passes", "tests-kernels"),
+        ("tune-50-batch-1", "bench-infer-50", "bench-infer-50-batch-1", "kernels-50"),
+        ("timeline-infer-50", "hopper", "passes"),
+    ),
+    5: Plan("training at every other depth", ("bench-train-depths",), ("timeline-train-50",)),
+    6: Plan("inference at every other depth", ("bench-infer-depths",), ("bench-train-50-fp16",)),
+    7: Plan(
+        "sanitizers, curves, counters",
+        ("tests-memcheck", "tests-racecheck", "tests-curves", "counters-train-50"),
+        ("counters-infer-50",),
     ),
 }
 

@@ -140,7 +140,7 @@ Change = Callable[[list[tuple[str, Sequence[int]]], int], Any]
         (lambda seen, i: seen.pop(i), "was .*; recorded is "),
         (lambda seen, i: seen.insert(i, seen[i]), "was .*; recorded is |launches of ours were counted"),
         (lambda seen, i: seen.__setitem__(i, (seen[i][0], (7, 7, 7))), r"\(7, 7, 7\); recorded is "),
-        (lambda seen, i: seen.__delitem__(slice(i, None)), "launches of ours were counted; recorded are 399"),
+        (lambda seen, i: seen.__delitem__(slice(i, None)), r"launches of ours were counted; recorded are \d+"),
     ],
     ids=["one less", "one more", "another grid", "broken off"],
 )

@@ -102,8 +102,8 @@ def test_a_training_step_has_the_kernels_that_a_profiler_saw() -> None:
         assert found[kernel] == seen[kernel] == 53
     assert found["_fused_sgd_"] == 1
     # The batch. Autograd would copy a gradient that somebody else holds. Weights are cast in each of the four stages,
-    # gradients in the three where some of them are the library's.
-    assert (found["copy_"], found["_foreach_copy_"]) == (1, 4 + 3)
+    # and gradients, since some of them are the library's everywhere.
+    assert (found["copy_"], found["_foreach_copy_"]) == (1, 4 + 4)
 
 
 def test_optimized_inference_multiplies_what_its_convolutions_say(bench: SimpleNamespace) -> None:
@@ -198,9 +198,14 @@ def test_nothing_is_left_behind(bench: SimpleNamespace) -> None:
 
 
 def test_bytes_bound_one_layer_and_waves_another(bench: SimpleNamespace) -> None:
-    """The fact behind LATENCY: 64 -> 256 channels take twice their bytes' time, 256 -> 64 don't."""
+    """The fact behind LATENCY: 64 -> 256 channels take twice their bytes' time by a program a tile, 256 -> 64 don't.
+    Programs that stay, which the table has for the former, don't wait either."""
     narrow, wide = ConvProblem(256, 56, 56, 64, 256), ConvProblem(256, 56, 56, 256, 64)
-    (waiting,) = kernels_of(bench, narrow, "fprop", bench.layers.Role("last"), "triton")
+    (staying,) = kernels_of(bench, narrow, "fprop", bench.layers.Role("last"), "triton")
+    assert bench.predict.time(staying, *H200).bound == "bytes"
+    by_tile = config.fprop_tiles(narrow, 2, True, computed=1)[0]
+    with bench.predict.tiles({("fprop", bench.layers.name(narrow)): by_tile}, {}):
+        (waiting,) = kernels_of(bench, narrow, "fprop", bench.layers.Role("last"), "triton")
     (moving,) = kernels_of(bench, wide, "infer", bench.layers.Role("first", border=True), "triton")
     slow, fast = (bench.predict.time(one, *H200) for one in (waiting, moving))
     assert slow.bound == "latency"
@@ -323,11 +328,11 @@ def ratios(lines: list[dict[str, Any]]) -> list[float]:
 
 
 def test_the_model_is_as_far_from_the_record_as_it_was(bench: SimpleNamespace) -> None:
-    """(median, p10, p90) of predicted / measured. The record is by the first table: some tiles differ."""
+    """(median, p10, p90) of predicted / measured."""
     by = {engine: [line for line in compared() if line["by"] == engine] for engine in ("triton", "cudnn")}
     assert len(by["triton"]) == len(by["cudnn"]) == 91
-    assert bench.predict.spread(ratios(by["triton"])) == pytest.approx((0.94, 0.77, 1.11), abs=0.05)
-    assert bench.predict.spread(ratios(by["cudnn"])) == pytest.approx((0.85, 0.65, 0.99), abs=0.05)
+    assert bench.predict.spread(ratios(by["triton"])) == pytest.approx((0.99, 0.78, 1.19), abs=0.05)
+    assert bench.predict.spread(ratios(by["cudnn"])) == pytest.approx((0.89, 0.69, 1.09), abs=0.05)
 
 
 def test_the_constants_are_what_a_fit_gives_and_hold_where_they_were_not_fitted(
@@ -367,7 +372,7 @@ def test_the_constants_are_what_a_fit_gives_and_hold_where_they_were_not_fitted(
         ("infer", "fastres", 0.75, 0.90),
         ("train", "eager", 0.65, 0.75),
         ("infer", "eager", 0.72, 0.82),
-        ("train", "inductor", 0.77, 0.87),
+        ("train", "inductor", 0.82, 0.92),
         ("infer", "inductor", 0.78, 0.88),
     ],
 )
