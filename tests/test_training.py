@@ -384,6 +384,30 @@ def test_borders_between_stages(recompute: bool, monkeypatch: pytest.MonkeyPatch
             assert relative_error(a, b) < 1e-4
 
 
+@pytest.mark.extra
+def test_borders_where_what_is_saved_is_computed_again_or_moved() -> None:
+    """A checkpointed net, tensors saved elsewhere, a backward pass through a part of the net before the whole."""
+    torch.manual_seed(0)
+    net, (images, labels) = Narrow().to(DEVICE), batches(1, 3, 16)[0]
+
+    def gradients(run: Callable[[nn.Module], Tensor]) -> list[Tensor]:
+        one = copy.deepcopy(net)
+        with fastres.backend("triton" if DEVICE == "cpu" else "auto"):  # autograd's threads on a GPU see no other
+            loss = F.cross_entropy(run(one), labels)
+            torch.autograd.grad(loss, [*one.layer3.parameters()], retain_graph=True)
+            loss.backward()
+        return [p.grad for p in one.parameters()]
+
+    def moved(one: nn.Module) -> Tensor:
+        with torch.autograd.graph.saved_tensors_hooks(Tensor.clone, lambda t: t):
+            return one(images)
+
+    want = gradients(lambda one: one(images))
+    for run in (moved, lambda one: torch.utils.checkpoint.checkpoint(one, images, use_reentrant=False)):
+        for a, b in zip(gradients(run), want, strict=True):
+            assert relative_error(a, b) < 1e-4
+
+
 def test_a_gradient_that_is_not_the_one_handed_over_is_masked_again() -> None:
     """And gets sums of its own; where nothing was handed over, the output is computed again."""
     from fastres.ops.conv_bn_act import Gradient
