@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-import triton
 
 from fastres.kernels.bottleneck import bottleneck_chain
 from fastres.kernels.conv import conv_fprop
@@ -17,7 +16,7 @@ from fastres.kernels.wgrad import conv_wgrad
 @pytest.mark.parametrize("name", ["fprop", "dgrad", "wgrad", "stem", "stem's wgrad", "chain"])
 def test_the_interpreter_does_not_multiply_bfloat16(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its `tl.dot` multiplies the bits of such numbers as if they were integers."""
-    monkeypatch.setattr(triton.knobs.runtime, "interpret", True)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
     x, w, dy = (torch.ones(size, dtype=torch.bfloat16) for size in ((1, 4, 4, 16), (16, 1, 1, 16), (1, 4, 4, 16)))
     problem = ConvProblem(1, 8, 8, 3, 16, 7, 7, 2, 3)
     packed = torch.ones(1, 8, 14, 4, dtype=torch.bfloat16)
