@@ -25,7 +25,7 @@ from torch import nn
 import fastres
 from fastres import compile as fastres_compile
 from fastres.models import families
-from fastres.ops import dispatch
+from fastres.ops import dispatch, eligibility
 
 DEPTHS = (18, 34, 50, 101, 152)
 MODES = ("infer", "train")
@@ -401,7 +401,7 @@ def watched_paths() -> Iterator[Counter[str | None]]:
     """Counts, while the context lasts, the answers to stem, blocks and stages of blocks, and to the chains that backend
     "fastres" finds: why the plain path; None where fused."""
     answers: Counter[str | None] = Counter()
-    ask, ask_together, rewrite = dispatch.why_plain, dispatch.serves_stages, fastres_compile.rewrite
+    ask, ask_together, rewrite = eligibility.why_plain, eligibility.serves_stages, fastres_compile.rewrite
 
     def listen(*call: Any) -> str | None:
         answer = ask(*call)
@@ -419,8 +419,8 @@ def watched_paths() -> Iterator[Counter[str | None]]:
         return findings
 
     with (
-        mock.patch.object(dispatch, "why_plain", listen),
-        mock.patch.object(dispatch, "serves_stages", listen_to_stages),
+        mock.patch.object(eligibility, "why_plain", listen),
+        mock.patch.object(eligibility, "serves_stages", listen_to_stages),
         mock.patch.object(fastres_compile, "rewrite", look),
     ):
         yield answers

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from fastres.models.wrappers import refuse_wrapper
-from fastres.ops import dispatch, folded, onednn, quantised
+from fastres.ops import dispatch, eligibility, folded, onednn, quantised
 from fastres.ops.quantised import FLOAT8
 from fastres.ops.steps import nhwc
 from fastres.plan import (
@@ -169,7 +169,7 @@ def _is_normalize(module: nn.Module) -> bool:
     """Whether it is one, of transforms or transforms.v2, whose call does no more than the arithmetic."""
     kind = type(module)
     named = kind.__name__ == "Normalize" and kind.__module__.startswith("torchvision.transforms.")
-    return named and not module.inplace and not dispatch.has_hooks(module) and 0 not in module.std  # type: ignore
+    return named and not module.inplace and not eligibility.has_hooks(module) and 0 not in module.std  # type: ignore
 
 
 def _device(model: nn.Module) -> torch.device:

@@ -24,7 +24,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.utils.parametrize import type_before_parametrizations
 from torchvision.ops import FrozenBatchNorm2d
 
-from fastres.ops import dispatch
+from fastres.ops import eligibility
 from fastres.ops.quantised import FLOAT8, Grid, Quantised, grid
 from fastres.ops.shortcut import PadShortcut
 from fastres.ops.steps import Geometry
@@ -316,7 +316,7 @@ def _refuse_training(model: nn.Module) -> None:
 
 def _refuse_hooks(model: nn.Module) -> None:
     for path, module in model.named_modules():
-        if dispatch.has_hooks(module):
+        if eligibility.has_hooks(module):
             raise ValueError(
                 f"{_layer(path)} carries a hook or a forward of its own, which a plan would never call; remove it first"
             )

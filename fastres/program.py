@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastres.ops import dispatch, folded, onednn, quantised
+from fastres.ops import dispatch, eligibility, folded, onednn, quantised
 from fastres.ops.quantised import FLOAT8, Quantised
 from fastres.ops.shortcut import PadShortcut
 from fastres.ops.steps import nchw, nhwc
@@ -340,7 +340,7 @@ class Program:
         else:
             assert isinstance(step, Aten)
             layer = self._layer(step)
-            sizes = dispatch.pool_sizes(layer) if len(inputs) == 1 else None
+            sizes = eligibility.pool_sizes(layer) if len(inputs) == 1 else None
             if sizes is not None and dispatch.serves_pool(inputs[0], kernel=sizes[0], pad=sizes[2]):
                 kernel, stride, pad = sizes
                 pool = partial(folded.by_pool, kernel=kernel, stride=stride, pad=pad)

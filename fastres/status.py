@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from fastres.models.resnet import BasicBlock, ResNet
-from fastres.ops import dispatch, extension
+from fastres.ops import dispatch, eligibility, extension
 
 TRAIN = "python -m fastres train"
 TUNE = "python bench/tune.py"
@@ -168,10 +168,10 @@ def _blocks(model: nn.Module) -> dict[str, str]:
     return {name: _path(module) for name, module in model.named_modules() if _parts(module) is not None}
 
 
-def _parts(module: nn.Module) -> dispatch.Parts | None:
+def _parts(module: nn.Module) -> eligibility.Parts | None:
     ask = module.stem_parts if isinstance(module, ResNet) else getattr(module, "parts", None)
     parts = ask() if callable(ask) else None
-    return parts if isinstance(parts, dispatch.Parts) else None
+    return parts if isinstance(parts, eligibility.Parts) else None
 
 
 def _path(module: nn.Module) -> str:
@@ -182,7 +182,7 @@ def _path(module: nn.Module) -> str:
     channels = getattr(conv, "in_channels", weight.shape[1] if weight.dim() > 1 else 1)
     x = torch.empty(1, channels, 56, 56, device=weight.device, dtype=weight.dtype)
     try:
-        reason = dispatch.why_plain(x, parts)
+        reason = eligibility.why_plain(x, parts)
     except RuntimeError as error:  # of a backend that is forced and can't serve it
         return f"refused: {error}"
     return FUSED if reason is None else f"{PLAIN}: {reason}"

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from fastres.models.convert import convert
-from fastres.ops import dispatch
+from fastres.ops import eligibility
 from fastres.ops.conv_bn_act import residual_block, stem
 
 __all__ = ["BasicBlock", "Bottleneck", "ResNet"]  # timm's registry adds the builders
@@ -32,14 +32,14 @@ class BasicBlock(timm_resnet.BasicBlock):
         """The residual branch as (conv, norm) pairs."""
         return [(self.conv1, self.bn1), (self.conv2, self.bn2)]
 
-    def parts(self) -> dispatch.Parts:
-        """The block's modules by role, as `dispatch` asks for them."""
+    def parts(self) -> eligibility.Parts:
+        """The block's modules by role, as `eligibility` asks for them."""
         idle = [self.drop_block, self.aa, self.se, self.drop_path]
-        return dispatch.Parts(self.units(), [self.act1, self.act2], shortcut=self.downsample, idle=idle)
+        return eligibility.Parts(self.units(), [self.act1, self.act2], shortcut=self.downsample, idle=idle)
 
     def forward(self, x: Tensor) -> Tensor:
         if not torch.jit.is_scripting():
-            if dispatch.serves(x, self.parts()):
+            if eligibility.serves(x, self.parts()):
                 return residual_block(x, self.units(), self.downsample)
         shortcut = x
         x = self.aa(self.act1(self.drop_block(self.bn1(self.conv1(x)))))  # type: ignore[misc]
@@ -61,14 +61,14 @@ class Bottleneck(timm_resnet.Bottleneck):
         """The residual branch as (conv, norm) pairs."""
         return [(self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3)]
 
-    def parts(self) -> dispatch.Parts:
-        """The block's modules by role, as `dispatch` asks for them."""
+    def parts(self) -> eligibility.Parts:
+        """The block's modules by role, as `eligibility` asks for them."""
         idle = [self.drop_block, self.aa, self.se, self.drop_path]
-        return dispatch.Parts(self.units(), [self.act1, self.act2, self.act3], shortcut=self.downsample, idle=idle)
+        return eligibility.Parts(self.units(), [self.act1, self.act2, self.act3], shortcut=self.downsample, idle=idle)
 
     def forward(self, x: Tensor) -> Tensor:
         if not torch.jit.is_scripting():
-            if dispatch.serves(x, self.parts()):
+            if eligibility.serves(x, self.parts()):
                 return residual_block(x, self.units(), self.downsample)
         shortcut = x
         x = self.act1(self.bn1(self.conv1(x)))
@@ -87,9 +87,9 @@ class Bottleneck(timm_resnet.Bottleneck):
 class ResNet(timm_resnet.ResNet):
     """timm's ResNet; its stem is fused where it is the 7x7 one with a max pool."""
 
-    def parts(self) -> dispatch.Parts:
-        """The stem's modules by role, as `dispatch` asks for them."""
-        return dispatch.Parts([(self.conv1, self.bn1)], [self.act1], pool=self.maxpool)
+    def parts(self) -> eligibility.Parts:
+        """The stem's modules by role, as `eligibility` asks for them."""
+        return eligibility.Parts([(self.conv1, self.bn1)], [self.act1], pool=self.maxpool)
 
     def forward_features(self, x: Tensor) -> Tensor:
         x = self._stem(x)
@@ -99,7 +99,7 @@ class ResNet(timm_resnet.ResNet):
 
     def _stem(self, x: Tensor) -> Tensor:
         if not torch.jit.is_scripting():
-            if dispatch.serves(x, self.parts()):
+            if eligibility.serves(x, self.parts()):
                 return stem(x, self.conv1, self.bn1, self.maxpool)
         return self.maxpool(self.act1(self.bn1(self.conv1(x))))
 

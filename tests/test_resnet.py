@@ -36,7 +36,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 import fastres
 from fastres.models import resnet
-from fastres.ops import dispatch
+from fastres.ops import eligibility
 
 BUILDERS = [
     "resnet18",
@@ -740,13 +740,13 @@ def test_why_plain_says_why() -> None:
     net, _ = pair()
     x = images()
     with fastres.backend("reference"):
-        assert dispatch.why_plain(x, net.stem_parts()) is None
+        assert eligibility.why_plain(x, net.stem_parts()) is None
         net.relu.register_forward_hook(lambda *_: None)
-        assert "hook" in (dispatch.why_plain(x, net.stem_parts()) or "")
+        assert "hook" in (eligibility.why_plain(x, net.stem_parts()) or "")
         net.layer1[0].bn1 = nn.SyncBatchNorm(64)
-        assert "SyncBatchNorm" in (dispatch.why_plain(x, net.layer1[0].parts()) or "")
+        assert "SyncBatchNorm" in (eligibility.why_plain(x, net.layer1[0].parts()) or "")
         assert "torch.func" in torch.func.vmap(
-            lambda x: [dispatch.why_plain(x, net.layer2[0].parts())][0] or x, out_dims=None
+            lambda x: [eligibility.why_plain(x, net.layer2[0].parts())][0] or x, out_dims=None
         )(x[None])
     with pytest.raises(ValueError, match="accepted: 'auto'"), fastres.backend("fastest"):
         pass

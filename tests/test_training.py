@@ -29,7 +29,7 @@ from fastres import paper
 from fastres.kernels import pool
 from fastres.models import resnet
 from fastres.models.resnet import Bottleneck, ResNet
-from fastres.ops import conv_bn_act, dispatch, launch, reference
+from fastres.ops import conv_bn_act, dispatch, eligibility, launch, reference
 
 pytestmark = pytest.mark.interpret
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -359,10 +359,12 @@ def test_borders_between_stages(recompute: bool, monkeypatch: pytest.MonkeyPatch
     layers = net.layer1, net.layer2, net.layer3
     x = torch.randn(2, 8, 6, 6, device=DEVICE, requires_grad=True)
     inputs = [x, *(p for layer in layers for p in layer.parameters())]
-    serves = dispatch.serves_stages
+    serves = eligibility.serves_stages
 
     def found(apart: bool, by: str) -> list[Tensor]:
-        monkeypatch.setattr(dispatch, "serves_stages", lambda *call: min(serves(*call), 1) if apart else serves(*call))
+        monkeypatch.setattr(
+            eligibility, "serves_stages", lambda *call: min(serves(*call), 1) if apart else serves(*call)
+        )
         monkeypatch.setattr(launch.Step, "dgrad_joined", joined if by == "triton" else plain)
         with fastres.backend("triton"), dispatch.fusions(recompute=recompute):
             y = resnet.run_stages(x, *layers)

@@ -15,7 +15,7 @@ from torch import nn
 
 from fastres.models import resnet
 from fastres.models.wrappers import compiled_form
-from fastres.ops import dispatch
+from fastres.ops import eligibility
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def _take(module: nn.Module, families: Mapping[type[nn.Module], type[nn.Module]]
         return "it has a forward of its own"
     module.__class__ = families[kind]
     # torchvision's blocks mean the same with any submodules; timm's have places for more than ours know.
-    reason = dispatch.foreign(module.parts()) if kind.__module__.startswith("timm.") else None  # type: ignore[operator]
+    reason = eligibility.foreign(module.parts()) if kind.__module__.startswith("timm.") else None  # type: ignore[operator]
     if reason is not None:
         module.__class__ = kind
     return reason

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from fastres.models import resnet as v15
 from fastres.models.resnet import BasicBlock
-from fastres.ops import dispatch
+from fastres.ops import eligibility
 from fastres.ops.conv_bn_act import plain_block, residual_block
 from fastres.ops.shortcut import PadShortcut, pad_shortcut_add_relu
 
@@ -62,17 +62,17 @@ class _PadEnd:
 
         def units(self) -> list[tuple[nn.Module, nn.Module]]: ...
 
-        def parts(self) -> dispatch.Parts: ...
+        def parts(self) -> eligibility.Parts: ...
 
         def branch(self, x: Tensor) -> Tensor: ...
 
     def forward(self, x: Tensor) -> Tensor:
         if not torch.jit.is_scripting():
-            if dispatch.serves(x, self.parts()):
+            if eligibility.serves(x, self.parts()):
                 return residual_block(x, self.units(), self.downsample)
         y = self.branch(x)
         if not torch.jit.is_scripting():
-            if dispatch.serves_pad_end(x, self.relu, self.downsample):
+            if eligibility.serves_pad_end(x, self.relu, self.downsample):
                 return pad_shortcut_add_relu(y, x, self.downsample.stride)
         y += self.downsample(x)
         return self.relu(y)
@@ -112,13 +112,13 @@ class PlainBlock(nn.Module):
         """The block as (conv, norm) pairs; a ReLU follows each."""
         return [(self.conv1, self.bn1), (self.conv2, self.bn2)]
 
-    def parts(self) -> dispatch.Parts:
-        """The block's modules by role, as `dispatch` asks for them."""
-        return dispatch.Parts(self.units(), [self.relu])
+    def parts(self) -> eligibility.Parts:
+        """The block's modules by role, as `eligibility` asks for them."""
+        return eligibility.Parts(self.units(), [self.relu])
 
     def forward(self, x: Tensor) -> Tensor:
         if not torch.jit.is_scripting():
-            if dispatch.serves(x, self.parts()):
+            if eligibility.serves(x, self.parts()):
                 return plain_block(x, self.units())
         x = self.relu(self.bn1(self.conv1(x)))
         return self.relu(self.bn2(self.conv2(x)))
@@ -175,7 +175,7 @@ def _initialise(net: nn.Module) -> None:
 
 def _check_images(x: Tensor, conv1: nn.Module) -> None:
     """ValueError unless x is [N, C, H, W] with the C that conv1 reads; a traced x has no shape to ask."""
-    if dispatch.is_traced(x) or not isinstance(conv1, nn.Conv2d):
+    if eligibility.is_traced(x) or not isinstance(conv1, nn.Conv2d):
         return
     if x.dim() != 4 or x.shape[1] != conv1.in_channels:
         raise ValueError(f"this net takes images [N, {conv1.in_channels}, H, W], got {list(x.shape)}")
@@ -215,14 +215,14 @@ class _SmallImageStem(nn.Module):
         self.bn1 = nn.BatchNorm2d(width)
         self.relu = nn.ReLU(inplace=True)
 
-    def stem_parts(self) -> dispatch.Parts:
-        """The stem's modules by role, as `dispatch` asks for them."""
-        return dispatch.Parts([(self.conv1, self.bn1)], [self.relu])
+    def stem_parts(self) -> eligibility.Parts:
+        """The stem's modules by role, as `eligibility` asks for them."""
+        return eligibility.Parts([(self.conv1, self.bn1)], [self.relu])
 
     def _stem(self, x: Tensor) -> Tensor:
         if not torch.jit.is_scripting():
             _check_images(x, self.conv1)
-            if dispatch.serves(x, self.stem_parts()):
+            if eligibility.serves(x, self.stem_parts()):
                 return plain_block(x, [(self.conv1, self.bn1)])
         return self.relu(self.bn1(self.conv1(x)))
 
@@ -244,7 +244,7 @@ class CifarResNet(_SmallImageStem):
     def forward(self, x: Tensor) -> Tensor:
         x = self._stem(x)
         if not torch.jit.is_scripting():
-            if dispatch.runs_stages():
+            if eligibility.runs_stages():
                 x = v15.run_stages(x, self.layer1, self.layer2, self.layer3)
                 return self.fc(v15.pooled(x, self.avgpool))
         x = self.layer1(x)
@@ -270,7 +270,7 @@ class CifarStemResNet(_SmallImageStem):
     def forward(self, x: Tensor) -> Tensor:
         x = self._stem(x)
         if not torch.jit.is_scripting():
-            if dispatch.runs_stages():
+            if eligibility.runs_stages():
                 x = v15.run_stages(x, self.layer1, self.layer2, self.layer3, self.layer4)
                 return self.linear(v15.pooled(x, self.avgpool))
         x = self.layer1(x)

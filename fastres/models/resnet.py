@@ -1,9 +1,9 @@
 """torchvision's ResNet family with blocks that may run fused.
 
 The modules, their names, their order, their initialisation and their weights are torchvision's: the classes here
-inherit them and replace only `forward`. A forward first asks `fastres.ops.dispatch` whether the fused path serves this
-call; if not (a hook, a foreign norm layer, tracing, scripting, no kernel for this device), it runs the modules one by
-one, exactly as torchvision does.
+inherit them and replace only `forward`. A forward first asks `fastres.ops.eligibility` whether the fused path serves
+this call; if not (a hook, a foreign norm layer, tracing, scripting, no kernel for this device), it runs the modules one
+by one, exactly as torchvision does.
 
 He, Zhang, Ren, Sun: Deep Residual Learning for Image Recognition (2015), in the v1.5 form that strides the 3x3 conv.
 """
@@ -28,7 +28,7 @@ from torchvision.models.resnet import (
     Wide_ResNet101_2_Weights,
 )
 
-from fastres.ops import dispatch
+from fastres.ops import eligibility
 from fastres.ops.conv_bn_act import residual_block, stem
 from fastres.ops.stage import stages
 
@@ -69,13 +69,13 @@ class BasicBlock(tv.BasicBlock):
         """The residual branch as (conv, norm) pairs; ReLU stands between them and after the addition."""
         return [(self.conv1, self.bn1), (self.conv2, self.bn2)]
 
-    def parts(self) -> dispatch.Parts:
-        """The block's modules by role, as `dispatch` asks for them."""
-        return dispatch.Parts(self.units(), [self.relu], shortcut=self.downsample)
+    def parts(self) -> eligibility.Parts:
+        """The block's modules by role, as `eligibility` asks for them."""
+        return eligibility.Parts(self.units(), [self.relu], shortcut=self.downsample)
 
     def forward(self, x: Tensor) -> Tensor:
         if not torch.jit.is_scripting():
-            if dispatch.serves(x, self.parts()):
+            if eligibility.serves(x, self.parts()):
                 return residual_block(x, self.units(), self.downsample)
         identity = x
         out = self.relu(self.bn1(self.conv1(x)))
@@ -96,13 +96,13 @@ class Bottleneck(tv.Bottleneck):
         """The residual branch as (conv, norm) pairs; ReLU stands between them and after the addition."""
         return [(self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3)]
 
-    def parts(self) -> dispatch.Parts:
-        """The block's modules by role, as `dispatch` asks for them."""
-        return dispatch.Parts(self.units(), [self.relu], shortcut=self.downsample)
+    def parts(self) -> eligibility.Parts:
+        """The block's modules by role, as `eligibility` asks for them."""
+        return eligibility.Parts(self.units(), [self.relu], shortcut=self.downsample)
 
     def forward(self, x: Tensor) -> Tensor:
         if not torch.jit.is_scripting():
-            if dispatch.serves(x, self.parts()):
+            if eligibility.serves(x, self.parts()):
                 return residual_block(x, self.units(), self.downsample)
         identity = x
         out = self.relu(self.bn1(self.conv1(x)))
@@ -115,14 +115,14 @@ class Bottleneck(tv.Bottleneck):
 
 
 def run_stages(x: Tensor, *layers: nn.Module) -> Tensor:
-    """x through `layers`, the blocks of each as one call where `dispatch` says so, and neighbours of such layers with
-    their borders fused."""
+    """x through `layers`, the blocks of each as one call where `eligibility` says so, and neighbours of such layers
+    with their borders fused."""
     rest = [(layer, _blocks(layer)) for layer in layers]
     while rest:
-        count = dispatch.serves_stages(x, [blocks for _, blocks in rest])
+        count = eligibility.serves_stages(x, [blocks for _, blocks in rest])
         served = [blocks for _, blocks in rest[:count]]
         if served:
-            while not dispatch.wants_gradients(x, served[0][:1]):  # frozen: keeps nothing for backward
+            while not eligibility.wants_gradients(x, served[0][:1]):  # frozen: keeps nothing for backward
                 x = served[0].pop(0)(x)
             x = stages(x, [[(block.units(), block.downsample) for block in blocks] for blocks in served])
         else:
@@ -133,14 +133,14 @@ def run_stages(x: Tensor, *layers: nn.Module) -> Tensor:
 
 def _blocks(layer: nn.Module) -> list[Any]:
     """The blocks of a stage that calling `layer` runs one after the other, and that alone; else none."""
-    return list(layer) if type(layer) is nn.Sequential and dispatch.is_bare(layer) else []
+    return list(layer) if type(layer) is nn.Sequential and eligibility.is_bare(layer) else []
 
 
 def pooled(x: Tensor, avgpool: nn.Module) -> Tensor:
     """torch.flatten(avgpool(x), 1), bit for bit, where the gradient for a channels_last x [N, C, H, W] is
     channels_last, too: a global average pool's own is NCHW, which the block before it would have to copy."""
     usual = type(avgpool) is nn.AdaptiveAvgPool2d and avgpool.output_size in (1, (1, 1))
-    usual = usual and dispatch.is_usual(x) and dispatch.runs_forward_alone(avgpool)
+    usual = usual and eligibility.is_usual(x) and eligibility.runs_forward_alone(avgpool)
     if usual and x.is_contiguous(memory_format=torch.channels_last):
         return x.permute(0, 2, 3, 1).mean((1, 2))
     return torch.flatten(avgpool(x), 1)
@@ -155,7 +155,7 @@ class ResNet(tv.ResNet):
     def _forward_impl(self, x: Tensor) -> Tensor:
         x = self._stem(x)
         if not torch.jit.is_scripting():
-            if dispatch.runs_stages():
+            if eligibility.runs_stages():
                 x = run_stages(x, self.layer1, self.layer2, self.layer3, self.layer4)
                 return self.fc(pooled(x, self.avgpool))
         x = self.layer1(x)
@@ -169,13 +169,13 @@ class ResNet(tv.ResNet):
         x = torch.flatten(x, 1)
         return self.fc(x)
 
-    def stem_parts(self) -> dispatch.Parts:
-        """The stem's modules by role, as `dispatch` asks for them."""
-        return dispatch.Parts([(self.conv1, self.bn1)], [self.relu], pool=self.maxpool)
+    def stem_parts(self) -> eligibility.Parts:
+        """The stem's modules by role, as `eligibility` asks for them."""
+        return eligibility.Parts([(self.conv1, self.bn1)], [self.relu], pool=self.maxpool)
 
     def _stem(self, x: Tensor) -> Tensor:
         if not torch.jit.is_scripting():
-            if dispatch.serves(x, self.stem_parts()):
+            if eligibility.serves(x, self.stem_parts()):
                 return stem(x, self.conv1, self.bn1, self.maxpool)
         return self.maxpool(self.relu(self.bn1(self.conv1(x))))
 

@@ -1,9 +1,9 @@
 """conv + BatchNorm (+ residual) + ReLU over a whole residual block or the stem: one differentiable call.
 
-A model asks `dispatch.serves` first and calls `residual_block` or `stem` only where the answer is yes. With z = conv(a)
-raw, training keeps every z, the block's input and output and per-channel statistics, and nothing else: the activation
-a = relu(scale z + shift) between two convolutions is recomputed from z wherever it is read, unless the fusion
-`keep_activation` is asked for. Equations: `steps`.
+A model asks `eligibility.serves` first and calls `residual_block` or `stem` only where the answer is yes. With
+z = conv(a) raw, training keeps every z, the block's input and output and per-channel statistics, and nothing else: the
+activation a = relu(scale z + shift) between two convolutions is recomputed from z wherever it is read, unless the
+fusion `keep_activation` is asked for. Equations: `steps`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastres.ops import dispatch, launch, reference
+from fastres.ops import dispatch, eligibility, launch, reference
 from fastres.ops.beside import Beside
 from fastres.ops.launch import Norms, Step
 from fastres.ops.steps import Geometry, Pool, dense, nchw, nhwc
@@ -53,7 +53,7 @@ def plain_block(x: Tensor, units: Sequence[Unit]) -> Tensor:
 
 def stem(x: Tensor, conv: nn.Module, bn: nn.Module, pool: nn.Module) -> Tensor:
     """maxpool(relu(bn(conv(x)))). Equivalent to `reference.stem`, which gives shapes and dtypes."""
-    if dispatch.wants_reference() or (sizes := dispatch.pool_sizes(pool)) is None:
+    if dispatch.wants_reference() or (sizes := eligibility.pool_sizes(pool)) is None:
         return reference.stem(x, conv, bn, pool)  # type: ignore[arg-type]
     return _run(x, [(conv, bn)], End("pool", *sizes))
 

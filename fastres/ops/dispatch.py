@@ -1,8 +1,8 @@
-"""Which implementation runs. The only place that decides it.
+"""Which engine computes a step. The only place that decides it, once, when a call is prepared.
 
-`serves` answers a block's or the stem's question "does the fused path take this call?"; `why_plain` answers the same
-question in words. `conv_engine` and `pointwise_engine` then name what computes each step. `backend` forces one choice
-everywhere, `fusions` switches single fusions off so that each one's worth can be measured.
+`conv_engine` and `pointwise_engine` name what computes each step; `why_engine` and `why_unfused` give reasons in words.
+`backend` forces one choice everywhere, `fusions` switches single fusions off so that each one's worth can be measured.
+Whether a call may run fused at all is the question of `eligibility`.
 """
 
 from __future__ import annotations
@@ -10,20 +10,17 @@ from __future__ import annotations
 import importlib.util
 import os
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, fields, replace
 from functools import cache
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor, fx, nn
-from torch.autograd import forward_ad
-from torch.nn.modules import module as nn_module
+from torch import Tensor
 
 from fastres.ops import quantised
-from fastres.ops.shortcut import PadShortcut
 
 if TYPE_CHECKING:
     from fastres.kernels.config import Found
@@ -103,37 +100,8 @@ def fusions(**switches: bool) -> Iterator[None]:
         _fusions.reset(token)
 
 
-class Parts(NamedTuple):
-    """The modules of one fusable call, by the role they play in it.
-
-    Roles matter: users replace submodules (`maxpool = nn.Identity()`, a conv by two of lower rank), and the fused path
-    may only take what means the same.
-    """
-
-    units: Sequence[tuple[nn.Module, nn.Module]]  # (conv, norm) in order
-    acts: Sequence[nn.Module]  # where ReLU stands
-    shortcut: nn.Module | None = None  # None: identity
-    pool: nn.Module | None = None  # the stem's
-    idle: Sequence[nn.Module | None] = ()  # optional layers that must be absent or nn.Identity
-
-
-def serves(x: Tensor, parts: Parts) -> bool:
-    """True where the fused path takes the call that `parts` would otherwise do one by one on x [N, C, H, W]."""
-    if torch.compiler.is_compiling():  # Dynamo folds this: no guard, no graph break
-        return False
-    return why_plain(x, parts) is None
-
-
-def why_plain(x: Tensor, parts: Parts) -> str | None:
-    """The reason, in words, why `parts` run one by one on x; None where the fused path takes the call."""
-    reason = _unfusable_call(x) or _unfusable_device(x) or foreign(parts) or _watched(parts)
-    return reason or _mismatch(x, x.shape[1], parts)
-
-
-def runs_stages() -> bool:
-    """True where a fusion across the blocks of a stage may be in force: then ask `serves_stages`."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or not torch.is_grad_enabled():
-        return False
+def fuses_blocks() -> bool:
+    """True where a fusion across blocks is in force: `recompute`, or `block_end` with kernels to do it."""
     wanted = _fusions.get()
     return wanted.recompute or (wanted.block_end and _forced.get() in ("auto", "triton"))
 
@@ -141,110 +109,6 @@ def runs_stages() -> bool:
 def recomputes() -> bool:
     """True where the fusion `recompute` is asked for."""
     return _fusions.get().recompute
-
-
-def serves_stages(x: Tensor, stages: Sequence[Sequence[Any]]) -> int:
-    """How many of `stages`, from the first on, each a list of blocks run one after the other on x for a backward pass,
-    are calls of `stage` that hand over to one another.
-
-    Only blocks whose `forward` is this package's: a subclass with its own may do anything.
-    """
-    if not runs_stages() or wants_reference() or torch._C._len_torch_dispatch_stack():
-        return 0
-    if not stages[0] or _unfusable_call(x) or _unfusable_device(x) or not wants_gradients(x, stages[0]):
-        return 0
-    channels = x.shape[1]
-    for count, blocks in enumerate(stages):
-        for block in blocks:
-            if not (hasattr(block, "downsample") and _is_ours(block) and is_bare(block)):
-                return count
-            parts = block.parts()
-            if foreign(parts) or _watched(parts) or _mismatch(x, channels, parts):
-                return count
-            channels = parts.units[-1][0].out_channels
-        if not blocks:
-            return count
-    return len(stages)
-
-
-def wants_gradients(x: Tensor, modules: Sequence[nn.Module]) -> bool:
-    """True where a backward pass through `modules`, run on x, has anything to do."""
-    return x.requires_grad or any(p.requires_grad for module in modules for p in module.parameters())
-
-
-def _is_ours(block: nn.Module) -> bool:
-    return type(block).forward.__module__.startswith(f"{__package__.partition('.')[0]}.") and hasattr(block, "parts")
-
-
-def foreign(parts: Parts) -> str | None:
-    """The reason why no call of `parts` can run fused: one of them isn't exactly what its role wants. Else None."""
-    wanted: list[tuple[nn.Module, tuple[type[nn.Module], ...]]] = []
-    for conv, norm in parts.units:
-        wanted += [(conv, (nn.Conv2d,)), (norm, (nn.BatchNorm2d,))]
-    wanted += [(act, (nn.ReLU,)) for act in parts.acts]
-    wanted += [(layer, (nn.Identity,)) for layer in parts.idle if layer is not None]
-    if parts.pool is not None:
-        wanted.append((parts.pool, (nn.MaxPool2d,)))
-    for module, kinds in wanted:
-        if type(module) not in kinds:
-            return f"it contains {type(module).__name__} where {' or '.join(kind.__name__ for kind in kinds)} is served"
-        if isinstance(module, nn.Conv2d) and (reason := _foreign_conv(module)):
-            return reason
-    return None if parts.shortcut is None else _foreign_shortcut(parts.shortcut)
-
-
-def _foreign_shortcut(shortcut: nn.Module) -> str | None:
-    if type(shortcut) is PadShortcut:
-        return None
-    modules: list[Any] = list(shortcut) if type(shortcut) is nn.Sequential else [shortcut]
-    if [type(module) for module in modules] != [nn.Conv2d, nn.BatchNorm2d]:
-        return f"its shortcut is {[type(module).__name__ for module in modules]}, not a Conv2d and a BatchNorm2d"
-    return _foreign_conv(modules[0])
-
-
-def _foreign_conv(conv: nn.Conv2d) -> str | None:
-    if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
-        return f"its convolution pads {conv.padding!r} with {conv.padding_mode!r}"
-    if conv.bias is not None:
-        return "its convolution has a bias before the BatchNorm"
-    for name in ("stride", "padding", "dilation"):
-        if len(set(getattr(conv, name))) > 1:
-            return f"its convolution has {name} {getattr(conv, name)}"
-    return None
-
-
-def _mismatch(x: Tensor, channels: int, parts: Parts) -> str | None:
-    """Inputs, like x but for the number of channels, that the modules themselves refuse in PyTorch's own words."""
-    first: Tensor = parts.units[0][0].weight  # type: ignore[assignment]
-    if x.device != first.device:
-        return f"the input is on {x.device}, the weights are on {first.device}"
-    if compute_dtype(x) != compute_dtype(first):
-        return f"the input is {x.dtype}, the weights are {first.dtype}"
-    wanted = parts.units[0][0].in_channels
-    return None if channels == wanted else f"the input has {channels} channels, not {wanted}"
-
-
-def _unfusable_call(x: Tensor) -> str | None:
-    if is_traced(x):
-        return "the net is being traced"
-    if type(x) not in (Tensor, nn.Parameter):
-        return f"the input is a {type(x).__name__}, not a plain tensor"
-    if torch._C._functorch.maybe_current_level() is not None:
-        return "a torch.func transform is active"
-    if forward_ad._current_level >= 0:
-        return "forward-mode differentiation is active"
-    if x.dim() != 4 or x.numel() == 0:
-        return "the input is not a non-empty [N, C, H, W] batch"
-    return None
-
-
-def is_usual(x: Tensor) -> bool:
-    """True for a plain non-empty [N, C, H, W] batch in a call that nothing traces or transforms."""
-    return _unfusable_call(x) is None
-
-
-def _unfusable_device(x: Tensor) -> str | None:
-    return why_unfused(compute_dtype(x), x.device)
 
 
 def why_unfused(dtype: torch.dtype, device: torch.device) -> str | None:
@@ -330,50 +194,6 @@ def why_no_onednn(dtype: torch.dtype) -> str | None:
     return "oneDNN saturates int8 sums in 16 bits here" if quantised.saturates() else None
 
 
-def serves_pad_end(x: Tensor, relu: nn.Module, shortcut: nn.Module) -> bool:
-    """True where a block that runs module by module ends in one pass, relu(y + pad_shortcut(x))."""
-    if torch.compiler.is_compiling() or type(shortcut) is not PadShortcut or type(relu) is not nn.ReLU:
-        return False
-    return (_unfusable_call(x) or _watched(Parts((), [relu], shortcut))) is None
-
-
-def _watched(parts: Parts) -> str | None:
-    """Calling the modules would do more than their class's `forward`, or on other than plain parameters."""
-    if nn_module._has_any_global_hook():
-        return "a global module hook is registered"
-    roots = [*(m for unit in parts.units for m in unit), *parts.acts, parts.shortcut, parts.pool, *parts.idle]
-    for module in (m for root in roots if root is not None for m in root.modules()):
-        if has_hooks(module):
-            return f"a {type(module).__name__} in it carries a hook or a forward of its own"
-        for parameter in module._parameters.values():
-            if parameter is not None and type(parameter) not in (Tensor, nn.Parameter):
-                return f"a {type(module).__name__} in it has a {type(parameter).__name__} as a parameter"
-    return None
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """True if calling `module` would run anything besides its class's `forward`."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-    )
-
-
-def pool_sizes(pool: nn.Module | None) -> tuple[int, int, int] | None:
-    """(kernel, stride, pad) of a max pool that a kernel serves; None for any other module."""
-    from fastres.kernels.problem import pool_refusal
-
-    if type(pool) is not nn.MaxPool2d or pool.dilation != 1 or pool.ceil_mode or pool.return_indices:
-        return None
-    kernel, stride, pad = pool.kernel_size, pool.stride, pool.padding
-    if not (isinstance(kernel, int) and isinstance(stride, int) and isinstance(pad, int)):
-        return None
-    return (kernel, stride, pad) if pool_refusal(kernel, stride, pad) is None else None
-
-
 def serves_pool(x: Tensor, kernel: int, pad: int) -> bool:
     """True where a kernel computes a max pool that `pool_sizes` lets pass on x [N, H, W, C], in inference."""
     if x.dim() != 4 or not x.is_contiguous() or x.numel() == 0 or x.numel() // x.shape[3] >= 2**30:
@@ -382,24 +202,9 @@ def serves_pool(x: Tensor, kernel: int, pad: int) -> bool:
     return fits and why_unfused(x.dtype, x.device) is None and pointwise_engine(x.dtype, x.device) == "triton"
 
 
-def is_bare(module: nn.Module) -> bool:
-    """True if calling `module` runs its class's `forward` and that alone, not compiled by `module.compile()`."""
-    return not has_hooks(module) and module._compiled_call_impl is None
-
-
-def runs_forward_alone(module: nn.Module) -> bool:
-    """True if calling `module` runs its class's `forward`, and no global hook either."""
-    return is_bare(module) and not nn_module._has_any_global_hook()
-
-
 def wants_reference() -> bool:
     """True where `backend("reference")` is in force."""
     return _forced.get() == "reference"
-
-
-def is_traced(x: Tensor) -> bool:
-    """True while the call is recorded by fx, `jit.trace` or `torch.export`: recordings hold ATen ops only."""
-    return isinstance(x, fx.Proxy) or torch.jit.is_tracing() or torch.compiler.is_exporting()
 
 
 def interpreting() -> bool:
