@@ -146,17 +146,17 @@ class TestTimm:
 
     @covered(by=each, indirect=["path"], name=["resnet18", "resnet50"], path=PATHS)
     def test_plain_nets(self, path: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        import fastres.timm
+        from fastres.models import timm as ours
 
         calls = []
         for entry in ("residual_block", "stem"):
             inner = getattr(conv_bn_act, entry)
-            monkeypatch.setattr(fastres.timm, entry, lambda *args, inner=inner: (calls.append(1), inner(*args))[1])
+            monkeypatch.setattr(ours, entry, lambda *args, inner=inner: (calls.append(1), inner(*args))[1])
         report = same_after_conversion(self.timm.create_model(name, num_classes=5, zero_init_last=False))
         blocks = 8 if name == "resnet18" else 16
         assert len(report.converted) == blocks + 1
         assert len(calls) == (2 * (blocks + 1) if path == "reference" else 0)
-        assert type(pickle.loads(pickle.dumps(report.model))) is fastres.timm.ResNet
+        assert type(pickle.loads(pickle.dumps(report.model))) is ours.ResNet
         scripted = torch.jit.script(report.model.eval())
         assert_close_to_reference(scripted(images()), report.model(images()))
 

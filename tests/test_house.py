@@ -29,13 +29,11 @@ def modules() -> dict[str, Path]:
 
 
 def floor(module: str) -> str:
-    """fastres.models.x -> models; fastres.timm holds models too, fastres.paths is the ground; everything else right
+    """fastres.models.x -> models; fastres.paper holds models too, fastres.paths is the ground; everything else right
     under fastres is the face."""
     parts = module.split(".")
     room = parts[1] if len(parts) > 1 else ""
-    if room in ("timm", "paper"):
-        return "models"
-    return {"csrc": "kernels", "paths": "ground"}.get(room, room if room in FLOORS else "face")
+    return {"csrc": "kernels", "paper": "models", "paths": "ground"}.get(room, room if room in FLOORS else "face")
 
 
 def imports(file: Path, module: str) -> Iterator[str]:
@@ -60,8 +58,7 @@ def violations(module: str, file: Path, known: dict[str, Path]) -> list[str]:
             wrong.append(f"{module} imports {name}")
         elif root == "fastres":
             target = name if name in known else name.rpartition(".")[0]
-            lazy_face = module == "fastres.models.convert" and target == "fastres.timm"
-            if FLOORS.index(floor(target)) < FLOORS.index(floor(module)) and not lazy_face:
+            if FLOORS.index(floor(target)) < FLOORS.index(floor(module)):
                 wrong.append(f"{module} imports {name}, a floor above")
             # `problem` is arithmetic on sizes; everything that runs is reached through ops
             if floor(module) == "face" and floor(target) == "kernels" and target != "fastres.kernels.problem":

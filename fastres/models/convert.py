@@ -74,7 +74,7 @@ def _families() -> dict[type[nn.Module], type[nn.Module]]:
     if "timm.models.resnet" in sys.modules:
         import timm.models.resnet as theirs
 
-        import fastres.timm as ours
+        import fastres.models.timm as ours
 
         families |= {
             theirs.BasicBlock: ours.BasicBlock,
