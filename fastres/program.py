@@ -313,10 +313,7 @@ class Program:
             parts = (step,)
         for part in parts:
             inputs = [values[name] for name in part.reads]
-            if isinstance(part, Conv):
-                bound, results = self._bind_conv(part, *inputs)
-            else:
-                bound, results = self._bind(part, *inputs)
+            bound, results = self._bind(part, *inputs)
             values.update(zip(part.writes, results, strict=True))
             last = results[0]
             if isinstance(last, Tensor):
@@ -329,147 +326,83 @@ class Program:
         return dispatch.why_chained(_problem(step.spatial, x), self.dtype, x.device) if fits else None
 
     def _bind(self, step: Step, *inputs: Any) -> tuple[Bound, Sequence[Any]]:
+        if isinstance(step, Conv):
+            return self._bind_conv(step, *inputs)
+        if isinstance(step, Aten):
+            return self._bind_layer(step, *inputs)
         if isinstance(step, Convert):
             convert = partial(step.grid.load, dtype=self.dtype) if step.back else step.grid.store
             bound = Bound(step, "aten", "between dtypes", partial(_one, convert))
-        elif isinstance(step, Chain):
+        else:
             weights = tuple(self.weights[part.out] for part in step.parts)
             why = self._why_chained(step, *inputs)
             assert why is not None
             bound = Bound(step, "triton", why, partial(folded.by_chain, p=weights))
-        else:
-            assert isinstance(step, Aten)
-            layer = self._layer(step)
-            sizes = eligibility.pool_sizes(layer) if len(inputs) == 1 else None
-            if sizes is not None and dispatch.serves_pool(inputs[0], kernel=sizes[0], pad=sizes[2]):
-                kernel, stride, pad = sizes
-                pool = partial(folded.by_pool, kernel=kernel, stride=stride, pad=pad)
-                bound = Bound(step, "triton", "writes no indices", partial(_one, pool))
-            else:
-                call = partial(_aten, step, self._function(step), self.layers)
-                if step.selects and inputs and inputs[0].is_quantized:
-                    bound = self._pool_int8(step, call, inputs[0].device)
-                else:
-                    bound = self._by_onednn(step, layer, *inputs) or Bound(step, "aten", "no kernel of ours", call)
         return bound, bound.call(*inputs)
 
-    def _pool_int8(self, step: Aten, pool: Callable[..., Any], device: torch.device) -> Bound:
-        if dispatch.wants_reference() or device.type != "cpu":
-            return Bound(step, "aten", "int8 simulated in float32", partial(quantised.by_pool, pool))
-        return Bound(step, "aten", "8 bits", pool)
+    def _bind_layer(self, step: Aten, *inputs: Any) -> tuple[Bound, Sequence[Any]]:
+        layer, library = self._layer(step), partial(_aten, step, self._function(step), self.layers)
+        sizes = eligibility.pool_sizes(layer)
 
-    def _by_onednn(self, step: Aten, layer: Any, *inputs: Any) -> Bound | None:
-        """A classifier, by oneDNN with packed weights, where it serves."""
-        if type(layer) is not nn.Linear or [type(value) for value in inputs] != [Tensor] or inputs[0].dim() != 2:
-            return None
-        (x,) = inputs
-        if not dispatch.optimizes_by_onednn(x.dtype, x.device) or x.dtype != layer.weight.dtype or not x.numel():
-            return None
-        try:
-            w = self.packings.linear(step.name, layer.weight.detach(), x)
-            linear = partial(onednn.linear, w=w, bias=layer.bias)
-            linear(x)
-        except RuntimeError:
-            return None
-        return Bound(step, "onednn", "weights packed", partial(_one, linear))
+        def by_onednn() -> partial[Any]:
+            w = self.packings.linear(step.name, layer.weight.detach(), *inputs)
+            return partial(_one, onednn.linear, w=w, bias=layer.bias)
 
-    def _bind_conv(self, step: Conv, x: Tensor, residual: Tensor | None = None) -> tuple[Bound, Sequence[Tensor]]:
-        problem = _problem(step, x)
-        shape = (problem.N, problem.P, problem.Q, problem.K)
-        if step.quantised is not None and step.quantised.x.dtype == torch.quint8:
-            return self._bind_int8(step, problem, x, residual)
-        if residual is not None and (not isinstance(residual, Tensor) or residual.shape != shape):
+        engines: dict[Any, Callable[[], Any]] = {
+            "triton": lambda: partial(_one, folded.by_pool, sizes=sizes),
+            "onednn": by_onednn,
+            "aten": lambda: library,
+            torch.float32: lambda: partial(quantised.by_pool, library),
+        }
+        return _first(step, dispatch.layer_engine(layer, sizes, inputs), engines, inputs)
+
+    def _bind_conv(self, step: Conv, x: Tensor, residual: Any = None) -> tuple[Bound, Sequence[Tensor]]:
+        problem, p, added = _problem(step, x), self.weights[step.out], residual is not None
+        alike = not added or getattr(residual, "shape", None) == (problem.N, problem.P, problem.Q, problem.K)
+        if p.w.dtype != torch.int8 and not alike:
             return self._bind_apart(step, x, residual)
-        inputs = (x,) if residual is None else (x, residual)
-        dtype = self.dtype if step.quantised is None else FLOAT8
-        engine, why = dispatch.why_engine("infer", problem, dtype, x.device)
-        if engine == "stem" and residual is not None:  # its kernel adds nothing
-            engine = "triton"
-        if engine == "onednn":
-            try:
-                w = self.packings.conv(step.out, self.weights[step.out].w, step.geometry, x)
-                fused = partial(
-                    onednn.conv,
-                    w=w,
-                    bias=self.weights[step.out].bias,
-                    geometry=step.geometry,
-                    relu=step.relu,
-                    overwrite=step.out in self.overwritable,
-                )
-                return Bound(step, "onednn", why, partial(_one, fused)), (fused(*inputs),)
-            except RuntimeError as error:
-                engine, why = "aten", f"oneDNN: {str(error).splitlines()[0]}"
-        name: str = engine
-        static: dict[str, Any] = {"p": self.weights[step.out], "geometry": step.geometry, "relu": step.relu}
-        if engine == "triton":
-            if step.quantised is not None:
-                residual_grid, out = step.quantised.residual, step.quantised.out
-                static["residual_scale"] = 1.0 if residual_grid is None else residual_grid.scale
-                static["out_scale"] = 1.0 if out is None else 1 / out.scale
-                static["out_dtype"] = self.dtype if out is None else FLOAT8
-            call = partial(folded.by_triton, precision=dispatch.precision(dtype, x.device), **static)
-        elif engine == "stem":
-            call = partial(folded.by_stem, precision=dispatch.precision(dtype, x.device), **static)
-        elif step.quantised is not None:
-            why += "; float8 simulated in float32"
-            call = self._simulation(step, step.quantised, torch.float32)
-        else:
-            call = partial(folded.by_library, **static)
-            if engine == "cudnn" and step.relu:
-                if dispatch.pointwise_engine(dtype, x.device) == "triton":
-                    ones = torch.ones(problem.K, device=x.device)
-                    call, name = partial(folded.by_library_and_kernel, ones=ones, **static), "cudnn + triton"
-                fused = partial(folded.by_cudnn, p=static["p"], geometry=step.geometry)
-                refusal, result = _try_fused(fused, inputs)
-                if result is None:
-                    why += f"; not fused: {refusal}"
-                else:
-                    facts = problem, dtype, residual is not None, name, dispatch.precision(dtype, x.device)
-                    faster, compared = _faster_fused(facts, fused, call, inputs)
-                    why += compared
-                    if faster:
-                        return Bound(step, "cudnn fused", why, partial(_one, fused)), (result,)
-        return Bound(step, name, why, partial(_one, call)), (call(*inputs),)
+        static: dict[str, Any] = {"p": p, "geometry": step.geometry, "relu": step.relu}
+        ours = {"precision": dispatch.precision(p.w.dtype, x.device), **static}
+        library = partial(_one, folded.by_library, **static)
+        simulation = partial(_one, quantised.by_simulation, grids=step.quantised, dtype=self.dtype, **static)
+        ones = partial(torch.ones, problem.K, device=x.device)
+        engines: dict[Any, Callable[[], Any]] = {
+            "triton": lambda: partial(_one, folded.by_triton, **ours, **self._scales(step.quantised)),
+            "stem": lambda: partial(_one, folded.by_stem, **ours),
+            "onednn": lambda: self._by_onednn(step, x),
+            "onednn int8": lambda: self._by_onednn_int8(step, x),
+            "cudnn fused": lambda: partial(_one, folded.by_cudnn, p=p, geometry=step.geometry),
+            "cudnn + triton": lambda: partial(_one, folded.by_library_and_kernel, ones=ones(), **static),
+            "cudnn": lambda: library,
+            "aten": lambda: library,
+            torch.float32: lambda: partial(simulation, wide=torch.float32),
+            torch.float64: lambda: partial(simulation, wide=torch.float64),
+        }
+        candidate = dispatch.folded_engine(problem, p.w.dtype, x.device, relu=step.relu, added=added, alike=alike)
+        return _first(step, candidate, engines, (x, residual) if added else (x,))
 
-    def _bind_int8(
-        self, step: Conv, problem: Any, x: Tensor, residual: Tensor | None
-    ) -> tuple[Bound, Sequence[Tensor]]:
-        assert step.quantised is not None
-        inputs = (x,) if residual is None else (x, residual)
-        engine, why = dispatch.why_engine("infer", problem, torch.int8, x.device)
-        wide = torch.float64
-        if engine == "onednn":
-            if residual is None or residual.shape == (problem.N, problem.P, problem.Q, problem.K):
-                p, relu, keep = self.weights[step.out], step.relu, step.out not in self.overwritable
-                size = step.out, *x.shape[1:3]
-                try:
-                    fused = self.packings.int8.get(size)
-                    if fused is None:
-                        options: dict[str, Any] = {"geometry": step.geometry, "relu": relu, "keep": keep}
-                        fused = quantised.ByOneDNN(p, grids=step.quantised, **options)
-                        self.packings.int8[size] = fused
-                    else:
-                        self.shares = True
-                    return Bound(step, "onednn int8", why, fused), fused(*inputs)
-                except RuntimeError as error:
-                    why = f"oneDNN: {str(error).splitlines()[0]}"
-            else:
-                why = "what is added has another shape"
-            engine, wide = "aten", torch.float32
-        why += f"; int8 simulated in {str(wide).removeprefix('torch.')}"
-        call = partial(_one, self._simulation(step, step.quantised, wide))
-        return Bound(step, engine, why, call), call(*inputs)
+    def _scales(self, grids: Quantised | None) -> dict[str, Any]:
+        """What our kernel is told of the grids that a convolution in float8 has."""
+        if grids is None:
+            return {}
+        out = (1.0, self.dtype) if grids.out is None else (1 / grids.out.scale, FLOAT8)
+        added = 1.0 if grids.residual is None else grids.residual.scale
+        return {"residual_scale": added, "out_scale": out[0], "out_dtype": out[1]}
 
-    def _simulation(self, step: Conv, grids: Quantised, wide: torch.dtype) -> partial[Tensor]:
-        return partial(
-            quantised.by_simulation,
-            p=self.weights[step.out],
-            geometry=step.geometry,
-            relu=step.relu,
-            grids=grids,
-            dtype=self.dtype,
-            wide=wide,
-        )
+    def _by_onednn(self, step: Conv, x: Tensor) -> partial[Any]:
+        p, overwrite = self.weights[step.out], step.out in self.overwritable
+        static: dict[str, Any] = {"bias": p.bias, "geometry": step.geometry, "relu": step.relu, "overwrite": overwrite}
+        return partial(_one, onednn.conv, w=self.packings.conv(step.out, p.w, step.geometry, x), **static)
+
+    def _by_onednn_int8(self, step: Conv, x: Tensor) -> quantised.ByOneDNN:
+        size, keep = (step.out, *x.shape[1:3]), step.out not in self.overwritable
+        call: quantised.ByOneDNN | None = self.packings.int8.get(size)
+        if call is not None:
+            self.shares = True
+            return call
+        static: dict[str, Any] = {"geometry": step.geometry, "relu": step.relu, "grids": step.quantised, "keep": keep}
+        call = self.packings.int8[size] = quantised.ByOneDNN(self.weights[step.out], **static)
+        return call
 
     def _bind_apart(self, step: Conv, x: Tensor, other: Any) -> tuple[Bound, Sequence[Tensor]]:
         """A convolution to which a number is added, or what has another shape than its output: in three passes."""
@@ -501,39 +434,49 @@ def _problem(conv: Conv, x: Tensor) -> Any:
         raise ValueError(f"layer {conv.name!r}: {error}") from error
 
 
-def _try_fused(fused: Callable[..., Tensor], inputs: Sequence[Tensor]) -> tuple[str | None, Tensor | None]:
-    """cuDNN's fused convolution once: (why it doesn't serve, None) or (None, its result)."""
-    cudnn = torch.backends.cudnn
-    if not cudnn.enabled:
-        return "cudnn.enabled is off", None
-    if cudnn.deterministic or torch.are_deterministic_algorithms_enabled():
-        return "the fused op can't promise to be deterministic", None
-    try:
-        return None, fused(*inputs)
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as error:
-        return f"cuDNN: {str(error).splitlines()[0]}", None
+def _first(
+    step: Step, candidate: dispatch.Candidate, engines: Mapping[Any, Callable[[], Any]], inputs: Sequence[Any]
+) -> tuple[Bound, Sequence[Any]]:
+    """`step` bound to `candidate` or to what serves otherwise, and its results. engines: what makes the call, by the
+    engine's name or the dtype in which it simulates 8 bits."""
+    error = ""
+    while True:
+        other = candidate.otherwise
+        try:
+            call = engines[candidate.wide or candidate.engine]()
+            results = call(*inputs)
+            break
+        except RuntimeError as refusal:
+            if other is None or isinstance(refusal, torch.OutOfMemoryError):
+                raise
+            candidate, error = other, str(refusal).splitlines()[0]
+    why = candidate.why.replace("{error}", error)
+    if candidate.timed and other is not None:
+        apart = engines[other.engine]()
+        faster, compared = _faster_fused(candidate.timed, call, apart, inputs)
+        why += compared
+        if not faster:
+            return Bound(step, other.engine, why, apart), apart(*inputs)
+    return Bound(step, candidate.engine, why, call), results
 
 
 _times: dict[Any, list[float]] = {}  # what the two of `_faster_fused` took, by all that it may hang on
 
 
 def _faster_fused(
-    facts: tuple[Any, ...], fused: Callable[..., Tensor], apart: Callable[..., Tensor], inputs: Sequence[Tensor]
+    facts: tuple[Any, ...], fused: Callable[..., Any], apart: Callable[..., Any], inputs: Sequence[Tensor]
 ) -> tuple[bool, str]:
     """Whether cuDNN's fused convolution, which serves, is as fast as the convolution and our pass `apart`, and what was
     measured, for the log. Measured once per process and `facts`; never in a capture, where the fused one is taken."""
-    key = *facts, inputs[0].device, torch.backends.cudnn.benchmark
-    if key not in _times:
+    if facts not in _times:
         if torch.cuda.is_current_stream_capturing() or not inputs[0].numel():
             return True, ""
         try:
             apart(*inputs)  # compiles, and has cuDNN choose
-            _times[key] = _microseconds([partial(fused, *inputs), partial(apart, *inputs)], inputs[0].device)
+            _times[facts] = _microseconds([partial(fused, *inputs), partial(apart, *inputs)], inputs[0].device)
         except (RuntimeError, ValueError) as error:  # of memory for one more tensor, too
             return True, f"; apart: {str(error).splitlines()[0]}"
-    together, separate = _times[key]
+    together, separate = _times[facts]
     return together <= separate, f"; measured: fused {together:.0f} us, apart {separate:.0f} us"
 
 
@@ -552,8 +495,8 @@ def _microseconds(calls: Sequence[Callable[[], Any]], device: torch.device) -> l
     return [1000 * min(start.elapsed_time(end) for start, end in own) for own in spans]
 
 
-def _one(call: Callable[..., Tensor], *inputs: Tensor) -> tuple[Tensor]:
-    return (call(*inputs),)
+def _one(call: Callable[..., Tensor], *inputs: Tensor, **static: Any) -> tuple[Tensor]:
+    return (call(*inputs, **static),)
 
 
 def _aten(step: Aten, function: Callable[..., Any], layers: Mapping[str, Any], *inputs: Any) -> tuple[Any]:

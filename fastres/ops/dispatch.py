@@ -1,6 +1,7 @@
 """Which engine computes a step. The only place that decides it, once, when a call is prepared.
 
-`conv_engine` and `pointwise_engine` name what computes each step; `why_engine` and `why_unfused` give reasons in words.
+`conv_engine` and `pointwise_engine` name what computes each step; `why_engine` and `why_unfused` give reasons in words;
+`folded_engine` and `layer_engine` do both for the steps of a plan of `optimize`.
 `backend` forces one choice everywhere, `fusions` switches single fusions off so that each one's worth can be measured.
 Whether a call may run fused at all is the question of `eligibility`.
 """
@@ -10,15 +11,15 @@ from __future__ import annotations
 import importlib.util
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, fields, replace
 from functools import cache
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastres.ops import quantised
 
@@ -194,14 +195,6 @@ def why_no_onednn(dtype: torch.dtype) -> str | None:
     return "oneDNN saturates int8 sums in 16 bits here" if quantised.saturates() else None
 
 
-def serves_pool(x: Tensor, kernel: int, pad: int) -> bool:
-    """True where a kernel computes a max pool that `pool_sizes` lets pass on x [N, H, W, C], in inference."""
-    if x.dim() != 4 or not x.is_contiguous() or x.numel() == 0 or x.numel() // x.shape[3] >= 2**30:
-        return False
-    fits = min(x.shape[1:3]) + 2 * pad >= kernel
-    return fits and why_unfused(x.dtype, x.device) is None and pointwise_engine(x.dtype, x.device) == "triton"
-
-
 def wants_reference() -> bool:
     """True where `backend("reference")` is in force."""
     return _forced.get() == "reference"
@@ -238,18 +231,13 @@ def why_engine(pass_: Pass, problem: ConvProblem, dtype: torch.dtype, device: to
     if pass_ == "infer" and forced == "auto" and device.type == "cpu":
         reason = why_no_onednn(dtype)
         return ("onednn", "one primitive does all of it") if reason is None else ("aten", reason)
-    reason = _kernel_less(device)
-    if reason is None and dtype not in (*_DTYPES, torch.float8_e4m3fn):
-        reason = f"there are no fused kernels for {dtype}"
-    if reason is None:
-        reason = _uninterpreted(dtype, device)
-    if reason is None and forced == "cudnn":
-        reason = "backend('cudnn')"
-    if reason is not None:
-        return library, reason
+    unknown = None if dtype in (*_DTYPES, quantised.FLOAT8) else f"there are no fused kernels for {dtype}"
+    reason = _kernel_less(device) or unknown or _uninterpreted(dtype, device)
+    if reason is not None or forced == "cudnn":
+        return library, reason or "backend('cudnn')"
     if forced == "triton":
         return "stem" if _over_packed_images(pass_, problem, dtype) else "triton", "backend('triton')"
-    if dtype == torch.float8_e4m3fn:
+    if dtype == quantised.FLOAT8:
         return "triton", "the library has no float8 convolution"
     if precision(dtype, device) == "tf32":  # as accurate as PyTorch, whatever was faster
         return library, "TF32: the library rounds to it what our kernels cut off"
@@ -301,6 +289,75 @@ def bn_backward_on_load(problem: ConvProblem) -> bool:
 def optimizes_by_onednn(dtype: torch.dtype, device: torch.device) -> bool:
     """True where `optimize` runs a plan in `dtype` by oneDNN's fused operators."""
     return _forced.get() == "auto" and device.type == "cpu" and why_no_onednn(dtype) is None
+
+
+class Candidate(NamedTuple):
+    """What computes a step of a plan: the engine as tables name it, and the reason in words.
+
+    otherwise: what computes it where this one raises RuntimeError; the error's first line stands for "{error}" in the
+    other's reason. timed: where this one serves, it is timed against the other, once for all steps with these facts.
+    wide: the dtype in which an engine without 8 bits simulates them.
+    """
+
+    engine: str
+    why: str
+    otherwise: Candidate | None = None
+    timed: tuple[Any, ...] = ()
+    wide: torch.dtype | None = None
+
+
+def folded_engine(
+    problem: ConvProblem, dtype: torch.dtype, device: torch.device, *, relu: bool, added: bool, alike: bool = True
+) -> Candidate:
+    """What computes [relu](conv(x, w) + shift + residual) in a plan. dtype: of w, float8_e4m3fn and int8 included;
+    added: whether there is a residual; alike: whether it has the output's shape, without which only int8 is served."""
+    engine, why = why_engine("infer", problem, dtype, device)
+    if dtype == torch.int8:
+        if engine != "onednn":
+            return _simulated(engine, f"{why}; int8", torch.float64)
+        if not alike:
+            return _simulated("aten", "what is added has another shape; int8")
+        return Candidate("onednn int8", why, _simulated("aten", "oneDNN: {error}; int8"))
+    if engine == "onednn":
+        return Candidate(engine, why, Candidate("aten", "oneDNN: {error}"))
+    if engine in ("triton", "stem"):
+        return Candidate("triton" if added else engine, why)  # the stem's kernel adds nothing
+    if dtype == quantised.FLOAT8:
+        return _simulated(engine, f"{why}; float8")
+    if engine == "aten" or not relu:
+        return Candidate(engine, why)
+    apart = "cudnn + triton" if pointwise_engine(dtype, device) == "triton" else "cudnn"
+    cudnn = torch.backends.cudnn
+    if not cudnn.enabled:
+        return Candidate(apart, f"{why}; not fused: cudnn.enabled is off")
+    if cudnn.deterministic or torch.are_deterministic_algorithms_enabled():
+        return Candidate(apart, f"{why}; not fused: the fused op can't promise to be deterministic")
+    facts = problem, dtype, device, added, apart, precision(dtype, device), cudnn.benchmark
+    return Candidate("cudnn fused", why, Candidate(apart, f"{why}; not fused: cuDNN: {{error}}"), facts)
+
+
+def _simulated(engine: str, said: str, wide: torch.dtype = torch.float32) -> Candidate:
+    return Candidate(engine, f"{said} simulated in {str(wide).removeprefix('torch.')}", wide=wide)
+
+
+def layer_engine(layer: Any, pool: tuple[int, int, int] | None, inputs: Sequence[Any]) -> Candidate:
+    """What computes a library operation of a plan on `inputs`, images in NHWC. layer: the module, None where a function
+    is called; pool: (kernel, stride, pad) of a max pool for which there is a kernel."""
+    library = Candidate("aten", "no kernel of ours")
+    x = inputs[0] if len(inputs) == 1 else None
+    if not isinstance(x, Tensor):
+        return library
+    if pool is not None and x.dim() == 4 and x.is_contiguous() and 0 < x.numel() < 2**30 * x.shape[3]:
+        fits = min(x.shape[1:3]) + 2 * pool[2] >= pool[0] and why_unfused(x.dtype, x.device) is None
+        if fits and pointwise_engine(x.dtype, x.device) == "triton":
+            return Candidate("triton", "writes no indices")
+    if x.is_quantized:  # only max pools work in 8 bits
+        simulates = wants_reference() or x.device.type != "cpu"
+        return _simulated("aten", "int8") if simulates else Candidate("aten", "8 bits")
+    packs = type(layer) is nn.Linear and x.dim() == 2 and x.numel() > 0 and x.dtype == layer.weight.dtype
+    if packs and optimizes_by_onednn(x.dtype, x.device):
+        return Candidate("onednn", "weights packed", library)
+    return library
 
 
 def why_not_scripted(dtype: torch.dtype) -> str | None:

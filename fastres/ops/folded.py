@@ -147,10 +147,12 @@ def by_chain(x: Tensor, residual: Tensor, *, p: Sequence[Folded]) -> tuple[Tenso
     return bottleneck_chain(x, spatial.w, shifts[0], expand.w, shifts[1], residual, reduce.w, shifts[2])
 
 
-def by_pool(x: Tensor, *, kernel: int, stride: int, pad: int) -> Tensor:
-    """max_pool(x) by our kernel: the library's writes the index of every maximum, too, eight bytes each."""
+def by_pool(x: Tensor, *, sizes: tuple[int, int, int]) -> Tensor:
+    """max_pool(x) by our kernel: the library's writes the index of every maximum, too, eight bytes each; sizes: kernel,
+    stride and pad."""
     from fastres.kernels.pool import max_pool
 
+    kernel, stride, pad = sizes
     return max_pool(x, kernel=kernel, stride=stride, pad=pad)
 
 
