@@ -21,7 +21,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cache, wraps
 from importlib import import_module
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
@@ -39,8 +39,8 @@ from fastres import kernels, plan
 from fastres.kernels import config, replay
 from fastres.kernels.launch import gpu_of
 from fastres.kernels.problem import ConvProblem
-from fastres.ops import dispatch, folded, launch
-from fastres.ops.steps import nhwc
+from fastres.ops import conv_bn, dispatch, folded
+from fastres.ops.layout import nhwc
 from fastres.program import Program
 
 META = torch.device("meta")
@@ -318,40 +318,44 @@ def recorded(dtype: torch.dtype) -> Iterator[Recorder]:
         stack.enter_context(patch.object(torch._C, "_len_torch_dispatch_stack", lambda: 0))
         for module in launching():
             stack.enter_context(patch.object(module, "launch", lambda k, g, **a: recorder.kernel(k, g, a)))
-        for owner, wrap in ((launch.Step, _by_step), (folded, _by_folded)):
-            for name, function in [*vars(owner).items()]:
-                if inspect.isfunction(function) and (wrapped := wrap(name, function, recorder)) is not None:
-                    stack.enter_context(patch.object(owner, name, wrapped))
-        launch._step.cache_clear()
-        stack.callback(launch._step.cache_clear)
+        stack.enter_context(patch.object(conv_bn, "bind", _noting(conv_bn.bind, recorder)))
+        for name, function in [*vars(folded).items()]:
+            if inspect.isfunction(function) and name.startswith("by_"):
+                stack.enter_context(patch.object(folded, name, _by_folded(function, recorder)))
+        conv_bn.conv_bn.cache_clear()
+        stack.callback(conv_bn.conv_bn.cache_clear)
         stack.enter_context(Autocast(dtype))
         stack.enter_context(recorder)
         yield recorder
 
 
-def _by_step(name: str, function: Callable[..., Any], recorder: Recorder) -> Callable[..., Any] | None:
-    """A method of `Step` whose kernels are noted as its problem's."""
-    if name.startswith("_") or name == "fuses_bn_backward":
-        return None
-    kind = name.split("_")[0]
+def _noting(bind: Callable[..., conv_bn.ConvBN], recorder: Recorder) -> Callable[..., conv_bn.ConvBN]:
+    """`bind`, each of whose pairs notes its kernels as its problem's."""
 
-    @wraps(function)
-    def method(step: launch.Step, *args: Any, **kwargs: Any) -> Any:
-        inside = recorder.work[-1].pass_ if len(recorder.work) > 1 else "norm"
-        pass_ = kind if kind in layers.PASSES else inside
-        recorder.work.append(Work(pass_, step.problem, 2 * step.problem.multiply_adds))
-        try:
-            return function(step, *args, **kwargs)
-        finally:
-            recorder.work.pop()
+    def noted(pass_: str | None, problem: ConvProblem, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            inside = recorder.work[-1].pass_ if len(recorder.work) > 1 else "norm"
+            recorder.work.append(Work(pass_ or inside, problem, 2 * problem.multiply_adds))
+            try:
+                return function(*args, **kwargs)
+            finally:
+                recorder.work.pop()
 
-    return method
+        return call
+
+    def bound(*facts: Any) -> conv_bn.ConvBN:
+        pair = bind(*facts)
+        calls = {name: value for name, value in vars(pair).items() if callable(value)}
+        calls = {name: noted(name.split("_")[0], pair.problem, call) for name, call in calls.items()}
+        between = {name: call for name, call in vars(pair.passes).items() if callable(call)}
+        passes = SimpleNamespace(**{name: noted(None, pair.problem, call) for name, call in between.items()})
+        return replace(pair, **calls, passes=passes)
+
+    return bound
 
 
-def _by_folded(name: str, function: Callable[..., Any], recorder: Recorder) -> Callable[..., Any] | None:
+def _by_folded(function: Callable[..., Any], recorder: Recorder) -> Callable[..., Any]:
     """A function of `folded` that runs a plan's convolution, or three of them."""
-    if not name.startswith("by_"):
-        return None
 
     @wraps(function)
     def call(x: Tensor, *args: Any, **kwargs: Any) -> Any:

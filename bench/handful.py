@@ -35,7 +35,7 @@ def test_convolution(benchmark, problem: ConvProblem, pass_: str, backend: str) 
     operands = Operands.random(problem, torch.bfloat16, device)
     role = Role("inner", summed=True)
     with fastres.backend(backend):
-        work = layers.call(layers.step(problem, torch.bfloat16, device), pass_, operands, role)
+        work = layers.call(layers.pair(problem, torch.bfloat16, device), pass_, operands, role)
 
     def synchronised() -> None:
         work()

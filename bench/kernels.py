@@ -41,11 +41,11 @@ def row(
     times, stores = {}, {}
     for backend in ("triton", "cudnn"):
         with fastres.backend(backend):
-            step = layers.step(problem, dtype, device)
-        times[backend] = layers.microseconds(layers.call(step, pass_, operands, role))
-        stores[backend] = layers.stores_dz(step, role, operands)
+            pair = layers.pair(problem, dtype, device)
+        times[backend] = layers.microseconds(layers.call(pair, pass_, operands, role))
+        stores[backend] = layers.stores_dz(pair, role, operands)
     if pass_ in ("dgrad", "wgrad") and stores["cudnn"] and not stores["triton"]:
-        times["cudnn"] += layers.half_of_dz(step, operands)
+        times["cudnn"] += layers.half_of_dz(pair, operands)
     us = times["triton"]
     return {
         "pass": pass_,

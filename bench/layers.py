@@ -17,9 +17,9 @@ from torch import Tensor
 import fastres
 from fastres import plan
 from fastres.kernels.problem import ConvProblem, model_problems
-from fastres.ops import dispatch, folded, launch
-from fastres.ops.launch import Step
-from fastres.ops.steps import Geometry
+from fastres.ops import dispatch, folded
+from fastres.ops.conv_bn import ConvBN, conv_bn
+from fastres.ops.layout import Geometry
 from fastres.program import Program
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -130,10 +130,10 @@ class Operands:
 
         z = normal(p.N, p.P, p.Q, p.K)
         return cls(
-            x=normal(p.N, p.H, p.W, p.C),
-            side=normal(p.N, p.H, p.W, p.C),
-            below=normal(p.N, p.H, p.W, p.C),
-            w=normal(p.K, p.R, p.S, p.C // p.groups) * (p.R * p.S * p.C // p.groups) ** -0.5,
+            x=normal(*p.x_shape),
+            side=normal(*p.x_shape),
+            below=normal(*p.x_shape),
+            w=normal(*p.w_shape) * (p.R * p.S * p.C // p.groups) ** -0.5,
             z=z,
             dz=normal(p.N, p.P, p.Q, p.K),
             a_affine=(vector(p.C), vector(p.C) - 1),
@@ -143,15 +143,17 @@ class Operands:
         )
 
 
-def step(problem: ConvProblem, dtype: torch.dtype, device: torch.device) -> Step:
-    """The convolution's step with the engines that are in force (`fastres.backend`)."""
+def pair(problem: ConvProblem, dtype: torch.dtype, device: torch.device) -> ConvBN:
+    """The convolution with a BatchNorm that takes the batch's statistics, by the engines that are in force
+    (`fastres.backend`)."""
     p = problem
-    weight = torch.empty((p.K, p.C // p.groups, p.R, p.S), device="meta")
-    return launch.step((p.N, p.H, p.W), weight, Geometry(p.stride, p.pad, p.dilation, p.groups), dtype, device)
+    geometry, choice = Geometry(p.stride, p.pad, p.dilation, p.groups), dispatch.choice(dtype, device)
+    shapes = (p.N, p.H, p.W), (p.K, p.C // p.groups, p.R, p.S)
+    return conv_bn(*shapes, geometry, 0.0, True, dtype, device, choice)
 
 
-def call(step: Step, pass_: str, operands: Operands, role: Role) -> Callable[[], Any]:
-    """The work of one pass with what the net does around it in that role, by the engines of `step`.
+def call(pair: ConvBN, pass_: str, operands: Operands, role: Role) -> Callable[[], Any]:
+    """The work of one pass with what the net does around it in that role, by the engines of `pair`.
 
     It returns, for "infer", the activation; "fprop": (z, partials), or (x, z, partials) where x is the end of the block
     before, which our kernel may compute on load; "dgrad": dx, or (dx, the mask still to apply, partials of the
@@ -161,31 +163,33 @@ def call(step: Step, pass_: str, operands: Operands, role: Role) -> Callable[[],
     if pass_ == "infer":
         projects = role.place == "project"  # its shift is folded into that of the convolution it is added to
         inputs = (o.x, o.z) if role.place == "last" else (o.x,)
-        return partial(infer(step, o.w, None if projects else o.shift, inputs, relu=not projects), *inputs)
+        return partial(infer(pair, o.w, None if projects else o.shift, inputs, relu=not projects), *inputs)
     if pass_ == "fprop":
-        if joins(step.problem, role):
-            return lambda: step.fprop_joined(o.x, o.a_affine, o.w, statistics=True, residual=o.side)
-        return lambda: step.fprop_statistics(o.x, o.w, prologue)
-    bn = o.bn if role.summed and step.fuses_bn_backward(o.bn) else None
-    dz = step.backward_apply(o.dz, o.bn) if stores_dz(step, role, o) else o.dz
+        if joins(pair.problem, role):
+            return lambda: pair.fprop_joined(o.x, o.a_affine, o.w, relu=True, residual=o.side)
+        return lambda: pair.fprop(o.x, o.w, prologue)
+    bn = o.bn if role.summed and pair.fuses(o.bn) else None
+    dz = pair.passes.backward_apply(o.dz, *o.bn) if stores_dz(pair, role, o) else o.dz
     if pass_ == "wgrad":
-        return lambda: step.wgrad(dz, o.x, bn, prologue, torch.float32)
+        return lambda: pair.wgrad(dz, o.x, bn, prologue, torch.float32)
     if role.normed:
-        return lambda: step.dgrad_masked(dz, o.w, o.x, o.a_affine, o.mean, bn)
+        return lambda: pair.dgrad_masked(dz, o.w, bn, o.x, o.mean, o.a_affine)
     if not role.border:
         residual = {} if role.place == "project" else {"residual": o.side}
-        return lambda: step.dgrad(dz, o.w, bn, **residual)
+        return lambda: pair.dgrad(dz, o.w, bn, **residual)
 
     def into_the_block_before() -> tuple[Tensor, Tensor | None, Tensor]:
-        dx, sums = step.dgrad_joined(dz, o.w, bn, o.x, ((o.below, o.mean), None), residual=o.side)
+        dx, sums = pair.dgrad_joined(dz, o.w, bn, o.x, ((o.below, o.mean), None), residual=o.side)
         if sums is None:  # that block then takes them in a pass of its own
-            return dx, o.x, step.backward_reduce(dx, o.below, o.mean, mask=o.x)
+            return dx, o.x, pair.passes.backward_reduce(dx, o.below, o.mean, mask=o.x)
         return dx, None, sums
 
     return into_the_block_before
 
 
-def infer(step: Step, w: Tensor, shift: Tensor | None, inputs: tuple[Tensor, ...], relu: bool) -> Callable[..., Tensor]:
+def infer(
+    pair: ConvBN, w: Tensor, shift: Tensor | None, inputs: tuple[Tensor, ...], relu: bool
+) -> Callable[..., Tensor]:
     """What computes [relu](conv(x, w) + shift + residual) of inputs like (x,) or (x, residual) in `optimize`, which
     folds weights: our kernel, or what it binds of the library, which has an operator for all of it.
 
@@ -193,11 +197,11 @@ def infer(step: Step, w: Tensor, shift: Tensor | None, inputs: tuple[Tensor, ...
     loses to ours more often than what ours is set against here; `optimize` is where speed is asked for.
     """
     p = folded.Folded(w, shift, None if shift is None else shift.to(w.dtype))
-    if step.infer_by in ("triton", "stem"):
-        by: Any = folded.by_stem if step.infer_by == "stem" else folded.by_triton
-        return partial(by, p=p, geometry=step.geometry, relu=relu, precision=step.precision)
+    if pair.engines.infer in ("triton", "stem"):
+        by: Any = folded.by_stem if pair.engines.infer == "stem" else folded.by_triton
+        return partial(by, p=p, geometry=pair.geometry, relu=relu, precision=pair.engines.precision)
     added, shape = "residual" if len(inputs) > 1 else None, tuple(w.shape)
-    conv = plan.Conv(plan.Unit("conv"), plan.INPUT, "y", step.geometry, shape, added, relu)  # type: ignore[arg-type]
+    conv = plan.Conv(plan.Unit("conv"), plan.INPUT, "y", pair.geometry, shape, added, relu)  # type: ignore[arg-type]
     with fastres.backend("cudnn"):
         bound, _ = Program([conv], "y", {"y": p}, {}, w.dtype)._bind_conv(conv, *inputs)
     return lambda *inputs: bound.call(*inputs)[0]
@@ -209,14 +213,14 @@ def joins(problem: ConvProblem, role: Role) -> bool:
     return role.border and dispatch.joins(problem)
 
 
-def stores_dz(step: Step, role: Role, operands: Operands) -> bool:
+def stores_dz(pair: ConvBN, role: Role, operands: Operands) -> bool:
     """Whether a pass has to store dz before dgrad and wgrad, where another engine may need none."""
-    return role.summed and not step.fuses_bn_backward(operands.bn)
+    return role.summed and not pair.fuses(operands.bn)
 
 
-def half_of_dz(step: Step, operands: Operands) -> float:
+def half_of_dz(pair: ConvBN, operands: Operands) -> float:
     """Microseconds of the pass that stores dz, of which dgrad and wgrad owe one half each."""
-    return microseconds(lambda: step.backward_apply(operands.dz, operands.bn)) / 2
+    return microseconds(lambda: pair.passes.backward_apply(operands.dz, *operands.bn)) / 2
 
 
 def moved_bytes(problem: ConvProblem, pass_: str, itemsize: int, role: Role) -> int:

@@ -56,7 +56,7 @@ def kernels(depth: str, seconds: float) -> Part:
 STATUS = ["-m", "fastres", "status"]
 KERNELS = [f"tests/test_{name}.py" for name in ("conv_fprop", "conv_backward", "pointwise", "bottleneck")]
 KERNELS += [f"tests/test_{name}.py" for name in ("persistent", "stem")]
-NETS = [f"tests/test_{name}.py" for name in ("training", "inference", "registered", "compile")]
+NETS = [f"tests/test_{name}.py" for name in ("training", "inference", "operators", "compile")]
 OTHERS = ["tests", *(f"--ignore={file}" for file in (*KERNELS, *NETS, "tests/test_layers.py"))]
 ON_GPU = ["-m", "(gpu or interpret) and not slow"]
 # Every launch of ResNet-50 in bf16, with each tile that tuning tries, and option A's operator.

@@ -260,7 +260,7 @@ def of_layer(
     stores = {}
     for name in dict.fromkeys(("triton", engine)):
         with fastres.backend(name), calls.recorded(dtype) as recorder:
-            one = layers.step(p, dtype, calls.META)
+            one = layers.pair(p, dtype, calls.META)
             operands = layers.Operands.random(p, dtype, calls.META)
             work = layers.call(one, pass_, operands, role)
             stores[name] = layers.stores_dz(one, role, operands)
@@ -268,7 +268,7 @@ def of_layer(
             work()
             launches = recorder.launches()
             recorder.noted.clear()
-            one.backward_apply(operands.dz, operands.bn)
+            one.passes.backward_apply(operands.dz, *operands.bn)
             (stored,) = recorder.launches()
     owes = pass_ in ("dgrad", "wgrad") and stores[engine] and not stores["triton"]
     return launches, stored if owes else None

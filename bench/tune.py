@@ -45,8 +45,8 @@ from fastres.kernels.conv import fprop_tma_refusal
 from fastres.kernels.launch import gpu_of, tma_refusal
 from fastres.kernels.problem import ConvProblem
 from fastres.kernels.stem import stem_columns, stem_refusal
-from fastres.ops import dispatch, launch, steps
-from fastres.ops.launch import Step
+from fastres.ops import dispatch, reference
+from fastres.ops.conv_bn import ConvBN, bind, conv_bn
 
 TUNED = (*PASSES, "chain")  # the chain last: what it is set against is then tuned
 START = 120  # seconds for a process to start and reach the GPU
@@ -58,14 +58,14 @@ ON_LOAD = {"fprop": "fprop_on_load", "dgrad": "dz_on_load", "wgrad": "wgrad_on_l
 Task = tuple[str, ConvProblem, Role]  # what is measured: a pass of a problem in its role
 
 
-def candidates(step: Step, pass_: str, role: Role, dtype: torch.dtype, device: torch.device, most: int) -> list[Tile]:
+def candidates(pair: ConvBN, pass_: str, role: Role, dtype: torch.dtype, device: torch.device, most: int) -> list[Tile]:
     """The `most` most promising tiles and the persistent ones, by TMA where it can carry the operands, and by
     pointers."""
-    problem, gpu = step.problem, gpu_of(device)
+    problem, gpu = pair.problem, gpu_of(device)
     like = torch.empty(0, dtype=dtype, device="meta")
     refusal = tma_refusal if pass_ == "dgrad" else fprop_tma_refusal  # wgrad reads x as fprop does
     carried = torch.cuda.get_device_capability(device) >= (9, 0) and refusal(problem, like) is None
-    operands = 2 if role.summed and step.dz_on_load else 1
+    operands = 2 if role.summed and pair.engines.dz_on_load else 1
     tiles: list[Tile] = []
     for tma in (True, False) if carried else (False,):
         of_pass = problem, dtype.itemsize, tma, gpu, dtype == torch.float32
@@ -73,11 +73,11 @@ def candidates(step: Step, pass_: str, role: Role, dtype: torch.dtype, device: t
             found = config.fprop_tiles(*of_pass, 0, True)
         elif pass_ == "fprop":
             computed = 2 if layers.joins(problem, role) else int(role.normed)
-            found = config.fprop_tiles(*of_pass, computed if step.fprop_on_load else 0, False)
+            found = config.fprop_tiles(*of_pass, computed if pair.engines.fprop_on_load else 0, False)
         elif pass_ == "dgrad":
             found = config.dgrad_tiles(*of_pass, operands, layers.met_by_dx(role))
         else:
-            found = config.wgrad_tiles(*of_pass, operands, role.normed and step.wgrad_on_load)
+            found = config.wgrad_tiles(*of_pass, operands, role.normed and pair.engines.wgrad_on_load)
         tiles += promising(pass_, found, most if tma == carried else max(0, min(FEW, most - FEW)))
     return tiles
 
@@ -113,24 +113,29 @@ def over_images(pass_: str, problem: ConvProblem) -> bool:
     return pass_ in ("infer", "fprop", "wgrad") and stem_refusal(problem) is None
 
 
-def packed_step(step: Step) -> Step:
-    """The step by the kernels over packed images."""
-    return replace(step, infer_by="stem", fprop_by="stem", wgrad_by="stem")
+def rebound(pair: ConvBN, **engines: Any) -> ConvBN:
+    """The pair with some of its engines, or what they compute on load, replaced."""
+    return bind(pair.problem, pair.eps, pair.batch_statistics, replace(pair.engines, **engines))
 
 
-def our_steps(
+def packed_pair(pair: ConvBN) -> ConvBN:
+    """The pair by the kernels over packed images."""
+    return rebound(pair, infer="stem", fprop="stem", wgrad="stem")
+
+
+def our_pairs(
     problem: ConvProblem, pass_: str, role: Role, dtype: torch.dtype, device: torch.device, dz_on_load: bool
-) -> list[Step]:
-    """The convolution's step with our kernel for every pass, by what it computes on load: as the rules have it, and
+) -> list[ConvBN]:
+    """The convolution with our kernel for every pass, by what it computes on load: as the rules have it, and
     where the pass has a choice the other way. dz_on_load: the rule for dgrad; for wgrad what dgrad does."""
-    ours: Any = dict.fromkeys(("infer_by", "fprop_by", "dgrad_by", "wgrad_by"), "triton")
+    ours: Any = dict.fromkeys(("infer", "fprop", "dgrad", "wgrad"), "triton")
     ours |= {"fprop_on_load": True, "wgrad_on_load": True, "dz_on_load": dz_on_load}
-    step = replace(layers.step(problem, dtype, device), **ours)
+    pair = rebound(layers.pair(problem, dtype, device), **ours)
     choices = {"fprop": role.normed or layers.joins(problem, role), "dgrad": role.summed, "wgrad": role.normed}
     if not choices.get(pass_, False):
-        return [step]
+        return [pair]
     field = ON_LOAD[pass_]
-    return [step, replace(step, **{field: not getattr(step, field)})]
+    return [pair, rebound(pair, **{field: not getattr(pair.engines, field)})]
 
 
 def numbers(pass_: str, most: int) -> tuple[int, int]:
@@ -148,10 +153,12 @@ def with_tile(tile: Tile | None, work: Callable[[], Any]) -> Any:
         return work()
 
 
-def compile_candidate(step: Step, pass_: str, role: Role, dtype: torch.dtype, tile: Tile) -> None:
+def compile_candidate(
+    problem: ConvProblem, engines: dispatch.Engines, pass_: str, role: Role, dtype: torch.dtype, tile: Tile
+) -> None:
     """What `ways` yields, launched on meta tensors for `precompile`."""
-    operands = Operands.random(step.problem, dtype, torch.device("meta"))
-    with_tile(tile, layers.call(step, pass_, operands, role))
+    operands = Operands.random(problem, dtype, torch.device("meta"))
+    with_tile(tile, layers.call(bind(problem, 0.0, True, engines), pass_, operands, role))
 
 
 def tolerance(problem: ConvProblem, pass_: str, dtype: torch.dtype) -> float:
@@ -177,7 +184,7 @@ def parts(pass_: str, result: Any, operands: Operands) -> tuple[list[Tensor], Te
     *tensors, partials = result
     if pass_ == "dgrad":
         dx, mask = tensors
-        tensors = [steps.gradient(dx, operands.x, mask, None)]
+        tensors = [reference.gradient(dx, operands.x, mask, None)]
     return tensors, partials
 
 
@@ -219,16 +226,16 @@ def right(
 
 
 def ways(
-    ours: Sequence[Step], pass_: str, role: Role, operands: Operands, most: int
-) -> Iterator[tuple[str, Tile | None, Step, Callable[[], Any]]]:
-    """(engine, tile, step, work) of everything of ours that may serve; `ours` as of `our_steps`."""
+    ours: Sequence[ConvBN], pass_: str, role: Role, operands: Operands, most: int
+) -> Iterator[tuple[str, Tile | None, ConvBN, Callable[[], Any]]]:
+    """(engine, tile, pair, work) of everything of ours that may serve; `ours` as of `our_pairs`."""
     x = operands.x
-    for step, number in zip(ours, numbers(pass_, most), strict=False):
-        work = layers.call(step, pass_, operands, role)
-        for tile in candidates(step, pass_, role, x.dtype, x.device, number):
-            yield "triton", tile, step, partial(with_tile, tile, work)
+    for pair, number in zip(ours, numbers(pass_, most), strict=False):
+        work = layers.call(pair, pass_, operands, role)
+        for tile in candidates(pair, pass_, role, x.dtype, x.device, number):
+            yield "triton", tile, pair, partial(with_tile, tile, work)
     if over_images(pass_, ours[0].problem):
-        packed = packed_step(ours[0])
+        packed = packed_pair(ours[0])
         work = layers.call(packed, pass_, operands, role)
         for tile in stem_candidates(packed.problem, pass_, x.dtype, x.device, most):
             yield "stem", tile, packed, partial(with_tile, tile, work)
@@ -243,7 +250,7 @@ def tune(
     most: int,
     dz_on_load: bool,
 ) -> tuple[Measurement, str]:
-    """(Measurement, line): the winner of one problem. dz_on_load as of `our_steps`.
+    """(Measurement, line): the winner of one problem. dz_on_load as of `our_pairs`.
 
     dz is computed on load only where dgrad and wgrad are both ours, yet each has a winner of its own in the table.
     dgrad comes first, as if wgrad had the same engine; wgrad then reads dz as dgrad's winner has it. What stores dz
@@ -252,33 +259,34 @@ def tune(
     """
     operands = Operands.random(problem, dtype, device)
     with fastres.backend("cudnn"):
-        theirs = layers.step(problem, dtype, device)
-    ours = our_steps(problem, pass_, role, dtype, device, dz_on_load)
+        theirs = layers.pair(problem, dtype, device)
+    ours = our_pairs(problem, pass_, role, dtype, device, dz_on_load)
     library = layers.call(theirs, pass_, operands, role)
     (expected, _), allowed = parts(pass_, library(), operands), tolerance(problem, pass_, dtype)
     stores = partial(layers.stores_dz, role=role, operands=operands)
     charged = pass_ in ("dgrad", "wgrad") and stores(theirs) and not all(map(stores, ours))
     half = layers.half_of_dz(theirs, operands) if charged else 0.0
 
-    def cost(step: Step, work: Callable[[], Any]) -> float:
-        return layers.microseconds(work) + (half if stores(step) else 0.0)
+    def cost(pair: ConvBN, work: Callable[[], Any]) -> float:
+        return layers.microseconds(work) + (half if stores(pair) else 0.0)
 
     rival, best, best_us, failed = cost(theirs, library), ("triton", None, ours[0]), float("inf"), []
-    for engine, tile, step, work in ways(ours, pass_, role, operands, most):
+    for engine, tile, pair, work in ways(ours, pass_, role, operands, most):
         try:
             if not right(pass_, role, operands, work(), expected, allowed):
                 failed.append(f"{engine} {tile} gives a wrong result")
                 continue
-            us = cost(step, work)
+            us = cost(pair, work)
         except Exception as error:  # a tile that this GPU cannot run is no candidate; say so and go on
             if lost_context() is not None:
                 raise RuntimeError(f"{engine} {tile}: {first_line(error)}") from error
             failed.append(f"{engine} {tile}: {first_line(error)}")
             continue
         if us < best_us:
-            best, best_us = (engine, tile, step), us
-    engine, tile, step = best
-    winner, on_load = engine if best_us < NOISE * rival else "cudnn", getattr(step, ON_LOAD.get(pass_, ""), True)
+            best, best_us = (engine, tile, pair), us
+    engine, tile, pair = best
+    winner = engine if best_us < NOISE * rival else "cudnn"
+    on_load = getattr(pair.engines, ON_LOAD.get(pass_, ""), True)
     how = f"{tile}" if len(ours) == 1 else f"{tile}, {'computed on load' if on_load else 'stored first'}"
     lines = [f"{pass_:5} {name(problem):28} ours {best_us:9.1f} us, cuDNN {rival:9.1f} us -> {winner} {how}"]
     return Measurement(winner, tile, on_load), "\n".join(lines + [f"      {text}" for text in failed])
@@ -307,9 +315,9 @@ def tune_chain(problem: ConvProblem, dtype: torch.dtype, device: torch.device) -
     """(Measurement, line): one kernel for a block's 3x3, its expansion and the next block's reduction, or three."""
     p = problem
     config.forget_tables()  # dispatch goes by what this run has measured so far
-    launch._step.cache_clear()
+    conv_bn.cache_clear()
     expand, reduce = (ConvProblem(p.N, p.H, p.W, c, k) for c, k in ((p.C, 4 * p.C), (4 * p.C, p.C)))
-    three = [(layers.step(q, dtype, device), Operands.random(q, dtype, device)) for q in (p, expand, reduce)]
+    three = [(layers.pair(q, dtype, device), Operands.random(q, dtype, device)) for q in (p, expand, reduce)]
     (_, a), (_, b), (_, c) = three
     reads = (a.x,), (b.x, c.x), (c.x,)
     first, second, third = (layers.infer(s, o.w, o.shift, x, True) for (s, o), x in zip(three, reads, strict=True))
@@ -343,7 +351,7 @@ class Tuner:
         torch.zeros(1, device=self.device).item()
 
     def tune(self, problem: ConvProblem, pass_: str, role: Role, dz_on_load: bool) -> tuple[Measurement, str]:
-        """(Measurement, line) of one problem; dz_on_load as of `our_steps`."""
+        """(Measurement, line) of one problem; dz_on_load as of `our_pairs`."""
         if pass_ == "chain":
             return tune_chain(problem, self.dtype, self.device)
         return tune(problem, pass_, role, self.dtype, self.device, self.most, dz_on_load)
@@ -359,18 +367,18 @@ def compile_candidates(
     """Compiles what will be measured; whether nothing is left to compile then."""
     start = time.monotonic()
     tasks: list[precompile.Task] = [
-        (compile_candidate, (step, pass_, role, dtype, tile))
+        (compile_candidate, (problem, pair.engines, pass_, role, dtype, tile))
         for pass_, problem, role in missing
         if pass_ != "chain"
         for dz in ((True, False) if pass_ == "wgrad" and role.summed else (dispatch.bn_backward_on_load(problem),))
-        for step, number in zip(our_steps(problem, pass_, role, dtype, device, dz), numbers(pass_, most), strict=False)
-        for tile in candidates(step, pass_, role, dtype, device, number)
+        for pair, number in zip(our_pairs(problem, pass_, role, dtype, device, dz), numbers(pass_, most), strict=False)
+        for tile in candidates(pair, pass_, role, dtype, device, number)
     ]
     for pass_, problem, role in missing:
         if over_images(pass_, problem):
-            packed = packed_step(our_steps(problem, pass_, role, dtype, device, True)[0])
+            packed = packed_pair(our_pairs(problem, pass_, role, dtype, device, True)[0])
             found = stem_candidates(problem, pass_, dtype, device, most)
-            tasks += [(compile_candidate, (packed, pass_, role, dtype, tile)) for tile in found]
+            tasks += [(compile_candidate, (problem, packed.engines, pass_, role, dtype, tile)) for tile in found]
     failed = precompile.compile_all(tasks, processes)
     print(f"{len(tasks)} candidates compiled in {time.monotonic() - start:.0f} s by {processes} processes", flush=True)
     for text in failed:

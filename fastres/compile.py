@@ -4,9 +4,9 @@ In Dynamo's torch-level graph, where `conv2d`, `batch_norm` and `relu` are still
 
     conv -> BN [-> ReLU -> conv -> BN]... [-> + residual] [-> ReLU] [-> max pool]
 
-and option-A shortcuts become the operators of `fastres.ops.registered` and `fastres.ops.shortcut`; the rest goes to
+and option-A shortcuts become the operators of `fastres.ops.operators` and `fastres.ops.shortcut`; the rest goes to
 Inductor. Only operators are inserted, so that AOTAutograd's and Inductor's caches know the graph. What can't be matched
-stays as it is, and `explain` gives the reason. BN -> ReLU and add -> ReLU alone are Inductor's (`registered` says why).
+stays as it is, and `explain` gives the reason. BN -> ReLU and add -> ReLU alone are Inductor's (`operators` says why).
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
 from fastres.models.wrappers import refuse_sharded
-from fastres.ops import dispatch
-from fastres.ops.registered import Chain, conv_affine_act, conv_bn_act
-from fastres.ops.steps import wide
+from fastres.ops import dispatch, ends
+from fastres.ops.layout import wide
+from fastres.ops.operators import conv_affine_act, conv_bn_act
 
 __all__ = ["Explanation", "Finding", "backend", "explain"]
 
@@ -379,8 +379,7 @@ class _Match:
 
     units: list[_Unit]
     nodes: list[fx.Node]
-    end: str = "linear"
-    sizes: tuple[int, int, int] = (0, 1, 0)
+    end: ends.End = field(default_factory=ends.Linear)
     residual: fx.Node | None = None
     shortcut: list[fx.Node] = field(default_factory=list)  # what may be left without users
 
@@ -410,9 +409,12 @@ class _Match:
 
     @property
     def pattern(self) -> str:
-        main = self.units[: len(self.units) - (self.end == "project")]
-        tail = {"linear": "", "relu": "-ReLU", "pool": "-ReLU-maxpool"}.get(self.end, f"-{self.end}-ReLU")
-        return "-ReLU-".join(["conv-BN"] * len(main)) + tail
+        return "-ReLU-".join(["conv-BN"] * (len(self.units) - self.end.projects)) + self.end.tail
+
+    @property
+    def is_open(self) -> bool:
+        """Whether nothing that follows the last BN has been found."""
+        return isinstance(self.end, ends.Linear)
 
 
 def _chains(units: Sequence[_Unit]) -> list[_Match]:
@@ -456,16 +458,16 @@ def _finish(chains: list[_Match]) -> list[_Match]:
     taken: set[_Match] = set()
     added_by: set[fx.Node] = set()  # additions that a chain has taken
     for match in sorted(chains, key=lambda m: -len(m.units)):
-        if match in taken or match.end != "linear":
+        if match in taken or not match.is_open:
             continue
         user = _only_user(match.last)
         if user is not None and _is_relu(user):
             match.nodes.append(user)
-            match.end = "relu"
+            match.end = ends.Relu()
             pool = _only_user(user)
             if pool is not None and (sizes := _pool(pool)) is not None:
                 match.nodes.append(pool)
-                match.end, match.sizes = "pool", sizes
+                match.end = ends.Pool(*sizes)
             continue
         pair = _addends(user)
         relu = _only_user(user) if pair is not None and user is not None else None
@@ -476,23 +478,23 @@ def _finish(chains: list[_Match]) -> list[_Match]:
         if added.dtype != z.dtype or y.dtype != z.dtype or y.shape != z.shape:
             continue
         side = by_result.get(other)
-        single = side is not None and side is not match and len(side.units) == 1 and side.end == "linear"
+        single = side is not None and side is not match and len(side.units) == 1 and side.is_open
         single = single and side is not None and not _share_statistics(match.units, side.units[0])
         if set(_mutated(user)) - {match.last} and not (single and len(other.users) == 1):
             continue
         if added.shape != z.shape:
             continue
         if single and side is not None and side.x is match.x and len(other.users) == 1 and side not in taken:
-            match.end = "project"
+            match.end = ends.Project()
             match.units += side.units
             match.nodes += side.nodes
             taken.add(side)
         elif other is match.x:
-            match.end = "add"
+            match.end = ends.Add()
         elif (padded := _padded(other)) is not None and padded[0] is match.x and _value(match.x).dtype == z.dtype:
-            match.end, match.sizes, match.shortcut = "pad", (0, padded[1], 0), padded[2]
+            match.end, match.shortcut = ends.Pad(padded[1]), padded[2]
         else:
-            match.end, match.residual = "join", other
+            match.end, match.residual = ends.Join(), other
         match.nodes += [user, relu]
         added_by.add(user)
     return [match for match in chains if match not in taken]
@@ -721,9 +723,9 @@ def _take_over(
 def _replace(graph: fx.Graph, match: _Match, layout: _Layout) -> str:
     """Put the operators where the chain's last node stands; returns which."""
     training = any(unit.training for unit in match.units) or _value(match.last).requires_grad
-    if match.end == "pool" and not training:  # the pool reads what the epilogue wrote, either way
+    if isinstance(match.end, ends.Pool) and not training:  # the pool reads what the epilogue wrote, either way
         match.nodes.pop()
-        match.end, match.sizes = "relu", (0, 1, 0)
+        match.end = ends.Relu()
     dtype = _value(match.units[0].conv).dtype
     with graph.inserting_before(match.last):
         x = layout.input(graph, match.x, dtype)
@@ -737,17 +739,12 @@ def _replace(graph: fx.Graph, match: _Match, layout: _Layout) -> str:
 
 def _trained(graph: fx.Graph, match: _Match, x: fx.Node, residual: fx.Node | None) -> fx.Node:
     units = match.units
-    chain = Chain(
-        [size for unit in units for size in unit.geometry],
-        [unit.eps for unit in units],
-        [float(unit.momentum) for unit in units],
-        [unit.training for unit in units],
-        match.end,
-        match.sizes,
-    )
+    geometry = [size for unit in units for size in unit.geometry]
+    eps, momenta = [unit.eps for unit in units], [float(unit.momentum) for unit in units]
+    words = geometry, eps, momenta, [unit.training for unit in units], match.end.word, list(match.end.sizes)
     parameters = [t for unit in units for t in (unit.weight, unit.affine[0], _beta(graph, unit))]
     running = [t for unit in units for t in unit.running]
-    call = graph.call_function(conv_bn_act, (x, parameters, running, residual, *map(_listed, chain.arguments)))
+    call = graph.call_function(conv_bn_act, (x, parameters, running, residual, *words))
     out = graph.call_function(operator.getitem, (call, 0))
     homes = [
         (home, bias, unit.momentum)
@@ -783,10 +780,6 @@ def _beta(graph: fx.Graph, unit: _Unit) -> fx.Node | None:
     return share if beta is None else graph.call_function(_aten.add.Tensor, (beta, share))
 
 
-def _listed(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
-
-
 def _inferred(graph: fx.Graph, match: _Match, x: fx.Node, residual: fx.Node | None) -> fx.Node:
     """Every BN as scale and shift in its convolution's epilogue: constants where Inductor freezes the weights."""
 
@@ -795,16 +788,16 @@ def _inferred(graph: fx.Graph, match: _Match, x: fx.Node, residual: fx.Node | No
         return graph.call_function(conv_affine_act, (a, u.weight, scale, shift, added, u.geometry, relu))
 
     main, a = match.units, x
-    if match.end == "project":
+    if match.end.projects:
         *main, side = main
         residual = unit(side, x, None, relu=False)
-    elif match.end == "add":
+    elif isinstance(match.end, ends.Add):
         residual = x
     for u in main[:-1]:
         a = unit(u, a, None, relu=True)
-    if match.end == "pad":
-        return graph.call_function(_pad_shortcut_add_relu, (unit(main[-1], a, None, relu=False), x, match.sizes[1]))
-    return unit(main[-1], a, residual, relu=match.end != "linear")
+    if isinstance(match.end, ends.Pad):
+        return graph.call_function(_pad_shortcut_add_relu, (unit(main[-1], a, None, relu=False), x, match.end.stride))
+    return unit(main[-1], a, residual, relu=not match.is_open)
 
 
 def _widened(graph: fx.Graph, unit: _Unit, node: fx.Node) -> fx.Node:

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from fastres.models.wrappers import refuse_wrapper
 from fastres.ops import dispatch, eligibility, folded, onednn, quantised
+from fastres.ops.layout import nhwc
 from fastres.ops.quantised import FLOAT8
-from fastres.ops.steps import nhwc
 from fastres.plan import (
     Aten,
     Attr,

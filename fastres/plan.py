@@ -25,9 +25,9 @@ from torch.nn.utils.parametrize import type_before_parametrizations
 from torchvision.ops import FrozenBatchNorm2d
 
 from fastres.ops import eligibility
+from fastres.ops.layout import Geometry
 from fastres.ops.quantised import FLOAT8, Grid, Quantised, grid
 from fastres.ops.shortcut import PadShortcut
-from fastres.ops.steps import Geometry
 
 INPUT = "input"
 

@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastres.ops import dispatch, eligibility, folded, onednn, quantised
+from fastres.ops import dispatch, eligibility, folded, onednn, quantised, reference
+from fastres.ops.layout import nchw, nhwc
 from fastres.ops.quantised import FLOAT8, Quantised
 from fastres.ops.shortcut import PadShortcut
-from fastres.ops.steps import nchw, nhwc
 from fastres.plan import (
     FUNCTIONS,
     INPUT,
@@ -246,7 +246,7 @@ class Program:
             if isinstance(part, Conv):
                 p = self.weights[part.out]
                 residual = inputs[1] if len(inputs) > 1 else None
-                values[part.out] = onednn.definition(
+                values[part.out] = reference.conv_bias_act(
                     inputs[0], residual, w=nchw(p.w), bias=p.bias, geometry=part.geometry, relu=part.relu
                 )
             else:
@@ -364,7 +364,7 @@ class Program:
         static: dict[str, Any] = {"p": p, "geometry": step.geometry, "relu": step.relu}
         ours = {"precision": dispatch.precision(p.w.dtype, x.device), **static}
         library = partial(_one, folded.by_library, **static)
-        simulation = partial(_one, quantised.by_simulation, grids=step.quantised, dtype=self.dtype, **static)
+        simulation = partial(_one, reference.conv_quantised, grids=step.quantised, dtype=self.dtype, **static)
         ones = partial(torch.ones, problem.K, device=x.device)
         engines: dict[Any, Callable[[], Any]] = {
             "triton": lambda: partial(_one, folded.by_triton, **ours, **self._scales(step.quantised)),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, NamedTuple
 
 import torch
@@ -67,15 +68,23 @@ class ConvProblem:
         if self.P < 1 or self.Q < 1:
             raise ValueError(f"the {self.R}x{self.S} filter is larger than the padded input: {self}")
 
-    @property
+    @cached_property
     def P(self) -> int:
         return (self.H + 2 * self.pad - self.dilation * (self.R - 1) - 1) // self.stride + 1
 
-    @property
+    @cached_property
     def Q(self) -> int:
         return (self.W + 2 * self.pad - self.dilation * (self.S - 1) - 1) // self.stride + 1
 
     @property
+    def x_shape(self) -> tuple[int, int, int, int]:
+        return self.N, self.H, self.W, self.C
+
+    @property
+    def w_shape(self) -> tuple[int, int, int, int]:
+        return self.K, self.R, self.S, self.C // self.groups
+
+    @cached_property
     def pixels(self) -> int:
         """N P Q: the number of values behind each channel's statistics."""
         return self.N * self.P * self.Q

@@ -30,8 +30,8 @@ from fastres.kernels import config, conv, dgrad, stem, wgrad
 from fastres.kernels.config import Tile
 from fastres.kernels.launch import gpu_of
 from fastres.kernels.problem import ConvProblem
-from fastres.ops import dispatch, launch
-from fastres.ops.steps import nchw, nhwc
+from fastres.ops import conv_bn, dispatch
+from fastres.ops.layout import nchw, nhwc
 
 META, BF16 = torch.device("meta"), torch.bfloat16
 USERS_TABLES = config.table_file("any").parent  # before a test has a cache folder of its own
@@ -81,7 +81,7 @@ def calls(tune: ModuleType, depths: tuple[int, ...], batch: int, size: int = 224
         with _noting(found):
             for problem, role in tune.layers.roles(depth, batch, size):
                 operands = tune.layers.Operands.random(problem, BF16, META)
-                (step,) = tune.our_steps(problem, "infer", role, BF16, META, True)
+                (step,) = tune.our_pairs(problem, "infer", role, BF16, META, True)
                 tune.layers.call(step, "infer", operands, role)()
     return tuple(found.values())
 
@@ -118,13 +118,13 @@ def _noting(found: dict[tuple[str, str], Call], flipped: tuple[str, ...] = ()) -
         "on_load": on_load,
     }
     with ExitStack() as stack:
-        stack.callback(launch._step.cache_clear)
+        stack.callback(conv_bn.conv_bn.cache_clear)
         for name, function in replaced.items():
             stack.enter_context(patch.object(dispatch, name, function))
         stack.enter_context(patch.object(torch, "autocast", lambda *_, **__: nullcontext()))  # there is none for meta
         for name, module in MODULES.items():
             stack.enter_context(patch.object(module, name, _noted(getattr(module, name), found, not flipped)))
-        launch._step.cache_clear()
+        conv_bn.conv_bn.cache_clear()
         yield
 
 

@@ -21,11 +21,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastres
 from fastres.models import families
-from fastres.ops import beside, dispatch, launch
+from fastres.ops import beside, conv_bn, dispatch
 from fastres.ops.beside import Beside
-from fastres.ops.conv_bn_act import residual_block
-from fastres.ops.launch import Step
-from fastres.ops.stage import stage
+from fastres.ops.block import residual_block, stages
+from fastres.ops.library_engine import Library
 
 
 class Stream:
@@ -129,7 +128,7 @@ def races(monkeypatch: pytest.MonkeyPatch) -> Races:
         monkeypatch.setattr(torch.cuda, name, value)
     monkeypatch.setattr(beside, "_second", second_of := {races.main: Stream()}.__getitem__)
     races.second = second_of(races.main)
-    launch._step.cache_clear()
+    conv_bn.conv_bn.cache_clear()
     return races
 
 
@@ -149,7 +148,7 @@ class Net(nn.Module):
     def forward(self, x: Tensor, together: bool) -> Tensor:
         first, second = ([tuple(layer) for layer in layers] for layers in (self.first, self.second))
         if together:
-            return stage(x, [(first, self.shortcut), (second, None)])
+            return stages(x, [[(first, self.shortcut), (second, None)]])
         return residual_block(residual_block(x, first, self.shortcut), second, None)
 
 
@@ -184,16 +183,17 @@ def test_streams_wait_for_each_other(together: bool, keep_activation: bool, race
 
 
 def test_a_backward_that_fails_waits_as_well(races: Races, monkeypatch: pytest.MonkeyPatch) -> None:
-    net, wgrad, calls = Net().double(), Step.wgrad, []
+    net, wgrad, calls = Net().double(), Library.wgrad, []
 
-    def failing(self: Step, *operands: Any) -> Tensor:
+    def failing(self: Library, *operands: Any) -> Tensor:
         calls.append(races.current)
         found = wgrad(self, *operands)
         if len(calls) == 2:
             raise MemoryError
         return found
 
-    monkeypatch.setattr(Step, "wgrad", failing)
+    monkeypatch.setattr(Library, "wgrad", failing)
+    conv_bn.conv_bn.cache_clear()
     with pytest.raises(MemoryError):
         backward(net, True, lambda: races, overlap=True)
     assert calls == [races.second] * 2

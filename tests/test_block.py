@@ -16,8 +16,10 @@ from cases import relative_error
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fastres.ops import conv_bn_act, dispatch, reference, steps
-from fastres.ops.stage import cast_gradients, read_weights, stage
+from fastres.ops import block as fused
+from fastres.ops import conv_bn, dispatch, layout, reference
+from fastres.ops.block import stages
+from fastres.ops.layout import cast_gradients, read_weights
 
 EXACT = 1e-12
 
@@ -58,7 +60,7 @@ class Block(nn.Module):
         self.kind = kind
         self.layers = nn.ModuleList(nn.Sequential(*layer) for layer in layers)
 
-    def forward(self, x: Tensor, ops=conv_bn_act) -> Tensor:
+    def forward(self, x: Tensor, ops=fused) -> Tensor:
         units = [tuple(layer) for layer in self.layers]
         if self.kind == "plain":
             return ops.plain_block(x, units)
@@ -85,7 +87,7 @@ def test_forward_backward_and_buffers_equal_the_definition(kind: str, training: 
     block = Block(kind).double().train(training)
     x = torch.randn(3, 6, 9, 8, dtype=torch.double)
     want = results(copy.deepcopy(block), x, reference)
-    got = results(block, x, conv_bn_act)
+    got = results(block, x, fused)
     assert got.keys() == want.keys()
     for name, value in want.items():
         assert relative_error(got[name], value) < EXACT, name
@@ -100,7 +102,7 @@ def test_gradients_past_an_infinite_activation(kind: str) -> None:
     x = torch.randn(3, 6, 9, 8, dtype=torch.double)
     x[1, 2, 4, 4] = float("inf")
     want = results(copy.deepcopy(block), x, reference)
-    got = results(block, x, conv_bn_act)
+    got = results(block, x, fused)
     assert want["dx"].isfinite().all()
     for name, value in want.items():
         finite = value.isfinite()
@@ -141,7 +143,7 @@ def test_momentum_none_and_untracked_statistics() -> None:
         other = copy.deepcopy(block)
         for _ in range(3):
             x = torch.randn(2, 6, 5, 5, dtype=torch.double)
-            want, got = results(other, x, reference), results(block, x, conv_bn_act)
+            want, got = results(other, x, reference), results(block, x, fused)
             for name, value in want.items():
                 if value is not None:
                     assert relative_error(got[name], value) < EXACT, (change, name)
@@ -157,7 +159,7 @@ def test_unusual_counters_count_as_stock(counter: Tensor | None) -> None:
     block.layers[1][1].num_batches_tracked = counter
     other = copy.deepcopy(block)
     for _ in range(2):
-        want, got = results(other, x, reference), results(block, x, conv_bn_act)
+        want, got = results(other, x, reference), results(block, x, fused)
         assert got.keys() == want.keys()
         for name, value in want.items():
             assert relative_error(got[name], value) < EXACT, name
@@ -168,7 +170,7 @@ def test_a_batch_is_counted_when_its_statistics_are_finished(monkeypatch: pytest
     """As in PyTorch: what raises before a BatchNorm leaves its count alone; a forward run again counts again."""
     block, x = Block("bottleneck").double(), torch.randn(2, 6, 5, 5, dtype=torch.double)
     norms = [layer[1] for layer in block.layers]
-    convolve, calls = steps.conv_fprop, []
+    convolve, calls = reference.conv_fprop, []
 
     def failing(*args: Tensor, **kwargs: object) -> Tensor:
         calls.append(1)
@@ -177,7 +179,7 @@ def test_a_batch_is_counted_when_its_statistics_are_finished(monkeypatch: pytest
         return convolve(*args, **kwargs)
 
     with monkeypatch.context() as within:
-        within.setattr(steps, "conv_fprop", failing)
+        within.setattr(reference, "conv_fprop", failing)
         with pytest.raises(RuntimeError, match="out of luck"):
             block(x)
     assert [int(bn.num_batches_tracked) for bn in norms] == [1, 0, 0]
@@ -193,11 +195,9 @@ class Counting:
     """Counts calls of the convolution steps."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        from fastres.ops import steps
-
         self.calls: dict[str, int] = {}
         for name in ("conv_fprop", "conv_dgrad", "conv_wgrad"):
-            monkeypatch.setattr(steps, name, self._wrap(name, getattr(steps, name)))
+            monkeypatch.setattr(reference, name, self._wrap(name, getattr(reference, name)))
 
     def _wrap(self, name: str, function):
         def call(*args, **kwargs):
@@ -236,7 +236,7 @@ def test_a_gradient_is_copied_only_into_another_order(
     k, c, r, s = shape
     dw = memory[7:].view(k, r, s, c)
     for dtype in (torch.float32, torch.float64):
-        grad = conv_bn_act.like_parameter(dw, weight.to(dtype))
+        grad = layout.like_parameter(dw, weight.to(dtype))
         assert torch.equal(grad, dw.permute(0, 3, 1, 2).to(dtype))
         assert (grad.stride(), grad.dtype) == (weight.stride(), dtype)
         same_order = c == 1 or r == s == 1 or memory_format == torch.channels_last
@@ -273,8 +273,9 @@ def test_activations_kept(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The library's convolutions read activations stored: kept for the weight gradients that are wanted, each costs its
     bytes and saves a pass; no bit changes."""
     blocks = [Block(name).double() for name in (("projection", "wide", "wide") if kind == "stage" else (kind,))]
-    passes = Mock(wraps=steps.normalize)
-    monkeypatch.setattr(steps, "normalize", passes)
+    passes = Mock(wraps=reference.normalize)
+    monkeypatch.setattr(reference, "normalize", passes)
+    conv_bn.conv_bn.cache_clear()
     x = torch.randn(3, 6, 9, 8, dtype=torch.double)
 
     def run(**switches: bool) -> tuple[list[Tensor], int, int]:
@@ -282,7 +283,7 @@ def test_activations_kept(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
         def forward() -> Tensor:
             if kind == "stage":
-                return stage(x_read, [([tuple(layer) for layer in b.layers], b.shortcut) for b in copies])
+                return stages(x_read, [[([tuple(layer) for layer in b.layers], b.shortcut) for b in copies]])
             return copies[0](x_read)
 
         passes.reset_mock()
@@ -341,7 +342,7 @@ def test_a_stage_is_its_blocks_and_may_forget_their_outputs(recompute: bool) -> 
 
         def forward(self, x: Tensor, together: bool) -> Tensor:
             if together:
-                return stage(x, [([tuple(layer) for layer in b.layers], b.shortcut) for b in self.blocks])
+                return stages(x, [[([tuple(layer) for layer in b.layers], b.shortcut) for b in self.blocks]])
             for block in self.blocks:
                 x = block(x)
             return x
@@ -422,7 +423,7 @@ def test_gradients_of_a_stage_are_cast_together(monkeypatch: pytest.MonkeyPatch)
 def test_a_stage_under_autocast_is_its_blocks(
     memory_format: torch.memory_format, first: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """To the bit, as the weights and gradients that it casts together are those that the blocks cast one by one."""
+    """To the bit, as the weights and gradients that it casts together are those that each block casts for itself."""
     one_by_one = nn.ModuleList([Block("projection"), Block("wide"), Block("wide")]).to(memory_format=memory_format)
     if first == "last":
         one_by_one[:2].requires_grad_(False)
@@ -430,10 +431,11 @@ def test_a_stage_under_autocast_is_its_blocks(
     copied, copy_ = [], torch._foreach_copy_
     monkeypatch.setattr(torch, "_foreach_copy_", lambda to, given: copied.append(len(given)) or copy_(to, given))
     for blocks in (one_by_one, as_one):
+        copied.clear()
         x = torch.linspace(-1, 1, 2 * 6 * 9 * 8).reshape(2, 6, 9, 8).requires_grad_(first == "x")
         with torch.autocast("cpu", torch.bfloat16):
             if blocks is as_one:
-                y = stage(x, [([tuple(layer) for layer in b.layers], b.shortcut) for b in blocks])
+                y = stages(x, [[([tuple(layer) for layer in b.layers], b.shortcut) for b in blocks]])
             else:
                 y = blocks[2](blocks[1](blocks[0](x)))
         y.backward(torch.linspace(-1, 1, y.numel()).reshape(y.shape).to(y.dtype))
@@ -446,12 +448,29 @@ def test_a_stage_under_autocast_is_its_blocks(
     assert copied[1:] == [3 if first == "last" else 10]  # behind the weights
 
 
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("frozen", ["first", "both"])
+def test_stages_of_which_some_need_no_gradient(frozen: str, training: bool) -> None:
+    """A stage hands over to the next one whether or not it keeps anything."""
+    blocks = nn.ModuleList([Block("basic"), Block("bottleneck")]).double()
+    blocks[0].requires_grad_(False).train(training)
+    blocks[1].requires_grad_(frozen == "first").eval()
+    x = torch.randn(2, 6, 5, 6, dtype=torch.double)
+    want = blocks[1](blocks[0](x))
+    got = stages(x, [[([tuple(layer) for layer in b.layers], b.shortcut)] for b in blocks])
+    assert relative_error(got, want) < EXACT
+    if frozen == "first":
+        parameters = [*blocks[1].parameters()]
+        for a, b in zip(*(torch.autograd.grad(y.sin().sum(), parameters) for y in (got, want)), strict=True):
+            assert relative_error(a, b) < EXACT
+
+
 def test_gradcheck_of_a_stage() -> None:
     blocks = nn.ModuleList([Block("basic"), Block("basic")]).double()
     x = torch.randn(2, 6, 4, 5, dtype=torch.double, requires_grad=True)
 
     def f(x: Tensor) -> Tensor:
-        return stage(x, [([tuple(layer) for layer in b.layers], b.shortcut) for b in blocks])
+        return stages(x, [[([tuple(layer) for layer in b.layers], b.shortcut) for b in blocks]])
 
     assert torch.autograd.gradcheck(f, (x,), fast_mode=True)
     assert torch.autograd.gradgradcheck(f, (x,), fast_mode=True)

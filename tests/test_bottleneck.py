@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastres.kernels.bottleneck import ChainTile, bottleneck_chain
 from fastres.kernels.launch import gpu_of
-from fastres.ops.steps import nchw, nhwc
+from fastres.ops.layout import nchw, nhwc
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NAMES = ("x", "w2", "shift2", "w3", "shift3", "residual", "w1", "shift1")

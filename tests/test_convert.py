@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import fastres
 from fastres.models.convert import Conversion
-from fastres.ops import conv_bn_act
+from fastres.ops import block
 
 PATHS = ["auto", "reference"]
 
@@ -150,7 +150,7 @@ class TestTimm:
 
         calls = []
         for entry in ("residual_block", "stem"):
-            inner = getattr(conv_bn_act, entry)
+            inner = getattr(block, entry)
             monkeypatch.setattr(ours, entry, lambda *args, inner=inner: (calls.append(1), inner(*args))[1])
         report = same_after_conversion(self.timm.create_model(name, num_classes=5, zero_init_last=False))
         blocks = 8 if name == "resnet18" else 16

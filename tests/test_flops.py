@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 import pytest
 import torch
-import torch.nn.functional as F
 from covering import covered, each, extra
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -15,7 +14,6 @@ from torchvision.models import vgg11, vgg16, vgg19
 import fastres
 from fastres.models import families, paper
 from fastres.models.flops import ENSEMBLE, PAPER_TABLE, count
-from fastres.ops.flop_formulas import register_conv_flops
 
 NETS: dict[str, Callable[[], nn.Module]] = {
     "resnet18": fastres.resnet18,
@@ -184,43 +182,6 @@ def test_no_convolution_to_tell_the_channels() -> None:
     with pytest.raises(ValueError, match="give the input as"):
         count(net, 4)
     assert count(net, (1, 3, 4, 4)).multiply_adds == 96
-
-
-@pytest.fixture(scope="module")
-def fused() -> object:
-    """A convolution as fused ops will be: one op for each pass, with other results beside the one that counts."""
-    library = torch.library.Library("fastres_flops_test", "DEF")
-    library.define("fprop(Tensor x, Tensor w, *, int stride=1) -> (Tensor, Tensor)")
-    library.define("dgrad(Tensor dz, Tensor w, Tensor like) -> Tensor")
-    library.define("wgrad(Tensor mean, Tensor dz, Tensor x, Tensor like) -> Tensor")
-    key = "CompositeExplicitAutograd"
-    library.impl("fprop", lambda x, w, stride=1: (z := F.conv2d(x, w, stride=stride), z.mean((0, 2, 3))), key)
-    library.impl("dgrad", lambda dz, w, like: like.clone(), key)
-    library.impl("wgrad", lambda mean, dz, x, like: like.clone(), key)
-    ops = torch.ops.fastres_flops_test
-    register_conv_flops(ops.fprop, (0, "w"))
-    register_conv_flops(ops.dgrad, ("dz", "w"))
-    register_conv_flops(ops.wgrad, ("dz", 0))
-    yield ops
-    library._destroy()
-
-
-def test_fused_convolutions_count_as_plain_ones(fused: object) -> None:
-    x, w = torch.randn(2, 4, 9, 8, requires_grad=True), torch.randn(6, 4, 3, 3, requires_grad=True)
-    with FlopCounterMode(display=False) as plain:
-        z = F.conv2d(x, w, stride=2)
-        torch.autograd.grad(z, (x, w), torch.ones_like(z))
-    x, w = x.detach(), w.detach()
-    with FlopCounterMode(display=False) as counter:
-        z, mean = fused.fprop(x, w, stride=2)
-        fused.dgrad(z, w, x)
-        fused.wgrad(mean, z, x, w)
-    assert counter.get_total_flops() == plain.get_total_flops() == 3 * 2 * 2 * 6 * 4 * 3 * 36
-
-
-def test_a_formula_names_arguments_that_exist(fused: object) -> None:
-    with pytest.raises(ValueError, match=r"no argument weight; it has x, w, stride"):
-        register_conv_flops(fused.fprop, (0, "weight"))
 
 
 @pytest.mark.parametrize("size", [10**11, 10**30])

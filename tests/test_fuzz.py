@@ -11,7 +11,7 @@ import pytest
 
 from fastres import compile as compiler
 from fastres import plan
-from fastres.ops.registered import conv_affine_act, conv_bn_act
+from fastres.ops.operators import conv_affine_act, conv_bn_act
 
 NETS = 100
 

@@ -1,4 +1,4 @@
-"""The house's rules: who may import whom, and what `import fastres` costs."""
+"""The house's rules: who may import whom, that none do so in a circle, and what `import fastres` costs."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,11 @@ def imports(file: Path, module: str) -> Iterator[str]:
             yield from (f"{base}.{alias.name}" for alias in node.names)
 
 
+def target(name: str, known: dict[str, Path]) -> str:
+    """The module that an import's name means: itself, or the one whose member it is."""
+    return name if name in known else name.rpartition(".")[0]
+
+
 def violations(module: str, file: Path, known: dict[str, Path]) -> list[str]:
     wrong = []
     for name in imports(file, module):
@@ -57,11 +63,11 @@ def violations(module: str, file: Path, known: dict[str, Path]) -> list[str]:
         if root in ("bench", "tests", "kernels", "csrc"):
             wrong.append(f"{module} imports {name}")
         elif root == "fastres":
-            target = name if name in known else name.rpartition(".")[0]
-            if FLOORS.index(floor(target)) < FLOORS.index(floor(module)):
+            ours = target(name, known)
+            if FLOORS.index(floor(ours)) < FLOORS.index(floor(module)):
                 wrong.append(f"{module} imports {name}, a floor above")
             # `problem` is arithmetic on sizes; everything that runs is reached through ops
-            if floor(module) == "face" and floor(target) == "kernels" and target != "fastres.kernels.problem":
+            if floor(module) == "face" and floor(ours) == "kernels" and ours != "fastres.kernels.problem":
                 wrong.append(f"{module} imports {name}, past ops")
         elif root not in sys.stdlib_module_names:
             if floor(module) == "kernels" and root not in ("torch", "triton"):
@@ -95,6 +101,43 @@ def test_a_wrong_import_is_found(module: str, code: str, tmp_path: Path) -> None
     file = tmp_path / "x.py"
     file.write_text(code)
     assert violations(module, file, modules())
+
+
+def circle(known: dict[str, Path]) -> list[str]:
+    """Modules of which each imports the next and the last is the first; none where there is no such circle.
+
+    An import counts wherever it stands, in functions and type-checking blocks too. The packages around the module that
+    it names run with it, and do not count.
+    """
+    graph = {module: {target(name, known) for name in imports(file, module)} for module, file in known.items()}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return error.args[1][::-1]  # graphlib's order is the imported first
+    return []
+
+
+def test_none_import_in_a_circle() -> None:
+    assert " imports ".join(circle(modules())) == ""
+
+
+@pytest.mark.parametrize(
+    "codes",
+    [
+        {"fastres.a": "import fastres.b", "fastres.b": "from fastres.a import f"},
+        {"fastres.a": "from . import b", "fastres.b": "def f():\n    from fastres import a"},
+        {"fastres.a": "if TYPE_CHECKING:\n    from .b import B", "fastres.b": "import fastres.a as ours"},
+        {"fastres.a": "import fastres.b", "fastres.b": "import fastres.c", "fastres.c": "from fastres.a import *"},
+        {"fastres": "from fastres.a import f", "fastres.a": "def f():\n    from fastres import g"},
+    ],
+)
+def test_a_circle_is_found(codes: dict[str, str], tmp_path: Path) -> None:
+    known = {module: tmp_path / f"{module}.py" for module in codes}
+    for module, file in known.items():
+        file.write_text(codes[module])
+    found = circle(known)
+    assert found[0] == found[-1]
+    assert sorted(found[1:]) == sorted(codes)
 
 
 def _import() -> tuple[list[str], bool, float]:

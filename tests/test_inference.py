@@ -29,7 +29,8 @@ from torchvision.tv_tensors import Image
 import fastres
 from fastres import optimize, paper, program
 from fastres.inference import MAX_SHAPES, Optimized
-from fastres.ops import dispatch, folded, quantised, steps
+from fastres.ops import dispatch, folded, quantised, reference
+from fastres.ops.layout import Geometry
 from fastres.ops.quantised import Grid, Quantised
 from fastres.plan import Chain, Conv, fuse, fuse_chains, trace
 
@@ -381,7 +382,7 @@ def chains_run_as_one(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
 
         def conv(a: Tensor, w: Tensor, b: Tensor, pad: int, residual: Tensor | None = None) -> Tensor:
             p = folded.Folded(w, b, b)
-            return folded.by_library(a, residual, p=p, geometry=steps.Geometry(pad=pad), relu=True)
+            return folded.by_library(a, residual, p=p, geometry=Geometry(pad=pad), relu=True)
 
         out = conv(conv(x, w2, b2, 1), w3, b3, 0, residual)
         return out, conv(out, w1, b1, 0)
@@ -1133,12 +1134,12 @@ def test_float8_convolution_from_its_definition() -> None:
     grids = Quantised(*(Grid(float(scale), 0, FLOAT8) for scale in (x_scale, residual_scale, y_scale)))
     p = quantised.pack(w, shift, grids.x)
     assert p.w.dtype == FLOAT8
-    arguments: dict[str, Any] = {"p": p, "geometry": steps.Geometry(pad=1), "relu": True, "wide": torch.float32}
+    arguments: dict[str, Any] = {"p": p, "geometry": Geometry(pad=1), "relu": True, "wide": torch.float32}
     inputs = quantised.to_float8(x / x_scale), quantised.to_float8(residual / residual_scale)
     arguments["dtype"] = torch.float32
-    got = quantised.by_simulation(*inputs, **arguments, grids=replace(grids, out=None))
+    got = reference.conv_quantised(*inputs, **arguments, grids=replace(grids, out=None))
     assert relative_error(got, y) <= 1e-6
-    got = quantised.by_simulation(*inputs, **arguments, grids=grids)
+    got = reference.conv_quantised(*inputs, **arguments, grids=grids)
     expected = e4m3(y / y_scale)
     assert (expected == 448).any()
     assert expected.max() < (y / y_scale).max()  # saturated
@@ -1282,7 +1283,7 @@ def test_kernel_after_the_library() -> None:
     w, shift = torch.randn(8, 4, 3, 3).to(DEVICE), torch.randn(8).to(DEVICE)
     x, residual = torch.randn(2, 5, 6, 4).to(DEVICE), torch.randn(2, 5, 6, 8).to(DEVICE)
     packed, exact = (folded.pack(w, shift, dtype, "layer") for dtype in (torch.float32, torch.float64))
-    static: dict[str, Any] = {"geometry": steps.Geometry(pad=1), "relu": True}
+    static: dict[str, Any] = {"geometry": Geometry(pad=1), "relu": True}
     for inputs in ((x,), (x, residual)):
         reference = by_library(folded.by_library, *(t.double() for t in inputs), p=exact, **static)
         baseline = by_library(folded.by_library, *inputs, p=packed, **static)
@@ -1297,11 +1298,11 @@ def test_float8_kernel_means_its_simulation() -> None:
     x, residual = (quantised.to_float8(100 * torch.randn(1, 5, 6, 16)).to(DEVICE) for _ in range(2))
     arguments: dict[str, Any] = {
         "p": quantised.pack(w, shift, Grid(0.01, 0, FLOAT8)),
-        "geometry": steps.Geometry(pad=1),
+        "geometry": Geometry(pad=1),
         "relu": True,
     }
     grids = Quantised(Grid(0.01, 0, FLOAT8), Grid(0.03, 0, FLOAT8), None)
-    expected = 5 * quantised.by_simulation(
+    expected = 5 * reference.conv_quantised(
         x, residual, **arguments, grids=grids, dtype=torch.float32, wide=torch.float32
     )
     scales: dict[str, Any] = {"residual_scale": 0.03, "out_scale": 5.0, "out_dtype": torch.float32}

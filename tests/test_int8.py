@@ -26,10 +26,10 @@ from torch import Tensor, nn
 import fastres
 from fastres import optimize, paper, program
 from fastres.inference import MAX_SHAPES, SETTLED_AFTER, Optimized
-from fastres.ops import dispatch, quantised
+from fastres.ops import dispatch, quantised, reference
 from fastres.ops.folded import Folded
+from fastres.ops.layout import Geometry
 from fastres.ops.quantised import Grid, Quantised, grid
-from fastres.ops.steps import Geometry
 from fastres.plan import Aten, Conv
 from fastres.ranges import Ranges
 
@@ -208,7 +208,7 @@ def test_convolution_from_its_definition(kind: str, relu: bool, added: str, engi
         (got,) = quantised.ByOneDNN(p, geometry=geometry, relu=relu, grids=grids, keep=False)(*inputs)
     else:
         wide: dict[str, Any] = {"dtype": torch.float32, "wide": torch.float64}
-        got = quantised.by_simulation(*inputs, p=p, geometry=geometry, relu=relu, grids=grids, **wide)
+        got = reference.conv_quantised(*inputs, p=p, geometry=geometry, relu=relu, grids=grids, **wide)
     assert got.is_contiguous()
     assert (got.q_scale(), got.q_zero_point()) == (out.scale, out.zero)
     assert {0, 255} <= set(got.int_repr().flatten().tolist())
@@ -230,7 +230,7 @@ def test_ties(engine: str, zero: int) -> None:
         (y,) = quantised.ByOneDNN(p, geometry=Geometry(), relu=False, grids=on, keep=False)(q)
     else:
         options: dict[str, Any] = {"dtype": torch.float32, "wide": torch.float64}
-        y = quantised.by_simulation(q, p=p, geometry=Geometry(), relu=False, grids=on, **options)
+        y = reference.conv_quantised(q, p=p, geometry=Geometry(), relu=False, grids=on, **options)
     assert y.int_repr()[:, 0, 0, 0].tolist() == (torch.arange(12) / 2 + zero).round().tolist()
 
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 import fastres
 from fastres import inference, optimize, program
 from fastres.ops import dispatch, onednn
-from fastres.ops.steps import Geometry, nchw, nhwc
+from fastres.ops.layout import Geometry, nchw, nhwc
 from fastres.plan import Conv, by_image, fuse, overwritable, trace
 
 pytestmark = pytest.mark.skipif(

@@ -28,8 +28,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 import fastres
 from fastres.kernels import batch_norm, config, conv, persistent, problem, stem
 from fastres.kernels.problem import ConvProblem
-from fastres.ops import dispatch, launch
-from fastres.ops.stage import stage
+from fastres.ops import conv_bn, dispatch
+from fastres.ops.block import stages
 
 ROOT = Path(__file__).resolve().parent.parent
 BENCH = ROOT / "bench"
@@ -187,10 +187,10 @@ def test_a_kernel_that_nobody_told_of_counts_by_its_arguments(bench: SimpleNames
 
 
 def test_nothing_is_left_behind(bench: SimpleNamespace) -> None:
-    before = dispatch.why_engine, launch.Step.dgrad, batch_norm.launch, torch.autocast, dispatch._kernel_less
+    before = dispatch.why_engine, conv_bn.bind, batch_norm.launch, torch.autocast, dispatch._kernel_less
     with pytest.raises(ValueError, match="shape"), bench.calls.recorded(BF16):
         batch_norm.normalize(torch.empty(2, 8, 8, 64, device="meta"), *[torch.empty(3, device="meta")] * 2, relu=True)
-    assert (dispatch.why_engine, launch.Step.dgrad, batch_norm.launch, torch.autocast, dispatch._kernel_less) == before
+    assert (dispatch.why_engine, conv_bn.bind, batch_norm.launch, torch.autocast, dispatch._kernel_less) == before
     assert torch._C._len_torch_dispatch_stack() == 0
     x = torch.empty(2, 3, 64, 64, device="meta")
     assert fastres.resnet18().conv1.weight.device.type == "cpu"
@@ -507,7 +507,7 @@ def test_blocks_have_the_kernels_that_are_drawn(bench: SimpleNamespace) -> None:
     """docs/fused.svg: an inner block of a stage by the H200's shipped table. A stage's last block ends by itself."""
 
     def ours(x: torch.Tensor, blocks: list[Any]) -> torch.Tensor:
-        return stage(x, [(block.units(), block.downsample) for block in blocks])
+        return stages(x, [[(block.units(), block.downsample) for block in blocks]])
 
     def theirs(x: torch.Tensor, blocks: list[Any]) -> torch.Tensor:
         return torch.nn.Sequential(*blocks)(x)

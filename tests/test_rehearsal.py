@@ -25,19 +25,19 @@ from fastres.kernels import config, conv, stem
 from fastres.kernels import launch as kernels_launch
 from fastres.kernels.config import H200
 from fastres.kernels.problem import ConvProblem
-from fastres.ops import dispatch, launch
+from fastres.ops import conv_bn, dispatch
 
 
 @pytest.fixture(autouse=True)
 def _kernels_on_meta(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Tensors without memory take the path of tensors on a GPU."""
-    launch._step.cache_clear()
+    conv_bn.conv_bn.cache_clear()
     monkeypatch.setattr(dispatch, "_kernel_less", lambda device: None)
     monkeypatch.setattr(dispatch, "pointwise_engine", lambda *_: "triton")
     monkeypatch.setattr(dispatch, "compute_dtype", lambda x: x.dtype)
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # there is none for meta
     yield
-    launch._step.cache_clear()
+    conv_bn.conv_bn.cache_clear()
 
 
 def broken(launched: Launch) -> Iterator[str]:
@@ -122,10 +122,10 @@ def test_what_is_not_computed_on_load_is_stored_first(monkeypatch: pytest.Monkey
     with dispatch.fusions(block_end=False):
         with dispatch.fusions(prologue=False, bn_backward=False):
             wanted = names()
-        launch._step.cache_clear()
+        conv_bn.conv_bn.cache_clear()
         monkeypatch.setattr(dispatch, "on_load", lambda *_: False)
         assert names() == wanted
-    launch._step.cache_clear()
+    conv_bn.conv_bn.cache_clear()
     assert names().count("normalize_kernel") == wanted.count("normalize_kernel") > fused.count("normalize_kernel")
 
 

@@ -736,6 +736,17 @@ def _rank(rank: int, store: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_weights_that_only_a_hook_provides(backend: str) -> None:
+    block, x = resnet.BasicBlock(4, 4).eval(), torch.randn(1, 4, 5, 5)
+    want = block(x)
+    weight = block.conv1.weight.detach()
+    del block.conv1.weight
+    block.conv1.register_forward_pre_hook(lambda module, _: setattr(module, "weight", weight))
+    with fastres.backend(backend):
+        assert torch.equal(block(x), want)
+
+
 def test_why_plain_says_why() -> None:
     net, _ = pair()
     x = images()

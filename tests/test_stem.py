@@ -24,8 +24,9 @@ from fastres.kernels.config import Tile, stem_wgrad_tiles
 from fastres.kernels.launch import gpu_of
 from fastres.kernels.problem import ConvProblem
 from fastres.kernels.stem import conv_stem, conv_stem_wgrad, pack_filters, pack_images
-from fastres.ops import launch
-from fastres.ops.steps import Geometry
+from fastres.ops import dispatch
+from fastres.ops.conv_bn import conv_bn
+from fastres.ops.layout import Geometry
 
 pytestmark = [pytest.mark.interpret, pytest.mark.usefixtures("poisoned")]
 
@@ -159,17 +160,18 @@ def test_steps_of_a_net_take_it(dtype: torch.dtype) -> None:
     images, w, dz = drawn(p, dtype)
     x = images.permute(0, 2, 3, 1).contiguous()
     with fastres.backend("triton"):
-        step = launch.step((p.N, p.H, p.W), w.permute(0, 3, 1, 2), Geometry(2, 3, 1, 1), dtype, torch.device(DEVICE))
-    assert (step.infer_by, step.fprop_by, step.dgrad_by, step.wgrad_by) == ("stem", "stem", "triton", "stem")
+        facts = 1e-5, True, dtype, torch.device(DEVICE), dispatch.choice(dtype, torch.device(DEVICE))
+        pair = conv_bn((p.N, p.H, p.W), tuple(w.permute(0, 3, 1, 2).shape), Geometry(2, 3, 1, 1), *facts)
+    by = pair.engines
+    assert (by.infer, by.fprop, by.dgrad, by.wgrad) == ("stem", "stem", "triton", "stem")
     one, z = torch.ones(p.K, device=DEVICE), torch.randn_like(dz)
     y = reference(p, x, w)
-    assert_close_to_reference(step.infer(x, w, one, one), (y + 1).relu(), reference(p, x, w, dtype))
-    for got in (step.fprop(x, w, None), step.fprop_statistics(x, w, None)[0]):
-        assert_close_to_reference(got, y, reference(p, x, w, dtype))
+    assert_close_to_reference(pair.infer(x, w, one, one), (y + 1).relu(), reference(p, x, w, dtype))
+    assert_close_to_reference(pair.fprop(x, w, None)[0], y, reference(p, x, w, dtype))
     scaled, added = 2 * dz.double(), 2 * dz.double() + z.double() / 2 + 0.25
     bns = (None, dz.double()), ((z, 2 * one, None, None), scaled), ((z, 2 * one, one / 2, one / 4), added)
     for bn, exact in bns:
-        dw, rounded = step.wgrad(dz, x, bn, None, torch.float32), exact.to(dtype)
+        dw, rounded = pair.wgrad(dz, x, bn, None, torch.float32), exact.to(dtype)
         assert_close_to_reference(dw, wgrad(p, images, exact, torch.float64), wgrad(p, images, rounded, torch.float32))
 
 

@@ -29,7 +29,9 @@ from fastres import paper
 from fastres.kernels import pool
 from fastres.models import resnet
 from fastres.models.resnet import Bottleneck, ResNet
-from fastres.ops import conv_bn_act, dispatch, eligibility, launch, reference
+from fastres.ops import block, conv_bn, dispatch, eligibility, reference
+from fastres.ops.library_engine import Library
+from fastres.ops.triton_engine import Kernels
 
 pytestmark = pytest.mark.interpret
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -359,13 +361,14 @@ def test_borders_between_stages(recompute: bool, monkeypatch: pytest.MonkeyPatch
     layers = net.layer1, net.layer2, net.layer3
     x = torch.randn(2, 8, 6, 6, device=DEVICE, requires_grad=True)
     inputs = [x, *(p for layer in layers for p in layer.parameters())]
-    serves = eligibility.serves_stages
+    serves, joined = eligibility.serves_stages, Kernels.dgrad_joined
 
     def found(apart: bool, by: str) -> list[Tensor]:
         monkeypatch.setattr(
             eligibility, "serves_stages", lambda *call: min(serves(*call), 1) if apart else serves(*call)
         )
-        monkeypatch.setattr(launch.Step, "dgrad_joined", joined if by == "triton" else plain)
+        monkeypatch.setattr(Kernels, "dgrad_joined", joined if by == "triton" else Library.dgrad_joined)
+        conv_bn.conv_bn.cache_clear()
         with fastres.backend("triton"), dispatch.fusions(recompute=recompute):
             y = resnet.run_stages(x, *layers)
         dy = torch.linspace(-1, 1, y.numel(), device=DEVICE).view_as(y)
@@ -376,10 +379,6 @@ def test_borders_between_stages(recompute: bool, monkeypatch: pytest.MonkeyPatch
         squares = sum((g * g).sum() for g in once)
         return [y.detach(), *first, *(g.detach() for g in once), *torch.autograd.grad(squares, inputs)]
 
-    def plain(step: launch.Step, dz: Tensor, w: Tensor, bn: Any, out: Tensor, norms: Any, **residual: Any) -> Any:
-        return step.dgrad(dz, w, bn, **residual), None
-
-    joined = launch.Step.dgrad_joined
     want = found(True, "triton")
     for by in ("triton", "library"):
         for a, b in zip(found(False, by), want, strict=True):
@@ -412,8 +411,8 @@ def test_borders_where_what_is_saved_is_computed_again_or_moved() -> None:
 
 def test_a_gradient_that_is_not_the_one_handed_over_is_masked_again() -> None:
     """And gets sums of its own; where nothing was handed over, the output is computed again."""
-    from fastres.ops.conv_bn_act import Gradient
-    from fastres.ops.stage import Border
+    from fastres.ops.block import Border
+    from fastres.ops.ends import Gradient
 
     border, dx, out = Border(), torch.ones(1, 2, 2, 4), torch.ones(1, 2, 2, 4)
     for dy, sums in ((dx, "sums"), (dx.clone(), None)):
@@ -441,7 +440,7 @@ def test_images_are_converted_once_at_most(
 ) -> None:
     """A pass that packs its images takes them as they come; any other wants them in NHWC."""
     monkeypatch.setattr(dispatch, "conv_engine", lambda pass_, *_: "stem" if pass_ in packing else "aten")
-    monkeypatch.setattr(launch, "_step", launch._step.__wrapped__)
+    monkeypatch.setattr(block, "conv_bn", conv_bn.conv_bn.__wrapped__)
     pools, launching = [], pool.launch
 
     def noting(kernel: Any, grid: tuple[int, ...], **given: Any) -> None:
@@ -464,7 +463,7 @@ def test_images_are_converted_once_at_most(
 
     want, baseline = (results(net, reference.stem, t) for t in (x.double(), x))
     with fastres.backend("triton"), torch.profiler.profile(record_shapes=True) as profiler:
-        got = results(net, conv_bn_act.stem, x)
+        got = results(net, block.stem, x)
     for mine, exact, stock in zip(got, want, baseline, strict=True):
         if mine.is_floating_point():
             assert_close_to_reference(mine, exact, stock, lost=1e-6 + lost_in_sums(2 * 7 * 8, x))
@@ -485,7 +484,7 @@ def test_images_whose_minus_sign_is_pending() -> None:
     for images in (x, negative):
         net.zero_grad()
         with fastres.backend("triton"), torch.autocast(x.device.type, torch.float16):
-            y = conv_bn_act.stem(images, *net)
+            y = block.stem(images, *net)
         y.sum().backward()
         results.append([y, net[0].weight.grad])
     for one, other in zip(*results, strict=True):

@@ -24,7 +24,8 @@ from fastres import plan
 from fastres.kernels import config, conv, dgrad, wgrad
 from fastres.kernels import launch as kernels_launch
 from fastres.kernels.problem import ConvProblem
-from fastres.ops import dispatch, launch, steps
+from fastres.ops import conv_bn, dispatch, reference
+from fastres.ops.layout import Geometry
 
 BENCH = Path(__file__).resolve().parent.parent / "bench"
 SQUARE = ConvProblem(2, 8, 8, 16, 16, 3, 3, 1, 1)
@@ -44,10 +45,10 @@ def _own_tables(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Non
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(kernels_launch, "_gpu", lambda index: NONE)
     config.forget_tables()
-    launch._step.cache_clear()
+    conv_bn.conv_bn.cache_clear()
     yield
     config.forget_tables()
-    launch._step.cache_clear()
+    conv_bn.conv_bn.cache_clear()
 
 
 @pytest.fixture
@@ -110,7 +111,7 @@ def test_every_role_is_timed_as_the_net_runs_it(
                     operands = layers.Operands.random(problem, BF16, META)
                     calls.clear()
                     dz = dispatch.bn_backward_on_load(problem)
-                    layers.call(tune.our_steps(problem, pass_, role, BF16, META, dz)[0], pass_, operands, role)()
+                    layers.call(tune.our_pairs(problem, pass_, role, BF16, META, dz)[0], pass_, operands, role)()
                     assert len(calls) == 1
                     timed[calls[0]] += count
     # The pool's side of the stem's BatchNorm and a stage's two ends are fused with no convolution.
@@ -128,7 +129,7 @@ def test_every_role_infers_as_optimize_does(
 
     monkeypatch.setattr(layers.folded, "by_triton", by_triton)
     for (problem, role), count in layers.roles(depth, 1, 64).items():
-        (step,) = tune.our_steps(problem, "infer", role, BF16, META, True)
+        (step,) = tune.our_pairs(problem, "infer", role, BF16, META, True)
         calls[layers.call(step, "infer", layers.Operands.random(problem, BF16, META), role)()] += count
     for step in plan.fuse(*plan.trace(getattr(fastres, f"resnet{depth}")().eval())):
         for c in plan.convs(step):
@@ -175,7 +176,7 @@ def test_either_way_of_loading_is_launched(
     assert rule == (problem.R == 1)
     of_pass = {"fprop": {"prologue", "join"}, "dgrad": {"bn_backward"}, "wgrad": {"prologue"}}[pass_]
     for role in named_roles(layers, problem):
-        ours = tune.our_steps(problem, pass_, role, BF16, META, rule)
+        ours = tune.our_pairs(problem, pass_, role, BF16, META, rule)
         calls.clear()
         with record():
             for step in ours:
@@ -206,7 +207,7 @@ def test_who_pays_for_a_stored_dz(
     role = layers.Role("inner", summed=summed)
     monkeypatch.setattr(dispatch, "_kernel_less", lambda device: None)
     monkeypatch.setattr(tune, "right", lambda *_: True)
-    monkeypatch.setattr(tune, "candidates", lambda step, *_: ["on load" if step.dz_on_load else "stored"])
+    monkeypatch.setattr(tune, "candidates", lambda step, *_: ["on load" if step.engines.dz_on_load else "stored"])
     monkeypatch.setattr(tune, "with_tile", lambda tile, work: tile)
     charged = []
     monkeypatch.setattr(layers, "half_of_dz", lambda step, operands: charged.append(step) or 4.0)
@@ -223,8 +224,8 @@ def test_who_pays_for_a_stored_dz(
 def test_half_of_a_pass(layers: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     operands, ran = layers.Operands.random(POINTWISE, torch.float32, CPU), []
     monkeypatch.setattr(layers, "microseconds", lambda work: ran.append(work()) or 8.0)
-    assert layers.half_of_dz(layers.step(POINTWISE, torch.float32, CPU), operands) == 4
-    torch.testing.assert_close(ran[0], steps.backward_apply(operands.dz, *operands.bn))
+    assert layers.half_of_dz(layers.pair(POINTWISE, torch.float32, CPU), operands) == 4
+    torch.testing.assert_close(ran[0], reference.backward_apply(operands.dz, *operands.bn))
 
 
 def test_wgrad_reads_dz_as_the_winner_for_dgrad_has_it(tune: ModuleType) -> None:
@@ -262,7 +263,7 @@ def test_candidates_are_what_the_launchers_would_choose_among(
         operands = layers.Operands.random(problem, BF16, META)
         for role in named_roles(layers, problem):
             for dz in (True, False):
-                for step in tune.our_steps(problem, pass_, role, BF16, META, dz):
+                for step in tune.our_pairs(problem, pass_, role, BF16, META, dz):
                     asked.clear()
                     config.forget_tables()
                     with record():
@@ -286,7 +287,7 @@ def test_few_candidates_by_pointers_where_tma_serves(tune: ModuleType, layers: M
     for pass_ in ("infer", "fprop", "dgrad", "wgrad"):
 
         def boxed(of: ConvProblem, most: int, pass_: str = pass_) -> list[bool]:
-            step = tune.our_steps(of, pass_, role, BF16, META, False)[0]
+            step = tune.our_pairs(of, pass_, role, BF16, META, False)[0]
             return [tile.box is not None for tile in tune.candidates(step, pass_, role, BF16, META, most)]
 
         assert boxed(problem, 5) == [True] * 5 + [False] * 2
@@ -298,10 +299,10 @@ def test_few_candidates_by_pointers_where_tma_serves(tune: ModuleType, layers: M
 def test_the_way_against_the_rule_gets_few_candidates_but_in_wgrad(tune: ModuleType, layers: ModuleType) -> None:
     problem, role = ConvProblem(256, 56, 56, 64, 64, 3, 3, 1, 1), layers.Role("inner", summed=True)
     for pass_ in ("fprop", "dgrad", "wgrad"):
-        steps_of_ours = tune.our_steps(problem, pass_, role, BF16, META, False)
+        ours = tune.our_pairs(problem, pass_, role, BF16, META, False)
         found = Counter(
-            getattr(step, tune.ON_LOAD[pass_])
-            for _, _, step, _ in tune.ways(steps_of_ours, pass_, role, layers.Operands.random(problem, BF16, META), 5)
+            getattr(pair.engines, tune.ON_LOAD[pass_])
+            for _, _, pair, _ in tune.ways(ours, pass_, role, layers.Operands.random(problem, BF16, META), 5)
         )
         rule = pass_ != "dgrad"
         assert found == {rule: 5 + 2, not rule: 5 + 2 if pass_ == "wgrad" else 2}
@@ -318,8 +319,8 @@ def test_inference_is_set_against_the_fused_operator(
     monkeypatch.setattr(dispatch, "why_engine", lambda *_: ("cudnn", ""))
     monkeypatch.setattr(dispatch, "pointwise_engine", lambda *_: "aten" if dispatch.wants_reference() else "triton")
     operands = layers.Operands.random(POINTWISE, torch.float32, CPU)
-    step = layers.step(POINTWISE, torch.float32, CPU)
-    assert step.infer_by == "cudnn"
+    step = layers.pair(POINTWISE, torch.float32, CPU)
+    assert step.engines.infer == "cudnn"
     conv2d, passes = torch.nn.functional.conv2d, []
 
     def fused(x: Tensor, w: Tensor, *rest: Any) -> Tensor:
@@ -332,12 +333,12 @@ def test_inference_is_set_against_the_fused_operator(
 
     def normalize(z: Tensor, *rest: Any, **given: Any) -> Tensor:
         passes.append("normalize")
-        return steps.normalize(z, *rest, **given)
+        return reference.normalize(z, *rest, **given)
 
     monkeypatch.setattr(torch, operator, fused)
     monkeypatch.setattr("fastres.program._faster_fused", lambda *_: (True, ""))
     monkeypatch.setattr("fastres.kernels.batch_norm.normalize", normalize)
-    expected = steps.conv_fprop(operands.x, operands.w, geometry=step.geometry) + operands.shift
+    expected = reference.conv_fprop(operands.x, operands.w, geometry=step.geometry) + operands.shift
     expected = (expected + operands.z if place == "last" else expected).relu()
     for rival, said in ((fused, operator), (refused, "normalize")):
         monkeypatch.setattr(torch, operator, rival)
@@ -394,7 +395,7 @@ def test_a_tile_that_raises_costs_itself_or_with_the_context_the_process(
     lost: str | None, tune: ModuleType, layers: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def ways(*_: Any) -> Iterator[Any]:
-        yield "triton", "too small", layers.step(POINTWISE, torch.float32, CPU), lambda: 1 / 0
+        yield "triton", "too small", layers.pair(POINTWISE, torch.float32, CPU), lambda: 1 / 0
 
     monkeypatch.setattr(tune, "ways", ways)
     monkeypatch.setattr(tune, "lost_context", lambda: lost)
@@ -471,15 +472,15 @@ def test_the_chain_is_set_against_tuned_kernels(
 ) -> None:
     """What dispatch read before this run measured anything is forgotten."""
     config.measured("infer", SQUARE, BF16, NONE)
-    layers.step(SQUARE, BF16, META)
-    assert config.serving.cache_info().currsize == launch._step.cache_info().currsize == 1
+    layers.pair(SQUARE, BF16, META)
+    assert config.serving.cache_info().currsize == conv_bn.conv_bn.cache_info().currsize == 1
     seen = []
 
     def step(*_: Any) -> None:
-        seen.append(config.serving.cache_info().currsize + launch._step.cache_info().currsize)
+        seen.append(config.serving.cache_info().currsize + conv_bn.conv_bn.cache_info().currsize)
         raise InterruptedError
 
-    monkeypatch.setattr(layers, "step", step)
+    monkeypatch.setattr(layers, "pair", step)
     with pytest.raises(InterruptedError):
         tune.tune_chain(SQUARE, BF16, CPU)
     assert seen == [0]
@@ -495,14 +496,14 @@ def test_three_kernels_are_those_of_optimize(
     infer = layers.infer
 
     def watched(step: Any, w: Tensor, shift: Tensor, inputs: Any, relu: bool) -> Any:
-        made.append((step.infer_by, len(inputs), relu))
+        made.append((step.engines.infer, len(inputs), relu))
         monkeypatch.setattr(dispatch, "_kernel_less", lambda device: "there is none")
         return infer(step, w, shift, inputs, relu)
 
     def chain(x: Tensor, w1: Tensor, s1: Tensor, w2: Tensor, s2: Tensor, res: Tensor, w3: Tensor, s3: Tensor) -> Any:
-        hidden = (steps.conv_fprop(x, w1, geometry=steps.Geometry(1, 1)) + s1).relu()
-        out = (steps.conv_fprop(hidden, w2, geometry=steps.Geometry()) + s2 + res).relu()
-        return out, (steps.conv_fprop(out, w3, geometry=steps.Geometry()) + s3).relu()
+        hidden = (reference.conv_fprop(x, w1, geometry=Geometry(1, 1)) + s1).relu()
+        out = (reference.conv_fprop(hidden, w2, geometry=Geometry()) + s2 + res).relu()
+        return out, (reference.conv_fprop(out, w3, geometry=Geometry()) + s3).relu()
 
     monkeypatch.setattr(layers, "infer", watched)
     monkeypatch.setattr(tune.bottleneck, "bottleneck_chain", chain)
@@ -803,9 +804,9 @@ def test_what_is_compiled_ahead_is_what_is_timed(
     with record():
         for pass_ in passes[:-1]:
             for dz in (True, False) if pass_ == "wgrad" else (True,):
-                ours = tune.our_steps(problem, pass_, role, BF16, cuda, dz)
-                timed += [(step, pass_, tile) for _, tile, step, _ in tune.ways(ours, pass_, role, operands, 3)]
-    assert [(step, pass_, tile) for _, (step, pass_, _, _, tile) in tasks] == timed
+                ours = tune.our_pairs(problem, pass_, role, BF16, cuda, dz)
+                timed += [(pair.engines, pass_, tile) for _, tile, pair, _ in tune.ways(ours, pass_, role, operands, 3)]
+    assert [(engines, pass_, tile) for _, (_, engines, pass_, _, _, tile) in tasks] == timed
     for function, arguments in pickle.loads(pickle.dumps(tasks)):
         with record() as launched:
             function(*arguments)
@@ -845,8 +846,8 @@ def test_the_heuristic_beside_what_an_h200_measured(
         for problem, (_, role) in layers.problems([50], 256, 224).items():
             for pass_ in layers.PASSES if problem.C > 3 else ():
                 measured, dz = table[pass_, problem, BF16], tune.dz_on_load(table, pass_, problem, BF16)
-                ways, field = tune.our_steps(problem, pass_, role, BF16, META, dz), tune.ON_LOAD.get(pass_, "infer_by")
-                step = next((way for way in ways if getattr(way, field) == measured.on_load), ways[0])
+                ways, field = tune.our_pairs(problem, pass_, role, BF16, META, dz), tune.ON_LOAD.get(pass_, "infer")
+                step = next((way for way in ways if getattr(way.engines, field) == measured.on_load), ways[0])
                 tiles = tune.candidates(step, pass_, role, BF16, META, 99)
                 first = next(tile for tile in tiles if not tile.persistent)
                 hits += all(

@@ -2,8 +2,8 @@
 
 `count` runs the real modules on the meta device, where tensors have shapes and no memory, and adds up what each
 convolution and linear layer does. BN, ReLU, pooling and additions count as nothing, as in the paper. A count is the
-net's, whatever kernels would run it; what the fused ops report to `torch.utils.flop_counter` stands beside them, in
-`fastres.ops.flop_formulas`.
+net's, whatever kernels would run it; what the fused operators report to `torch.utils.flop_counter` stands beside them,
+in `fastres.ops.operators`.
 """
 
 from __future__ import annotations

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from fastres.models import resnet as v15
 from fastres.models.resnet import BasicBlock
 from fastres.ops import eligibility
-from fastres.ops.conv_bn_act import plain_block, residual_block
-from fastres.ops.shortcut import PadShortcut, pad_shortcut_add_relu
+from fastres.ops.block import plain_block, residual_block
+from fastres.ops.shortcut import PadShortcut, is_traced, pad_shortcut_add_relu
 
 __all__ = [
     "Bottleneck",
@@ -175,7 +175,7 @@ def _initialise(net: nn.Module) -> None:
 
 def _check_images(x: Tensor, conv1: nn.Module) -> None:
     """ValueError unless x is [N, C, H, W] with the C that conv1 reads; a traced x has no shape to ask."""
-    if eligibility.is_traced(x) or not isinstance(conv1, nn.Conv2d):
+    if is_traced(x) or not isinstance(conv1, nn.Conv2d):
         return
     if x.dim() != 4 or x.shape[1] != conv1.in_channels:
         raise ValueError(f"this net takes images [N, {conv1.in_channels}, H, W], got {list(x.shape)}")

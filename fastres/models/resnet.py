@@ -29,8 +29,7 @@ from torchvision.models.resnet import (
 )
 
 from fastres.ops import eligibility
-from fastres.ops.conv_bn_act import residual_block, stem
-from fastres.ops.stage import stages
+from fastres.ops.block import residual_block, stages, stem
 
 __all__ = [
     "BasicBlock",
@@ -139,9 +138,7 @@ def _blocks(layer: nn.Module) -> list[Any]:
 def pooled(x: Tensor, avgpool: nn.Module) -> Tensor:
     """torch.flatten(avgpool(x), 1), bit for bit, where the gradient for a channels_last x [N, C, H, W] is
     channels_last, too: a global average pool's own is NCHW, which the block before it would have to copy."""
-    usual = type(avgpool) is nn.AdaptiveAvgPool2d and avgpool.output_size in (1, (1, 1))
-    usual = usual and eligibility.is_usual(x) and eligibility.runs_forward_alone(avgpool)
-    if usual and x.is_contiguous(memory_format=torch.channels_last):
+    if eligibility.serves_global_pool(x, avgpool):
         return x.permute(0, 2, 3, 1).mean((1, 2))
     return torch.flatten(avgpool(x), 1)
 

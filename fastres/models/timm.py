@@ -8,7 +8,7 @@ from timm.models import checkpoint_seq
 from torch import Tensor, nn
 
 from fastres.ops import eligibility
-from fastres.ops.conv_bn_act import residual_block, stem
+from fastres.ops.block import residual_block, stem
 
 
 class BasicBlock(timm_resnet.BasicBlock):

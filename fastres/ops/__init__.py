@@ -1,6 +1,7 @@
-"""Fused operations: their meaning (`reference`), the calls (`conv_bn_act`, `shortcut`), the choice (`dispatch`).
+"""Fused operations. Start at `reference`, which says what each one means in plain PyTorch.
 
-All are operators too (`registered`, `shortcut`), which exist from the import on.
+`block` has the calls that models make, `eligibility` says which of them may run fused, `dispatch` by what. Blocks and
+option A's shortcut are operators, too (`operators`, `shortcut`), from the import on. docs/architecture.md is the map.
 """
 
-from fastres.ops import registered as registered
+from fastres.ops import operators as operators

@@ -1,9 +1,9 @@
 """Which engine computes a step. The only place that decides it, once, when a call is prepared.
 
-`conv_engine` and `pointwise_engine` name what computes each step; `why_engine` and `why_unfused` give reasons in words;
-`folded_engine` and `layer_engine` do both for the steps of a plan of `optimize`.
-`backend` forces one choice everywhere, `fusions` switches single fusions off so that each one's worth can be measured.
-Whether a call may run fused at all is the question of `eligibility`.
+`engines` answers for a convolution in a block, `folded_engine` and `layer_engine` for a step of `optimize`'s plan;
+`why_engine` and `why_unfused` give reasons in words. `backend` forces one choice everywhere, `fusions` switches single
+ones on or off so that each one's worth can be measured. Whether a call may run fused at all is the question of
+`eligibility`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, fields, replace
-from functools import cache
+from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
@@ -43,17 +43,16 @@ _ISA_LIMITS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")
 
 @dataclass(frozen=True)
 class Fusions:
-    """The fusions of a training step, each of which can be turned off.
+    """The fusions of a training step, each of which can be turned on or off.
 
     statistics: BN statistics in the conv's epilogue, not in a pass of their own. prologue: normalise + ReLU while the
-    next conv loads. bn_backward: dz = p g + q z + r while dgrad and wgrad load.
-    relu_mask: the ReLU mask and both BN sums in dgrad's epilogue. block_end: a block's end within its successor's first
-    convolution; forward it is computed while a 1x1 loads, backward its mask and sums stand in dgrad's epilogue.
-    recompute (off unless asked for: it saves memory, not time): the outputs of a stage's blocks are not kept for
-    backward but computed again. keep_activation (off unless asked for: it takes memory): an activation that a
-    convolution and its weight gradient both read stored is kept from one to the other, not computed twice. overlap (off
-    unless asked for: nobody has measured it): on a GPU a weight gradient runs on a second stream, beside the rest of
-    its block's backward, and what it reads is kept until it is done.
+    next conv loads. bn_backward: dz = p g + q z + r while dgrad and wgrad load. relu_mask: the ReLU mask and both BN
+    sums in dgrad's epilogue. block_end: a block's end within its successor's first convolution; forward it is computed
+    while a 1x1 loads, backward its mask and sums stand in dgrad's epilogue. Off unless asked for: recompute (it saves
+    memory, not time): the outputs of a stage's blocks are not kept for backward but computed again. keep_activation (it
+    takes memory): an activation that a convolution and its weight gradient both read stored is kept from one to the
+    other, not computed twice. overlap (an H200 gained less than runs differ): on a GPU a weight gradient runs on a
+    second stream, beside the rest of its block's backward, and what it reads is kept until it is done.
     """
 
     statistics: bool = True
@@ -64,6 +63,11 @@ class Fusions:
     recompute: bool = False
     keep_activation: bool = False
     overlap: bool = False
+
+    @cached_property
+    def key(self) -> tuple[bool, ...]:
+        """All of them: a hash that costs less than the dataclass's own."""
+        return tuple(vars(self).values())
 
 
 _ALL_ON = Fusions()
@@ -105,11 +109,6 @@ def fuses_blocks() -> bool:
     """True where a fusion across blocks is in force: `recompute`, or `block_end` with kernels to do it."""
     wanted = _fusions.get()
     return wanted.recompute or (wanted.block_end and _forced.get() in ("auto", "triton"))
-
-
-def recomputes() -> bool:
-    """True where the fusion `recompute` is asked for."""
-    return _fusions.get().recompute
 
 
 def why_unfused(dtype: torch.dtype, device: torch.device) -> str | None:
@@ -269,8 +268,8 @@ def _over_packed_images(pass_: Pass, problem: ConvProblem, dtype: torch.dtype) -
 
 def on_load(pass_: Pass, problem: ConvProblem, dtype: torch.dtype, device: torch.device) -> bool:
     """Whether our kernel computes what it reads while it loads, instead of one pass that stores it before: in "fprop"
-    and "wgrad" the activation (first in a block: the end of the block before), in "dgrad" dz, which wgrad then gets in
-    the same way. As measured, else by rule."""
+    and "wgrad" the activation (of a block's first pair: the end of the block before), in "dgrad" dz, for
+    wgrad as well. As measured, else by rule."""
     found = _measured(pass_, problem, dtype, device)
     if found is not None and not found.measurement.note:
         return found.measurement.on_load
@@ -433,16 +432,59 @@ def pointwise_engine(dtype: torch.dtype, device: torch.device) -> Engine:
 
 
 @dataclass(frozen=True)
-class Choice:
-    """What engines depend on besides the problem: whoever caches a step must key it by this."""
+class Engines:
+    """What computes each pass of one convolution and what stands around it, and what our kernels fuse."""
 
-    backend: str
+    infer: Engine
+    fprop: Engine
+    dgrad: Engine
+    wgrad: Engine
+    pointwise: Engine
+    fprop_on_load: bool  # of the activation; see `on_load`
+    wgrad_on_load: bool
+    dz_on_load: bool
+    joins: bool  # by its shape
     fusions: Fusions
     precision: Literal["ieee", "tf32"]
 
+    @property
+    def joins_block_end(self) -> bool:
+        """Whether the convolution computes the end of the block before it while it loads."""
+        return self.fusions.block_end and self.joins and self.fprop_on_load and self.fprop == "triton"
 
-def choice(dtype: torch.dtype, device: torch.device) -> Choice:
-    return Choice(_forced.get(), _fusions.get(), precision(dtype, device))
+    @property
+    def keeps_activation(self) -> bool:
+        """Whether `keep_activation` keeps relu(s x + t) for the weight gradient: both convolutions read it stored."""
+        on_load = self.fprop in ("triton", "stem") and self.fprop_on_load
+        on_load |= self.wgrad in ("triton", "stem") and self.wgrad_on_load
+        return self.fusions.keep_activation and not (self.fusions.prologue and on_load)
+
+    def fuses_bn_backward(self, batch_statistics: bool) -> bool:
+        """Whether dgrad and wgrad take dz as p g + q z + r: on load, or, with no q and r, by filters scaled with p."""
+        on_load = self.dz_on_load and self.dgrad == self.wgrad == "triton"
+        return self.fusions.bn_backward and (on_load or not batch_statistics)
+
+
+def engines(problem: ConvProblem, dtype: torch.dtype, device: torch.device) -> Engines:
+    """The engines of a convolution in a block: asked once, when a call is prepared."""
+    return Engines(
+        infer=conv_engine("infer", problem, dtype, device),
+        fprop=conv_engine("fprop", problem, dtype, device),
+        dgrad=conv_engine("dgrad", problem, dtype, device),
+        wgrad=conv_engine("wgrad", problem, dtype, device),
+        pointwise=pointwise_engine(dtype, device),
+        fprop_on_load=on_load("fprop", problem, dtype, device),
+        wgrad_on_load=on_load("wgrad", problem, dtype, device),
+        dz_on_load=on_load("dgrad", problem, dtype, device),
+        joins=joins(problem),
+        fusions=_fusions.get(),
+        precision=precision(dtype, device),
+    )
+
+
+def choice(dtype: torch.dtype, device: torch.device) -> tuple[Any, ...]:
+    """What engines depend on besides problem, dtype and device: whoever caches them must key them by this, too."""
+    return _forced.get(), _fusions.get().key, precision(dtype, device)
 
 
 def precision(dtype: torch.dtype, device: torch.device) -> Literal["ieee", "tf32"]:

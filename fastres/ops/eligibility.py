@@ -11,12 +11,12 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as nn_module
 
 from fastres.ops import dispatch
-from fastres.ops.shortcut import PadShortcut
+from fastres.ops.shortcut import PadShortcut, is_traced
 
 
 class Parts(NamedTuple):
@@ -42,7 +42,18 @@ def serves(x: Tensor, parts: Parts) -> bool:
 
 def why_plain(x: Tensor, parts: Parts) -> str | None:
     """The reason, in words, why `parts` run one by one on x; None where the fused path takes the call."""
-    return _unfusable(x) or foreign(parts) or _watched(parts) or _mismatch(x, x.shape[1], parts)
+    if (reason := _unfusable_call(x)) is not None:
+        return reason
+    dtype = dispatch.compute_dtype(x)
+    reason = dispatch.why_unfused(dtype, x.device) or foreign(parts) or _watched(parts)
+    if reason is not None:
+        return reason
+    device, own, channels = _wanted(parts)  # what the modules themselves refuse in PyTorch's own words
+    if x.device != device:
+        return f"the input is on {x.device}, the weights are on {device}"
+    if dtype != own:
+        return f"the input is {x.dtype}, the weights are {parts.units[0][0].weight.dtype}"
+    return None if x.shape[1] == channels else f"the input has {x.shape[1]} channels, not {channels}"
 
 
 def runs_stages() -> bool:
@@ -53,14 +64,17 @@ def runs_stages() -> bool:
 
 
 def serves_stages(x: Tensor, stages: Sequence[Sequence[Any]]) -> int:
-    """How many of `stages`, from the first on, each a list of blocks run one after the other on x for a backward pass,
-    are calls of `stage` that hand over to one another.
+    """How many of `stages`, lists of blocks, counted from the first, `block.stages` may run one after the other on x. 0
+    where no backward pass follows.
 
     Only blocks whose `forward` is this package's: a subclass with its own may do anything.
     """
     if not runs_stages() or dispatch.wants_reference() or torch._C._len_torch_dispatch_stack():
         return 0
-    if not stages[0] or _unfusable(x) or not wants_gradients(x, stages[0]):
+    if not stages[0] or _unfusable_call(x):
+        return 0
+    dtype = dispatch.compute_dtype(x)
+    if dispatch.why_unfused(dtype, x.device) or not wants_gradients(x, stages[0]):
         return 0
     channels = x.shape[1]
     for count, blocks in enumerate(stages):
@@ -68,7 +82,7 @@ def serves_stages(x: Tensor, stages: Sequence[Sequence[Any]]) -> int:
             if not (hasattr(block, "downsample") and _is_ours(block) and is_bare(block)):
                 return count
             parts = block.parts()
-            if foreign(parts) or _watched(parts) or _mismatch(x, channels, parts):
+            if foreign(parts) or _watched(parts) or (x.device, dtype, channels) != _wanted(parts):
                 return count
             channels = parts.units[-1][0].out_channels
         if not blocks:
@@ -122,19 +136,10 @@ def _foreign_conv(conv: nn.Conv2d) -> str | None:
     return None
 
 
-def _mismatch(x: Tensor, channels: int, parts: Parts) -> str | None:
-    """Inputs, like x but for the number of channels, that the modules themselves refuse in PyTorch's own words."""
-    first: Tensor = parts.units[0][0].weight  # type: ignore[assignment]
-    if x.device != first.device:
-        return f"the input is on {x.device}, the weights are on {first.device}"
-    if dispatch.compute_dtype(x) != dispatch.compute_dtype(first):
-        return f"the input is {x.dtype}, the weights are {first.dtype}"
-    wanted = parts.units[0][0].in_channels
-    return None if channels == wanted else f"the input has {channels} channels, not {wanted}"
-
-
-def _unfusable(x: Tensor) -> str | None:
-    return _unfusable_call(x) or dispatch.why_unfused(dispatch.compute_dtype(x), x.device)
+def _wanted(parts: Parts) -> tuple[Any, ...]:
+    """The device, compute dtype and channels that the first convolution wants of its input."""
+    conv: Any = parts.units[0][0]
+    return conv.weight.device, dispatch.compute_dtype(conv.weight), conv.in_channels
 
 
 def _unfusable_call(x: Tensor) -> str | None:
@@ -151,11 +156,6 @@ def _unfusable_call(x: Tensor) -> str | None:
     return None
 
 
-def is_usual(x: Tensor) -> bool:
-    """True for a plain non-empty [N, C, H, W] batch in a call that nothing traces or transforms."""
-    return _unfusable_call(x) is None
-
-
 def serves_pad_end(x: Tensor, relu: nn.Module, shortcut: nn.Module) -> bool:
     """True where a block that runs module by module ends in one pass, relu(y + pad_shortcut(x))."""
     if torch.compiler.is_compiling() or type(shortcut) is not PadShortcut or type(relu) is not nn.ReLU:
@@ -163,8 +163,15 @@ def serves_pad_end(x: Tensor, relu: nn.Module, shortcut: nn.Module) -> bool:
     return (_unfusable_call(x) or _watched(Parts((), [relu], shortcut))) is None
 
 
+def serves_global_pool(x: Tensor, avgpool: nn.Module) -> bool:
+    """True where a mean over the pixels of a channels_last x is all that calling `avgpool` does."""
+    whole = type(avgpool) is nn.AdaptiveAvgPool2d and avgpool.output_size in (1, (1, 1))
+    alone = whole and is_bare(avgpool) and not nn_module._has_any_global_hook()
+    return alone and _unfusable_call(x) is None and x.is_contiguous(memory_format=torch.channels_last)
+
+
 def _watched(parts: Parts) -> str | None:
-    """Calling the modules would do more than their class's `forward`, or on other than plain parameters."""
+    """Why calling the modules would do more than their class's `forward`, or on other than plain parameters."""
     if nn_module._has_any_global_hook():
         return "a global module hook is registered"
     roots = [*(m for unit in parts.units for m in unit), *parts.acts, parts.shortcut, parts.pool, *parts.idle]
@@ -203,13 +210,3 @@ def pool_sizes(pool: nn.Module | None) -> tuple[int, int, int] | None:
 def is_bare(module: nn.Module) -> bool:
     """True if calling `module` runs its class's `forward` and that alone, not compiled by `module.compile()`."""
     return not has_hooks(module) and module._compiled_call_impl is None
-
-
-def runs_forward_alone(module: nn.Module) -> bool:
-    """True if calling `module` runs its class's `forward`, and no global hook either."""
-    return is_bare(module) and not nn_module._has_any_global_hook()
-
-
-def is_traced(x: Tensor) -> bool:
-    """True while the call is recorded by fx, `jit.trace` or `torch.export`: recordings hold ATen ops only."""
-    return isinstance(x, fx.Proxy) or torch.jit.is_tracing() or torch.compiler.is_exporting()

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastres.ops.steps import Geometry, nchw, nhwc, wide
+from fastres.ops.layout import Geometry, nchw, nhwc, wide
 
 
 class Folded(NamedTuple):
@@ -66,7 +66,7 @@ def _require_finite(tensor: Tensor, layer: str, what: str) -> None:
 
 def by_library(x: Tensor, residual: Tensor | None = None, *, p: Folded, geometry: Geometry, relu: bool) -> Tensor:
     """[relu](conv(x, w) + shift + residual) by ATen, one pass after the other."""
-    y = nhwc(F.conv2d(nchw(x), nchw(p.w), p.bias, *_args(geometry)))
+    y = nhwc(F.conv2d(nchw(x), nchw(p.w), p.bias, *geometry))
     if residual is not None:
         y = y.add_(residual)
     return y.relu_() if relu else y
@@ -78,59 +78,36 @@ def by_library_and_kernel(
     """[relu](conv(x, w) + shift + residual): the convolution by ATen, the rest by our kernel in one pass; ones [K]."""
     from fastres.kernels.batch_norm import normalize
 
-    z = nhwc(F.conv2d(nchw(x), nchw(p.w), None, *_args(geometry)))
+    z = nhwc(F.conv2d(nchw(x), nchw(p.w), None, *geometry))
     return normalize(z, ones, torch.zeros_like(ones) if p.shift is None else p.shift, relu=relu, residual=residual)
 
 
 def by_cudnn(x: Tensor, residual: Tensor | None = None, *, p: Folded, geometry: Geometry) -> Tensor:
     """relu(conv(x, w) + shift + residual) by cuDNN's fused convolution."""
-    stride, pad, dilation, groups = geometry
-    sizes = ([stride, stride], [pad, pad], [dilation, dilation], groups)
+    sizes = geometry.both
     if residual is None:
         return nhwc(torch.cudnn_convolution_relu(nchw(x), nchw(p.w), p.bias, *sizes))
     return nhwc(torch.cudnn_convolution_add_relu(nchw(x), nchw(p.w), nchw(residual), 1.0, p.bias, *sizes))
 
 
-def by_triton(
-    x: Tensor,
-    residual: Tensor | None = None,
-    *,
-    p: Folded,
-    geometry: Geometry,
-    relu: bool,
-    precision: str,
-    **float8: Any,
-) -> Tensor:
-    """out_scale [relu](scale conv(x, w) + shift + residual_scale residual) by our kernel."""
+def by_triton(x: Tensor, residual: Tensor | None = None, *, p: Folded, geometry: Geometry, **epilogue: Any) -> Tensor:
+    """out_scale [relu](scale conv(x, w) + shift + residual_scale residual) by our kernel, whose further arguments
+    `epilogue` is."""
     from fastres.kernels.conv import conv_fprop
 
-    stride, pad, dilation, groups = geometry
-    y = conv_fprop(
-        x,
-        p.w,
-        stride=stride,
-        pad=pad,
-        dilation=dilation,
-        groups=groups,
-        scale=p.scale,
-        shift=p.shift,
-        residual=residual,
-        relu=relu,
-        precision=precision,
-        **float8,
-    )
+    terms = {"scale": p.scale, "shift": p.shift, "residual": residual}
+    y = conv_fprop(x, p.w, **geometry._asdict(), **terms, **epilogue)
     assert isinstance(y, Tensor)  # a pair only where statistics are asked for
     return y
 
 
-def by_stem(x: Tensor, *, p: Folded, geometry: Geometry, relu: bool, precision: str) -> Tensor:
+def by_stem(x: Tensor, *, p: Folded, geometry: Geometry, relu: bool, precision: Any) -> Tensor:
     """[relu](conv(x, w) + shift) of images of few channels by our kernel over packed images."""
     from fastres.kernels.problem import ConvProblem
     from fastres.kernels.stem import conv_stem, pack_filters, pack_images
 
     k, r, s, c = p.w.shape
-    stride, pad, dilation, groups = geometry
-    problem = ConvProblem(*x.shape[:3], c * groups, k, r, s, stride, pad, dilation, groups)
+    problem = ConvProblem(*x.shape[:3], c * geometry.groups, k, r, s, *geometry)
     images = pack_images(nchw(x), problem, x.dtype)
     y = conv_stem(images, pack_filters(p.w), problem, shift=p.shift, relu=relu, precision=precision)
     assert isinstance(y, Tensor)
@@ -154,7 +131,3 @@ def by_pool(x: Tensor, *, sizes: tuple[int, int, int]) -> Tensor:
 
     kernel, stride, pad = sizes
     return max_pool(x, kernel=kernel, stride=stride, pad=pad)
-
-
-def _args(geometry: Geometry) -> tuple[int, int, int, int]:
-    return geometry.stride, geometry.pad, geometry.dilation, geometry.groups

@@ -14,10 +14,9 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastres.ops.steps import Geometry, nchw, nhwc
+from fastres.ops.layout import Geometry, nchw, nhwc
 
 _OVERFLOWS = (torch.float16,)  # activations of real nets leave their range: ReLU stays PyTorch's, which keeps NaN
 _FUSION = threading.Lock()  # held while TorchScript's fusion by oneDNN, which all threads share, is switched
@@ -38,7 +37,7 @@ class Packings:
 
     def conv(self, name: str, w: Tensor, geometry: Geometry, x: Tensor) -> Tensor:
         """The filters w [K, R, S, C/groups] of layer `name` for x [N, H, W, C], opaque."""
-        stride, pad, dilation, groups = _args(geometry)
+        stride, pad, dilation, groups = geometry.both
         shape = list(nchw(x).shape)
         pack = torch.ops.mkldnn._reorder_convolution_weight
         return self._packed((name, *shape[1:], len(x) > 1), lambda: pack(nchw(w), pad, stride, dilation, groups, shape))
@@ -57,41 +56,24 @@ class Packings:
 
 
 def conv(
-    x: Tensor,
-    residual: Tensor | None = None,
-    *,
-    w: Tensor,
-    bias: Tensor | None,
-    geometry: Geometry,
-    relu: bool,
-    overwrite: bool = False,
+    x: Tensor, residual: Any = None, *, w: Tensor, bias: Any, geometry: Geometry, relu: bool, overwrite: bool = False
 ) -> Tensor:
     """[relu](conv(x, w) + bias + residual), NHWC; w from `Packings.conv`. overwrite: the result may take the residual's
     memory."""
-    stride, pad, dilation, groups = _args(geometry)
-    sizes = (pad, stride, dilation, groups)
-    unary = "relu" if relu and x.dtype not in _OVERFLOWS else None
+    stride, pad, dilation, groups = geometry.both
+    terms, unary = (w, bias, pad, stride, dilation, groups), "relu" if relu and x.dtype not in _OVERFLOWS else None
     if residual is None:
-        y = torch.ops.mkldnn._convolution_pointwise.default(nchw(x), w, bias, *sizes, unary or "none", [], "")
-    elif overwrite:
-        y = torch.ops.mkldnn._convolution_pointwise_.binary(
-            nchw(residual), nchw(x), w, bias, *sizes, "add", 1.0, unary, [], ""
-        )
+        y = torch.ops.mkldnn._convolution_pointwise.default(nchw(x), *terms, unary or "none", [], "")
     else:
-        y = torch.ops.mkldnn._convolution_pointwise.binary(
-            nchw(x), nchw(residual), w, bias, *sizes, "add", 1.0, unary, [], ""
-        )
+        added = torch.ops.mkldnn._convolution_pointwise_ if overwrite else torch.ops.mkldnn._convolution_pointwise
+        both = (nchw(residual), nchw(x)) if overwrite else (nchw(x), nchw(residual))
+        y = added.binary(*both, *terms, "add", 1.0, unary, [], "")
     return nhwc(y.relu_() if relu and unary is None else y)
 
 
 def linear(x: Tensor, *, w: Tensor, bias: Tensor | None) -> Tensor:
     """x w^T + bias [N, classes]; w from `Packings.linear`."""
     return torch.ops.mkldnn._linear_pointwise.default(x, w, bias, "none", [], "")
-
-
-def _args(geometry: Geometry) -> tuple[list[int], list[int], list[int], int]:
-    stride, pad, dilation, groups = geometry
-    return [stride, stride], [pad, pad], [dilation, dilation], groups
 
 
 @cache
@@ -146,11 +128,3 @@ def script(function: Callable[[Tensor], Tensor], x: Tensor, held: Sequence[Any] 
         for _ in range(2):  # the first call is profiled, the second compiles for the shape that was found
             traced(x)
     return traced
-
-
-def definition(x: Tensor, residual: Any, *, w: Tensor, bias: Tensor | None, geometry: Geometry, relu: bool) -> Tensor:
-    """What `conv` means, on x [N, C, H, W] and w [K, C/groups, R, S], in the operations that `graph` knows."""
-    y = F.conv2d(x, w, bias, *geometry)
-    if residual is not None:
-        y = y + residual
-    return F.relu(y) if relu else y

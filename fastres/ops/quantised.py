@@ -14,11 +14,10 @@ from functools import cache, partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastres.ops.folded import Folded
-from fastres.ops.steps import Geometry, nchw, nhwc
+from fastres.ops.layout import Geometry, nchw, nhwc
 
 FLOAT8 = torch.float8_e4m3fn
 FLOAT8_MAX = torch.finfo(FLOAT8).max
@@ -47,6 +46,12 @@ class Grid:
     def units(self, q: Tensor, dtype: torch.dtype) -> Tensor:
         """q - zero: what q stands for, divided by the scale."""
         return q.to(dtype) if self.dtype == FLOAT8 else q.int_repr().to(dtype) - self.zero
+
+    def nearest(self, units: Tensor) -> Tensor:
+        """The tensor that stores the numbers nearest to units, which are as of `units`."""
+        return (
+            to_float8(units) if self.dtype == FLOAT8 else as_quint8((units + self.zero).round_().clamp_(0, 255), self)
+        )
 
 
 @dataclass(frozen=True)
@@ -83,37 +88,6 @@ def to_float8(x: Tensor) -> Tensor:
     return x.clamp(-FLOAT8_MAX, FLOAT8_MAX).to(FLOAT8)
 
 
-def by_simulation(
-    x: Tensor,
-    residual: Tensor | None = None,
-    *,
-    p: Folded,
-    geometry: Geometry,
-    relu: bool,
-    grids: Quantised,
-    dtype: torch.dtype,
-    wide: torch.dtype,
-) -> Tensor:
-    """[relu](scale conv(x, w) + shift + residual) on the grid of the output, else in `dtype`; computed in `wide`.
-
-    Float8 products are exact in float32 (and in TF32), sums of whole numbers in float64. The residual may broadcast.
-    """
-    assert p.scale is not None
-    units = grids.x.units(x, wide)
-    y = nhwc(F.conv2d(nchw(units), nchw(p.w.to(wide)), None, *_args(geometry))) * p.scale
-    if p.shift is not None:
-        y += p.shift
-    if residual is not None:
-        assert grids.residual is not None
-        y = y + grids.residual.units(residual, wide) * grids.residual.scale
-    y = y.relu_() if relu else y
-    out = grids.out
-    if out is None:
-        return y.to(dtype)
-    y = y * (1 / out.scale)
-    return to_float8(y) if out.dtype == FLOAT8 else as_quint8((y + out.zero).round_().clamp_(0, 255), out)
-
-
 def as_quint8(q: Tensor, grid: Grid) -> Tensor:
     """The tensor that stores q, whole numbers from 0 to 255 in any dtype."""
     return torch._make_per_tensor_quantized_tensor(q.to(torch.uint8), grid.scale, grid.zero)
@@ -135,13 +109,11 @@ class ByOneDNN:
         self.another = partial(ByOneDNN, p, geometry=geometry, relu=relu, grids=grids, keep=keep)
         assert p.scale is not None
         assert grids.out is not None
-        stride, pad, dilation, groups = geometry
         scale = p.scale.double() / grids.x.scale
         w = torch._make_per_channel_quantized_tensor(nchw(p.w), scale, torch.zeros(len(scale), dtype=torch.int64), 0)
         ops: Any = torch.ops.quantized
         with ENGINE:
-            sizes = [stride, stride], [pad, pad], [dilation, dilation], groups
-            self.packed = ops.conv2d_prepack(w, p.shift, *sizes)
+            self.packed = ops.conv2d_prepack(w, p.shift, *geometry.both)
         self.out = grids.out.scale, grids.out.zero
         self.copies = keep and grids.residual is not None
         self.alone = (ops.conv2d_relu if relu else ops.conv2d).new
@@ -196,7 +168,3 @@ def saturates() -> bool:
     call = ByOneDNN(p, geometry=Geometry(), relu=False, grids=Quantised(whole, None, out), keep=False)
     (y,) = call(as_quint8(torch.full((1, 4, 4, 64), 255), whole))
     return bool((y.int_repr() != 255).any())
-
-
-def _args(geometry: Geometry) -> tuple[int, int, int, int]:
-    return geometry.stride, geometry.pad, geometry.dilation, geometry.groups

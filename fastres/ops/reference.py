@@ -1,58 +1,64 @@
-"""The meaning of every fused op, in plain PyTorch: CPU path, test oracle, benchmark baseline and documentation at once.
+"""What every fused operation means, in plain PyTorch. Start here.
 
-Shapes: x [N, C, H, W]; a conv weight [K, C/groups, R, S]; z = conv(x) and everything after it [N, K, P, Q].
-Every function is differentiable, works in any floating dtype and any memory format, and changes nothing but the running
-statistics of a BatchNorm in training mode.
+    residual_block, plain_block, stem       the blocks of a net, over its modules
+    conv_bias_act, conv_quantised           a convolution of `optimize`'s plan, in floating point and in 8 bits
+    conv_fprop ... pad_shortcut_backward    the steps of a fused block and of its backward, as kernels compute them
+
+The functions are the oracle of the tests, the baseline of the benchmarks and what runs where no kernel serves. Those
+over modules take x [N, C, H, W] of any floating dtype, are differentiable and change nothing but what the modules
+change. The steps take what the kernel launchers in `fastres.kernels` take: activations are NHWC-contiguous
+[N, H, W, C], weights KRSC-contiguous [K, R, S, C/groups]; per-channel vectors [C] and partial sums are float32 (float64
+for float64 activations). Equations: paper section 3.4 and Ioffe & Szegedy (2015), with
+
+    z_hat = (z - mean) rstd,   a = relu(scale z + shift),   scale = weight rstd,   shift = bias - mean scale
+    g = dy [a > 0],        dz = p g + q z + r per channel
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
+
+from fastres.ops.layout import Geometry, nchw, nhwc, wide
+
+Function = Callable[[Tensor], Tensor]
+Unit = tuple[Function, Function]  # (conv, BatchNorm): modules, or functions of a tensor
+Affine = tuple[Tensor, Tensor]  # (scale, shift), each [C]
+Prologue = Affine | None  # where a convolution reads relu(scale a + shift)
+BNBackward = tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # (z, p, q, r)
+OnLoad = BNBackward | None  # where it is given, what is called dz is g, and p g + q z + r is meant
+Norms = tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor] | None]  # (z, mean) of a block's last BN, of a projection's
 
 
-def conv(x: Tensor, conv: nn.Conv2d) -> Tensor:
-    """z = conv2d(x, weight, bias), zero-padded."""
-    return F.conv2d(x, conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+def branch(x: Tensor, units: Sequence[Unit]) -> Tensor:
+    """F(x): conv-BN pairs with ReLU between them ("BN right after each convolution and before activation", section
+    3.4)."""
+    for conv, bn in units[:-1]:
+        x = F.relu(bn(conv(x)))
+    conv, bn = units[-1]
+    return bn(conv(x))
 
 
-def count_batch(bn: nn.BatchNorm2d) -> float:
-    """Count this batch where `bn` keeps count; returns the weight of its statistics in the running ones.
+def residual_block(x: Tensor, units: Sequence[Unit], shortcut: Function | None = None) -> Tensor:
+    """relu(F(x) + shortcut(x)) (equations 1 and 2), F being `branch`.
 
-    Raises RuntimeError where that weight depends on the count and a CUDA graph is being captured.
+    shortcut: None for the identity, else a projection `Sequential(conv, bn)` or an option-A module.
     """
-    if bn.training and bn.track_running_stats and bn.num_batches_tracked is not None:
-        if bn.momentum is None and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(
-                f"BatchNorm2d({bn.num_features}, momentum=None) averages over all batches: the host reads their number "
-                "in every step, which a CUDA graph can't do. Give the layer a momentum, or don't capture the step"
-            )
-        bn.num_batches_tracked.add_(1)
-        if bn.momentum is None:  # cumulative average
-            return 1.0 / float(bn.num_batches_tracked)
-    return bn.momentum or 0.0
+    return F.relu(branch(x, units) + (x if shortcut is None else shortcut(x)))
 
 
-def batch_norm(z: Tensor, bn: nn.BatchNorm2d) -> Tensor:
-    """(z - mean) rstd weight + bias per channel, with `nn.BatchNorm2d`'s choice of statistics and their update."""
-    momentum = count_batch(bn)
-    use_batch = bn.training or bn.running_mean is None
-    moved = not bn.training or bn.track_running_stats
-    mean, var = (bn.running_mean, bn.running_var) if moved else (None, None)
-    return F.batch_norm(z, mean, var, bn.weight, bn.bias, use_batch, momentum, bn.eps)
+def plain_block(x: Tensor, units: Sequence[Unit]) -> Tensor:
+    """relu(F(x)): the same layers without a shortcut (the plain nets of section 3.3)."""
+    return F.relu(branch(x, units))
 
 
-def conv_bn_act(
-    x: Tensor, conv_: nn.Conv2d, bn: nn.BatchNorm2d, residual: Tensor | None = None, relu: bool = True
-) -> Tensor:
-    """relu(bn(conv(x)) + residual): paper, section 3.4 ("BN right after each convolution and before activation")."""
-    y = batch_norm(conv(x, conv_), bn)
-    if residual is not None:
-        y = y + residual
-    return F.relu(y) if relu else y
+def stem(x: Tensor, conv: Function, bn: Function, pool: Function) -> Tensor:
+    """maxpool(relu(bn(conv(x)))): the net's 7x7 entrance (Table 1, conv1 and the pool of conv2_x)."""
+    return pool(F.relu(bn(conv(x))))
 
 
 def pad_shortcut(x: Tensor, stride: int, channels: int) -> Tensor:
@@ -68,41 +74,244 @@ def pad_shortcut_add_relu(y: Tensor, x: Tensor, stride: int) -> Tensor:
     return F.relu(y + pad_shortcut(x, stride, y.shape[1]))
 
 
-def residual_block(
-    x: Tensor, units: Sequence[tuple[nn.Conv2d, nn.BatchNorm2d]], shortcut: nn.Module | None = None
+def conv_bias_act(
+    x: Tensor, residual: Any, *, w: Tensor, bias: Tensor | None, geometry: Geometry, relu: bool
 ) -> Tensor:
-    """relu(F(x) + shortcut(x)) (paper, equations 1 and 2): F is conv-BN pairs with ReLU between them.
+    """[relu](conv(x, w) + bias + residual): a convolution of a plan, whose BatchNorm is folded into w [K, C/groups, R,
+    S] and bias; x [N, C, H, W]."""
+    y = F.conv2d(x, w, bias, *geometry)
+    y = y if residual is None else y + residual
+    return F.relu(y) if relu else y
 
-    shortcut: None for the identity, else a module: `Sequential(conv, bn)` for a projection, or an option-A module.
+
+def conv_quantised(
+    x: Tensor, residual: Tensor | None = None, *, p: Any, geometry: Geometry, relu: bool, grids: Any,
+    dtype: torch.dtype, wide: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """[relu](scale conv(x, w) + shift + residual) of a plan in 8 bits: on the grid of the output, else in `dtype`;
+    computed in `wide`. p: its `Folded`, grids: its `Quantised`.
+
+    Float8 products are exact in float32 (and in TF32), sums of whole numbers in float64. The residual may broadcast.
     """
-    y = x
-    for conv_, bn in units[:-1]:
-        y = conv_bn_act(y, conv_, bn)
-    conv_, bn = units[-1]
-    return conv_bn_act(y, conv_, bn, residual=x if shortcut is None else shortcut(x))
+    y = nhwc(F.conv2d(nchw(grids.x.units(x, wide)), nchw(p.w.to(wide)), None, *geometry)) * p.scale
+    if p.shift is not None:
+        y += p.shift
+    if residual is not None:
+        y = y + grids.residual.units(residual, wide) * grids.residual.scale
+    y = y.relu_() if relu else y
+    return y.to(dtype) if grids.out is None else grids.out.nearest(y * (1 / grids.out.scale))
 
 
-def plain_block(x: Tensor, units: Sequence[tuple[nn.Conv2d, nn.BatchNorm2d]]) -> Tensor:
-    """relu(F(x)): the same layers without a shortcut (the plain nets of section 3.3)."""
-    for conv_, bn in units:
-        x = conv_bn_act(x, conv_, bn)
-    return x
+def conv_fprop(x: Tensor, w: Tensor, *, geometry: Geometry) -> Tensor:
+    """z [N, P, Q, K] = conv(x, w)."""
+    return nhwc(F.conv2d(nchw(x), nchw(w), None, *geometry))
 
 
-def stem(x: Tensor, conv_: nn.Conv2d, bn: nn.BatchNorm2d, pool: nn.MaxPool2d) -> Tensor:
-    """maxpool(relu(bn(conv(x)))): the net's 7x7 entrance (paper, Table 1, conv1 and the pool of conv2_x)."""
-    y = conv_bn_act(x, conv_, bn)
-    return F.max_pool2d(y, pool.kernel_size, pool.stride, pool.padding, pool.dilation, pool.ceil_mode)
+def conv_dgrad(dy: Tensor, w: Tensor, x_shape: Sequence[int], *, geometry: Geometry) -> Tensor:
+    """dx [N, H, W, C] from dy [N, P, Q, K]."""
+    x = nchw(dy.new_empty(tuple(x_shape)))  # never read, but ATen computes in its layout
+    return nhwc(_conv_backward(nchw(dy), x, nchw(w), geometry, (True, False, False))[0])
 
 
-__all__ = [
-    "batch_norm",
-    "conv",
-    "conv_bn_act",
-    "count_batch",
-    "pad_shortcut",
-    "pad_shortcut_add_relu",
-    "plain_block",
-    "residual_block",
-    "stem",
-]
+def conv_wgrad(dy: Tensor, x: Tensor, filter_shape: Sequence[int], *, geometry: Geometry) -> Tensor:
+    """dw [K, R, S, C/groups] from dy [N, P, Q, K] and x [N, H, W, C]."""
+    k, r, s, c = filter_shape
+    w = dy.new_empty(()).expand(k, c, r, s)
+    return nhwc(_conv_backward(nchw(dy), nchw(x), w, geometry, (False, True, False))[1])
+
+
+def _conv_backward(
+    dy: Tensor, x: Tensor, w: Tensor, geometry: Geometry, mask: tuple[bool, bool, bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    *sizes, groups = geometry.both
+    return torch.ops.aten.convolution_backward(dy, x, w, None, *sizes, False, [0, 0], groups, list(mask))
+
+
+def statistics(z: Tensor) -> Tensor:
+    """Partials [tiles, 3, K] = (count, mean, M2 = sum of squared distances to that mean) of z [N, P, Q, K], of the
+    values as stored. Here one tile; kernels give one per program, to be merged by Chan's rule."""
+    var, mean = torch.var_mean(z.to(wide(z.dtype)), (0, 1, 2), correction=0)
+    count = z.numel() // z.shape[-1]
+    return torch.stack([torch.full_like(mean, count), mean, var * count])[None]
+
+
+def finish_statistics(
+    partials: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    *,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    momentum: float = 0.0,
+    counter: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(mean, rstd, scale, shift), each [K], and running statistics moved towards mean and unbiased variance in place:
+    running = (1 - momentum) running + momentum new; one more in counter, an integer []."""
+    if counter is not None:
+        counter.add_(1)
+    count, mean, m2 = partials[0]
+    for n, tile_mean, tile_m2 in partials[1:]:
+        total, delta = count + n, tile_mean - mean
+        share = torch.where(total > 0, n / total, 0.0)
+        m2 = m2 + tile_m2 + delta * delta * count * share
+        mean, count = mean + delta * share, total
+    rstd = (m2 / count + eps).rsqrt()
+    if running_mean is not None and running_var is not None:
+        running_mean.lerp_(mean.to(running_mean.dtype), momentum)
+        running_var.lerp_((m2 / (count - 1)).to(running_var.dtype), momentum)
+    return mean, rstd, *affine(mean, rstd, weight, bias)
+
+
+def running_statistics(
+    running_mean: Tensor, running_var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(mean, rstd, scale, shift) of a BatchNorm in eval mode, from its running statistics."""
+    mean, rstd = running_mean.to(wide(running_mean.dtype)), (running_var.to(wide(running_var.dtype)) + eps).rsqrt()
+    return mean, rstd, *affine(mean, rstd, weight, bias)
+
+
+def affine(mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """scale = weight rstd, shift = bias - mean scale."""
+    scale = rstd if weight is None else weight.to(rstd.dtype) * rstd
+    shift = -mean * scale
+    return scale, shift if bias is None else shift + bias.to(rstd.dtype)
+
+
+def normalize(
+    z: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    *,
+    relu: bool,
+    residual: Tensor | None = None,
+    residual_scale: Tensor | None = None,
+    residual_shift: Tensor | None = None,
+    residual_stride: int = 1,
+) -> Tensor:
+    """[relu](scale z + shift [+ residual | + residual_scale residual + residual_shift]).
+
+    A residual [N, H, W, C] with fewer channels or more pixels than z is option A's: read every `residual_stride`-th
+    pixel, absent channels as zero.
+    """
+    y = z * scale + shift
+    if residual is not None:
+        if residual.shape != z.shape:
+            residual = residual[:, ::residual_stride, ::residual_stride]
+            residual = F.pad(residual, (0, z.shape[-1] - residual.shape[-1]))
+        if residual_scale is not None and residual_shift is not None:
+            residual = residual * residual_scale + residual_shift
+        y = y + residual
+    return (F.relu(y) if relu else y).to(z.dtype)
+
+
+def normalize_max_pool(
+    z: Tensor, scale: Tensor, shift: Tensor, *, kernel: int, stride: int, pad: int, taps: bool = True
+) -> tuple[Tensor, Tensor | None]:
+    """y = max_pool(relu(scale z + shift)) and, where `taps` are wanted, per value of y, which tap of its window it came
+    from (uint8, in scan order; the first of equals, NaN wins, as `torch.max_pool2d`)."""
+    a = nchw(normalize(z, scale, shift, relu=True))
+    if not taps:
+        return nhwc(F.max_pool2d(a, kernel, stride, pad)), None
+    y, flat = F.max_pool2d(a, kernel, stride, pad, return_indices=True)
+    h, w = flat // a.shape[3], flat % a.shape[3]
+    top = torch.arange(y.shape[2], device=z.device)[:, None] * stride - pad
+    left = torch.arange(y.shape[3], device=z.device)[None, :] * stride - pad
+    return nhwc(y), nhwc(((h - top) * kernel + (w - left)).to(torch.uint8))
+
+
+class Pool(NamedTuple):
+    """A max pool behind the ReLU: the taps that `normalize_max_pool` chose [N, U, V, K], and its sizes."""
+
+    tap: Tensor
+    kernel: int
+    stride: int
+    pad: int
+
+
+Mask = Tensor | tuple[Tensor, Tensor] | None
+
+
+def gradient(dy: Tensor, z: Tensor, mask: Mask, pool: Pool | None) -> Tensor:
+    """g: dy, behind a max pool sent back to the taps it came from, where the ReLU was open.
+
+    `mask` is the ReLU's saved output, or (scale, shift) to recompute its input from z. A NaN there lets the gradient
+    through, as in `torch.relu`.
+    """
+    return _masked(dy if pool is None else _unpooled(dy, z, pool), z, mask)
+
+
+def _unpooled(dy: Tensor, z: Tensor, pool: Pool) -> Tensor:
+    n, h, w, c = z.shape
+    top = torch.arange(dy.shape[1], device=z.device)[:, None, None] * pool.stride - pool.pad
+    left = torch.arange(dy.shape[2], device=z.device)[None, :, None] * pool.stride - pool.pad
+    tap = pool.tap.to(torch.int64)
+    flat = ((tap // pool.kernel + top) * w + tap % pool.kernel + left).reshape(n, -1, c)
+    g = torch.zeros(n, h * w, c, dtype=wide(dy.dtype), device=z.device)
+    return g.scatter_add_(1, flat, dy.reshape(n, -1, c).to(g.dtype)).view(n, h, w, c)
+
+
+def _masked(dy: Tensor, z: Tensor, mask: Mask) -> Tensor:
+    if mask is None:
+        return dy
+    before = mask if isinstance(mask, Tensor) else z * mask[0] + mask[1]
+    return torch.where(before <= 0, 0.0, dy)
+
+
+def backward_reduce(
+    dy: Tensor,
+    z: Tensor,
+    mean: Tensor,
+    *,
+    mask: Mask = None,
+    pool: Pool | None = None,
+    projection: tuple[Tensor, Tensor] | None = None,
+) -> Any:
+    """Partials [tiles, 2, K] = (sum g, sum g (z - mean)) over the pixels of a tile; with projection = (z_d, mean_d),
+    whose BatchNorm has the same g, a pair of partials."""
+    g = gradient(dy, z, mask, pool).to(mean.dtype)
+    pairs = [(z, mean)] if projection is None else [(z, mean), projection]
+    both = [torch.stack([g.sum((0, 1, 2)), (g * (t - m)).sum((0, 1, 2))])[None] for t, m in pairs]
+    return both[0] if projection is None else tuple(both)
+
+
+def finish_backward(
+    partials: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, count: int, *, batch_statistics: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """(dweight, dbias, p, q, r), each [K]: dz = p g + q z + r.
+
+    With batch statistics dz = weight rstd (g - mean(g) - z_hat mean(g z_hat)); with given ones dz = weight rstd g, and
+    q and r are None.
+    """
+    sum_g, sum_gz = partials.sum(0)
+    dweight, p = sum_gz * rstd, rstd if weight is None else weight.to(rstd.dtype) * rstd
+    if not batch_statistics:
+        return dweight, sum_g, p, None, None
+    q = -p * rstd * dweight / count
+    return dweight, sum_g, p, q, -p * sum_g / count - q * mean
+
+
+def backward_apply(
+    dy: Tensor,
+    z: Tensor,
+    p: Tensor,
+    q: Tensor | None,
+    r: Tensor | None,
+    *,
+    mask: Mask = None,
+    pool: Pool | None = None,
+    projection: tuple[Tensor, Tensor, Tensor | None, Tensor | None] | None = None,
+) -> Any:
+    """dz = p g + q z + r, or p g where q and r are None; with projection = (z_d, p_d, q_d, r_d) the pair (dz, dz_d)."""
+    g = gradient(dy, z, mask, pool)
+    sides = [(z, p, q, r)] if projection is None else [(z, p, q, r), projection]
+    both = [(b * g if c is None or d is None else b * g + c * t + d).to(dy.dtype) for t, b, c, d in sides]
+    return both[0] if projection is None else tuple(both)
+
+
+def pad_shortcut_backward(dx: Tensor, dy: Tensor, *, stride: int, mask: Tensor | None = None) -> Tensor:
+    """dx [N, H, W, C] with the shortcut's share of dy [N, P, Q, K], masked by the block's output, added in place:
+    option A's, or with stride 1 the identity's."""
+    read = dx[:, ::stride, ::stride]
+    read += _masked(dy, dy, mask)[..., : dx.shape[-1]]
+    return dx

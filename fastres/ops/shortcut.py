@@ -78,7 +78,7 @@ class PadShortcut(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript skips it only as a statement of its own
-            if not _is_traced(x):
+            if not is_traced(x):
                 return pad_shortcut(x, self.stride, self.channels)
         return reference.pad_shortcut(x, self.stride, self.channels)
 
@@ -86,7 +86,8 @@ class PadShortcut(nn.Module):
         return f"stride={self.stride}, channels={self.channels}"
 
 
-def _is_traced(x: Any) -> bool:
+def is_traced(x: Any) -> bool:
+    """True while the call is recorded by fx, `jit.trace` or `torch.export`: recordings hold ATen ops only."""
     return isinstance(x, fx.Proxy) or torch.jit.is_tracing() or torch.compiler.is_exporting()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,8 +13,8 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastres.ops import conv_bn_act as fused
-from fastres.ops import dispatch, reference, registered
+from fastres.ops import block as fused
+from fastres.ops import dispatch, ends, operators, reference
 
 N, C, H, W = 2, 6, 7, 6
 ENDS = ("linear", "relu", "add", "join", "project", "pad", "pool")
@@ -29,7 +30,7 @@ LAYERS = {  # (C, K, side, stride, groups) of each conv
 
 
 def arguments(end: str, training: bool, dtype: torch.dtype = torch.float32, grad: bool = True) -> tuple[Any, ...]:
-    """Those of `registered.conv_bn_act` for a small chain; the second layer's BN, where there is one, has no weight."""
+    """Those of `operators.conv_bn_act` for a small chain; the second layer's BN, where there is one, has no weight."""
     parameters: list[Tensor | None] = []
     running: list[Tensor] = []
     geometry: list[int] = []
@@ -54,39 +55,39 @@ CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_
 @pytest.mark.parametrize("end", ENDS)
 def test_opcheck(end: str) -> None:
     training = end != "join"
-    torch.library.opcheck(registered.conv_bn_act, arguments(end, training), test_utils=CHECKS)
+    torch.library.opcheck(operators.conv_bn_act, arguments(end, training), test_utils=CHECKS)
 
 
 @pytest.mark.parametrize("end", ENDS)
 def test_opcheck_backward(end: str) -> None:
     x, parameters, running, residual, geometry, eps, momentum, training, _, sizes = arguments(end, True, grad=False)
     given = (x, parameters, running, residual, geometry, eps, momentum, training, end, sizes)
-    out, _, statistics, kept = registered.conv_bn_act(*given)
+    out, _, statistics, kept = operators.conv_bn_act(*given)
     mask = [True, *(p is not None for p in parameters)]
     args = (torch.randn_like(out), x, out, parameters, statistics, kept, geometry, training, end, sizes, mask)
-    torch.library.opcheck(registered.conv_bn_act_backward, args, test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(operators.conv_bn_act_backward, args, test_utils=("test_schema", "test_faketensor"))
 
 
 def test_opcheck_affine() -> None:
     x, scale, shift = torch.randn(N, C, H, W), torch.randn(8), torch.randn(8)
     for residual in (None, torch.randn(N, 8, H, W)):
         args = (x, torch.randn(8, 3, 3, 3), scale, shift, residual, [1, 1, 1, 2], True)
-        torch.library.opcheck(registered.conv_affine_act, args)
+        torch.library.opcheck(operators.conv_affine_act, args)
 
 
 @pytest.mark.parametrize("end", ENDS)
 def test_fakes_have_the_strides_and_dtypes_of_the_results(end: str) -> None:
     """Which `opcheck` does not compare on a CPU; low-precision x with fp32 parameters, as under autocast."""
     given = arguments(end, True, torch.bfloat16, grad=False)
-    real = registered.conv_bn_act(*given)
-    fake = registered._forward_fake(*given)
+    real = operators.conv_bn_act(*given)
+    fake = operators._forward_fake(*given)
     layout = [(t.shape, t.stride(), t.dtype) for t in torch.utils._pytree.tree_leaves(real)]
     assert layout == [(t.shape, t.stride(), t.dtype) for t in torch.utils._pytree.tree_leaves(fake)]
     assert real[0].is_contiguous(memory_format=torch.channels_last)
     x, parameters, _, _, geometry, _, _, training, _, sizes = given
     mask = [True, *(p is not None for p in parameters)]
     args = (real[0], x, real[0], parameters, real[2], real[3], geometry, training, end, sizes, mask)
-    grads, fakes = registered.conv_bn_act_backward(*args), registered._backward_fake(*args)
+    grads, fakes = operators.conv_bn_act_backward(*args), operators._backward_fake(*args)
     assert [(t.shape, t.stride(), t.dtype) for t in grads] == [(t.shape, t.stride(), t.dtype) for t in fakes]
     like = [p for p in parameters if p is not None]
     assert [(t.stride(), t.dtype) for t in grads[1:]] == [(p.stride(), p.dtype) for p in like]
@@ -127,7 +128,7 @@ def test_equals_the_definition(end: str, training: bool) -> None:
 
     args = tuple(map(wide, arguments(end, training)))
     theirs = copy.deepcopy(args)
-    out, moved, _, _ = registered.conv_bn_act(*args)
+    out, moved, _, _ = operators.conv_bn_act(*args)
     want = plain(end, theirs)
     assert relative_error(out, want) < 1e-12
     if training:
@@ -141,17 +142,38 @@ def test_equals_the_definition(end: str, training: bool) -> None:
         assert relative_error(got, right) < 1e-10
 
 
+@pytest.mark.parametrize("end", ENDS)
+def test_an_end_says_what_its_block_means(end: str) -> None:
+    x, parameters, _, residual, geometry, eps, *_, sizes = args = arguments(end, True, grad=False)
+
+    def unit(i: int) -> tuple[Any, Any]:
+        weight, *affine = parameters[3 * i : 3 * i + 3]
+        conv = partial(nn.functional.conv2d, weight=weight, bias=None)
+        sides = dict(zip(("stride", "padding", "dilation", "groups"), geometry[4 * i : 4 * i + 4], strict=True))
+        norm = partial(nn.functional.batch_norm, running_mean=None, running_var=None, training=True, eps=eps[i])
+        return partial(conv, **sides), partial(norm, weight=affine[0], bias=affine[1])
+
+    got = ends.of_words(end, sizes, residual).definition(x, [unit(i) for i in range(len(eps))])
+    assert relative_error(got, plain(end, args)) < 1e-6
+
+
+def test_an_unknown_end_is_refused() -> None:
+    x, *rest, sizes = arguments("relu", True)
+    with pytest.raises(ValueError, match="unknown end 'gelu'; accepted: relu, linear, add"):
+        operators.conv_bn_act(x, *rest[:-1], "gelu", sizes)
+
+
 def test_only_the_wanted_gradients_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     args = arguments("add", True)
     for tensor in (args[0], *args[1][1:]):
         if tensor is not None:
             tensor.requires_grad_(False)
     asked = []
-    body = registered.Backward.run
+    body = operators.Backward.run
     monkeypatch.setattr(
-        registered.Backward, "run", lambda self, dy: asked.append((self.needs_x, self.needs)) or body(self, dy)
+        operators.Backward, "run", lambda self, dy: asked.append((self.needs_x, self.needs)) or body(self, dy)
     )
-    out, moved, statistics, kept = registered.conv_bn_act(*args)
+    out, moved, statistics, kept = operators.conv_bn_act(*args)
     assert not any(t.requires_grad for t in (moved, statistics, *kept))
     out.sum().backward()
     assert args[1][0].grad is not None
@@ -161,25 +183,25 @@ def test_only_the_wanted_gradients_are_computed(monkeypatch: pytest.MonkeyPatch)
 def test_results_are_open_to_in_place_operations() -> None:
     """Of the operator and of the eager call, which both make their result by a permutation."""
     args = arguments("linear", True)
-    registered.conv_bn_act(*args)[0].relu_().sum().backward()
+    operators.conv_bn_act(*args)[0].relu_().sum().backward()
     unit = (nn.Conv2d(6, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6))
     fused.residual_block(args[0], [unit], None).add_(1)
 
 
 def test_what_cannot_be_differentiated_says_so() -> None:
     args = arguments("relu", True)
-    out = registered.conv_bn_act(*args)[0]
+    out = operators.conv_bn_act(*args)[0]
     (dx,) = torch.autograd.grad(out.square().sum(), args[0], create_graph=False)
     assert dx.shape == args[0].shape
-    out = registered.conv_bn_act(*args)[0]
+    out = operators.conv_bn_act(*args)[0]
     with pytest.raises(NotImplementedError, match="second derivative"):
         torch.autograd.grad(out.square().sum(), args[0], create_graph=True)
     with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="reverse-mode"):
-        registered.conv_bn_act(forward_ad.make_dual(args[0].detach(), torch.ones(N, C, H, W)), *args[1:])
+        operators.conv_bn_act(forward_ad.make_dual(args[0].detach(), torch.ones(N, C, H, W)), *args[1:])
     with pytest.raises(NotImplementedError, match=r"torch\.func"):
-        torch.func.grad(lambda x: registered.conv_bn_act(x, *args[1:])[0].sum())(args[0].detach())
+        torch.func.grad(lambda x: operators.conv_bn_act(x, *args[1:])[0].sum())(args[0].detach())
     with pytest.raises(NotImplementedError, match="has no derivative"):
-        registered.conv_affine_act(args[0], args[1][0], torch.ones(4), torch.ones(4), None, args[4], True)
+        operators.conv_affine_act(args[0], args[1][0], torch.ones(4), torch.ones(4), None, args[4], True)
 
 
 def flops_of(end: str, args: tuple[Any, ...], call: Any) -> int:
@@ -196,13 +218,13 @@ def test_flops_are_those_of_the_definition(end: str, input_grad: bool) -> None:
     want = flops_of(end, args, lambda a: plain(end, a))
     if end == "relu":  # PyTorch's own formula for wgrad forgets the groups
         want = (2 + input_grad) * 2 * N * H * W * 4 * 3 * 9
-    assert flops_of(end, args, lambda a: registered.conv_bn_act(*a)[0]) == want
+    assert flops_of(end, args, lambda a: operators.conv_bn_act(*a)[0]) == want
 
 
 def test_flops_of_inference() -> None:
     x, weight = torch.randn(N, C, H, W), torch.randn(8, 3, 3, 3)
     with FlopCounterMode(display=False) as counter:
-        registered.conv_affine_act(x, weight, torch.ones(8), torch.ones(8), None, [2, 1, 1, 2], True)
+        operators.conv_affine_act(x, weight, torch.ones(8), torch.ones(8), None, [2, 1, 1, 2], True)
     assert counter.get_total_flops() == 2 * N * 4 * 3 * 8 * 3 * 9
 
 
@@ -241,7 +263,7 @@ def test_kernels_serve_the_operator(end: str) -> None:
     args = tuple(map(there, arguments(end, True)))
     theirs = tuple(map(there, args))
     with dispatch.backend("triton"):
-        out, moved, _, _ = registered.conv_bn_act(*args)
+        out, moved, _, _ = operators.conv_bn_act(*args)
         want = plain(end, theirs)
         torch.testing.assert_close(out, want, rtol=2e-3, atol=2e-3)
         torch.testing.assert_close(moved, torch.cat(theirs[2]), rtol=2e-3, atol=2e-3)

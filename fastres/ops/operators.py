@@ -1,6 +1,6 @@
 """The fused calls as PyTorch operators: what `torch.compile`, FlopCounterMode and other dispatch modes see.
 
-    conv_bn_act       a chain of conv-BN units with its end, `conv_bn_act.forward`; trains
+    conv_bn_act       a chain of conv-BN pairs with its end, as `block` runs one; trains
     conv_affine_act   [relu](scale conv(x, w) + shift + residual), one unit whose statistics are given; no gradient
 
 Bodies are those of the eager call, on every device. An operator that mutates can have no derivative, so `conv_bn_act`
@@ -16,7 +16,6 @@ those further.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,15 +23,17 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
-from fastres.ops import dispatch, launch
-from fastres.ops.conv_bn_act import Backward, Call, End, Gradient, Layer, choose_steps, forward, krsc, unaliased
-from fastres.ops.flop_formulas import conv_flops, register_conv_flops
-from fastres.ops.steps import Geometry, nchw, nhwc, wide
+from fastres.ops import dispatch, ends
+from fastres.ops.backward import Backward
+from fastres.ops.block import Call, bound, forward
+from fastres.ops.conv_bn import Buffers, ConvBN, Kept
+from fastres.ops.ends import BlockKept, End, Gradient
+from fastres.ops.layout import Geometry, cast_gradients, krsc, nchw, nhwc, unaliased, wide
 
 _lib = torch.library.Library("fastres", "FRAGMENT")
 for _schema in (
     # parameters: (weight, BN weight, BN bias) a layer; running: (mean, var) a layer; geometry: stride, pad, dilation,
-    # groups a layer; training: whether a layer takes the batch's statistics; end, sizes: the fields of `End`.
+    # groups a layer; training: whether a layer takes the batch's statistics; end, sizes: the words of an `End`.
     # moved: running mean and var of every layer that moves them, behind one another; statistics: mean, rstd, scale,
     # shift a layer, behind one another; kept: every z, the pool's taps, every weight that had to be cast or laid out.
     "conv_bn_act(Tensor x, Tensor?[] parameters, Tensor?[] running, Tensor? residual, int[] geometry, float[] eps,"
@@ -52,62 +53,6 @@ conv_bn_act_backward = torch.ops.fastres.conv_bn_act_backward.default
 conv_affine_act = torch.ops.fastres.conv_affine_act.default
 
 
-@dataclass(frozen=True)
-class Chain:
-    """The static arguments of `conv_bn_act`, by layer."""
-
-    geometry: Sequence[int]
-    eps: Sequence[float]
-    momentum: Sequence[float]
-    training: Sequence[bool]
-    end: str
-    sizes: Sequence[int]
-
-    @staticmethod
-    def of(layers: Sequence[Layer], end: End) -> Chain:
-        return Chain(
-            [size for layer in layers for size in layer.geometry],
-            [layer.eps for layer in layers],
-            [layer.momentum for layer in layers],
-            [layer.batch_statistics for layer in layers],
-            end.kind,
-            [end.kernel, end.stride, end.pad],
-        )
-
-    @property
-    def arguments(self) -> tuple[Any, ...]:
-        return self.geometry, self.eps, self.momentum, self.training, self.end, self.sizes
-
-
-def run(call: Call, x: Tensor, parameters: Sequence[Tensor | None]) -> Tensor:
-    """`conv_bn_act` on what the eager call was given; moves the running statistics."""
-    running = [t for layer in call.layers for t in layer.running or (None, None)]
-    out, moved, _, _ = conv_bn_act(x, list(parameters), running, None, *Chain.of(call.layers, call.end).arguments)
-    tracked = [t for layer in call.layers if layer.tracked for t in layer.running or ()]
-    with torch.no_grad():
-        for layer in call.layers:
-            if layer.counter is not None:
-                layer.counter.add_(1)
-        for home, value in zip(tracked, moved.split([t.numel() for t in tracked]), strict=True):
-            home.copy_(value)
-    return out
-
-
-def _layers(
-    geometry: Sequence[int],
-    training: Sequence[bool],
-    eps: Sequence[float] | None = None,
-    momentum: Sequence[float] | None = None,
-    running: Sequence[tuple[Tensor, Tensor] | None] | None = None,
-) -> tuple[Layer, ...]:
-    n = len(training)
-    eps, momentum, running = eps or [0.0] * n, momentum or [0.0] * n, running or [None] * n
-    return tuple(
-        Layer(Geometry(*geometry[4 * i : 4 * i + 4]), eps[i], momentum[i], training[i], running[i] is not None, at)
-        for i, at in enumerate(running)
-    )
-
-
 def _pairs(tensors: Sequence[Any]) -> Iterator[tuple[Any, Any]]:
     return zip(tensors[::2], tensors[1::2], strict=True)
 
@@ -120,83 +65,69 @@ def _is_copied(weight: Tensor, dtype: torch.dtype) -> bool:
 # Bodies.
 
 
-def _call(x: Tensor, weights: Sequence[Any], layers: tuple[Layer, ...], end: End) -> Call:
+def _pairs_of(
+    x: Tensor, weights: Sequence[Any], geometry: Any, eps: Any, training: Any, end: End
+) -> tuple[ConvBN, ...]:
+    shapes = [tuple(weight.shape) for weight in weights]
+    geometries = [Geometry(*geometry[i : i + 4]) for i in range(0, len(geometry), 4)]
+    statics = [*zip(shapes, geometries, eps, training, strict=True)]
     with dispatch.fusions(keep_activation=False, overlap=False):  # the schema names what is kept
-        return Call(layers, end, choose_steps(x.shape, weights, layers, end, x.dtype, x.device))
+        return bound(x.shape, statics, end, x.dtype, x.device, dispatch.choice(x.dtype, x.device))
 
 
-def _forward(
-    x: Tensor,
-    parameters: Sequence[Tensor | None],
-    running: Sequence[Tensor | None],
-    residual: Tensor | None,
-    geometry: Sequence[int],
-    eps: Sequence[float],
-    momentum: Sequence[float],
-    training: Sequence[bool],
-    end: str,
-    sizes: Sequence[int],
-) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+def _moved(x: Tensor, running: Sequence[Any], training: Sequence[bool]) -> Tensor:
+    """The running statistics of the layers that move them, behind one another."""
     homes = [t for pair, moves in zip(_pairs(running), training, strict=True) for t in pair if moves and t is not None]
-    moved = torch.cat(homes) if homes else x.new_empty(0, dtype=wide(x.dtype))
-    views = iter(moved.split([t.numel() for t in homes]))
-    pairs = [
-        None if mean is None or var is None else (next(views), next(views)) if moves else (mean, var)
-        for (mean, var), moves in zip(_pairs(running), training, strict=True)
-    ]
-    layers = _layers(geometry, training, eps, momentum, pairs)
-    weights: Any = parameters[::3]
+    return torch.cat(homes) if homes else x.new_empty(0, dtype=wide(x.dtype))
+
+
+def _forward(x: Tensor, parameters: Sequence[Any], running: Sequence[Any], residual: Any, *words: Any) -> Any:
+    geometry, eps, momentum, training, end, sizes = words
+    moved, at, buffers = _moved(x, running, training), 0, []
+    for (mean, var), moves, move in zip(_pairs(running), training, momentum, strict=True):
+        if moves and mean is not None:
+            mean, var = moved[at : (at := at + mean.numel())], moved[at : (at := at + var.numel())]
+        buffers.append(Buffers(mean, var, moves, move))
+    weights = parameters[::3]
     with torch._C._DisableAutocast():
-        call = _call(x, weights, layers, End(end, *sizes))
-        out, zs, stats, read, _, taps = forward(call, x, x.dtype, parameters, residual)
-        copies = [w for w, weight in zip(read, weights, strict=True) if _is_copied(weight, x.dtype)]
-        return unaliased(out), moved, torch.cat(stats), [*zs, *([] if taps is None else [taps]), *copies]
+        ending = ends.of_words(end, sizes, residual)
+        call = Call(_pairs_of(x, weights, geometry, eps, training, ending), tuple(buffers), ending)
+        read = [krsc(weight, x.dtype) for weight in weights]
+        (kept,) = forward([call], call.read(x, x.dtype), read, parameters)
+        out, taps = ending.finish(call.pairs, kept)
+    copies = [w for w, weight in zip(read, weights, strict=True) if _is_copied(weight, x.dtype)]
+    statistics = torch.cat([t for pair in kept.pairs for t in (pair.mean, pair.rstd, pair.scale, pair.shift)])
+    zs = [pair.z for pair in kept.pairs]
+    return unaliased(out), moved, statistics, [*zs, *([] if taps is None else [taps]), *copies]
 
 
 def _backward(
-    dy: Tensor,
-    x: Tensor,
-    out: Tensor | None,
-    parameters: Sequence[Tensor | None],
-    statistics: Tensor,
-    kept: Sequence[Tensor],
-    geometry: Sequence[int],
-    training: Sequence[bool],
-    end: str,
-    sizes: Sequence[int],
-    output_mask: Sequence[bool],
-) -> list[Tensor]:
-    layers, weights = _layers(geometry, training), list(parameters[::3])
-    channels = [weight.shape[0] for weight in weights if weight is not None]
-    stats = statistics.split([k for k in channels for _ in range(4)])
-    zs, rest = kept[: len(layers)], iter(kept[len(layers) :])
-    taps = next(rest) if end == "pool" else None
-    read = [next(rest) if _is_copied(w, x.dtype) else krsc(w, x.dtype) for w in weights if w is not None]
+    dy: Tensor, x: Tensor, out: Tensor | None, parameters: Sequence[Any], statistics: Tensor, kept: Sequence[Tensor],
+    geometry: Any, training: Any, end: str, sizes: Any, output_mask: Sequence[bool],
+) -> list[Tensor]:  # fmt: skip
+    weights = parameters[::3]
+    n, rest, ending = len(weights), iter(kept[len(weights) :]), ends.of_words(end, sizes)
+    stats = statistics.split([weight.shape[0] for weight in weights for _ in range(4)])
+    taps = next(rest) if isinstance(ending, ends.Pool) else None
+    read = [next(rest) if _is_copied(weight, x.dtype) else krsc(weight, x.dtype) for weight in weights]
+    pairs = [Kept._make((kept[i], *stats[4 * i : 4 * i + 4], read[i], None)) for i in range(n)]
     with torch._C._DisableAutocast():
-        call = _call(x, weights, layers, End(end, *sizes))
-        a = call.read(x, x.dtype)
-        masked = a if out is None else nhwc(out)  # not read where there is no `out`
-        of_layers = (zs, stats, read, [None] * len(layers))
-        work = Backward(call, a, masked, taps, *of_layers, parameters, output_mask[0], output_mask[1:])
-        dx, grads = work.run(Gradient(nhwc(dy.to(x.dtype))))
-    found = [None if dx is None else nchw(dx.value), *grads]
+        call = Call(_pairs_of(x, weights, geometry, [0.0] * n, training, ending), (), ending)
+        block, masked = BlockKept(call.read(x, x.dtype), pairs), None if out is None else nhwc(out)
+        needs_x, *needs = output_mask
+        walk = Backward(call.pairs, ending, block, masked, taps, parameters, needs_x, needs)
+        dx, grads = walk.run(Gradient(nhwc(dy.to(x.dtype))))
+    found = [None if dx is None else nchw(dx.value), *cast_gradients(grads, parameters)]
     return [grad for grad, wanted in zip(found, output_mask, strict=True) if wanted and grad is not None]
 
 
 def _affine(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    residual: Tensor | None,
-    geometry: Sequence[int],
-    relu: bool,
+    x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None, geometry: Any, relu: bool
 ) -> Tensor:
-    n, _, h, w = x.shape
     with torch._C._DisableAutocast():
-        step = launch.step((n, h, w), weight, Geometry(*geometry), x.dtype, x.device)
+        (pair,) = _pairs_of(x, [weight], geometry, [0.0], [False], ends.Linear())
         added = None if residual is None else nhwc(residual)
-        return unaliased(step.infer(nhwc(x), krsc(weight, x.dtype), scale, shift, added, relu))
+        return unaliased(pair.infer(nhwc(x), krsc(weight, x.dtype), scale, shift, added, relu))
 
 
 # Fake: shapes, strides and dtypes of the results.
@@ -211,53 +142,28 @@ def _conv_shape(x: Sequence[Any], weight: Tensor, geometry: Sequence[int]) -> tu
     return n, p, q, k
 
 
-def _forward_fake(
-    x: Tensor,
-    parameters: Sequence[Any],
-    running: Sequence[Tensor | None],
-    residual: Tensor | None,
-    geometry: Sequence[int],
-    eps: Sequence[float],
-    momentum: Sequence[float],
-    training: Sequence[bool],
-    end: str,
-    sizes: Sequence[int],
-) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+def _forward_fake(x: Tensor, parameters: Sequence[Any], running: Sequence[Any], residual: Any, *words: Any) -> Any:
+    geometry, _, _, training, end, sizes = words
     n, _, h, w = x.shape
-    first, kept, weights = (n, h, w), [], parameters[::3]
+    first, kept, weights, ending = (n, h, w), [], parameters[::3], ends.of_words(end, sizes)
     at: Sequence[Any] = first
-    depth = len(weights) - (end == "project")
     for i, weight in enumerate(weights):
-        at = _conv_shape(first if i == depth else at, weight, geometry[4 * i : 4 * i + 4])
+        on_shortcut = ending.projects and i + 1 == len(weights)
+        at = _conv_shape(first if on_shortcut else at, weight, geometry[4 * i : 4 * i + 4])
         kept.append(x.new_empty(at))
-    shape: Sequence[Any] = kept[depth - 1].shape
-    if end == "pool":
-        kernel, stride, pad = sizes
-        p, q = ((size + 2 * pad - kernel) // stride + 1 for size in shape[1:3])
-        shape = (n, p, q, shape[3])
+    shape = ending.out_shape(kept[ending.last].shape)
+    if isinstance(ending, ends.Pool):
         kept.append(x.new_empty(shape, dtype=torch.uint8))
     out = nchw(x.new_empty(shape))
-    for weight in weights:
-        if _is_copied(weight, x.dtype):
-            kept.append(krsc(weight, x.dtype))
-    homes = [t for pair, moves in zip(_pairs(running), training, strict=True) for t in pair if moves and t is not None]
-    moved = torch.cat(homes) if homes else x.new_empty(0, dtype=wide(x.dtype))
-    return out, moved, x.new_empty(4 * sum(weight.shape[0] for weight in weights), dtype=wide(x.dtype)), kept
+    kept += [krsc(weight, x.dtype) for weight in weights if _is_copied(weight, x.dtype)]
+    statistics = x.new_empty(4 * sum(weight.shape[0] for weight in weights), dtype=wide(x.dtype))
+    return out, _moved(x, running, training), statistics, kept
 
 
 def _backward_fake(
-    dy: Tensor,
-    x: Tensor,
-    out: Tensor | None,
-    parameters: Sequence[Tensor | None],
-    statistics: Tensor,
-    kept: Sequence[Tensor],
-    geometry: Sequence[int],
-    training: Sequence[bool],
-    end: str,
-    sizes: Sequence[int],
-    output_mask: Sequence[bool],
-) -> list[Tensor]:
+    dy: Tensor, x: Tensor, out: Any, parameters: Sequence[Any], statistics: Any, kept: Any, geometry: Any,
+    training: Any, end: Any, sizes: Any, output_mask: Sequence[bool],
+) -> list[Tensor]:  # fmt: skip
     n, c, h, w = x.shape
     grads = [nchw(x.new_empty((n, h, w, c)))] if output_mask[0] else []
     wanted = zip(parameters, output_mask[1:], strict=True)
@@ -274,17 +180,16 @@ def _affine_fake(
 # Autograd. By hand on the Autograd key: `torch.library.register_autograd` takes no list that holds None, and it answers
 # forward-mode differentiation with zeros.
 
-_MASKED_BY_OUTPUT = ("add", "project", "pad", "join")
-
 
 class _Function(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, below: Any, chain: Chain, x: Tensor, residual: Tensor | None, *parameters: Any) -> Any:
+    def forward(ctx: Any, below: Any, words: Any, x: Tensor, residual: Tensor | None, *parameters: Any) -> Any:
         out, moved, statistics, kept = below()
-        ctx.chain, ctx.layers = chain, len(parameters)
+        ctx.words, ctx.layers = words, len(parameters)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(moved, statistics, *kept)
-        read = out if chain.end in _MASKED_BY_OUTPUT else None
+        *_, end, sizes = words
+        read = out if ends.of_words(end, sizes).reads_output else None
         ctx.save_for_backward(x, read, statistics, *parameters, *kept)
         return out, moved, statistics, *kept
 
@@ -300,13 +205,12 @@ class _Function(torch.autograd.Function):
         _, _, needs_x, needs_residual, *needs = ctx.needs_input_grad
         if dy is None:
             return (None,) * len(ctx.needs_input_grad)
-        chain: Chain = ctx.chain
+        geometry, _, _, training, end, sizes = ctx.words
         found: Iterator[Tensor] = iter(())
         if needs_x or any(needs):
             found = iter(
                 conv_bn_act_backward(
-                    dy, x, out, parameters, statistics, kept,
-                    chain.geometry, chain.training, chain.end, chain.sizes, [needs_x, *needs],
+                    dy, x, out, parameters, statistics, kept, geometry, training, end, sizes, [needs_x, *needs]
                 )
             )  # fmt: skip
         dx = next(found) if needs_x else None
@@ -339,7 +243,7 @@ def _forward_autograd(
 
     if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable)):
         return below()
-    out, moved, statistics, *kept = _Function.apply(below, Chain(*static), x, residual, *parameters)
+    out, moved, statistics, *kept = _Function.apply(below, static, x, residual, *parameters)
     return out, moved, statistics, kept
 
 
@@ -364,14 +268,22 @@ _lib.impl(conv_bn_act, _forward_autograd, "Autograd", with_keyset=True)
 _lib.impl(conv_affine_act, _affine_autograd, "Autograd", with_keyset=True)
 
 
-# FLOPs.
+# FLOPs, which `torch.utils.flop_counter` counts as nothing for an operator without a formula. Shapes stand for tensors.
 
-register_conv_flops(torch.ops.fastres.conv_affine_act, (0, "weight"))
+
+def _conv_flops(z: torch.Size, w: torch.Size) -> int:
+    """2 numel(z) numel(w) / K of a convolution with output z and filters w, K first: its fprop, dgrad or wgrad."""
+    return 2 * z.numel() * w[1:].numel()
+
+
+@register_flop_formula(torch.ops.fastres.conv_affine_act)
+def _affine_flops(x: Any, weight: Any, *_: Any, out_shape: Any, **__: Any) -> int:
+    return _conv_flops(out_shape, weight)
 
 
 @register_flop_formula(torch.ops.fastres.conv_bn_act)
 def _forward_flops(x: Any, parameters: Sequence[Any], *_: Any, out_shape: Any, **__: Any) -> int:
-    return sum(map(conv_flops, out_shape[3], parameters[::3]))
+    return sum(map(_conv_flops, out_shape[3], parameters[::3]))
 
 
 @register_flop_formula(torch.ops.fastres.conv_bn_act_backward)
@@ -379,9 +291,9 @@ def _backward_flops(
     dy: Any, x: Any, out: Any, parameters: Sequence[Any], statistics: Any, kept: Sequence[Any], geometry: Any,
     training: Any, end: str, sizes: Any, output_mask: Sequence[bool], **_: Any,
 ) -> int:  # fmt: skip
-    weights, total = parameters[::3], 0
+    weights, total, projects = parameters[::3], 0, ends.of_words(end, sizes).projects
     for i, weight in enumerate(weights):
-        on_shortcut = end == "project" and i == len(weights) - 1
+        on_shortcut = projects and i + 1 == len(weights)
         dgrad = output_mask[0] or (not on_shortcut and any(output_mask[: 3 * i + 1]))
-        total += (dgrad + output_mask[3 * i + 1]) * conv_flops(kept[i], weight)
+        total += (dgrad + output_mask[3 * i + 1]) * _conv_flops(kept[i], weight)
     return total

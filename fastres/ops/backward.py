@@ -1,0 +1,142 @@
+"""One block's walk back, from its last BatchNorm to its input."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from fastres.ops.beside import Beside
+from fastres.ops.conv_bn import ConvBN
+from fastres.ops.ends import BlockKept, End, Gradient
+from fastres.ops.layout import like_parameter, nchw
+from fastres.ops.reference import BNBackward, Norms, OnLoad
+
+
+@dataclass
+class Backward:
+    """g_i is the gradient at BN i's output with the ReLU's mask applied; dz_i = p g_i + q z_i + r. A gradient nobody
+    needs is not computed.
+
+    out: the block's output, where its end reads it. parameters: filters, BN weight, BN bias a pair; needs: which of
+    them want a gradient. below: the BatchNorms at the end of the block that x came from, where that block's backward
+    follows; its mask and sums are then taken with dx.
+    """
+
+    pairs: Sequence[ConvBN]
+    end: End
+    kept: BlockKept
+    out: Tensor | None
+    taps: Tensor | None
+    parameters: Sequence[Any]
+    needs_x: bool
+    needs: Sequence[bool]
+    below: Norms | None = None
+
+    def run(self, dout: Gradient) -> tuple[Gradient | None, list[Tensor | None]]:
+        """dx, and one gradient per parameter, each None where nobody needs it. A filter's gradient in another
+        dtype stays so, [K, C/groups, R, S], for `layout.cast_gradients`."""
+        self.grads: list[Tensor | None] = [None] * len(self.parameters)
+        device = self.kept.x.device
+        overlap = self.pairs[0].engines.fusions.overlap and Beside.serves(device)
+        self.beside = Beside(device) if overlap else None
+        try:
+            return self._run(dout), self.grads
+        finally:
+            if self.beside is not None:
+                self.beside.join()
+
+    def _run(self, dout: Gradient) -> Gradient | None:
+        i = len(self.pairs) + self.end.last
+        # Without bn dz is stored; else dz means g, and p g + q z + r is computed on load.
+        dz, bn, side = self._end(i, dout)
+        while dz is not None and i > 0:
+            pair, kept, below = self.pairs[i], self.kept.pairs[i], self.kept.pairs[i - 1]
+            affine = (below.scale, below.shift)
+            read = (below.z, affine) if kept.activation is None else (kept.activation, None)
+            self._weight_grad(i, dz, bn, *read)
+            if not self._needed_below(i):
+                return None
+            g, mask, partials = pair.dgrad_masked(dz, kept.w, bn, below.z, below.mean, affine)
+            i -= 1
+            pair, bn = self.pairs[i], self._bn(i, partials)
+            if not self._needed_at(i):
+                return None
+            if mask is None and pair.fuses(bn):
+                dz = g
+            else:
+                dz, bn = pair.passes.backward_apply(g, *bn, mask=mask), None
+        if dz is None:
+            return None
+        self._weight_grad(0, dz, bn, self.kept.x, None)
+        return self._into_input(dz, bn, dout, side) if self.needs_x else None
+
+    def _end(self, i: int, dout: Gradient) -> tuple[Tensor | None, OnLoad, Tensor | None]:
+        """dz of the main branch's last pair (None where no convolution needs it) and its bn, and the projection's
+        share of dx.
+
+        Still to be masked by the saved output, g costs a third tensor: dz is written once and read twice instead.
+        """
+        pair, last, side = self.pairs[i], self.kept.pairs[i], self.kept.pairs[-1]
+        dy, sums = dout
+        source = self.end.source(self.out, last, self.taps) if sums is None else {"mask": None}
+        if not self.end.projects:
+            bn = self._bn(i, pair.passes.backward_reduce(dy, last.z, last.mean, **source) if sums is None else sums)
+            if not self._needed_at(i):
+                return None, None, None
+            if sums is not None and pair.fuses(bn):
+                return dy, bn, None
+            return pair.passes.backward_apply(dy, *bn, **source), None, None
+        if sums is None:
+            sums = pair.passes.backward_reduce(dy, last.z, last.mean, **source, projection=(side.z, side.mean))
+        bn, bn_side = self._bn(i, sums[0]), self._bn(i + 1, sums[1])
+        if not (self._needed_at(i) or self.needs[-3]):
+            return None, None, None
+        dz, dz_side = pair.passes.backward_apply(dy, *bn, **source, projection=bn_side)
+        self._weight_grad(i + 1, dz_side, None, self.kept.x, None)
+        return dz, None, self.pairs[-1].dgrad(dz_side, side.w, None) if self.needs_x else None
+
+    def _needed_below(self, i: int) -> bool:
+        """Whether anything before pair i's convolution wants a gradient."""
+        return self.needs_x or any(self.needs[: 3 * i])
+
+    def _needed_at(self, i: int) -> bool:
+        """Whether pair i's dgrad or wgrad is needed."""
+        return self._needed_below(i) or self.needs[3 * i]
+
+    def _bn(self, i: int, partials: Tensor) -> BNBackward:
+        """Store dweight and dbias of BN i; return what makes dz of g."""
+        pair, kept = self.pairs[i], self.kept.pairs[i]
+        weight, count = self.parameters[3 * i + 1], pair.problem.pixels
+        dweight, dbias, p, q, r = pair.passes.finish_backward(
+            partials, weight, kept.mean, kept.rstd, count, batch_statistics=pair.batch_statistics
+        )
+        for at, grad in ((3 * i + 1, dweight), (3 * i + 2, dbias)):
+            parameter = self.parameters[at]
+            if parameter is not None and self.needs[at]:
+                self.grads[at] = grad if grad.dtype == parameter.dtype else grad.to(parameter.dtype)
+        return kept.z, p, q, r
+
+    def _weight_grad(self, i: int, dz: Tensor, bn: OnLoad, a: Tensor, prologue: Any) -> None:
+        if not self.needs[3 * i]:
+            return
+        operands = i, dz, bn, a, prologue
+        self.grads[3 * i] = self._dw(*operands) if self.beside is None else self.beside(self._dw, *operands)
+
+    def _dw(self, i: int, dz: Tensor, bn: OnLoad, a: Tensor, prologue: Any) -> Tensor:
+        weight = self.parameters[3 * i]
+        dw = self.pairs[i].wgrad(dz, a, bn, prologue, weight.dtype)
+        return like_parameter(dw, weight) if dw.dtype == weight.dtype else nchw(dw)
+
+    def _into_input(self, dz: Tensor, bn: OnLoad, dout: Gradient, side: Tensor | None) -> Gradient:
+        """dx: the first convolution's share plus the shortcut's."""
+        pair, w = self.pairs[0], self.kept.pairs[0].w
+
+        def dgrad(joins: bool = True, **residual: Any) -> Gradient:
+            if self.below is None or not joins:
+                return Gradient(pair.dgrad(dz, w, bn, **residual))
+            return Gradient(*pair.dgrad_joined(dz, w, bn, self.kept.x, self.below, **residual))
+
+        return self.end.backward(pair, dgrad, dout, self.out if dout.sums is None else None, side)

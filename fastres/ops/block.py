@@ -1,0 +1,380 @@
+"""Residual blocks, plain blocks and the stem as differentiable calls: the meaning is `reference`'s, the speed is here.
+
+Consecutive blocks, a stage or one alone, are one call with their borders fused. Forward, a block's end
+relu(BN(z) + shortcut) is left to the next block's first convolution, which may compute it while loading. Backward, the
+gradient that leaves a block may already be masked, and the sums of the end before it taken. A `Border` does the same
+between two stages, whose calls stay two: so a stage's tensors are given back, and its gradients are ready, before the
+backward of the stage before it begins.
+
+What is kept for backward stands in `ends.BlockKept` and `conv_bn.Kept`; `_Blocks.forward` saves it with the input as
+it was given, the parameters, the output where its end reads it, and a pool's taps. The activation between two
+convolutions, a = relu(scale z + shift), is computed from z again wherever it is read, unless the fusion
+`keep_activation` keeps it. With the fusion `recompute` so are the inputs of all blocks but the first, one pass each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate, chain, pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastres.ops import dispatch, eligibility, reference
+from fastres.ops.backward import Backward
+from fastres.ops.conv_bn import Buffers, ConvBN, Kept, conv_bn, refuse_capture
+from fastres.ops.ends import Add, BlockKept, End, Gradient, Pad, Pending, Pool, Project, Relu
+from fastres.ops.layout import Geometry, cast_gradients, dense, krsc, nchw, nhwc, read_weights, unaliased
+from fastres.ops.reference import Norms
+
+Unit = tuple[Any, Any]  # (conv, norm): modules
+Block = tuple[Sequence[Unit], End]  # a projection's unit behind the others
+
+
+def residual_block(x: Tensor, units: Sequence[Unit], shortcut: nn.Module | None) -> Tensor:
+    """relu(F(x) + shortcut(x)) with F the (conv, norm) `units`, ReLU between them. Equivalent to
+    `reference.residual_block`.
+
+    x [N, C, H, W] of a dtype that `eligibility.serves`; ask it first. shortcut: None, `Sequential(conv, norm)` or a
+    `PadShortcut`. Raises ValueError as `nn.BatchNorm2d` does where batch statistics would be taken of a single value.
+    """
+    return _run(x, [_residual(units, shortcut)])
+
+
+def plain_block(x: Tensor, units: Sequence[Unit]) -> Tensor:
+    """relu(F(x)): the block of a net without shortcuts. Equivalent to `reference.plain_block`."""
+    return _run(x, [(units, Relu())])
+
+
+def stem(x: Tensor, conv: nn.Module, bn: nn.Module, pool: nn.Module) -> Tensor:
+    """maxpool(relu(bn(conv(x)))). Equivalent to `reference.stem`."""
+    sizes = eligibility.pool_sizes(pool)
+    return reference.stem(x, conv, bn, pool) if sizes is None else _run(x, [([(conv, bn)], Pool(*sizes))])
+
+
+def stages(x: Tensor, of_stages: Sequence[Sequence[tuple[Sequence[Unit], nn.Module | None]]]) -> Tensor:
+    """Stages, each a list of blocks (units, shortcut) as `residual_block` takes them, one after the other on x
+    [N, C, H, W]; for a forward that needs gradients."""
+    before = None
+    for i, blocks in enumerate(of_stages):
+        after = Border() if i + 1 < len(of_stages) else None
+        x, before = _run(x, [_residual(*block) for block in blocks], before, after), after
+    return x
+
+
+def _residual(units: Sequence[Unit], shortcut: nn.Module | None) -> Block:
+    if shortcut is None:
+        return units, Add()
+    if isinstance(shortcut, nn.Sequential):
+        return [*units, (shortcut[0], shortcut[1])], Project()
+    return units, Pad(shortcut.stride)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Call:
+    """One block's forward but for its tensors. Engines are bound already: autograd runs backward on threads that don't
+    see `dispatch`'s contexts."""
+
+    pairs: tuple[ConvBN, ...]  # a projection's behind the others
+    buffers: tuple[Buffers, ...]
+    end: End
+
+    @property
+    def depth(self) -> int:
+        """The number of pairs on the main branch."""
+        return len(self.pairs) + self.end.last + 1
+
+    def read(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """x [N, C, H, W] as the first convolution takes it, [N, H, W, C]: contiguous in `dtype`, or for a stem
+        that packs its images a view of x as it is."""
+        packs = isinstance(self.end, Pool) and self.pairs[0].engines.fprop == "stem"
+        return x.resolve_neg().permute(0, 2, 3, 1) if packs else dense(x, dtype)
+
+    def pending(self, kept: BlockKept) -> Pending:
+        """The block's output, whose convolutions are done."""
+        return self.end.pending(self.pairs, kept)
+
+    @property
+    def words(self) -> tuple[Any, ...]:
+        """The static arguments of the operator `conv_bn_act`."""
+        sizes = [size for pair in self.pairs for size in pair.geometry]
+        eps, momentum = [pair.eps for pair in self.pairs], [each.momentum for each in self.buffers]
+        training = [pair.batch_statistics for pair in self.pairs]
+        return sizes, eps, momentum, training, self.end.word, list(self.end.sizes)
+
+    def definition(self, x: Tensor, parameters: Sequence[Any]) -> Tensor:
+        """The block in plain PyTorch, as autograd sees it without this file; moves no running statistics."""
+
+        def unit(i: int) -> reference.Unit:
+            (filters, weight, bias), pair, buffers = parameters[3 * i : 3 * i + 3], self.pairs[i], self.buffers[i]
+            mean, var = (None, None) if pair.batch_statistics else (buffers.mean, buffers.var)
+
+            def conv(a: Tensor) -> Tensor:
+                return F.conv2d(a, filters.to(a.dtype), None, *pair.geometry)
+
+            def norm(z: Tensor) -> Tensor:
+                return F.batch_norm(z, mean, var, weight, bias, pair.batch_statistics, 0.0, pair.eps)
+
+            return conv, norm
+
+        return self.end.definition(x, [unit(i) for i in range(len(self.pairs))])
+
+
+def bound(shape: Sequence[int], statics: Sequence[tuple[Any, ...]], end: End, *facts: Any) -> tuple[ConvBN, ...]:
+    """The pairs of a block on x of `shape` [N, C, H, W], bound to their engines. statics: for each pair the filters'
+    shape [K, C/groups, R, S], geometry, eps, and whether it takes the batch's statistics. facts: dtype, device and
+    `dispatch.choice`."""
+    n, _, *first = shape
+    pairs: list[ConvBN] = []
+    for i, static in enumerate(statics):
+        on_input = i == 0 or (end.projects and i + 1 == len(statics))
+        pairs.append(conv_bn((n, *(first if on_input else pairs[-1].out_size)), *static, *facts))
+    return tuple(pairs)
+
+
+def _prepare(shape: Sequence[int], blocks: Sequence[Block], *facts: Any) -> tuple[tuple[Call, ...], list[Any]]:
+    """The calls on an x of `shape` [N, C, H, W], and their parameters: filters, BN weight, BN bias a pair. facts: as of
+    `bound`."""
+    calls, parameters = [], []
+    for units, end in blocks:
+        statics: list[tuple[Any, ...]] = []
+        for conv, bn in units:
+            filters = conv.weight
+            geometry = Geometry(conv.stride[0], conv.padding[0], conv.dilation[0], conv.groups)
+            batch_statistics = bn.training or bn.running_mean is None or bn.running_var is None
+            statics.append((tuple(filters.shape), geometry, bn.eps, batch_statistics))
+            parameters += [filters, bn.weight, bn.bias]
+        device = parameters[-3].device
+        buffers = tuple(Buffers.of(bn, device) for _, bn in units)
+        pairs = bound(shape, statics, end, *facts)
+        calls.append(Call(pairs, buffers, end))
+        shape = (shape[0], 0, *pairs[end.last].out_size)
+    return tuple(calls), parameters
+
+
+def _run(x: Tensor, blocks: Sequence[Block], before: Border | None = None, after: Border | None = None) -> Tensor:
+    for _, bn in chain.from_iterable(units for units, _ in blocks):
+        refuse_capture(bn)
+    if dispatch.wants_reference():
+        for units, end in blocks:
+            x = end.definition(x, units)
+        return x
+    dtype = dispatch.compute_dtype(x)
+    choice = dispatch.choice(dtype, x.device)
+    calls, parameters = _prepare(x.shape, blocks, dtype, x.device, choice)
+    with torch.autocast(x.device.type, enabled=False):
+        if torch._C._len_torch_dispatch_stack():  # a mode (FlopCounterMode) sees operators, not kernels
+            for call, own in zip(calls, _split(calls, parameters, 3), strict=True):
+                x = _by_operator(call, x.to(dtype), own)
+            return x
+        keeps = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *parameters))
+        if keeps or before or after or any(pair.batch_statistics for call in calls for pair in call.pairs):
+            return _Blocks.apply(calls, dtype, before, after, x, *parameters)
+        for call, own in zip(calls, _split(calls, parameters, 3), strict=True):
+            x = nchw(_infer(call, call.read(x, dtype), dtype, own))
+        return x
+
+
+def _split(calls: Sequence[Call], tensors: Sequence[Any], per_pair: int) -> list[Sequence[Any]]:
+    """`tensors`, `per_pair` for every pair of every call, call by call."""
+    if len(calls) == 1:
+        return [tensors]
+    ends = [*accumulate((per_pair * len(call.pairs) for call in calls), initial=0)]
+    return [tensors[a:b] for a, b in pairwise(ends)]
+
+
+def _by_operator(call: Call, x: Tensor, parameters: Sequence[Any]) -> Tensor:
+    """By the operator of `operators`, which leaves it to its caller to move running statistics."""
+    read = [b.moves or not pair.batch_statistics for pair, b in zip(call.pairs, call.buffers, strict=True)]
+    running = [t if reads else None for b, reads in zip(call.buffers, read, strict=True) for t in (b.mean, b.var)]
+    out, moved, _, _ = torch.ops.fastres.conv_bn_act(x, list(parameters), running, None, *call.words)
+    tracked = [t for each in call.buffers if each.moves for t in (each.mean, each.var) if t is not None]
+    with torch.no_grad():
+        for each in call.buffers:
+            if each.counter is not None:
+                each.counter.add_(1)
+        for home, value in zip(tracked, moved.split([t.numel() for t in tracked]), strict=True):
+            home.copy_(value)
+    return out
+
+
+def _infer(call: Call, x: Tensor, dtype: torch.dtype, parameters: Sequence[Any]) -> Tensor:
+    """Every BN by its running statistics, live: scale and shift act in the conv's epilogue, nothing is kept."""
+
+    def operands(i: int) -> tuple[Tensor, tuple[Any, ...]]:
+        filters, weight, bias = parameters[3 * i : 3 * i + 3]
+        mean, var, *_ = call.buffers[i]
+        return krsc(filters, dtype), (mean, var, weight, bias)
+
+    side = call.pairs[-1].infer_live(x, *operands(call.depth), relu=False) if call.end.projects else None
+    a, last = x, call.depth - 1
+    for i in range(last):
+        a = call.pairs[i].infer_live(a, *operands(i))
+    return call.end.infer(call.pairs[last], a, *operands(last), x, side)
+
+
+def forward(
+    calls: Sequence[Call], x: Tensor | Pending, weights: Sequence[Tensor], parameters: Sequence[Any]
+) -> list[BlockKept]:
+    """All convolutions of the calls, and the ends of all but the last. x: as `Call.read` gives it; a pending one is
+    computed with the first convolution. weights: of each pair, by `krsc`."""
+    kept: list[BlockKept] = []
+    for call, own_weights, own in zip(calls, _split(calls, weights, 1), _split(calls, parameters, 3), strict=True):
+        if kept:
+            x = calls[len(kept) - 1].pending(kept[-1])
+        kept.append(_convolutions(call, x, own_weights, own))
+    return kept
+
+
+def _convolutions(call: Call, x: Tensor | Pending, weights: Sequence[Tensor], parameters: Sequence[Any]) -> BlockKept:
+    kept: list[Kept] = []
+    a, prologue = x, None
+    for i, (pair, buffers, w) in enumerate(zip(call.pairs, call.buffers, weights, strict=True)):
+        filters, weight, bias = parameters[3 * i : 3 * i + 3]
+        activation = None
+        if i == call.depth:  # the projection reads the block's input again
+            a, prologue = x, None
+        if isinstance(a, Pending):
+            x, z, partials = pair.fprop_joined(a.z, a.affine, w, **a.addend)
+        else:
+            if prologue is not None and pair.engines.keeps_activation and filters.requires_grad:
+                a = activation = pair.passes.normalize(a, *prologue, relu=True)
+                prologue = None
+            z, partials = pair.fprop(a, w, prologue)
+        mean, rstd, scale, shift = pair.statistics(partials, weight, bias, buffers)
+        kept.append(Kept(z, mean, rstd, scale, shift, w, activation))
+        a, prologue = z, (scale, shift)
+    assert not isinstance(x, Pending)
+    return BlockKept(x, kept)
+
+
+class Border:
+    """Where one stage's call hands over to the next one's.
+
+    Between the two autograd sees z, the result of the last convolution, in the place of the block's output y, which is
+    computed behind the border: z has its shape, and its gradient is taken for that of y. Nobody else may see either.
+    """
+
+    pending: Pending | None = None  # y, on its way forward
+    below: Norms | None = None
+    back: tuple[Gradient, Tensor] | None = None  # the gradient at y, and y, on their way back
+
+    def take(self) -> tuple[Pending, Norms]:
+        """y and the BatchNorms before its ReLU, as the forward of the stage before left them."""
+        pending, below = self.pending, self.below
+        self.pending = self.below = None
+        assert pending is not None
+        assert below is not None
+        return pending, below
+
+    def take_back(self, dy: Tensor) -> tuple[Tensor | None, Gradient]:
+        """y, if somebody has brought it, and the gradient there, of which autograd says that it is dy [N, H, W, C].
+
+        In the backward of a gradient it is another one than was handed over. Whether that is masked already or not,
+        masking it again changes nothing.
+        """
+        if self.back is None:
+            return None, Gradient(dy)
+        (gradient, out), self.back = self.back, None
+        same = gradient.value.data_ptr() == dy.data_ptr() and gradient.value.stride() == dy.stride()
+        return out, gradient if same else Gradient(dy)
+
+
+class _Blocks(torch.autograd.Function):
+    """Consecutive blocks as one node of the autograd graph."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, calls: tuple[Call, ...], dtype: Any, before: Any, after: Any, x: Tensor, *parameters: Any
+    ) -> Tensor:
+        read, below = (calls[0].read(x, dtype), None) if before is None else before.take()
+        kept = forward(calls, read, read_weights(parameters[::3], dtype), parameters)
+        last, taps = calls[-1], None
+        if after is None:
+            out, taps = last.end.finish(last.pairs, kept[-1])
+        else:
+            after.pending, after.below = last.pending(kept[-1]), last.end.norms(kept[-1])
+            out = after.pending.z
+        y = unaliased(out)
+        ctx.calls, ctx.dtype, ctx.x_dtype, ctx.before, ctx.after = calls, dtype, x.dtype, before, after
+        read_out = y if after is None and last.end.reads_output else None
+        of_below = [None, None, None] if below is None else [below[0][1], *(below[1] or (None, None))]
+        recompute = last.pairs[0].engines.fusions.recompute
+        inputs = [None if recompute and i else nchw(block.x) for i, block in enumerate(kept)]
+        of_pairs = [t for block in kept for pair in block.pairs for t in pair]
+        ctx.save_for_backward(x, read_out, taps, *of_below, *inputs, *parameters, *of_pairs)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        calls: tuple[Call, ...] = ctx.calls
+        x, y, taps, mean, z_side, mean_side, *rest = ctx.saved_tensors
+        needs_x, *needs = ctx.needs_input_grad[4:]
+        n = len(calls)
+        pairs_at = n + len(needs)
+        inputs, parameters = rest[:n], rest[n:pairs_at]
+        first = calls[0].read(inputs[0], ctx.dtype)
+        if torch.is_grad_enabled():  # create_graph=True: differentiate the definition instead
+            value = None if ctx.before is None else nchw(first)
+            return *(None,) * 4, *_differentiable(calls, ctx.dtype, x, value, parameters, dy, (needs_x, *needs))
+        size = len(Kept._fields)
+        of_pairs = _split(calls, [Kept(*rest[i : i + size]) for i in range(pairs_at, len(rest), size)], 1)
+        kept = [BlockKept(first, of_pairs[0])]
+        for b in range(1, n):
+            again = inputs[b] is None
+            kept += [BlockKept(calls[b - 1].pending(kept[-1]).compute() if again else nhwc(inputs[b]), of_pairs[b])]
+        dy = nhwc(dy.to(ctx.dtype))
+        out, dout = (None if y is None else nhwc(y), Gradient(dy)) if ctx.after is None else ctx.after.take_back(dy)
+        if out is None and calls[-1].end.reads_output:
+            out = calls[-1].pending(kept[-1]).compute()
+        below: Norms | None = None
+        if ctx.before is not None:
+            below = (nhwc(x), mean), None if z_side is None else (z_side, mean_side)
+        grads: list[Tensor | None] = []
+        own, wanted = _split(calls, parameters, 3), _split(calls, needs, 3)
+        for b in reversed(range(n)):
+            call, block = calls[b], kept.pop()
+            needs_input = needs_x or any(map(any, wanted[:b]))
+            norms = calls[b - 1].end.norms(kept[-1]) if b else below
+            walk = Backward(call.pairs, call.end, block, out, taps, own[b], needs_input, wanted[b], norms)
+            dx, of_block = walk.run(dout)
+            grads[:0] = of_block
+            if dx is None:
+                break
+            out, dout = block.x, dx
+        grads[:0] = [None] * (len(parameters) - len(grads))
+        dparameters = cast_gradients(grads, parameters)
+        if dx is None:
+            return *(None,) * 5, *dparameters
+        if ctx.before is not None:
+            ctx.before.back = dx, out
+        return *(None,) * 4, nchw(dx.value).to(ctx.x_dtype), *dparameters
+
+
+class _InPlaceOf(torch.autograd.Function):
+    """`value`, which takes the place of x in the autograd graph: y behind a border, where x is z."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, value: Tensor) -> Tensor:
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+        return dy, None
+
+
+def _differentiable(
+    calls: Sequence[Call], dtype: Any, x: Tensor, value: Any, parameters: Any, dy: Tensor, needs: Sequence[bool]
+) -> list[Tensor | None]:
+    """The same gradients by autograd through the definition, so that they can be differentiated again. value: what the
+    first block reads, where x only stands for it."""
+    with torch.enable_grad():
+        out = x.to(dtype) if value is None else _InPlaceOf.apply(x, value)
+        for call, own in zip(calls, _split(calls, parameters, 3), strict=True):
+            out = call.definition(out, own)
+        inputs = [t for t, need in zip((x, *parameters), needs, strict=True) if need]
+        grads = iter(torch.autograd.grad(out, inputs, dy, create_graph=True, allow_unused=True))
+    return [next(grads) if need else None for need in needs]

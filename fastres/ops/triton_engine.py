@@ -1,0 +1,115 @@
+"""A conv-BN pair by our kernels, each with what `dispatch` lets it fuse. Importing this imports Triton."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastres.kernels import batch_norm, conv, dgrad, pool, residual, stem, wgrad
+from fastres.kernels.conv import Join, RunningNorm
+from fastres.ops.layout import nchw
+from fastres.ops.library_engine import Library, read_again, scaled
+from fastres.ops.reference import Affine, Norms, OnLoad, Prologue
+
+# The kernels between convolutions, by the names that `reference` gives them.
+passes = SimpleNamespace(**{**vars(pool), **vars(residual), **vars(batch_norm)})
+
+
+class Kernels(Library):
+    """By the kernels for all shapes. Launchers are looked up in their modules, where tuning replaces them."""
+
+    @cached_property
+    def _conv(self) -> dict[str, Any]:
+        return {**self.geometry._asdict(), "precision": self.engines.precision}
+
+    def infer(
+        self, x: Tensor, w: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None = None, relu: bool = True
+    ) -> Any:
+        return conv.conv_fprop(x, w, **self._conv, scale=scale, shift=shift, residual=residual, relu=relu)
+
+    def infer_live(self, x: Tensor, w: Tensor, norm: Any, residual: Tensor | None = None, relu: bool = True) -> Any:
+        norm = RunningNorm(*norm, self.eps)
+        return conv.conv_fprop(x, w, **self._conv, norm=norm, residual=residual, relu=relu)
+
+    def fprop(self, x: Tensor, w: Tensor, prologue: Prologue) -> Any:
+        x, prologue = self._prologue(x, prologue, self.engines.fprop_on_load)
+        return self._epilogue(conv.conv_fprop(x, w, **self._conv, prologue=prologue, statistics=self._sums))
+
+    def fprop_joined(self, z: Tensor, affine: Affine, w: Tensor, **addend: Any) -> Any:
+        residual = addend["residual"]
+        if not self.engines.joins_block_end or residual is None or residual.shape != z.shape:
+            return super().fprop_joined(z, affine, w, **addend)
+        x = torch.empty_like(z)
+        join = Join(residual, addend.get("residual_scale"), addend.get("residual_shift"), x)
+        return x, *self._epilogue(
+            conv.conv_fprop(z, w, **self._conv, prologue=affine, join=join, statistics=self._sums)
+        )
+
+    @property
+    def _sums(self) -> bool:
+        """Whether the kernel takes the statistics."""
+        return self.batch_statistics and self.engines.fusions.statistics
+
+    def _epilogue(self, found: Any) -> Any:
+        return found if self._sums else self.with_partials(found)
+
+    def _prologue(self, a: Tensor, prologue: Prologue, on_load: bool) -> tuple[Tensor, Affine | None]:
+        if prologue is None or (self.engines.fusions.prologue and on_load):
+            return a, prologue
+        return self.passes.normalize(a, *prologue, relu=True), None
+
+    def dgrad(self, dz: Tensor, w: Tensor, bn: OnLoad, **epilogue: Any) -> Any:
+        w, bn = scaled(w, bn)
+        return dgrad.conv_dgrad(dz, w, self.problem.x_shape, **self._conv, bn_backward=bn, **epilogue)
+
+    def dgrad_masked(self, dz: Tensor, w: Tensor, bn: OnLoad, z: Tensor, mean: Tensor, affine: Affine) -> Any:
+        if not self.engines.fusions.relu_mask:
+            return super().dgrad_masked(dz, w, bn, z, mean, affine)
+        g, partials = self.dgrad(dz, w, bn, relu_mask=affine, norm=(z, mean))
+        return g, None, partials
+
+    def dgrad_joined(self, dz: Tensor, w: Tensor, bn: OnLoad, out: Tensor, norms: Norms, **residual: Any) -> Any:
+        if not self.engines.fusions.block_end:
+            return super().dgrad_joined(dz, w, bn, out, norms, **residual)
+        norm, projection = norms
+        return self.dgrad(dz, w, bn, **residual, relu_mask=out, norm=norm, projection=projection)
+
+    def filter_gradient(self, dz: Tensor, a: Tensor, bn: OnLoad, prologue: Prologue, dtype: torch.dtype) -> Tensor:
+        a, prologue = self._prologue(read_again(a, dz.dtype), prologue, self.engines.wgrad_on_load)
+        return wgrad.conv_wgrad(
+            dz, a, self.problem.w_shape, **self._conv, bn_backward=bn, prologue=prologue, out_dtype=dtype
+        )
+
+
+class Stem(Kernels):
+    """By the kernels over packed images of few channels, where nothing has to be computed on load or added."""
+
+    infer_live = Library.infer_live
+    fprop_joined = Library.fprop_joined
+
+    def infer(
+        self, x: Tensor, w: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None = None, relu: bool = True
+    ) -> Any:
+        if residual is not None:
+            return super().infer(x, w, scale, shift, residual, relu)
+        return self._packed(x, w, scale=scale, shift=shift, relu=relu)
+
+    def fprop(self, x: Tensor, w: Tensor, prologue: Prologue) -> Any:
+        if prologue is not None:
+            return super().fprop(x, w, prologue)
+        return self._epilogue(self._packed(x, w, statistics=self._sums))
+
+    def filter_gradient(self, dz: Tensor, a: Tensor, bn: OnLoad, prologue: Prologue, dtype: torch.dtype) -> Tensor:
+        if prologue is not None:
+            return super().filter_gradient(dz, a, bn, prologue, dtype)
+        images, dz = stem.pack_images(nchw(a), self.problem, dz.dtype), self.stored(dz, bn)
+        return stem.conv_stem_wgrad(dz, images, self.problem, precision=self.engines.precision, out_dtype=dtype)
+
+    def _packed(self, x: Tensor, w: Tensor, **epilogue: Any) -> Any:
+        """x may have any strides and dtype: packing converts it to that of w."""
+        images, filters = stem.pack_images(nchw(x), self.problem, w.dtype), stem.pack_filters(w)
+        return stem.conv_stem(images, filters, self.problem, precision=self.engines.precision, **epilogue)
