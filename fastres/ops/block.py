@@ -126,12 +126,16 @@ class Call:
 def bound(shape: Sequence[int], statics: Sequence[tuple[Any, ...]], end: End, *facts: Any) -> tuple[ConvBN, ...]:
     """The pairs of a block on x of `shape` [N, C, H, W], bound to their engines. statics: for each pair the filters'
     shape [K, C/groups, R, S], geometry, eps, and whether it takes the batch's statistics. facts: dtype, device and
-    `dispatch.choice`."""
+    `dispatch.choice`. Raises ValueError as `nn.BatchNorm2d` does where these would be taken of a single value."""
     n, _, *first = shape
     pairs: list[ConvBN] = []
     for i, static in enumerate(statics):
         on_input = i == 0 or (end.projects and i + 1 == len(statics))
-        pairs.append(conv_bn((n, *(first if on_input else pairs[-1].out_size)), *static, *facts))
+        pair = conv_bn((n, *(first if on_input else pairs[-1].out_size)), *static, *facts)
+        if pair.batch_statistics and pair.problem.pixels == 1:
+            size = torch.Size((n, pair.problem.K, *pair.out_size))
+            raise ValueError(f"Expected more than 1 value per channel when training, got input size {size}")
+        pairs.append(pair)
     return tuple(pairs)
 
 

@@ -154,16 +154,10 @@ def conv_bn(
     device: torch.device,
     choice: tuple[Any, ...],
 ) -> ConvBN:
-    """The pair on x [N, H, W] (channels by w, [K, C/groups, R, S]) in `dtype`, by the engines that dispatch has.
-
-    choice: `dispatch.choice`. Raises ValueError as `nn.BatchNorm2d` does where batch statistics would be taken of a
-    single value.
-    """
+    """The pair on x [N, H, W] (channels by w, [K, C/groups, R, S]) in `dtype`, by the engines of dispatch. choice:
+    `dispatch.choice`."""
     from fastres.kernels.problem import ConvProblem
 
     k, c, r, s = w_shape
     problem = ConvProblem(*x_shape, c * geometry.groups, k, r, s, *geometry)
-    if batch_statistics and problem.pixels == 1:
-        size = torch.Size((problem.N, k, problem.P, problem.Q))
-        raise ValueError(f"Expected more than 1 value per channel when training, got input size {size}")
     return bind(problem, eps, batch_statistics, dispatch.engines(problem, dtype, device))
