@@ -119,6 +119,7 @@ def refuse_capture(bn: nn.BatchNorm2d) -> None:
 
 def bind(problem: ConvProblem, eps: float, batch_statistics: bool, engines: Engines) -> ConvBN:
     """The pair by these engines: the one place where a block's engine becomes code."""
+    # oneDNN's fused primitives serve plans alone, whose weights are packed once: here the library does its passes.
     by: dict[str, type[Library]] = dict.fromkeys(("cudnn", "onednn", "aten"), Library)
     passes: Any = reference
     if {"triton", "stem"} & {engines.infer, engines.fprop, engines.dgrad, engines.wgrad, engines.pointwise}:
