@@ -14,7 +14,7 @@ $(READY): pyproject.toml constraints.txt
 	$(VENV)/bin/python -m pip install -c constraints.txt -e '.[test]'
 	touch $(READY)
 
-# Kernels are compiled in the first run, interpreted in the second. tests/covering.py says which cases are chosen.
+# Kernels are compiled in the first run, interpreted in the second. tests/helpers/covering.py says which cases are chosen.
 test: $(READY)
 	$(VENV)/bin/python -m pytest -n auto
 	TRITON_INTERPRET=1 $(VENV)/bin/python -m pytest -n auto
@@ -31,7 +31,7 @@ test-slow: $(READY)
 
 # Random nets, eager PyTorch beside `optimize` and torch.compile's backend.
 fuzz: $(READY)
-	$(VENV)/bin/python -W ignore tests/fuzz.py --nets $(NETS) --jobs 0
+	$(VENV)/bin/python -W ignore tests/helpers/fuzz.py --nets $(NETS) --jobs 0
 
 bench: $(READY)
 	$(VENV)/bin/python bench/run.py --depth $(DEPTH)

@@ -5,7 +5,7 @@ step on tensors without memory.
         net(images)                           # on the meta device
     recorder.launches()[0].kernel
 
-Our kernels are seen where they are launched (`fastres.kernels.replay.launch`), whatever they are called; all else, the
+Our kernels are seen where they are launched (`kernels.launcher.launch`), whatever they are called; all else, the
 library's convolutions included, as PyTorch's operators, each of which counts as one kernel.
 """
 
@@ -35,13 +35,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fastres import kernels, plan
-from fastres.kernels import config, replay
-from fastres.kernels.launch import gpu_of
+from fastres import kernels
+from fastres.inference import plan
+from fastres.inference.program import Program
+from fastres.kernels import launcher, tables
+from fastres.kernels.checks import gpu_of
 from fastres.kernels.problem import ConvProblem
 from fastres.ops import conv_bn, dispatch, folded
 from fastres.ops.layout import nhwc
-from fastres.program import Program
 
 META = torch.device("meta")
 
@@ -111,7 +112,7 @@ class Recorder(TorchDispatchMode):
         return found
 
     def kernel(self, kernel: Any, grid: tuple[int, ...], arguments: Mapping[str, Any]) -> None:
-        """Stands for `replay.launch`."""
+        """Stands for `launcher.launch`."""
         work = self.work[-1]
         p = work.problem
         flops = work.flops if multiplies(kernel) else 0
@@ -287,7 +288,7 @@ class Autocast(TorchFunctionMode):
 def launching() -> list[ModuleType]:
     """The modules of `fastres.kernels` whose launchers launch."""
     modules = [import_module(f"{kernels.__name__}.{one.name}") for one in pkgutil.iter_modules(kernels.__path__)]
-    return [module for module in modules if getattr(module, "launch", None) is replay.launch]
+    return [module for module in modules if getattr(module, "launch", None) is launcher.launch]
 
 
 @contextmanager
@@ -303,7 +304,7 @@ def recorded(dtype: torch.dtype) -> Iterator[Recorder]:
 
     replaced: dict[str, Callable[..., Any]] = {
         "_kernel_less": lambda device: None,
-        "_measured": lambda pass_, problem, of, device: config.measured(pass_, problem, of, gpu_of(device)),
+        "_measured": lambda pass_, problem, of, device: tables.measured(pass_, problem, of, gpu_of(device)),
         "pointwise_engine": lambda *_: "aten" if dispatch.wants_reference() else "triton",
         "compute_dtype": lambda x: dtype,
         "why_engine": engine,

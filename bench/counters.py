@@ -47,8 +47,8 @@ from calls import Launch
 from triton.runtime.jit import KernelInterface
 
 from fastres.kernels import problem
-from fastres.kernels.config import Gpu
 from fastres.kernels.problem import Device
+from fastres.kernels.tiles import Gpu
 
 # Few, that they fit into few passes.
 METRICS = {

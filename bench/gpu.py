@@ -175,7 +175,7 @@ def find_fastres(cache: Path) -> dict[str, str]:
     tree = link_tree(cache / "tree")
     print(f"== pip can't install fastres here ({said[-1] if said else 'no word'}): the parts find it in {tree}")
     # Safe: else the folder where a part runs comes first, and the checkout's fastres/ lacks two of the packages.
-    paths = [tree, ROOT / "bench", ROOT / "tests", *filter(None, [os.environ.get("PYTHONPATH")])]
+    paths = [tree, ROOT / "bench", ROOT / "tests" / "helpers", *filter(None, [os.environ.get("PYTHONPATH")])]
     return {"PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join(map(str, paths))}
 
 

@@ -4,7 +4,7 @@
     python bench/hopper.py --question halo
 
 oob: what TMA fills in outside a tensor with padding="nan", and whether `fma.oob.relu` makes it the zero of a padding.
-strides: whether the driver takes the views of kernels/stem.py (overlapping windows) and kernels/conv.py (5-D pairs).
+strides: whether the driver takes the views of kernels/stem.py (overlapping windows) and kernels/fprop.py (5-D pairs).
 halo: whether wgmma's second operand may start at any swizzle atom (8 rows, 1 KiB) of shared memory.
 register-operand: whether a wgmma reads registers already overwritten (triton#9433); what `settle` in wgrad costs.
 l2: the bandwidth from L2 to the multiprocessors, beside memory's and the rate of a large matmul.
@@ -88,10 +88,10 @@ def oob(ready: Ready) -> Answer:
 
 
 def strides(ready: Ready) -> Answer:
-    from fastres.kernels.config import fprop_tiles, stem_tiles
-    from fastres.kernels.conv import conv_fprop
+    from fastres.kernels.fprop import conv_fprop
     from fastres.kernels.problem import ConvProblem
     from fastres.kernels.stem import conv_stem, pack_filters, pack_images, stem_columns
+    from fastres.kernels.tiles import fprop_tiles, stem_tiles
 
     def windows(x: Tensor, w: Tensor) -> Tensor:
         problem = ConvProblem(2, 64, 64, 3, 64, 7, 7, stride=2, pad=3)
@@ -122,22 +122,22 @@ def nhwc(tensor: Tensor) -> Tensor:
 @contextmanager
 def settling(on: bool) -> Iterator[None]:
     """wgrad within as shipped, or without the wait of `settle`."""
-    from fastres.kernels import replay, wgrad
+    from fastres.kernels import launcher, wgrad
 
     def launch(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
         if "SETTLE" in arguments:
             arguments["SETTLE"] &= on
-        replay.launch(kernel, grid, **arguments)
+        launcher.launch(kernel, grid, **arguments)
 
-    replay.forget()
+    launcher.forget()
     with patch.object(wgrad, "launch", launch):
         yield
-    replay.forget()
+    launcher.forget()
 
 
 def register_operand(ready: Ready) -> Answer:
-    from fastres.kernels.config import H200, wgrad_tiles
     from fastres.kernels.problem import ConvProblem
+    from fastres.kernels.tiles import H200, wgrad_tiles
     from fastres.kernels.wgrad import conv_wgrad
 
     problem, runs = ConvProblem(256, 28, 28, 256, 128), 50

@@ -3,10 +3,10 @@
     python bench/host.py
     python bench/host.py --rounds 1000 --json out/host.json
 
-Kernels are compiled for an H200 and launched as far as a driver that runs nothing (tests/stub_cuda.py), on tensors in
-the CPU's memory. All convolutions and passes between them are kernels, in bf16, and each launch is remembered before
-anything is timed: what is left is the host's part of every later step. A call of the driver costs next to nothing here,
-and an operator of PyTorch what it costs on the CPU; images are few and small.
+Kernels are compiled for an H200 and launched against a stub driver that runs nothing (tests/helpers/stub_cuda.py), on
+tensors in the CPU's memory. All convolutions and passes between them are kernels, in bf16, and each launch is
+remembered before anything is timed: what is left is the host's part of every later step. A call of the driver costs
+next to nothing here, and an operator of PyTorch what it costs on the CPU; images are few and small.
 
 States of the sources are compared by their minima, measured in turns on one machine. Where `launches` differ, they do
 not do the same.
@@ -27,10 +27,10 @@ import torch
 from torch import nn
 
 import fastres
-from fastres.kernels import conv, launch, stem
+from fastres.kernels import checks, fprop, stem
 from fastres.ops import dispatch
 
-sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
+sys.path.append(str(Path(__file__).resolve().parent.parent / "tests" / "helpers"))
 import stub_cuda
 
 WARM_UPS = 5
@@ -59,8 +59,8 @@ def feign_gpu() -> None:
     """Tensors on the CPU take the path of tensors on an H200, for as long as this process lives."""
     dispatch._kernel_less = lambda device: None
     dispatch.pointwise_engine = lambda *_: "triton"
-    launch.INTERPRETER = launch.H200  # it stands for the CPU
-    for module in (conv, stem):
+    checks.INTERPRETER = checks.H200  # it stands for the CPU
+    for module in (fprop, stem):
         module.check_device = lambda *_: None
 
 

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 import fastres
-from fastres import plan
+from fastres.inference import plan
+from fastres.inference.program import Program
 from fastres.kernels.problem import ConvProblem, model_problems
 from fastres.ops import dispatch, folded
 from fastres.ops.conv_bn import ConvBN, conv_bn
 from fastres.ops.layout import Geometry
-from fastres.program import Program
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # What a user waits for: inference with everything in one epilogue, and the three passes of training.

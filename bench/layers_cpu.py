@@ -33,7 +33,7 @@ import runtimes
 import torch
 from torch import Tensor
 
-from fastres.plan import INPUT, Conv
+from fastres.inference.plan import INPUT, Conv
 
 ROWS = {"fp32": ("fastres-optimize", "onnxruntime"), "int8": ("fastres-optimize-int8", "onnxruntime-int8")}
 CONVOLUTIONS = {"Conv", "FusedConv", "NhwcFusedConv", "QLinearConv"}

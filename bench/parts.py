@@ -54,18 +54,19 @@ def kernels(depth: str, seconds: float) -> Part:
 
 
 STATUS = ["-m", "fastres", "status"]
-KERNELS = [f"tests/test_{name}.py" for name in ("conv_fprop", "conv_backward", "pointwise", "bottleneck")]
-KERNELS += [f"tests/test_{name}.py" for name in ("persistent", "stem")]
-NETS = [f"tests/test_{name}.py" for name in ("training", "inference", "operators", "compile")]
-OTHERS = ["tests", *(f"--ignore={file}" for file in (*KERNELS, *NETS, "tests/test_layers.py"))]
+KERNELS = [f"tests/kernels/test_{name}.py" for name in ("fprop", "conv_backward", "batch_norm", "chain")]
+KERNELS += [f"tests/kernels/test_{name}.py" for name in ("persistent", "stem")]
+NETS = [f"tests/{name}.py" for name in ("ops/test_training", "inference/test_optimize", "ops/test_operators")]
+NETS += ["tests/compile/test_compile.py"]
+OTHERS = ["tests", *(f"--ignore={file}" for file in (*KERNELS, *NETS, "tests/kernels/test_layers.py"))]
 ON_GPU = ["-m", "(gpu or interpret) and not slow"]
 # Every launch of ResNet-50 in bf16, with each tile that tuning tries, and option A's operator.
 OF_50 = "resnet50 and bfloat16"
-FIRST = [f"tests/test_{name}.py" for name in ("layers", "shortcut", "extension")]
+FIRST = [f"tests/{name}.py" for name in ("kernels/test_layers", "kernels/test_shortcut", "ops/test_extension")]
 FIRST += ["-k", f"({OF_50}) or cuda"]
-FIRST_REST = ["tests/test_layers.py", "-m", "gpu and not slow", "-k", f"not ({OF_50})"]
+FIRST_REST = ["tests/kernels/test_layers.py", "-m", "gpu and not slow", "-k", f"not ({OF_50})"]
 # Whole nets at real sizes: 200 steps beside stock, the same bits 20 times, peaks of memory.
-CURVES = ["tests/test_training.py", "tests/test_determinism.py", "-m", "gpu and not slow"]
+CURVES = ["tests/ops/test_training.py", "tests/kernels/test_determinism.py", "-m", "gpu and not slow"]
 CURVES += ["-k", "200_steps or 20_runs or peak_memory"]
 # For every kernel at small sizes, in all of pytest's processes; what it says names the kernel.
 SANITIZER = ["compute-sanitizer", "--target-processes", "all", "--max-connections", "64"]
@@ -98,7 +99,7 @@ PARTS: dict[str, Part] = {
         *INFER_50, "--backend", "inductor,eager-channels-last,fastres-optimize", record="first", seconds=130
     ),
     "tests-first-rest": checks(*FIRST_REST, seconds=140),
-    "tests-graph": checks("tests/test_graph.py", "tests/test_beside.py", "-m", "gpu and not slow", seconds=60),
+    "tests-graph": checks("tests/test_cuda_graph.py", "tests/ops/test_beside.py", "-m", "gpu and not slow", seconds=60),
     "tests-kernels": checks(*KERNELS, "-k", "not every_tile", seconds=130),
     "tests-tiles-50": checks(
         *KERNELS[:2], "-k", "every_tile and bfloat16 and not resnet18 and not resnext", seconds=130
@@ -108,7 +109,7 @@ PARTS: dict[str, Part] = {
     "tune-50": tune("50", seconds=255),
     "tune-all": tune("all", seconds=300),
     "tune-50-batch-1": tune("50", "--batch", "1", "--pass", "infer", seconds=100),
-    "tests-tuned": checks("tests/test_layers.py", "-k", OF_50, seconds=120, proof=True),
+    "tests-tuned": checks("tests/kernels/test_layers.py", "-k", OF_50, seconds=120, proof=True),
     "bench-train-50": bench(*TRAIN_50, "--backend", TRAIN, seconds=330),
     "bench-infer-50": bench(*INFER_50, "--backend", INFER, seconds=270),
     "bench-infer-50-batch-1": bench(*INFER_50, "--batch", "1", "--backend", ONE_IMAGE, seconds=130),
@@ -132,8 +133,8 @@ PARTS: dict[str, Part] = {
     "bench-cifar": bench("--net", "cifar-20,cifar-110", "--mode", "train", "--batch", "128", "--backend", GRAPHS),
     "bench-option-a": bench("--net", "paper-34-A", "--mode", "train", "--backend", f"{GRAPHS},inductor"),
     "bench-cifar-1202": bench("--net", "cifar-1202", "--mode", "train", "--batch", "32", "--backend", GRAPHS),
-    "tests-memcheck": checks("tests/test_sanitized.py", seconds=120, watch=MEMCHECK),
-    "tests-racecheck": checks("tests/test_sanitized.py", seconds=120, watch=RACECHECK),
+    "tests-memcheck": checks("tests/kernels/test_sanitized.py", seconds=120, watch=MEMCHECK),
+    "tests-racecheck": checks("tests/kernels/test_sanitized.py", seconds=120, watch=RACECHECK),
     "tests-curves": checks(*CURVES, seconds=150),
     "tests-tiles": checks(*KERNELS, "-k", "every_tile"),
     "bench-infer-50-autotune": bench(*INFER_50, "--backend", AUTOTUNE),

@@ -1,4 +1,4 @@
-"""The passes over activations by how their tiles are cut: what `kernels/pointwise.py` chooses beside what it could.
+"""The passes over activations by how their tiles are cut: what `kernels/rows.py` chooses beside what it could.
 
     python bench/passes.py
     python bench/passes.py --batch 64 --dtype fp16
@@ -22,8 +22,8 @@ import torch
 from layers import DTYPES
 from torch import Tensor
 
-from fastres.kernels import batch_norm, pool, replay
-from fastres.kernels.pointwise import WARPS, Cut
+from fastres.kernels import batch_norm, launcher, max_pool
+from fastres.kernels.rows import WARPS, Cut
 
 CUTS = {
     "STREAMED": [Cut(*cut) for cut in product((2048, 4096, 8192), (64, 128, 256))],
@@ -50,11 +50,11 @@ def work(name: str, N: int, side: int, K: int, dtype: torch.dtype, device: torch
     if "pool" in name:
         half = (side - 1) // 2 + 1
         dy = activation(half)
-        taps = pool.Pool(torch.randint(0, 9, dy.shape, device=device).to(torch.uint8), 3, 2, 1)
+        taps = max_pool.Pool(torch.randint(0, 9, dy.shape, device=device).to(torch.uint8), 3, 2, 1)
         pooled = dy.numel() * (dy.element_size() + (name != "pool"))
         ways: dict[str, tuple[Callable, int]] = {
-            "pool": (lambda: pool.max_pool(z), moved + pooled),
-            "normalize, pool": (lambda: pool.normalize_max_pool(z, v, v), moved + pooled),
+            "pool": (lambda: max_pool.max_pool(z), moved + pooled),
+            "normalize, pool": (lambda: max_pool.normalize_max_pool(z, v, v), moved + pooled),
             "reduce, pool": (lambda: batch_norm.backward_reduce(dy, z, v, mask=(v, v), pool=taps), moved + pooled),
             "apply, pool": (lambda: batch_norm.backward_apply(dy, *four, mask=(v, v), pool=taps), 2 * moved + pooled),
         }
@@ -77,9 +77,9 @@ def work(name: str, N: int, side: int, K: int, dtype: torch.dtype, device: torch
 def cut_by(kind: str, cut: Cut, warps: int) -> Iterator[None]:
     """Within, tiles of that kind are cut so and their programs have so many warps."""
     with ExitStack() as stack:
-        replay.forget()
-        stack.callback(replay.forget)
-        for module in (batch_norm, pool):
+        launcher.forget()
+        stack.callback(launcher.forget)
+        for module in (batch_norm, max_pool):
             for constant, value in ((kind, cut), ("WARPS", warps)):
                 if hasattr(module, constant):
                     stack.enter_context(patch.object(module, constant, value))
@@ -90,7 +90,7 @@ def line(place: tuple[str, int, int], batch: int, dtype: torch.dtype, device: to
     """`time`: a call -> its microseconds."""
     name, side, K = place
     call, kind, moved = work(name, batch, side, K, dtype, device)
-    shipped = getattr(pool if kind == "WINDOWED" else batch_norm, kind), WARPS
+    shipped = getattr(max_pool if kind == "WINDOWED" else batch_norm, kind), WARPS
     times: dict[Any, float] = {}
     for cut, warps in dict.fromkeys([shipped, *product(CUTS[kind], (4, 8))]):
         with cut_by(kind, cut, warps):

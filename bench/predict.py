@@ -51,9 +51,9 @@ from calls import Launch
 from layers import PASSES, Role
 
 import fastres
-from fastres.kernels import config, problem
-from fastres.kernels.config import AFFINE, COMPUTED, ISSUE, MMA, STEM_WINDOW, WGMMA, Gpu, Tile
+from fastres.kernels import problem, tables
 from fastres.kernels.problem import ConvProblem, Device
+from fastres.kernels.tiles import AFFINE, COMPUTED, H200, ISSUE, MMA, STEM_WINDOW, WGMMA, Gpu, Tile, buffered
 from fastres.ops import dispatch
 
 # The one set of constants; none belongs to a kernel. Bandwidth and FLOP/s are `kernels.problem.Device`'s, instructions
@@ -63,10 +63,10 @@ from fastres.ops import dispatch
 L2, CLOCK, SHORTEST, GAP = 9.85e12, 1.91e9, 1.3, 0.5
 # Fitted to our kernels in every second row of nvidia-h200-kernels-50.csv: the least median of
 # |log(predicted / measured)|. The stem's rows are left out: its kernels gather, for which there is no term.
-# tests/test_predict.py fits again and holds the result against the other rows.
+# tests/bench/test_predict.py fits again and holds the result against the other rows.
 EFFICIENCY, LATENCY = 0.79, 5.0
 
-GPUS: dict[str, tuple[Device, Gpu]] = {problem.H200.name: (problem.H200, config.H200)}
+GPUS: dict[str, tuple[Device, Gpu]] = {problem.H200.name: (problem.H200, H200)}
 BACKENDS = ("fastres", "eager", "inductor")
 DTYPES = {name: dtype for name, dtype in layers.DTYPES.items() if dtype.itemsize == 2}
 SIZE = 224
@@ -148,7 +148,7 @@ def tile_of(launch: Launch) -> Cut:
         return Cut(BM, BN, BK, steps, products, BM + BN * products, BM + BN * products)
     operands = 1 + any(given.get(name) is not None for name in ("z", "side"))  # tensors that one side is computed from
     stages = given.get("num_stages", 1)
-    buffers = config.buffered(stages, operands) / stages
+    buffers = buffered(stages, operands) / stages
     if "dw" in given:  # wgrad: BM filters of dz, BN channels of a; the side that is computed serves all taps
         taps, normed = given.get("TAPS", 1), given.get("scale") is not None
         of_dz, of_a = (taps, 1) if normed and operands == 1 else (1, taps)
@@ -208,7 +208,7 @@ Key = tuple[str, str]  # pass and layer, as launches name them
 def tiles(wanted: Mapping[Key, Tile], untried: dict[Key, list[Tile]]) -> Iterator[None]:
     """Within, a convolution runs by its tile in `wanted`, where that is one of its candidates. `untried` gets those of
     them that came after the tables: persistent programs, and splits of fprop."""
-    usual = config._measured_tile
+    usual = tables._measured_tile
 
     def tile(
         pass_: Any, problem: ConvProblem, dtype: torch.dtype, gpu: Gpu, found: list[Tile], by_stem: bool = False
@@ -219,12 +219,12 @@ def tiles(wanted: Mapping[Key, Tile], untried: dict[Key, list[Tile]]) -> Iterato
         known += [one for one in fresh if one not in known]
         return wanted[key] if wanted.get(key) in found else usual(pass_, problem, dtype, gpu, found, by_stem)
 
-    config.forget_tables()
+    tables.forget_tables()
     try:
-        with patch.object(config, "_measured_tile", tile):
+        with patch.object(tables, "_measured_tile", tile):
             yield
     finally:
-        config.forget_tables()
+        tables.forget_tables()
 
 
 def by_untried(record: Callable[[], list[Launch]], device: Device, gpu: Gpu) -> list[Launch]:
@@ -366,7 +366,7 @@ def by_kernel(found: Iterable[Row]) -> list[dict[str, Any]]:
 
 def on_record(gpu: str, depth: int, batch: int, mode: str, dtype: str, backend: str) -> tuple[str, float] | None:
     """What bench/records holds of such a step, as (row, img/s); of ours the fastest."""
-    file = RECORDS / config.table_file(gpu).name
+    file = RECORDS / tables.table_file(gpu).name
     if not file.exists():
         return None
     wanted = {"fastres": None, "eager": "eager-channels-last", "inductor": "inductor"}[backend]

@@ -147,7 +147,7 @@ def final(runs: list[Run]) -> tuple[dict[str, str], set[str]]:
 
 def named_by_gpu(folder: Path, run: Run) -> Path:
     """The record's file in `folder`, named as tables of tiles are."""
-    from fastres.kernels.config import table_file
+    from fastres.kernels.tables import table_file
 
     return folder / f"{table_file(run.where['device']).stem}-tests.md"
 

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from measure import nvidia_smi
 
-from fastres.kernels import config
+from fastres.kernels import tables
 
 SCHEMA = "fastres.bench/3"
 ROOT = Path(__file__).resolve().parent.parent
@@ -67,7 +67,7 @@ def _digest() -> str:
         for path in sorted((ROOT / folder).rglob("*")):
             if path.suffix in {".py", ".cpp", ".cu", ".h", ".json"} and "records" not in path.parts:
                 digest.update(f"{path.relative_to(ROOT).as_posix()}\0".encode() + path.read_bytes() + b"\0")
-    for path in sorted(config.table_file("any").parent.glob("*.json")):  # tiles measured on this machine
+    for path in sorted(tables.table_file("any").parent.glob("*.json")):  # tiles measured on this machine
         digest.update(f"{path.name}\0".encode() + path.read_bytes() + b"\0")
     return f"sha256:{digest.hexdigest()}"
 

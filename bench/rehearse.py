@@ -3,9 +3,9 @@
     FASTRES_CACHE_DIR=out/rehearsal/cache python bench/rehearse.py bench/tune.py --batch 1 --size 32 --tiles 1
 
 An H200 is feigned. It is called "rehearsal", and so is the table of tiles that is written for it. Tensors lie in the
-CPU's memory. Kernels are compiled for an H200 and launched as far as a driver that runs nothing (tests/stub_cuda.py):
-every result counts as right. The library's convolutions run on the CPU. No time is taken: each thing that is timed gets
-a little less than the one before.
+CPU's memory. Kernels are compiled for an H200 and launched against a stub driver that runs nothing
+(tests/helpers/stub_cuda.py): every result counts as right. The library's convolutions run on the CPU. No time is taken:
+each thing that is timed gets a little less than the one before.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-TESTS = Path(__file__).resolve().parent.parent / "tests"
+TESTS = Path(__file__).resolve().parent.parent / "tests" / "helpers"
 NAME = "rehearsal"
 
 
@@ -41,7 +41,7 @@ def stand_in(script: ModuleType) -> Any:
     import layers
     import stub_cuda
 
-    from fastres.kernels import conv, launch, stem
+    from fastres.kernels import checks, fprop, stem
     from fastres.ops import dispatch
 
     driver = stub_cuda.driver()
@@ -54,8 +54,8 @@ def stand_in(script: ModuleType) -> Any:
         "synchronize": None,
     }.items():
         setattr(torch.cuda, question, lambda *_, answer=answer: answer)
-    launch.INTERPRETER = launch.H200._replace(name=NAME)  # it stands for the CPU's memory
-    for module in (conv, stem):
+    checks.INTERPRETER = checks.H200._replace(name=NAME)  # it stands for the CPU's memory
+    for module in (fprop, stem):
         module.check_device = lambda *_: None
     dispatch._kernel_less = lambda device: None
     dispatch.pointwise_engine = lambda *_: "triton"

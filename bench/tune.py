@@ -39,12 +39,13 @@ from layers import DTYPES, PASSES, Operands, Role, name
 from torch import Tensor
 
 import fastres
-from fastres.kernels import bottleneck, config, conv, dgrad, stem, wgrad
-from fastres.kernels.config import Measurement, Tile
-from fastres.kernels.conv import fprop_tma_refusal
-from fastres.kernels.launch import gpu_of, tma_refusal
+from fastres.kernels import chain, dgrad, fprop, stem, tables, tiles, wgrad
+from fastres.kernels.checks import gpu_of, tma_refusal
+from fastres.kernels.fprop import fprop_tma_refusal
 from fastres.kernels.problem import ConvProblem
 from fastres.kernels.stem import stem_columns, stem_refusal
+from fastres.kernels.tables import Measurement
+from fastres.kernels.tiles import Tile
 from fastres.ops import dispatch, reference
 from fastres.ops.conv_bn import ConvBN, bind, conv_bn
 
@@ -66,20 +67,20 @@ def candidates(pair: ConvBN, pass_: str, role: Role, dtype: torch.dtype, device:
     refusal = tma_refusal if pass_ == "dgrad" else fprop_tma_refusal  # wgrad reads x as fprop does
     carried = torch.cuda.get_device_capability(device) >= (9, 0) and refusal(problem, like) is None
     operands = 2 if role.summed and pair.engines.dz_on_load else 1
-    tiles: list[Tile] = []
+    candidates: list[Tile] = []
     for tma in (True, False) if carried else (False,):
         of_pass = problem, dtype.itemsize, tma, gpu, dtype == torch.float32
         if pass_ == "infer":
-            found = config.fprop_tiles(*of_pass, 0, True)
+            found = tiles.fprop_tiles(*of_pass, 0, True)
         elif pass_ == "fprop":
             computed = 2 if layers.joins(problem, role) else int(role.normed)
-            found = config.fprop_tiles(*of_pass, computed if pair.engines.fprop_on_load else 0, False)
+            found = tiles.fprop_tiles(*of_pass, computed if pair.engines.fprop_on_load else 0, False)
         elif pass_ == "dgrad":
-            found = config.dgrad_tiles(*of_pass, operands, layers.met_by_dx(role))
+            found = tiles.dgrad_tiles(*of_pass, operands, layers.met_by_dx(role))
         else:
-            found = config.wgrad_tiles(*of_pass, operands, role.normed and pair.engines.wgrad_on_load)
-        tiles += promising(pass_, found, most if tma == carried else max(0, min(FEW, most - FEW)))
-    return tiles
+            found = tiles.wgrad_tiles(*of_pass, operands, role.normed and pair.engines.wgrad_on_load)
+        candidates += promising(pass_, found, most if tma == carried else max(0, min(FEW, most - FEW)))
+    return candidates
 
 
 def promising(pass_: str, found: Sequence[Tile], most: int) -> list[Tile]:
@@ -98,14 +99,14 @@ def stem_candidates(
     or 16 neighbouring windows, too, and by pointers."""
     gpu, ieee = gpu_of(device), dtype == torch.float32
     if pass_ == "wgrad":
-        return config.stem_wgrad_tiles(problem, dtype.itemsize, gpu, ieee)[:most]
+        return tiles.stem_wgrad_tiles(problem, dtype.itemsize, gpu, ieee)[:most]
     tma = gpu.capability >= (9, 0)
-    tiles = config.stem_tiles(stem_columns(problem), dtype.itemsize, tma, gpu, ieee)
-    tiles = [tile for tile in tiles if max(64, problem.K) >= tile.BM]
-    boxed = [tile for tile in tiles if tile.box is not None][:most]
+    found = tiles.stem_tiles(stem_columns(problem), dtype.itemsize, tma, gpu, ieee)
+    found = [tile for tile in found if max(64, problem.K) >= tile.BM]
+    boxed = [tile for tile in found if tile.box is not None][:most]
     boxes = ((n, h, w) for n in (1, 2, 4) for h in (1, 2, 4, 8, 16) for w in (8, 16))
     shaped = [replace(tile, box=box) for box in boxes for tile in boxed if math.prod(box) == tile.BN]
-    return list(dict.fromkeys([*boxed, *shaped, *[tile for tile in tiles if tile.box is None][:most]]))
+    return list(dict.fromkeys([*boxed, *shaped, *[tile for tile in found if tile.box is None][:most]]))
 
 
 def over_images(pass_: str, problem: ConvProblem) -> bool:
@@ -147,7 +148,7 @@ def numbers(pass_: str, most: int) -> tuple[int, int]:
 def with_tile(tile: Tile | None, work: Callable[[], Any]) -> Any:
     """`work()`, whose convolutions by our kernels run with `tile`."""
     with ExitStack() as stack:
-        of_passes = (conv, "conv_fprop"), (dgrad, "conv_dgrad"), (wgrad, "conv_wgrad")
+        of_passes = (fprop, "conv_fprop"), (dgrad, "conv_dgrad"), (wgrad, "conv_wgrad")
         for module, launcher in (*of_passes, (stem, "conv_stem"), (stem, "conv_stem_wgrad")):
             stack.enter_context(patch.object(module, launcher, partial(getattr(module, launcher), tile=tile)))
         return work()
@@ -292,10 +293,10 @@ def tune(
     return Measurement(winner, tile, on_load), "\n".join(lines + [f"      {text}" for text in failed])
 
 
-def dz_on_load(table: config.Table, pass_: str, problem: ConvProblem, dtype: torch.dtype) -> bool:
+def dz_on_load(table: tables.Table, pass_: str, problem: ConvProblem, dtype: torch.dtype) -> bool:
     """Whether dz is computed on load: the rule, but for wgrad what won for dgrad where that was measured or failed."""
     found = table.get(("dgrad", problem, dtype)) if pass_ == "wgrad" else None
-    if found is None or found.note == config.UNFINISHED:
+    if found is None or found.note == tables.UNFINISHED:
         return dispatch.bn_backward_on_load(problem)
     return found.winner == "triton" and found.on_load
 
@@ -314,7 +315,7 @@ def chained(problem: ConvProblem, role: Role) -> bool:
 def tune_chain(problem: ConvProblem, dtype: torch.dtype, device: torch.device) -> tuple[Any, str]:
     """(Measurement, line): one kernel for a block's 3x3, its expansion and the next block's reduction, or three."""
     p = problem
-    config.forget_tables()  # dispatch goes by what this run has measured so far
+    tables.forget_tables()  # dispatch goes by what this run has measured so far
     conv_bn.cache_clear()
     expand, reduce = (ConvProblem(p.N, p.H, p.W, c, k) for c, k in ((p.C, 4 * p.C), (4 * p.C, p.C)))
     three = [(layers.pair(q, dtype, device), Operands.random(q, dtype, device)) for q in (p, expand, reduce)]
@@ -327,7 +328,7 @@ def tune_chain(problem: ConvProblem, dtype: torch.dtype, device: torch.device) -
         return out, third(out)
 
     def together() -> tuple[Tensor, Tensor]:
-        return bottleneck.bottleneck_chain(a.x, a.w, a.shift, b.w, b.shift, c.x, c.w, c.shift)
+        return chain.bottleneck_chain(a.x, a.w, a.shift, b.w, b.shift, c.x, c.w, c.shift)
 
     allowed = 2 * torch.finfo(dtype).eps
     if not all(agrees(x, y, allowed) for x, y in zip(together(), apart(), strict=True)):
@@ -388,7 +389,7 @@ def compile_candidates(
 
 def measure(
     tasks: Sequence[Task],
-    table: config.Table,
+    table: tables.Table,
     save: Callable[[], None],
     dtype: torch.dtype,
     most: int,
@@ -410,7 +411,7 @@ def measure(
                 worker = stack.enter_context(Apart(Tuner, dtype, most))
                 worker.ask("reach", seconds=START)
             key, title = (pass_, problem, dtype), f"{pass_:5} {name(problem):28}"
-            before, table[key] = table.get(key), Measurement("cudnn", None, note=config.UNFINISHED)
+            before, table[key] = table.get(key), Measurement("cudnn", None, note=tables.UNFINISHED)
             save()
             try:
                 dz = dz_on_load(table, pass_, problem, dtype)
@@ -420,7 +421,7 @@ def measure(
                 table[key], text = Measurement("cudnn", None, note=error.verdict), f"{title} left to cuDNN: {error}"
             except Exception as error:  # memory that ran out; the chain on a GPU that can't run it
                 text = f"{title} not measured: {first_line(error)}"
-                if before is None or before.note == config.UNFINISHED:
+                if before is None or before.note == tables.UNFINISHED:
                     del table[key]
                 else:
                     table[key] = before
@@ -430,10 +431,10 @@ def measure(
 
 def merge(file: Path) -> str:
     """Put a table's measurements into the shipped table of its GPU; says how many. Raises ValueError for no table."""
-    gpu, measured = config.read_table_of(file)
-    shipped = config.table_file(gpu.name, config.SHIPPED)
-    new = {key: found for key, found in measured.items() if found.note != config.UNFINISHED}
-    config.write_table(config.read_table(shipped) | new, shipped, gpu)
+    gpu, measured = tables.read_table_of(file)
+    shipped = tables.table_file(gpu.name, tables.SHIPPED)
+    new = {key: found for key, found in measured.items() if found.note != tables.UNFINISHED}
+    tables.write_table(tables.read_table(shipped) | new, shipped, gpu)
     return f"{len(new)} problems of {file} are in {shipped}"
 
 
@@ -444,8 +445,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--size", type=int, default=224, help="height and width of the images")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument("--pass", dest="passes", action="append", choices=TUNED, help="default: all of them")
-    tiles = "candidate tiles per problem, and for inference as many with splits; default: 6"
-    parser.add_argument("--tiles", type=int, default=6, help=tiles)
+    help_tiles = "candidate tiles per problem, and for inference as many with splits; default: 6"
+    parser.add_argument("--tiles", type=int, default=6, help=help_tiles)
     parser.add_argument(
         "--seconds", type=float, default=460, help="start no problem after so many seconds; default: 460"
     )
@@ -466,8 +467,8 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("tuning measures on a CUDA GPU, and there is none")
     device, dtype = torch.device("cuda"), DTYPES[options.dtype]
     gpu = gpu_of(device)
-    path = config.table_file(gpu.name, config.SHIPPED if options.ship else None)
-    table = config.read_table(path)
+    path = tables.table_file(gpu.name, tables.SHIPPED if options.ship else None)
+    table = tables.read_table(path)
     depths = (18, 34, 50, 101, 152) if options.depth == "all" else (int(options.depth),)
     found = layers.problems(depths, options.batch, options.size)
     todo = [
@@ -477,14 +478,14 @@ def main(arguments: list[str] | None = None) -> int:
         if (chained(problem, role) if pass_ == "chain" else layers.applicable(problem, pass_))
     ]
     notes = {one: table[key].note if (key := (*one[:2], dtype)) in table else None for one in todo}
-    missing = [one for one, note in notes.items() if options.again or note in (None, config.UNFINISHED)]
+    missing = [one for one, note in notes.items() if options.again or note in (None, tables.UNFINISHED)]
     missing.sort(key=lambda one: bool(notes[one]))
     print(f"{len(missing)} of {len(todo)} problems to measure; table {path}", flush=True)
     end = time.monotonic() + options.seconds
     compiled = compile_candidates(missing, dtype, device, options.tiles, options.jobs)
     limit = options.patience or (PATIENCE if compiled else COMPILING)
     try:
-        save = partial(config.write_table, table, path, gpu)
+        save = partial(tables.write_table, table, path, gpu)
         measure(missing, table, save, dtype, options.tiles, limit, end)
     except Gone as error:
         print(f"no process reaches the GPU: {error}", flush=True)

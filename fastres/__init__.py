@@ -1,14 +1,14 @@
 """fastres: ResNets on fused kernels. `from fastres import resnet50` in place of torchvision's, and nothing else."""
 
-from fastres import paper
 from fastres.compile import explain
-from fastres.graphed import graphed
+from fastres.cuda_graph import graphed
 from fastres.inference import optimize
+from fastres.models import paper
 from fastres.models.convert import convert
 from fastres.models.resnet import *  # noqa: F403
 from fastres.models.resnet import __all__ as _builders
 from fastres.ops.dispatch import backend
-from fastres.status import status
+from fastres.report import status
 
 __version__ = "0.1.0"
 __all__ = [*_builders, "backend", "convert", "explain", "graphed", "optimize", "paper", "status"]

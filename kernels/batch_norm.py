@@ -32,8 +32,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import cdiv, check_tensor
-from .pointwise import (
+from .checks import cdiv, check_tensor
+from .device_functions import bn_affine, relu
+from .launcher import empty, launch, remembered
+from .max_pool import Pool, block_pixel, check_pool, gather, normalize_max_pool
+from .rows import (
     DTYPES,
     REDUCED,
     STREAMED,
@@ -47,9 +50,6 @@ from .pointwise import (
     tile_of,
     vector,
 )
-from .pool import Pool, block_pixel, check_pool, gather, normalize_max_pool
-from .replay import empty, launch, remembered
-from .tile import bn_affine, relu
 
 # One program of the last stage walks over this many partials at most, a tile [_BT, _BK] at a time; more are first
 # merged in groups, by tiles whose rows fill a cache line.

@@ -31,11 +31,11 @@ import triton.language as tl
 from torch import Tensor
 
 from . import persistent
-from .backward import BnBackward, choose_tile, conv_problem, load_dz, operand, pixel_tiles
-from .config import Tile
-from .launch import cdiv, check_tensor, tma_refusal
-from .replay import empty, launch, remembered
-from .tile import box_origin, box_pixels, unravel
+from .checks import cdiv, check_tensor, tma_refusal
+from .device_functions import box_origin, box_pixels, unravel
+from .dz import BnBackward, choose_tile, conv_problem, load_dz, operand, pixel_tiles
+from .launcher import empty, launch, remembered
+from .tiles import Tile
 
 
 @triton.jit(do_not_specialize=["first_r", "first_s", "offset_h", "offset_w", "tiles_h", "tiles_w", "N", "P", "Q"])

@@ -19,11 +19,11 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .config import Tile
-from .launch import cdiv, gpu_of
+from .checks import cdiv, gpu_of
+from .device_functions import COMPILED, affine_relu, finish, join_relu, settle, tile_statistics
+from .launcher import empty, launch
 from .problem import ConvProblem
-from .replay import empty, launch
-from .tile import COMPILED, affine_relu, finish, join_relu, settle, tile_statistics
+from .tiles import Tile
 
 
 def check(tile: Tile, problem: ConvProblem, dtype: torch.dtype) -> None:

@@ -24,12 +24,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .config import STEM_WINDOW, Tile, pixel_tiles, reduction_steps, stem_tile, stem_wgrad_tile
-from .conv import FLOATS, launch_boxes
-from .launch import cdiv, check_device, check_product, check_tensor, gpu_of, tma_refusal
+from .checks import cdiv, check_device, check_product, check_tensor, gpu_of, tma_refusal
+from .device_functions import finish, store_statistics, unravel
+from .fprop import FLOATS, launch_boxes
+from .launcher import empty, launch, remembered
 from .problem import ConvProblem
-from .replay import empty, launch, remembered
-from .tile import finish, store_statistics, unravel
+from .tables import stem_tile, stem_wgrad_tile
+from .tiles import STEM_WINDOW, Tile, pixel_tiles, reduction_steps
 from .wgrad import wgrad_reduce_kernel
 
 WINDOW, CHANNELS = 8, 4

@@ -20,11 +20,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .backward import BnBackward, choose_tile, conv_problem, load_dz, operand, pixel_tiles
-from .config import Tile
-from .launch import cdiv, check_tensor, tma_refusal
-from .replay import empty, launch, remembered
-from .tile import affine_relu, box_origin, box_pixels, settle, unravel
+from .checks import cdiv, check_tensor, tma_refusal
+from .device_functions import affine_relu, box_origin, box_pixels, settle, unravel
+from .dz import BnBackward, choose_tile, conv_problem, load_dz, operand, pixel_tiles
+from .launcher import empty, launch, remembered
+from .tiles import Tile
 
 
 @triton.jit(do_not_specialize=["N", "H", "W", "P", "Q", "tiles_h", "tiles_w", "steps_in_all", "steps_per_split"])

@@ -194,9 +194,9 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def _nothing_remembered() -> None:
     """A test's first call of a launcher decides everything itself, by what the test has put in place."""
-    from fastres.kernels import replay
+    from fastres.kernels import launcher
 
-    replay.forget()
+    launcher.forget()
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fastres.kernels import config
+from fastres.kernels import tables, tiles
 from fastres.ops import extension
 from fastres.paths import cache_folder
 from fastres.train import data
@@ -43,7 +43,7 @@ def test_a_relative_xdg_folder_counts_as_none(monkeypatch: pytest.MonkeyPatch, h
 def test_one_folder_for_tables_libraries_and_mean_images(monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
     """None of them beside the others, nor in a folder that is called `~`."""
     monkeypatch.setenv("FASTRES_CACHE_DIR", "~/fr")
-    config.write_table({}, config.table_file(config.H200.name), config.H200)
+    tables.write_table({}, tables.table_file(tiles.H200.name), tiles.H200)
     assert extension._recipe("cpu", None).library.parent == home / "fr"
     found = {}
     monkeypatch.setattr(data, "_photographs", lambda *given: found.update(cache=given[4]))
@@ -56,7 +56,7 @@ def test_one_folder_for_tables_libraries_and_mean_images(monkeypatch: pytest.Mon
 def test_without_a_home_nothing_is_kept_and_reading_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     """As in a container whose user has no entry and no HOME."""
     monkeypatch.setattr(os.path, "expanduser", lambda path: path)
-    assert config.read_table(config.table_file("any")) == {}
+    assert tables.read_table(tables.table_file("any")) == {}
     moments = data.Moments(1, *(data.torch.zeros(shape) for shape in ((3, 2, 2), (3, 3))))
     with pytest.warns(UserWarning, match="can't be kept in /dev/null"):
         data.keep_moments(cache_folder() / "statistics.npz", moments)

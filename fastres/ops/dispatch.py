@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from fastres.ops import quantised
 
 if TYPE_CHECKING:
-    from fastres.kernels.config import Found
     from fastres.kernels.problem import ConvProblem, Pass
+    from fastres.kernels.tables import Found
 
 Engine = Literal["triton", "stem", "cudnn", "onednn", "aten"]
 
@@ -388,16 +388,16 @@ def why_chained(problem: ConvProblem, dtype: torch.dtype, device: torch.device) 
 def _measured(pass_: Pass, problem: ConvProblem, dtype: torch.dtype, device: torch.device) -> Found | None:
     if device.type != "cuda":
         return None
-    from fastres.kernels import config, launch
+    from fastres.kernels import checks, tables
 
-    return config.measured(pass_, problem, dtype, launch.gpu_of(device))
+    return tables.measured(pass_, problem, dtype, checks.gpu_of(device))
 
 
 def _how_measured(found: Found, problem: ConvProblem, device: torch.device) -> str:
     """The reason for a choice by `found`."""
-    from fastres.kernels import launch
+    from fastres.kernels import checks
 
-    where = "this GPU" if found.gpu == launch.gpu_of(device).name else f"{found.gpu} ({_ALIKE})"
+    where = "this GPU" if found.gpu == checks.gpu_of(device).name else f"{found.gpu} ({_ALIKE})"
     if found.measurement.note:
         return f"unmeasured: tuning on {where} {found.measurement.note}"
     return f"measured fastest on {where}" + ("" if found.N == problem.N else f" at N={found.N}, the nearest measured")
@@ -405,11 +405,11 @@ def _how_measured(found: Found, problem: ConvProblem, device: torch.device) -> s
 
 def table_in_force(device: torch.device) -> str:
     """The measurements by which engines and tiles are chosen on a GPU, in words."""
-    from fastres.kernels import config, launch
+    from fastres.kernels import checks, tables
 
-    gpu = launch.gpu_of(device)
+    gpu = checks.gpu_of(device)
     try:
-        found = config.serving(gpu)
+        found = tables.serving(gpu)
     except ValueError as error:
         return f"broken: {error}"
     said = []

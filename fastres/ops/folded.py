@@ -93,7 +93,7 @@ def by_cudnn(x: Tensor, residual: Tensor | None = None, *, p: Folded, geometry: 
 def by_triton(x: Tensor, residual: Tensor | None = None, *, p: Folded, geometry: Geometry, **epilogue: Any) -> Tensor:
     """out_scale [relu](scale conv(x, w) + shift + residual_scale residual) by our kernel, whose further arguments
     `epilogue` is."""
-    from fastres.kernels.conv import conv_fprop
+    from fastres.kernels.fprop import conv_fprop
 
     terms = {"scale": p.scale, "shift": p.shift, "residual": residual}
     y = conv_fprop(x, p.w, **geometry._asdict(), **terms, **epilogue)
@@ -117,7 +117,7 @@ def by_stem(x: Tensor, *, p: Folded, geometry: Geometry, relu: bool, precision: 
 def by_chain(x: Tensor, residual: Tensor, *, p: Sequence[Folded]) -> tuple[Tensor, Tensor]:
     """A block's 3x3, its 1x1 expansion with residual, and the next block's 1x1 reduction, each with ReLU, by one
     kernel: (the block's output, the reduction)."""
-    from fastres.kernels.bottleneck import bottleneck_chain
+    from fastres.kernels.chain import bottleneck_chain
 
     spatial, expand, reduce = p
     shifts = [torch.zeros(f.w.shape[0], device=x.device) if f.shift is None else f.shift for f in p]
@@ -127,7 +127,7 @@ def by_chain(x: Tensor, residual: Tensor, *, p: Sequence[Folded]) -> tuple[Tenso
 def by_pool(x: Tensor, *, sizes: tuple[int, int, int]) -> Tensor:
     """max_pool(x) by our kernel: the library's writes the index of every maximum, too, eight bytes each; sizes: kernel,
     stride and pad."""
-    from fastres.kernels.pool import max_pool
+    from fastres.kernels.max_pool import max_pool
 
     kernel, stride, pad = sizes
     return max_pool(x, kernel=kernel, stride=stride, pad=pad)

@@ -1,7 +1,7 @@
 """oneDNN on a CPU: a convolution with bias, addition and ReLU as one primitive, and a whole plan as one graph.
 
-The operators are those that PyTorch's Inductor calls. They are internal to PyTorch, so tests/test_onednn.py pins what
-is used of them. oneDNN's ReLU makes 0 of NaN: give it finite inputs only.
+The operators are those that PyTorch's Inductor calls. They are internal to PyTorch, so
+tests/inference/test_onednn.py pins what is used of them. oneDNN's ReLU makes 0 of NaN: give it finite inputs only.
 """
 
 from __future__ import annotations

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastres.kernels import batch_norm, conv, dgrad, pool, residual, stem, wgrad
-from fastres.kernels.conv import Join, RunningNorm
+from fastres.kernels import batch_norm, dgrad, fprop, max_pool, pad_shortcut, stem, wgrad
+from fastres.kernels.fprop import Join, RunningNorm
 from fastres.ops.layout import nchw
 from fastres.ops.library_engine import Library, read_again, scaled
 from fastres.ops.reference import Affine, Norms, OnLoad, Prologue
 
 # The kernels between convolutions, by the names that `reference` gives them.
-passes = SimpleNamespace(**{**vars(pool), **vars(residual), **vars(batch_norm)})
+passes = SimpleNamespace(**{**vars(max_pool), **vars(pad_shortcut), **vars(batch_norm)})
 
 
 class Kernels(Library):
@@ -29,15 +29,15 @@ class Kernels(Library):
     def infer(
         self, x: Tensor, w: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None = None, relu: bool = True
     ) -> Any:
-        return conv.conv_fprop(x, w, **self._conv, scale=scale, shift=shift, residual=residual, relu=relu)
+        return fprop.conv_fprop(x, w, **self._conv, scale=scale, shift=shift, residual=residual, relu=relu)
 
     def infer_live(self, x: Tensor, w: Tensor, norm: Any, residual: Tensor | None = None, relu: bool = True) -> Any:
         norm = RunningNorm(*norm, self.eps)
-        return conv.conv_fprop(x, w, **self._conv, norm=norm, residual=residual, relu=relu)
+        return fprop.conv_fprop(x, w, **self._conv, norm=norm, residual=residual, relu=relu)
 
     def fprop(self, x: Tensor, w: Tensor, prologue: Prologue) -> Any:
         x, prologue = self._prologue(x, prologue, self.engines.fprop_on_load)
-        return self._epilogue(conv.conv_fprop(x, w, **self._conv, prologue=prologue, statistics=self._sums))
+        return self._epilogue(fprop.conv_fprop(x, w, **self._conv, prologue=prologue, statistics=self._sums))
 
     def fprop_joined(self, z: Tensor, affine: Affine, w: Tensor, **addend: Any) -> Any:
         residual = addend["residual"]
@@ -46,7 +46,7 @@ class Kernels(Library):
         x = torch.empty_like(z)
         join = Join(residual, addend.get("residual_scale"), addend.get("residual_shift"), x)
         return x, *self._epilogue(
-            conv.conv_fprop(z, w, **self._conv, prologue=affine, join=join, statistics=self._sums)
+            fprop.conv_fprop(z, w, **self._conv, prologue=affine, join=join, statistics=self._sums)
         )
 
     @property

@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 import fastres
 from fastres.classes import difference, out_of_order
-from fastres.graphed import graphed
+from fastres.cuda_graph import graphed
 from fastres.models import families
 from fastres.terminal import duration
 from fastres.train import checkpoint, dali

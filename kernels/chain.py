@@ -1,0 +1,145 @@
+"""The bottleneck chain: three convolutions of an inference net in one kernel, as FlashAttention chains two products.
+
+    hidden = relu(conv3x3(x) + shift2)                     [N, H, W, C]    never leaves the multiprocessor
+    out    = relu(conv1x1(hidden) + shift3 + residual)     [N, H, W, 4C]   a block's output
+    mid    = relu(conv1x1(out) + shift1)                   [N, H, W, C]    the next block's reduction
+
+With BatchNorm folded nothing in between needs a sum over all pixels, so a tile of pixels goes through all three while
+its channels, C = 64 or 128 in the memory-bound stages of a ResNet, fit one program. It saves writing and reading
+hidden, and reading out. GEMM view as in `conv`: channels on GEMM_M, pixels on GEMM_N; what was just computed stands
+second in the next product, where wgmma reads it from shared memory.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from .checks import cdiv, check_product, check_tensor, tma_refusal
+from .device_functions import box_origin, filter_tap, relu
+from .launcher import empty, launch, remembered
+from .problem import ConvProblem
+from .tiles import cover
+
+CHANNELS = (16, 32, 64, 128)
+
+
+class ChainTile(NamedTuple):
+    """Pixels per program; expanded channels per step and reduction channels per step of the 3x3; warps; stages."""
+
+    pixels: int
+    expanded: int
+    BK: int
+    warps: int
+    stages: int
+
+
+def chain_tile(C: int) -> ChainTile:
+    """The largest tile without spills on sm_90."""
+    return ChainTile(128, 64, min(C, 64), 8 if C == 128 else 4, 2)
+
+
+@triton.jit(do_not_specialize=["tiles_p", "tiles_q"])
+def bottleneck_chain_kernel(
+    x,
+    w2,
+    w3,
+    w1,
+    residual,
+    out,
+    mid,
+    shift2,
+    shift3,
+    shift1,
+    tiles_p,
+    tiles_q,
+    C: tl.constexpr,
+    TN: tl.constexpr,
+    TH: tl.constexpr,
+    TW: tl.constexpr,
+    BE: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """One box of TN x TH x TW pixels, all their channels. Descriptors: x and mid [N, H, W, C]; residual and out
+    [N, H, W, 4C]; w2 [C, 9 C], w3 [4C, C], w1 [C, 4C]."""
+    BN: tl.constexpr = TN * TH * TW
+    n0, p0, q0 = box_origin(tl.program_id(0), tiles_p, tiles_q, TN, TH, TW)
+    channel = tl.arange(0, C)
+
+    hidden = tl.zeros((C, BN), tl.float32)
+    for step in range(9 * (C // BK)):
+        r, s, block = filter_tap(step, 3, 9)
+        a = x.load([n0, p0 + r - 1, q0 + s - 1, block * BK]).reshape((BN, BK))
+        hidden = tl.dot(w2.load([0, (r * 3 + s) * C + block * BK]), a.T, hidden)
+    hidden = relu(hidden + tl.load(shift2 + channel)[:, None]).to(x.dtype)
+
+    sums = tl.zeros((C, BN), tl.float32)
+    for e0 in range(0, 4 * C, BE):
+        wide = tl.dot(w3.load([e0, 0]), hidden)
+        wide += tl.load(shift3 + e0 + tl.arange(0, BE))[:, None]
+        wide += residual.load([n0, p0, q0, e0]).reshape((BN, BE)).T.to(tl.float32)
+        wide = relu(wide).to(x.dtype)
+        out.store([n0, p0, q0, e0], wide.T.reshape((TN, TH, TW, BE)))
+        sums = tl.dot(w1.load([0, e0]), wide, sums)
+    sums = relu(sums + tl.load(shift1 + channel)[:, None])
+    mid.store([n0, p0, q0, 0], sums.to(x.dtype).T.reshape((TN, TH, TW, C)))
+
+
+@remembered
+def bottleneck_chain(
+    x: Tensor,
+    w2: Tensor,
+    shift2: Tensor,
+    w3: Tensor,
+    shift3: Tensor,
+    residual: Tensor,
+    w1: Tensor,
+    shift1: Tensor,
+    tile: ChainTile | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(out [N, H, W, 4C], mid [N, H, W, C]) of x [N, H, W, C] and residual [N, H, W, 4C], bfloat16 or float16.
+
+    w2 [C, 3, 3, C], w3 [4C, 1, 1, C], w1 [C, 1, 1, 4C] in x's dtype; the shifts fp32, one per output channel; all
+    contiguous, C in `CHANNELS`. Raises ValueError where something doesn't fit or there is no TMA.
+    """
+    if x.dtype not in (torch.bfloat16, torch.float16):
+        raise ValueError(f"x must be bfloat16 or float16, got {x.dtype}")
+    check_product(x)
+    if x.dim() != 4 or x.shape[3] not in CHANNELS:
+        raise ValueError(f"x must be [N, H, W, C] with C one of {CHANNELS}, got shape {list(x.shape)}")
+    N, H, W, C = x.shape
+    wide = (N, H, W, 4 * C)
+    shapes = {"x": (N, H, W, C), "w2": (C, 3, 3, C), "w3": (4 * C, 1, 1, C), "w1": (C, 1, 1, 4 * C), "residual": wide}
+    for (name, shape), tensor in zip(shapes.items(), (x, w2, w3, w1, residual), strict=True):
+        check_tensor(name, tensor, shape, x)
+    for name, vector, length in (("shift2", shift2, C), ("shift3", shift3, 4 * C), ("shift1", shift1, C)):
+        check_tensor(name, vector, (length,), x, torch.float32)
+    if (reason := tma_refusal(ConvProblem(N, H, W, C, C, 3, 3, 1, 1), x, w2, w3, w1, residual)) is not None:
+        raise ValueError(f"the bottleneck chain is fetched by TMA, which is impossible here: {reason}")
+    pixels, BE, BK, warps, stages = tile or chain_tile(C)
+    TN, TH, TW = cover(N, H, W, pixels)
+    tiles_n, tiles_p, tiles_q = cdiv(N, TN), cdiv(H, TH), cdiv(W, TW)
+    out, mid = (empty(shape, x.dtype, x.device) for shape in (wide, (N, H, W, C)))
+
+    def boxes(tensor: Tensor, channels: int) -> TensorDescriptor:
+        return TensorDescriptor.from_tensor(tensor, [TN, TH, TW, channels])
+
+    if out.numel():
+        launch(
+            bottleneck_chain_kernel, (tiles_n * tiles_p * tiles_q,),
+            x=boxes(x, BK),
+            w2=TensorDescriptor.from_tensor(w2.view(C, -1), [C, BK]),
+            w3=TensorDescriptor.from_tensor(w3.view(4 * C, C), [BE, C]),
+            w1=TensorDescriptor.from_tensor(w1.view(C, 4 * C), [C, BE]),
+            residual=boxes(residual, BE),
+            out=boxes(out, BE),
+            mid=boxes(mid, C),
+            shift2=shift2, shift3=shift3, shift1=shift1, tiles_p=tiles_p, tiles_q=tiles_q,
+            C=C, TN=TN, TH=TH, TW=TW, BE=BE, BK=BK, num_warps=warps, num_stages=stages,
+        )  # fmt: skip
+    return out, mid

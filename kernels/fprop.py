@@ -1,0 +1,613 @@
+"""fprop: a convolution with what stands before and behind it in a ResNet.
+
+    y[n, p, q, k] = [relu](scale[k] sum over r, s, c of w[k, r, s, c] a[n, h, w, c] + shift[k] + residual[n, p, q, k])
+
+    a = x, or relu(s[c] x + t[c]) (the prologue: BatchNorm and ReLU of the layer before, computed while loading; zero
+    outside the image), h = p stride + r dilation - pad, likewise w. Everything but the sum is optional, and so are the
+    per-tile statistics of y as stored.
+
+    For a 1x1 convolution the prologue may be the end of the residual block before it: a = relu(s[c] x + t[c] + side),
+    side the block's input or a projection s'[c] side + t'[c] yet to be normalised. Then a is stored too, because the
+    next shortcut and the backward pass read it.
+
+Layouts: x [N, H, W, C], w [K, R, S, C/groups], y and residual [N, P, Q, K], all contiguous. GEMM view: channels k on
+GEMM_M, pixels on GEMM_N, (tap, c) on GEMM_K; so x, which the prologue computes on, stands second, where wgmma reads it
+from shared memory. Sums in fp32, no atomics: equal inputs give equal bits.
+
+Two kernels: one fetches boxes of pixels by TMA, whose zero fill outside a tensor is the padding; the other gathers by
+pointers and takes every shape. Where tiles are so few that multiprocessors idle, either may cut the sum over (tap, c)
+into splits, whose fp32 sums [splits, N, P, Q, K] a third kernel adds up in a fixed order; it then does all that stands
+behind the sum.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from . import persistent
+from .checks import cdiv, check_device, check_product, check_tensor, gpu_of, tma_refusal
+from .device_functions import (
+    affine_relu,
+    box_origin,
+    box_pixels,
+    filter_tap,
+    finish,
+    join_relu,
+    store_statistics,
+    unravel,
+)
+from .launcher import empty, launch, remembered
+from .problem import ConvProblem
+from .tables import fprop_tile
+from .tiles import Tile, pixel_tiles, reduction_steps, row_channels
+
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+FP8 = torch.float8_e4m3fn
+
+
+@triton.jit(
+    do_not_specialize=[
+        *("N", "H", "W", "P", "Q", "tiles_p", "tiles_q", "steps", "steps_per_split"),
+        *("residual_scale", "out_scale", "eps"),
+    ]
+)
+def conv_fprop_tma_kernel(
+    x,
+    w,
+    y,
+    residual,
+    prologue_scale,
+    prologue_shift,
+    side,
+    side_scale,
+    side_shift,
+    joined,
+    scale,
+    shift,
+    mean,
+    var,
+    eps,
+    partials,
+    residual_scale,
+    out_scale,
+    N,
+    H,
+    W,
+    C,
+    P,
+    Q,
+    K,
+    tiles_p,
+    tiles_q,
+    steps,
+    steps_per_split,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    STRIDE: tl.constexpr,
+    PAD_H: tl.constexpr,
+    PAD_W: tl.constexpr,
+    DILATION: tl.constexpr,
+    FULL: tl.constexpr,
+    RELU: tl.constexpr,
+    PRECISION: tl.constexpr,
+    TN: tl.constexpr,
+    TH: tl.constexpr,
+    TW: tl.constexpr,
+    BM: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """One tile [BM channels, TN x TH x TW pixels] per program; neighbours in the grid share their pixels.
+
+    Descriptors: w [K, R S C]; y and residual [N, P, Q, K]; x, side and joined (a, stored) [N, H, W, C], for stride 2
+    x's memory as [N, H/2, 2, W/2, 2 C], where a tap reads one parity of rows and of columns. A box of x must not leave
+    its tap's channels: BK divides C, unless there is one tap and stride 1 (then zero fill ends the sum). FULL: boxes
+    end where the image does. With steps_per_split, y is [splits, N, P, Q, K], where program_id(1) sums so many steps.
+    """
+    BN: tl.constexpr = TN * TH * TW
+    tiles_k = tl.cdiv(K, BM)
+    tile_k = tl.program_id(0) % tiles_k
+    tile = tl.program_id(0) // tiles_k
+    n0, p0, q0 = box_origin(tile, tiles_p, tiles_q, TN, TH, TW)
+    if prologue_scale is not None and side is None:
+        _, p, q = box_pixels(n0, p0, q0, TN, TH, TW)
+
+    first = 0
+    if steps_per_split is not None:
+        first = tl.program_id(1) * steps_per_split
+        steps = tl.minimum(steps_per_split, steps - first)
+    acc = tl.zeros((BM, BN), tl.float32)
+    tl.assume(steps > 0)  # else ptxas serialises wgmma (C7515)
+    for step in range(steps):
+        r, s, block = filter_tap(first + step, S, R * S)
+        c0 = block * BK
+        if STRIDE == 1:
+            a = x.load([n0, p0 + r * DILATION - PAD_H, q0 + s * DILATION - PAD_W, c0])
+        else:
+            down, right = r * DILATION + PAD_H, s * DILATION + PAD_W  # 2 PAD more than the offset: not negative
+            a = x.load([n0, p0 + down // 2 - PAD_H, down % 2, q0 + right // 2 - PAD_W, right % 2 * C + c0])
+        a = a.reshape((BN, BK))
+        if side is not None:
+            c = c0 + tl.arange(0, BK)
+            other = side.load([n0, p0, q0, c0]).reshape((BN, BK))
+            a = join_relu(a, other, prologue_scale, prologue_shift, side_scale, side_shift, c, c < C)
+            joined.store([n0, p0, q0, c0], a.reshape((TN, TH, TW, BK)))
+        elif prologue_scale is not None:
+            c = c0 + tl.arange(0, BK)
+            h = p * STRIDE + r * DILATION - PAD_H
+            col = q * STRIDE + s * DILATION - PAD_W
+            a = affine_relu(
+                a,
+                tl.load(prologue_scale + c, mask=c < C, other=0.0),
+                tl.load(prologue_shift + c, mask=c < C, other=0.0),
+                ((h >= 0) & (h < H) & (col >= 0) & (col < W))[:, None],
+                PAD_H > 0 or PAD_W > 0,
+            )
+        acc = tl.dot(w.load([tile_k * BM, (r * S + s) * C + c0]), a.T, acc, input_precision=PRECISION)
+
+    k = tile_k * BM + tl.arange(0, BM)
+    res = None
+    if residual is not None:
+        res = residual.load([n0, p0, q0, tile_k * BM]).reshape((BN, BM)).T
+    out = finish(acc, res, scale, shift, mean, var, eps, k, k < K, residual_scale, out_scale, RELU, y.dtype)
+    if steps_per_split is None:
+        y.store([n0, p0, q0, tile_k * BM], out.T.reshape((TN, TH, TW, BM)))
+    else:
+        y.store([tl.program_id(1), n0, p0, q0, tile_k * BM], out.T.reshape((1, TN, TH, TW, BM)))
+    if partials is not None:
+        count = tl.minimum(TN, N - n0) * tl.minimum(TH, P - p0) * tl.minimum(TW, Q - q0)
+        n, p, q = box_pixels(n0, p0, q0, TN, TH, TW)
+        store_statistics(partials, out, tile, count, (n < N) & (p < P) & (q < Q), k, k < K, K, FULL)
+
+
+@triton.jit(
+    do_not_specialize=["pixels", "H", "W", "P", "Q", "steps", "steps_per_split", "residual_scale", "out_scale", "eps"]
+)
+def conv_fprop_gather_kernel(
+    x,
+    w,
+    y,
+    residual,
+    prologue_scale,
+    prologue_shift,
+    side,
+    side_scale,
+    side_shift,
+    joined,
+    scale,
+    shift,
+    mean,
+    var,
+    eps,
+    partials,
+    residual_scale,
+    out_scale,
+    pixels,
+    H,
+    W,
+    C,
+    P,
+    Q,
+    K,
+    C_GROUP,
+    K_GROUP,
+    steps,
+    steps_per_split,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    STRIDE: tl.constexpr,
+    PAD: tl.constexpr,
+    DILATION: tl.constexpr,
+    FULL: tl.constexpr,
+    ROW: tl.constexpr,
+    INT64: tl.constexpr,
+    RELU: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """One tile [BM channels of group program_id(1), BN consecutive pixels] per program.
+
+    A step reduces over BK channels of one tap; where ROW, then C_GROUP, is not 0, over BK of the S ROW values under one
+    row of the filter, so that few channels still fill a step. FULL: no tile ends early. INT64: offsets pass 2**31.
+    With steps_per_split, y is [splits, N, P, Q, K], where program_id(2) sums so many steps.
+    """
+    channels = C_GROUP
+    if ROW > 0:
+        channels = ROW  # a constant: its divisors tell how wide a copy may be
+    tiles_k = tl.cdiv(K_GROUP, BM)
+    tile_k = tl.program_id(0) % tiles_k
+    tile = tl.program_id(0) // tiles_k
+    group = tl.program_id(1)
+    if INT64:
+        tile = tile.to(tl.int64)
+        group = group.to(tl.int64)
+    pixel = tile * BN + tl.arange(0, BN)
+    inside = pixel < pixels
+    n, p, q = unravel(pixel, P, Q)
+    h0 = p * STRIDE - PAD
+    col0 = q * STRIDE - PAD
+    x_pixel = x + (((n * H + h0) * W + col0) * C + group * channels)[:, None]
+    k = tile_k * BM + tl.arange(0, BM)
+    w_row = w + ((group * K_GROUP + k) * (R * S * channels))[:, None]
+
+    first = 0
+    if steps_per_split is not None:
+        first = tl.program_id(2) * steps_per_split
+        steps = tl.minimum(steps_per_split, steps - first)
+        y += tl.program_id(2).to(tl.int64) * pixels * K
+    acc = tl.zeros((BM, BN), tl.float32)
+    tl.assume(steps > 0)
+    for step in range(steps):
+        if ROW > 0:
+            r = (first + step) % R
+            j = (first + step) // R * BK + tl.arange(0, BK)
+            s = j // ROW
+            c = j % ROW
+            col = col0[:, None] + (s * DILATION)[None, :]
+            in_k = j < S * ROW
+            w_at = r * S * ROW + j
+        else:
+            r, s, block = filter_tap(first + step, S, R * S)
+            c = block * BK + tl.arange(0, BK)
+            col = (col0 + s * DILATION)[:, None]
+            in_k = c < channels
+            w_at = (r * S + s) * channels + c
+        h = (h0 + r * DILATION)[:, None]
+        valid = inside[:, None] & (h >= 0) & (h < H) & (col >= 0) & (col < W)
+        at_x = ((r * W + s) * DILATION * C + c)[None, :]
+        a = tl.load(x_pixel + at_x, mask=valid & in_k[None, :], other=0.0)
+        filters = tl.load(w_row + w_at[None, :], mask=(k < K_GROUP)[:, None] & in_k[None, :], other=0.0)
+        if side is not None:
+            at_x += (pixel * C)[:, None]
+            other = tl.load(side + at_x, mask=valid & in_k[None, :], other=0.0)
+            a = join_relu(a, other, prologue_scale, prologue_shift, side_scale, side_shift, c, in_k)
+            tl.store(joined + at_x, a, mask=valid & in_k[None, :])
+        elif prologue_scale is not None:
+            channel = group * channels + c
+            a = affine_relu(
+                a,
+                tl.load(prologue_scale + channel, mask=in_k, other=0.0),
+                tl.load(prologue_shift + channel, mask=in_k, other=0.0),
+                valid,
+                PAD > 0,
+            )
+        acc = tl.dot(filters, a.T, acc, input_precision=PRECISION)
+
+    channel = group * K_GROUP + k
+    at = pixel[None, :] * K + channel[:, None]
+    writable = inside[None, :] & (k < K_GROUP)[:, None]
+    res = None
+    if residual is not None:
+        res = tl.load(residual + at, mask=writable, other=0.0)
+    out = finish(
+        acc, res, scale, shift, mean, var, eps, channel, k < K_GROUP, residual_scale, out_scale, RELU,
+        y.dtype.element_ty,
+    )  # fmt: skip
+    tl.store(y + at, out, mask=writable)
+    if partials is not None:
+        store_statistics(partials, out, tile, tl.minimum(BN, pixels - tile * BN), inside, channel, k < K_GROUP, K, FULL)
+
+
+@triton.jit(do_not_specialize=["pixels", "residual_scale", "out_scale", "eps"])
+def fprop_reduce_kernel(
+    sums,
+    y,
+    residual,
+    scale,
+    shift,
+    mean,
+    var,
+    eps,
+    residual_scale,
+    out_scale,
+    pixels,
+    K,
+    RELU: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """y [pixels, K] = what `finish` makes of sums [SPLITS, pixels, K] added up in their order, for BM channels of BN
+    pixels."""
+    first = tl.program_id(0).to(tl.int64) * BN
+    start = first * K
+    pixel = tl.arange(0, BN)
+    k = tl.program_id(1) * BM + tl.arange(0, BM)
+    at = pixel[None, :] * K + k[:, None]
+    valid = (first + pixel < pixels)[None, :] & (k < K)[:, None]
+    numel = pixels.to(tl.int64) * K
+    total = tl.zeros((BM, BN), tl.float32)
+    for split in tl.static_range(SPLITS):
+        total += tl.load(sums + (split * numel + start) + at, mask=valid, other=0.0)
+    res = None
+    if residual is not None:
+        res = tl.load(residual + start + at, mask=valid, other=0.0)
+    out = finish(
+        total, res, scale, shift, mean, var, eps, k, k < K, residual_scale, out_scale, RELU, y.dtype.element_ty
+    )
+    tl.store(y + start + at, out, mask=valid)
+
+
+class Join(NamedTuple):
+    """What makes a prologue the end of a residual block: the `side` that is added [N, H, W, C], the fp32 [C] scale and
+    shift of a projection's (else None), and `out` [N, H, W, C], where the sum behind its ReLU is stored."""
+
+    side: Tensor
+    scale: Tensor | None
+    shift: Tensor | None
+    out: Tensor
+
+
+class RunningNorm(NamedTuple):
+    """A BatchNorm in eval mode: its statistics, weight and bias (or None), [K] of any floating dtype, and its eps."""
+
+    mean: Tensor
+    var: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+
+
+@remembered
+def conv_fprop(
+    x: Tensor,
+    w: Tensor,
+    *,
+    stride: int = 1,
+    pad: int = 0,
+    dilation: int = 1,
+    groups: int = 1,
+    prologue: tuple[Tensor, Tensor] | None = None,
+    join: Join | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    norm: RunningNorm | None = None,
+    residual: Tensor | None = None,
+    relu: bool = False,
+    statistics: bool = False,
+    residual_scale: float = 1.0,
+    out_scale: float = 1.0,
+    out: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    precision: str = "ieee",
+    tile: Tile | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """y [N, P, Q, K] of x [N, H, W, C] and filters w [K, R, S, C/groups]; with `statistics` also the partials, fp32
+    [tiles, 3, K]: number, mean and sum of squared distances from that mean of each tile's values (of all tiles of a
+    persistent program), as stored.
+
+        y = out_scale [relu](scale conv([relu(s x + t)], w) + shift + residual_scale residual)
+
+    prologue: (s, t), fp32 [C]; scale, shift: fp32 [K]; norm: gives both of them; residual: [N, P, Q, K] in x's or y's
+    dtype. x and w have one dtype: bfloat16, float16, float32 or, without a prologue, float8_e4m3fn; the two numbers are
+    for quantised tensors.
+    join: adds a residual block's shortcut in the prologue and fills `join.out`, once for every tile of channels, so
+    that it pays where one tile holds all K.
+    out: where to put y; out_dtype: y's dtype, by default x's, for fp8 bfloat16. precision of fp32 products: "ieee" or
+    "tf32". tile: from `config` by default; one with a box asks for TMA, one without for pointers; one with splits takes
+    a second launch, and neither statistics nor join.
+
+    All tensors contiguous, on one device. Raises ValueError where something doesn't fit.
+    """
+    problem = _problem(x, w, stride, pad, dilation, groups)
+    K = problem.K
+    shape = (problem.N, problem.P, problem.Q, K)
+    if precision not in ("ieee", "tf32"):
+        raise ValueError(f"precision must be 'ieee' or 'tf32', got {precision!r}")
+    if join is not None and (prologue is None or not problem.pointwise or groups > 1):
+        raise ValueError("join needs a prologue and a 1x1 convolution of stride 1, without padding and groups")
+    if prologue is not None and x.dtype == FP8:
+        raise ValueError("a prologue needs a bfloat16, float16 or float32 x, got float8_e4m3fn")
+    y_dtype = out_dtype or (out.dtype if out is not None else torch.bfloat16 if x.dtype == FP8 else x.dtype)
+    if y_dtype not in (*FLOATS, FP8):
+        raise ValueError(f"out_dtype must be bfloat16, float16, float32 or float8_e4m3fn, got {y_dtype}")
+    if norm is not None and (scale is not None or shift is not None):
+        raise ValueError("norm gives scale and shift; they can't be given, too")
+    s, t = prologue or (None, None)
+    mean, var, weight, bias, eps = norm or (None, None, scale, shift, None)
+    side, side_scale, side_shift, joined = join or (None, None, None, None)
+    for name, tensor in (("join.side", side), ("join.out", joined)):
+        check_tensor(name, tensor, tuple(x.shape), x)
+    vectors = {"prologue scale": s, "prologue shift": t, "join.scale": side_scale, "join.shift": side_shift}
+    for name, tensor in vectors.items():
+        check_tensor(name, tensor, (problem.C,), x, torch.float32)
+    for name, tensor in (("scale", scale), ("shift", shift)):
+        check_tensor(name, tensor, (K,), x, torch.float32)
+    if norm is not None:
+        for name, tensor in zip(RunningNorm._fields[:4], norm[:4], strict=True):
+            check_tensor(f"norm.{name}", tensor, (K,), x, *FLOATS)
+    check_tensor("residual", residual, shape, x, x.dtype, y_dtype)
+    check_tensor("out", out, shape, x, y_dtype)
+    check_device(x, x.dtype, y_dtype)
+    check_product(x)
+
+    y = empty(shape, y_dtype, x.device) if out is None else out
+    computed = 0 if prologue is None else 1 if join is None else 2
+    tile = _choose(tile, problem, (x, w, y, residual, side, joined), computed, statistics, precision)
+    splits = _splits(problem, tile, join, statistics)
+    tiles = pixel_tiles(problem, tile.BN, tile.box)
+    launch_tiles = _launch_gather if tile.box is None else _launch_tma
+    if tile.persistent:
+        tiles, launch_tiles = persistent.programs(problem.pixels, K, tile, x.device), persistent.launch_fprop
+    partials = empty((tiles, 3, K), torch.float32, x.device) if statistics else None
+    epilogue = {
+        "scale": weight, "shift": bias, "mean": mean, "var": var, "eps": eps,
+        "residual_scale": None if residual_scale == 1.0 else residual_scale,
+        "out_scale": None if out_scale == 1.0 else out_scale,
+    }  # fmt: skip
+    if problem.pixels and splits == 1:
+        launch_tiles(
+            problem, tile, x, w, y, residual, side, joined,
+            prologue_scale=s, prologue_shift=t, side_scale=side_scale, side_shift=side_shift,
+            partials=partials, **epilogue, RELU=relu, PRECISION=precision,
+        )  # fmt: skip
+    elif problem.pixels:
+        sums = empty((splits, *shape), torch.float32, x.device)
+        launch_tiles(
+            problem, tile, x, w, sums, None, None, None,
+            prologue_scale=s, prologue_shift=t, side_scale=None, side_shift=None,
+            partials=None, **dict.fromkeys(epilogue), RELU=False, PRECISION=precision,
+        )  # fmt: skip
+        _launch_reduce(sums, y, residual, **epilogue, RELU=relu)
+    return y if partials is None else (y, partials)
+
+
+def _problem(x: Tensor, w: Tensor, stride: int, pad: int, dilation: int, groups: int) -> ConvProblem:
+    if x.dim() != 4 or w.dim() != 4:
+        raise ValueError(f"x [N, H, W, C] and w [K, R, S, C/groups] expected, got {list(x.shape)} and {list(w.shape)}")
+    if x.dtype not in (*FLOATS, FP8):
+        raise ValueError(f"x must be bfloat16, float16, float32 or float8_e4m3fn, got {x.dtype}")
+    (N, H, W, C), (K, R, S, channels) = x.shape, w.shape
+    if channels * groups != C:
+        raise ValueError(f"w {list(w.shape)} with groups={groups} takes {channels * groups} channels, x has {C}")
+    check_tensor("x", x, (N, H, W, C), x)
+    check_tensor("w", w, (K, R, S, channels), x)
+    return ConvProblem(N, H, W, C, K, R, S, stride, pad, dilation, groups)
+
+
+def fprop_tma_refusal(problem: ConvProblem, *tensors: Tensor | None) -> str | None:
+    """Why `conv_fprop_tma_kernel` can't serve, or None where it can. The first tensor is x."""
+    if not problem.pointwise:
+        least = 32 if tensors[0] is not None and tensors[0].dtype == FP8 else 16
+        if problem.C % least:
+            return f"C={problem.C} is no multiple of {least}, the shortest reduction step"
+        if problem.stride > 2:
+            return f"stride={problem.stride}"
+        if problem.stride == 2 and (problem.H % 2 or problem.W % 2):
+            return f"stride 2 over an odd image {problem.H}x{problem.W}"
+    return tma_refusal(problem, *tensors)
+
+
+def _choose(
+    tile: Tile | None,
+    problem: ConvProblem,
+    tensors: Sequence[Tensor | None],
+    computed: int,
+    statistics: bool,
+    precision: str,
+) -> Tile:
+    x = tensors[0]
+    assert x is not None
+    if tile is not None:
+        persistent.check(tile, problem, x.dtype)
+    if tile is not None and tile.box is None:
+        return tile
+    refusal = fprop_tma_refusal(problem, *tensors)
+    if tile is None:
+        ieee = x.dtype == torch.float32 and precision == "ieee"
+        pass_: Literal["infer", "fprop"] = "fprop" if computed or statistics else "infer"
+        return fprop_tile(problem, x.dtype, refusal is None, gpu_of(x.device), ieee, computed, pass_)
+    if refusal is not None:
+        raise ValueError(f"a tile with a box is fetched by TMA, which is impossible here: {refusal}")
+    if math.prod(tile.box) != tile.BN or (problem.pointwise and tile.box[:2] != (1, 1)):
+        raise ValueError(f"{tile}: the box must hold BN pixels, for a pointwise convolution as (1, 1, BN)")
+    if not problem.pointwise and problem.C % tile.BK:
+        raise ValueError(f"BK={tile.BK} must divide C={problem.C} where a filter has several taps or a stride")
+    return tile
+
+
+def _splits(problem: ConvProblem, tile: Tile, join: Join | None, statistics: bool) -> int:
+    """Into how many parts the steps are cut: as many as the tile wants, but none that is empty."""
+    if tile.splits < 1:
+        raise ValueError(f"splits must be >= 1, got {tile.splits}")
+    if tile.splits > 1 and (join is not None or statistics):
+        asked = "join" if join is not None else "statistics"
+        raise ValueError(f"splits={tile.splits}: only without {asked}, which needs splits=1")
+    steps = reduction_steps(problem, tile)
+    return cdiv(steps, cdiv(steps, tile.splits))
+
+
+def _launch_tma(
+    problem: ConvProblem, tile: Tile, x: Tensor, w: Tensor, y: Tensor, *same_shape: Tensor | None, **rest: Any
+) -> None:
+    residual, side, joined = same_shape
+    if problem.pointwise:
+        x, y = x.view(1, 1, -1, problem.C), y.view(*y.shape[:-4], 1, 1, -1, problem.K)
+        residual = None if residual is None else residual.view(y.shape)
+        side, joined = (None if each is None else each.view(x.shape) for each in (side, joined))
+    elif problem.stride == 2:
+        x = x.view(problem.N, problem.H // 2, 2, problem.W // 2, 2 * problem.C)
+    launch_boxes(
+        tile, x, w, y, residual, side, joined, H=problem.H, W=problem.W, C=problem.C,
+        **_steps(problem, tile, y), R=problem.R, S=problem.S, STRIDE=problem.stride, PAD_H=problem.pad,
+        PAD_W=problem.pad, DILATION=problem.dilation, **rest,
+    )  # fmt: skip
+
+
+def launch_boxes(
+    tile: Tile,
+    x: Tensor,
+    w: Tensor,
+    y: Tensor,
+    residual: Tensor | None = None,
+    side: Tensor | None = None,
+    joined: Tensor | None = None,
+    **rest: Any,
+) -> None:
+    """Launches `conv_fprop_tma_kernel` over x in the view that the kernel reads, y and residual [N, P, Q, K]; side and
+    joined are like x. Splits' sums for y are [splits, N, P, Q, K]."""
+    assert tile.box is not None
+    TN, TH, TW = tile.box
+    *splits, N, P, Q, K = y.shape
+    tiles_n, tiles_p, tiles_q = cdiv(N, TN), cdiv(P, TH), cdiv(Q, TW)
+    out_box = [TN, TH, TW, tile.BM]
+    x_box = [TN, TH, TW, tile.BK] if x.dim() == 4 else [TN, TH, 1, TW, tile.BK]
+
+    def boxes(tensor: Tensor | None, box: list[int]) -> TensorDescriptor | None:
+        if tensor is None:
+            return None
+        return TensorDescriptor.from_tensor(tensor.view(tensor.shape), box)  # strides of single pixels may be anything
+
+    launch(
+        conv_fprop_tma_kernel, (tiles_n * tiles_p * tiles_q * cdiv(K, tile.BM), *splits),
+        x=boxes(x, x_box), w=boxes(w.view(K, -1), [tile.BM, tile.BK]), y=boxes(y, [1] * len(splits) + out_box),
+        residual=boxes(residual, out_box), side=boxes(side, x_box), joined=boxes(joined, x_box),
+        N=N, P=P, Q=Q, K=K, tiles_p=tiles_p, tiles_q=tiles_q,
+        FULL=(N % TN, P % TH, Q % TW) == (0, 0, 0), TN=TN, TH=TH, TW=TW, BM=tile.BM, BK=tile.BK,
+        num_warps=tile.warps, num_stages=tile.stages, **rest,
+    )  # fmt: skip
+
+
+def _launch_gather(
+    problem: ConvProblem, tile: Tile, x: Tensor, w: Tensor, y: Tensor, *same_shape: Tensor | None, **rest: Any
+) -> None:
+    residual, side, joined = same_shape
+    k_group = problem.K // problem.groups
+    tiles = cdiv(problem.pixels, tile.BN) * cdiv(k_group, tile.BM)
+    launch(
+        conv_fprop_gather_kernel, (tiles, problem.groups, *y.shape[:-4]),
+        x=x, w=w, y=y, residual=residual, side=side, joined=joined,
+        pixels=problem.pixels, H=problem.H, W=problem.W, C=problem.C, P=problem.P, Q=problem.Q, K=problem.K,
+        C_GROUP=problem.C // problem.groups, K_GROUP=k_group,
+        R=problem.R, S=problem.S, STRIDE=problem.stride, PAD=problem.pad, DILATION=problem.dilation,
+        **_steps(problem, tile, y), FULL=problem.pixels % tile.BN == 0,
+        ROW=row_channels(problem), INT64=not problem.int32_safe,
+        BM=tile.BM, BN=tile.BN, BK=tile.BK, num_warps=tile.warps, num_stages=tile.stages, **rest,
+    )  # fmt: skip
+
+
+def _steps(problem: ConvProblem, tile: Tile, y: Tensor) -> dict[str, int | None]:
+    """The steps of the sum and, where y is the splits' sums [splits, N, P, Q, K], of each split."""
+    steps = reduction_steps(problem, tile)
+    return {"steps": steps, "steps_per_split": None if y.dim() == 4 else cdiv(steps, y.shape[0])}
+
+
+def _launch_reduce(sums: Tensor, y: Tensor, residual: Tensor | None, **epilogue: Any) -> None:
+    """Launches `fprop_reduce_kernel` by single warps: many programs even at batch 1, and registers enough for ptxas to
+    let the loads of 8 splits fly at once; of two warps it has 3 fly."""
+    splits, N, P, Q, K = sums.shape
+    BM = min(64, triton.next_power_of_2(K))
+    BN = 128 // BM
+    launch(
+        fprop_reduce_kernel, (cdiv(N * P * Q, BN), cdiv(K, BM)),
+        sums=sums, y=y, residual=residual, pixels=N * P * Q, K=K, SPLITS=splits, BM=BM, BN=BN, num_warps=1, **epilogue,
+    )  # fmt: skip

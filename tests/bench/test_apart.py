@@ -1,0 +1,136 @@
+"""bench/apart.py: what hangs, dies or loses its CUDA context in a process of its own harms nobody else."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+BENCH = Path(__file__).resolve().parents[2] / "bench"
+LONG = 120  # what a process may take to start on a busy machine
+
+
+@pytest.fixture
+def apart(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    monkeypatch.syspath_prepend(str(BENCH))
+    return importlib.import_module("apart")
+
+
+class Delicate:
+    """Answers, raises, hangs, dies, or breaks what CUDA keeps in this process."""
+
+    def __init__(self, start: int) -> None:
+        self.value = start
+
+    def add(self, n: int) -> tuple[int, int]:
+        self.value += n
+        return self.value, os.getpid()
+
+    def refuse(self) -> None:
+        raise ValueError("not this one")
+
+    def refuse_strangely(self) -> None:
+        class StrangeError(Exception):
+            pass
+
+        raise StrangeError("known only there")
+
+    def sleep(self, seconds: float) -> None:
+        time.sleep(seconds)
+
+    def ignore_everything(self) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)
+        while True:
+            time.sleep(1)
+
+    def die(self) -> None:
+        os._exit(7)
+
+    def lose_the_context(self) -> None:
+        sys.modules["apart"].lost_context = lambda: "an illegal memory access was encountered"
+        raise RuntimeError("CUDA error: launch failure")
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def test_it_answers_and_keeps_its_state(apart: ModuleType) -> None:
+    with apart.Apart(Delicate, 40) as there:
+        assert there.ask("add", 1, seconds=LONG)[0] == 41
+        with pytest.raises(ValueError, match="not this one"):
+            there.ask("refuse", seconds=LONG)
+        with pytest.raises(RuntimeError, match="StrangeError: known only there"):
+            there.ask("refuse_strangely", seconds=LONG)
+        value, pid = there.ask("add", 1, seconds=LONG)
+        assert (value, pid != os.getpid(), alive(pid)) == (42, True, True)
+    assert not alive(pid)
+
+
+@pytest.mark.parametrize(
+    ("method", "arguments", "verdict", "said"),
+    [
+        ("sleep", (1000,), "hung", "no answer within 1 s, so its process was killed"),
+        ("ignore_everything", (), "hung", "no answer within 1 s"),
+        ("die", (), "died", r"its process ended \(exit status 7\)"),
+        ("lose_the_context", (), "lost the CUDA context", "lost the CUDA context.*launch failure"),
+    ],
+)
+def test_what_goes_wrong_costs_only_itself(
+    apart: ModuleType, method: str, arguments: Any, verdict: str, said: str
+) -> None:
+    with apart.Apart(Delicate, 0) as there, apart.Apart(Delicate, 0) as beside:
+        pids = [process.ask("add", 1, seconds=LONG)[1] for process in (there, beside)]
+        with pytest.raises(apart.Gone, match=said) as gone:
+            there.ask(method, *arguments, seconds=1 if verdict == "hung" else LONG)
+        assert gone.value.verdict == verdict
+        assert [alive(pid) for pid in pids] == [False, True]
+        assert beside.ask("add", 1, seconds=LONG)[0] == 2
+        with pytest.raises(apart.Gone, match=said):  # whoever asks later hears the same
+            there.ask("add", 1, seconds=LONG)
+
+
+def test_what_cannot_be_made_is_raised_by_every_question(apart: ModuleType) -> None:
+    with apart.Apart(Delicate) as there:
+        for _ in range(2):
+            with pytest.raises(TypeError, match="start"):
+                there.ask("add", 1, seconds=LONG)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere it ends when it next listens")
+def test_it_does_not_outlive_who_asks(apart: ModuleType) -> None:
+    """Even where both hang and the asking process is killed."""
+    with apart.Apart(Asking) as middle:
+        pid = middle.ask("start", seconds=LONG)
+        assert alive(pid)
+        with pytest.raises(apart.Gone):
+            middle.ask("hang", seconds=1)
+        for _ in range(100):
+            if not alive(pid) or "State:\tZ" in Path("/proc", str(pid), "status").read_text():
+                return
+            time.sleep(0.1)
+    pytest.fail("a process whose asker is gone runs on")
+
+
+class Asking:
+    """Asks a process that hangs."""
+
+    def start(self) -> int:
+        self.there = sys.modules["apart"].Apart(Delicate, 0)
+        return self.there.ask("add", 1, seconds=LONG)[1]
+
+    def hang(self) -> None:
+        self.there.ask("ignore_everything", seconds=LONG)

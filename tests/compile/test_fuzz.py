@@ -1,0 +1,96 @@
+"""Random nets (`fuzz.py`) mean what eager PyTorch means; and the fuzzer finds each fault that is put back."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import fuzz
+import pytest
+
+from fastres import compile as compiler
+from fastres.inference import plan
+from fastres.ops.operators import conv_affine_act, conv_bn_act
+
+NETS = 100
+
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.mark.parametrize("first", range(0, NETS, 10))
+def test_random_nets_mean_what_eager_means(first: int) -> None:
+    verdict, wrong = fuzz.Verdict(), []
+    for seed in range(first, first + 10):
+        one = fuzz.examine(seed)
+        wrong += [fuzz.command(seed), *one.faults] if one.faults else []
+        verdict += one
+    assert not wrong, "\n".join(wrong)
+    assert verdict.counts["chains rewritten"] >= 15, "the backend had little to do"
+    assert verdict.counts["optimized"] >= 5
+
+
+def test_the_nets_have_what_goes_wrong() -> None:
+    """Of the nets above: in-place statements, views, second names, modules used twice, results that share memory."""
+    programs = [fuzz.Writer(seed).write() for seed in range(NETS)]
+    sources = [program.source() for program in programs]
+
+    def having(pattern: str) -> int:
+        return sum(bool(re.search(pattern, source, re.MULTILINE)) for source in sources)
+
+    assert having(r"^        (F\.relu\(\w+, (True|inplace=True)\)|torch\.relu_|self\.relu\d+|\w+\.\w+_\()") >= 20
+    assert having(r"[+*]= ") >= 10
+    assert having(r"flatten|view\(x|reshape|\[:, |expand_as|permute|unsqueeze") >= 30
+    assert having(r"self\.(?!relu)(\w+)\(.*\n(.*\n)*.*self\.\1\(") >= 10
+    assert having(r"return .*, ") >= 40
+    assert having(r"return .*\[:, :2\]") >= 5
+    assert having("PadShortcut|F.pad") >= 5
+    assert 20 <= sum(program.channels_last for program in programs) <= 60
+
+
+def of(mode: str) -> Callable[[int], fuzz.Verdict]:
+    """The net of a seed, compiled."""
+
+    def one(seed: int) -> fuzz.Verdict:
+        program = fuzz.Writer(seed).write()
+        return fuzz.compiled(program.build, program.images(), mode)
+
+    return one
+
+
+def frozen(seed: int) -> fuzz.Verdict:
+    program, verdict = fuzz.Writer(seed).write(), fuzz.Verdict()
+    for output in range(len(program.outputs)):
+        verdict += fuzz.optimized(program.build(output), program.images())
+    return verdict
+
+
+def _reading(user: Any, root: Any, observed: bool) -> str:
+    ours = compiler._is(user, (conv_bn_act, conv_affine_act)) or "example_value" not in user.meta
+    return "ends" if ours else "follows"
+
+
+MENDS: dict[str, tuple[Any, str, Any, Callable[[int], fuzz.Verdict], int]] = {
+    # mend: (owner and name of the function that makes it, what replaces it, the form that shows it, from which seed)
+    "memory that is written into has one format": (compiler._Memory, "is_observed", lambda *_: False, of("eval"), 0),
+    "a write is known by any spelling": (compiler, "_mutated", lambda node: [], of("eval"), 0),
+    "what depends on the format gets the traced one": (compiler, "_reading", _reading, of("eval"), 0),
+    "nothing moves past a write": (compiler, "_between", lambda *_: None, of("eval"), 25),
+    "BatchNorms that share statistics go together": (
+        compiler, "_without_shared_statistics", lambda graph, matches: (matches, []), of("train"), 120,
+    ),
+    "an addition into shared memory stays": (compiler, "_is_its_own", lambda *_: True, of("eval"), 1206),
+    "views are tied to their memory": (plan._Translation, "_shares", lambda *_: None, frozen, 0),
+    "second names follow a change": (
+        plan._Translation, "_is_also", lambda self, node, _: self._is_new(node), frozen, 70,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mend", MENDS)
+def test_the_fuzzer_finds_what_is_put_back(mend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first seed that is tried saves time only: any of 300 will do."""
+    owner, name, instead, form, first = MENDS[mend]
+    monkeypatch.setattr(owner, name, instead)
+    assert any(form(seed).faults for seed in range(first, first + 300))

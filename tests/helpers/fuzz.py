@@ -1,0 +1,607 @@
+"""Random small nets: eager PyTorch beside `optimize` and beside torch.compile's backend "fastres".
+
+    python tests/helpers/fuzz.py --nets 5000                 # seeds 0 to 4999
+    python tests/helpers/fuzz.py --first 123 --nets 1 --show # one net again, with its source
+
+A net is grown line by line: conv, BatchNorm, ReLU in every spelling, additions, pools, views, modules used twice,
+values changed in place and read again under another name. Each line is run as it is written, and kept only if PyTorch
+takes it. In float64, where a rewriting that means the same is exact to rounding; on a CPU, where the fused operators
+run PyTorch's own functions, so that what is compared is the rewriting.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import itertools
+import logging
+import multiprocessing
+import os
+import random
+import re
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import fastres
+from fastres.ops.shortcut import PadShortcut
+
+TOLERANCE = 1e-8  # relative to the largest value; a fault of meaning is of order 1, rounding of order 1e-14
+MODES = ("eval", "eval with gradients", "train")
+INDUCTOR_EVERY = 50
+
+HEAD = """\
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fastres.ops.shortcut import PadShortcut
+"""
+
+
+class Net(nn.Module):
+    """Where lines are tried: modules are added as they are written."""
+
+
+@dataclass
+class Program:
+    """A net as source: `modules` by name, the body of `forward`, what it returns."""
+
+    seed: int
+    channels_last: bool
+    modules: dict[str, str] = field(default_factory=dict)
+    lines: list[str] = field(default_factory=list)
+    outputs: list[str] = field(default_factory=list)
+
+    def source(self, output: int | None = None) -> str:
+        """`output`: the only one that is returned."""
+        returned = self.outputs if output is None else [self.outputs[output]]
+        init = [f"        self.{name} = {module}" for name, module in self.modules.items()]
+        body = [f"        {line}" for line in self.lines]
+        return "\n".join(
+            [
+                f"{HEAD}\n\nclass Net(nn.Module):\n    def __init__(self):\n        super().__init__()",
+                *init,
+                "\n    def forward(self, x):",
+                *body,
+                f"        return {', '.join(returned)}\n",
+            ]
+        )
+
+    def build(self, output: int | None = None) -> nn.Module:
+        scope: dict[str, Any] = {}
+        exec(compile(self.source(output), f"<net {self.seed}>", "exec"), scope)
+        return settled(scope["Net"](), self.seed)
+
+    def images(self) -> Tensor:
+        return images(self.seed, self.channels_last)
+
+
+def images(seed: int, channels_last: bool) -> Tensor:
+    x = torch.randn(3, 4, 8, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    return x.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+
+
+def settled(module: nn.Module, seed: int) -> nn.Module:
+    """In float64, with parameters and statistics from `seed` that no value leaves at zero by chance."""
+    module.double()
+    chance = torch.Generator().manual_seed(seed)
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        if not tensor.is_floating_point():
+            continue
+        low, high = (0.5, 1.5) if "var" in name or (tensor.dim() == 1 and name.endswith("weight")) else (-0.5, 0.5)
+        with torch.no_grad():
+            tensor.uniform_(low, high, generator=chance)
+    return module
+
+
+class Writer:
+    """Grows a program. `chance` decides everything; `plain` leaves out what `optimize` has no step for."""
+
+    def __init__(self, seed: int) -> None:
+        self.chance = chance = random.Random(seed)
+        self.plain = chance.random() < 0.5
+        self.program = Program(seed, channels_last=chance.random() < 0.4)
+        self.net = Net()
+        x = images(seed, self.program.channels_last).requires_grad_()
+        self.scope: dict[str, Any] = {"x": x.clone(), "self": self.net, "torch": torch, "F": F}
+        self.names = ["x"]
+
+    def write(self) -> Program:
+        chance = self.chance
+        self.unit(self.image())
+        size = chance.randint(3, 11)
+        kinds: list[tuple[int, Callable[[], None]]] = [
+            (5, lambda: self.unit(self.image())),
+            (2, self.block),
+            (5, self.relu),
+            (4, self.add),
+            (3, self.view),
+            (3, self.change),
+            (2, self.keep),
+            (2, self.pool),
+            (2, self.gate),
+            (1, lambda: self.convolve(self.image())),
+            (1, lambda: self.normalise(self.image())),
+            (1, self.shortcut),
+            (1, self.statistics),
+            (1, self.join),
+        ]
+        weights = [weight for weight, _ in kinds]
+        while len(self.program.lines) < size:
+            chance.choices(kinds, weights)[0][1]()
+        program = self.program
+        program.outputs = self.returned()
+        body = "\n".join(program.lines)
+        program.modules = {m: made for m, made in program.modules.items() if re.search(rf"self\.{m}\b", body)}
+        return program
+
+    # What a line may be about.
+
+    def recent(self, names: Sequence[str]) -> str:
+        """The latest more often than not, an older one often enough."""
+        return names[-1] if self.chance.random() < 0.5 else self.chance.choice(names)
+
+    def any(self) -> str:
+        return self.recent(self.names)
+
+    def image(self) -> str:
+        fit = [n for n in self.names if self.scope[n].dim() == 4 and min(self.scope[n].shape[2:]) >= 2]
+        return self.recent(fit)
+
+    def like(self, name: str) -> str:
+        shape = self.scope[name].shape
+        return self.chance.choice([n for n in self.names if self.scope[n].shape == shape])
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self.scope[name].shape)
+
+    # Lines.
+
+    def module(self, kind: str, constructor: str, again: float = 0.2) -> str:
+        """The name of a module made by `constructor`: now and then of one that is there."""
+        same = [name for name, made in self.program.modules.items() if made == constructor]
+        if same and self.chance.random() < again:
+            return self.chance.choice(same)
+        name = f"{kind}{len(self.program.modules)}"
+        self.program.modules[name] = constructor
+        setattr(self.net, name, settled(eval(constructor, {"nn": nn, "PadShortcut": PadShortcut}), len(self.names)))
+        return name
+
+    def say(self, expression: str) -> str | None:
+        """`name = expression`: the name, where PyTorch takes it."""
+        name = f"v{len(self.names)}"
+        if not self.run(f"{name} = {expression}"):
+            return None
+        self.names.append(name)
+        return name
+
+    def run(self, line: str) -> bool:
+        if not self.plain and self.chance.random() < 0.03:
+            line = f"with torch.no_grad(): {line}"
+        try:
+            exec(line, self.scope)
+        except (RuntimeError, ValueError, IndexError):  # such as shapes that don't fit, a view that would be a copy
+            return False
+        self.program.lines.append(line)
+        return True
+
+    def convolve(self, x: str) -> str | None:
+        c = self.shape(x)[1]
+        k = self.chance.choice([4, 4, 4, 6, 8, c])
+        side, stride = self.chance.choice([(1, 1), (3, 1), (3, 1), (3, 2), (1, 2)])
+        groups = self.chance.choice([1, 1, 1, 1, 2]) if c % 2 == k % 2 == 0 else 1
+        bias = self.chance.random() < 0.25
+        args = f"{c}, {k}, {side}, {stride}, {side // 2}, groups={groups}, bias={bias}"
+        return self.say(f"self.{self.module('conv', f'nn.Conv2d({args})')}({x})")
+
+    def normalise(self, x: str) -> str | None:
+        n, c, *size = self.shape(x)
+        if n * size[0] * size[1] < 12:  # so few values nearly agree now and then, which makes rounding large
+            return None
+        affine = "" if self.chance.random() < 0.9 else ", affine=False"
+        return self.say(f"self.{self.module('bn', f'nn.BatchNorm2d({c}{affine})', again=0.3)}({x})")
+
+    def unit(self, x: str) -> str | None:
+        z = self.convolve(x)
+        y = None if z is None else self.normalise(z)
+        if y is not None and self.chance.random() < 0.6:
+            return self.relu(y)
+        return y
+
+    def block(self) -> None:
+        """A block's two branches and their sum; in eager PyTorch's spellings."""
+        x = self.image()
+        y = self.unit(x)
+        z = None if y is None else self.convolve(y)
+        z = None if z is None else self.normalise(z)
+        if z is None:
+            return
+        self.now_and_then_change(x)
+        if self.shape(z) != self.shape(x):
+            c, k = self.shape(x)[1], self.shape(z)[1]
+            stride = 2 if self.shape(z)[2] < self.shape(x)[2] else 1
+            side = self.say(f"self.{self.module('conv', f'nn.Conv2d({c}, {k}, 1, {stride}, bias=False)')}({x})")
+            x = None if side is None else self.normalise(side)  # type: ignore[assignment]
+        if x is not None and self.shape(z) == self.shape(x):
+            y = self.add(z, x)
+            if y is not None:
+                self.relu(y)
+
+    def relu(self, x: str | None = None) -> str | None:
+        x = x or self.any()
+        inplace = f"self.{self.module('relu', 'nn.ReLU(inplace=True)', again=0.5)}({x})"
+        pure = [f"F.relu({x})", f"torch.relu({x})", f"{x}.relu()", f"self.{self.module('relu', 'nn.ReLU()', 0.5)}({x})"]
+        writing = [inplace, f"F.relu({x}, inplace=True)", f"F.relu({x}, True)", f"torch.relu_({x})", f"{x}.relu_()"]
+        if self.chance.random() < 0.5:
+            return self.say(self.chance.choice(pure))
+        return self.written(self.chance.choice(writing))
+
+    def written(self, expression: str) -> str | None:
+        """What changes its operand: as a statement or under a new name."""
+        if self.chance.random() < 0.5:
+            self.run(expression)
+            return None
+        return self.say(expression)
+
+    def add(self, a: str | None = None, b: str | None = None) -> str | None:
+        a = a or self.any()
+        b = b or self.like(a)
+        if self.chance.random() < 0.5:
+            a, b = b, a
+        if self.chance.random() < 0.6:
+            return self.say(self.chance.choice([f"{a} + {b}", f"torch.add({a}, {b})", f"{a}.add({b})"]))
+        if self.chance.random() < 0.5:
+            self.run(f"{a} += {b}")
+            return a
+        return self.written(f"{a}.add_({b})")
+
+    def view(self, x: str | None = None) -> str | None:
+        x = x or self.any()
+        n = self.shape(x)[0]
+        served = [
+            f"{x}.flatten(1)", f"torch.flatten({x}, 1)", f"{x}.flatten(2)", f"{x}.reshape({x}.shape[0], -1)",
+            f"{x}.view({x}.size(0), -1)", f"{x}[:, :1]", f"{x}[:, 1:]", f"{x}[:, :, ::2, ::2]", f"{x}[:2]",
+            f"{x}.expand_as({self.like(x)})", f"{x}.contiguous()", f"self.{self.module('same', 'nn.Identity()')}({x})",
+            f"self.{self.module('drop', 'nn.Dropout(0.0)')}({x})", f"F.dropout({x}, 0.5, False)",
+            f"self.{self.module('flat', 'nn.Flatten()')}({x})", f"{x}.reshape({x}.shape)",
+        ]  # fmt: skip
+        others = [
+            f"{x}.detach()", f"{x}.unsqueeze(1)", f"{x}.squeeze()", f"{x}.transpose(-1, -2)", f"{x}.view_as({x})",
+            f"{x}.permute(0, 2, 3, 1)", f"{x}.contiguous(memory_format=torch.channels_last)", f"{x}.clone()",
+            f"{x}.chunk(2, 1)[0]", f"{x}.unbind(0)[{self.chance.randrange(n)}]", f"{x}.narrow(1, 0, 1)",
+            f"{x}.mT", f"{x}[0]", f"{x}[:, 0]", f"{x}.to(torch.float64)", f"{x}.split(1, 1)[0]", f"{x}.movedim(1, -1)",
+            f"torch.as_strided({x}, (2, 2), (2, 1))", f"{x}.reshape(-1)", f"{x}.unflatten(0, (1, -1))",
+        ]  # fmt: skip
+        return self.say(self.chance.choice(served if self.plain else served + others))
+
+    def keep(self) -> str | None:
+        """A value, a view of it, a change of either, and the other read."""
+        x = self.any()
+        y = self.view(x)
+        if y is None:
+            return None
+        x, y = self.chance.sample([x, y], 2)
+        self.chance.choice([self.relu, self.change])(x)
+        return self.say(f"{y} * 2.0")
+
+    def now_and_then_change(self, x: str) -> None:
+        """What a block reads at its beginning and at its end."""
+        if self.chance.random() < 0.25:
+            self.change(x)
+
+    def change(self, x: str | None = None) -> str | None:
+        """A value changed in place, by a number or by what lies elsewhere."""
+        x = x or self.any()
+        y = self.like(x)
+        served = [f"{x}.add_(1.0)", f"{x}.mul_(0.5)", f"{x}.mul_(torch.sigmoid({y}))"]
+        others = [
+            f"{x}.sub_(0.25)", f"{x}.copy_({y})", f"{x}.clamp_(-0.5, 2.0)", f"{x}.neg_()", f"torch.sigmoid_({x})",
+            f"{x}[:, :1].mul_(0.5)", f"{x}[:, :1].relu_()", f"F.leaky_relu({x}, 0.1, True)", f"{x}.data.mul_(0.5)",
+            f"{x}.detach().add_(1.0)", f"torch.add({x}, 1.0, out={x})", f"{x}.flatten().mul_(0.5)",
+        ]  # fmt: skip
+        statements = [f"{x} += 1.0", f"{x} *= 0.5"]
+        other_statements = [f"{x} -= 0.25", f"{x}[:, :1] = 0.5", f"{x}[:, :1] += 1.0", f"{x}[:, -1:] = {y}[:, :1]"]
+        if self.chance.random() < 0.4:
+            self.run(self.chance.choice(statements if self.plain else statements + other_statements))
+            return None
+        return self.written(self.chance.choice(served if self.plain else served + others))
+
+    def pool(self) -> str | None:
+        x = self.image()
+        small = self.module("pool", "nn.MaxPool2d(3, 2, 1)")
+        pools = [
+            f"F.max_pool2d({x}, 2)",
+            f"self.{small}({x})",
+            f"F.avg_pool2d({x}, 2)",
+            f"F.adaptive_avg_pool2d({x}, 3)",
+        ]
+        return self.say(self.chance.choice(pools))
+
+    def gate(self) -> str | None:
+        """Attention over channels, or over everything: a product with a shape of its own."""
+        x = self.image()
+        c = self.shape(x)[1]
+        mean = self.chance.choice([f"{x}.mean((2, 3), keepdim=True)", f"F.adaptive_avg_pool2d({x}, 1)", x])
+        conv = self.module("gate", f"nn.Conv2d({c}, {c}, 1)")
+        return self.say(f"{x} * torch.sigmoid(self.{conv}({mean}))")
+
+    def shortcut(self) -> str | None:
+        """Option A."""
+        x = self.image()
+        c = self.shape(x)[1]
+        if c > 8:
+            return None
+        module = self.module("pad", f"PadShortcut(2, {c + 2})")
+        pads = [f"F.pad({x}[:, :, ::2, ::2], (0, 0, 0, 0, 0, 2))", f"self.{module}({x})"]
+        y = self.say(self.chance.choice(pads))
+        self.now_and_then_change(x)
+        conv = self.module("conv", f"nn.Conv2d({c}, {c + 2}, 3, 2, 1, bias=False)")
+        z = self.say(f"self.{conv}({x})")
+        z = None if z is None else self.normalise(z)
+        if z is not None and self.chance.random() < 0.3:
+            z = self.say(f"{z}[:]")
+        if y is None or z is None or self.shape(y) != self.shape(z):
+            return None
+        total = self.add(z, y)
+        return None if total is None else self.relu(total)
+
+    def statistics(self) -> str | None:
+        """A BatchNorm's own tensors read, between its calls."""
+        x = self.image()
+        norms = [
+            m for m, made in self.program.modules.items() if made.startswith(f"nn.BatchNorm2d({self.shape(x)[1]})")
+        ]
+        if not norms:
+            return None
+        kept = self.chance.choice(["running_mean", "running_var", "weight"])
+        return self.say(f"{x} + self.{self.chance.choice(norms)}.{kept}.view(1, -1, 1, 1)")
+
+    def join(self) -> str | None:
+        x = self.image()
+        if self.plain or self.shape(x)[1] > 8:
+            return None
+        return self.say(f"torch.cat([{x}, {self.like(x)}], 1)")
+
+    def returned(self) -> list[str]:
+        chance = self.chance
+        names = [n for n in self.names if n != "x" or chance.random() < 0.2]
+        chosen = [names[-1], *chance.sample(names[:-1], min(len(names) - 1, chance.choice([0, 1, 1, 2])))]
+        if chance.random() < 0.2 and self.scope[chosen[0]].dim() > 1:
+            chosen.append(f"{chosen[0]}[:, :2]")
+        chance.shuffle(chosen)
+        return chosen
+
+
+# Holding one against the other.
+
+
+@dataclass
+class Outcome:
+    """What a call left behind: results, gradients, buffers, the input; and what shares memory with what."""
+
+    values: dict[str, Tensor | None]
+    shared: set[tuple[str, str]]
+
+
+def outcome(run: Callable[..., Any], module: nn.Module, x: Tensor, gradients: bool) -> Outcome:
+    leaf = x.clone().requires_grad_(gradients)
+    given = leaf.clone()
+    with torch.set_grad_enabled(gradients):
+        results = run(given)
+    results = results if isinstance(results, tuple) else (results,)
+    values: dict[str, Tensor | None] = {f"output {i}": y.detach().clone() for i, y in enumerate(results)}
+    sizes = [list(zip(y.shape, y.stride(), strict=True)) for y in results]  # a stride over one element says nothing
+    strides = {f"strides of output {i}": torch.tensor([t for s, t in pairs if s > 1]) for i, pairs in enumerate(sizes)}
+    tensors = {"input": given, **{f"output {i}": y for i, y in enumerate(results)}}
+    shared = {
+        (a, b)
+        for (a, s), (b, t) in itertools.combinations(tensors.items(), 2)
+        if s.untyped_storage().data_ptr() == t.untyped_storage().data_ptr()
+    }
+    values |= strides | {"input": given.detach().clone()}
+    if gradients:
+        loss = sum((torch.linspace(-1, 1, y.numel()).view(y.shape) * y).sum() for y in results if y.requires_grad)
+        if isinstance(loss, Tensor):
+            loss.backward()
+        values |= {"gradient of the input": leaf.grad}
+        values |= {f"gradient of {name}": p.grad for name, p in module.named_parameters()}
+    values |= dict(module.named_buffers())
+    return Outcome(values, shared)
+
+
+def differences(got: Outcome, want: Outcome, sharing: bool = True) -> list[str]:
+    """sharing: whether what shares memory counts."""
+    found = []
+    if sharing and got.shared != want.shared:
+        found.append(f"what shares memory: {sorted(got.shared)}, eager {sorted(want.shared)}")
+    for name, value in want.values.items():
+        other = got.values[name]
+        if value is None or other is None:
+            if value is not other:
+                found.append(
+                    f"{name}: {'none' if other is None else 'one'}, eager {'none' if value is None else 'one'}"
+                )
+        elif value.shape != other.shape or value.dtype != other.dtype:
+            found.append(f"{name}: {list(other.shape)} {other.dtype}, eager {list(value.shape)} {value.dtype}")
+        elif name.startswith("strides"):
+            if not torch.equal(value, other):
+                found.append(f"{name}: {other.tolist()}, eager {value.tolist()}")
+        elif value.numel():
+            error = float((value.double() - other.double()).abs().max())
+            if not error <= TOLERANCE * (1 + float(value.double().abs().max())):
+                found.append(f"{name}: off by {error:.2g}, eager's largest is {float(value.abs().max()):.2g}")
+    return found
+
+
+@dataclass
+class Verdict:
+    """What our side did differently, and how often what was looked at."""
+
+    faults: list[str] = field(default_factory=list)
+    counts: Counter[str] = field(default_factory=Counter)
+
+    def __iadd__(self, other: Verdict) -> Verdict:
+        self.faults += other.faults
+        self.counts += other.counts
+        return self
+
+
+def examine(seed: int, inner: str | None = None) -> Verdict:
+    """The net of `seed` in every form. inner: the backend behind the rewriting; by default Inductor now and then."""
+    program = Writer(seed).write()
+    inner = inner or ("inductor" if seed % INDUCTOR_EVERY == INDUCTOR_EVERY - 1 else "aot_eager")
+    verdict = Verdict()
+    for mode in MODES:
+        verdict += compiled(program.build, program.images(), mode, inner)
+    for output in range(len(program.outputs)):
+        verdict += optimized(program.build(output), program.images())
+    return verdict
+
+
+def compiled(build: Callable[[], nn.Module], x: Tensor, mode: str, inner: str = "aot_eager") -> Verdict:
+    """The net under torch.compile with our backend, `inner` behind it, beside eager. Where `inner` alone differs from
+    eager as well, PyTorch's compiler differs."""
+    verdict, gradients = Verdict(), mode != "eval"
+
+    def form(compile: Callable[[nn.Module], Callable[..., Any]] | None) -> Outcome:
+        module = build().train(mode == "train")
+        torch._dynamo.reset()
+        return outcome(module if compile is None else compile(module), module, x, gradients)
+
+    try:
+        want = form(None)
+    except RuntimeError:  # autograd refuses what was changed in place
+        verdict.counts[f"{mode}: eager refuses"] += 1
+        return verdict
+    options = {"fastres.rewrite": "always", "fastres.inner": inner}
+    sharing = gradients or inner != "inductor"  # which, without gradients, gives a value twice as it sees fit
+    with rewritten(verdict.counts):
+        found = attempt(lambda: form(lambda m: torch.compile(m, backend="fastres", options=options)), want, sharing)
+    if found and attempt(lambda: form(lambda m: torch.compile(m, backend=inner)), want, sharing):
+        verdict.counts[f"{mode}: {inner} alone differs as well"] += 1
+    else:
+        verdict.counts[f"{mode}: compiled"] += 1
+        verdict.faults += [f"{mode}, {inner}: {line}" for line in found]
+    return verdict
+
+
+@contextmanager
+def rewritten(counts: Counter[str]) -> Iterator[None]:
+    """Counts the chains that are rewritten meanwhile: the backend logs them."""
+
+    class Counting(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            (told,) = record.args  # type: ignore[misc]
+            counts["chains rewritten"] += len(told.hits)  # type: ignore[attr-defined]
+
+    log, handler = logging.getLogger("fastres.compile"), Counting()
+    level = log.level
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
+
+
+def attempt(form: Callable[[], Outcome], want: Outcome, sharing: bool) -> list[str]:
+    try:
+        return differences(form(), want, sharing)
+    except Exception as error:  # whatever a compiler raises is a finding
+        return [said(error)]
+
+
+def said(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def optimized(model: nn.Module, x: Tensor) -> Verdict:
+    """`optimize(model)` beside the model: the same answer, an input as it was, or a refusal."""
+    model.eval()
+    with torch.no_grad():
+        want = model(x.clone())
+    try:
+        net = fastres.optimize(model)
+    except ValueError:
+        return Verdict(counts=Counter({"optimize refuses": 1}))
+    given = x.clone()
+    try:
+        got = net(given)
+    except Exception as error:  # its own comparison's word among them: the plan is wrong all the same
+        return Verdict([f"optimize: {said(error)}"])
+    found = differences(Outcome({"output": got, "input": given}, set()), Outcome({"output": want, "input": x}, set()))
+    verdict = Verdict([f"optimize: {line}" for line in found], Counter(optimized=1))
+    verdict.faults += in_single_precision(model, x, want)
+    return verdict
+
+
+def in_single_precision(model: nn.Module, x: Tensor, want: Tensor) -> list[str]:
+    """`optimize(model, dtype=torch.float32)`, by oneDNN's primitives, image by image where that may be: as near to
+    `want`, which float64 gave, as eager PyTorch in float32 comes."""
+    eager = copy.deepcopy(model).float()
+    with (
+        torch.no_grad(),
+        mock.patch("fastres.inference.optimized.ALIVE", 1),
+        mock.patch("fastres.inference.optimized._TRIED", 1),
+    ):
+        theirs = eager(x.float())
+        try:
+            ours = fastres.optimize(eager)(x.float())
+        except Exception as error:
+            return [f"optimize in float32: {said(error)}"]
+    allowed = 8 * float((theirs - want).abs().max()) + 1e-6 * (1 + float(want.abs().max()))
+    error = float((ours - want).abs().max())
+    return [] if error <= allowed else [f"optimize in float32: off by {error:.2g}, {allowed:.2g} is allowed"]
+
+
+def command(seed: int) -> str:
+    """Shows the net of `seed`, and what is wrong with it."""
+    return f"python tests/helpers/fuzz.py --show --nets 1 --first {seed}"
+
+
+def examined(seeds: Sequence[int], jobs: int) -> Iterator[Verdict]:
+    torch.set_num_threads(1)  # tensors are tiny: threads would only wait for each other
+    if jobs == 1:
+        yield from map(examine, seeds)
+        return
+    with multiprocessing.get_context("spawn").Pool(jobs, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        yield from pool.imap(examine, seeds, chunksize=5)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument("--nets", type=int, default=100, help="how many (%(default)s)")
+    parser.add_argument("--first", type=int, default=0, help="the first net's seed (%(default)s)")
+    parser.add_argument("--jobs", type=int, default=1, help="processes; 0 for one per core (%(default)s)")
+    parser.add_argument("--show", action="store_true", help="print each net's source")
+    args = parser.parse_args(argv)
+    counts: Counter[str] = Counter()
+    wrong = 0
+    seeds = range(args.first, args.first + args.nets)
+    verdicts = zip(seeds, examined(seeds, args.jobs or os.cpu_count() or 1), strict=True)
+    for seed, verdict in tqdm(verdicts, total=args.nets, disable=None):  # None: only on a terminal
+        if args.show:
+            print(Writer(seed).write().source())
+        if verdict.faults:
+            wrong += 1
+            print(command(seed))
+            print("\n".join(f"    {fault}" for fault in verdict.faults), flush=True)
+        counts += verdict.counts
+    print("\n".join(f"{count:7} {what}" for what, count in sorted(counts.items())))
+    print(f"{wrong} of {args.nets} nets differ from eager PyTorch")
+    return int(wrong > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

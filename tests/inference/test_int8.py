@@ -1,0 +1,736 @@
+"""`optimize(model, dtype=torch.int8)`: each step against its definition, the net against fp32 and ONNX Runtime."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import importlib
+import logging
+import math
+import pickle
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from cases import relative_error
+from covering import extra
+from test_onednn import Unread
+from test_optimize import NETS, answers, images, lived_in, tiny
+from torch import Tensor, nn
+
+import fastres
+from fastres import optimize, paper
+from fastres.inference import optimized, program
+from fastres.inference.optimized import MAX_SHAPES, SETTLED_AFTER, Optimized
+from fastres.inference.plan import Aten, Conv
+from fastres.inference.ranges import Ranges
+from fastres.ops import dispatch, quantised, reference
+from fastres.ops.folded import Folded
+from fastres.ops.layout import Geometry
+from fastres.ops.quantised import Grid, Quantised, grid
+
+CPU = torch.device("cpu")
+U8 = torch.quint8
+served = pytest.mark.skipif(dispatch.why_no_int8(CPU) is not None, reason="this CPU has no int8 convolutions")
+
+
+def stored(*shape: int, on: Grid) -> Tensor:
+    """Any of the grid's numbers, both ends among them: [N, H, W, C]."""
+    return quantised.as_quint8(torch.randint(0, 256, shape), on)
+
+
+def int8(model: nn.Module, *batches: Tensor, **options: Any) -> Optimized:
+    return optimize(model, dtype=torch.int8, calibration=batches or [images(4), images(4)], **options)
+
+
+def int8_like(net: Optimized) -> Optimized:
+    """Another of the same, which has met no input."""
+    return pickle.loads(pickle.dumps(net))
+
+
+# Grids and ranges.
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "scale", "zero"),
+    [
+        (0.0, 5.1, 0.02, 0),  # as after ReLU
+        (1.0, 5.1, 0.02, 0),  # 0 is always a number of the grid
+        (-5.1, 0.0, 0.02, 255),
+        (-5.1, -1.0, 0.02, 255),
+        (-1.0, 4.1, 0.02, 50),
+        (-0.0051, 5.0949, 0.02, 0),
+        (0.0, 0.0, 1.0, 0),
+        (0.0, 1e-40, 1.0, 0),  # its scale would be none in float32
+    ],
+)
+def test_grid(low: float, high: float, scale: float, zero: int) -> None:
+    found = grid(low, high, torch.int8)
+    assert (found.zero, found.dtype) == (zero, U8)
+    assert math.isclose(found.scale, scale, rel_tol=1e-12)
+    ends = found.load(found.store(torch.tensor([[[[low, high, 0.0]]]])), torch.float32).flatten()
+    assert (ends - torch.tensor([low, high, 0.0])).abs().max() <= 0.5001 * found.scale
+    assert ends[2] == 0
+
+
+def test_what_a_grid_stores() -> None:
+    on = Grid(0.5, 3, U8)
+    x = torch.tensor([-9.0, -1.5, -0.25, 0.25, 0.75, 1.0, 126.0, 126.2, 1e30, float("inf"), -float("inf")])
+    assert on.store(x).int_repr().tolist() == [0, 0, 3, 3, 5, 5, 255, 255, 255, 255, 0]  # ties to even, ends clamp
+    assert torch.equal(on.load(on.store(x), torch.float64)[2:7], torch.tensor([0, 0, 1, 1, 126]).double())
+
+
+def test_ranges_are_the_extremes() -> None:
+    ranges = Ranges(100)
+    a, b = torch.randn(2, 3, 4, 5), torch.randn(1, 3, 4, 5) * 3
+    for value in (a, torch.zeros(0, 3, 4, 5), b):
+        ranges.meet("x", value)
+    ranges.meet("number", 7)
+    ranges.meet("flat", torch.randn(4))
+    both = torch.cat((a, b))
+    assert ranges.found() == {"x": (float(both.min()), float(both.max()))}
+
+
+@pytest.mark.parametrize("percentile", [99.9, 99, 60])
+def test_percentile(percentile: float) -> None:
+    ranges = Ranges(percentile)
+    batches = [torch.zeros(1, 8, 8, 1), *(torch.randn(4, 16, 16, 8) * scale for scale in (1e-3, 1.0, 7.0, 0.1))]
+    for batch in batches:
+        ranges.meet("x", batch)
+        ranges.meet("zeros", torch.zeros(1, 2, 2, 1))
+    x = torch.cat([batch.flatten() for batch in batches]).double()
+    found = ranges.found()
+    assert found["zeros"] == (0.0, 0.0)
+    low, high = found["x"]
+    off = float(x.abs().max()) / 4096
+    assert 0 <= high - float(x.quantile(percentile / 100, interpolation="higher")) <= off
+    assert 0 <= float(x.quantile(1 - percentile / 100, interpolation="lower")) - low <= off
+    assert float((x <= high).double().mean()) >= percentile / 100
+    assert float((x >= low).double().mean()) >= percentile / 100
+
+
+def test_percentile_sets_the_scales() -> None:
+    """One pixel in a thousand is far out: the extremes give up precision for it, a percentile gives up the pixel."""
+    model, x = tiny(), images(8)
+    spoilt = x.clone()
+    spoilt[0, :, 0, 0] = 60.0
+    with fastres.backend("reference"):
+        (expected,) = answers(copy.deepcopy(model).double(), x.double())
+        extremes, cut = (relative_error(int8(model, spoilt, percentile=p)(x), expected) for p in (100.0, 99.8))
+        assert cut < 0.5 * extremes
+        assert torch.equal(int8(model, spoilt)(x), int8(model, spoilt, percentile=100)(x))
+        wide = optimize(model, dtype=torch.float8_e4m3fn, calibration=[spoilt], percentile=99.8)
+        scales = [
+            [s.quantised.x.scale for s in net._steps if isinstance(s, Conv) and s.quantised is not None]
+            for net in (wide, optimize(model, dtype=torch.float8_e4m3fn, calibration=[spoilt]))
+        ]
+        assert all(less < more for less, more in zip(*scales, strict=True))
+
+
+@pytest.mark.parametrize("percentile", [0, -1, 100.1, float("nan"), "99", True])
+def test_percentiles_that_are_none(percentile: Any) -> None:
+    with pytest.raises(ValueError, match=r"percentile=.*: a number above 0 and up to 100 is accepted"):
+        optimize(tiny(), dtype=torch.int8, calibration=[], percentile=percentile)
+
+
+# One convolution.
+
+KINDS: dict[str, dict[str, Any]] = {
+    "1x1": {"filter": (24, 1, 1, 16)},
+    "3x3": {"filter": (16, 3, 3, 16), "geometry": Geometry(pad=1)},
+    "stem": {"filter": (16, 7, 7, 3), "geometry": Geometry(2, 3)},
+    "stride 3, wide padding": {"filter": (8, 3, 3, 8), "geometry": Geometry(3, 4)},
+    "dilation": {"filter": (8, 3, 3, 8), "geometry": Geometry(pad=2, dilation=2)},
+    "groups": {"filter": (32, 3, 3, 4), "geometry": Geometry(pad=1, groups=8)},
+    "depthwise": {"filter": (32, 3, 3, 1), "geometry": Geometry(pad=1, groups=32)},
+    "odd channels": {"filter": (5, 3, 3, 7), "geometry": Geometry(pad=1)},
+    "one input channel": {"filter": (9, 1, 1, 1)},
+    "one output channel": {"filter": (1, 3, 3, 16)},
+    "deep": {"filter": (16, 3, 3, 512), "geometry": Geometry(pad=1)},  # sums far beyond 16 bits
+}
+
+
+def exact(
+    x: Tensor, residual: Tensor | None, p: Folded, geometry: Geometry, relu: bool, x_on: Grid, residual_on: Grid | None
+) -> Tensor:
+    """[relu](conv + shift + residual) of what the stored numbers mean, in float64: [N, P, Q, K]."""
+    assert p.scale is not None
+    whole = x.int_repr().double() - x_on.zero
+    stride, pad, dilation, groups = geometry
+    y = F.conv2d(whole.permute(0, 3, 1, 2), p.w.double().permute(0, 3, 1, 2), None, stride, pad, dilation, groups)
+    y = y.permute(0, 2, 3, 1) * p.scale.double()
+    if p.shift is not None:
+        y = y + p.shift.double()
+    if residual is not None:
+        assert residual_on is not None
+        y = y + (residual.int_repr().double() - residual_on.zero) * residual_on.scale
+    return y.relu() if relu else y
+
+
+def assert_rounded(got: Tensor, y: Tensor, out: Grid) -> None:
+    """`got` holds y rounded to the grid; only what lies next to a tie may come out one step away, and that seldom."""
+    q = y / out.scale + out.zero
+    steps = (got.int_repr().double() - q.round().clamp(0, 255)).abs()
+    from_tie = ((q - q.floor()) - 0.5).abs()
+    assert steps.max() <= 1
+    assert from_tie[steps == 1].numel() == 0 or from_tie[steps == 1].max() < 1e-3
+    assert (steps == 1).double().mean() < 1e-3
+
+
+@pytest.mark.parametrize("engine", ["simulation", pytest.param("onednn", marks=served)])
+@pytest.mark.parametrize("added", ["nothing", "residual"])
+@pytest.mark.parametrize("relu", [False, True], ids=["", "relu"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_convolution_from_its_definition(kind: str, relu: bool, added: str, engine: str) -> None:
+    (k, r, s, c), geometry = KINDS[kind]["filter"], KINDS[kind].get("geometry", Geometry())
+    x_on, residual_on = Grid(0.02, 120, U8), Grid(0.03, 30, U8) if added == "residual" else None
+    x = stored(2, 9, 11, c * geometry.groups, on=x_on)
+    w = torch.randn(k, c, r, s).double() * torch.logspace(0, -2, k).double().view(-1, 1, 1, 1)
+    if k > 1:
+        w[-1] = 0
+    p = quantised.pack(w, None if kind == "1x1" and not relu else torch.randn(k).double(), x_on)
+    assert p.w.dtype == torch.int8
+    assert p.scale is not None
+    step = p.scale.double().view(-1, 1, 1, 1) / x_on.scale
+    assert ((p.w.double().permute(0, 3, 1, 2) * step - w).abs() <= 0.5001 * step).all()
+    residual = None
+    if residual_on is not None:
+        residual = stored(*exact(x, None, p, geometry, relu, x_on, None).shape, on=residual_on)
+    y = exact(x, residual, p, geometry, relu, x_on, residual_on)
+    out = grid(0.7 * float(y.min()), 0.7 * float(y.max()), torch.int8)  # so that both ends clamp something
+    grids = Quantised(x_on, residual_on, out)
+    inputs = (x,) if residual is None else (x, residual)
+    if engine == "onednn":
+        (got,) = quantised.ByOneDNN(p, geometry=geometry, relu=relu, grids=grids, keep=False)(*inputs)
+    else:
+        wide: dict[str, Any] = {"dtype": torch.float32, "wide": torch.float64}
+        got = reference.conv_quantised(*inputs, p=p, geometry=geometry, relu=relu, grids=grids, **wide)
+    assert got.is_contiguous()
+    assert (got.q_scale(), got.q_zero_point()) == (out.scale, out.zero)
+    assert {0, 255} <= set(got.int_repr().flatten().tolist())
+    assert_rounded(got, y, out)
+
+
+@pytest.mark.parametrize("zero", [0, 1])
+@pytest.mark.parametrize("engine", ["simulation", pytest.param("onednn", marks=served)])
+def test_ties(engine: str, zero: int) -> None:
+    """x / 2 on a grid of whole numbers: to even after the zero point is added."""
+    on = Quantised(Grid(1.0, 0, U8), None, Grid(1.0, zero, U8))
+    w = torch.zeros(16, 16, 1, 1).double()
+    w[0, 0], w[0, 1] = 0.5, 63.5  # the second makes the scale 0.5
+    p = quantised.pack(w, None, on.x)
+    x = torch.zeros(12, 1, 1, 16)
+    x[:, 0, 0, 0] = torch.arange(12)
+    q = quantised.as_quint8(x, on.x)
+    if engine == "onednn":
+        (y,) = quantised.ByOneDNN(p, geometry=Geometry(), relu=False, grids=on, keep=False)(q)
+    else:
+        options: dict[str, Any] = {"dtype": torch.float32, "wide": torch.float64}
+        y = reference.conv_quantised(q, p=p, geometry=Geometry(), relu=False, grids=on, **options)
+    assert y.int_repr()[:, 0, 0, 0].tolist() == (torch.arange(12) / 2 + zero).round().tolist()
+
+
+@served
+@pytest.mark.parametrize("keep", [False, True])
+def test_the_residual_is_kept_where_it_is_wanted(keep: bool) -> None:
+    """The operator writes over what it adds: that is what `keep` is for."""
+    on = Quantised(Grid(0.02, 0, U8), Grid(0.02, 3, U8), Grid(1.0, 0, U8))
+    p = quantised.pack(torch.randn(8, 16, 1, 1).double(), None, on.x)
+    x, residual = stored(2, 4, 4, 16, on=on.x), stored(2, 4, 4, 8, on=Grid(0.02, 3, U8))
+    before = residual.int_repr()
+    (y,) = quantised.ByOneDNN(p, geometry=Geometry(), relu=True, grids=on, keep=keep)(x, residual)
+    assert (y.data_ptr() != residual.data_ptr()) == keep
+    assert torch.equal(residual.int_repr(), before) == keep
+
+
+@served
+def test_the_quantised_engine_stays_what_it_was() -> None:
+    before = torch.backends.quantized.engine
+    other = next(name for name in torch.backends.quantized.supported_engines if name not in ("onednn", "none"))
+    torch.backends.quantized.engine = other
+    try:
+        net = int8(tiny())
+        net(images())
+        assert torch.backends.quantized.engine == other
+        assert net.explain().count("onednn int8") == sum(isinstance(m, nn.Conv2d) for m in net.modules())
+    finally:
+        torch.backends.quantized.engine = before
+
+
+def test_max_pool() -> None:
+    x = stored(2, 7, 9, 5, on=Grid(0.02, 200, U8))
+    pool = nn.MaxPool2d(3, 2, 1)
+    want = pool(x.int_repr().double().permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+    simulated = quantised.by_pool(lambda q: (pool(q.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).contiguous(),), x)[0]
+    library = pool(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+    for got in (simulated, library):
+        assert torch.equal(got.int_repr().double(), want)
+        assert (got.q_scale(), got.q_zero_point()) == (0.02, 200)
+
+
+# Nets.
+
+
+class Residuals(nn.Module):
+    """What is added: read later, the convolution's own input, without ReLU, twice, and of another shape."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, padding=1)
+        self.convs = nn.ModuleList(nn.Conv2d(16, 16, 1) for _ in range(5))
+        self.squeeze = nn.AdaptiveAvgPool2d(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        stem = F.relu(self.stem(x))
+        a = F.relu(self.convs[0](stem))
+        later = self.convs[1](a) + stem  # stem is read once more
+        own = F.relu(self.convs[2](later) + later)  # its input is what it adds
+        plain = self.convs[3](own) + stem
+        broadcast = F.relu(self.convs[4](plain) + self.squeeze(own))
+        return broadcast + later
+
+
+def stepwise(net: Optimized, x: Tensor) -> dict[str, Tensor]:
+    """Every value of one call, each a copy: steps write over what nobody reads later."""
+    values: dict[str, Tensor] = {}
+    net.observed(x, lambda name, value: values.__setitem__(name, value.clone() if isinstance(value, Tensor) else value))
+    return values
+
+
+def assert_each_step_from_its_definition(net: Optimized, x: Tensor) -> None:
+    values = stepwise(net, x)
+    for step in net._steps:
+        if isinstance(step, Conv):
+            grids = step.quantised
+            assert grids is not None
+            assert grids.out is not None
+            residual = None if step.residual is None else values[step.residual]
+            if residual is not None and residual.shape != values[step.out].shape:
+                residual = residual.expand(values[step.out].shape)
+            p = net._folded[step.out]
+            y = exact(values[step.x], residual, p, step.geometry, step.relu, grids.x, grids.residual)
+            assert_rounded(values[step.out], y, grids.out)
+
+
+SMALL: dict[str, Callable[[], nn.Module]] = {
+    "tiny": tiny,
+    "residuals": lambda: Residuals().eval(),
+    **{name: lambda name=name: lived_in(NETS[name]()) for name in ("resnet18", "torchvision resnext", "paper 18 A")},
+}
+MORE = [name for name in NETS if name not in SMALL]
+
+
+@served
+@pytest.mark.parametrize("name", [*SMALL, *map(extra, MORE)])
+def test_each_step_of_a_net(name: str) -> None:
+    model = SMALL[name]() if name in SMALL else lived_in(NETS[name]())
+    net = int8(model, images(2, 33))
+    assert_each_step_from_its_definition(net, images(2, 33))
+    engines = {bound.engine for bound in net._programs.popitem()[1].bound if isinstance(bound.step, Conv)}
+    assert engines == ({"onednn int8", "aten"} if name == "residuals" else {"onednn int8"})
+
+
+@pytest.mark.parametrize("name", ["tiny", "residuals", "resnet18", "paper 18 A"])
+@pytest.mark.parametrize("engine", [pytest.param("auto", marks=served), "reference"])
+def test_error_of_a_net(name: str, engine: str) -> None:
+    """Close to the original, and no closer than 8 bits are."""
+    model, x = SMALL[name](), images(4, 32)
+    (expected,) = answers(copy.deepcopy(model).double(), x.double())
+    with fastres.backend(engine):
+        y = int8(model, x)(x)
+    assert y.dtype == torch.float32
+    assert 1e-4 < relative_error(y, expected) < 0.1
+
+
+def test_plan() -> None:
+    with fastres.backend("reference"):
+        net = int8(tiny())
+        net(images())
+    convs = [step for step in net._steps if isinstance(step, Conv)]
+    assert all(step.quantised is not None and step.quantised.out is not None for step in convs)
+    assert all(step.quantised.out.zero == 0 for step in convs if step.relu and step.quantised and step.quantised.out)
+    (pool,) = (step for step in net._steps if isinstance(step, Aten) and step.selects)
+    assert pool.reads == (convs[0].out,)
+    assert pool.out in {step.x for step in convs}
+    table = net.explain()
+    assert "Sequential in torch.float32 with int8 convolutions" in table
+    assert table.count("quantise ") == 2  # the input, and back before the average
+    assert "int8 simulated in float64" in table
+
+
+@served
+def test_explain() -> None:
+    net = int8(tiny())
+    net(images())
+    table = net.explain()
+    assert table.count("onednn int8") == sum(isinstance(m, nn.Conv2d) for m in tiny().modules())
+    assert "simulated" not in table
+    assert net.dtype == torch.float32
+
+
+@served
+def test_what_oneDNN_refuses_runs_in_float32_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("could not create a primitive\nsecond line")
+
+    model, x = tiny(), images(4)
+    want = int8(model, x)(x)
+    monkeypatch.setattr(quantised.ByOneDNN, "__call__", refuse)
+    net = int8(model, x)
+    assert relative_error(net(x), want.double()) < 0.02
+    assert "oneDNN: could not create a primitive; int8 simulated in float32" in net.explain()
+
+
+@served
+def test_input_of_every_kind() -> None:
+    net = int8(tiny(), images(4, 16), images(4, 17))
+    for shape in ((1, 3, 16, 16), (3, 3, 17, 9), (2, 3, 1, 1), (2, 3, 40, 5)):
+        x = torch.randn(shape)
+        y = net(x)
+        assert torch.equal(net(x), y)
+        assert torch.equal(net(x.contiguous(memory_format=torch.channels_last)), y)
+        assert torch.equal(net(x.double()), y)
+        assert torch.equal(net(x.flip(3).flip(3)), y)
+        with torch.inference_mode():
+            assert torch.equal(net(x), y)
+        for one, of_all in zip(x, y, strict=True):
+            assert relative_error(net(one[None])[0], of_all.double()) < 1e-5  # the classifier sums in another order
+    assert net(torch.zeros(0, 3, 16, 16)).shape == (0, 10)
+
+
+@served
+def test_a_convolution_that_adds_its_own_input() -> None:
+    """It may not write over what it still reads, and nobody writes into the caller's tensors."""
+
+    class Adds(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(64, 64, 3, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.relu(self.conv(x) + x)
+
+    x = torch.randn(2, 64, 9, 9).contiguous(memory_format=torch.channels_last)
+    before, net = x.clone(), int8(Adds().eval(), x)
+    assert_each_step_from_its_definition(net, x)
+    first = net(x)
+    kept = first.clone()
+    assert torch.equal(x, before)
+    first.zero_()  # the answer is the caller's own
+    assert torch.equal(net(x), kept)
+
+
+@served
+def test_threads_at_once() -> None:
+    net = int8(lived_in(fastres.resnet18()), images(2, 32))
+    inputs = [images(1 + i % 2, 32) for i in range(4)]
+    wanted = [net(x) for x in inputs]
+    wrong = []
+
+    def call(i: int) -> None:
+        for _ in range(10):
+            if not torch.equal(net(inputs[i]), wanted[i]):
+                wrong.append(i)
+
+    threads = [threading.Thread(target=call, args=(i,)) for i in range(len(inputs))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+@pytest.mark.parametrize("engine", [pytest.param("auto", marks=served), "reference"])
+def test_what_lies_beyond_the_range_is_clamped(engine: str) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 3, 1)).eval()
+    with torch.no_grad():
+        model[0].weight.copy_(torch.eye(3).view(3, 3, 1, 1))
+        model[0].bias.zero_()
+    with fastres.backend(engine):
+        net = int8(model, torch.linspace(-1, 2, 48).view(1, 3, 4, 4))
+        y = net(torch.tensor([-7.0, 50.0, 1.0]).view(1, 3, 1, 1).expand(1, 3, 2, 2))
+    ends = torch.tensor([-1.0, 2.0, 1.0])
+    assert (y[0, :, 0, 0] - ends).abs().max() < 0.025
+
+
+@served
+def test_copies() -> None:
+    model, x = tiny(), images(4)
+    net = int8(model)
+    y = net(x)
+    for again in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
+        assert torch.equal(again(x), y)
+    assert list(net.state_dict()) == list(model.state_dict())
+    assert net.agreement(net, [x, (x, "labels")]) == 1.0
+    assert net.agreement(model, [images(64)]) > 0.9
+    with pytest.raises(RuntimeError, match="this int8 net belong to the weights they were calibrated with"):
+        net.load_state_dict(model.state_dict())
+    with pytest.raises(TypeError, match=r"stays in torch\.float32"):
+        net.half()
+
+
+# Who is refused.
+
+
+def test_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="float8_e4m3fn and int8 need calibration="):
+        optimize(tiny(), dtype=torch.int8)
+    with pytest.raises(ValueError, match="percentile= says how calibration sets ranges"):
+        optimize(tiny(), percentile=99.0)
+    with pytest.raises(ValueError, match=r"int8 needs a CPU, the model is on cuda:0; there is float8_e4m3fn for GPUs"):
+        optimized._require_int8(torch.device("cuda:0"))
+    with fastres.backend("reference"):
+        optimized._require_int8(torch.device("cuda:0"))
+        with pytest.raises(ValueError, match="calibration is empty"):
+            optimize(tiny(), dtype=torch.int8, calibration=[])
+        with pytest.raises(ValueError, match=r"calibration: .* aren't finite"):
+            int8(tiny(), images() * float("nan"), percentile=99)
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
+    with pytest.raises(ValueError, match=r"int8 isn't served: this CPU has no AVX512-VNNI.*saturate.*'reference'"):
+        int8(tiny())
+    with fastres.backend("reference"):
+        assert int8(tiny())(images()).shape == (2, 10)
+
+
+@served
+def test_a_oneDNN_that_saturates_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not quantised.saturates()
+    monkeypatch.setattr(quantised, "saturates", lambda: True)
+    with pytest.raises(ValueError, match="oneDNN saturates"):
+        int8(tiny())
+
+
+@served
+def test_forced_kernels_are_refused() -> None:
+    net = int8(tiny())
+    with fastres.backend("cudnn"), pytest.raises(RuntimeError, match=r"backend\('cudnn'\) is in force but"):
+        net(images())
+
+
+# Accuracy.
+
+
+def digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """scikit-learn's digits as [N, 3, 8, 8] about 0, every fifth held out: (images, labels) to train on and to test."""
+    data = pytest.importorskip("sklearn.datasets").load_digits()
+    x = ((torch.from_numpy(data.images).float() - 8) / 8)[:, None].expand(-1, 3, -1, -1)
+    y, held = torch.from_numpy(data.target), torch.arange(len(data.target)) % 5 == 0
+    return x[~held], y[~held], x[held], y[held]
+
+
+def trained(model: nn.Module, x: Tensor, y: Tensor, epochs: int) -> nn.Module:
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=5e-4, nesterov=True)
+    steps = epochs * (len(x) // 64)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=steps)
+    model.train()
+    for _ in range(epochs):
+        for batch in torch.randperm(len(x))[: len(x) // 64 * 64].split(64):
+            optimizer.zero_grad()
+            shift = tuple(torch.randint(-1, 2, (2,)).tolist())
+            F.cross_entropy(model(torch.roll(x[batch], shift, (2, 3))), y[batch]).backward()
+            optimizer.step()
+            schedule.step()
+    return model.eval()
+
+
+@served
+@pytest.mark.extra
+@pytest.mark.parametrize(("depth", "epochs"), [(20, 10), (56, 14)])
+def test_accuracy_on_digits(depth: int, epochs: int) -> None:
+    """Top-1 within half a point of fp32's, over the held-out digits and their shifts by a pixel."""
+    x, y, held, labels = digits()
+    model = trained(paper.cifar(depth), x, y, epochs)
+    shifted = [torch.roll(held, (i, j), (2, 3)) for i in (-1, 0, 1) for j in (-1, 0, 1)]
+    net = int8(model, *x.split(256))
+
+    def top1(net: Callable[[Tensor], Tensor], batches: Sequence[Tensor]) -> float:
+        with torch.no_grad():
+            return float(torch.stack([(net(batch).argmax(1) == labels).double().mean() for batch in batches]).mean())
+
+    assert top1(model, [held]) > 0.95
+    assert abs(top1(net, shifted) - top1(model, shifted)) <= 0.005
+    assert abs(top1(net, [held]) - top1(model, [held])) <= 0.005
+    assert net.agreement(model, shifted) > 0.98
+
+
+class Blocks(nn.Module):
+    """(logits, output of each block) of torchvision's ResNet."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        m: Any = self.model
+        x = m.maxpool(m.relu(m.bn1(m.conv1(x))))
+        outputs = []
+        for stage in (m.layer1, m.layer2, m.layer3, m.layer4):
+            for block in stage:
+                x = block(x)
+                outputs.append(x)
+        return [m.fc(torch.flatten(m.avgpool(x), 1)), *outputs]
+
+
+def onnxruntime_int8(model: nn.Module, calibration: Sequence[Tensor], folder: Path) -> Callable[[Tensor], list[Tensor]]:
+    """`Blocks` by ONNX Runtime's static quantisation."""
+    runtime = pytest.importorskip("onnxruntime")
+    quantization = pytest.importorskip("onnxruntime.quantization")
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    class Reader(quantization.CalibrationDataReader):  # type: ignore[name-defined, misc]
+        def __init__(self) -> None:
+            self.batches = iter(calibration)
+
+        def get_next(self) -> dict[str, Any] | None:
+            batch = next(self.batches, None)
+            return None if batch is None else {"x": batch.numpy()}
+
+    plain, prepared, small = (str(folder / f"{name}.onnx") for name in ("plain", "prepared", "int8"))
+    torch.onnx.export(Blocks(model).eval(), (calibration[0],), plain, dynamo=False, input_names=["x"], opset_version=17)
+    quant_pre_process(plain, prepared)
+    quantization.quantize_static(
+        *(prepared, small, Reader()),
+        quant_format=quantization.QuantFormat.QDQ,
+        per_channel=True,
+        weight_type=quantization.QuantType.QInt8,
+        activation_type=quantization.QuantType.QUInt8,
+        calibrate_method=quantization.CalibrationMethod.MinMax,
+    )
+    session = runtime.InferenceSession(small, providers=["CPUExecutionProvider"])
+    return lambda x: [torch.from_numpy(y) for y in session.run(None, {"x": x.numpy()})]
+
+
+def decibels(got: Tensor, want: Tensor) -> float:
+    """Signal to noise."""
+    return 10 * math.log10(float(want.double().square().sum() / (got.double() - want.double()).square().sum()))
+
+
+@served
+@pytest.mark.extra
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:.*legacy TorchScript-based ONNX export")
+def test_noise_is_no_more_than_onnxruntimes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.ERROR)
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "bench"))
+    backends, photos = (importlib.import_module(name) for name in ("backends", "photos"))
+    size = 96
+    model = torchvision.models.resnet50(weights=None).eval()
+    model.load_state_dict(backends.shared_weights("resnet50", photos.batches(2, 4, size, 1), 0))
+    calibration, (x,) = photos.batches(3, 4, size, 2), photos.batches(1, 4, size, 3)
+    theirs = onnxruntime_int8(model, calibration, tmp_path)(x)
+    net = int8(model, *calibration)
+    values = stepwise(net, x)
+    ends = [step.out for step in net._steps if isinstance(step, Conv) and step.residual is not None]
+    ours = [net(x), *(values[end].dequantize().permute(0, 3, 1, 2) for end in ends)]
+    with torch.no_grad():
+        wanted = Blocks(model)(x)
+    assert len(ours) == len(theirs) == len(wanted) == 17
+    for what, (mine, other, want) in enumerate(zip(ours, theirs, wanted, strict=True)):
+        assert decibels(mine, want) >= decibels(other, want) - 0.05, what
+
+
+@served
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_an_image_that_is_not_finite_gets_nan(value: float) -> None:
+    """8 bits hold neither: a broken image must not get scores that look right, and the others keep theirs."""
+    net, whole = int8(tiny()), images(3)
+    x = whole.clone()
+    x[1, 2, 5, 5] = value
+    for name in ("auto", "reference"):
+        with fastres.backend(name):
+            want, got = net(whole), net(x)
+        assert got[1].isnan().all()
+        assert torch.equal(got[[0, 2]], want[[0, 2]])
+
+
+@served
+def test_an_image_that_float32_does_not_hold_gets_nan() -> None:
+    net, x = int8(tiny()), images(3).double()
+    x[1, 2, 5, 5] = 1e300
+    assert net(x).isnan().all(1).tolist() == [False, True, False]
+
+
+@served
+def test_a_shape_that_comes_back_goes_through_torchscript(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same steps, bit for bit; as PyTorch's engine for quantised tensors is whatever it was, before and after."""
+    monkeypatch.setattr(program, "_seconds", lambda calls: [1.0, 2.0])
+    before = torch.backends.quantized.engine
+    net = int8(tiny())
+    inputs = [images(2) for _ in range(SETTLED_AFTER + 3)]
+    want = [int8_like(net)(x) for x in inputs]
+    for x, y in zip(inputs, want, strict=True):
+        assert torch.equal(net(x), y)
+    assert "by TorchScript, step after step" in net.explain()
+    assert torch.backends.quantized.engine == before
+
+
+@served
+def test_what_a_net_returns_need_not_come_after_int8() -> None:
+    """Features, in floating point before the scores that nobody reads: TorchScript would end with what these take."""
+    model, x = Unread().eval(), images(2)
+    assert relative_error(int8(model, x, example=x)(x), model(x).double()) < 0.03
+
+
+@served
+def test_a_residual_that_is_read_again_stays_out_of_torchscript() -> None:
+    """TorchScript isn't told that the operator writes over its residual, so it might share the copies of one."""
+
+    class Again(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = (nn.Conv2d(3, 8, 3, padding=1) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            a = torch.relu(self.a(x))
+            return torch.relu(self.b(x) + a) + torch.relu(self.c(x) + a)
+
+    model, x = Again().eval(), images(2)
+    net = int8(model, x, example=x)
+    assert "not by TorchScript: a residual is read again" in net.explain()
+    assert relative_error(net(x), model(x).double()) < 0.03
+
+
+@served
+def test_another_number_of_images_is_packed_for_once_it_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packing takes longer than a call: a new number of images shares what is packed for its size, at the same bits."""
+    net = int8(tiny(), torchscript=False)
+    net(images(2))
+    made, init = [], quantised.ByOneDNN.__init__
+
+    def counting(self: Any, *args: Any, **options: Any) -> None:
+        made.append(self)
+        init(self, *args, **options)
+
+    monkeypatch.setattr(quantised.ByOneDNN, "__init__", counting)
+    x = images(3)
+    want = net(x)
+    assert not made
+    for _ in range(SETTLED_AFTER + 2):
+        assert torch.equal(net(x), want)
+    assert len(made) == sum(isinstance(m, nn.Conv2d) for m in tiny().modules())
+    for size in range(24, 24 + 2 * MAX_SHAPES):
+        net(images(2, size))
+    gc.collect()
+    assert len(net._packings.int8) <= MAX_SHAPES * sum(isinstance(m, nn.Conv2d) for m in tiny().modules())
+
+
+@served
+def test_a_pool_of_the_models_own_tensor() -> None:
+    """It reads no value of the plan, so nothing hands 8 bits on to it."""
+
+    class Table(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.table = nn.Conv2d(3, 8, 3, padding=1), nn.Parameter(torch.randn(2, 8, 32, 32))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.relu(self.conv(x) + F.max_pool2d(self.table, 2))
+
+    model, x = Table().eval(), images(2)
+    assert relative_error(int8(model, x, example=x)(x), model(x).detach().double()) < 0.03
