@@ -23,6 +23,7 @@ import torchvision.models.resnet as tv
 from torch import nn
 
 import fastres
+from fastres import capability
 from fastres import compile as fastres_compile
 from fastres.models import families
 from fastres.ops import dispatch, eligibility
@@ -103,8 +104,12 @@ class Backend:
         """The reason, in words, why this backend can't run anything on `device` here; None where it can."""
         if self.needs and device.type != self.needs:
             return f"it needs a {self.needs} device"
-        if self.dtype == FLOAT8 and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
-            return "float8 needs compute capability 8.9"
+        if (
+            self.dtype == FLOAT8
+            and device.type == "cuda"
+            and torch.cuda.get_device_capability(device) < capability.FLOAT8
+        ):
+            return f"float8 needs compute capability {capability.spelt(capability.FLOAT8)}"
         if self.dtype in (torch.int8, torch.bfloat16) and (reason := dispatch.why_no_onednn(self.dtype)) is not None:
             return reason  # a peer might run, but emulated, or with sums that saturate
         missing = [package for package in self.packages if importlib.util.find_spec(package) is None]

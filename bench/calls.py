@@ -362,8 +362,7 @@ def _by_folded(function: Callable[..., Any], recorder: Recorder) -> Callable[...
     def call(x: Tensor, *args: Any, **kwargs: Any) -> Any:
         p, geometry, problem, flops = kwargs.get("p"), kwargs.get("geometry"), None, 0
         if isinstance(p, folded.Folded):
-            K, R, S, _ = p.w.shape
-            problem = ConvProblem(*x.shape, K, R, S, *geometry)
+            problem = ConvProblem.of(x.shape, p.w.shape, *geometry)
             flops = 2 * problem.multiply_adds
         elif p is not None:  # a chain: all three over x's pixels, the first one 3x3
             spatial = p[0].w

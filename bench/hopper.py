@@ -6,7 +6,7 @@
 oob: what TMA fills in outside a tensor with padding="nan", and whether `fma.oob.relu` makes it the zero of a padding.
 strides: whether the driver takes the views of kernels/stem.py (overlapping windows) and kernels/fprop.py (5-D pairs).
 halo: whether wgmma's second operand may start at any swizzle atom (8 rows, 1 KiB) of shared memory.
-register-operand: whether a wgmma reads registers already overwritten (triton#9433); what `settle` in wgrad costs.
+register-operand: whether a wgmma reads registers already overwritten (triton#9433); what wgrad's wait for it costs.
 l2: the bandwidth from L2 to the multiprocessors, beside memory's and the rate of a large matmul.
 
 Prints a line `question | answer | figures` for each. Every question has a process and 40 seconds of its own; what it
@@ -99,8 +99,9 @@ def strides(ready: Ready) -> Answer:
         return conv_stem(pack_images(x, problem, BF16), pack_filters(nhwc(w)), problem, tile=tile)
 
     def pairs(x: Tensor, w: Tensor) -> Tensor:
-        tile = fprop_tiles(ConvProblem(2, 64, 64, 64, 64, 3, 3, stride=2, pad=1), 2, tma=True)[0]
-        return conv_fprop(nhwc(x), nhwc(w), stride=2, pad=1, tile=tile)
+        problem = ConvProblem(2, 64, 64, 64, 64, 3, 3, stride=2, pad=1)
+        tile = fprop_tiles(problem, 2, tma=True)[0]
+        return conv_fprop(nhwc(x), nhwc(w), problem, tile=tile)
 
     found = {}
     for name, conv, C, R in (("overlapping windows", windows, 3, 7), ("5-D pairs", pairs, 64, 3)):
@@ -120,13 +121,13 @@ def nhwc(tensor: Tensor) -> Tensor:
 
 
 @contextmanager
-def settling(on: bool) -> Iterator[None]:
-    """wgrad within as shipped, or without the wait of `settle`."""
+def waiting(on: bool) -> Iterator[None]:
+    """wgrad within as shipped, or without the wait for wgmma."""
     from fastres.kernels import launcher, wgrad
 
     def launch(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
-        if "SETTLE" in arguments:
-            arguments["SETTLE"] &= on
+        if "WAIT" in arguments:
+            arguments["WAIT"] &= on
         launcher.launch(kernel, grid, **arguments)
 
     launcher.forget()
@@ -147,8 +148,8 @@ def register_operand(ready: Ready) -> Answer:
 
     dy, z = torch.randn(problem.N, 28, 28, problem.K, device=DEVICE).to(BF16), dyadic(problem.N, 28, 28, problem.K)
     x, scale, shift = dyadic(problem.N, 28, 28, problem.C), 2.0 ** dyadic(problem.C).sign(), dyadic(problem.C)
-    p, q, r = torch.rand(problem.K, device=DEVICE) + 0.5, dyadic(problem.K) / 4, dyadic(problem.K)
-    dz = (p.double() * dy + q.double() * z + r).view(-1, problem.K)
+    c_g, c_z, c_1 = torch.rand(problem.K, device=DEVICE) + 0.5, dyadic(problem.K) / 4, dyadic(problem.K)
+    dz = (c_g.double() * dy + c_z.double() * z + c_1).view(-1, problem.K)
     a = F.relu(scale * x + shift).view(-1, problem.C)
     want = dz.T @ a.double()
 
@@ -161,12 +162,12 @@ def register_operand(ready: Ready) -> Answer:
     programs = list({replace(tile, splits=1): tile for tile in reversed(tiles)}.values())[::-1][:4]
 
     def run(tile: Any) -> Tensor:
-        options: dict[str, Any] = {"bn_backward": (z, p, q, r), "prologue": (scale, shift), "tile": tile}
-        return conv_wgrad(dy, x, (problem.K, 1, 1, problem.C), **options)
+        options: dict[str, Any] = {"bn_backward": (z, c_g, c_z, c_1), "prologue": (scale, shift), "tile": tile}
+        return conv_wgrad(dy, x, problem, **options)
 
     said, broken, ms = [], [], {}
     for on in (True, False):
-        with settling(on):
+        with waiting(on):
             results = torch.stack([run(tile) for tile in programs for _ in range(runs)])
         bits = results.view(len(programs), runs, -1).view(torch.int32)
         differ, worst = int((bits != bits[:, :1]).any(2).sum()), error(results)
@@ -174,7 +175,7 @@ def register_operand(ready: Ready) -> Answer:
         said.append(f"{differ} of {len(results)} runs differ, largest error {worst:.2e}")
     ready()
     for on in (True, False):
-        with settling(on):
+        with waiting(on):
             for tile in programs:
                 ms[tile, on] = do_bench(lambda tile=tile: run(tile), warmup=10, rep=40, return_mode="median")
     shipped, bare = ("WRONG" if wrong else "right" for wrong in broken)

@@ -2,6 +2,7 @@
 
     python bench/host.py
     python bench/host.py --rounds 1000 --json out/host.json
+    python bench/host.py --forgetful                         # what it takes where no launch is remembered
 
 Kernels are compiled for an H200 and launched against a stub driver that runs nothing (tests/helpers/stub_cuda.py), on
 tensors in the CPU's memory. All convolutions and passes between them are kernels, in bf16, and each launch is
@@ -21,13 +22,14 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 from torch import nn
 
 import fastres
-from fastres.kernels import checks, fprop, stem
+from fastres.kernels import checks, fprop, launcher, stem
 from fastres.ops import dispatch
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "tests" / "helpers"))
@@ -90,10 +92,11 @@ class Call:
         return [end - begin for begin, end in itertools.pairwise(stamps)]
 
 
-def measure(rounds: int) -> list[dict[str, str | float]]:
-    """A row for each pass of each call."""
+def measure(rounds: int, forgetful: bool = False) -> list[dict[str, str | float]]:
+    """A row for each pass of each call. forgetful: with launchers that decide everything again in each call."""
     rows = []
-    with stub_cuda.driver() as launched, fastres.backend("triton"):
+    deciding = launcher.forgetful() if forgetful else nullcontext()
+    with deciding, stub_cuda.driver() as launched, fastres.backend("triton"):
         calls = [Call(name, train) for name in CALLS for train in PASSES]
         launches = [[call(lambda: len(launched)) for _ in range(WARM_UPS)][-1] for call in calls]
         stub_cuda.library().stub_on_launch(None)
@@ -108,6 +111,7 @@ def measure(rounds: int) -> list[dict[str, str | float]]:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=300, help="timed repetitions of each call")
+    parser.add_argument("--forgetful", action="store_true", help="let launchers decide everything again in each call")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows here, too")
     options = parser.parse_args(arguments)
     if options.rounds < 1:
@@ -116,7 +120,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("torch sees a CUDA GPU; CUDA_VISIBLE_DEVICES= in the environment hides it")
     torch.set_num_threads(1)
     feign_gpu()
-    rows = measure(options.rounds)
+    rows = measure(options.rounds, options.forgetful)
     print(f"{'call':24}{'pass':14}" + "".join(f"{column:>12}" for column in COLUMNS))
     for row in rows:
         print(f"{row['call']:24}{row['pass']:14}" + "".join(f"{row[column]:12.0f}" for column in COLUMNS))

@@ -21,6 +21,7 @@ from fastres.kernels.problem import ConvProblem, model_problems
 from fastres.ops import dispatch, folded
 from fastres.ops.conv_bn import ConvBN, conv_bn
 from fastres.ops.layout import Geometry
+from fastres.ops.reference import BNBackward
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # What a user waits for: inference with everything in one epilogue, and the three passes of training.
@@ -102,19 +103,19 @@ def name(p: ConvProblem) -> str:
 class Operands:
     """Random tensors for every pass of one convolution, as a net holds them.
 
-    x, side, below: like the input; z, dz: like the output. a_affine, mean: of the BatchNorm before it; bn: (z, p, q, r)
-    of its own; shift: its folded one.
+    x, shortcut, below: like the input; z, dz: like the output. a_affine, mean: of the BatchNorm before it; bn: what
+    makes dz of g behind its own; shift: its folded one.
     """
 
     x: Tensor
-    side: Tensor
+    shortcut: Tensor
     below: Tensor
     w: Tensor
     z: Tensor
     dz: Tensor
     a_affine: tuple[Tensor, Tensor]
     mean: Tensor
-    bn: tuple[Tensor, Tensor, Tensor, Tensor]
+    bn: BNBackward
     shift: Tensor
 
     @classmethod
@@ -131,14 +132,14 @@ class Operands:
         z = normal(p.N, p.P, p.Q, p.K)
         return cls(
             x=normal(*p.x_shape),
-            side=normal(*p.x_shape),
+            shortcut=normal(*p.x_shape),
             below=normal(*p.x_shape),
             w=normal(*p.w_shape) * (p.R * p.S * p.C // p.groups) ** -0.5,
             z=z,
             dz=normal(p.N, p.P, p.Q, p.K),
             a_affine=(vector(p.C), vector(p.C) - 1),
             mean=vector(p.C) - 1,
-            bn=(z, vector(p.K), 0.01 * vector(p.K), 0.01 * vector(p.K)),
+            bn=BNBackward(z, vector(p.K), 0.01 * vector(p.K), 0.01 * vector(p.K)),
             shift=vector(p.K) - 1,
         )
 
@@ -166,7 +167,7 @@ def call(pair: ConvBN, pass_: str, operands: Operands, role: Role) -> Callable[[
         return partial(infer(pair, o.w, None if projects else o.shift, inputs, relu=not projects), *inputs)
     if pass_ == "fprop":
         if joins(pair.problem, role):
-            return lambda: pair.fprop_joined(o.x, o.a_affine, o.w, relu=True, residual=o.side)
+            return lambda: pair.fprop_joined(o.x, o.a_affine, o.w, relu=True, residual=o.shortcut)
         return lambda: pair.fprop(o.x, o.w, prologue)
     bn = o.bn if role.summed and pair.fuses(o.bn) else None
     dz = pair.passes.backward_apply(o.dz, *o.bn) if stores_dz(pair, role, o) else o.dz
@@ -175,11 +176,11 @@ def call(pair: ConvBN, pass_: str, operands: Operands, role: Role) -> Callable[[
     if role.normed:
         return lambda: pair.dgrad_masked(dz, o.w, bn, o.x, o.mean, o.a_affine)
     if not role.border:
-        residual = {} if role.place == "project" else {"residual": o.side}
+        residual = {} if role.place == "project" else {"residual": o.shortcut}
         return lambda: pair.dgrad(dz, o.w, bn, **residual)
 
     def into_the_block_before() -> tuple[Tensor, Tensor | None, Tensor]:
-        dx, sums = pair.dgrad_joined(dz, o.w, bn, o.x, ((o.below, o.mean), None), residual=o.side)
+        dx, sums = pair.dgrad_joined(dz, o.w, bn, o.x, ((o.below, o.mean), None), residual=o.shortcut)
         if sums is None:  # that block then takes them in a pass of its own
             return dx, o.x, pair.passes.backward_reduce(dx, o.below, o.mean, mask=o.x)
         return dx, None, sums

@@ -146,7 +146,7 @@ def tile_of(launch: Launch) -> Cut:
         values = given["R"] * STEM_WINDOW
         products, steps = (math.ceil(values / BN), steps) if "dw" in given else (1, math.ceil(values / BK))
         return Cut(BM, BN, BK, steps, products, BM + BN * products, BM + BN * products)
-    operands = 1 + any(given.get(name) is not None for name in ("z", "side"))  # tensors that one side is computed from
+    operands = 1 + any(given.get(name) is not None for name in ("z", "shortcut"))  # what one operand is computed from
     stages = given.get("num_stages", 1)
     buffers = buffered(stages, operands) / stages
     if "dw" in given:  # wgrad: BM filters of dz, BN channels of a; the side that is computed serves all taps
@@ -182,7 +182,7 @@ def executed(launch: Launch) -> int:
 
 
 def resident(launch: Launch, cut: Cut, gpu: Gpu) -> int:
-    """Programs that one multiprocessor holds, by registers as `config` reckons them and by shared memory, of which CUDA
+    """Programs that one multiprocessor holds, by registers as `tiles` reckons them and by shared memory, of which CUDA
     takes a KiB for each."""
     warps, stages = launch.arguments.get("num_warps", 4), launch.arguments.get("num_stages", 1)
     shared = 2 * max(stages * cut.held * cut.BK, cut.BM * cut.BN) + 1024

@@ -39,6 +39,7 @@ from layers import DTYPES, PASSES, Operands, Role, name
 from torch import Tensor
 
 import fastres
+from fastres.capability import TMA
 from fastres.kernels import chain, dgrad, fprop, stem, tables, tiles, wgrad
 from fastres.kernels.checks import gpu_of, tma_refusal
 from fastres.kernels.fprop import fprop_tma_refusal
@@ -65,7 +66,7 @@ def candidates(pair: ConvBN, pass_: str, role: Role, dtype: torch.dtype, device:
     problem, gpu = pair.problem, gpu_of(device)
     like = torch.empty(0, dtype=dtype, device="meta")
     refusal = tma_refusal if pass_ == "dgrad" else fprop_tma_refusal  # wgrad reads x as fprop does
-    carried = torch.cuda.get_device_capability(device) >= (9, 0) and refusal(problem, like) is None
+    carried = torch.cuda.get_device_capability(device) >= TMA and refusal(problem, like) is None
     operands = 2 if role.summed and pair.engines.dz_on_load else 1
     candidates: list[Tile] = []
     for tma in (True, False) if carried else (False,):
@@ -100,7 +101,7 @@ def stem_candidates(
     gpu, ieee = gpu_of(device), dtype == torch.float32
     if pass_ == "wgrad":
         return tiles.stem_wgrad_tiles(problem, dtype.itemsize, gpu, ieee)[:most]
-    tma = gpu.capability >= (9, 0)
+    tma = gpu.capability >= TMA
     found = tiles.stem_tiles(stem_columns(problem), dtype.itemsize, tma, gpu, ieee)
     found = [tile for tile in found if max(64, problem.K) >= tile.BM]
     boxed = [tile for tile in found if tile.box is not None][:most]

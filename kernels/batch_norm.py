@@ -5,12 +5,12 @@ z is a convolution's output, M = N P Q the pixels behind each channel's statisti
     mean = Σ z / M,  var = Σ (z - mean)² / M,  rstd = (var + eps)^-½        `statistics`, `finish_statistics`
     scale = weight rstd,  shift = bias - mean scale
     y = relu(scale z + shift + shortcut)                                   `normalize`
-        shortcut: nothing | x | scale_d z_d + shift_d (projection) | x at every stride-th pixel, zero channels appended
+        shortcut: nothing | x | scale z_proj + shift (projection) | x at every stride-th pixel, zero channels appended
 
     g = dy where y > 0                                                     gradient at the BatchNorm's output
     dbias = Σ g,  dweight = rstd Σ g (z - mean)                            `backward_reduce`, `finish_backward`
-    dz = p g + q z + r,  p = weight rstd,                                  `backward_apply`
-         q = -p rstd dweight / M,  r = -p dbias / M - q mean               (given statistics: q = r = 0)
+    dz = c_g g + c_z z + c_1,  c_g = weight rstd,                          `backward_apply`
+         c_z = -c_g rstd dweight / M,  c_1 = -c_g dbias / M - c_z mean     (given statistics: c_z = c_1 = 0)
 
 g is never stored: both backward passes compute it from dy and the mask, and behind a max pool they gather it (`pool`).
 
@@ -32,24 +32,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .checks import cdiv, check_tensor
+from .checks import check_tensor, check_vectors
 from .device_functions import bn_affine, relu
 from .launcher import empty, launch, remembered
 from .max_pool import Pool, block_pixel, check_pool, gather, normalize_max_pool
-from .rows import (
-    DTYPES,
-    REDUCED,
-    STREAMED,
-    WARPS,
-    WINDOWED,
-    Rows,
-    at,
-    check_vectors,
-    rows,
-    strided_row,
-    tile_of,
-    vector,
-)
+from .problem import FLOATS, cdiv
+from .rows import REDUCED, STREAMED, WARPS, WINDOWED, Rows, at, rows, strided_row, tile_of, vector
 
 # One program of the last stage walks over this many partials at most, a tile [_BT, _BK] at a time; more are first
 # merged in groups, by tiles whose rows fill a cache line.
@@ -233,12 +221,12 @@ def gradient(
 
 @triton.jit(do_not_specialize=["M", "K_VECS", "P", "Q", "U", "V", "steps"])
 def backward_reduce_kernel(
-    dy, y, tap, scale, shift, z, mean, partials, z_d, mean_d, partials_d, M, K_VECS, P, Q, U, V, steps,
+    dy, y, tap, scale, shift, z, mean, partials, z_proj, mean_proj, partials_proj, M, K_VECS, P, Q, U, V, steps,
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, PAD: tl.constexpr,
     VEC: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """partials [T, 2, K] (and those of the projection's z_d, which shares g) of chunks of steps BM pixels; behind a max
-    pool of steps BM blocks of STRIDE x STRIDE pixels, M in all."""
+    """partials [T, 2, K] (and those of the projection's z_proj, which shares g) of chunks of steps BM pixels; behind a
+    max pool of steps BM blocks of STRIDE x STRIDE pixels, M in all."""
     K = K_VECS * VEC
     SIDE: tl.constexpr = 1 if tap is None else STRIDE
     chunk = tl.program_id(0)
@@ -247,9 +235,9 @@ def backward_reduce_kernel(
     centre = vector(mean, channel, K)
     sum_g = tl.zeros((BM, BK), tl.float32)
     sum_gz = tl.zeros((BM, BK), tl.float32)
-    if z_d is not None:
-        centre_d = vector(mean_d, channel, K)
-        sum_gz_d = tl.zeros((BM, BK), tl.float32)
+    if z_proj is not None:
+        centre_proj = vector(mean_proj, channel, K)
+        sum_gz_proj = tl.zeros((BM, BK), tl.float32)
     for _ in range(steps):
         for a in tl.static_range(SIDE):
             for b in tl.static_range(SIDE):
@@ -261,17 +249,17 @@ def backward_reduce_kernel(
                 )  # fmt: skip
                 sum_g += g
                 sum_gz += g * (x - centre)
-                if z_d is not None:
-                    x = tl.load(z_d + here, mask=valid, other=0.0).to(tl.float32)
-                    sum_gz_d += g * (x - centre_d)
+                if z_proj is not None:
+                    x = tl.load(z_proj + here, mask=valid, other=0.0).to(tl.float32)
+                    sum_gz_proj += g * (x - centre_proj)
         block += BM
     out = chunk * 2 * K + channel
     total = tl.sum(sum_g, 0)
     tl.store(partials + out, total, mask=channel < K)
     tl.store(partials + out + K, tl.sum(sum_gz, 0), mask=channel < K)
-    if z_d is not None:
-        tl.store(partials_d + out, total, mask=channel < K)
-        tl.store(partials_d + out + K, tl.sum(sum_gz_d, 0), mask=channel < K)
+    if z_proj is not None:
+        tl.store(partials_proj + out, total, mask=channel < K)
+        tl.store(partials_proj + out + K, tl.sum(sum_gz_proj, 0), mask=channel < K)
 
 
 @triton.jit(do_not_specialize=["T", "K"])
@@ -279,41 +267,42 @@ def finish_backward_kernel(
     partials, weight, mean, rstd, dweight, dbias, vectors, T, K, inverse_count,
     BATCH_STATISTICS: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """vectors [3, K] = p, q, r, without BATCH_STATISTICS [1, K] = p; and the gradients of weight and bias."""
+    """vectors [3, K] = c_g, c_z, c_1, without BATCH_STATISTICS [1, K] = c_g; and the gradients of weight and bias."""
     channel = tl.program_id(0) * BK + tl.arange(0, BK)
     valid = channel < K
     sum_g, sum_gz = merged_sums(partials, 0, T, channel, K, BT, BK)
     inverse_std = tl.load(rstd + channel, mask=valid, other=0.0)
-    p = inverse_std
+    c_g = inverse_std
     if weight is not None:
-        p *= tl.load(weight + channel, mask=valid, other=0.0).to(tl.float32)
+        c_g *= tl.load(weight + channel, mask=valid, other=0.0).to(tl.float32)
     sum_gz *= inverse_std
     if BATCH_STATISTICS:
-        q = -p * inverse_std * sum_gz * inverse_count
-        r = -p * sum_g * inverse_count - q * tl.load(mean + channel, mask=valid, other=0.0)
-        tl.store(vectors + K + channel, q, mask=valid)
-        tl.store(vectors + 2 * K + channel, r, mask=valid)
+        c_z = -c_g * inverse_std * sum_gz * inverse_count
+        c_1 = -c_g * sum_g * inverse_count - c_z * tl.load(mean + channel, mask=valid, other=0.0)
+        tl.store(vectors + K + channel, c_z, mask=valid)
+        tl.store(vectors + 2 * K + channel, c_1, mask=valid)
     tl.store(dweight + channel, sum_gz.to(dweight.dtype.element_ty), mask=valid)
     tl.store(dbias + channel, sum_g.to(dbias.dtype.element_ty), mask=valid)
-    tl.store(vectors + channel, p, mask=valid)
+    tl.store(vectors + channel, c_g, mask=valid)
 
 
 @triton.jit
-def bn_backward(g, z, p, q, r, channel, K):
-    """dz = p g + q z + r, fp32 [BM, BK]; q and r may be None."""
-    dz = vector(p, channel, K) * g
-    if q is not None:
-        dz += vector(q, channel, K) * z + vector(r, channel, K)
+def bn_backward(g, z, c_g, c_z, c_1, channel, K):
+    """dz = c_g g + c_z z + c_1, fp32 [BM, BK]; c_z and c_1 may be None."""
+    dz = vector(c_g, channel, K) * g
+    if c_z is not None:
+        dz += vector(c_z, channel, K) * z + vector(c_1, channel, K)
     return dz
 
 
 @triton.jit(do_not_specialize=["M", "K_VECS", "P", "Q", "U", "V"])
 def backward_apply_kernel(
-    dy, y, tap, scale, shift, z, p, q, r, dz, z_d, p_d, q_d, r_d, dz_d, M, K_VECS, P, Q, U, V,
-    KERNEL: tl.constexpr, STRIDE: tl.constexpr, PAD: tl.constexpr,
-    VEC: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
+    dy, y, tap, scale, shift, z, c_g, c_z, c_1, dz, z_proj, c_g_proj, c_z_proj, c_1_proj, dz_proj, M, K_VECS, P, Q, U,
+    V,
+    KERNEL: tl.constexpr, STRIDE: tl.constexpr, PAD: tl.constexpr, VEC: tl.constexpr, BM: tl.constexpr,
+    BK: tl.constexpr,
 ):  # fmt: skip
-    """One tile of dz, and of the projection's dz_d where there is one; behind a max pool a tile of blocks of
+    """One tile of dz, and of the projection's dz_proj where there is one; behind a max pool a tile of blocks of
     STRIDE x STRIDE pixels, M in all."""
     K = K_VECS * VEC
     SIDE: tl.constexpr = 1 if tap is None else STRIDE
@@ -323,19 +312,18 @@ def backward_apply_kernel(
             row, inside = block_pixel(block, M, P, Q, a, b, SIDE)
             here, valid = at(row, channel, K), inside[:, None] & (channel < K)[None, :]
             x = None
-            if (q is not None) or (scale is not None):
+            if (c_z is not None) or (scale is not None):
                 x = tl.load(z + here, mask=valid, other=0.0).to(tl.float32)
             g = gradient(
                 dy, y, tap, x, scale, shift, here, block, channel, valid, K, P, Q, U, V, a, b, KERNEL, STRIDE, PAD,
             )  # fmt: skip
-            tl.store(dz + here, bn_backward(g, x, p, q, r, channel, K).to(dz.dtype.element_ty), mask=valid)
-            if dz_d is not None:
-                x_d = None
-                if q_d is not None:
-                    x_d = tl.load(z_d + here, mask=valid, other=0.0).to(tl.float32)
-                tl.store(
-                    dz_d + here, bn_backward(g, x_d, p_d, q_d, r_d, channel, K).to(dz.dtype.element_ty), mask=valid
-                )
+            tl.store(dz + here, bn_backward(g, x, c_g, c_z, c_1, channel, K).to(dz.dtype.element_ty), mask=valid)
+            if dz_proj is not None:
+                x_proj = None
+                if c_z_proj is not None:
+                    x_proj = tl.load(z_proj + here, mask=valid, other=0.0).to(tl.float32)
+                out = bn_backward(g, x_proj, c_g_proj, c_z_proj, c_1_proj, channel, K)
+                tl.store(dz_proj + here, out.to(dz.dtype.element_ty), mask=valid)
 
 
 class Statistics(NamedTuple):
@@ -348,14 +336,14 @@ class Statistics(NamedTuple):
 
 
 class BackwardVectors(NamedTuple):
-    """dweight, dbias [K] in the weight's dtype (fp32 without one) and p, q, r fp32 [K] of dz = p g + q z + r; q and r
-    are None for statistics that were given."""
+    """dweight, dbias [K] in the weight's dtype (fp32 without one); c_g, c_z, c_1 fp32 [K] of dz = c_g g + c_z z + c_1,
+    of which the last two are None for statistics that were given."""
 
     dweight: Tensor
     dbias: Tensor
-    p: Tensor
-    q: Tensor | None = None
-    r: Tensor | None = None
+    c_g: Tensor
+    c_z: Tensor | None = None
+    c_1: Tensor | None = None
 
 
 @remembered
@@ -428,7 +416,7 @@ def _finish_statistics(
     momentum: float,
 ) -> Statistics:
     given = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
-    check_vectors(K, like, *DTYPES, **given)
+    check_vectors(K, like, *FLOATS, **given)
     vectors = empty((4, K), torch.float32, like.device)
     launch(
         finish_statistics_kernel, (cdiv(K, _BK),), partials=partials, counter=counter, vectors=vectors, T=T, K=K,
@@ -503,39 +491,39 @@ def backward_reduce(
 
     dy, z [..., K]; mean fp32 [K]. mask: the saved output y (g = dy where y > 0), the pair (scale, shift) (where
     scale z + shift > 0) or None. pool: dy is the gradient of the max pool's output [N, U, V, K], z is [N, P, Q, K].
-    projection: (z_d, mean_d) of the shortcut's BatchNorm, which has the same g; its partials are returned second.
+    projection: (z_proj, mean_proj) of the shortcut's BatchNorm, which has the same g; its partials come second.
     Raises ValueError for arguments that do not fit z, and where z has no values.
     """
     view = _nonempty(rows("z", z, REDUCED if pool is None else WINDOWED))
-    source = _gradient_source(dy, z, mask, pool)
+    of_gradient = _gradient_arguments(dy, z, mask, pool)
     view = _blocks(view, z, pool)
-    z_d, mean_d = projection or (None, None)
-    check_tensor("projection z", z_d, tuple(z.shape), z)
-    check_vectors(view.K, z, mean=mean, projection_mean=mean_d)
+    z_proj, mean_proj = projection or (None, None)
+    check_tensor("z_proj", z_proj, tuple(z.shape), z)
+    check_vectors(view.K, z, mean=mean, mean_proj=mean_proj)
     chunks, steps = view.chunks()
     shape = (chunks, 2, view.K)
     partials = empty(shape, torch.float32, z.device)
-    partials_d = None if projection is None else empty(shape, torch.float32, z.device)
+    partials_proj = None if projection is None else empty(shape, torch.float32, z.device)
     launch(
-        backward_reduce_kernel, (chunks, cdiv(view.K, view.BK)), z=z, mean=mean, partials=partials, z_d=z_d,
-        mean_d=mean_d, partials_d=partials_d, M=view.M, K_VECS=view.K // view.VEC, steps=steps,
-        VEC=view.VEC, BM=view.BM, BK=view.BK, num_warps=WARPS, **source,
+        backward_reduce_kernel, (chunks, cdiv(view.K, view.BK)), z=z, mean=mean, partials=partials, z_proj=z_proj,
+        mean_proj=mean_proj, partials_proj=partials_proj, M=view.M, K_VECS=view.K // view.VEC, steps=steps,
+        VEC=view.VEC, BM=view.BM, BK=view.BK, num_warps=WARPS, **of_gradient,
     )  # fmt: skip
-    return partials if partials_d is None else (partials, partials_d)
+    return partials if partials_proj is None else (partials, partials_proj)
 
 
 @remembered
 def finish_backward(
     partials: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, count: int, *, batch_statistics: bool
 ) -> BackwardVectors:
-    """dweight, dbias, p, q, r from partials [T, 2, K] of any producer; count = N P Q.
+    """dweight, dbias, c_g, c_z, c_1 from partials [T, 2, K] of any producer; count = N P Q.
 
-    batch_statistics: gradients flow through mean and rstd as well; else they were given, and dz = p g. weight: [K] in
+    batch_statistics: gradients flow through mean and rstd as well; else they were given, and dz = c_g g. weight: [K] in
     bf16, fp16 or fp32, or None. Raises ValueError for arguments that do not fit together.
     """
     K = _check_partials(partials, 2)
     check_vectors(K, partials, mean=mean, rstd=rstd)
-    check_vectors(K, partials, *DTYPES, weight=weight)
+    check_vectors(K, partials, *FLOATS, weight=weight)
     if count < 1:
         raise ValueError(f"count must be >= 1, got {count}")
     partials = _merge(partials)
@@ -554,39 +542,40 @@ def finish_backward(
 def backward_apply(
     dy: Tensor,
     z: Tensor,
-    p: Tensor,
-    q: Tensor | None,
-    r: Tensor | None,
+    c_g: Tensor,
+    c_z: Tensor | None,
+    c_1: Tensor | None,
     *,
     mask: Mask = None,
     pool: Pool | None = None,
     projection: tuple[Tensor, Tensor, Tensor | None, Tensor | None] | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """dz = p g + q z + r like z; with a projection the pair (dz, dz_d).
+    """dz = c_g g + c_z z + c_1 like z; with a projection the pair (dz, dz_proj).
 
-    Arguments as of `backward_reduce`; p, q, r fp32 [K], projection: (z_d, p_d, q_d, r_d). q = r = None for statistics
-    that were given: z is then read only if the mask needs it. Raises ValueError for arguments that do not fit z.
+    Arguments as of `backward_reduce`; c_g, c_z, c_1 fp32 [K]; projection: (z_proj, c_g_proj, c_z_proj, c_1_proj).
+    c_z = c_1 = None for statistics that were given: z is then read only if the mask needs it. Raises ValueError for
+    arguments that do not fit z.
     """
-    z_d, p_d, q_d, r_d = projection or (None, None, None, None)
-    if (q is None) != (r is None) or (q_d is None) != (r_d is None):
-        raise ValueError("q and r come together")
-    check_tensor("projection z", z_d, tuple(z.shape), z)
+    z_proj, c_g_proj, c_z_proj, c_1_proj = projection or (None, None, None, None)
+    if (c_z is None) != (c_1 is None) or (c_z_proj is None) != (c_1_proj is None):
+        raise ValueError("c_z and c_1 come together")
+    check_tensor("z_proj", z_proj, tuple(z.shape), z)
     dz = empty(z.shape, z.dtype, z.device)
-    dz_d = None if projection is None else empty(z.shape, z.dtype, z.device)
-    vectors = {"p": p, "q": q, "r": r, "p_d": p_d, "q_d": q_d, "r_d": r_d}
+    dz_proj = None if projection is None else empty(z.shape, z.dtype, z.device)
+    vectors = {"c_g": c_g, "c_z": c_z, "c_1": c_1, "c_g_proj": c_g_proj, "c_z_proj": c_z_proj, "c_1_proj": c_1_proj}
     view = rows("z", z, STREAMED if pool is None else WINDOWED)
-    source = _gradient_source(dy, z, mask, pool)
+    of_gradient = _gradient_arguments(dy, z, mask, pool)
     view = _blocks(view, z, pool)
     check_vectors(view.K, z, **vectors)
     if view.M:
         launch(
-            backward_apply_kernel, (view.tiles,), z=z, dz=dz, z_d=z_d, dz_d=dz_d, M=view.M, K_VECS=view.K // view.VEC,
-            VEC=view.VEC, BM=view.BM, BK=view.BK, num_warps=WARPS, **source, **vectors,
+            backward_apply_kernel, (view.tiles,), z=z, dz=dz, z_proj=z_proj, dz_proj=dz_proj, M=view.M,
+            K_VECS=view.K // view.VEC, VEC=view.VEC, BM=view.BM, BK=view.BK, num_warps=WARPS, **of_gradient, **vectors,
         )  # fmt: skip
-    return dz if dz_d is None else (dz, dz_d)
+    return dz if dz_proj is None else (dz, dz_proj)
 
 
-def _gradient_source(dy: Tensor, z: Tensor, mask: Mask, pool: Pool | None) -> dict[str, Any]:
+def _gradient_arguments(dy: Tensor, z: Tensor, mask: Mask, pool: Pool | None) -> dict[str, Any]:
     """The arguments of `gradient`, checked."""
     y = mask if isinstance(mask, Tensor) else None
     scale, shift = (None, None) if mask is None or isinstance(mask, Tensor) else mask

@@ -20,10 +20,10 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .checks import cdiv, check_product, check_tensor, tma_refusal
+from .checks import check_product, check_tensor, tma_refusal
 from .device_functions import box_origin, filter_tap, relu
 from .launcher import empty, launch, remembered
-from .problem import ConvProblem
+from .problem import ConvProblem, cdiv
 from .tiles import cover
 
 CHANNELS = (16, 32, 64, 128)
@@ -46,25 +46,9 @@ def chain_tile(C: int) -> ChainTile:
 
 @triton.jit(do_not_specialize=["tiles_p", "tiles_q"])
 def bottleneck_chain_kernel(
-    x,
-    w2,
-    w3,
-    w1,
-    residual,
-    out,
-    mid,
-    shift2,
-    shift3,
-    shift1,
-    tiles_p,
-    tiles_q,
-    C: tl.constexpr,
-    TN: tl.constexpr,
-    TH: tl.constexpr,
-    TW: tl.constexpr,
-    BE: tl.constexpr,
-    BK: tl.constexpr,
-):
+    x, w2, w3, w1, residual, out, mid, shift2, shift3, shift1, tiles_p, tiles_q,
+    C: tl.constexpr, TN: tl.constexpr, TH: tl.constexpr, TW: tl.constexpr, BE: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
     """One box of TN x TH x TW pixels, all their channels. Descriptors: x and mid [N, H, W, C]; residual and out
     [N, H, W, 4C]; w2 [C, 9 C], w3 [4C, C], w1 [C, 4C]."""
     BN: tl.constexpr = TN * TH * TW

@@ -8,13 +8,9 @@ import torch
 import triton
 from torch import Tensor
 
+from ..capability import FLOAT8, LEAST, TMA, spelt
 from .problem import ConvProblem
 from .tiles import H200, Gpu
-
-
-def cdiv(a: int, b: int) -> int:
-    """a / b, rounded up. Triton's own takes 2 us on the host, and a training step asks a thousand times."""
-    return -(-a // b)
 
 
 def check_tensor(name: str, tensor: Tensor | None, shape: tuple[int, ...], like: Tensor, *dtypes: torch.dtype) -> None:
@@ -36,16 +32,25 @@ def check_tensor(name: str, tensor: Tensor | None, shape: tuple[int, ...], like:
 def check_device(x: Tensor, *dtypes: torch.dtype) -> None:
     """ValueError unless kernels on tensors of `dtypes` can run where x lives."""
     if x.is_cuda:
-        needed = (8, 9) if torch.float8_e4m3fn in dtypes else (8, 0)
+        needed = FLOAT8 if torch.float8_e4m3fn in dtypes else LEAST
         if (found := torch.cuda.get_device_capability(x.device)) < needed:
             names = " and ".join(sorted({str(dtype) for dtype in dtypes}))
-            raise ValueError(f"{names} needs compute capability {needed[0]}.{needed[1]}, {x.device} has {found}")
+            raise ValueError(f"{names} needs compute capability {spelt(needed)}, {x.device} has {spelt(found)}")
     elif x.device.type != "meta" and not triton.knobs.runtime.interpret:
         raise ValueError(f"x must be on a CUDA device, got {x.device}; only Triton's interpreter takes CPU tensors")
 
 
-def check_product(x: Tensor) -> None:
-    """ValueError where Triton's interpreter would run a kernel that multiplies by x and get it wrong."""
+def check_vectors(K: int, like: Tensor, *dtypes: torch.dtype, **vectors: Tensor | None) -> None:
+    """ValueError unless every vector that is given is a [K] of one of `dtypes` (float32) where `like` lives."""
+    for name, vector in vectors.items():
+        check_tensor(name, vector, (K,), like, *(dtypes or (torch.float32,)))
+
+
+def check_product(x: Tensor, precision: str = "ieee") -> None:
+    """ValueError for an unknown precision of fp32 products, and where Triton's interpreter would run a kernel that
+    multiplies by x and get it wrong."""
+    if precision not in ("ieee", "tf32"):
+        raise ValueError(f"precision must be 'ieee' or 'tf32', got {precision!r}")
     if triton.knobs.runtime.interpret and x.dtype == torch.bfloat16 and x.device.type != "meta":
         raise ValueError("Triton's interpreter multiplies bfloat16 wrongly; it takes float16 and float32")
 
@@ -53,8 +58,8 @@ def check_product(x: Tensor) -> None:
 def tma_refusal(problem: ConvProblem, *tensors: Tensor | None) -> str | None:
     """Why the tensor memory accelerator can't carry boxes of these tensors, or None where it can."""
     present = [tensor for tensor in tensors if tensor is not None]
-    if present[0].is_cuda and torch.cuda.get_device_capability(present[0].device) < (9, 0):
-        return "it needs compute capability 9.0"
+    if present[0].is_cuda and torch.cuda.get_device_capability(present[0].device) < TMA:
+        return f"it needs compute capability {spelt(TMA)}"
     if problem.groups > 1:
         return f"groups={problem.groups}"
     if problem.pixels >= 2**31:

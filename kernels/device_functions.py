@@ -59,7 +59,7 @@ def affine_relu(x, scale, shift, valid, PADDED: tl.constexpr):
 
 
 @triton.jit
-def settle(acc, WAIT: tl.constexpr):
+def wait_for_wgmma(acc, WAIT: tl.constexpr):
     """acc, unchanged; where WAIT, only once the wgmma that makes it is done.
 
     Triton 3.6 lets a pipelined wgmma run on while the registers of its first operand are written anew (triton#9433). An
@@ -71,16 +71,17 @@ def settle(acc, WAIT: tl.constexpr):
 
 
 @triton.jit
-def join_relu(x, side, scale, shift, side_scale, side_shift, c, c_valid):
-    """relu(scale x + shift + side), with a side_scale relu(scale x + shift + (side_scale side + side_shift)): the end
-    of a residual block, in x's dtype, for x, side [BN, BK] of channels c [BK]. In fp32 and in `normalize`'s order."""
+def join_relu(x, shortcut, scale, shift, shortcut_scale, shortcut_shift, c, c_valid):
+    """The end of a residual block, in x's dtype: relu(scale x + shift + shortcut), or for a projection
+    relu(scale x + shift + (shortcut_scale shortcut + shortcut_shift)). x, shortcut: [BN, BK] of channels c [BK]. In
+    fp32 and in `normalize`'s order."""
     out = x.to(tl.float32) * tl.load(scale + c, mask=c_valid, other=0.0)[None, :]
     out += tl.load(shift + c, mask=c_valid, other=0.0)[None, :]
-    side = side.to(tl.float32)
-    if side_scale is not None:
-        side = side * tl.load(side_scale + c, mask=c_valid, other=0.0)[None, :]
-        side += tl.load(side_shift + c, mask=c_valid, other=0.0)[None, :]
-    return relu(out + side).to(x.dtype)
+    shortcut = shortcut.to(tl.float32)
+    if shortcut_scale is not None:
+        shortcut = shortcut * tl.load(shortcut_scale + c, mask=c_valid, other=0.0)[None, :]
+        shortcut += tl.load(shortcut_shift + c, mask=c_valid, other=0.0)[None, :]
+    return relu(out + shortcut).to(x.dtype)
 
 
 @triton.jit
@@ -123,20 +124,9 @@ def bn_affine(mean, var, weight, bias, eps, channel, valid):
 
 @triton.jit
 def finish(
-    acc,
-    res,
-    scale,
-    shift,
-    mean,
-    var,
-    eps,
-    channel,
-    channel_valid,
-    residual_scale,
-    out_scale,
-    RELU: tl.constexpr,
-    DTYPE: tl.constexpr,
-):
+    acc, res, scale, shift, mean, var, eps, channel, channel_valid, residual_scale, out_scale,
+    RELU: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
     """The value to store for a conv's sums acc [BM, BN] fp32:
 
         out_scale [relu](scale[channel] acc + shift[channel] + residual_scale res)

@@ -2,12 +2,13 @@
 
     dx[n, h, w, c] = sum over r, s, k of w[k, r, s, c] dz[n, p, q, k],   p stride = h + pad - r dilation, likewise q
 
-    on load    dz = p[k] dy + q[k] z + r[k]  (optional: BatchNorm's backward; zero outside the image although r is not)
-    on store   dx += dout where `out` is > 0 (optional: the gradient that came along the shortcut)
-               dx  = dx where the ReLU below was open (optional): where `sign` is > 0, its saved output, or where
-                     scale[c] z_prev + shift[c] is; and then per tile of pixels the partial sums over dx and
-                     dx (z_prev - mean[c]), from which the p, q, r of the BatchNorm below follow, and the same for the
-                     BatchNorm of a projection that joins there
+    on load    dz = c_g[k] dy + c_z[k] z + c_1[k]  (optional: BatchNorm's backward; zero outside the image although
+                     c_1 is not)
+    on store   dx += residual where residual_mask is > 0 (optional: the gradient that came along the shortcut)
+               dx  = dx where the ReLU below was open (optional): where relu_mask is > 0, its saved output, or where
+                     scale[c] z_below + shift[c] is; and then per tile of pixels the partial sums over dx and
+                     dx (z_below - mean[c]), from which the coefficients of the BatchNorm below follow, and the same for
+                     the BatchNorm of a projection that joins there
 
 Layouts: activations [N, H, W, C] and [N, P, Q, K], filters [K, R, S, C/groups], all contiguous. GEMM view: channels c
 on GEMM_M, pixels on GEMM_N, (tap, k) on GEMM_K; so the operand that is computed on load stands second, where wgmma
@@ -19,9 +20,8 @@ class the problem has stride 1. Every class is one launch on the strided view dx
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from functools import partial
 from math import gcd, prod
 from typing import Any, NamedTuple
 
@@ -31,75 +31,29 @@ import triton.language as tl
 from torch import Tensor
 
 from . import persistent
-from .checks import cdiv, check_tensor, tma_refusal
+from .checks import check_tensor, check_vectors, tma_refusal
 from .device_functions import box_origin, box_pixels, unravel
-from .dz import BnBackward, choose_tile, conv_problem, load_dz, operand, pixel_tiles
-from .launcher import empty, launch, remembered
+from .dz import check_dz, choose_tile, load_dz, tiles_along
+from .launcher import empty, launch, remembered, view
+from .problem import ConvProblem, cdiv
 from .tiles import Tile
 
 
 @triton.jit(do_not_specialize=["first_r", "first_s", "offset_h", "offset_w", "tiles_h", "tiles_w", "N", "P", "Q"])
 def dgrad_kernel(
-    dy,
-    z,
-    w,
-    dx,
-    z_prev,
-    z_side,
-    sign,
-    dout,
-    out,
-    p,
-    q,
-    r,
-    scale,
-    shift,
-    mean,
-    mean_side,
-    partials,
-    partials_side,
-    N,
-    P,
-    Q,
-    K,
-    C,
-    K_GROUP,
-    C_GROUP,
-    ROWS,
-    COLS,
-    stride_n,
-    stride_h,
-    stride_w,
-    tiles_h,
-    tiles_w,
-    first_r,
-    first_s,
-    offset_h,
-    offset_w,
-    R: tl.constexpr,
-    S: tl.constexpr,
-    TAPS_R: tl.constexpr,
-    TAPS_S: tl.constexpr,
-    SKIP_R: tl.constexpr,
-    SKIP_S: tl.constexpr,
-    STEP_H: tl.constexpr,
-    STEP_W: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-    TN: tl.constexpr,
-    TH: tl.constexpr,
-    TW: tl.constexpr,
-    UNIFORM: tl.constexpr,
-    PADDED: tl.constexpr,
-    INT64: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    dy, z, w, dx, z_below, z_proj, relu_mask, residual, residual_mask, c_g, c_z, c_1, scale, shift, mean, mean_proj,
+    partials, partials_proj, N, P, Q, K, C, K_GROUP, C_GROUP, ROWS, COLS, stride_n, stride_h, stride_w, tiles_h,
+    tiles_w, first_r, first_s, offset_h, offset_w,
+    R: tl.constexpr, S: tl.constexpr, TAPS_R: tl.constexpr, TAPS_S: tl.constexpr, SKIP_R: tl.constexpr,
+    SKIP_S: tl.constexpr, STEP_H: tl.constexpr, STEP_W: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    BK: tl.constexpr, TN: tl.constexpr, TH: tl.constexpr, TW: tl.constexpr, UNIFORM: tl.constexpr,
+    PADDED: tl.constexpr, INT64: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """One tile of BM channels of one group x BN pixels of one parity class, for all of its TAPS_R x TAPS_S taps.
 
-    TMA (TN > 0): dy, z [N, P, Q, K], dx, z_prev, z_side, sign, dout, out [N, ROWS, COLS, C], w [K, R S C] are
-    descriptors; a tile is the box [TN, TH, TW]. Otherwise they are pointers and a tile is BN consecutive pixels;
-    UNIFORM: a step of BK stays within one tap. Tap a of TAPS_R reads row p = i + offset_h - a STEP_H with filter row
+    TMA (TN > 0): dy, z [N, P, Q, K], dx and what is like it [N, ROWS, COLS, C], w [K, R S C] are descriptors; a tile is
+    the box [TN, TH, TW]. Otherwise they are pointers and a tile is BN consecutive pixels; UNIFORM: a step of BK stays
+    within one tap. Tap a of TAPS_R reads row p = i + offset_h - a STEP_H with filter row
     r = first_r + a SKIP_R.
     """
     TMA: tl.constexpr = TN > 0
@@ -158,7 +112,7 @@ def dgrad_kernel(
                 at_w = (k_channel[None, :] * (R * S) + rs) * C_GROUP + c[:, None]
                 filters = tl.load(w + at_w, mask=c_valid[:, None] & k_valid[None, :], other=0.0)
             dz = load_dz(
-                dy, z, p, q, r, n0, i0 + dp, j0 + dq, step // TAPS * BK, n[:, None], row, col,
+                dy, z, c_g, c_z, c_1, n0, i0 + dp, j0 + dq, step // TAPS * BK, n[:, None], row, col,
                 k_channel, k_valid, inside, P, Q, K, (BN, BK), TMA, PADDED,
             )  # fmt: skip
             acc = tl.dot(filters, dz.T, acc, input_precision=PRECISION)
@@ -166,16 +120,16 @@ def dgrad_kernel(
     at = n * stride_n + i * stride_h + j * stride_w
     at = at[None, :] + channel[:, None]
     writable = c_valid[:, None] & valid[None, :]
-    if dout is not None:
-        res = load_across(dout, n0, i0, j0, tile_c * BM, at, writable, BM, BN, TMA)
-        if out is not None:
-            passed = load_across(out, n0, i0, j0, tile_c * BM, at, writable, BM, BN, TMA)
+    if residual is not None:
+        res = load_across(residual, n0, i0, j0, tile_c * BM, at, writable, BM, BN, TMA)
+        if residual_mask is not None:
+            passed = load_across(residual_mask, n0, i0, j0, tile_c * BM, at, writable, BM, BN, TMA)
             res = tl.where(passed <= 0, 0.0, res)
         acc += res.to(tl.float32)
-    if sign is not None:
-        acc = tl.where(load_across(sign, n0, i0, j0, tile_c * BM, at, writable, BM, BN, TMA) <= 0, 0.0, acc)
-    if z_prev is not None:
-        before = load_across(z_prev, n0, i0, j0, tile_c * BM, at, writable, BM, BN, TMA).to(tl.float32)
+    if relu_mask is not None:
+        acc = tl.where(load_across(relu_mask, n0, i0, j0, tile_c * BM, at, writable, BM, BN, TMA) <= 0, 0.0, acc)
+    if z_below is not None:
+        before = load_across(z_below, n0, i0, j0, tile_c * BM, at, writable, BM, BN, TMA).to(tl.float32)
         if scale is not None:
             slope = tl.load(scale + channel, mask=c_valid, other=0.0)[:, None]
             start = tl.load(shift + channel, mask=c_valid, other=0.0)[:, None]
@@ -184,9 +138,9 @@ def dgrad_kernel(
         total = tl.sum(stored, 1)
         sums = tile_px.to(tl.int64) * 2 * C + channel
         store_sums(partials + sums, total, stored, before, mean, channel, c_valid, C)
-        if z_side is not None:
-            before = load_across(z_side, n0, i0, j0, tile_c * BM, at, writable, BM, BN, TMA).to(tl.float32)
-            store_sums(partials_side + sums, total, stored, before, mean_side, channel, c_valid, C)
+        if z_proj is not None:
+            before = load_across(z_proj, n0, i0, j0, tile_c * BM, at, writable, BM, BN, TMA).to(tl.float32)
+            store_sums(partials_proj + sums, total, stored, before, mean_proj, channel, c_valid, C)
     if TMA:
         dx.store([n0, i0, j0, tile_c * BM], acc.to(DTYPE).T.reshape((TN, TH, TW, BM)))
     else:
@@ -244,161 +198,116 @@ def _reach(size: int, taps: int, stride: int, pad: int, dilation: int) -> Iterat
 def conv_dgrad(
     dy: Tensor,
     w: Tensor,
-    x_shape: tuple[int, int, int, int],
+    problem: ConvProblem,
     *,
-    stride: int = 1,
-    pad: int = 0,
-    dilation: int = 1,
-    groups: int = 1,
     bn_backward: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
     residual: Tensor | None = None,
     residual_mask: Tensor | None = None,
     relu_mask: Tensor | tuple[Tensor, Tensor] | None = None,
-    norm: tuple[Tensor, Tensor] | None = None,
+    below: tuple[Tensor, Tensor] | None = None,
     projection: tuple[Tensor, Tensor] | None = None,
     precision: str = "ieee",
     tile: Tile | None = None,
 ) -> Tensor | tuple[Tensor, Any]:
-    """dx of x_shape (N, H, W, C) for a convolution with filters w [K, R, S, C/groups], from dy [N, P, Q, K].
+    """dx [N, H, W, C] of a convolution with filters w [K, R, S, C/groups], from dy [N, P, Q, K].
 
-    bn_backward (z, p, q, r): dy is the gradient of BatchNorm's output and z [N, P, Q, K] its input; p, q, r fp32 [K].
+    bn_backward (z, c_g, c_z, c_1): dy is the gradient of BatchNorm's output and z [N, P, Q, K] its input; the
+    coefficients are fp32 [K].
     residual: a gradient like dx to add; residual_mask: a tensor like dx, only where it is > 0.
-    norm (z, mean): dx is the gradient of the output of a BatchNorm, whose input z is like dx, mean fp32 [C]; dx is then
-    returned with partial sums, fp32 [tiles, 2, C]: of dx and of dx (z - mean), dx as stored. projection: likewise for a
-    second BatchNorm whose output was added to the first one's; then the sums are a pair.
+    below (z_below, mean): dx is the gradient of the output of a BatchNorm, whose input z_below is like dx, mean fp32
+    [C]; dx is then returned with partial sums, fp32 [tiles, 2, C]: of dx and of dx (z_below - mean), dx as stored.
+    projection (z_proj, mean_proj): likewise for a second BatchNorm whose output was added to the first one's; then the
+    sums are a pair.
     relu_mask: dx (residual included) is kept where this tensor like dx is > 0, or, for a pair (scale, shift) of fp32
-    [C], where scale z + shift > 0 (needs norm).
-    precision of fp32 products: "ieee" or "tf32". tile: by default from `config`.
+    [C], where scale z_below + shift > 0.
+    precision of fp32 products: "ieee" or "tf32". tile: by default from `tables`.
 
     Activations of one dtype (bf16, fp16, fp32), contiguous. No atomics: equal inputs give equal bits.
     Raises ValueError for shapes, dtypes, layouts or devices that do not fit together.
     """
-    problem = conv_problem(dy, w.shape, x_shape, stride, pad, dilation, groups, precision)
-    N, H, W, C, P, Q, K = problem.N, problem.H, problem.W, problem.C, problem.P, problem.Q, problem.K
-    check_tensor("w", w, tuple(w.shape), dy)
-    load = BnBackward.check(dy, bn_backward)
-    pair = isinstance(relu_mask, tuple)
-    scale, shift = relu_mask if pair else (None, None)
-    sign = None if pair else relu_mask
-    z_prev, mean = norm or (None, None)
-    z_side, mean_side = projection or (None, None)
+    load = check_dz(dy, problem, bn_backward, precision)
+    check_tensor("w", w, problem.w_shape, dy)
+    scale, shift = relu_mask if isinstance(relu_mask, tuple) else (None, None)
+    z_below, mean = below or (None, None)
+    z_proj, mean_proj = projection or (None, None)
     if residual is None and residual_mask is not None:
         raise ValueError("residual_mask masks a residual; there is none")
-    if norm is None and (pair or projection is not None):
-        name = "relu_mask=(scale, shift)" if pair else "projection"
-        raise ValueError(f"{name} belongs to a BatchNorm below; norm=(z, mean) is missing")
-    like_dx = {"residual": residual, "residual_mask": residual_mask, "relu_mask": sign}
-    like_dx |= {"norm's z": z_prev, "projection's z": z_side}
+    if below is None and (scale is not None or projection is not None):
+        name = "projection" if scale is None else "relu_mask=(scale, shift)"
+        raise ValueError(f"{name} belongs to a BatchNorm below; below=(z_below, mean) is missing")
+    like_dx = {
+        "residual": residual, "residual_mask": residual_mask, "z_below": z_below, "z_proj": z_proj,
+        "relu_mask": relu_mask if isinstance(relu_mask, Tensor) else None,
+    }  # fmt: skip
     for name, tensor in like_dx.items():
-        check_tensor(name, tensor, (N, H, W, C), dy)
-    vectors = {"relu_mask's scale": scale, "relu_mask's shift": shift, "norm's mean": mean}
-    for name, tensor in (vectors | {"projection's mean": mean_side}).items():
-        check_tensor(name, tensor, (C,), dy, torch.float32)
-    dx = empty((N, H, W, C), dy.dtype, dy.device)
-    met = [tensor for tensor in like_dx.values() if tensor is not None]
-    refusal = tma_refusal(problem, dy, load.z, w, dx, *met)
+        check_tensor(name, tensor, problem.x_shape, dy)
+    vectors = {"scale": scale, "shift": shift, "mean": mean, "mean_proj": mean_proj}
+    check_vectors(problem.C, dy, **vectors)
+    dx = empty(problem.x_shape, dy.dtype, dy.device)
+    refusal = tma_refusal(problem, dy, load.z, w, dx, *like_dx.values())
     if tile is not None:
         persistent.check(tile, problem, dy.dtype)
-    tile = choose_tile(tile, "dgrad", problem, dy, refusal, precision, load.operands, len(met))
+    epilogue = sum(tensor is not None for tensor in like_dx.values())
+    tile = choose_tile(tile, "dgrad", problem, dy, refusal, precision, load.operands, epilogue)
 
-    if tile.persistent:
-        partials, partials_side = persistent.dgrad_sums(
-            problem, tile, w, {"dy": dy, "z": load.z},
-            {"dx": dx, "z_prev": z_prev, "z_side": z_side, "sign": sign, "dout": residual, "out": residual_mask},
-            p=load.p, q=load.q, r=load.r, scale=scale, shift=shift, mean=mean, mean_side=mean_side,
-            PRECISION=precision,
-        )  # fmt: skip
-        return _with_sums(dx, partials, partials_side)
+    launch_tiles = persistent.launch_dgrad if tile.persistent else _launch_classes
+    coefficients = {"c_g": load.c_g, "c_z": load.c_z, "c_1": load.c_1}
+    sums = launch_tiles(
+        problem, tile, w, {"dy": dy, "z": load.z}, {"dx": dx, **like_dx}, **coefficients, **vectors, PRECISION=precision
+    )
+    if below is None:
+        return dx
+    return dx, sums[0] if projection is None else sums
+
+
+def _launch_classes(
+    problem: ConvProblem,
+    tile: Tile,
+    w: Tensor,
+    like_dy: Mapping[str, Tensor | None],
+    like_dx: Mapping[str, Tensor | None],
+    **rest: Any,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Launches `dgrad_kernel` for every class of input pixels, over tensors by the kernel's names; returns the partials
+    of the BatchNorm below and of the projection's, where there are any."""
+    N, H, W, C, P, Q, K = *problem.x_shape, *problem.y_shape[1:]
+    c_group, k_group, stride = C // problem.groups, K // problem.groups, problem.stride
     if problem.pointwise:  # a plain GEMM: let all pixels lie in one row
         N, H, W, P, Q = 1, 1, N * H * W, 1, N * P * Q
         tile = replace(tile, box=tile.box and (1, 1, tile.BN))
     classes = [
         (rows, cols)
-        for rows in _reach(H, problem.R, stride, pad, dilation)
-        for cols in _reach(W, problem.S, stride, pad, dilation)
+        for rows in _reach(H, problem.R, stride, problem.pad, problem.dilation)
+        for cols in _reach(W, problem.S, stride, problem.pad, problem.dilation)
         if N > 0
     ]
-    tiles = [pixel_tiles(tile.box, tile.BN, N, rows.length, cols.length) for rows, cols in classes]
-    shape = (sum(map(prod, tiles)), 2, C)
-    partials, partials_side = (
-        None if each is None else empty(shape, torch.float32, dy.device) for each in (norm, projection)
+    tiles = [tiles_along(tile.box, tile.BN, N, rows.length, cols.length) for rows, cols in classes]
+    partials, partials_proj = (
+        None if z is None else empty((sum(map(prod, tiles)), 2, C), torch.float32, w.device)
+        for z in (like_dx["z_below"], like_dx["z_proj"])
     )
-    TN, TH, TW = tile.box or (0, 0, 0)
-    read = partial(operand, shape=(N, P, Q, K), block=tile.box and (*tile.box, tile.BK))
+    TN, TH, TW = box = tile.box or (0, 0, 0)
+    dy_box, dx_box, w_box = (*box, tile.BK), (*box, tile.BM), (tile.BK, tile.BM)
+    if tile.box is None:
+        dy_box = dx_box = w_box = None
     first_tile = 0
     for (rows, cols), (tiles_n, tiles_h, tiles_w) in zip(classes, tiles, strict=True):
-        across = partial(
-            operand,
-            shape=(N, H, W, C),
-            block=tile.box and (*tile.box, tile.BM),
-            at=(slice(None), slice(rows.phase, None, stride), slice(cols.phase, None, stride)),
-        )
+        of_class = (slice(None), slice(rows.phase, None, stride), slice(cols.phase, None, stride))
         pixels = tiles_n * tiles_h * tiles_w
         launch(
-            dgrad_kernel,
-            (cdiv(C // groups, tile.BM) * groups * pixels,),
-            dy=read(dy),
-            z=read(load.z),
-            w=operand(w, (K, w.numel() // K), tile.box and (tile.BK, tile.BM)),
-            dx=across(dx),
-            z_prev=across(z_prev),
-            z_side=across(z_side),
-            sign=across(sign),
-            dout=across(residual),
-            out=across(residual_mask),
-            p=load.p,
-            q=load.q,
-            r=load.r,
-            scale=scale,
-            shift=shift,
-            mean=mean,
-            mean_side=mean_side,
+            dgrad_kernel, (cdiv(c_group, tile.BM) * problem.groups * pixels,),
+            **{name: view(tensor, (N, P, Q, K), dy_box) for name, tensor in like_dy.items()},
+            **{name: view(tensor, (N, H, W, C), dx_box, of_class) for name, tensor in like_dx.items()},
+            w=view(w, (K, w.numel() // K), w_box),
             partials=None if partials is None else partials[first_tile:],
-            partials_side=None if partials_side is None else partials_side[first_tile:],
-            N=N,
-            P=P,
-            Q=Q,
-            K=K,
-            C=C,
-            K_GROUP=K // groups,
-            C_GROUP=C // groups,
-            ROWS=rows.length,
-            COLS=cols.length,
-            stride_n=H * W * C,
-            stride_h=stride * W * C,
-            stride_w=stride * C,
-            tiles_h=tiles_h,
-            tiles_w=tiles_w,
-            first_r=rows.first,
-            first_s=cols.first,
-            offset_h=rows.offset,
-            offset_w=cols.offset,
-            R=problem.R,
-            S=problem.S,
-            TAPS_R=rows.count,
-            TAPS_S=cols.count,
-            SKIP_R=rows.skip,
-            SKIP_S=cols.skip,
-            STEP_H=rows.step,
-            STEP_W=cols.step,
-            BM=tile.BM,
-            BN=tile.BN,
-            BK=tile.BK,
-            TN=TN,
-            TH=TH,
-            TW=TW,
-            UNIFORM=tile.box is not None or K // groups >= tile.BK,
-            PADDED=tile.box is None or not problem.pointwise,
-            INT64=not problem.int32_safe,
-            PRECISION=precision,
-            num_warps=tile.warps,
-            num_stages=tile.stages,
-        )
+            partials_proj=None if partials_proj is None else partials_proj[first_tile:],
+            N=N, P=P, Q=Q, K=K, C=C, K_GROUP=k_group, C_GROUP=c_group, ROWS=rows.length, COLS=cols.length,
+            stride_n=H * W * C, stride_h=stride * W * C, stride_w=stride * C, tiles_h=tiles_h, tiles_w=tiles_w,
+            first_r=rows.first, first_s=cols.first, offset_h=rows.offset, offset_w=cols.offset,
+            R=problem.R, S=problem.S, TAPS_R=rows.count, TAPS_S=cols.count, SKIP_R=rows.skip, SKIP_S=cols.skip,
+            STEP_H=rows.step, STEP_W=cols.step, BM=tile.BM, BN=tile.BN, BK=tile.BK, TN=TN, TH=TH, TW=TW,
+            UNIFORM=tile.box is not None or k_group >= tile.BK, PADDED=tile.box is None or not problem.pointwise,
+            INT64=not problem.int32_safe, num_warps=tile.warps, num_stages=tile.stages, **rest,
+        )  # fmt: skip
         first_tile += pixels
-    return _with_sums(dx, partials, partials_side)
-
-
-def _with_sums(dx: Tensor, partials: Tensor | None, partials_side: Tensor | None) -> Tensor | tuple[Tensor, Any]:
-    if partials is None:
-        return dx
-    return dx, partials if partials_side is None else (partials, partials_side)
+    return partials, partials_proj

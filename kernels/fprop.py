@@ -6,9 +6,9 @@
     outside the image), h = p stride + r dilation - pad, likewise w. Everything but the sum is optional, and so are the
     per-tile statistics of y as stored.
 
-    For a 1x1 convolution the prologue may be the end of the residual block before it: a = relu(s[c] x + t[c] + side),
-    side the block's input or a projection s'[c] side + t'[c] yet to be normalised. Then a is stored too, because the
-    next shortcut and the backward pass read it.
+    For a 1x1 convolution the prologue may be the end of the residual block before it: a = relu(s[c] x + t[c] +
+    shortcut), shortcut being the block's input or a projection s'[c] z' + t'[c] yet to be normalised. Then a is stored
+    too, because the next shortcut and the backward pass read it.
 
 Layouts: x [N, H, W, C], w [K, R, S, C/groups], y and residual [N, P, Q, K], all contiguous. GEMM view: channels k on
 GEMM_M, pixels on GEMM_N, (tap, c) on GEMM_K; so x, which the prologue computes on, stands second, where wgmma reads it
@@ -30,10 +30,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import persistent
-from .checks import cdiv, check_device, check_product, check_tensor, gpu_of, tma_refusal
+from .checks import check_device, check_product, check_tensor, check_vectors, gpu_of, tma_refusal
 from .device_functions import (
     affine_relu,
     box_origin,
@@ -44,12 +43,11 @@ from .device_functions import (
     store_statistics,
     unravel,
 )
-from .launcher import empty, launch, remembered
-from .problem import ConvProblem
+from .launcher import empty, launch, remembered, view
+from .problem import FLOATS, ConvProblem, cdiv
 from .tables import fprop_tile
 from .tiles import Tile, pixel_tiles, reduction_steps, row_channels
 
-FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 FP8 = torch.float8_e4m3fn
 
 
@@ -60,63 +58,26 @@ FP8 = torch.float8_e4m3fn
     ]
 )
 def conv_fprop_tma_kernel(
-    x,
-    w,
-    y,
-    residual,
-    prologue_scale,
-    prologue_shift,
-    side,
-    side_scale,
-    side_shift,
-    joined,
-    scale,
-    shift,
-    mean,
-    var,
-    eps,
-    partials,
-    residual_scale,
-    out_scale,
-    N,
-    H,
-    W,
-    C,
-    P,
-    Q,
-    K,
-    tiles_p,
-    tiles_q,
-    steps,
-    steps_per_split,
-    R: tl.constexpr,
-    S: tl.constexpr,
-    STRIDE: tl.constexpr,
-    PAD_H: tl.constexpr,
-    PAD_W: tl.constexpr,
-    DILATION: tl.constexpr,
-    FULL: tl.constexpr,
-    RELU: tl.constexpr,
-    PRECISION: tl.constexpr,
-    TN: tl.constexpr,
-    TH: tl.constexpr,
-    TW: tl.constexpr,
-    BM: tl.constexpr,
-    BK: tl.constexpr,
-):
+    x, w, y, residual, prologue_scale, prologue_shift, shortcut, shortcut_scale, shortcut_shift, joined, scale, shift,
+    mean, var, eps, partials, residual_scale, out_scale, N, H, W, C, P, Q, K, tiles_p, tiles_q, steps, steps_per_split,
+    R: tl.constexpr, S: tl.constexpr, STRIDE: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr,
+    DILATION: tl.constexpr, FULL: tl.constexpr, RELU: tl.constexpr, PRECISION: tl.constexpr, TN: tl.constexpr,
+    TH: tl.constexpr, TW: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
     """One tile [BM channels, TN x TH x TW pixels] per program; neighbours in the grid share their pixels.
 
-    Descriptors: w [K, R S C]; y and residual [N, P, Q, K]; x, side and joined (a, stored) [N, H, W, C], for stride 2
-    x's memory as [N, H/2, 2, W/2, 2 C], where a tap reads one parity of rows and of columns. A box of x must not leave
-    its tap's channels: BK divides C, unless there is one tap and stride 1 (then zero fill ends the sum). FULL: boxes
-    end where the image does. With steps_per_split, y is [splits, N, P, Q, K], where program_id(1) sums so many steps.
+    Descriptors: w [K, R S C]; y and residual [N, P, Q, K]; shortcut and joined (a, stored) [N, H, W, C], and so x, for
+    stride 2 its memory as [N, H/2, 2, W/2, 2 C], where a tap reads one parity of rows and of columns. A box of x must
+    not leave its tap's channels: BK divides C, unless there is one tap and stride 1 (then zero fill ends the sum).
+    FULL: boxes end where the image does. With steps_per_split, y is [splits, N, P, Q, K], where program_id(1) sums so
+    many steps.
     """
     BN: tl.constexpr = TN * TH * TW
     tiles_k = tl.cdiv(K, BM)
     tile_k = tl.program_id(0) % tiles_k
     tile = tl.program_id(0) // tiles_k
     n0, p0, q0 = box_origin(tile, tiles_p, tiles_q, TN, TH, TW)
-    if prologue_scale is not None and side is None:
+    if prologue_scale is not None and shortcut is None:
         _, p, q = box_pixels(n0, p0, q0, TN, TH, TW)
 
     first = 0
@@ -134,10 +95,10 @@ def conv_fprop_tma_kernel(
             down, right = r * DILATION + PAD_H, s * DILATION + PAD_W  # 2 PAD more than the offset: not negative
             a = x.load([n0, p0 + down // 2 - PAD_H, down % 2, q0 + right // 2 - PAD_W, right % 2 * C + c0])
         a = a.reshape((BN, BK))
-        if side is not None:
+        if shortcut is not None:
             c = c0 + tl.arange(0, BK)
-            other = side.load([n0, p0, q0, c0]).reshape((BN, BK))
-            a = join_relu(a, other, prologue_scale, prologue_shift, side_scale, side_shift, c, c < C)
+            addend = shortcut.load([n0, p0, q0, c0]).reshape((BN, BK))
+            a = join_relu(a, addend, prologue_scale, prologue_shift, shortcut_scale, shortcut_shift, c, c < C)
             joined.store([n0, p0, q0, c0], a.reshape((TN, TH, TW, BK)))
         elif prologue_scale is not None:
             c = c0 + tl.arange(0, BK)
@@ -171,49 +132,13 @@ def conv_fprop_tma_kernel(
     do_not_specialize=["pixels", "H", "W", "P", "Q", "steps", "steps_per_split", "residual_scale", "out_scale", "eps"]
 )
 def conv_fprop_gather_kernel(
-    x,
-    w,
-    y,
-    residual,
-    prologue_scale,
-    prologue_shift,
-    side,
-    side_scale,
-    side_shift,
-    joined,
-    scale,
-    shift,
-    mean,
-    var,
-    eps,
-    partials,
-    residual_scale,
-    out_scale,
-    pixels,
-    H,
-    W,
-    C,
-    P,
-    Q,
-    K,
-    C_GROUP,
-    K_GROUP,
-    steps,
+    x, w, y, residual, prologue_scale, prologue_shift, shortcut, shortcut_scale, shortcut_shift, joined, scale, shift,
+    mean, var, eps, partials, residual_scale, out_scale, pixels, H, W, C, P, Q, K, C_GROUP, K_GROUP, steps,
     steps_per_split,
-    R: tl.constexpr,
-    S: tl.constexpr,
-    STRIDE: tl.constexpr,
-    PAD: tl.constexpr,
-    DILATION: tl.constexpr,
-    FULL: tl.constexpr,
-    ROW: tl.constexpr,
-    INT64: tl.constexpr,
-    RELU: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-):
+    R: tl.constexpr, S: tl.constexpr, STRIDE: tl.constexpr, PAD: tl.constexpr, DILATION: tl.constexpr,
+    FULL: tl.constexpr, ROW: tl.constexpr, INT64: tl.constexpr, RELU: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
     """One tile [BM channels of group program_id(1), BN consecutive pixels] per program.
 
     A step reduces over BK channels of one tap; where ROW, then C_GROUP, is not 0, over BK of the S ROW values under one
@@ -266,10 +191,10 @@ def conv_fprop_gather_kernel(
         at_x = ((r * W + s) * DILATION * C + c)[None, :]
         a = tl.load(x_pixel + at_x, mask=valid & in_k[None, :], other=0.0)
         filters = tl.load(w_row + w_at[None, :], mask=(k < K_GROUP)[:, None] & in_k[None, :], other=0.0)
-        if side is not None:
+        if shortcut is not None:
             at_x += (pixel * C)[:, None]
-            other = tl.load(side + at_x, mask=valid & in_k[None, :], other=0.0)
-            a = join_relu(a, other, prologue_scale, prologue_shift, side_scale, side_shift, c, in_k)
+            addend = tl.load(shortcut + at_x, mask=valid & in_k[None, :], other=0.0)
+            a = join_relu(a, addend, prologue_scale, prologue_shift, shortcut_scale, shortcut_shift, c, in_k)
             tl.store(joined + at_x, a, mask=valid & in_k[None, :])
         elif prologue_scale is not None:
             channel = group * channels + c
@@ -299,23 +224,9 @@ def conv_fprop_gather_kernel(
 
 @triton.jit(do_not_specialize=["pixels", "residual_scale", "out_scale", "eps"])
 def fprop_reduce_kernel(
-    sums,
-    y,
-    residual,
-    scale,
-    shift,
-    mean,
-    var,
-    eps,
-    residual_scale,
-    out_scale,
-    pixels,
-    K,
-    RELU: tl.constexpr,
-    SPLITS: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-):
+    sums, y, residual, scale, shift, mean, var, eps, residual_scale, out_scale, pixels, K,
+    RELU: tl.constexpr, SPLITS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
     """y [pixels, K] = what `finish` makes of sums [SPLITS, pixels, K] added up in their order, for BM channels of BN
     pixels."""
     first = tl.program_id(0).to(tl.int64) * BN
@@ -338,10 +249,11 @@ def fprop_reduce_kernel(
 
 
 class Join(NamedTuple):
-    """What makes a prologue the end of a residual block: the `side` that is added [N, H, W, C], the fp32 [C] scale and
-    shift of a projection's (else None), and `out` [N, H, W, C], where the sum behind its ReLU is stored."""
+    """What makes a prologue the end of a residual block: the shortcut [N, H, W, C] that is added; where that is a
+    projection's z, its scale and shift, fp32 [C] (else None); and `out` [N, H, W, C], where the sum behind its ReLU is
+    stored."""
 
-    side: Tensor
+    shortcut: Tensor
     scale: Tensor | None
     shift: Tensor | None
     out: Tensor
@@ -361,11 +273,8 @@ class RunningNorm(NamedTuple):
 def conv_fprop(
     x: Tensor,
     w: Tensor,
+    problem: ConvProblem,
     *,
-    stride: int = 1,
-    pad: int = 0,
-    dilation: int = 1,
-    groups: int = 1,
     prologue: tuple[Tensor, Tensor] | None = None,
     join: Join | None = None,
     scale: Tensor | None = None,
@@ -393,17 +302,17 @@ def conv_fprop(
     join: adds a residual block's shortcut in the prologue and fills `join.out`, once for every tile of channels, so
     that it pays where one tile holds all K.
     out: where to put y; out_dtype: y's dtype, by default x's, for fp8 bfloat16. precision of fp32 products: "ieee" or
-    "tf32". tile: from `config` by default; one with a box asks for TMA, one without for pointers; one with splits takes
+    "tf32". tile: from `tables` by default; one with a box asks for TMA, one without for pointers; one with splits takes
     a second launch, and neither statistics nor join.
 
     All tensors contiguous, on one device. Raises ValueError where something doesn't fit.
     """
-    problem = _problem(x, w, stride, pad, dilation, groups)
-    K = problem.K
-    shape = (problem.N, problem.P, problem.Q, K)
-    if precision not in ("ieee", "tf32"):
-        raise ValueError(f"precision must be 'ieee' or 'tf32', got {precision!r}")
-    if join is not None and (prologue is None or not problem.pointwise or groups > 1):
+    shape, K = problem.y_shape, problem.K
+    if x.dtype not in (*FLOATS, FP8):
+        raise ValueError(f"x must be bfloat16, float16, float32 or float8_e4m3fn, got {x.dtype}")
+    check_tensor("x", x, problem.x_shape, x)
+    check_tensor("w", w, problem.w_shape, x)
+    if join is not None and (prologue is None or not problem.pointwise or problem.groups > 1):
         raise ValueError("join needs a prologue and a 1x1 convolution of stride 1, without padding and groups")
     if prologue is not None and x.dtype == FP8:
         raise ValueError("a prologue needs a bfloat16, float16 or float32 x, got float8_e4m3fn")
@@ -414,25 +323,23 @@ def conv_fprop(
         raise ValueError("norm gives scale and shift; they can't be given, too")
     s, t = prologue or (None, None)
     mean, var, weight, bias, eps = norm or (None, None, scale, shift, None)
-    side, side_scale, side_shift, joined = join or (None, None, None, None)
-    for name, tensor in (("join.side", side), ("join.out", joined)):
-        check_tensor(name, tensor, tuple(x.shape), x)
-    vectors = {"prologue scale": s, "prologue shift": t, "join.scale": side_scale, "join.shift": side_shift}
-    for name, tensor in vectors.items():
-        check_tensor(name, tensor, (problem.C,), x, torch.float32)
-    for name, tensor in (("scale", scale), ("shift", shift)):
-        check_tensor(name, tensor, (K,), x, torch.float32)
+    shortcut, shortcut_scale, shortcut_shift, joined = join or (None, None, None, None)
+    for name, tensor in (("join.shortcut", shortcut), ("join.out", joined)):
+        check_tensor(name, tensor, problem.x_shape, x)
+    check_vectors(problem.C, x, prologue_scale=s, prologue_shift=t)
+    check_vectors(problem.C, x, join_scale=shortcut_scale, join_shift=shortcut_shift)
+    check_vectors(K, x, scale=scale, shift=shift)
     if norm is not None:
-        for name, tensor in zip(RunningNorm._fields[:4], norm[:4], strict=True):
-            check_tensor(f"norm.{name}", tensor, (K,), x, *FLOATS)
+        named = {f"norm.{name}": vector for name, vector in norm._asdict().items() if name != "eps"}
+        check_vectors(K, x, *FLOATS, **named)
     check_tensor("residual", residual, shape, x, x.dtype, y_dtype)
     check_tensor("out", out, shape, x, y_dtype)
     check_device(x, x.dtype, y_dtype)
-    check_product(x)
+    check_product(x, precision)
 
     y = empty(shape, y_dtype, x.device) if out is None else out
     computed = 0 if prologue is None else 1 if join is None else 2
-    tile = _choose(tile, problem, (x, w, y, residual, side, joined), computed, statistics, precision)
+    tile = _choose(tile, problem, (x, w, y, residual, shortcut, joined), computed, statistics, precision)
     splits = _splits(problem, tile, join, statistics)
     tiles = pixel_tiles(problem, tile.BN, tile.box)
     launch_tiles = _launch_gather if tile.box is None else _launch_tma
@@ -446,32 +353,19 @@ def conv_fprop(
     }  # fmt: skip
     if problem.pixels and splits == 1:
         launch_tiles(
-            problem, tile, x, w, y, residual, side, joined,
-            prologue_scale=s, prologue_shift=t, side_scale=side_scale, side_shift=side_shift,
+            problem, tile, x, w, y, residual, shortcut, joined,
+            prologue_scale=s, prologue_shift=t, shortcut_scale=shortcut_scale, shortcut_shift=shortcut_shift,
             partials=partials, **epilogue, RELU=relu, PRECISION=precision,
         )  # fmt: skip
     elif problem.pixels:
         sums = empty((splits, *shape), torch.float32, x.device)
         launch_tiles(
             problem, tile, x, w, sums, None, None, None,
-            prologue_scale=s, prologue_shift=t, side_scale=None, side_shift=None,
+            prologue_scale=s, prologue_shift=t, shortcut_scale=None, shortcut_shift=None,
             partials=None, **dict.fromkeys(epilogue), RELU=False, PRECISION=precision,
         )  # fmt: skip
         _launch_reduce(sums, y, residual, **epilogue, RELU=relu)
     return y if partials is None else (y, partials)
-
-
-def _problem(x: Tensor, w: Tensor, stride: int, pad: int, dilation: int, groups: int) -> ConvProblem:
-    if x.dim() != 4 or w.dim() != 4:
-        raise ValueError(f"x [N, H, W, C] and w [K, R, S, C/groups] expected, got {list(x.shape)} and {list(w.shape)}")
-    if x.dtype not in (*FLOATS, FP8):
-        raise ValueError(f"x must be bfloat16, float16, float32 or float8_e4m3fn, got {x.dtype}")
-    (N, H, W, C), (K, R, S, channels) = x.shape, w.shape
-    if channels * groups != C:
-        raise ValueError(f"w {list(w.shape)} with groups={groups} takes {channels * groups} channels, x has {C}")
-    check_tensor("x", x, (N, H, W, C), x)
-    check_tensor("w", w, (K, R, S, channels), x)
-    return ConvProblem(N, H, W, C, K, R, S, stride, pad, dilation, groups)
 
 
 def fprop_tma_refusal(problem: ConvProblem, *tensors: Tensor | None) -> str | None:
@@ -529,15 +423,15 @@ def _splits(problem: ConvProblem, tile: Tile, join: Join | None, statistics: boo
 def _launch_tma(
     problem: ConvProblem, tile: Tile, x: Tensor, w: Tensor, y: Tensor, *same_shape: Tensor | None, **rest: Any
 ) -> None:
-    residual, side, joined = same_shape
+    residual, shortcut, joined = same_shape
     if problem.pointwise:
         x, y = x.view(1, 1, -1, problem.C), y.view(*y.shape[:-4], 1, 1, -1, problem.K)
         residual = None if residual is None else residual.view(y.shape)
-        side, joined = (None if each is None else each.view(x.shape) for each in (side, joined))
+        shortcut, joined = (None if each is None else each.view(x.shape) for each in (shortcut, joined))
     elif problem.stride == 2:
         x = x.view(problem.N, problem.H // 2, 2, problem.W // 2, 2 * problem.C)
     launch_boxes(
-        tile, x, w, y, residual, side, joined, H=problem.H, W=problem.W, C=problem.C,
+        tile, x, w, y, residual, shortcut, joined, H=problem.H, W=problem.W, C=problem.C,
         **_steps(problem, tile, y), R=problem.R, S=problem.S, STRIDE=problem.stride, PAD_H=problem.pad,
         PAD_W=problem.pad, DILATION=problem.dilation, **rest,
     )  # fmt: skip
@@ -549,12 +443,12 @@ def launch_boxes(
     w: Tensor,
     y: Tensor,
     residual: Tensor | None = None,
-    side: Tensor | None = None,
+    shortcut: Tensor | None = None,
     joined: Tensor | None = None,
     **rest: Any,
 ) -> None:
-    """Launches `conv_fprop_tma_kernel` over x in the view that the kernel reads, y and residual [N, P, Q, K]; side and
-    joined are like x. Splits' sums for y are [splits, N, P, Q, K]."""
+    """Launches `conv_fprop_tma_kernel` over x in the view that the kernel reads, y and residual [N, P, Q, K];
+    shortcut and joined are like x. Splits' sums for y are [splits, N, P, Q, K]."""
     assert tile.box is not None
     TN, TH, TW = tile.box
     *splits, N, P, Q, K = y.shape
@@ -562,15 +456,13 @@ def launch_boxes(
     out_box = [TN, TH, TW, tile.BM]
     x_box = [TN, TH, TW, tile.BK] if x.dim() == 4 else [TN, TH, 1, TW, tile.BK]
 
-    def boxes(tensor: Tensor | None, box: list[int]) -> TensorDescriptor | None:
-        if tensor is None:
-            return None
-        return TensorDescriptor.from_tensor(tensor.view(tensor.shape), box)  # strides of single pixels may be anything
+    def boxes(tensor: Tensor | None, box: list[int]) -> Any:  # as a view, for strides of single pixels may be anything
+        return None if tensor is None else view(tensor, tensor.shape, box)
 
     launch(
         conv_fprop_tma_kernel, (tiles_n * tiles_p * tiles_q * cdiv(K, tile.BM), *splits),
         x=boxes(x, x_box), w=boxes(w.view(K, -1), [tile.BM, tile.BK]), y=boxes(y, [1] * len(splits) + out_box),
-        residual=boxes(residual, out_box), side=boxes(side, x_box), joined=boxes(joined, x_box),
+        residual=boxes(residual, out_box), shortcut=boxes(shortcut, x_box), joined=boxes(joined, x_box),
         N=N, P=P, Q=Q, K=K, tiles_p=tiles_p, tiles_q=tiles_q,
         FULL=(N % TN, P % TH, Q % TW) == (0, 0, 0), TN=TN, TH=TH, TW=TW, BM=tile.BM, BK=tile.BK,
         num_warps=tile.warps, num_stages=tile.stages, **rest,
@@ -580,12 +472,12 @@ def launch_boxes(
 def _launch_gather(
     problem: ConvProblem, tile: Tile, x: Tensor, w: Tensor, y: Tensor, *same_shape: Tensor | None, **rest: Any
 ) -> None:
-    residual, side, joined = same_shape
+    residual, shortcut, joined = same_shape
     k_group = problem.K // problem.groups
     tiles = cdiv(problem.pixels, tile.BN) * cdiv(k_group, tile.BM)
     launch(
         conv_fprop_gather_kernel, (tiles, problem.groups, *y.shape[:-4]),
-        x=x, w=w, y=y, residual=residual, side=side, joined=joined,
+        x=x, w=w, y=y, residual=residual, shortcut=shortcut, joined=joined,
         pixels=problem.pixels, H=problem.H, W=problem.W, C=problem.C, P=problem.P, Q=problem.Q, K=problem.K,
         C_GROUP=problem.C // problem.groups, K_GROUP=k_group,
         R=problem.R, S=problem.S, STRIDE=problem.stride, PAD=problem.pad, DILATION=problem.dilation,

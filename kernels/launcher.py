@@ -71,13 +71,22 @@ def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Ten
     """Memory for a launcher's result or for what it needs on the way, contiguous and uninitialised."""
     tensor = torch.empty(shape, dtype=dtype, device=device)
     if (recording := getattr(_thread, "recording", None)) is not None:
-        recording.sources.append(tensor)
+        recording.owners.append(tensor)
     return tensor
 
 
+def view(tensor: Tensor | None, shape: Sequence[int], box: Sequence[int] | None = None, at: Any = ()) -> Any:
+    """`tensor`, where there is one, seen as `shape` and indexed by `at`; with a box, TMA's descriptor of such boxes."""
+    if tensor is None:
+        return None
+    seen = tensor.view(shape)[at]
+    return seen if box is None else TensorDescriptor.from_tensor(seen, list(box))
+
+
 @contextmanager
-def anew() -> Iterator[None]:
-    """Within, in all threads, every launcher decides everything again and launches by way of `kernel[grid]`."""
+def forgetful() -> Iterator[None]:
+    """Within, in all threads, no launch is remembered: every launcher decides everything again, and launches by way of
+    `kernel[grid]`."""
     global _remembering
     before, _remembering = _remembering, False
     try:
@@ -106,7 +115,7 @@ class _Recording:
     """The tensors that launches may take, given ones first, and the launches of a call that is under way."""
 
     def __init__(self, given: Sequence[Tensor]) -> None:
-        self.sources = list(given)
+        self.owners = list(given)
         self.launches: list[tuple[Any, tuple[int, ...], dict[str, Any], Any]] = []
 
 
@@ -120,45 +129,45 @@ def _record(launcher: Any, key: Any, given: Sequence[Tensor], args: Any, kwargs:
         return result
     if len(_calls) >= LIMIT:
         forget()
-    with suppress(_ElsewhereError):
+    with suppress(_UnownedError):
         _calls[key] = _Call(recording, len(given), result)
     return result
 
 
-class _ElsewhereError(Exception):
-    """A tensor that isn't in just one of a call's sources."""
+class _UnownedError(Exception):
+    """A tensor that lies in none of a call's tensors, or in more than one."""
 
 
 class _View(NamedTuple):
-    """A tensor by the source that it lies in."""
+    """A tensor by its owner: the one, of those that a call was given or took, in whose memory it lies."""
 
-    source: int
-    whole: bool  # whether it is the source itself
+    owner: int
+    whole: bool  # whether it is the owner itself
     shape: tuple[int, ...]
     strides: tuple[int, ...]
     offset: int  # in elements
     itemsize: int
 
     @staticmethod
-    def of(tensor: Tensor, sources: Sequence[Tensor]) -> _View:
+    def of(tensor: Tensor, owners: Sequence[Tensor]) -> _View:
         begin = tensor.data_ptr()
         end = begin + _extent(tensor)
-        around = [i for i, source in enumerate(sources) if source is tensor]
-        for i, source in enumerate(() if around else sources):
-            if source.data_ptr() <= begin and end <= source.data_ptr() + _extent(source):
-                around.append(i)
-        if len({sources[i].data_ptr() for i in around}) != 1 or sources[around[0]].dtype != tensor.dtype:
-            raise _ElsewhereError
-        shape, strides, source = tuple(tensor.shape), tensor.stride(), sources[around[0]]
-        offset = (begin - source.data_ptr()) // tensor.itemsize
-        whole = (shape, strides, offset) == (source.shape, source.stride(), 0)
-        return _View(around[0], whole, shape, strides, offset, tensor.itemsize)
+        holders = [i for i, owner in enumerate(owners) if owner is tensor]
+        for i, owner in enumerate(() if holders else owners):
+            if owner.data_ptr() <= begin and end <= owner.data_ptr() + _extent(owner):
+                holders.append(i)
+        if len({owners[i].data_ptr() for i in holders}) != 1 or owners[holders[0]].dtype != tensor.dtype:
+            raise _UnownedError
+        shape, strides, owner = tuple(tensor.shape), tensor.stride(), owners[holders[0]]
+        offset = (begin - owner.data_ptr()) // tensor.itemsize
+        whole = (shape, strides, offset) == (owner.shape, owner.stride(), 0)
+        return _View(holders[0], whole, shape, strides, offset, tensor.itemsize)
 
-    def tensor(self, sources: Sequence[Tensor]) -> Tensor:
-        source = sources[self.source]
+    def tensor(self, owners: Sequence[Tensor]) -> Tensor:
+        owner = owners[self.owner]
         if self.whole:
-            return source
-        return source.as_strided(self.shape, self.strides, source.storage_offset() + self.offset)
+            return owner
+        return owner.as_strided(self.shape, self.strides, owner.storage_offset() + self.offset)
 
     @property
     def bytes(self) -> int:
@@ -185,7 +194,7 @@ class _Launch:
     nothing was compiled (in the interpreter), `kernel[grid]` is asked again."""
 
     def __init__(
-        self, kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], compiled: Any, sources: Sequence[Tensor]
+        self, kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], compiled: Any, owners: Sequence[Tensor]
     ) -> None:
         self.kernel, self.grid = kernel, (*grid, 1, 1)[:3]
         self.compiled = compiled if isinstance(compiled, CompiledKernel) else None
@@ -194,9 +203,9 @@ class _Launch:
         self.boxes: dict[str, tuple[_View, dict[str, Any]]] = {}
         for name, value in arguments.items():
             if isinstance(value, Tensor):
-                self.pointers[name] = _View.of(value, sources)
+                self.pointers[name] = _View.of(value, owners)
             elif isinstance(value, TensorDescriptor):
-                self.boxes[name] = _View.of(value.base, sources), {**vars(value), "base": None}
+                self.boxes[name] = _View.of(value.base, owners), {**vars(value), "base": None}
         for name in (*self.pointers, *self.boxes):
             self.constants[name] = None
         if self.compiled is not None:
@@ -206,25 +215,25 @@ class _Launch:
         """The arguments as a compiled kernel takes them: all, by position, without the options of the compiler."""
         self.values = [self.constants.get(p.name, p.default) for p in parameters]
         place = {p.name: i for i, p in enumerate(parameters)}
-        self.pointers_at = [(place[name], view.source, view.bytes) for name, view in self.pointers.items()]
-        self.boxes_at = [(place[name], view.source, view.bytes, box) for name, (view, box) in self.boxes.items()]
+        self.pointers_at = [(place[name], view.owner, view.bytes) for name, view in self.pointers.items()]
+        self.boxes_at = [(place[name], view.owner, view.bytes, box) for name, (view, box) in self.boxes.items()]
 
-    def __call__(self, sources: Sequence[Tensor], addresses: Sequence[int]) -> None:
+    def __call__(self, owners: Sequence[Tensor], addresses: Sequence[int]) -> None:
         if self.compiled is None:
             arguments = dict(self.constants)
             for name, view in self.pointers.items():
-                arguments[name] = view.tensor(sources)
+                arguments[name] = view.tensor(owners)
             for name, (view, fields) in self.boxes.items():
-                arguments[name] = TensorDescriptor(**{**fields, "base": view.tensor(sources)})
+                arguments[name] = TensorDescriptor(**{**fields, "base": view.tensor(owners)})
             self.kernel[self.grid](**arguments)
             return
         values = self.values.copy()
-        for at, source, offset in self.pointers_at:
-            values[at] = addresses[source] + offset
-        for at, source, offset, fields in self.boxes_at:
+        for at, owner, offset in self.pointers_at:
+            values[at] = addresses[owner] + offset
+        for at, owner, offset, fields in self.boxes_at:
             values[at] = box = object.__new__(TensorDescriptor)  # one like it was checked
             box.__dict__.update(fields)
-            box.base = _Address(addresses[source] + offset)
+            box.base = _Address(addresses[owner] + offset)
         self.compiled[self.grid](*values)
 
 
@@ -232,32 +241,32 @@ class _Call:
     """What a launcher did: memory taken, launches, result."""
 
     def __init__(self, recording: _Recording, given: int, result: Any) -> None:
-        sources = recording.sources
-        self.taken = [(tuple(t.shape), t.dtype, t.device) for t in sources[given:]]
-        self.launches = [_Launch(*one, sources) for one in recording.launches]
-        self.result = _views(result, sources)
+        owners = recording.owners
+        self.taken = [(tuple(t.shape), t.dtype, t.device) for t in owners[given:]]
+        self.launches = [_Launch(*one, owners) for one in recording.launches]
+        self.result = _views(result, owners)
 
     def __call__(self, given: list[Tensor], addresses: list[int]) -> Any:
         taken = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype, device in self.taken]
-        sources, addresses = given + taken, addresses + [tensor.data_ptr() for tensor in taken]
+        owners, addresses = given + taken, addresses + [tensor.data_ptr() for tensor in taken]
         for one in self.launches:
-            one(sources, addresses)
-        return _tensors(self.result, sources)
+            one(owners, addresses)
+        return _tensors(self.result, owners)
 
 
-def _views(result: Any, sources: Sequence[Tensor]) -> Any:
+def _views(result: Any, owners: Sequence[Tensor]) -> Any:
     if isinstance(result, Tensor):
-        return _View.of(result, sources)
+        return _View.of(result, owners)
     if isinstance(result, tuple):
-        return type(result), [_views(each, sources) for each in result]
+        return type(result), [_views(each, owners) for each in result]
     return result
 
 
-def _tensors(result: Any, sources: Sequence[Tensor]) -> Any:
+def _tensors(result: Any, owners: Sequence[Tensor]) -> Any:
     if isinstance(result, _View):
-        return result.tensor(sources)
+        return result.tensor(owners)
     if isinstance(result, tuple):
         kind, parts = result
-        tensors = [_tensors(each, sources) for each in parts]
+        tensors = [_tensors(each, owners) for each in parts]
         return tuple(tensors) if kind is tuple else kind(*tensors)
     return result

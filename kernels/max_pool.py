@@ -21,10 +21,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .checks import check_vectors
 from .device_functions import relu, unravel
 from .launcher import empty, launch, remembered
 from .problem import pool_refusal
-from .rows import WARPS, WINDOWED, Rows, at, check_vectors, rows, tile_of, vector
+from .rows import WARPS, WINDOWED, Rows, at, rows, tile_of, vector
 
 
 class Pool(NamedTuple):

@@ -17,12 +17,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .checks import cdiv, gpu_of
-from .device_functions import COMPILED, affine_relu, finish, join_relu, settle, tile_statistics
-from .launcher import empty, launch
-from .problem import ConvProblem
+from .checks import gpu_of
+from .device_functions import COMPILED, affine_relu, finish, join_relu, tile_statistics, wait_for_wgmma
+from .launcher import empty, launch, view
+from .problem import ConvProblem, cdiv
 from .tiles import Tile
 
 
@@ -62,36 +61,11 @@ def load_beside(operand, tensor, row, column):
 
 @triton.jit(do_not_specialize=["pixels", "tiles", "residual_scale", "out_scale", "eps"])
 def pointwise_fprop_kernel(
-    x,
-    w,
-    y,
-    residual,
-    prologue_scale,
-    prologue_shift,
-    side,
-    side_scale,
-    side_shift,
-    joined,
-    scale,
-    shift,
-    mean,
-    var,
-    eps,
-    partials,
-    residual_scale,
-    out_scale,
-    pixels,
-    C,
-    K,
-    tiles,
-    STEPS: tl.constexpr,
-    FULL: tl.constexpr,
-    RELU: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-):
+    x, w, y, residual, prologue_scale, prologue_shift, shortcut, shortcut_scale, shortcut_shift, joined, scale, shift,
+    mean, var, eps, partials, residual_scale, out_scale, pixels, C, K, tiles,
+    STEPS: tl.constexpr, FULL: tl.constexpr, RELU: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
     """`conv_fprop`'s arguments, its activations as descriptors. Neighbours in the grid share their pixels; partials is
     [programs, 3, K]. FULL: no tile ends early."""
     tiles_k = tl.cdiv(K, BM)
@@ -101,7 +75,7 @@ def pointwise_fprop_kernel(
     filters, slopes, starts = (), (), ()
     for step in tl.static_range(STEPS):
         filters += (w.load([k0, step * BK]),)
-        if prologue_scale is not None and side is None:
+        if prologue_scale is not None and shortcut is None:
             c = step * BK + tl.arange(0, BK)
             slopes += (tl.load(prologue_scale + c, mask=c < C, other=0.0),)
             starts += (tl.load(prologue_shift + c, mask=c < C, other=0.0),)
@@ -115,17 +89,17 @@ def pointwise_fprop_kernel(
         acc = tl.zeros((BM, BN), tl.float32)
         for step in tl.static_range(STEPS):
             a = x.load([pixel, step * BK])
-            if side is not None:
+            if shortcut is not None:
                 c = step * BK + tl.arange(0, BK)
-                other = side.load([pixel, step * BK])
-                a = join_relu(a, other, prologue_scale, prologue_shift, side_scale, side_shift, c, c < C)
+                addend = shortcut.load([pixel, step * BK])
+                a = join_relu(a, addend, prologue_scale, prologue_shift, shortcut_scale, shortcut_shift, c, c < C)
                 joined.store([pixel, step * BK], a)
             elif prologue_scale is not None:
                 a = affine_relu(a, slopes[step], starts[step], None, False)
             if step == 0:
                 a, res = load_beside(a, residual, pixel, k0)
             acc = tl.dot(filters[step], a.T, acc, input_precision=PRECISION)
-        acc = settle(acc, COMPILED)  # or the product would start from what is added to it (C7519)
+        acc = wait_for_wgmma(acc, COMPILED)  # or the product would start from what is added to it (C7519)
         met = None
         if residual is not None:
             met = res.T
@@ -148,60 +122,36 @@ def pointwise_fprop_kernel(
 
 @triton.jit(do_not_specialize=["pixels", "tiles"])
 def pointwise_dgrad_kernel(
-    dy,
-    z,
-    w,
-    dx,
-    z_prev,
-    z_side,
-    sign,
-    dout,
-    out,
-    p,
-    q,
-    r,
-    scale,
-    shift,
-    mean,
-    mean_side,
-    partials,
-    partials_side,
-    pixels,
-    K,
-    C,
-    tiles,
-    STEPS: tl.constexpr,
-    FULL: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
+    dy, z, w, dx, z_below, z_proj, relu_mask, residual, residual_mask, c_g, c_z, c_1, scale, shift, mean, mean_proj,
+    partials, partials_proj, pixels, K, C, tiles,
+    STEPS: tl.constexpr, FULL: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     BK: tl.constexpr,
-):
+):  # fmt: skip
     """`dgrad_kernel`'s arguments, its activations as descriptors. Neighbours in the grid share their pixels; partials
     is [programs, 2, C]. FULL: no tile ends early."""
     tiles_c = tl.cdiv(C, BM)
     c0 = tl.program_id(0) % tiles_c * BM
     first = tl.program_id(0) // tiles_c
     c = c0 + tl.arange(0, BM)
-    filters, ps, qs, rs = (), (), (), ()
+    filters, c_gs, c_zs, c_1s = (), (), (), ()
     for step in tl.static_range(STEPS):
         filters += (w.load([step * BK, c0]).T,)
         if z is not None:
             k = step * BK + tl.arange(0, BK)
-            ps += (tl.load(p + k, mask=k < K, other=0.0)[None, :],)
-            qs += (tl.load(q + k, mask=k < K, other=0.0)[None, :],)
-            rs += (tl.load(r + k, mask=k < K, other=0.0)[None, :],)
-    if z_prev is not None:
+            c_gs += (tl.load(c_g + k, mask=k < K, other=0.0)[None, :],)
+            c_zs += (tl.load(c_z + k, mask=k < K, other=0.0)[None, :],)
+            c_1s += (tl.load(c_1 + k, mask=k < K, other=0.0)[None, :],)
+    if z_below is not None:
         centre = tl.load(mean + c, mask=c < C, other=0.0)[:, None]
         if scale is not None:
             slope = tl.load(scale + c, mask=c < C, other=0.0)[:, None]
             start = tl.load(shift + c, mask=c < C, other=0.0)[:, None]
-        if z_side is not None:
-            centre_side = tl.load(mean_side + c, mask=c < C, other=0.0)[:, None]
+        if z_proj is not None:
+            centre_proj = tl.load(mean_proj + c, mask=c < C, other=0.0)[:, None]
 
     total = tl.zeros((BM,), tl.float32)
-    of_prev = tl.zeros((BM,), tl.float32)
-    of_side = tl.zeros((BM,), tl.float32)
+    of_below = tl.zeros((BM,), tl.float32)
+    of_proj = tl.zeros((BM,), tl.float32)
     tl.assume(first < tiles)
     for tile in range(first, tiles, tl.num_programs(0) // tiles_c):
         pixel = tile * BN
@@ -210,62 +160,60 @@ def pointwise_dgrad_kernel(
             dz = dy.load([pixel, step * BK])
             if z is not None:
                 x = z.load([pixel, step * BK]).to(tl.float32)
-                dz = (ps[step] * dz.to(tl.float32) + (qs[step] * x + rs[step])).to(dz.dtype)
+                dz = (c_gs[step] * dz.to(tl.float32) + (c_zs[step] * x + c_1s[step])).to(dz.dtype)
             if step == 0:
-                dz, res = load_beside(dz, dout, pixel, c0)
-                dz, passed = load_beside(dz, out, pixel, c0)
-                dz, saved = load_beside(dz, sign, pixel, c0)
-                dz, before = load_beside(dz, z_prev, pixel, c0)
-                dz, beside = load_beside(dz, z_side, pixel, c0)
+                dz, res = load_beside(dz, residual, pixel, c0)
+                dz, passed = load_beside(dz, residual_mask, pixel, c0)
+                dz, saved = load_beside(dz, relu_mask, pixel, c0)
+                dz, before = load_beside(dz, z_below, pixel, c0)
+                dz, beside = load_beside(dz, z_proj, pixel, c0)
             acc = tl.dot(filters[step], dz.T, acc, input_precision=PRECISION)
-        acc = settle(acc, COMPILED)
-        if dout is not None:
-            if out is not None:
+        acc = wait_for_wgmma(acc, COMPILED)
+        if residual is not None:
+            if residual_mask is not None:
                 res = tl.where(passed <= 0, 0.0, res)
             acc += res.T.to(tl.float32)
-        if sign is not None:
+        if relu_mask is not None:
             acc = tl.where(saved.T <= 0, 0.0, acc)
-        if z_prev is not None:
+        if z_below is not None:
             before = before.T.to(tl.float32)
             if scale is not None:
                 acc = tl.where(before * slope + start <= 0, 0.0, acc)
         stored = acc.to(dx.dtype)
         dx.store([pixel, c0], stored.T)
-        if z_prev is not None:
+        if z_below is not None:
             stored = stored.to(tl.float32)
             if not FULL:
                 stored = tl.where((pixel + tl.arange(0, BN) < pixels)[None, :], stored, 0.0)
             total += tl.sum(stored, 1)
-            of_prev += tl.sum(stored * (before - centre), 1)
-            if z_side is not None:
-                of_side += tl.sum(stored * (beside.T.to(tl.float32) - centre_side), 1)
-    if z_prev is not None:
+            of_below += tl.sum(stored * (before - centre), 1)
+            if z_proj is not None:
+                of_proj += tl.sum(stored * (beside.T.to(tl.float32) - centre_proj), 1)
+    if z_below is not None:
         at = first * 2 * C + c
         tl.store(partials + at, total, mask=c < C)
-        tl.store(partials + at + C, of_prev, mask=c < C)
-        if z_side is not None:
-            tl.store(partials_side + at, total, mask=c < C)
-            tl.store(partials_side + at + C, of_side, mask=c < C)
+        tl.store(partials + at + C, of_below, mask=c < C)
+        if z_proj is not None:
+            tl.store(partials_proj + at, total, mask=c < C)
+            tl.store(partials_proj + at + C, of_proj, mask=c < C)
 
 
 def launch_fprop(
     problem: ConvProblem, tile: Tile, x: Tensor, w: Tensor, y: Tensor, *same_shape: Tensor | None, **rest: Any
 ) -> None:
     """Launches `pointwise_fprop_kernel` over the tensors that `conv_fprop` takes."""
-    residual, side, joined = same_shape
+    residual, shortcut, joined = same_shape
     C, K = problem.C, problem.K
-    read, written = [tile.BN, tile.BK], [tile.BN, tile.BM]
+    of_x, of_y = ((-1, C), (tile.BN, tile.BK)), ((-1, K), (tile.BN, tile.BM))
     launch(
         pointwise_fprop_kernel, (programs(problem.pixels, K, tile, x.device) * cdiv(K, tile.BM),),
-        x=_boxes(x, C, read), w=_boxes(w, C, [tile.BM, tile.BK]), y=_boxes(y, K, written),
-        residual=_boxes(residual, K, written), side=_boxes(side, C, read), joined=_boxes(joined, C, read),
-        pixels=problem.pixels, C=C, K=K, tiles=cdiv(problem.pixels, tile.BN), STEPS=cdiv(C, tile.BK),
-        FULL=problem.pixels % tile.BN == 0, BM=tile.BM, BN=tile.BN, BK=tile.BK, num_warps=tile.warps,
-        num_stages=tile.stages, **rest,
+        x=view(x, *of_x), w=view(w, (-1, C), (tile.BM, tile.BK)), y=view(y, *of_y), residual=view(residual, *of_y),
+        shortcut=view(shortcut, *of_x), joined=view(joined, *of_x), C=C, K=K, STEPS=cdiv(C, tile.BK),
+        **_sizes(problem, tile), **rest,
     )  # fmt: skip
 
 
-def dgrad_sums(
+def launch_dgrad(
     problem: ConvProblem,
     tile: Tile,
     w: Tensor,
@@ -274,25 +222,26 @@ def dgrad_sums(
     **rest: Any,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Launches `pointwise_dgrad_kernel` over the tensors of `conv_dgrad`, given by the kernel's names, dx among them;
-    returns the partials of norm and of projection, where there are any."""
+    returns the partials of the BatchNorm below and of the projection's, where there are any."""
     C, K, count = problem.C, problem.K, programs(problem.pixels, problem.C, tile, w.device)
-    partials, partials_side = (
+    partials, partials_proj = (
         None if z is None else empty((count, 2, C), torch.float32, w.device)
-        for z in (like_dx["z_prev"], like_dx["z_side"])
+        for z in (like_dx["z_below"], like_dx["z_proj"])
     )
-    if not problem.pixels:
-        return partials, partials_side
-    launch(
-        pointwise_dgrad_kernel, (count * cdiv(C, tile.BM),),
-        **{name: _boxes(tensor, K, [tile.BN, tile.BK]) for name, tensor in like_dy.items()},
-        **{name: _boxes(tensor, C, [tile.BN, tile.BM]) for name, tensor in like_dx.items()},
-        w=_boxes(w, C, [tile.BK, tile.BM]), partials=partials, partials_side=partials_side,
-        pixels=problem.pixels, K=K, C=C, tiles=cdiv(problem.pixels, tile.BN), STEPS=cdiv(K, tile.BK),
-        FULL=problem.pixels % tile.BN == 0, BM=tile.BM, BN=tile.BN, BK=tile.BK, num_warps=tile.warps,
-        num_stages=tile.stages, **rest,
-    )  # fmt: skip
-    return partials, partials_side
+    if problem.pixels:
+        launch(
+            pointwise_dgrad_kernel, (count * cdiv(C, tile.BM),),
+            **{name: view(tensor, (-1, K), (tile.BN, tile.BK)) for name, tensor in like_dy.items()},
+            **{name: view(tensor, (-1, C), (tile.BN, tile.BM)) for name, tensor in like_dx.items()},
+            w=view(w, (-1, C), (tile.BK, tile.BM)), partials=partials, partials_proj=partials_proj, K=K, C=C,
+            STEPS=cdiv(K, tile.BK), **_sizes(problem, tile), **rest,
+        )  # fmt: skip
+    return partials, partials_proj
 
 
-def _boxes(tensor: Tensor | None, channels: int, box: list[int]) -> TensorDescriptor | None:
-    return None if tensor is None else TensorDescriptor.from_tensor(tensor.view(-1, channels), box)
+def _sizes(problem: ConvProblem, tile: Tile) -> dict[str, Any]:
+    """What both kernels are told of their pixels and their tile."""
+    return {
+        "pixels": problem.pixels, "tiles": cdiv(problem.pixels, tile.BN), "FULL": problem.pixels % tile.BN == 0,
+        "BM": tile.BM, "BN": tile.BN, "BK": tile.BK, "num_warps": tile.warps, "num_stages": tile.stages,
+    }  # fmt: skip

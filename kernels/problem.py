@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Literal, NamedTuple
 
 import torch
@@ -16,6 +16,14 @@ from torch import Tensor, nn
 
 # "infer": fprop with BatchNorm, residual and ReLU behind it; "chain": `bottleneck`'s three convolutions, by its 3x3.
 Pass = Literal["infer", "fprop", "dgrad", "wgrad", "chain"]
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up. Triton's own takes 2 us on the host, and a training step asks a thousand times."""
+    return -(-a // b)
+
+
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)  # what all kernels serve
 
 
 class Gemm(NamedTuple):
@@ -68,6 +76,21 @@ class ConvProblem:
         if self.P < 1 or self.Q < 1:
             raise ValueError(f"the {self.R}x{self.S} filter is larger than the padded input: {self}")
 
+    @staticmethod
+    @lru_cache(maxsize=4096)
+    def of(x_shape: tuple[int, ...], w_shape: tuple[int, ...], *geometry: int, **named: int) -> ConvProblem:
+        """Filters w [K, R, S, C/groups] on x [N, H, W, C]. geometry: stride, pad, dilation and groups, in this order or
+        by name. Raises ValueError where they don't fit."""
+        if len(x_shape) != 4 or len(w_shape) != 4:
+            expected = "x [N, H, W, C] and w [K, R, S, C/groups] expected"
+            raise ValueError(f"{expected}, got {list(x_shape)} and {list(w_shape)}")
+        (*images, C), (K, R, S, channels) = x_shape, w_shape
+        problem = ConvProblem(*images, C, K, R, S, *geometry, **named)
+        if channels * problem.groups != C:
+            wanted = channels * problem.groups
+            raise ValueError(f"w {list(w_shape)} with groups={problem.groups} takes {wanted} channels, x has {C}")
+        return problem
+
     @cached_property
     def P(self) -> int:
         return (self.H + 2 * self.pad - self.dilation * (self.R - 1) - 1) // self.stride + 1
@@ -76,13 +99,17 @@ class ConvProblem:
     def Q(self) -> int:
         return (self.W + 2 * self.pad - self.dilation * (self.S - 1) - 1) // self.stride + 1
 
-    @property
+    @cached_property
     def x_shape(self) -> tuple[int, int, int, int]:
         return self.N, self.H, self.W, self.C
 
-    @property
+    @cached_property
     def w_shape(self) -> tuple[int, int, int, int]:
         return self.K, self.R, self.S, self.C // self.groups
+
+    @cached_property
+    def y_shape(self) -> tuple[int, int, int, int]:
+        return self.N, self.P, self.Q, self.K
 
     @cached_property
     def pixels(self) -> int:

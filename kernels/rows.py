@@ -10,15 +10,13 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .checks import cdiv, check_tensor
 from .device_functions import unravel
+from .problem import FLOATS, cdiv
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 WARPS = 4
 
 
@@ -61,7 +59,7 @@ def rows(name: str, z: Tensor, cut: Cut, *, also: int = 0) -> Rows:
 
     Raises ValueError unless z is contiguous, bf16, fp16 or fp32, and has channels and fewer than 2**31 - 2**14 pixels.
     """
-    if z.dtype not in DTYPES:
+    if z.dtype not in FLOATS:
         raise ValueError(f"{name} must be bfloat16, float16 or float32, got {z.dtype}")
     if z.dim() < 2 or z.shape[-1] < 1:
         raise ValueError(f"{name} must be [..., K] with K >= 1, got shape {tuple(z.shape)}")
@@ -75,12 +73,6 @@ def rows(name: str, z: Tensor, cut: Cut, *, also: int = 0) -> Rows:
     VEC = 8 if K % 8 == also % 8 == 0 else 1
     share = 4 if VEC == 1 else 2 if z.element_size() > 2 else 1  # an address for each value; twice the registers
     return Rows(M, K, cut.elements // share // BK, BK, VEC)
-
-
-def check_vectors(K: int, like: Tensor, *dtypes: torch.dtype, **vectors: Tensor | None) -> None:
-    """ValueError unless every vector that is given is a [K] of one of `dtypes` (fp32) where `like` lives."""
-    for name, vector in vectors.items():
-        check_tensor(name, vector, (K,), like, *(dtypes or (torch.float32,)))
 
 
 @triton.jit

@@ -24,14 +24,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .checks import cdiv, check_device, check_product, check_tensor, gpu_of, tma_refusal
+from .checks import check_device, check_product, check_tensor, check_vectors, gpu_of, tma_refusal
 from .device_functions import finish, store_statistics, unravel
-from .fprop import FLOATS, launch_boxes
+from .fprop import launch_boxes
 from .launcher import empty, launch, remembered
-from .problem import ConvProblem
+from .problem import FLOATS, ConvProblem, cdiv
 from .tables import stem_tile, stem_wgrad_tile
 from .tiles import STEM_WINDOW, Tile, pixel_tiles, reduction_steps
-from .wgrad import wgrad_reduce_kernel
+from .wgrad import reduce_splits
 
 WINDOW, CHANNELS = 8, 4
 ROW = tl.constexpr(STEM_WINDOW)
@@ -62,29 +62,10 @@ def pack_images_kernel(
 
 @triton.jit(do_not_specialize=["pixels", "H", "P", "Q", "rows", "pairs"])
 def stem_fprop_kernel(
-    packed,
-    filters,
-    y,
-    scale,
-    shift,
-    partials,
-    pixels,
-    H,
-    P,
-    Q,
-    K,
-    rows,
-    pairs,
-    R: tl.constexpr,
-    PAD: tl.constexpr,
-    FULL: tl.constexpr,
-    INT64: tl.constexpr,
-    RELU: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-):
+    packed, filters, y, scale, shift, partials, pixels, H, P, Q, K, rows, pairs,
+    R: tl.constexpr, PAD: tl.constexpr, FULL: tl.constexpr, INT64: tl.constexpr, RELU: tl.constexpr,
+    PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
     """One tile [BM channels, BN consecutive pixels] per program; a step takes BK of the R x 32 values under a filter.
 
     packed: [N, rows, 2 pairs, 4]; filters: [K, R, 32]. FULL: no tile ends early. INT64: offsets pass 2**31.
@@ -117,28 +98,10 @@ def stem_fprop_kernel(
 
 @triton.jit(do_not_specialize=["pixels", "H", "P", "Q", "C", "S", "rows", "pairs", "steps_in_all", "steps_per_split"])
 def stem_wgrad_kernel(
-    dz,
-    packed,
-    dw,
-    pixels,
-    H,
-    P,
-    Q,
-    K,
-    C,
-    S,
-    rows,
-    pairs,
-    steps_in_all,
-    steps_per_split,
-    R: tl.constexpr,
-    PAD: tl.constexpr,
-    INT64: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-):
+    dz, packed, dw, pixels, H, P, Q, K, C, S, rows, pairs, steps_in_all, steps_per_split,
+    R: tl.constexpr, PAD: tl.constexpr, INT64: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
     """BM filters, all of their R x 32 values, summed over one split of the pixels, BK consecutive ones at a step.
 
     dz is read once: there is a product for every BN of the values, whole rows of the filter, and they have it in
@@ -249,14 +212,13 @@ def conv_stem(
     tile: Tile | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """y [N, P, Q, K] = [relu](scale conv + shift), with `statistics` also its partials, as `conv_fprop` gives them, for
-    images from `pack_images` and filters from `pack_filters` of one dtype. tile: from `config` by default; one with a
+    images from `pack_images` and filters from `pack_filters` of one dtype. tile: from `tables` by default; one with a
     box asks for TMA, one without for pointers. A window is wider than its filter: an infinite pixel beside the filter
     makes a NaN of y, for it is multiplied by zero. Raises ValueError where they don't fit."""
     N, P, Q, K, R = problem.N, problem.P, problem.Q, problem.K, problem.R
     _check_packed(packed, problem, precision)
     check_tensor("filters", filters, (K, R, WINDOW, CHANNELS), packed)
-    for name, tensor in (("scale", scale), ("shift", shift)):
-        check_tensor(name, tensor, (K,), packed, torch.float32)
+    check_vectors(K, packed, scale=scale, shift=shift)
     y = empty((N, P, Q, K), packed.dtype, packed.device)
     columns = stem_columns(problem)
     refusal = tma_refusal(columns, packed, filters, y) or _refusing.get(packed.device)
@@ -293,11 +255,9 @@ def conv_stem(
 def _check_packed(packed: Tensor, problem: ConvProblem, precision: str) -> None:
     if (reason := stem_refusal(problem)) is not None:
         raise ValueError(reason)
-    if precision not in ("ieee", "tf32"):
-        raise ValueError(f"precision must be 'ieee' or 'tf32', got {precision!r}")
     check_tensor("packed", packed, (problem.N, *_packed_sizes(problem), CHANNELS), packed, *FLOATS)
     check_device(packed, packed.dtype)
-    check_product(packed)
+    check_product(packed, precision)
 
 
 def _packed_sizes(problem: ConvProblem) -> tuple[int, int]:
@@ -317,8 +277,8 @@ def _launch_boxes(
         tile, windows, filters, y, H=problem.H, W=problem.W, C=STEM_WINDOW,
         steps=reduction_steps(columns, tile), steps_per_split=None, R=problem.R, S=1, STRIDE=2, PAD_H=problem.pad,
         PAD_W=0, DILATION=1,
-        prologue_scale=None, prologue_shift=None, side_scale=None, side_shift=None, mean=None, var=None, eps=None,
-        residual_scale=None, out_scale=None, **rest,
+        prologue_scale=None, prologue_shift=None, shortcut_scale=None, shortcut_shift=None, mean=None, var=None,
+        eps=None, residual_scale=None, out_scale=None, **rest,
     )  # fmt: skip
 
 
@@ -352,7 +312,7 @@ def conv_stem_wgrad(
     tile: Tile | None = None,
 ) -> Tensor:
     """dw [K, R, S, C], contiguous and of `out_dtype`, from dz [N, P, Q, K] and images from `pack_images`, both of one
-    dtype (bf16, fp16, fp32). Sums in fp32, no atomics: equal inputs give equal bits. tile: from `config` by default.
+    dtype (bf16, fp16, fp32). Sums in fp32, no atomics: equal inputs give equal bits. tile: from `tables` by default.
     Raises ValueError where something doesn't fit."""
     _check_packed(packed, problem, precision)
     check_tensor("dz", dz, (problem.N, problem.P, problem.Q, problem.K), packed)
@@ -377,10 +337,4 @@ def conv_stem_wgrad(
         steps_in_all=steps, steps_per_split=steps_per_split, PRECISION=precision,
         BM=tile.BM, BN=tile.BN, BK=tile.BK, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
-    if splits > 1:
-        numel = dw.numel()
-        launch(
-            wgrad_reduce_kernel, (cdiv(numel, 128),), partials=partials, dw=dw, numel=numel, splits=splits,
-            ROWS=min(16, triton.next_power_of_2(splits)), BLOCK=128,
-        )  # fmt: skip
-    return dw
+    return reduce_splits(partials, dw)

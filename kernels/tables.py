@@ -112,12 +112,12 @@ def backward_tile(
     gpu: Gpu,
     ieee: bool,
     operands: int,
-    other: int,
+    more: int,
 ) -> Tile:
     """The measured tile where the tables have one that fits what else the kernel does, else the first of `dgrad_tiles`
-    or `wgrad_tiles` (other: their last argument)."""
+    or `wgrad_tiles` (more: their last argument)."""
     tiles = dgrad_tiles if pass_ == "dgrad" else wgrad_tiles
-    candidates = tiles(problem, dtype.itemsize, tma, gpu, ieee, operands, other)
+    candidates = tiles(problem, dtype.itemsize, tma, gpu, ieee, operands, more)
     return _measured_tile(pass_, problem, dtype, gpu, candidates)
 
 

@@ -13,6 +13,7 @@ from functools import lru_cache
 from itertools import product
 from typing import NamedTuple
 
+from ..capability import TMA
 from .problem import ConvProblem
 
 
@@ -152,7 +153,7 @@ def stem_tiles(columns: ConvProblem, itemsize: int, tma: bool, gpu: Gpu = H200, 
     by_pointers = fprop_tiles(columns, itemsize, False, gpu, ieee)
     if itemsize == 2:
         pairs = [replace(tile, BK=2 * tile.BK, stages=3) for tile in by_pointers]
-        if gpu.capability < (9, 0):  # 64 pixels of one row spill 8 bytes there, at 80 registers
+        if gpu.capability < TMA:  # 64 pixels of one row spill 8 bytes there, at 80 registers
             by_pointers = [tile for tile in by_pointers if tile.BN != 64]
         by_pointers += [Tile(64, 256, STEM_WINDOW, 8, 3), *pairs]
     return (fprop_tiles(columns, itemsize, True, gpu, ieee) if tma else []) + by_pointers
@@ -168,7 +169,7 @@ def stem_wgrad_tiles(problem: ConvProblem, itemsize: int, gpu: Gpu = H200, ieee:
     BM = max(16, min(64, _power_of_2(problem.K)))
     if ieee or itemsize > 2:
         shapes = [(32, 16, 8, 2)]
-    elif gpu.capability >= (9, 0):
+    elif gpu.capability >= TMA:
         shapes = [(32, 64, 4, 3), (32, 32, 4, 4), (64, 64, 8, 3), (32, 64, 8, 3), (256, 32, 8, 4)]
     else:
         shapes = [(32, 32, 4, 3), (32, 32, 4, 4), (32, 32, 4, 2)]
@@ -176,7 +177,7 @@ def stem_wgrad_tiles(problem: ConvProblem, itemsize: int, gpu: Gpu = H200, ieee:
     for waves in (1, 2, 3):
         for BN, BK, warps, stages in shapes:
             values = math.ceil(problem.R * STEM_WINDOW / BN) * BN
-            buffers = stages if gpu.capability >= (9, 0) else stages - 1  # mma's operands leave shared memory first
+            buffers = stages if gpu.capability >= TMA else stages - 1  # mma's operands leave shared memory first
             shared = buffers * (BM + values) * BK * itemsize + SMALL
             if shared > gpu.shared:
                 continue

@@ -2,7 +2,7 @@
 
     dw[k, r, s, c] = sum over n, p, q of dz[n, p, q, k] a[n, h, w, c],   h = p stride - pad + r dilation, likewise w
 
-    on load    dz = p[k] dy + q[k] z + r[k]  (optional: BatchNorm's backward)
+    on load    dz = c_g[k] dy + c_z[k] z + c_1[k]  (optional: BatchNorm's backward)
                a  = relu(scale[c] x + shift[c])  (optional: the activation, which is never stored; its padding is zero)
 
 Layouts: activations [N, H, W, C] and [N, P, Q, K], filters [K, R, S, C/groups], all contiguous. GEMM_K runs over pixels
@@ -13,66 +13,32 @@ or on GEMM_N where dz is computed. Where both are, wgmma takes a from registers 
 
 from __future__ import annotations
 
-from dataclasses import replace
+from math import prod
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .checks import cdiv, check_tensor, tma_refusal
-from .device_functions import affine_relu, box_origin, box_pixels, settle, unravel
-from .dz import BnBackward, choose_tile, conv_problem, load_dz, operand, pixel_tiles
-from .launcher import empty, launch, remembered
+from .checks import check_tensor, check_vectors, tma_refusal
+from .device_functions import affine_relu, box_origin, box_pixels, unravel, wait_for_wgmma
+from .dz import check_dz, choose_tile, load_dz, tiles_along
+from .launcher import empty, launch, remembered, view
+from .problem import ConvProblem, cdiv
 from .tiles import Tile
 
 
 @triton.jit(do_not_specialize=["N", "H", "W", "P", "Q", "tiles_h", "tiles_w", "steps_in_all", "steps_per_split"])
 def wgrad_kernel(
-    dy,
-    z,
-    x,
-    dw,
-    p,
-    q,
-    r,
-    scale,
-    shift,
-    N,
-    H,
-    W,
-    C,
-    P,
-    Q,
-    K,
-    C_GROUP,
-    K_GROUP,
-    tiles_h,
-    tiles_w,
-    steps_in_all,
+    dy, z, x, dw, c_g, c_z, c_1, scale, shift, N, H, W, C, P, Q, K, C_GROUP, K_GROUP, tiles_h, tiles_w, steps_in_all,
     steps_per_split,
-    R: tl.constexpr,
-    S: tl.constexpr,
-    STRIDE: tl.constexpr,
-    PAD: tl.constexpr,
-    DILATION: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-    TN: tl.constexpr,
-    TH: tl.constexpr,
-    TW: tl.constexpr,
-    TAPS: tl.constexpr,
-    TMA_DZ: tl.constexpr,
-    TMA_A: tl.constexpr,
-    UNIFORM: tl.constexpr,
-    SHIFT_DZ: tl.constexpr,
-    PADDED_DZ: tl.constexpr,
-    PADDED_A: tl.constexpr,
-    SETTLE: tl.constexpr,
-    INT64: tl.constexpr,
+    R: tl.constexpr, S: tl.constexpr, STRIDE: tl.constexpr, PAD: tl.constexpr, DILATION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TN: tl.constexpr, TH: tl.constexpr, TW: tl.constexpr,
+    TAPS: tl.constexpr, TMA_DZ: tl.constexpr, TMA_A: tl.constexpr, UNIFORM: tl.constexpr, SHIFT_DZ: tl.constexpr,
+    PADDED_DZ: tl.constexpr, PADDED_A: tl.constexpr, WAIT: tl.constexpr, INT64: tl.constexpr,
     PRECISION: tl.constexpr,
-):
+):  # fmt: skip
     """BM filters x BN channels of TAPS neighbouring filter taps, summed over one split of the pixels, BK at a step.
 
     The pixels of a step are the box [TN, TH, TW], or BK consecutive ones for TN = 0. TMA_DZ: dy, z are
@@ -150,7 +116,7 @@ def wgrad_kernel(
             a = affine_relu(a, slope, start, (i < H) & (j < W), PADDED_A)
         else:
             dz = load_dz(
-                dy, z, p, q, r, n0, i0, j0, tile_k * BM, n, i, j,
+                dy, z, c_g, c_z, c_1, n0, i0, j0, tile_k * BM, n, i, j,
                 k_channel, k_valid, (n < N) & (i < P) & (j < Q), P, Q, K, (BK, BM), TMA_DZ, PADDED_DZ,
             )  # fmt: skip
         for tap in tl.static_range(TAPS):
@@ -161,7 +127,7 @@ def wgrad_kernel(
                 col = j + PAD - right
                 inside = (n < N) & (row >= 0) & (row < P) & (col >= 0) & (col < Q)
                 dz = load_dz(
-                    dy, z, p, q, r, n0, 0, 0, 0, n, row, col,
+                    dy, z, c_g, c_z, c_1, n0, 0, 0, 0, n, row, col,
                     k_channel, k_valid, inside, P, Q, K, (BK, BM), False, False,
                 )  # fmt: skip
             else:
@@ -180,11 +146,11 @@ def wgrad_kernel(
                 if scale is not None:
                     a = affine_relu(a, slope, start, inside, PADDED_A)
             if tap == 0:
-                acc0 = settle(wgrad_dot(dz, a, acc0, SWAP, PRECISION), SETTLE)
+                acc0 = wait_for_wgmma(wgrad_dot(dz, a, acc0, SWAP, PRECISION), WAIT)
             if tap == 1:
-                acc1 = settle(wgrad_dot(dz, a, acc1, SWAP, PRECISION), SETTLE)
+                acc1 = wait_for_wgmma(wgrad_dot(dz, a, acc1, SWAP, PRECISION), WAIT)
             if tap == 2:
-                acc2 = settle(wgrad_dot(dz, a, acc2, SWAP, PRECISION), SETTLE)
+                acc2 = wait_for_wgmma(wgrad_dot(dz, a, acc2, SWAP, PRECISION), WAIT)
 
     LENGTH = R * S * C_GROUP
     at = dw + split.to(tl.int64) * K * LENGTH
@@ -222,135 +188,115 @@ def wgrad_reduce_kernel(partials, dw, numel, splits, ROWS: tl.constexpr, BLOCK: 
 def conv_wgrad(
     dy: Tensor,
     x: Tensor,
-    filter_shape: tuple[int, int, int, int],
+    problem: ConvProblem,
     *,
-    stride: int = 1,
-    pad: int = 0,
-    dilation: int = 1,
-    groups: int = 1,
     bn_backward: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
     prologue: tuple[Tensor, Tensor] | None = None,
     precision: str = "ieee",
     out_dtype: torch.dtype = torch.float32,
     tile: Tile | None = None,
 ) -> Tensor:
-    """dw, contiguous, of filter_shape (K, R, S, C/groups) and `out_dtype`, from dy [N, P, Q, K] and x [N, H, W, C].
+    """dw [K, R, S, C/groups], contiguous, of `out_dtype`, from dy [N, P, Q, K] and x [N, H, W, C].
 
-    bn_backward: as for `conv_dgrad`. prologue (scale, shift), fp32 [C]: the conv's input was
-    relu(scale x + shift), zero-padded. precision of fp32 products: "ieee" or "tf32". tile: by default
-    from `config`.
+    bn_backward: as for `conv_dgrad`. prologue (scale, shift), fp32 [C]: the convolution's input was
+    relu(scale x + shift), zero-padded. precision of fp32 products: "ieee" or "tf32". tile: by default from `tables`.
 
     Activations of one dtype (bf16, fp16, fp32), contiguous; sums in fp32. No atomics: equal inputs give equal bits.
     Raises ValueError for shapes, dtypes, layouts or devices that do not fit together.
     """
-    problem = conv_problem(dy, filter_shape, x.shape, stride, pad, dilation, groups, precision)
-    check_tensor("x", x, tuple(x.shape), dy)
-    load = BnBackward.check(dy, bn_backward)
+    load = check_dz(dy, problem, bn_backward, precision)
+    check_tensor("x", x, problem.x_shape, dy)
     scale, shift = prologue or (None, None)
-    for name, tensor in (("scale", scale), ("shift", shift)):
-        check_tensor(f"prologue's {name}", tensor, (problem.C,), dy, torch.float32)
+    check_vectors(problem.C, dy, scale=scale, shift=shift)
     if not out_dtype.is_floating_point:
         raise ValueError(f"out_dtype must be a floating-point dtype, got {out_dtype}")
     if problem.N == 0:
-        return torch.zeros(filter_shape, dtype=out_dtype, device=dy.device)
-    refusal = tma_refusal(problem, dy, load.z, x)
+        return torch.zeros(problem.w_shape, dtype=out_dtype, device=dy.device)
+    refusal, stride = tma_refusal(problem, dy, load.z, x), problem.stride
     if stride > 2 or (stride == 2 and (problem.H % 2 or problem.W % 2)):
         refusal = refusal or f"stride {stride} on {problem.H}x{problem.W} has no view as pairs of rows and columns"
-    computed = load.operands > 1
     tile = choose_tile(tile, "wgrad", problem, dy, refusal, precision, load.operands, prologue is not None)
     if tile.splits < 1:
         raise ValueError(f"splits must be >= 1, got {tile.splits}")
     if tile.taps != 1 and (tile.taps != 3 or problem.S != 3 or tile.box is None):
         raise ValueError(f"taps={tile.taps}: a program takes 1 filter tap, or the 3 of a row of a 3-wide filter by TMA")
 
-    N, H, W, C, P, Q, K = problem.N, problem.H, problem.W, problem.C, problem.P, problem.Q, problem.K
-    R, S, c_group, k_group = problem.R, problem.S, C // groups, K // groups
-    if problem.pointwise:  # a plain GEMM: let all pixels lie in one row
-        N, H, W, P, Q = 1, 1, N * H * W, 1, N * P * Q
-        tile = replace(tile, box=tile.box and (1, 1, tile.BK))
-    tma, both = tile.box is not None, computed and prologue is not None
-    # wgmma would read its first operand from registers if that were a reshaped box, so that one comes through pointers.
-    flat = problem.pointwise or both
-    tma_dz = tma and (flat or computed)
-    tma_a = tma and (flat or not computed)
-    TN, TH, TW = tile.box or (0, 0, 0)
-    shift_dz = tma and not problem.pointwise and stride == 1 and prologue is not None and not computed
-    rows, cols = (H, W) if shift_dz else (P, Q)
-    tiles_n, tiles_h, tiles_w = pixel_tiles(tile.box, tile.BK, N, rows, cols)
-    steps = tiles_n * tiles_h * tiles_w
-    steps_per_split = cdiv(steps, tile.splits)
-    splits = cdiv(steps, steps_per_split)
-    # Where boxes fit, whatever leaves the images has a plain operand, read as zero, on one side of the product.
-    boxes_fit = tma and rows % TH == 0 and cols % TW == 0
-    padded_a = not (boxes_fit if shift_dz else problem.pointwise)
-    uniform = tma or c_group >= tile.BN
-    columns = R * S // tile.taps * cdiv(c_group, tile.BN) if uniform else cdiv(R * S * c_group, tile.BN)
+    sight = _see(problem, tile, load.operands > 1, prologue is not None)
+    dw = empty(problem.w_shape, out_dtype, dy.device)
+    partials = dw if sight.splits == 1 else empty((sight.splits, *problem.w_shape), torch.float32, dy.device)
+    _launch_splits(
+        problem, tile, sight, dy, load.z, x, dw=partials, c_g=load.c_g, c_z=load.c_z, c_1=load.c_1, scale=scale,
+        shift=shift, PRECISION=precision,
+    )  # fmt: skip
+    return reduce_splits(partials, dw)
 
-    dw = empty(filter_shape, out_dtype, dy.device)
-    partials = dw if splits == 1 else empty((splits, *filter_shape), torch.float32, dy.device)
-    x_view, x_box = (N, H, W, C), (TN, TH, TW, tile.BN) if tma_a else None
+
+class _Sight(NamedTuple):
+    """How the kernel sees its operands: x [N, H, W, C], dy and z [N, P, Q, K]; the box of a step; which of the two
+    comes in boxes; whether dz moves from tap to tap (else a); steps along images, rows, columns; and their splits."""
+
+    N: int
+    H: int
+    W: int
+    P: int
+    Q: int
+    box: tuple[int, int, int] | None
+    tma_dz: bool
+    tma_a: bool
+    shift_dz: bool
+    steps: tuple[int, int, int]
+    steps_per_split: int
+    splits: int
+
+
+def _see(problem: ConvProblem, tile: Tile, computes_dz: bool, computes_a: bool) -> _Sight:
+    N, H, W, P, Q, box = problem.N, problem.H, problem.W, problem.P, problem.Q, tile.box
+    if problem.pointwise:  # a plain GEMM: let all pixels lie in one row
+        N, H, W, P, Q, box = 1, 1, N * H * W, 1, N * P * Q, box and (1, 1, tile.BK)
+    # wgmma would read its first operand from registers if that were a reshaped box, so that one comes through pointers.
+    flat = problem.pointwise or (computes_dz and computes_a)
+    shift_dz = box is not None and not problem.pointwise and problem.stride == 1 and computes_a and not computes_dz
+    tma_dz, tma_a = (box is not None and (flat or needed) for needed in (computes_dz, not computes_dz))
+    steps = tiles_along(box, tile.BK, N, *((H, W) if shift_dz else (P, Q)))
+    per_split = cdiv(prod(steps), tile.splits)
+    return _Sight(N, H, W, P, Q, box, tma_dz, tma_a, shift_dz, steps, per_split, cdiv(prod(steps), per_split))
+
+
+def _launch_splits(
+    problem: ConvProblem, tile: Tile, sight: _Sight, dy: Tensor, z: Tensor | None, x: Tensor, **rest: Any
+) -> None:
+    N, H, W, P, Q, box, tma_dz, tma_a, shift_dz, (tiles_n, tiles_h, tiles_w), steps_per_split, splits = sight
+    TN, TH, TW = box or (0, 0, 0)
+    R, S, C, K, stride = problem.R, problem.S, problem.C, problem.K, problem.stride
+    c_group, k_group = C // problem.groups, K // problem.groups
+    uniform = box is not None or c_group >= tile.BN
+    columns = R * S // tile.taps * cdiv(c_group, tile.BN) if uniform else cdiv(R * S * c_group, tile.BN)
+    # Where boxes fit, whatever leaves the images has a plain operand, read as zero, on one side of the product.
+    rows, cols = (H, W) if shift_dz else (P, Q)
+    boxes_fit = box is not None and rows % TH == 0 and cols % TW == 0
+    of_x = (N, H, W, C), (TN, TH, TW, tile.BN) if tma_a else None
     if tma_a and stride == 2:
-        x_view, x_box = (N, H // 2, 2, W // 2, 2 * C), (TN, TH, 1, TW, tile.BN)
-    dy_view, dy_box = (N, P, Q, K), (TN, TH, TW, tile.BM) if tma_dz else None
+        of_x = (N, H // 2, 2, W // 2, 2 * C), (TN, TH, 1, TW, tile.BN)
+    of_dy = (N, P, Q, K), (TN, TH, TW, tile.BM) if tma_dz else None
     launch(
-        wgrad_kernel,
-        (cdiv(k_group, tile.BM) * columns * groups, splits),
-        dy=operand(dy, dy_view, dy_box),
-        z=operand(load.z, dy_view, dy_box),
-        x=operand(x, x_view, x_box),
-        dw=partials,
-        p=load.p,
-        q=load.q,
-        r=load.r,
-        scale=scale,
-        shift=shift,
-        N=N,
-        H=H,
-        W=W,
-        C=C,
-        P=P,
-        Q=Q,
-        K=K,
-        C_GROUP=c_group,
-        K_GROUP=k_group,
-        tiles_h=tiles_h,
-        tiles_w=tiles_w,
-        steps_in_all=steps,
-        steps_per_split=steps_per_split,
-        R=R,
-        S=S,
-        STRIDE=stride,
-        PAD=pad,
-        DILATION=dilation,
-        BM=tile.BM,
-        BN=tile.BN,
-        BK=tile.BK,
-        TN=TN,
-        TH=TH,
-        TW=TW,
-        TAPS=tile.taps,
-        TMA_DZ=tma_dz,
-        TMA_A=tma_a,
-        UNIFORM=uniform,
-        SHIFT_DZ=shift_dz,
-        PADDED_DZ=not boxes_fit,
-        PADDED_A=padded_a,
-        SETTLE=both and not triton.knobs.runtime.interpret,
-        INT64=not problem.int32_safe,
-        PRECISION=precision,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-    )
-    if splits > 1:
-        numel = dw.numel()
+        wgrad_kernel, (cdiv(k_group, tile.BM) * columns * problem.groups, splits),
+        dy=view(dy, *of_dy), z=view(z, *of_dy), x=view(x, *of_x), N=N, H=H, W=W, C=C, P=P, Q=Q, K=K, C_GROUP=c_group,
+        K_GROUP=k_group, tiles_h=tiles_h, tiles_w=tiles_w, steps_in_all=tiles_n * tiles_h * tiles_w,
+        steps_per_split=steps_per_split, R=R, S=S, STRIDE=stride,
+        PAD=problem.pad, DILATION=problem.dilation, BM=tile.BM, BN=tile.BN, BK=tile.BK, TN=TN, TH=TH, TW=TW,
+        TAPS=tile.taps, TMA_DZ=tma_dz, TMA_A=tma_a, UNIFORM=uniform, SHIFT_DZ=shift_dz, PADDED_DZ=not boxes_fit,
+        PADDED_A=not (boxes_fit if shift_dz else problem.pointwise), INT64=not problem.int32_safe,
+        WAIT=z is not None and rest["scale"] is not None and not triton.knobs.runtime.interpret,
+        num_warps=tile.warps, num_stages=tile.stages, **rest,
+    )  # fmt: skip
+
+
+def reduce_splits(partials: Tensor, dw: Tensor) -> Tensor:
+    """dw = the sum of partials [splits, *dw.shape] in a fixed order; nothing to do where they are dw. Returns dw."""
+    if partials is not dw:
+        numel, splits = dw.numel(), partials.shape[0]
         launch(
-            wgrad_reduce_kernel,
-            (cdiv(numel, 128),),
-            partials=partials,
-            dw=dw,
-            numel=numel,
-            splits=splits,
-            ROWS=min(16, triton.next_power_of_2(splits)),
-            BLOCK=128,
-        )
+            wgrad_reduce_kernel, (cdiv(numel, 128),), partials=partials, dw=dw, numel=numel, splits=splits,
+            ROWS=min(16, triton.next_power_of_2(splits)), BLOCK=128,
+        )  # fmt: skip
     return dw

@@ -30,10 +30,10 @@ def modules() -> dict[str, Path]:
 
 
 def floor(module: str) -> str:
-    """fastres.models.x -> models; fastres.paths is the ground; everything else under fastres is the face."""
+    """fastres.models.x -> models; paths and capability are the ground; everything else in fastres is the face."""
     parts = module.split(".")
     room = parts[1] if len(parts) > 1 else ""
-    return {"csrc": "kernels", "paths": "ground"}.get(room, room if room in FLOORS else "face")
+    return {"csrc": "kernels", "paths": "ground", "capability": "ground"}.get(room, room if room in FLOORS else "face")
 
 
 def imports(file: Path, module: str) -> Iterator[str]:

@@ -12,16 +12,16 @@ from fastres.ops.beside import Beside
 from fastres.ops.conv_bn import ConvBN
 from fastres.ops.ends import BlockKept, End, Gradient
 from fastres.ops.layout import like_parameter, nchw
-from fastres.ops.reference import BNBackward, Norms, OnLoad
+from fastres.ops.reference import Below, BNBackward, OnLoad
 
 
 @dataclass
 class Backward:
-    """g_i is the gradient at BN i's output with the ReLU's mask applied; dz_i = p g_i + q z_i + r. A gradient nobody
-    needs is not computed.
+    """g_i is the gradient at BN i's output with the ReLU's mask applied; dz_i = c_g g_i + c_z z_i + c_1. A gradient
+    that nobody needs is not computed.
 
     out: the block's output, where its end reads it. parameters: filters, BN weight, BN bias a pair; needs: which of
-    them want a gradient. below: the BatchNorms at the end of the block that x came from, where that block's backward
+    them want a gradient. below: the BatchBelow at the end of the block that x came from, where that block's backward
     follows; its mask and sums are then taken with dx.
     """
 
@@ -33,7 +33,7 @@ class Backward:
     parameters: Sequence[Any]
     needs_x: bool
     needs: Sequence[bool]
-    below: Norms | None = None
+    below: Below | None = None
 
     def run(self, dout: Gradient) -> tuple[Gradient | None, list[Tensor | None]]:
         """dx, and one gradient per parameter, each None where nobody needs it. A filter's gradient in another
@@ -50,8 +50,8 @@ class Backward:
 
     def _run(self, dout: Gradient) -> Gradient | None:
         i = len(self.pairs) + self.end.last
-        # Without bn dz is stored; else dz means g, and p g + q z + r is computed on load.
-        dz, bn, side = self._end(i, dout)
+        # Without bn dz is stored; else dz means g, and c_g g + c_z z + c_1 is computed on load.
+        dz, bn, dx_proj = self._end(i, dout)
         while dz is not None and i > 0:
             pair, kept, below = self.pairs[i], self.kept.pairs[i], self.kept.pairs[i - 1]
             affine = (below.scale, below.shift)
@@ -71,7 +71,7 @@ class Backward:
         if dz is None:
             return None
         self._weight_grad(0, dz, bn, self.kept.x, None)
-        return self._into_input(dz, bn, dout, side) if self.needs_x else None
+        return self._into_input(dz, bn, dout, dx_proj) if self.needs_x else None
 
     def _end(self, i: int, dout: Gradient) -> tuple[Tensor | None, OnLoad, Tensor | None]:
         """dz of the main branch's last pair (None where no convolution needs it) and its bn, and the projection's
@@ -79,24 +79,26 @@ class Backward:
 
         Still to be masked by the saved output, g costs a third tensor: dz is written once and read twice instead.
         """
-        pair, last, side = self.pairs[i], self.kept.pairs[i], self.kept.pairs[-1]
+        pair, last, projection = self.pairs[i], self.kept.pairs[i], self.kept.pairs[-1]
         dy, sums = dout
-        source = self.end.source(self.out, last, self.taps) if sums is None else {"mask": None}
+        masked = {"mask": None} if sums is not None else self.end.gradient_arguments(self.out, last, self.taps)
         if not self.end.projects:
-            bn = self._bn(i, pair.passes.backward_reduce(dy, last.z, last.mean, **source) if sums is None else sums)
+            bn = self._bn(i, pair.passes.backward_reduce(dy, last.z, last.mean, **masked) if sums is None else sums)
             if not self._needed_at(i):
                 return None, None, None
             if sums is not None and pair.fuses(bn):
                 return dy, bn, None
-            return pair.passes.backward_apply(dy, *bn, **source), None, None
+            return pair.passes.backward_apply(dy, *bn, **masked), None, None
         if sums is None:
-            sums = pair.passes.backward_reduce(dy, last.z, last.mean, **source, projection=(side.z, side.mean))
-        bn, bn_side = self._bn(i, sums[0]), self._bn(i + 1, sums[1])
+            sums = pair.passes.backward_reduce(
+                dy, last.z, last.mean, **masked, projection=(projection.z, projection.mean)
+            )
+        bn, bn_proj = self._bn(i, sums[0]), self._bn(i + 1, sums[1])
         if not (self._needed_at(i) or self.needs[-3]):
             return None, None, None
-        dz, dz_side = pair.passes.backward_apply(dy, *bn, **source, projection=bn_side)
-        self._weight_grad(i + 1, dz_side, None, self.kept.x, None)
-        return dz, None, self.pairs[-1].dgrad(dz_side, side.w, None) if self.needs_x else None
+        dz, dz_proj = pair.passes.backward_apply(dy, *bn, **masked, projection=bn_proj)
+        self._weight_grad(i + 1, dz_proj, None, self.kept.x, None)
+        return dz, None, self.pairs[-1].dgrad(dz_proj, projection.w, None) if self.needs_x else None
 
     def _needed_below(self, i: int) -> bool:
         """Whether anything before pair i's convolution wants a gradient."""
@@ -110,14 +112,14 @@ class Backward:
         """Store dweight and dbias of BN i; return what makes dz of g."""
         pair, kept = self.pairs[i], self.kept.pairs[i]
         weight, count = self.parameters[3 * i + 1], pair.problem.pixels
-        dweight, dbias, p, q, r = pair.passes.finish_backward(
+        dweight, dbias, *coefficients = pair.passes.finish_backward(
             partials, weight, kept.mean, kept.rstd, count, batch_statistics=pair.batch_statistics
         )
         for at, grad in ((3 * i + 1, dweight), (3 * i + 2, dbias)):
             parameter = self.parameters[at]
             if parameter is not None and self.needs[at]:
                 self.grads[at] = grad if grad.dtype == parameter.dtype else grad.to(parameter.dtype)
-        return kept.z, p, q, r
+        return BNBackward(kept.z, *coefficients)
 
     def _weight_grad(self, i: int, dz: Tensor, bn: OnLoad, a: Tensor, prologue: Any) -> None:
         if not self.needs[3 * i]:
@@ -130,7 +132,7 @@ class Backward:
         dw = self.pairs[i].wgrad(dz, a, bn, prologue, weight.dtype)
         return like_parameter(dw, weight) if dw.dtype == weight.dtype else nchw(dw)
 
-    def _into_input(self, dz: Tensor, bn: OnLoad, dout: Gradient, side: Tensor | None) -> Gradient:
+    def _into_input(self, dz: Tensor, bn: OnLoad, dout: Gradient, dx_proj: Tensor | None) -> Gradient:
         """dx: the first convolution's share plus the shortcut's."""
         pair, w = self.pairs[0], self.kept.pairs[0].w
 
@@ -139,4 +141,4 @@ class Backward:
                 return Gradient(pair.dgrad(dz, w, bn, **residual))
             return Gradient(*pair.dgrad_joined(dz, w, bn, self.kept.x, self.below, **residual))
 
-        return self.end.backward(pair, dgrad, dout, self.out if dout.sums is None else None, side)
+        return self.end.backward(pair, dgrad, dout, self.out if dout.sums is None else None, dx_proj)

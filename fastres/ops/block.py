@@ -28,25 +28,25 @@ from fastres.ops.backward import Backward
 from fastres.ops.conv_bn import Buffers, ConvBN, Kept, conv_bn, refuse_capture
 from fastres.ops.ends import Add, BlockKept, End, Gradient, Pad, Pending, Pool, Project, Relu
 from fastres.ops.layout import Geometry, cast_gradients, dense, krsc, nchw, nhwc, read_weights, unaliased
-from fastres.ops.reference import Norms
+from fastres.ops.reference import Below
 
-Unit = tuple[Any, Any]  # (conv, norm): modules
-Block = tuple[Sequence[Unit], End]  # a projection's unit behind the others
+Pair = tuple[Any, Any]  # (conv, norm): modules
+Block = tuple[Sequence[Pair], End]  # a projection's pair behind the others
 
 
-def residual_block(x: Tensor, units: Sequence[Unit], shortcut: nn.Module | None) -> Tensor:
-    """relu(F(x) + shortcut(x)) with F the (conv, norm) `units`, ReLU between them. Equivalent to
+def residual_block(x: Tensor, pairs: Sequence[Pair], shortcut: nn.Module | None) -> Tensor:
+    """relu(F(x) + shortcut(x)) with F the (conv, norm) `pairs`, ReLU between them. Equivalent to
     `reference.residual_block`.
 
     x [N, C, H, W] of a dtype that `eligibility.serves`; ask it first. shortcut: None, `Sequential(conv, norm)` or a
     `PadShortcut`. Raises ValueError as `nn.BatchNorm2d` does where batch statistics would be taken of a single value.
     """
-    return _run(x, [_residual(units, shortcut)])
+    return _run(x, [_residual(pairs, shortcut)])
 
 
-def plain_block(x: Tensor, units: Sequence[Unit]) -> Tensor:
+def plain_block(x: Tensor, pairs: Sequence[Pair]) -> Tensor:
     """relu(F(x)): the block of a net without shortcuts. Equivalent to `reference.plain_block`."""
-    return _run(x, [(units, Relu())])
+    return _run(x, [(pairs, Relu())])
 
 
 def stem(x: Tensor, conv: nn.Module, bn: nn.Module, pool: nn.Module) -> Tensor:
@@ -55,8 +55,8 @@ def stem(x: Tensor, conv: nn.Module, bn: nn.Module, pool: nn.Module) -> Tensor:
     return reference.stem(x, conv, bn, pool) if sizes is None else _run(x, [([(conv, bn)], Pool(*sizes))])
 
 
-def stages(x: Tensor, of_stages: Sequence[Sequence[tuple[Sequence[Unit], nn.Module | None]]]) -> Tensor:
-    """Stages, each a list of blocks (units, shortcut) as `residual_block` takes them, one after the other on x
+def stages(x: Tensor, of_stages: Sequence[Sequence[tuple[Sequence[Pair], nn.Module | None]]]) -> Tensor:
+    """Stages, each a list of blocks (pairs, shortcut) as `residual_block` takes them, one after the other on x
     [N, C, H, W]; for a forward that needs gradients."""
     before = None
     for i, blocks in enumerate(of_stages):
@@ -65,12 +65,12 @@ def stages(x: Tensor, of_stages: Sequence[Sequence[tuple[Sequence[Unit], nn.Modu
     return x
 
 
-def _residual(units: Sequence[Unit], shortcut: nn.Module | None) -> Block:
+def _residual(pairs: Sequence[Pair], shortcut: nn.Module | None) -> Block:
     if shortcut is None:
-        return units, Add()
+        return pairs, Add()
     if isinstance(shortcut, nn.Sequential):
-        return [*units, (shortcut[0], shortcut[1])], Project()
-    return units, Pad(shortcut.stride)  # type: ignore[arg-type]
+        return [*pairs, (shortcut[0], shortcut[1])], Project()
+    return pairs, Pad(shortcut.stride)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class Call:
     def definition(self, x: Tensor, parameters: Sequence[Any]) -> Tensor:
         """The block in plain PyTorch, as autograd sees it without this file; moves no running statistics."""
 
-        def unit(i: int) -> reference.Unit:
+        def plain(i: int) -> reference.Pair:
             (filters, weight, bias), pair, buffers = parameters[3 * i : 3 * i + 3], self.pairs[i], self.buffers[i]
             mean, var = (None, None) if pair.batch_statistics else (buffers.mean, buffers.var)
 
@@ -120,7 +120,7 @@ class Call:
 
             return conv, norm
 
-        return self.end.definition(x, [unit(i) for i in range(len(self.pairs))])
+        return self.end.definition(x, [plain(i) for i in range(len(self.pairs))])
 
 
 def bound(shape: Sequence[int], statics: Sequence[tuple[Any, ...]], end: End, *facts: Any) -> tuple[ConvBN, ...]:
@@ -143,16 +143,16 @@ def _prepare(shape: Sequence[int], blocks: Sequence[Block], *facts: Any) -> tupl
     """The calls on an x of `shape` [N, C, H, W], and their parameters: filters, BN weight, BN bias a pair. facts: as of
     `bound`."""
     calls, parameters = [], []
-    for units, end in blocks:
+    for modules, end in blocks:
         statics: list[tuple[Any, ...]] = []
-        for conv, bn in units:
+        for conv, bn in modules:
             filters = conv.weight
             geometry = Geometry(conv.stride[0], conv.padding[0], conv.dilation[0], conv.groups)
             batch_statistics = bn.training or bn.running_mean is None or bn.running_var is None
             statics.append((tuple(filters.shape), geometry, bn.eps, batch_statistics))
             parameters += [filters, bn.weight, bn.bias]
         device = parameters[-3].device
-        buffers = tuple(Buffers.of(bn, device) for _, bn in units)
+        buffers = tuple(Buffers.of(bn, device) for _, bn in modules)
         pairs = bound(shape, statics, end, *facts)
         calls.append(Call(pairs, buffers, end))
         shape = (shape[0], 0, *pairs[end.last].out_size)
@@ -160,11 +160,11 @@ def _prepare(shape: Sequence[int], blocks: Sequence[Block], *facts: Any) -> tupl
 
 
 def _run(x: Tensor, blocks: Sequence[Block], before: Border | None = None, after: Border | None = None) -> Tensor:
-    for _, bn in chain.from_iterable(units for units, _ in blocks):
+    for _, bn in chain.from_iterable(pairs for pairs, _ in blocks):
         refuse_capture(bn)
     if dispatch.wants_reference():
-        for units, end in blocks:
-            x = end.definition(x, units)
+        for pairs, end in blocks:
+            x = end.definition(x, pairs)
         return x
     dtype = dispatch.compute_dtype(x)
     choice = dispatch.choice(dtype, x.device)
@@ -213,11 +213,11 @@ def _infer(call: Call, x: Tensor, dtype: torch.dtype, parameters: Sequence[Any])
         mean, var, *_ = call.buffers[i]
         return krsc(filters, dtype), (mean, var, weight, bias)
 
-    side = call.pairs[-1].infer_live(x, *operands(call.depth), relu=False) if call.end.projects else None
+    projected = call.pairs[-1].infer_live(x, *operands(call.depth), relu=False) if call.end.projects else None
     a, last = x, call.depth - 1
     for i in range(last):
         a = call.pairs[i].infer_live(a, *operands(i))
-    return call.end.infer(call.pairs[last], a, *operands(last), x, side)
+    return call.end.infer(call.pairs[last], a, *operands(last), x, projected)
 
 
 def forward(
@@ -263,11 +263,11 @@ class Border:
     """
 
     pending: Pending | None = None  # y, on its way forward
-    below: Norms | None = None
+    below: Below | None = None
     back: tuple[Gradient, Tensor] | None = None  # the gradient at y, and y, on their way back
 
-    def take(self) -> tuple[Pending, Norms]:
-        """y and the BatchNorms before its ReLU, as the forward of the stage before left them."""
+    def take(self) -> tuple[Pending, Below]:
+        """y and the BatchBelow before its ReLU, as the forward of the stage before left them."""
         pending, below = self.pending, self.below
         self.pending = self.below = None
         assert pending is not None
@@ -300,7 +300,7 @@ class _Blocks(torch.autograd.Function):
         if after is None:
             out, taps = last.end.finish(last.pairs, kept[-1])
         else:
-            after.pending, after.below = last.pending(kept[-1]), last.end.norms(kept[-1])
+            after.pending, after.below = last.pending(kept[-1]), last.end.batch_norms(kept[-1])
             out = after.pending.z
         y = unaliased(out)
         ctx.calls, ctx.dtype, ctx.x_dtype, ctx.before, ctx.after = calls, dtype, x.dtype, before, after
@@ -315,7 +315,7 @@ class _Blocks(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         calls: tuple[Call, ...] = ctx.calls
-        x, y, taps, mean, z_side, mean_side, *rest = ctx.saved_tensors
+        x, y, taps, mean, z_proj, mean_proj, *rest = ctx.saved_tensors
         needs_x, *needs = ctx.needs_input_grad[4:]
         n = len(calls)
         pairs_at = n + len(needs)
@@ -334,16 +334,16 @@ class _Blocks(torch.autograd.Function):
         out, dout = (None if y is None else nhwc(y), Gradient(dy)) if ctx.after is None else ctx.after.take_back(dy)
         if out is None and calls[-1].end.reads_output:
             out = calls[-1].pending(kept[-1]).compute()
-        below: Norms | None = None
+        below: Below | None = None
         if ctx.before is not None:
-            below = (nhwc(x), mean), None if z_side is None else (z_side, mean_side)
+            below = (nhwc(x), mean), None if z_proj is None else (z_proj, mean_proj)
         grads: list[Tensor | None] = []
         own, wanted = _split(calls, parameters, 3), _split(calls, needs, 3)
         for b in reversed(range(n)):
             call, block = calls[b], kept.pop()
             needs_input = needs_x or any(map(any, wanted[:b]))
-            norms = calls[b - 1].end.norms(kept[-1]) if b else below
-            walk = Backward(call.pairs, call.end, block, out, taps, own[b], needs_input, wanted[b], norms)
+            under = calls[b - 1].end.batch_norms(kept[-1]) if b else below
+            walk = Backward(call.pairs, call.end, block, out, taps, own[b], needs_input, wanted[b], under)
             dx, of_block = walk.run(dout)
             grads[:0] = of_block
             if dx is None:

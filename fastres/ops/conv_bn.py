@@ -27,8 +27,8 @@ class ConvBN(Facts):
     """A conv-BN pair and its operations, on NHWC activations and KRSC filters w.
 
     prologue: (s, t) where the convolution reads relu(s a + t), else None. partials: of z's statistics, None where these
-    are given. norm: running mean and variance, weight and bias. bn: (z, p, q, r) where `dz` is g and dz = p g + q z + r
-    is computed on load; else None.
+    are given. norm: running mean and variance, weight and bias. bn: where it is given, `dz` is g, and
+    dz = c_g g + c_z z + c_1 is computed on load.
     """
 
     # (x, w, scale, shift, residual=None, relu=True): [relu](scale conv(x) + shift + residual)
@@ -42,7 +42,7 @@ class ConvBN(Facts):
     # (dz, w, bn, z, mean, affine): down to the BN below, whose input is z: dy, mask still to apply, partials of sum g
     # and sum g (z - mean)
     dgrad_masked: Callable[..., tuple[Tensor, reference.Affine | None, Tensor]]
-    # (dz, w, bn, out, norms, **as dgrad): down to the end of the block before, whose output is out: (dx, None), or
+    # (dz, w, bn, out, below, **as dgrad): down to the end of the block before, whose output is out: (dx, None), or
     # where one kernel does it all (dx where out > 0, partials as of `backward_reduce`)
     dgrad_joined: Callable[..., tuple[Tensor, Any]]
     wgrad: Callable[..., Tensor]  # (dz, a, bn, prologue, dtype): dw KRSC, in dtype, or in dz's (library)
@@ -63,7 +63,7 @@ class ConvBN(Facts):
 
     def fuses(self, bn: reference.BNBackward) -> bool:
         """Whether dgrad and wgrad take g with `bn` instead of dz."""
-        return self.engines.fuses_bn_backward(bn[2] is not None)
+        return self.engines.fuses_bn_backward(bn.c_z is not None)
 
 
 class Kept(NamedTuple):

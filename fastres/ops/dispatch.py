@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastres.capability import LEAST, spelt
 from fastres.ops import quantised
 
 if TYPE_CHECKING:
@@ -46,13 +47,14 @@ class Fusions:
     """The fusions of a training step, each of which can be turned on or off.
 
     statistics: BN statistics in the conv's epilogue, not in a pass of their own. prologue: normalise + ReLU while the
-    next conv loads. bn_backward: dz = p g + q z + r while dgrad and wgrad load. relu_mask: the ReLU mask and both BN
-    sums in dgrad's epilogue. block_end: a block's end within its successor's first convolution; forward it is computed
-    while a 1x1 loads, backward its mask and sums stand in dgrad's epilogue. Off unless asked for: recompute (it saves
-    memory, not time): the outputs of a stage's blocks are not kept for backward but computed again. keep_activation (it
-    takes memory): an activation that a convolution and its weight gradient both read stored is kept from one to the
-    other, not computed twice. overlap (an H200 gained less than runs differ): on a GPU a weight gradient runs on a
-    second stream, beside the rest of its block's backward, and what it reads is kept until it is done.
+    next conv loads. bn_backward: dz = c_g g + c_z z + c_1 while dgrad and wgrad load. relu_mask: the ReLU mask and both
+    BN sums in dgrad's epilogue. block_end: a block's end within its successor's first convolution; forward it is
+    computed while a 1x1 loads, backward its mask and sums stand in dgrad's epilogue. Off unless asked for: recompute
+    (it saves memory, not time): the outputs of a stage's blocks are not kept for backward but computed again.
+    keep_activation (it takes memory): an activation that a convolution and its weight gradient both read stored is kept
+    from one to the other, not computed twice. overlap (an H200 gained less than runs differ): on a GPU a weight
+    gradient runs on a second stream, beside the rest of its block's backward, and what it reads is kept until it is
+    done.
     """
 
     statistics: bool = True
@@ -127,8 +129,8 @@ def _kernel_less(device: torch.device) -> str | None:
     if device.type == "cuda":
         capability = torch.cuda.get_device_capability(device)
         reason = None if has_triton() else "Triton is not installed"
-        if capability < (8, 0):
-            reason = f"compute capability {capability[0]}.{capability[1]} is below 8.0"
+        if capability < LEAST:
+            reason = f"compute capability {spelt(capability)} is below {spelt(LEAST)}"
     elif interpreting():
         reason = "the kernels' interpreter serves only backend('triton')" if forced == "auto" else None
     else:
@@ -460,7 +462,8 @@ class Engines:
         return self.fusions.keep_activation and not (self.fusions.prologue and on_load)
 
     def fuses_bn_backward(self, batch_statistics: bool) -> bool:
-        """Whether dgrad and wgrad take dz as p g + q z + r: on load, or, with no q and r, by filters scaled with p."""
+        """Whether dgrad and wgrad take dz as c_g g + c_z z + c_1: on load, or, without c_z and c_1, by filters scaled
+        with c_g."""
         on_load = self.dz_on_load and self.dgrad == self.wgrad == "triton"
         return self.fusions.bn_backward and (on_load or not batch_statistics)
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from fastres.ops import reference
 from fastres.ops.conv_bn import ConvBN, Kept
 from fastres.ops.layout import nhwc
-from fastres.ops.reference import Affine, Norms, Unit
+from fastres.ops.reference import Affine, Below, Pair
 
 
 class BlockKept(NamedTuple):
@@ -69,9 +69,9 @@ class End:
         """Whether the last pair is the shortcut's."""
         return self.last == -2
 
-    def definition(self, x: Tensor, units: Sequence[Unit]) -> Tensor:
-        """The whole block in plain PyTorch: x [N, C, H, W] through `units`."""
-        return reference.plain_block(x, units)
+    def definition(self, x: Tensor, pairs: Sequence[Pair]) -> Tensor:
+        """The whole block in plain PyTorch: x [N, C, H, W] through `pairs`."""
+        return reference.plain_block(x, pairs)
 
     def addend(self, kept: BlockKept) -> dict[str, Any]:
         """`reference.normalize`'s arguments about what follows the last BatchNorm."""
@@ -86,21 +86,21 @@ class End:
         """The block's output [N, P, Q, K], and a pool's taps."""
         return self.pending(pairs, kept).compute(), None
 
-    def added(self, x: Tensor, side: Tensor | None) -> Tensor | None:
+    def added(self, x: Tensor, projected: Tensor | None) -> Tensor | None:
         """What inference adds, of the block's input and its projection."""
         return None
 
-    def infer(self, pair: ConvBN, a: Tensor, w: Tensor, norm: Any, x: Tensor, side: Tensor | None) -> Tensor:
+    def infer(self, pair: ConvBN, a: Tensor, w: Tensor, norm: Any, x: Tensor, projected: Tensor | None) -> Tensor:
         """The last convolution and all that follows, by running statistics."""
-        return pair.infer_live(a, w, norm, self.added(x, side))
+        return pair.infer_live(a, w, norm, self.added(x, projected))
 
-    def source(self, out: Tensor | None, last: Kept, taps: Tensor | None) -> dict[str, Any]:
-        """How the gradient gets back to the last BatchNorm: `reference.gradient`'s arguments."""
+    def gradient_arguments(self, out: Tensor | None, last: Kept, taps: Tensor | None) -> dict[str, Any]:
+        """`reference.gradient`'s arguments at the last BatchNorm, besides the gradient."""
         return {"mask": (last.scale, last.shift)}  # z is read anyway and says the same as the output
 
-    def residual(self, dout: Gradient, mask: Tensor | None, side: Tensor | None) -> dict[str, Any]:
+    def residual(self, dout: Gradient, mask: Tensor | None, dx_proj: Tensor | None) -> dict[str, Any]:
         """The shortcut's share of the gradient at the block's input, as `ConvBN.dgrad` adds it. mask: what dout is
-        still to be masked by; side: the gradient through a projection."""
+        still to be masked by; dx_proj: the gradient through a projection."""
         return {}
 
     def backward(self, pair: ConvBN, dgrad: Callable[..., Gradient], *given: Any) -> Gradient:
@@ -108,10 +108,10 @@ class End:
         down into the block before where it `joins`. given: as of `residual`."""
         return dgrad(**self.residual(*given))
 
-    def norms(self, kept: BlockKept) -> Norms:
+    def batch_norms(self, kept: BlockKept) -> Below:
         """(z, mean) of the last BatchNorm, and of a projection's or None."""
-        last, side = kept.pairs[self.last], kept.pairs[-1]
-        return (last.z, last.mean), (side.z, side.mean) if self.projects else None
+        last, projection = kept.pairs[self.last], kept.pairs[-1]
+        return (last.z, last.mean), (projection.z, projection.mean) if self.projects else None
 
     def out_shape(self, z: Sequence[Any]) -> Sequence[Any]:
         """[N, P, Q, K] of the block's output from that of the last convolution."""
@@ -125,54 +125,54 @@ class Relu(End):
 class Linear(End):
     word, tail = "linear", ""
 
-    def definition(self, x: Tensor, units: Sequence[Unit]) -> Tensor:
-        return reference.branch(x, units)
+    def definition(self, x: Tensor, pairs: Sequence[Pair]) -> Tensor:
+        return reference.branch(x, pairs)
 
     def addend(self, kept: BlockKept) -> dict[str, Any]:
         return {"relu": False, "residual": None}
 
-    def source(self, out: Tensor | None, last: Kept, taps: Tensor | None) -> dict[str, Any]:
+    def gradient_arguments(self, out: Tensor | None, last: Kept, taps: Tensor | None) -> dict[str, Any]:
         return {"mask": None}
 
 
 class _Sum(End):
     reads_output = True
 
-    def source(self, out: Tensor | None, last: Kept, taps: Tensor | None) -> dict[str, Any]:
+    def gradient_arguments(self, out: Tensor | None, last: Kept, taps: Tensor | None) -> dict[str, Any]:
         return {"mask": out}
 
 
 class Add(_Sum):
     word, tail = "add", "-add-ReLU"
 
-    def definition(self, x: Tensor, units: Sequence[Unit]) -> Tensor:
-        return reference.residual_block(x, units)
+    def definition(self, x: Tensor, pairs: Sequence[Pair]) -> Tensor:
+        return reference.residual_block(x, pairs)
 
     def addend(self, kept: BlockKept) -> dict[str, Any]:
         return {"relu": True, "residual": kept.x}
 
-    def added(self, x: Tensor, side: Tensor | None) -> Tensor | None:
+    def added(self, x: Tensor, projected: Tensor | None) -> Tensor | None:
         return x
 
-    def residual(self, dout: Gradient, mask: Tensor | None, side: Tensor | None) -> dict[str, Any]:
+    def residual(self, dout: Gradient, mask: Tensor | None, dx_proj: Tensor | None) -> dict[str, Any]:
         return {"residual": dout.value, "residual_mask": mask}
 
 
 class Project(_Sum):
     word, tail, last = "project", "-project-ReLU", -2
 
-    def definition(self, x: Tensor, units: Sequence[Unit]) -> Tensor:
-        return reference.residual_block(x, units[:-1], lambda x: reference.branch(x, units[-1:]))
+    def definition(self, x: Tensor, pairs: Sequence[Pair]) -> Tensor:
+        return reference.residual_block(x, pairs[:-1], lambda x: reference.branch(x, pairs[-1:]))
 
     def addend(self, kept: BlockKept) -> dict[str, Any]:
-        side = kept.pairs[-1]
-        return {"relu": True, "residual": side.z, "residual_scale": side.scale, "residual_shift": side.shift}
+        z, _, _, scale, shift, *_ = kept.pairs[-1]
+        return {"relu": True, "residual": z, "residual_scale": scale, "residual_shift": shift}
 
-    def added(self, x: Tensor, side: Tensor | None) -> Tensor | None:
-        return side
+    def added(self, x: Tensor, projected: Tensor | None) -> Tensor | None:
+        return projected
 
-    def residual(self, dout: Gradient, mask: Tensor | None, side: Tensor | None) -> dict[str, Any]:
-        return {"residual": side}
+    def residual(self, dout: Gradient, mask: Tensor | None, dx_proj: Tensor | None) -> dict[str, Any]:
+        return {"residual": dx_proj}
 
 
 @dataclass(frozen=True)
@@ -184,13 +184,13 @@ class Pad(_Sum):
     def sizes(self) -> tuple[int, int, int]:
         return 0, self.stride, 0
 
-    def definition(self, x: Tensor, units: Sequence[Unit]) -> Tensor:
-        return reference.pad_shortcut_add_relu(reference.branch(x, units), x, self.stride)
+    def definition(self, x: Tensor, pairs: Sequence[Pair]) -> Tensor:
+        return reference.pad_shortcut_add_relu(reference.branch(x, pairs), x, self.stride)
 
     def addend(self, kept: BlockKept) -> dict[str, Any]:
         return {"relu": True, "residual": kept.x, "residual_stride": self.stride}
 
-    def infer(self, pair: ConvBN, a: Tensor, w: Tensor, norm: Any, x: Tensor, side: Tensor | None) -> Tensor:
+    def infer(self, pair: ConvBN, a: Tensor, w: Tensor, norm: Any, x: Tensor, projected: Tensor | None) -> Tensor:
         z, _ = pair.fprop(a, w, None)
         _, _, *affine = pair.passes.running_statistics(*norm, pair.eps)
         return pair.passes.normalize(z, *affine, relu=True, residual=x, residual_stride=self.stride)
@@ -202,19 +202,19 @@ class Pad(_Sum):
 
 @dataclass(frozen=True)
 class Join(_Sum):
-    other: Tensor | None = None  # [N, K, P, Q], in a forward
+    joined: Tensor | None = None  # [N, K, P, Q], in a forward
     word, tail = "join", "-join-ReLU"
 
-    def definition(self, x: Tensor, units: Sequence[Unit]) -> Tensor:
-        return reference.residual_block(x, units, lambda _: self._other)
+    def definition(self, x: Tensor, pairs: Sequence[Pair]) -> Tensor:
+        return reference.residual_block(x, pairs, lambda _: self._joined)
 
     def addend(self, kept: BlockKept) -> dict[str, Any]:
-        return {"relu": True, "residual": nhwc(self._other)}
+        return {"relu": True, "residual": nhwc(self._joined)}
 
     @property
-    def _other(self) -> Tensor:
-        assert self.other is not None
-        return self.other
+    def _joined(self) -> Tensor:
+        assert self.joined is not None
+        return self.joined
 
 
 @dataclass(frozen=True)
@@ -228,19 +228,19 @@ class Pool(End):
     def sizes(self) -> tuple[int, int, int]:
         return self.kernel, self.stride, self.pad
 
-    def definition(self, x: Tensor, units: Sequence[Unit]) -> Tensor:
-        return reference.stem(x, *units[0], lambda y: F.max_pool2d(y, *self.sizes))
+    def definition(self, x: Tensor, pairs: Sequence[Pair]) -> Tensor:
+        return reference.stem(x, *pairs[0], lambda y: F.max_pool2d(y, *self.sizes))
 
     def finish(self, pairs: Sequence[ConvBN], kept: BlockKept) -> tuple[Tensor, Tensor | None]:
         last = kept.pairs[-1]
         return pairs[-1].passes.normalize_max_pool(last.z, last.scale, last.shift, **vars(self))
 
-    def infer(self, pair: ConvBN, a: Tensor, w: Tensor, norm: Any, x: Tensor, side: Tensor | None) -> Tensor:
+    def infer(self, pair: ConvBN, a: Tensor, w: Tensor, norm: Any, x: Tensor, projected: Tensor | None) -> Tensor:
         z, _ = pair.fprop(a, w, None)
         _, _, *affine = pair.passes.running_statistics(*norm, pair.eps)
         return pair.passes.normalize_max_pool(z, *affine, **vars(self), taps=False)[0]
 
-    def source(self, out: Tensor | None, last: Kept, taps: Tensor | None) -> dict[str, Any]:
+    def gradient_arguments(self, out: Tensor | None, last: Kept, taps: Tensor | None) -> dict[str, Any]:
         assert taps is not None
         return {"mask": (last.scale, last.shift), "pool": reference.Pool(taps, *self.sizes)}
 
@@ -250,15 +250,15 @@ class Pool(End):
         return n, p, q, k
 
 
-def of_words(word: str, sizes: Sequence[int], other: Tensor | None = None) -> End:
-    """The end that stands as `word` and `sizes` in the operators' schemas; other: what a `Join` adds."""
+def of_words(word: str, sizes: Sequence[int], joined: Tensor | None = None) -> End:
+    """The end that stands as `word` and `sizes` in the operators' schemas; joined: what a `Join` adds."""
     known: dict[str, Callable[[], End]] = {
         "relu": Relu,
         "linear": Linear,
         "add": Add,
         "project": Project,
         "pad": lambda: Pad(sizes[1]),
-        "join": lambda: Join(other),
+        "join": lambda: Join(joined),
         "pool": lambda: Pool(*sizes),
     }
     if word not in known:

@@ -94,9 +94,10 @@ def by_triton(x: Tensor, residual: Tensor | None = None, *, p: Folded, geometry:
     """out_scale [relu](scale conv(x, w) + shift + residual_scale residual) by our kernel, whose further arguments
     `epilogue` is."""
     from fastres.kernels.fprop import conv_fprop
+    from fastres.kernels.problem import ConvProblem
 
     terms = {"scale": p.scale, "shift": p.shift, "residual": residual}
-    y = conv_fprop(x, p.w, **geometry._asdict(), **terms, **epilogue)
+    y = conv_fprop(x, p.w, ConvProblem.of(x.shape, p.w.shape, *geometry), **terms, **epilogue)
     assert isinstance(y, Tensor)  # a pair only where statistics are asked for
     return y
 
@@ -106,8 +107,7 @@ def by_stem(x: Tensor, *, p: Folded, geometry: Geometry, relu: bool, precision: 
     from fastres.kernels.problem import ConvProblem
     from fastres.kernels.stem import conv_stem, pack_filters, pack_images
 
-    k, r, s, c = p.w.shape
-    problem = ConvProblem(*x.shape[:3], c * geometry.groups, k, r, s, *geometry)
+    problem = ConvProblem.of(x.shape, p.w.shape, *geometry)
     images = pack_images(nchw(x), problem, x.dtype)
     y = conv_stem(images, pack_filters(p.w), problem, shift=p.shift, relu=relu, precision=precision)
     assert isinstance(y, Tensor)

@@ -14,7 +14,7 @@ from torch import Tensor
 from fastres.ops import reference
 from fastres.ops.dispatch import Engines
 from fastres.ops.layout import Geometry, dense, nchw
-from fastres.ops.reference import Affine, Norms, OnLoad, Prologue
+from fastres.ops.reference import Affine, Below, OnLoad, Prologue
 
 if TYPE_CHECKING:
     from fastres.kernels.problem import ConvProblem
@@ -77,14 +77,14 @@ class Library(Facts):
         return dy, affine, self.passes.backward_reduce(dy, z, mean, mask=affine)
 
     def dgrad_joined(
-        self, dz: Tensor, w: Tensor, bn: OnLoad, out: Tensor, norms: Norms, **residual: Any
+        self, dz: Tensor, w: Tensor, bn: OnLoad, out: Tensor, below: Below, **residual: Any
     ) -> tuple[Tensor, Any]:
         return self.dgrad(dz, w, bn, **residual), None
 
     def wgrad(self, dz: Tensor, a: Tensor, bn: OnLoad, prologue: Prologue, dtype: torch.dtype) -> Tensor:
-        if bn is not None and bn[2] is None:  # each filter's gradient is that of p g
-            p = bn[1][:, None, None, None]
-            return (p * self.filter_gradient(dz, a, None, prologue, p.dtype)).to(dtype)
+        if bn is not None and bn.c_z is None:  # each filter's gradient is that of c_g g
+            c_g = bn.c_g[:, None, None, None]
+            return (c_g * self.filter_gradient(dz, a, None, prologue, c_g.dtype)).to(dtype)
         return self.filter_gradient(dz, a, bn, prologue, dtype)
 
     def filter_gradient(self, dz: Tensor, a: Tensor, bn: OnLoad, prologue: Prologue, dtype: torch.dtype) -> Tensor:
@@ -98,10 +98,10 @@ class Library(Facts):
 
 
 def scaled(w: Tensor, bn: OnLoad) -> tuple[Tensor, OnLoad]:
-    """(w, bn), or where dz is p g the filters p w, by which g gives the same dx, and None."""
-    if bn is None or bn[2] is not None:
+    """(w, bn), or where dz is c_g g the filters c_g w, by which g gives the same dx, and None."""
+    if bn is None or bn.c_z is not None:
         return w, bn
-    return (w * bn[1][:, None, None, None]).to(w.dtype), None
+    return (w * bn.c_g[:, None, None, None]).to(w.dtype), None
 
 
 def read_again(a: Tensor, dtype: torch.dtype) -> Tensor:

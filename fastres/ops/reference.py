@@ -11,7 +11,7 @@ change. The steps take what the kernel launchers in `fastres.kernels` take: acti
 for float64 activations). Equations: paper section 3.4 and Ioffe & Szegedy (2015), with
 
     z_hat = (z - mean) rstd,   a = relu(scale z + shift),   scale = weight rstd,   shift = bias - mean scale
-    g = dy [a > 0],        dz = p g + q z + r per channel
+    g = dy [a > 0],        dz = c_g g + c_z z + c_1 per channel
 """
 
 from __future__ import annotations
@@ -26,34 +26,44 @@ from torch import Tensor
 from fastres.ops.layout import Geometry, nchw, nhwc, wide
 
 Function = Callable[[Tensor], Tensor]
-Unit = tuple[Function, Function]  # (conv, BatchNorm): modules, or functions of a tensor
+Pair = tuple[Function, Function]  # (conv, BatchNorm): modules, or functions of a tensor
 Affine = tuple[Tensor, Tensor]  # (scale, shift), each [C]
 Prologue = Affine | None  # where a convolution reads relu(scale a + shift)
-BNBackward = tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # (z, p, q, r)
-OnLoad = BNBackward | None  # where it is given, what is called dz is g, and p g + q z + r is meant
-Norms = tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor] | None]  # (z, mean) of a block's last BN, of a projection's
+Below = tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor] | None]  # (z, mean) of a block's last BN, of a projection's
 
 
-def branch(x: Tensor, units: Sequence[Unit]) -> Tensor:
+class BNBackward(NamedTuple):
+    """What makes dz = c_g g + c_z z + c_1 of g; c_z and c_1 are None for statistics that were given."""
+
+    z: Tensor
+    c_g: Tensor
+    c_z: Tensor | None
+    c_1: Tensor | None
+
+
+OnLoad = BNBackward | None  # where it is given, what is called dz is g, and dz is meant
+
+
+def branch(x: Tensor, pairs: Sequence[Pair]) -> Tensor:
     """F(x): conv-BN pairs with ReLU between them ("BN right after each convolution and before activation", section
     3.4)."""
-    for conv, bn in units[:-1]:
+    for conv, bn in pairs[:-1]:
         x = F.relu(bn(conv(x)))
-    conv, bn = units[-1]
+    conv, bn = pairs[-1]
     return bn(conv(x))
 
 
-def residual_block(x: Tensor, units: Sequence[Unit], shortcut: Function | None = None) -> Tensor:
+def residual_block(x: Tensor, pairs: Sequence[Pair], shortcut: Function | None = None) -> Tensor:
     """relu(F(x) + shortcut(x)) (equations 1 and 2), F being `branch`.
 
     shortcut: None for the identity, else a projection `Sequential(conv, bn)` or an option-A module.
     """
-    return F.relu(branch(x, units) + (x if shortcut is None else shortcut(x)))
+    return F.relu(branch(x, pairs) + (x if shortcut is None else shortcut(x)))
 
 
-def plain_block(x: Tensor, units: Sequence[Unit]) -> Tensor:
+def plain_block(x: Tensor, pairs: Sequence[Pair]) -> Tensor:
     """relu(F(x)): the same layers without a shortcut (the plain nets of section 3.3)."""
-    return F.relu(branch(x, units))
+    return F.relu(branch(x, pairs))
 
 
 def stem(x: Tensor, conv: Function, bn: Function, pool: Function) -> Tensor:
@@ -267,8 +277,8 @@ def backward_reduce(
     pool: Pool | None = None,
     projection: tuple[Tensor, Tensor] | None = None,
 ) -> Any:
-    """Partials [tiles, 2, K] = (sum g, sum g (z - mean)) over the pixels of a tile; with projection = (z_d, mean_d),
-    whose BatchNorm has the same g, a pair of partials."""
+    """Partials [tiles, 2, K] = (sum g, sum g (z - mean)) over the pixels of a tile; with a projection, its z and mean,
+    a pair of partials, for its BatchNorm has the same g."""
     g = gradient(dy, z, mask, pool).to(mean.dtype)
     pairs = [(z, mean)] if projection is None else [(z, mean), projection]
     both = [torch.stack([g.sum((0, 1, 2)), (g * (t - m)).sum((0, 1, 2))])[None] for t, m in pairs]
@@ -278,34 +288,37 @@ def backward_reduce(
 def finish_backward(
     partials: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, count: int, *, batch_statistics: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """(dweight, dbias, p, q, r), each [K]: dz = p g + q z + r.
+    """(dweight, dbias, c_g, c_z, c_1), each [K]: dz = c_g g + c_z z + c_1.
 
     With batch statistics dz = weight rstd (g - mean(g) - z_hat mean(g z_hat)); with given ones dz = weight rstd g, and
-    q and r are None.
+    c_z and c_1 are None.
     """
     sum_g, sum_gz = partials.sum(0)
-    dweight, p = sum_gz * rstd, rstd if weight is None else weight.to(rstd.dtype) * rstd
+    dweight, c_g = sum_gz * rstd, rstd if weight is None else weight.to(rstd.dtype) * rstd
     if not batch_statistics:
-        return dweight, sum_g, p, None, None
-    q = -p * rstd * dweight / count
-    return dweight, sum_g, p, q, -p * sum_g / count - q * mean
+        return dweight, sum_g, c_g, None, None
+    c_z = -c_g * rstd * dweight / count
+    return dweight, sum_g, c_g, c_z, -c_g * sum_g / count - c_z * mean
 
 
 def backward_apply(
     dy: Tensor,
     z: Tensor,
-    p: Tensor,
-    q: Tensor | None,
-    r: Tensor | None,
+    c_g: Tensor,
+    c_z: Tensor | None,
+    c_1: Tensor | None,
     *,
     mask: Mask = None,
     pool: Pool | None = None,
     projection: tuple[Tensor, Tensor, Tensor | None, Tensor | None] | None = None,
 ) -> Any:
-    """dz = p g + q z + r, or p g where q and r are None; with projection = (z_d, p_d, q_d, r_d) the pair (dz, dz_d)."""
+    """dz = c_g g + c_z z + c_1, or c_g g where c_z and c_1 are None; with a projection, its z and coefficients, the
+    pair (dz, dz_proj)."""
     g = gradient(dy, z, mask, pool)
-    sides = [(z, p, q, r)] if projection is None else [(z, p, q, r), projection]
-    both = [(b * g if c is None or d is None else b * g + c * t + d).to(dy.dtype) for t, b, c, d in sides]
+    norms = [BNBackward(z, c_g, c_z, c_1)] + ([] if projection is None else [BNBackward(*projection)])
+    both = [
+        (n.c_g * g if n.c_z is None or n.c_1 is None else n.c_g * g + n.c_z * n.z + n.c_1).to(dy.dtype) for n in norms
+    ]
     return both[0] if projection is None else tuple(both)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cached_property
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,7 +12,7 @@ from fastres.kernels import batch_norm, dgrad, fprop, max_pool, pad_shortcut, st
 from fastres.kernels.fprop import Join, RunningNorm
 from fastres.ops.layout import nchw
 from fastres.ops.library_engine import Library, read_again, scaled
-from fastres.ops.reference import Affine, Norms, OnLoad, Prologue
+from fastres.ops.reference import Affine, Below, OnLoad, Prologue
 
 # The kernels between convolutions, by the names that `reference` gives them.
 passes = SimpleNamespace(**{**vars(max_pool), **vars(pad_shortcut), **vars(batch_norm)})
@@ -22,22 +21,21 @@ passes = SimpleNamespace(**{**vars(max_pool), **vars(pad_shortcut), **vars(batch
 class Kernels(Library):
     """By the kernels for all shapes. Launchers are looked up in their modules, where tuning replaces them."""
 
-    @cached_property
-    def _conv(self) -> dict[str, Any]:
-        return {**self.geometry._asdict(), "precision": self.engines.precision}
+    def _fprop(self, x: Tensor, w: Tensor, **around: Any) -> Any:
+        return fprop.conv_fprop(x, w, self.problem, precision=self.engines.precision, **around)
 
     def infer(
         self, x: Tensor, w: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None = None, relu: bool = True
     ) -> Any:
-        return fprop.conv_fprop(x, w, **self._conv, scale=scale, shift=shift, residual=residual, relu=relu)
+        return self._fprop(x, w, scale=scale, shift=shift, residual=residual, relu=relu)
 
     def infer_live(self, x: Tensor, w: Tensor, norm: Any, residual: Tensor | None = None, relu: bool = True) -> Any:
         norm = RunningNorm(*norm, self.eps)
-        return fprop.conv_fprop(x, w, **self._conv, norm=norm, residual=residual, relu=relu)
+        return self._fprop(x, w, norm=norm, residual=residual, relu=relu)
 
     def fprop(self, x: Tensor, w: Tensor, prologue: Prologue) -> Any:
         x, prologue = self._prologue(x, prologue, self.engines.fprop_on_load)
-        return self._epilogue(fprop.conv_fprop(x, w, **self._conv, prologue=prologue, statistics=self._sums))
+        return self._epilogue(self._fprop(x, w, prologue=prologue, statistics=self._sums))
 
     def fprop_joined(self, z: Tensor, affine: Affine, w: Tensor, **addend: Any) -> Any:
         residual = addend["residual"]
@@ -45,9 +43,7 @@ class Kernels(Library):
             return super().fprop_joined(z, affine, w, **addend)
         x = torch.empty_like(z)
         join = Join(residual, addend.get("residual_scale"), addend.get("residual_shift"), x)
-        return x, *self._epilogue(
-            fprop.conv_fprop(z, w, **self._conv, prologue=affine, join=join, statistics=self._sums)
-        )
+        return x, *self._epilogue(self._fprop(z, w, prologue=affine, join=join, statistics=self._sums))
 
     @property
     def _sums(self) -> bool:
@@ -64,24 +60,24 @@ class Kernels(Library):
 
     def dgrad(self, dz: Tensor, w: Tensor, bn: OnLoad, **epilogue: Any) -> Any:
         w, bn = scaled(w, bn)
-        return dgrad.conv_dgrad(dz, w, self.problem.x_shape, **self._conv, bn_backward=bn, **epilogue)
+        return dgrad.conv_dgrad(dz, w, self.problem, precision=self.engines.precision, bn_backward=bn, **epilogue)
 
     def dgrad_masked(self, dz: Tensor, w: Tensor, bn: OnLoad, z: Tensor, mean: Tensor, affine: Affine) -> Any:
         if not self.engines.fusions.relu_mask:
             return super().dgrad_masked(dz, w, bn, z, mean, affine)
-        g, partials = self.dgrad(dz, w, bn, relu_mask=affine, norm=(z, mean))
+        g, partials = self.dgrad(dz, w, bn, relu_mask=affine, below=(z, mean))
         return g, None, partials
 
-    def dgrad_joined(self, dz: Tensor, w: Tensor, bn: OnLoad, out: Tensor, norms: Norms, **residual: Any) -> Any:
+    def dgrad_joined(self, dz: Tensor, w: Tensor, bn: OnLoad, out: Tensor, below: Below, **residual: Any) -> Any:
         if not self.engines.fusions.block_end:
-            return super().dgrad_joined(dz, w, bn, out, norms, **residual)
-        norm, projection = norms
-        return self.dgrad(dz, w, bn, **residual, relu_mask=out, norm=norm, projection=projection)
+            return super().dgrad_joined(dz, w, bn, out, below, **residual)
+        last, projection = below
+        return self.dgrad(dz, w, bn, **residual, relu_mask=out, below=last, projection=projection)
 
     def filter_gradient(self, dz: Tensor, a: Tensor, bn: OnLoad, prologue: Prologue, dtype: torch.dtype) -> Tensor:
         a, prologue = self._prologue(read_again(a, dz.dtype), prologue, self.engines.wgrad_on_load)
         return wgrad.conv_wgrad(
-            dz, a, self.problem.w_shape, **self._conv, bn_backward=bn, prologue=prologue, out_dtype=dtype
+            dz, a, self.problem, precision=self.engines.precision, bn_backward=bn, prologue=prologue, out_dtype=dtype
         )
 
 

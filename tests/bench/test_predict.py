@@ -233,7 +233,7 @@ def test_a_program_that_stays_waits_once(bench: SimpleNamespace) -> None:
     s, t = (torch.empty(64, device="meta") for _ in range(2))
     with bench.calls.recorded(BF16) as recorder:
         recorder.work.append(bench.calls.Work("fprop", p, 2 * p.multiply_adds))
-        fprop.conv_fprop(x, w, prologue=(s, t), statistics=True, tile=tile)
+        fprop.conv_fprop(x, w, ConvProblem.of(x.shape, w.shape), prologue=(s, t), statistics=True, tile=tile)
     (one,) = recorder.launches()
     assert (one.kernel, one.programs, one.flops) == ("pointwise_fprop_kernel", 264, 2 * p.multiply_adds)
     cut = bench.predict.tile_of(one)
@@ -244,12 +244,12 @@ def test_a_program_that_stays_waits_once(bench: SimpleNamespace) -> None:
     assert time.waves == 1
     assert time.predicted < 1.3 * time.floor
 
-    like_dx = dict.fromkeys(("dx", "z_prev", "z_side", "sign", "dout", "out"), x)
+    like_dx = dict.fromkeys(("dx", "z_below", "z_proj", "relu_mask", "residual", "residual_mask"), x)
     dz = torch.empty(256, 56, 56, 192, dtype=BF16, device="meta")
     with bench.calls.recorded(BF16) as recorder:
         recorder.work.append(bench.calls.Work("dgrad", p, 2 * p.multiply_adds))
-        rest = dict.fromkeys(("p", "q", "r", "scale", "shift", "mean", "mean_side"), s)
-        persistent.dgrad_sums(p, tile, w, {"dy": dz, "z": dz}, like_dx, PRECISION="ieee", **rest)
+        rest = dict.fromkeys(("c_g", "c_z", "c_1", "scale", "shift", "mean", "mean_proj"), s)
+        persistent.launch_dgrad(p, tile, w, {"dy": dz, "z": dz}, like_dx, PRECISION="ieee", **rest)
     (one,) = recorder.launches()
     cut = bench.predict.tile_of(one)
     assert (cut.steps, cut.fetched) == (math.ceil(12544 / 264) * 3, 128)

@@ -82,7 +82,7 @@ class Calls(list[tuple[str, ConvProblem, frozenset[str]]]):
             x, w = {"conv_fprop": (first, second), "conv_dgrad": (None, second), "conv_wgrad": (second, None)}[name]
             n, h, width, c = shape[0] if x is None else x.shape
             k, r, s, _ = shape[0] if w is None else w.shape
-            fused = ("prologue", "join", "statistics", "bn_backward", "residual", "relu_mask", "norm")
+            fused = ("prologue", "join", "statistics", "bn_backward", "residual", "relu_mask", "norm", "below")
             on = frozenset(key for key in fused if given.get(key) is not None and given[key] is not False)
             self.append((name, ConvProblem(n, h, width, c, k, r, s, *sizes), on))
             return launcher(first, second, *shape, **given)

@@ -135,29 +135,26 @@ def _noted(launcher: Callable[..., Any], found: dict[tuple[str, str], Call], by_
         bound = signature.bind(*args, **kwargs)
         bound.apply_defaults()
         given = {key: value for key, value in bound.arguments.items() if key != "tile"}
-        sizes = [given[key] for key in ("stride", "pad", "dilation", "groups")]
-        n, h, w, c = given["x_shape"] if name == "conv_dgrad" else given["x"].shape
-        k, r, s, _ = given["filter_shape"] if name == "conv_wgrad" else given["w"].shape
-        p = ConvProblem(n, h, w, c, k, r, s, *sizes)
+        p = given["problem"]
         training = given.get("statistics") or given.get("prologue") is not None
         pass_ = name.removeprefix("conv_") if training or name != "conv_fprop" else "infer"
         call = Call(name, p, given, pass_, by_rule)
         found.setdefault(call.facts, call)
         if name == "conv_wgrad":
-            return torch.empty(given["filter_shape"], dtype=given["out_dtype"], device=META)
+            return torch.empty(p.w_shape, dtype=given["out_dtype"], device=META)
         if name == "conv_dgrad":
-            dx, sums = torch.empty(n, h, w, c, dtype=BF16, device=META), torch.empty(1, 2, c, device=META)
-            return dx if given["norm"] is None else (dx, sums if given["projection"] is None else (sums, sums))
-        y = torch.empty(n, p.P, p.Q, k, dtype=BF16, device=META)
-        return (y, torch.empty(1, 3, k, device=META)) if given["statistics"] else y
+            dx, sums = torch.empty(p.x_shape, dtype=BF16, device=META), torch.empty(1, 2, p.C, device=META)
+            return dx if given["below"] is None else (dx, sums if given["projection"] is None else (sums, sums))
+        y = torch.empty(p.y_shape, dtype=BF16, device=META)
+        return (y, torch.empty(1, 3, p.K, device=META)) if given["statistics"] else y
 
     return note
 
 
 def drawn(call: Call, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
     """Random operands in `dtype`, whose sums are about 1. No rounding decides a ReLU's mask: what is multiplied by a
-    power of two is still exact, and a sum has its sign. r is as small as a mean of the gradient is, or in wgrad's sums
-    it would hide all else."""
+    power of two is still exact, and a sum has its sign. c_1 is as small as a mean of the gradient is, or in wgrad's
+    sums it would hide all else."""
 
     def draw(name: str, i: int, like: Tensor) -> Tensor:
         t = torch.randn(like.shape, dtype=dtype if like.dtype == BF16 else like.dtype, device=device)
@@ -216,7 +213,7 @@ def launched(tune: ModuleType, call: Call, given: Mapping[str, Any], most: int) 
 
 @contextmanager
 def _asking() -> Iterator[list[tuple[Callable[..., list[Tile]], tuple[Any, ...]]]]:
-    """Within, which function of `config` is asked for tiles, and with which arguments."""
+    """Within, which function of `tiles` is asked for tiles, and with which arguments."""
     asked = []
 
     def watched(tiles: Callable[..., list[Tile]]) -> Callable[..., list[Tile]]:
@@ -271,19 +268,19 @@ def _meant(call: Call, given: Mapping[str, Any], dtype: torch.dtype) -> list[Ten
         epilogue = {name: given[name] for name in ("scale", "shift", "norm", "residual", "relu")}
         if join is None:
             return [reference(p, x, given["w"], dtype, prologue=prologue, **epilogue)]
-        side = join.side.to(wide)
-        side = side if join.scale is None else side * join.scale + join.shift
-        a = F.relu(x.to(wide) * prologue[0] + prologue[1] + side).to(dtype)
+        shortcut = join.shortcut.to(wide)
+        shortcut = shortcut if join.scale is None else shortcut * join.scale + join.shift
+        a = F.relu(x.to(wide) * prologue[0] + prologue[1] + shortcut).to(dtype)
         return [a, reference(p, a, given["w"], dtype, **epilogue)]
     dz = given["dy"].to(wide)
     if given["bn_backward"] is not None:
-        z, of_g, of_z, r = given["bn_backward"]
-        dz = of_g * dz + of_z * z.to(wide) + r
+        z, c_g, c_z, c_1 = given["bn_backward"]
+        dz = c_g * dz + c_z * z.to(wide) + c_1
     dz = nchw(dz.to(dtype))
     if call.launcher == "conv_wgrad":
         x, prologue = given["x"].to(wide), given["prologue"]
         a = x if prologue is None else F.relu(x * prologue[0] + prologue[1])
-        a, shape = nchw(a.to(dtype)).to(wide), nchw(torch.empty(given["filter_shape"], device=META)).shape
+        a, shape = nchw(a.to(dtype)).to(wide), nchw(torch.empty(p.w_shape, device=META)).shape
         return [nhwc(by_library(conv2d_weight, a, shape, dz.to(wide), **geometry(p)))]
     shape = (dz.shape[0], p.C, p.H, p.W)
     dx = nhwc(by_library(conv2d_input, shape, nchw(given["w"].to(dtype)), dz, **geometry(p))).to(wide)
@@ -291,7 +288,7 @@ def _meant(call: Call, given: Mapping[str, Any], dtype: torch.dtype) -> list[Ten
         dx = dx + _where_open(given["residual_mask"], given["residual"].to(wide))
     mask = given["relu_mask"]
     if isinstance(mask, tuple):
-        mask = mask[0] * given["norm"][0].to(wide) + mask[1]
+        mask = mask[0] * given["below"][0].to(wide) + mask[1]
     return [_where_open(mask, dx).to(dtype)]
 
 

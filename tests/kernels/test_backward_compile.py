@@ -73,16 +73,16 @@ def launches(pass_: str, n: ConvProblem, features: str, tile: Tile | None, dtype
     def vectors(count: int, channels: int) -> list[torch.Tensor]:
         return [empty(channels, dtype=torch.float32) for _ in range(count)]
 
-    x, dy, w = (n.N, n.H, n.W, n.C), (n.N, n.P, n.Q, n.K), (n.K, n.R, n.S, n.C // n.groups)
-    options: dict[str, Any] = {"stride": n.stride, "pad": n.pad, "groups": n.groups, "tile": tile, "precision": "tf32"}
+    x, dy, w = n.x_shape, n.y_shape, n.w_shape
+    options: dict[str, Any] = {"tile": tile, "precision": "tf32"}
     if "bn" in features:
         options["bn_backward"] = (empty(*dy), *vectors(3, n.K))
     if "activation" in features:
         options["prologue"] = tuple(vectors(2, n.C))
     if "relu" in features:
-        options |= {"relu_mask": tuple(vectors(2, n.C)), "norm": (empty(*x), *vectors(1, n.C))}
+        options |= {"relu_mask": tuple(vectors(2, n.C)), "below": (empty(*x), *vectors(1, n.C))}
     if "end" in features:
-        options |= {"relu_mask": empty(*x), "norm": (empty(*x), *vectors(1, n.C))}
+        options |= {"relu_mask": empty(*x), "below": (empty(*x), *vectors(1, n.C))}
     if "projection" in features:
         options["projection"] = (empty(*x), *vectors(1, n.C))
     if "residual" in features:
@@ -91,9 +91,9 @@ def launches(pass_: str, n: ConvProblem, features: str, tile: Tile | None, dtype
         options["residual_mask"] = empty(*x)
     with record() as recorded:
         if pass_ == "dgrad":
-            conv_dgrad(empty(*dy), empty(*w), x, **options)
+            conv_dgrad(empty(*dy), empty(*w), n, **options)
         else:
-            conv_wgrad(empty(*dy), empty(*x), w, **options)
+            conv_wgrad(empty(*dy), empty(*x), n, **options)
     return recorded
 
 
@@ -148,7 +148,7 @@ def verify(launch: Launch, sm: int) -> None:
     narrow = min(given["BM"], 64 if "dx" in given else given["BN"]) < 64
     matrix = "" if idle else "HMMA" if narrow else MATRIX[sm]
     check(binary, matrix=matrix, present=present, loop_absent=absent, shared=GPUS[sm].shared)
-    if matrix == "HGMMA" and not given.get("SETTLE"):
+    if matrix == "HGMMA" and not given.get("WAIT"):
         assert all(name.endswith("SS") for name in binary.matrix), binary.matrix
 
 

@@ -84,8 +84,8 @@ def inputs(case: Case) -> dict[str, Tensor]:
     if case.end == "add":
         t["residual"] = normal(N, P, Q, K, dtype=case.dtype)
     elif case.end == "project":
-        t["z_d"] = branch()
-        names.append("_d")
+        t["z_proj"] = branch()
+        names.append("_proj")
     elif case.end == "pad":
         H, W = (P - 1) * case.stride + 1, Q * case.stride
         t["residual"] = normal(N, H, W, min(case.channels, K), dtype=case.dtype)
@@ -102,7 +102,7 @@ def inputs(case: Case) -> dict[str, Tensor]:
 def stock(t: dict[str, Tensor], case: Case, dtype: torch.dtype, *, relu: bool = True) -> dict[str, Tensor]:
     """PyTorch's own results in `dtype`, as NHWC; vectors in float32, or float64 for float64."""
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    activations = ("z", "z_d", "residual", "dy")
+    activations = ("z", "z_proj", "residual", "dy")
     t = {name: v.to(dtype if name in activations else wide, copy=True) for name, v in t.items()}
     leaves = [n for n in t if n != "dy" and not n.startswith("running")]
     for name in leaves:
@@ -118,7 +118,7 @@ def stock(t: dict[str, Tensor], case: Case, dtype: torch.dtype, *, relu: bool = 
     if case.end == "add":
         y = y + nchw(t["residual"])
     elif case.end == "project":
-        y = y + bn("_d")
+        y = y + bn("_proj")
     elif case.end == "pad":
         y = y + reference.pad_shortcut(nchw(t["residual"]), case.stride, y.shape[1])
     if case.end != "linear" and relu:
@@ -152,8 +152,8 @@ def ours(t: dict[str, Tensor], case: Case) -> dict[str, Tensor]:
         )
         if case.affine:
             out["dweight" + d], out["dbias" + d] = v.dweight, v.dbias
-        assert (v.q is None) == (v.r is None) == (not case.batch_statistics)
-        return [v.p, v.q, v.r]
+        assert (v.c_z is None) == (v.c_1 is None) == (not case.batch_statistics)
+        return [v.c_g, v.c_z, v.c_1]
 
     s = bn("")
     mask: Any = (s.scale, s.shift)
@@ -163,14 +163,14 @@ def ours(t: dict[str, Tensor], case: Case) -> dict[str, Tensor]:
         v = finish(batch_norm.backward_reduce(dy, z, s.mean, mask=mask), s)
         out["dz"] = batch_norm.backward_apply(dy, z, *v, mask=mask)
     elif case.end == "project":
-        s_d, z_d = bn("_d"), t["z_d"]
+        s_proj, z_proj = bn("_proj"), t["z_proj"]
         y = batch_norm.normalize(
-            z, s.scale, s.shift, relu=True, residual=z_d, residual_scale=s_d.scale, residual_shift=s_d.shift
+            z, s.scale, s.shift, relu=True, residual=z_proj, residual_scale=s_proj.scale, residual_shift=s_proj.shift
         )
-        partials, partials_d = batch_norm.backward_reduce(dy, z, s.mean, mask=y, projection=(z_d, s_d.mean))
-        v, v_d = finish(partials, s), finish(partials_d, s_d, "_d")
+        partials, partials_proj = batch_norm.backward_reduce(dy, z, s.mean, mask=y, projection=(z_proj, s_proj.mean))
+        v, v_proj = finish(partials, s), finish(partials_proj, s_proj, "_proj")
         out["y"] = y
-        out["dz"], out["dz_d"] = batch_norm.backward_apply(dy, z, *v, mask=y, projection=(z_d, *v_d))
+        out["dz"], out["dz_proj"] = batch_norm.backward_apply(dy, z, *v, mask=y, projection=(z_proj, *v_proj))
     else:
         stride = case.stride if case.end == "pad" else 1
         residual = t["residual"]
@@ -200,7 +200,7 @@ def hold(case: Case) -> None:
     assert sorted(actual) == sorted(truth)
     for name, value in actual.items():
         allowed = TOLERANCES[value.dtype] * (8 if value.dim() == 1 else 1)
-        for z in t.keys() & {"z", "z_d"}:
+        for z in t.keys() & {"z", "z_proj"}:
             if name in ("y", f"d{z}"):
                 mean, rstd = vectors(t[z])
                 allowed += 4 * TOLERANCES[torch.float32] * float((mean.abs() * rstd).max())
@@ -304,9 +304,9 @@ def test_merge_of_sums(tiles: int) -> None:
     sum_g, sum_gz = partials.sum(0)
     assert torch.equal(v.dbias, sum_g)
     assert torch.equal(v.dweight, 2 * sum_gz)
-    assert torch.equal(v.p, 2 * one)
-    assert torch.equal(v.q, -2 * sum_gz)
-    assert torch.equal(v.r, 2 * sum_gz - sum_g / 2)
+    assert torch.equal(v.c_g, 2 * one)
+    assert torch.equal(v.c_z, -2 * sum_gz)
+    assert torch.equal(v.c_1, 2 * sum_gz - sum_g / 2)
 
 
 @pytest.mark.parametrize("buffer", DTYPES, ids=str)
@@ -447,20 +447,22 @@ def test_integers_are_exact(dtype: torch.dtype) -> None:
     def integers(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.randint(-3, 4, shape, device=DEVICE).to(dtype)
 
-    z, z_d, dy = (integers(2, 5, 7, 24, dtype=dtype) for _ in range(3))
-    scale, shift, scale_d, shift_d, p, q, r, p_d, q_d, r_d, mean, mean_d = (integers(24) for _ in range(12))
-    y = batch_norm.normalize(z, scale, shift, relu=True, residual=z_d, residual_scale=scale_d, residual_shift=shift_d)
-    before = z.double() * scale + shift + z_d.double() * scale_d + shift_d
+    z, z_proj, dy = (integers(2, 5, 7, 24, dtype=dtype) for _ in range(3))
+    scale, shift, scale_proj, shift_proj, mean, mean_proj = (integers(24) for _ in range(6))
+    c_g, c_z, c_1, c_g_proj, c_z_proj, c_1_proj = (integers(24) for _ in range(6))
+    added = {"residual": z_proj, "residual_scale": scale_proj, "residual_shift": shift_proj}
+    y = batch_norm.normalize(z, scale, shift, relu=True, **added)
+    before = z.double() * scale + shift + z_proj.double() * scale_proj + shift_proj
     assert torch.equal(y.double(), before.relu())
     g = dy.double() * (before > 0)
-    partials, partials_d = batch_norm.backward_reduce(dy, z, mean, mask=y, projection=(z_d, mean_d))
-    for sums, x, centre in ((partials, z, mean), (partials_d, z_d, mean_d)):
+    partials, partials_proj = batch_norm.backward_reduce(dy, z, mean, mask=y, projection=(z_proj, mean_proj))
+    for sums, x, centre in ((partials, z, mean), (partials_proj, z_proj, mean_proj)):
         exact = torch.stack([g.sum((0, 1, 2)), (g * (x.double() - centre)).sum((0, 1, 2))])
         assert torch.equal(sums.double().sum(0), exact)
-    projection = (z_d, p_d, q_d, r_d)
-    dz, dz_d = batch_norm.backward_apply(dy, z, p, q, r, mask=y, projection=projection)
-    assert torch.equal(dz.double(), p * g + q * z.double() + r)
-    assert torch.equal(dz_d.double(), p_d * g + q_d * z_d.double() + r_d)
+    projection = (z_proj, c_g_proj, c_z_proj, c_1_proj)
+    dz, dz_proj = batch_norm.backward_apply(dy, z, c_g, c_z, c_1, mask=y, projection=projection)
+    assert torch.equal(dz.double(), c_g * g + c_z * z.double() + c_1)
+    assert torch.equal(dz_proj.double(), c_g_proj * g + c_z_proj * z_proj.double() + c_1_proj)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -603,7 +605,7 @@ def test_refusals() -> None:
         ("come together", lambda: batch_norm.normalize(z, v, v, relu=True, residual_scale=v, residual_shift=v)),
         (r"dy must have shape", lambda: batch_norm.backward_reduce(z[:1], z, v)),
         (r"mask must have shape", lambda: batch_norm.backward_reduce(z, z, v, mask=z[:1])),
-        ("q and r come together", lambda: batch_norm.backward_apply(z, z, v, v, None)),
+        ("c_z and c_1 come together", lambda: batch_norm.backward_apply(z, z, v, v, None)),
         (r"partials must be \[T >= 1, 3, K\]", lambda: batch_norm.finish_statistics(z[0], None, None, EPS)),
         (r"counter must have shape \[\], got \[1\]",
          lambda: batch_norm.finish_statistics(partials, None, None, EPS, counter=v[:1].long())),

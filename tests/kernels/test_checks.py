@@ -24,9 +24,9 @@ def test_the_interpreter_does_not_multiply_bfloat16(name: str, monkeypatch: pyte
     w2, wide = torch.ones(16, 3, 3, 16, dtype=torch.bfloat16), torch.ones(64)
     w3, w1, y = (torch.ones(size, dtype=torch.bfloat16) for size in ((64, 1, 1, 16), (16, 1, 1, 64), (1, 4, 4, 64)))
     calls = {
-        "fprop": lambda: conv_fprop(x, w),
-        "dgrad": lambda: conv_dgrad(dy, w, tuple(x.shape)),
-        "wgrad": lambda: conv_wgrad(dy, x, tuple(w.shape)),
+        "fprop": lambda: conv_fprop(x, w, ConvProblem.of(x.shape, w.shape)),
+        "dgrad": lambda: conv_dgrad(dy, w, ConvProblem.of(x.shape, w.shape)),
+        "wgrad": lambda: conv_wgrad(dy, x, ConvProblem.of(x.shape, w.shape)),
         "stem": lambda: conv_stem(packed, torch.ones(16, 7, 8, 4, dtype=torch.bfloat16), problem),
         "stem's wgrad": lambda: conv_stem_wgrad(dy, packed, problem),
         "chain": lambda: bottleneck_chain(x, w2, vector, w3, wide, y, w1, vector),

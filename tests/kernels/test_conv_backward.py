@@ -87,15 +87,15 @@ class Operands:
     z: Tensor
     dout: Tensor
     out: Tensor
-    p: Tensor
-    q: Tensor
-    r: Tensor
+    c_g: Tensor
+    c_z: Tensor
+    c_1: Tensor
     scale: Tensor  # [C], of the previous layer
     shift: Tensor
     mean: Tensor
     below: Tensor  # like x: the output of the block before, its projection's input of BatchNorm
-    z_side: Tensor
-    mean_side: Tensor
+    z_proj: Tensor
+    mean_proj: Tensor
 
     def map(self, convert: Callable[[Tensor], Tensor]) -> Operands:
         tensors = {f.name: convert(getattr(self, f.name)) for f in dataclasses.fields(self) if f.name != "problem"}
@@ -124,15 +124,15 @@ def make(problem: ConvProblem, dtype: torch.dtype) -> Operands:
         z=dyadic(N, P, Q, K).to(dtype),
         dout=values(N, H, W, C),
         out=values(N, H, W, C).relu(),
-        p=torch.rand(K, device=DEVICE) + 0.5,
-        q=torch.randn(K, device=DEVICE) / 4,
-        r=torch.randn(K, device=DEVICE),
+        c_g=torch.rand(K, device=DEVICE) + 0.5,
+        c_z=torch.randn(K, device=DEVICE) / 4,
+        c_1=torch.randn(K, device=DEVICE),
         scale=scales(C),
         shift=dyadic(C),
         mean=torch.randn(C, device=DEVICE),
         below=values(N, H, W, C).relu(),
-        z_side=values(N, H, W, C),
-        mean_side=torch.randn(C, device=DEVICE),
+        z_proj=values(N, H, W, C),
+        mean_proj=torch.randn(C, device=DEVICE),
     )
 
 
@@ -150,9 +150,9 @@ def where_positive(sign: Tensor, g: Tensor) -> Tensor:
 
 
 def dz_of(o: Operands, features: str) -> Tensor:
-    """By definition, in o.dy's dtype; what lies between in p's."""
-    wide = o.p.dtype
-    return (o.p * o.dy.to(wide) + o.q * o.z.to(wide) + o.r).to(o.dy.dtype) if "bn" in features else o.dy
+    """By definition, in o.dy's dtype; what lies between in c_g's."""
+    wide = o.c_g.dtype
+    return (o.c_g * o.dy.to(wide) + o.c_z * o.z.to(wide) + o.c_1).to(o.dy.dtype) if "bn" in features else o.dy
 
 
 def conv_args(problem: ConvProblem) -> dict[str, int]:
@@ -161,7 +161,7 @@ def conv_args(problem: ConvProblem) -> dict[str, int]:
 
 def reference_dgrad(o: Operands, features: str) -> tuple[Tensor, Tensor | None]:
     """dx and, with "relu" or "end", the sums [2, C] of dx as stored."""
-    n, wide = o.problem, o.p.dtype
+    n, wide = o.problem, o.c_g.dtype
     shape, dz = (n.N, n.C, n.H, n.W), dz_of(o, features)
     dx = nhwc(by_library(conv2d_input, shape, nchw(o.w), nchw(dz), padding=n.pad, **conv_args(n)))
     if "residual" in features:
@@ -177,7 +177,7 @@ def reference_dgrad(o: Operands, features: str) -> tuple[Tensor, Tensor | None]:
 
 def reference_wgrad(o: Operands, features: str, dtype: torch.dtype | None = None) -> Tensor:
     """dw, summed in `dtype` (default: that of the operands)."""
-    n, wide, dtype = o.problem, o.p.dtype, dtype or o.x.dtype
+    n, wide, dtype = o.problem, o.c_g.dtype, dtype or o.x.dtype
     a = F.relu(o.scale * o.x.to(wide) + o.shift).to(o.x.dtype) if "activation" in features else o.x
     shape = (n.K, n.C // n.groups, n.R, n.S)
     dz = dz_of(o, features).to(dtype)
@@ -185,26 +185,22 @@ def reference_wgrad(o: Operands, features: str, dtype: torch.dtype | None = None
 
 
 def load_options(o: Operands, features: str) -> dict[str, Any]:
-    options: dict[str, Any] = {"pad": o.problem.pad, **conv_args(o.problem)}
-    if "bn" in features:
-        options["bn_backward"] = (o.z, o.p, o.q, o.r)
-    return options
+    return {"bn_backward": (o.z, o.c_g, o.c_z, o.c_1)} if "bn" in features else {}
 
 
 def run_dgrad(o: Operands, features: str, tile: Tile | None, **options: Any) -> tuple[Tensor, Any]:
     options = {**load_options(o, features), **options}
     if "relu" in features:
-        options |= {"relu_mask": (o.scale, o.shift), "norm": (o.x, o.mean)}
+        options |= {"relu_mask": (o.scale, o.shift), "below": (o.x, o.mean)}
     if "end" in features:
-        options |= {"relu_mask": o.below, "norm": (o.x, o.mean)}
+        options |= {"relu_mask": o.below, "below": (o.x, o.mean)}
     if "projection" in features:
-        options["projection"] = (o.z_side, o.mean_side)
+        options["projection"] = (o.z_proj, o.mean_proj)
     if "residual" in features:
         options["residual"] = o.dout
     if "out" in features:
         options["residual_mask"] = o.out
-    n = o.problem
-    result = conv_dgrad(o.dy, o.w, (n.N, n.H, n.W, n.C), tile=tile, **options)
+    result = conv_dgrad(o.dy, o.w, o.problem, tile=tile, **options)
     return result if isinstance(result, tuple) else (result, None)
 
 
@@ -212,8 +208,7 @@ def run_wgrad(o: Operands, features: str, tile: Tile | None, **options: Any) -> 
     options = {**load_options(o, features), **options}
     if "activation" in features:
         options["prologue"] = (o.scale, o.shift)
-    n = o.problem
-    return conv_wgrad(o.dy, o.x, (n.K, n.R, n.S, n.C // n.groups), tile=tile, **options)
+    return conv_wgrad(o.dy, o.x, o.problem, tile=tile, **options)
 
 
 def check_dgrad(o: Operands, features: str, tile: Tile | None, **options: Any) -> None:
@@ -223,7 +218,7 @@ def check_dgrad(o: Operands, features: str, tile: Tile | None, **options: Any) -
     torch_dx, _ = reference_dgrad(o, features)
     lost = lost_in_sums(o.problem.gemm("dgrad").k, o.dy)
     assert_close_to_reference(dx, want, torch_dx, factor=4, what="dx", lost=lost)
-    norms = [(o.x, o.mean), (o.z_side, o.mean_side)]
+    norms = [(o.x, o.mean), (o.z_proj, o.mean_proj)]
     for each, norm in zip(partials if isinstance(partials, tuple) else (partials,), norms, strict=False):
         if each is not None:
             check_sums(each, dx, *norm)
@@ -313,7 +308,7 @@ def test_training_chain_against_autograd() -> None:
         x, w, bias = nchw(o.x).to(dtype), nchw(o.w).to(dtype).requires_grad_(), o.shift.to(dtype)
         before = F.batch_norm(x, None, None, weight, bias, training=True).requires_grad_()
         z = F.conv2d(F.relu(before), w, stride=2, padding=1)
-        y = F.batch_norm(z, None, None, o.p.to(dtype), o.r.to(dtype), training=True)
+        y = F.batch_norm(z, None, None, o.c_g.to(dtype), o.c_1.to(dtype), training=True)
         y.retain_grad()
         F.relu(y).backward(nchw(o.dy).to(dtype))
         return [nhwc(t.detach()).contiguous() for t in (y.grad, z, before.grad, w.grad)]
@@ -324,23 +319,23 @@ def test_training_chain_against_autograd() -> None:
     g, z, dx, dw = by_library(chain, torch.float64)
     _, _, torch_dx, torch_dw = by_library(chain, torch.float32)
     mean, rstd = moments(z)
-    p = o.p.double() * rstd
-    q = -p * rstd * (g * (z - mean) * rstd).mean((0, 1, 2))
-    r = -p * g.mean((0, 1, 2)) - q * mean
-    g, z, p, q, r = (t.float() for t in (g, z, p, q, r))
+    c_g = o.c_g.double() * rstd
+    c_z = -c_g * rstd * (g * (z - mean) * rstd).mean((0, 1, 2))
+    c_1 = -c_g * g.mean((0, 1, 2)) - c_z * mean
+    g, z, c_g, c_z, c_1 = (t.float() for t in (g, z, c_g, c_z, c_1))
     mean, scale = moments(o.x.double())
     shift = (o.shift - mean * scale).float()
     mean, scale = mean.float(), scale.float()
-    options: dict[str, Any] = {"stride": 2, "pad": 1, "bn_backward": (z, p, q, r)}
+    options: dict[str, Any] = {"bn_backward": (z, c_g, c_z, c_1)}
     sums = torch.stack((dx.sum((0, 1, 2)), (dx * (o.x - mean)).sum((0, 1, 2))))
-    below = {"relu_mask": (scale, shift), "norm": (o.x, mean)}
+    below = {"relu_mask": (scale, shift), "below": (o.x, mean)}
     for tile in (GATHER, BOXES):
-        got, partials = conv_dgrad(g, o.w, tuple(o.x.shape), **below, tile=tile, **options)
+        got, partials = conv_dgrad(g, o.w, o.problem, **below, tile=tile, **options)
         assert_close_to_reference(got, dx, torch_dx, factor=4, what="dx")
         torch_sums = torch.stack((torch_dx.sum((0, 1, 2)), (torch_dx * (o.x - mean)).sum((0, 1, 2))))
         assert_close_to_reference(partials.sum(0), sums, torch_sums, factor=4, what="partial sums")
     for tile in (WGRAD_GATHER, WGRAD_BOXES):
-        got = conv_wgrad(g, o.x, tuple(o.w.shape), prologue=(scale, shift), tile=tile, **options)
+        got = conv_wgrad(g, o.x, o.problem, prologue=(scale, shift), tile=tile, **options)
         assert_close_to_reference(got, dw, torch_dw, factor=4, what="dw")
 
 
@@ -382,7 +377,7 @@ def test_nan_goes_where_torch_sends_it(problem: ConvProblem) -> None:
             assert torch.equal(dx.isnan().cpu(), want)
             if partials is not None:
                 poisoned = want.any(0).any(0).any(0)
-                poisoned[1] |= True  # z_prev itself is NaN there
+                poisoned[1] |= True  # z_below itself is NaN there
                 sums = partials.sum(0).cpu()
                 assert not sums[:, ~poisoned].isnan().any()
                 assert sums[1, poisoned].isnan().all()
@@ -546,12 +541,12 @@ def test_more_than_2_31_elements() -> None:
         t[-1] = torch.randint(-2, 3, t[-1].shape, device=DEVICE)
     w = torch.randn(64, 1, 1, 64, device=DEVICE).to(dy.dtype)
     for tile in (dataclasses.replace(GATHER, BN=256), dataclasses.replace(BOXES, BN=256)):
-        dx = conv_dgrad(dy, w, tuple(x.shape), tile=tile)
+        dx = conv_dgrad(dy, w, ConvProblem.of(x.shape, w.shape), tile=tile)
         want = dy[-1].double() @ w.double().view(64, 64)
         assert not dx[:-1].any()
         assert_close_to_reference(dx[-1], want, dy[-1] @ w.view(64, 64), factor=4, what="dx")
     for tile in (dataclasses.replace(WGRAD_GATHER, splits=264), dataclasses.replace(WGRAD_BOXES, splits=264)):
-        dw = conv_wgrad(dy, x, tuple(w.shape), tile=tile)
+        dw = conv_wgrad(dy, x, ConvProblem.of(x.shape, w.shape), tile=tile)
         want = dy[-1].double().view(-1, 64).T @ x[-1].double().view(-1, 64)
         assert torch.equal(dw.view(64, 64).double(), want)
 
@@ -567,6 +562,9 @@ def test_no_pixels() -> None:
     assert torch.equal(dw, torch.zeros(16, 3, 3, 8, device=DEVICE))
 
 
+REFUSING, GROUPED = (ConvProblem(3, 6, 7, 8, 24, 3, 3, 1, 1, groups=groups) for groups in (1, 2))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -574,29 +572,29 @@ def test_no_pixels() -> None:
         ({"dy": torch.zeros(3, 6, 7, 24).double()}, "dy must be .*float32, got torch.float64"),
         ({"dy": torch.zeros(3, 24, 6, 7).permute(0, 2, 3, 1)}, "dy must be contiguous"),
         ({"w": torch.zeros(24, 3, 3, 8).half()}, "w must be torch.float32, got torch.float16"),
-        ({"w": torch.zeros(24, 3, 3)}, r"the filters must have shape \[K, R, S, C/groups\]"),
-        ({"x_shape": (3, 6, 7, 9)}, "want 8 channels, x has 9"),
-        ({"x_shape": (6, 7, 8)}, r"x must have shape \[N, H, W, C\]"),
-        ({"stride": 0}, "stride must be >= 1"),
-        ({"precision": "bf16"}, 'precision must be "ieee" or "tf32"'),
+        ({"w": torch.zeros(24, 3, 3)}, r"w must have shape \[24, 3, 3, 8\], got \[24, 3, 3\]"),
+        ({"precision": "bf16"}, "precision must be 'ieee' or 'tf32'"),
         ({"residual": torch.zeros(3, 6, 7, 9)}, "residual must have shape"),
         ({"residual_mask": torch.zeros(3, 6, 7, 8)}, "there is none"),
-        ({"bn_backward": (torch.zeros(3, 6, 7, 24), *torch.zeros(3, 23))}, r"bn_backward's p must have shape \[24\]"),
+        ({"bn_backward": (torch.zeros(3, 6, 7, 24), *torch.zeros(3, 23))}, r"c_g must have shape \[24\]"),
         ({"relu_mask": torch.zeros(2, 8)}, r"relu_mask must have shape \[3, 6, 7, 8\]"),
         (
             {"relu_mask": (torch.zeros(8), torch.zeros(8))},
-            "belongs to a BatchNorm below; norm=\\(z, mean\\) is missing",
+            "belongs to a BatchNorm below; below=\\(z_below, mean\\) is missing",
         ),
         (
-            {"relu_mask": tuple(torch.zeros(2, 8).half()), "norm": (torch.zeros(3, 6, 7, 8), torch.zeros(8))},
-            "relu_mask's scale must be torch.float32",
+            {"relu_mask": tuple(torch.zeros(2, 8).half()), "below": (torch.zeros(3, 6, 7, 8), torch.zeros(8))},
+            "scale must be torch.float32",
         ),
-        ({"projection": (torch.zeros(3, 6, 7, 8), torch.zeros(8))}, r"norm=\(z, mean\) is missing"),
-        ({"groups": 2, "w": torch.zeros(24, 3, 3, 4), "tile": BOXES}, "TMA, which is impossible here: groups=2"),
+        ({"projection": (torch.zeros(3, 6, 7, 8), torch.zeros(8))}, r"below=\(z_below, mean\) is missing"),
+        (
+            {"problem": GROUPED, "w": torch.zeros(24, 3, 3, 4), "tile": BOXES},
+            "TMA, which is impossible here: groups=2",
+        ),
     ],
 )
 def test_dgrad_says_what_is_wrong(change: dict[str, Any], message: str) -> None:
-    arguments = {"dy": torch.zeros(3, 6, 7, 24), "w": torch.zeros(24, 3, 3, 8), "x_shape": (3, 6, 7, 8), "pad": 1}
+    arguments = {"dy": torch.zeros(3, 6, 7, 24), "w": torch.zeros(24, 3, 3, 8), "problem": REFUSING}
     with pytest.raises(ValueError, match=message):
         conv_dgrad(**{**arguments, **change})
 
@@ -605,16 +603,17 @@ def test_dgrad_says_what_is_wrong(change: dict[str, Any], message: str) -> None:
     ("change", "message"),
     [
         ({"x": torch.zeros(3, 6, 7, 8).half()}, "x must be torch.float32, got torch.float16"),
-        ({"filter_shape": (24, 3, 3, 7)}, "want 7 channels, x has 8"),
-        ({"filter_shape": (24, 3, 8)}, r"the filters must have shape \[K, R, S, C/groups\]"),
-        ({"prologue": (torch.zeros(8), torch.zeros(9))}, r"prologue's shift must have shape \[8\]"),
+        ({"prologue": (torch.zeros(8), torch.zeros(9))}, r"shift must have shape \[8\]"),
         ({"out_dtype": torch.int32}, "out_dtype must be a floating-point dtype"),
         ({"tile": dataclasses.replace(WGRAD_GATHER, taps=3)}, "taps=3"),
         ({"tile": dataclasses.replace(WGRAD_BOXES, splits=0)}, "splits"),
-        ({"stride": 3, "pad": 0, "dy": torch.zeros(3, 2, 2, 24), "tile": WGRAD_BOXES}, "stride 3 on 6x7"),
+        (
+            {"problem": ConvProblem(3, 6, 7, 8, 24, 3, 3, 3), "dy": torch.zeros(3, 2, 2, 24), "tile": WGRAD_BOXES},
+            "stride 3 on 6x7",
+        ),
     ],
 )
 def test_wgrad_says_what_is_wrong(change: dict[str, Any], message: str) -> None:
-    arguments = {"dy": torch.zeros(3, 6, 7, 24), "x": torch.zeros(3, 6, 7, 8), "filter_shape": (24, 3, 3, 8), "pad": 1}
+    arguments = {"dy": torch.zeros(3, 6, 7, 24), "x": torch.zeros(3, 6, 7, 8), "problem": REFUSING}
     with pytest.raises(ValueError, match=message):
         conv_wgrad(**{**arguments, **change})

@@ -65,9 +65,8 @@ def launches(n: ConvProblem, use: str, tile: Tile | None, dtype: torch.dtype = t
     if "residual" in use:
         wide = torch.bfloat16 if dtype.itemsize == 1 else dtype
         options["residual"] = empty(n.N, n.P, n.Q, n.K, dtype=wide)
-    geometry = {"stride": n.stride, "pad": n.pad, "dilation": n.dilation, "groups": n.groups}
     with record() as recorded:
-        conv_fprop(x, w, **geometry, **options, tile=tile)
+        conv_fprop(x, w, n, **options, tile=tile)
     return recorded
 
 
@@ -309,7 +308,7 @@ def test_offsets_widen_past_2_31() -> None:
 
 def test_cpu_tensors_are_refused() -> None:
     with pytest.raises(ValueError, match="x must be on a CUDA device, got cpu"):
-        conv_fprop(torch.zeros(1, 4, 4, 16), torch.zeros(16, 1, 1, 16))
+        conv_fprop(torch.zeros(1, 4, 4, 16), torch.zeros(16, 1, 1, 16), ConvProblem.of((1, 4, 4, 16), (16, 1, 1, 16)))
 
 
 NETS = ["resnet18", "resnet50", "resnext50_32x4d", "wide_resnet50_2"]  # 34, 101 and 152 have no layer of their own

@@ -43,10 +43,6 @@ def small_tile(problem: ConvProblem, boxed: bool) -> Tile:
     return Tile(16, 32, BK, 4, 2, box)
 
 
-def conv(p: ConvProblem, x: Tensor, w: Tensor, **options: Any) -> Any:
-    return conv_fprop(x, w, stride=p.stride, pad=p.pad, dilation=p.dilation, groups=p.groups, **options)
-
-
 def operands(p: ConvProblem, dtype: torch.dtype, integers: bool = False) -> tuple[Tensor, Tensor]:
     """x and w whose products sum to about 1; or small integers, whose sums any order gives exactly."""
     x_shape, w_shape = (p.N, p.H, p.W, p.C), (p.K, p.R, p.S, p.C // p.groups)
@@ -84,7 +80,7 @@ def hold(p: ConvProblem, y: Any, x: Tensor, w: Tensor, tile: Tile | None = None,
 def check(p: ConvProblem, dtype: torch.dtype, tile: Tile | None, *names: str, **options: Any) -> None:
     x, w = operands(p, dtype)
     given = extras(p, dtype, *names)
-    hold(p, conv(p, x, w, **given, **options, tile=tile), x, w, tile, **given)
+    hold(p, conv_fprop(x, w, p, **given, **options, tile=tile), x, w, tile, **given)
 
 
 @covered(
@@ -117,10 +113,10 @@ def test_splits_give_exact_sums_and_equal_bits(problem: ConvProblem, boxed: bool
     tile = small_tile(problem, boxed)
     x, w = operands(problem, torch.float16, integers=True)
     for splits in (2, 3, 4):
-        y = conv(problem, x, w, tile=replace(tile, splits=splits))
-        assert torch.equal(y, conv(problem, x, w, tile=tile))
+        y = conv_fprop(x, w, problem, tile=replace(tile, splits=splits))
+        assert torch.equal(y, conv_fprop(x, w, problem, tile=tile))
     x, w = operands(problem, torch.float16)
-    first, again = (conv(problem, x, w, tile=replace(tile, splits=3)) for _ in range(2))
+    first, again = (conv_fprop(x, w, problem, tile=replace(tile, splits=3)) for _ in range(2))
     assert torch.equal(first, again)
 
 
@@ -133,23 +129,23 @@ def test_splits_that_are_left_out_show(boxed: bool, monkeypatch: pytest.MonkeyPa
     for name, wrong in (("fprop_reduce_kernel", {"SPLITS": 2}), (kernel, {"steps_per_split": 2})):
         with monkeypatch.context() as patched:
             patched.setattr(fprop, name, Broken(getattr(fprop, name), **wrong))
-            with launcher.anew(), pytest.raises(AssertionError, match="error"):
+            with launcher.forgetful(), pytest.raises(AssertionError, match="error"):
                 check(problem, torch.float32, tile)
 
 
 def check_block_end(problem: ConvProblem, dtype: torch.dtype, projection: bool, *tiles: Tile | None) -> None:
     z, w = operands(problem, dtype)
-    side = torch.randn(z.shape).to(z)
+    shortcut = torch.randn(z.shape).to(z)
     (scale, shift), affine = (extras(problem, dtype, "prologue")["prologue"] for _ in range(2))
 
     def block_end(wide: torch.dtype) -> Tensor:
-        across = side.to(wide) if not projection else side.to(wide) * affine[0].to(wide) + affine[1].to(wide)
+        across = shortcut.to(wide) if not projection else shortcut.to(wide) * affine[0].to(wide) + affine[1].to(wide)
         return F.relu(z.to(wide) * scale.to(wide) + shift.to(wide) + across)
 
     for tile in tiles:
         out, what = torch.full_like(z, float("nan")), f"{problem} {tile}"
-        join = Join(side, *(affine if projection else (None, None)), out)
-        y, partials = conv(problem, z, w, prologue=(scale, shift), join=join, statistics=True, tile=tile)
+        join = Join(shortcut, *(affine if projection else (None, None)), out)
+        y, partials = conv_fprop(z, w, problem, prologue=(scale, shift), join=join, statistics=True, tile=tile)
         assert_close_to_reference(
             out, block_end(torch.float64), block_end(torch.float32).to(dtype), factor=3, what=what
         )
@@ -187,7 +183,7 @@ def test_every_prologue_with_every_epilogue(
 @pytest.mark.parametrize(("problem", "boxed"), CASES)
 def test_integers_are_exact(problem: ConvProblem, boxed: bool) -> None:
     x, w = operands(problem, torch.float16, integers=True)
-    y = conv(problem, x, w, tile=small_tile(problem, boxed))
+    y = conv_fprop(x, w, problem, tile=small_tile(problem, boxed))
     assert torch.equal(y.double(), reference(problem, x, w).round())  # a library may transform what it convolves
 
 
@@ -195,7 +191,7 @@ def test_integers_are_exact(problem: ConvProblem, boxed: bool) -> None:
 def test_statistics(problem: ConvProblem, boxed: bool) -> None:
     x, w = operands(problem, torch.float16)
     options = extras(problem, x.dtype, "prologue", "shift")
-    y, partials = conv(problem, x, w, **options, statistics=True, tile=small_tile(problem, boxed))
+    y, partials = conv_fprop(x, w, problem, **options, statistics=True, tile=small_tile(problem, boxed))
     hold(problem, y, x, w, **options)
     check_statistics(partials, y)
 
@@ -205,7 +201,9 @@ def test_statistics_survive_a_mean_far_from_zero(boxed: bool) -> None:
     problem = ConvProblem(4, 8, 8, 16, 16)
     x, w = operands(problem, torch.float32)
     shift = torch.full((16,), 50.0, device=DEVICE)
-    y, partials = conv_fprop(x, w, shift=shift, statistics=True, tile=small_tile(problem, boxed))
+    y, partials = conv_fprop(
+        x, w, ConvProblem.of(x.shape, w.shape), shift=shift, statistics=True, tile=small_tile(problem, boxed)
+    )
     check_statistics(partials, y)
 
 
@@ -216,7 +214,9 @@ def test_padding_is_zero_behind_the_prologue(boxed: bool) -> None:
     x, w = torch.zeros(1, 6, 6, 16, device=DEVICE), torch.ones(16, 3, 3, 16, device=DEVICE)
     for slope in (1.0, -1.0):
         prologue = (torch.full((16,), slope, device=DEVICE), torch.ones(16, device=DEVICE))
-        y = conv_fprop(x, w, pad=1, prologue=prologue, tile=small_tile(problem, boxed))
+        y = conv_fprop(
+            x, w, ConvProblem.of(x.shape, w.shape, pad=1), prologue=prologue, tile=small_tile(problem, boxed)
+        )
         assert isinstance(y, Tensor)
         inside = torch.tensor([2.0, 3, 3, 3, 3, 2], device=DEVICE)
         assert torch.equal(y[0, :, :, 0], 16 * inside[:, None] * inside)
@@ -228,7 +228,7 @@ def test_nan_comes_through_relu_and_prologue(boxed: bool) -> None:
     x, w = operands(problem, torch.float32)
     x[0, 2, 3, 4] = float("nan")
     options = extras(problem, x.dtype, "prologue", "relu")
-    y = conv_fprop(x, w, pad=1, **options, tile=small_tile(problem, boxed))
+    y = conv_fprop(x, w, ConvProblem.of(x.shape, w.shape, pad=1), **options, tile=small_tile(problem, boxed))
     assert isinstance(y, Tensor)
     want = reference(problem, x.cpu(), w.cpu(), prologue=tuple(v.cpu() for v in options["prologue"]), relu=True)
     assert torch.equal(y.isnan().cpu(), want.isnan())  # a GPU's library may spread a NaN over a tile
@@ -239,7 +239,7 @@ def test_nan_comes_through_relu_and_prologue(boxed: bool) -> None:
 @pytest.mark.parametrize(("problem", "boxed"), CASES[:: 1 if DEVICE == "cuda" else 3])
 def test_equal_inputs_give_equal_bits(problem: ConvProblem, boxed: bool) -> None:
     x, w = operands(problem, torch.float16)
-    first, again = (conv(problem, x, w, statistics=True, tile=small_tile(problem, boxed)) for _ in range(2))
+    first, again = (conv_fprop(x, w, problem, statistics=True, tile=small_tile(problem, boxed)) for _ in range(2))
     assert all(map(torch.equal, first, again))
 
 
@@ -263,10 +263,10 @@ def test_out_and_empty() -> None:
     out = torch.full((2, 7, 6, 24), float("nan"), device=DEVICE)
     split = replace(small_tile(problem, True), splits=2)
     for tile in (None, split):
-        assert conv_fprop(x, w, pad=1, out=out.fill_(float("nan")), tile=tile) is out
+        assert conv_fprop(x, w, ConvProblem.of(x.shape, w.shape, pad=1), out=out.fill_(float("nan")), tile=tile) is out
         hold(problem, out, x, w)
-        assert conv_fprop(x[:0], w, pad=1, tile=tile).shape == (0, 7, 6, 24)  # type: ignore[union-attr]
-    y, partials = conv_fprop(x[:0], w, pad=1, statistics=True)
+        assert conv_fprop(x[:0], w, ConvProblem.of(x[:0].shape, w.shape, pad=1), tile=tile).shape == (0, 7, 6, 24)  # type: ignore[union-attr]
+    y, partials = conv_fprop(x[:0], w, ConvProblem.of(x[:0].shape, w.shape, pad=1), statistics=True)
     assert y.shape == (0, 7, 6, 24)
     assert partials.shape[0] == 0
 
@@ -280,7 +280,7 @@ def test_single_pixels_of_any_strides() -> None:
     y = conv_fprop(
         x,
         w,
-        pad=1,
+        ConvProblem.of(x.shape, w.shape, pad=1),
         residual=torch.zeros(3, 16, 1, 1, device=DEVICE).permute(0, 2, 3, 1),
         tile=small_tile(problem, True),
     )
@@ -292,7 +292,9 @@ def test_other_output_dtype() -> None:
     x, w = operands(problem, torch.float16)
     residual = torch.randn(2, 7, 6, 24, device=DEVICE)
     for tile in (None, replace(small_tile(problem, True), splits=2)):
-        y = conv_fprop(x, w, pad=1, out_dtype=torch.float32, residual=residual, tile=tile)
+        y = conv_fprop(
+            x, w, ConvProblem.of(x.shape, w.shape, pad=1), out_dtype=torch.float32, residual=residual, tile=tile
+        )
         assert isinstance(y, Tensor)
         assert relative_error(y, reference(problem, x, w, residual=residual)) < 1e-6 + lost_in_sums(9 * 32, x)
 
@@ -309,14 +311,24 @@ def test_fp8(boxed: bool, splits: int) -> None:
     options = {"scale": torch.rand(16, device=DEVICE) + 0.5, "relu": True}
     tile = replace(small_tile(problem, boxed), splits=splits)
     wide = reference(problem, x.float(), w.float(), **options, residual=residual.double() * 0.25)
-    y = conv_fprop(x, w, pad=1, **options, residual=residual, residual_scale=0.25, tile=tile)
+    y = conv_fprop(
+        x, w, ConvProblem.of(x.shape, w.shape, pad=1), **options, residual=residual, residual_scale=0.25, tile=tile
+    )
     assert isinstance(y, Tensor)
     assert y.dtype == torch.bfloat16
     assert_close_to_reference(y, wide)
     if DEVICE == "cpu":
         return  # it rounds to e4m3 without carrying: 31.85 becomes 16
     options |= {"residual": residual, "residual_scale": 0.25}
-    y = conv_fprop(x, w, pad=1, **options, out_dtype=torch.float8_e4m3fn, out_scale=200.0, tile=tile)
+    y = conv_fprop(
+        x,
+        w,
+        ConvProblem.of(x.shape, w.shape, pad=1),
+        **options,
+        out_dtype=torch.float8_e4m3fn,
+        out_scale=200.0,
+        tile=tile,
+    )
     assert isinstance(y, Tensor)
     assert (y.float() == 448).any()
     assert relative_error(y, (200 * wide).clamp(max=448)) <= torch.finfo(torch.float8_e4m3fn).eps
@@ -363,22 +375,19 @@ def test_bad_arguments_are_named() -> None:
     vector = torch.ones(24, device=DEVICE)
     tma, gather = small_tile(problem, True), small_tile(problem, False)
 
-    def refused(message: str, x: Tensor = x, w: Tensor = w, **options: Any) -> None:
+    def refused(message: str, x: Tensor = x, w: Tensor = w, problem: ConvProblem = problem, **options: Any) -> None:
         with pytest.raises(ValueError, match=message):
-            conv_fprop(x, w, **{"pad": 1, "tile": gather, **options})
+            conv_fprop(x, w, problem, **{"tile": gather, **options})
 
     refused("x must be bfloat16, float16, float32 or float8", x=x.double())
-    refused("x .N, H, W, C. and w .K, R, S, C/groups. expected", x=x[0])
+    refused("x must have shape .2, 7, 6, 32., got .7, 6, 32.", x=x[0])
     refused("w must be torch.float32, got torch.float16", w=w.half())
-    refused("takes 64 channels, x has 32", groups=2)
-    refused("takes 16 channels, x has 32", w=w[..., :16])
+    refused("w must have shape .24, 3, 3, 32., got .24, 3, 3, 16.", w=w[..., :16])
     refused("w must be on", w=w.to("meta"))
-    refused("x must be contiguous", x=x.transpose(1, 2))
-    refused("larger than the padded input", x=x[:, :1].contiguous(), pad=0)
-    refused("stride must be >= 1", stride=0)
+    refused("x must be contiguous", x=torch.cat([x, x], 3)[..., :32])
     refused("shift must have shape .24., got .23.", shift=vector[:23])
     refused("scale must be torch.float32, got torch.float16", scale=vector.half())
-    refused("prologue scale must have shape .32.", prologue=(vector, vector))
+    refused("prologue_scale must have shape .32.", prologue=(vector, vector))
     refused("residual must have shape", residual=x)
     refused("residual must be torch.float32", residual=torch.zeros(2, 7, 6, 24, dtype=torch.int32, device=DEVICE))
     refused("out must be torch.float16", out=torch.empty(2, 7, 6, 24, device=DEVICE), out_dtype=torch.float16)
@@ -389,13 +398,14 @@ def test_bad_arguments_are_named() -> None:
     for wrong in (tma, gather):
         refused("splits must be >= 1, got 0", tile=replace(wrong, splits=0))
         refused("splits=2: only without statistics", tile=replace(wrong, splits=2), statistics=True)
-    ones, split = torch.ones(32, device=DEVICE), replace(gather, splits=2)
+    ones, split, pointwise = torch.ones(32, device=DEVICE), replace(gather, splits=2), ConvProblem(2, 7, 6, 32, 24)
     joined = {"prologue": (ones, ones), "join": Join(x, None, None, x.clone())}
-    refused("splits=2: only without join", w=w[:, :1, :1].contiguous(), pad=0, **joined, tile=split)
+    refused("splits=2: only without join", w=w[:, :1, :1].contiguous(), problem=pointwise, **joined, tile=split)
     refused("BK=64 must divide C=32", tile=Tile(16, 32, 64, 4, 2, tma.box))
     refused("the box must hold BN pixels", tile=Tile(16, 64, 32, 4, 2, tma.box))
-    refused("impossible here: stride 2 over an odd image 7x6", stride=2, tile=tma)
-    refused("impossible here: C=8 is no multiple of 16", x=x[..., :8].contiguous(), w=w[..., :8].contiguous(), tile=tma)
+    refused("impossible here: stride 2 over an odd image 7x6", problem=replace(problem, stride=2), tile=tma)
+    narrow = {"x": x[..., :8].contiguous(), "w": w[..., :8].contiguous(), "problem": replace(problem, C=8)}
+    refused("impossible here: C=8 is no multiple of 16", **narrow, tile=tma)
 
 
 @pytest.mark.gpu
@@ -412,7 +422,7 @@ def test_every_tile_at_every_layer(name: str, dtype: torch.dtype, names: tuple[s
         boxed = [True] if fprop_tma_refusal(problem, x, w) is None else []
         ref64, baseline = reference(problem, x, w, **given), reference(problem, x, w, dtype, **given)
         for tile in (t for tma in (*boxed, False) for t in fprop_tiles(problem, 2, tma, computed=len(names) > 0)):
-            y, partials = conv(problem, x, w, **given, statistics=True, tile=tile)
+            y, partials = conv_fprop(x, w, problem, **given, statistics=True, tile=tile)
             assert_close_to_reference(y, ref64, baseline, factor=3.0, what=f"{problem} {tile} {names}")
             check_statistics(partials, y)
 
@@ -429,7 +439,7 @@ def test_every_split_tile_at_every_layer(name: str, dtype: torch.dtype, names: t
         boxed = [True] if fprop_tma_refusal(problem, x, w) is None else []
         ref64, baseline = reference(problem, x, w, **given), reference(problem, x, w, dtype, **given)
         for tile in (t for tma in (*boxed, False) for t in fprop_tiles(problem, 2, tma, split=True)):
-            y = conv(problem, x, w, **given, tile=tile)
+            y = conv_fprop(x, w, problem, **given, tile=tile)
             assert_close_to_reference(y, ref64, baseline, factor=3.0, what=f"{problem} {tile} {names}")
 
 

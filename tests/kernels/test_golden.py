@@ -48,36 +48,67 @@ def launches() -> dict[str, Callable[[], Any]]:
     s, s4 = meta(64, dtype=torch.float32), meta(256, dtype=torch.float32)
     single = meta(1, SIZE, SIZE, C)
     return {
-        "infer 3x3": lambda: conv_fprop(x, spatial, pad=1, scale=v, shift=v, relu=True),
-        "infer 1x1 residual": lambda: conv_fprop(x, expand, scale=v4, shift=v4, residual=wide, relu=True),
-        "infer 3x3 split": lambda: conv_fprop(
-            single, spatial, pad=1, shift=v, relu=True, tile=Tile(64, 32, 64, 4, 6, (1, 2, 16), splits=4)
+        "infer 3x3": lambda: conv_fprop(
+            x, spatial, ConvProblem.of(x.shape, spatial.shape, pad=1), scale=v, shift=v, relu=True
         ),
-        "fprop 3x3 prologue statistics": lambda: conv_fprop(x, spatial, pad=1, prologue=(v, v), statistics=True),
-        "fprop 1x1 prologue statistics": lambda: conv_fprop(x, expand, prologue=(v, v), statistics=True),
-        "dgrad 3x3 mask": lambda: conv_dgrad(x, spatial, x.shape, pad=1, relu_mask=(v, v), norm=(x, v)),
+        "infer 1x1 residual": lambda: conv_fprop(
+            x, expand, ConvProblem.of(x.shape, expand.shape), scale=v4, shift=v4, residual=wide, relu=True
+        ),
+        "infer 3x3 split": lambda: conv_fprop(
+            single,
+            spatial,
+            ConvProblem.of(single.shape, spatial.shape, pad=1),
+            shift=v,
+            relu=True,
+            tile=Tile(64, 32, 64, 4, 6, (1, 2, 16), splits=4),
+        ),
+        "fprop 3x3 prologue statistics": lambda: conv_fprop(
+            x, spatial, ConvProblem.of(x.shape, spatial.shape, pad=1), prologue=(v, v), statistics=True
+        ),
+        "fprop 1x1 prologue statistics": lambda: conv_fprop(
+            x, expand, ConvProblem.of(x.shape, expand.shape), prologue=(v, v), statistics=True
+        ),
+        "dgrad 3x3 mask": lambda: conv_dgrad(
+            x, spatial, ConvProblem.of(x.shape, spatial.shape, pad=1), relu_mask=(v, v), below=(x, v)
+        ),
         "dgrad 1x1 dz mask": lambda: conv_dgrad(
-            wide, expand, x.shape, bn_backward=(wide, v4, v4, v4), relu_mask=(v, v), norm=(x, v)
+            wide,
+            expand,
+            ConvProblem.of(x.shape, expand.shape),
+            bn_backward=(wide, v4, v4, v4),
+            relu_mask=(v, v),
+            below=(x, v),
         ),
         "fprop 1x1 persistent": lambda: conv_fprop(
-            narrow, meta(256, 1, 1, 64), prologue=(s, s), statistics=True, tile=PERSISTENT
+            narrow,
+            meta(256, 1, 1, 64),
+            ConvProblem.of(narrow.shape, meta(256, 1, 1, 64).shape),
+            prologue=(s, s),
+            statistics=True,
+            tile=PERSISTENT,
         ),
         "infer 1x1 persistent residual": lambda: conv_fprop(
-            narrow, meta(256, 1, 1, 64), shift=s4, residual=broad, relu=True, tile=PERSISTENT
+            narrow,
+            meta(256, 1, 1, 64),
+            ConvProblem.of(narrow.shape, meta(256, 1, 1, 64).shape),
+            shift=s4,
+            residual=broad,
+            relu=True,
+            tile=PERSISTENT,
         ),
         "dgrad 1x1 persistent end": lambda: conv_dgrad(
             narrow,
             meta(64, 1, 1, 256),
-            broad.shape,
+            ConvProblem.of(broad.shape, meta(64, 1, 1, 256).shape),
             bn_backward=(narrow, s, s, s),
             residual=broad,
             relu_mask=broad,
-            norm=(broad, s4),
+            below=(broad, s4),
             tile=PERSISTENT,
         ),
-        "wgrad 3x3 prologue": lambda: conv_wgrad(x, x, spatial.shape, pad=1, prologue=(v, v)),
+        "wgrad 3x3 prologue": lambda: conv_wgrad(x, x, ConvProblem.of(x.shape, spatial.shape, pad=1), prologue=(v, v)),
         "wgrad 1x1 dz prologue": lambda: conv_wgrad(
-            wide, x, expand.shape, bn_backward=(wide, v4, v4, v4), prologue=(v, v)
+            wide, x, ConvProblem.of(x.shape, expand.shape), bn_backward=(wide, v4, v4, v4), prologue=(v, v)
         ),
         "chain": lambda: bottleneck_chain(
             narrow, meta(64, 3, 3, 64), s, meta(256, 1, 1, 64), s4, broad, meta(64, 1, 1, 256), s

@@ -48,49 +48,89 @@ class Operands:
 PERSISTENT = Tile(64, 32, 64, 4, 3, (1, 1, 32), persistent=1)
 STEM = ConvProblem(2, 10, 12, 3, 16, 7, 7, 2, 3)
 CALLS: dict[str, Callable[[Operands], Any]] = {
-    "fprop 1x1": lambda o: conv_fprop(o(2, 8, 8, 32), o(64, 1, 1, 32), prologue=o.vectors(2, 32), statistics=True),
-    "fprop 3x3": lambda o: conv_fprop(o(2, 8, 8, 32), o(16, 3, 3, 32), pad=1, stride=2, residual=o(2, 4, 4, 16)),
-    "fprop, grouped": lambda o: conv_fprop(o(2, 5, 7, 6), o(8, 3, 3, 3), groups=2, pad=1, out=o(2, 5, 7, 8)),
+    "fprop 1x1": lambda o: conv_fprop(
+        o(2, 8, 8, 32),
+        o(64, 1, 1, 32),
+        ConvProblem.of((2, 8, 8, 32), (64, 1, 1, 32)),
+        prologue=o.vectors(2, 32),
+        statistics=True,
+    ),
+    "fprop 3x3": lambda o: conv_fprop(
+        o(2, 8, 8, 32),
+        o(16, 3, 3, 32),
+        ConvProblem.of((2, 8, 8, 32), (16, 3, 3, 32), pad=1, stride=2),
+        residual=o(2, 4, 4, 16),
+    ),
+    "fprop, grouped": lambda o: conv_fprop(
+        o(2, 5, 7, 6), o(8, 3, 3, 3), ConvProblem.of((2, 5, 7, 6), (8, 3, 3, 3), groups=2, pad=1), out=o(2, 5, 7, 8)
+    ),
     "fprop, live norm": lambda o: conv_fprop(
-        o(2, 8, 8, 32), o(16, 1, 1, 32), norm=RunningNorm(o(16), o(16, draw=torch.rand), None, o(16), 1e-5), relu=True
+        o(2, 8, 8, 32),
+        o(16, 1, 1, 32),
+        ConvProblem.of((2, 8, 8, 32), (16, 1, 1, 32)),
+        norm=RunningNorm(o(16), o(16, draw=torch.rand), None, o(16), 1e-5),
+        relu=True,
     ),
     "fprop, split": lambda o: conv_fprop(
         o(2, 8, 8, 32),
         o(16, 3, 3, 32),
-        pad=1,
+        ConvProblem.of((2, 8, 8, 32), (16, 3, 3, 32), pad=1),
         scale=o.vectors(1, 16)[0],
         residual=o(2, 8, 8, 16),
         tile=Tile(16, 32, 32, 4, 2, (1, 4, 8), splits=4),
     ),
     "fprop, split, by pointers": lambda o: conv_fprop(
-        o(2, 5, 7, 6), o(8, 3, 3, 3), groups=2, pad=1, relu=True, tile=Tile(16, 32, 16, 4, 2, splits=2)
+        o(2, 5, 7, 6),
+        o(8, 3, 3, 3),
+        ConvProblem.of((2, 5, 7, 6), (8, 3, 3, 3), groups=2, pad=1),
+        relu=True,
+        tile=Tile(16, 32, 16, 4, 2, splits=2),
     ),
     "fprop, joined": lambda o: conv_fprop(
         o(2, 8, 8, 32),
         o(16, 1, 1, 32),
+        ConvProblem.of((2, 8, 8, 32), (16, 1, 1, 32)),
         prologue=o.vectors(2, 32),
         join=Join(o(2, 8, 8, 32), None, None, o(2, 8, 8, 32)),
     ),
     "fprop, persistent": lambda o: conv_fprop(
-        o(2, 8, 8, 32), o(64, 1, 1, 32), prologue=o.vectors(2, 32), statistics=True, tile=PERSISTENT
+        o(2, 8, 8, 32),
+        o(64, 1, 1, 32),
+        ConvProblem.of((2, 8, 8, 32), (64, 1, 1, 32)),
+        prologue=o.vectors(2, 32),
+        statistics=True,
+        tile=PERSISTENT,
     ),
-    "dgrad": lambda o: conv_dgrad(o(2, 4, 4, 64), o(64, 3, 3, 32), (2, 8, 8, 32), stride=2, pad=1),
+    "dgrad": lambda o: conv_dgrad(
+        o(2, 4, 4, 64), o(64, 3, 3, 32), ConvProblem.of((2, 8, 8, 32), (64, 3, 3, 32), stride=2, pad=1)
+    ),
     "dgrad, sums": lambda o: conv_dgrad(
         o(2, 8, 8, 64),
         o(64, 1, 1, 32),
-        (2, 8, 8, 32),
+        ConvProblem.of((2, 8, 8, 32), (64, 1, 1, 32)),
         bn_backward=(o(2, 8, 8, 64), *o.vectors(3, 64)),
         relu_mask=o(2, 8, 8, 32),
-        norm=(o(2, 8, 8, 32), *o.vectors(1, 32)),
+        below=(o(2, 8, 8, 32), *o.vectors(1, 32)),
         projection=(o(2, 8, 8, 32), *o.vectors(1, 32)),
     ),
     "dgrad, persistent": lambda o: conv_dgrad(
-        o(2, 8, 8, 64), o(64, 1, 1, 32), (2, 8, 8, 32), norm=(o(2, 8, 8, 32), *o.vectors(1, 32)), tile=PERSISTENT
+        o(2, 8, 8, 64),
+        o(64, 1, 1, 32),
+        ConvProblem.of((2, 8, 8, 32), (64, 1, 1, 32)),
+        below=(o(2, 8, 8, 32), *o.vectors(1, 32)),
+        tile=PERSISTENT,
     ),
-    "wgrad": lambda o: conv_wgrad(o(2, 8, 8, 32), o(2, 8, 8, 16), (32, 3, 3, 16), pad=1, prologue=o.vectors(2, 16)),
-    "wgrad, strided": lambda o: conv_wgrad(o(2, 4, 4, 32), o(2, 8, 8, 16), (32, 1, 1, 16), stride=2),
+    "wgrad": lambda o: conv_wgrad(
+        o(2, 8, 8, 32), o(2, 8, 8, 16), ConvProblem.of((2, 8, 8, 16), (32, 3, 3, 16), pad=1), prologue=o.vectors(2, 16)
+    ),
+    "wgrad, strided": lambda o: conv_wgrad(
+        o(2, 4, 4, 32), o(2, 8, 8, 16), ConvProblem.of((2, 8, 8, 16), (32, 1, 1, 16), stride=2)
+    ),
     "wgrad, split": lambda o: conv_wgrad(
-        o(2, 8, 8, 32), o(2, 8, 8, 16), (32, 1, 1, 16), tile=Tile(16, 16, 32, 4, 2, splits=2)
+        o(2, 8, 8, 32),
+        o(2, 8, 8, 16),
+        ConvProblem.of((2, 8, 8, 16), (32, 1, 1, 16)),
+        tile=Tile(16, 16, 32, 4, 2, splits=2),
     ),
     "statistics": lambda o: batch_norm.statistics(o(2, 9, 8, 5)),
     "finish_statistics": lambda o: batch_norm.finish_statistics(
@@ -170,7 +210,7 @@ def test_the_second_call_gives_what_deciding_anew_gives(name: str) -> None:
     with decided() as deciding:
         second = call(Operands(1, dtype))
     assert not deciding.called
-    with launcher.anew():
+    with launcher.forgetful():
         anew = call(Operands(1, dtype))
     assert type(second) is type(anew)
     tensors = [list(leaves(result)) for result in (first, second, anew)]
@@ -230,7 +270,7 @@ def test_the_driver_gets_what_it_gets_of_a_launch_anew(name: str, monkeypatch: p
         given, memory = iter(drawn[first_drawn:]), iter(taken[first_taken:])
         monkeypatch.setattr(Operands, "__call__", lambda *_, **__: next(given))
         monkeypatch.setattr(torch, "empty", lambda *_, **__: next(memory))
-        with launcher.anew():
+        with launcher.forgetful():
             CALLS[name](Operands(1, torch.bfloat16))
     first, second, anew = launched[:once], launched[once : 2 * once], launched[2 * once :]
     assert once > 0
@@ -289,7 +329,7 @@ def test_what_is_decided_again(add: Callable[..., Tensor]) -> None:
     assert not decides(b, a, within=(b + 1,))
     launcher.forget()
     assert decides(a, b)
-    with launcher.anew():
+    with launcher.forgetful():
         assert decides(a, b)
     assert not decides(a, b)
 

@@ -86,7 +86,7 @@ def check(tune: ModuleType, call: Call, dtype: torch.dtype, device: torch.device
         for got, ref, baseline in zip(tensors, exact, usual, strict=True):
             assert_close_to_reference(got, ref, baseline, factor=3, what=what, lost=lost)
         if call.launcher == "conv_dgrad":
-            norms = [norm for norm in (given["norm"], given["projection"]) if norm is not None]
+            norms = [norm for norm in (given["below"], given["projection"]) if norm is not None]
             for sums, norm in zip(partials, norms, strict=True):
                 check_sums(sums, tensors[-1], *norm)
         else:
@@ -205,8 +205,8 @@ INTO_TWO, WEIGHTS = ("dgrad", REDUCE, "projection"), ("wgrad", SQUARE)
         (FOLDED, fprop, {"RELU": False}),
         (FOLDED, fprop, {"PAD_H": 0}),
         (JOINED, fprop, {"steps": 3}),
-        (JOINED, fprop, {"side_scale": None, "side_shift": None}),
-        (INTO_TWO, dgrad, {"dout": None}),
+        (JOINED, fprop, {"shortcut_scale": None, "shortcut_shift": None}),
+        (INTO_TWO, dgrad, {"residual": None}),
         (("dgrad", SQUARE), dgrad, {"offset_h": 0}),
         (WEIGHTS, wgrad, {"PAD": 0}),
     ],

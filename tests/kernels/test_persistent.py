@@ -49,7 +49,7 @@ def test_fprop(problem: ConvProblem, tile: Tile, sms: int) -> None:
     """As in training, and with every epilogue."""
     x, w = forward.operands(problem, HALF)
     given = forward.extras(problem, HALF, "prologue")
-    y, partials = conv_fprop(x, w, **given, statistics=True, tile=tile)
+    y, partials = conv_fprop(x, w, ConvProblem.of(x.shape, w.shape), **given, statistics=True, tile=tile)
     forward.hold(problem, y, x, w, tile, **given)
     check_statistics(partials, y)
     rows = min(-(-problem.pixels // tile.BN), max(1, sms // -(-problem.K // tile.BM)))
@@ -88,14 +88,18 @@ def test_statistics_survive_a_mean_far_from_zero(sms: int) -> None:
     problem = ConvProblem(8, 16, 16, 16, 16)
     x, w = forward.operands(problem, HALF)
     shift = torch.full((16,), 50.0, device=DEVICE)
-    y, partials = conv_fprop(x, w, shift=shift, statistics=True, out_dtype=torch.float32, tile=ONE_STEP)
+    y, partials = conv_fprop(
+        x, w, ConvProblem.of(x.shape, w.shape), shift=shift, statistics=True, out_dtype=torch.float32, tile=ONE_STEP
+    )
     check_statistics(partials, y)
 
 
 def test_bits_do_not_change(sms: int) -> None:
     problem = PROBLEMS["tails everywhere"]
     x, w = forward.operands(problem, HALF)
-    first, again = (conv_fprop(x, w, statistics=True, tile=ONE_STEP) for _ in range(2))
+    first, again = (
+        conv_fprop(x, w, ConvProblem.of(x.shape, w.shape), statistics=True, tile=ONE_STEP) for _ in range(2)
+    )
     assert all(map(torch.equal, first, again))
     o = backward.make(problem, HALF)
     first, again = (backward.run_dgrad(o, "bn residual end", STEPS) for _ in range(2))
@@ -104,11 +108,10 @@ def test_bits_do_not_change(sms: int) -> None:
 
 def test_without_pixels() -> None:
     x, w = forward.operands(PROBLEMS["no tails"], HALF)
-    y, partials = conv_fprop(x[:0], w, statistics=True, tile=ONE_STEP)
+    y, partials = conv_fprop(x[:0], w, ConvProblem.of(x[:0].shape, w.shape), statistics=True, tile=ONE_STEP)
     assert (y.shape, partials.shape) == ((0, 8, 8, 32), (0, 3, 32))
-    dx, sums = conv_dgrad(
-        x[:0], w, (0, 8, 8, 32), norm=(x[:0], torch.zeros(32, device=DEVICE)), tile=ONE_STEP
-    )  # fmt: skip
+    below = x[:0], torch.zeros(32, device=DEVICE)
+    dx, sums = conv_dgrad(x[:0], w, ConvProblem.of((0, 8, 8, 32), w.shape), below=below, tile=ONE_STEP)  # type: ignore[misc]
     assert (dx.shape, sums.shape) == ((0, 8, 8, 32), (0, 2, 32))
 
 
@@ -118,7 +121,7 @@ def wrong_ones() -> Iterator[Any]:
         ("a step forgotten", "fprop", {"STEPS": 1}),
         ("tails that count", "fprop", {"FULL": True}),
         ("tails that count", "dgrad", {"FULL": True}),
-        ("a gradient forgotten", "dgrad", {"dout": None}),
+        ("a gradient forgotten", "dgrad", {"residual": None}),
         ("a step forgotten", "dgrad", {"STEPS": 1}),
     ):
         yield pytest.param(kernel, wrong, id=f"{kernel}, {name}")
@@ -132,14 +135,14 @@ def test_a_wrong_kernel_fails(kernel: str, wrong: dict[str, Any], monkeypatch: p
         if kernel == "fprop":
             x, w = forward.operands(problem, HALF)
             given = forward.extras(problem, HALF, "prologue", "shift")
-            y, partials = conv_fprop(x, w, **given, statistics=True, tile=STEPS)
+            y, partials = conv_fprop(x, w, ConvProblem.of(x.shape, w.shape), **given, statistics=True, tile=STEPS)
             forward.hold(problem, y, x, w, STEPS, **given)
             check_statistics(partials, y)
         else:
             o = backward.make(problem, HALF)
             backward.check_dgrad(o, "bn relu residual", STEPS)
 
-    with launcher.anew():
+    with launcher.forgetful():
         check()
         monkeypatch.setattr(persistent, name, Broken(getattr(persistent, name), **wrong))
         with pytest.raises(AssertionError):
@@ -147,13 +150,13 @@ def test_a_wrong_kernel_fails(kernel: str, wrong: dict[str, Any], monkeypatch: p
 
 
 def test_what_they_cannot_serve_is_named() -> None:
-    def refused(message: str, tile: Tile = ONE_STEP, dtype: torch.dtype = HALF, R: int = 1, **options: Any) -> None:
+    def refused(message: str, tile: Tile = ONE_STEP, dtype: torch.dtype = HALF, R: int = 1, **geometry: int) -> None:
         x, w = torch.zeros(1, 8, 8, 16, device=DEVICE).to(dtype), torch.zeros(16, R, R, 16, device=DEVICE).to(dtype)
+        problem = ConvProblem.of(x.shape, w.shape, **geometry)
         with pytest.raises(ValueError, match=message):
-            conv_fprop(x, w, **options, tile=tile)
-        if not options:
-            with pytest.raises(ValueError, match=message):
-                conv_dgrad(torch.zeros(1, 9 - R, 9 - R, 16).to(x), w, x.shape, tile=tile)
+            conv_fprop(x, w, problem, tile=tile)
+        with pytest.raises(ValueError, match=message):
+            conv_dgrad(torch.zeros(problem.y_shape).to(x), w, problem, tile=tile)
 
     refused("16-bit 1x1 convolutions of stride 1 .* got torch.float32", dtype=torch.float32)
     refused("16-bit 1x1 convolutions of stride 1 .* R=3", R=3)

@@ -98,7 +98,7 @@ def assert_ahead(one: Launch) -> None:
     loop = loop[: loop.index("scf.yield")]
     behind = loop[loop.rindex("warp_group_dot_wait") :]
     copy = re.compile(r"async_tma_copy_global_to_local %(\w+?)\[")
-    read = ("x", "side", "residual", "dy", "z", "z_prev", "z_side", "sign", "dout", "out")
+    read = ("x", "shortcut", "residual", "dy", "z", "z_below", "z_proj", "relu_mask", "residual_mask")
     given = {name for name in read if one.kwargs.get(name) is not None}
     assert {*copy.findall(behind)} == given
     assert copy.findall(loop) == copy.findall(behind)
@@ -126,9 +126,16 @@ def test_the_driver_takes_them(monkeypatch: pytest.MonkeyPatch) -> None:
     x, w = torch.empty(16, 56, 56, 64, dtype=torch.bfloat16), torch.empty(256, 1, 1, 64, dtype=torch.bfloat16)
     tile = Tile(64, 64, 64, 4, 3, (1, 1, 64), persistent=3)
     with stub_cuda.driver() as accepted:
-        conv_fprop(x, w, prologue=(torch.empty(64), torch.empty(64)), statistics=True, tile=tile)
+        conv_fprop(
+            x,
+            w,
+            ConvProblem.of(x.shape, w.shape),
+            prologue=(torch.empty(64), torch.empty(64)),
+            statistics=True,
+            tile=tile,
+        )
         y = torch.empty(16, 56, 56, 256, dtype=torch.bfloat16)
-        conv_dgrad(y, w, tuple(x.shape), norm=(x, torch.empty(64)), tile=tile)  # type: ignore[arg-type]
+        conv_dgrad(y, w, ConvProblem.of(x.shape, w.shape), below=(x, torch.empty(64)), tile=tile)  # type: ignore[arg-type]
     assert [one.grid for one in accepted] == [(396, 1, 1), (396, 1, 1)]
 
 

@@ -45,7 +45,7 @@ def fprop(problem: ConvProblem, tile: Tile | None) -> None:
     forward.check(problem, HALF, tile, "prologue", "scale", "shift", "residual", "relu")
     if tile is None or tile.splits == 1:
         x, w = forward.operands(problem, HALF)
-        y, partials = forward.conv(problem, x, w, statistics=True, tile=tile)
+        y, partials = forward.conv_fprop(x, w, problem, statistics=True, tile=tile)
         check_statistics(partials, y)
 
 

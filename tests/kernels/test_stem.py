@@ -20,6 +20,7 @@ from torch.nn.grad import conv2d_weight
 
 import fastres
 from fastres.kernels import launcher, stem
+from fastres.kernels import wgrad as wgrad_module
 from fastres.kernels.checks import gpu_of
 from fastres.kernels.problem import ConvProblem
 from fastres.kernels.stem import conv_stem, conv_stem_wgrad, pack_filters, pack_images
@@ -27,6 +28,7 @@ from fastres.kernels.tiles import Tile, stem_wgrad_tiles
 from fastres.ops import dispatch
 from fastres.ops.conv_bn import conv_bn
 from fastres.ops.layout import Geometry
+from fastres.ops.reference import BNBackward
 
 pytestmark = [pytest.mark.interpret, pytest.mark.usefixtures("poisoned")]
 
@@ -148,7 +150,8 @@ def test_a_wrong_kernel_fails(kernel: str, wrong: dict[str, Any], monkeypatch: p
     hold, tile = (hold_fprop, FPROP["a row"]) if "fprop" in kernel else (hold_wgrad, WGRAD["a row, 3 splits"])
     hold(PROBLEMS["7x7"], torch.float32, tile)
     launcher.forget()
-    monkeypatch.setattr(stem, kernel, Broken(getattr(stem, kernel), **wrong))
+    module = wgrad_module if kernel == "wgrad_reduce_kernel" else stem
+    monkeypatch.setattr(module, kernel, Broken(getattr(module, kernel), **wrong))
     with pytest.raises(AssertionError):
         hold(PROBLEMS["7x7"], torch.float32, tile)
 
@@ -169,7 +172,8 @@ def test_steps_of_a_net_take_it(dtype: torch.dtype) -> None:
     assert_close_to_reference(pair.infer(x, w, one, one), (y + 1).relu(), reference(p, x, w, dtype))
     assert_close_to_reference(pair.fprop(x, w, None)[0], y, reference(p, x, w, dtype))
     scaled, added = 2 * dz.double(), 2 * dz.double() + z.double() / 2 + 0.25
-    bns = (None, dz.double()), ((z, 2 * one, None, None), scaled), ((z, 2 * one, one / 2, one / 4), added)
+    frozen, batch = BNBackward(z, 2 * one, None, None), BNBackward(z, 2 * one, one / 2, one / 4)
+    bns = (None, dz.double()), (frozen, scaled), (batch, added)
     for bn, exact in bns:
         dw, rounded = pair.wgrad(dz, x, bn, None, torch.float32), exact.to(dtype)
         assert_close_to_reference(dw, wgrad(p, images, exact, torch.float64), wgrad(p, images, rounded, torch.float32))
