@@ -38,6 +38,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from fastres import kernels
 from fastres.inference import plan
 from fastres.inference.program import Program
+from fastres.inference.trace import trace
 from fastres.kernels import launcher, tables
 from fastres.kernels.checks import gpu_of
 from fastres.kernels.problem import ConvProblem
@@ -414,7 +415,7 @@ def infer_optimized(net: nn.Module, batch: int, size: int, dtype: torch.dtype) -
     """The kernels of `fastres.optimize(net)` in a CUDA graph, which copies images in and scores out. Every BatchNorm is
     taken to have a shift."""
     net = net.to(META).eval()
-    steps, output = plan.trace(copy.deepcopy(net))
+    steps, output = trace(copy.deepcopy(net))
     steps = plan.fuse_chains(plan.fuse(steps, output), output)
     weights, modules = {}, {}
     for step in steps:

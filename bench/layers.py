@@ -202,7 +202,7 @@ def infer(
         by: Any = folded.by_stem if pair.engines.infer == "stem" else folded.by_triton
         return partial(by, p=p, geometry=pair.geometry, relu=relu, precision=pair.engines.precision)
     added, shape = "residual" if len(inputs) > 1 else None, tuple(w.shape)
-    conv = plan.Conv(plan.Unit("conv"), plan.INPUT, "y", pair.geometry, shape, added, relu)  # type: ignore[arg-type]
+    conv = plan.Conv(plan.Pair("conv"), plan.INPUT, "y", pair.geometry, shape, added, relu)  # type: ignore[arg-type]
     with fastres.backend("cudnn"):
         bound, _ = Program([conv], "y", {"y": p}, {}, w.dtype)._bind_conv(conv, *inputs)
     return lambda *inputs: bound.call(*inputs)[0]

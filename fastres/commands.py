@@ -22,7 +22,7 @@ from tqdm import tqdm
 from fastres.classes import IMAGENET, are_imagenet_ids, difference, out_of_order
 from fastres.evaluate import CROPS, SCALES, Predictor, Result, Views, evaluate, require_metrics
 from fastres.images import ClassFolders, ImageError, image_files, read_image, require_file
-from fastres.inference.optimized import optimize
+from fastres.inference import optimize
 from fastres.models import families
 from fastres.ops import dispatch
 from fastres.table import Table, in_place_of

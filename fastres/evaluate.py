@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as tvf
 
 from fastres.crop import MOST_PIXELS, centre, resized, resized_crop
-from fastres.inference.optimized import optimize
+from fastres.inference import optimize
 from fastres.table import Table
 
 __all__ = [

@@ -1,5 +1,6 @@
-"""`optimize`: a net for inference, traced to a plan (`plan`) whose steps are bound to engines (`program`)."""
+"""`optimize` (`freeze`): a net for inference, traced (`trace`) to a `plan` that is bound to engines (`program`)."""
 
-from fastres.inference.optimized import Optimized, optimize
+from fastres.inference.freeze import optimize
+from fastres.inference.optimized import Optimized
 
 __all__ = ["Optimized", "optimize"]

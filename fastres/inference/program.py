@@ -16,17 +16,17 @@ from fastres.inference.plan import (
     FUNCTIONS,
     INPUT,
     Aten,
-    Attr,
     Chain,
     Conv,
     Convert,
+    ModelTensor,
     Step,
     Value,
     borrows,
-    convs,
     mapped,
     overwritable,
     readers,
+    unchained,
 )
 from fastres.ops import dispatch, eligibility, folded, onednn, quantised, reference
 from fastres.ops.layout import nchw, nhwc
@@ -62,7 +62,7 @@ class Compiled(NamedTuple):
     call: Callable[[Tensor], Tensor]
     steps: int
     writes: str
-    how: str
+    form: str
 
 
 class Program:
@@ -84,54 +84,53 @@ class Program:
         """packings: what programs of the same weights share."""
         self.steps, self.output, self.dtype = steps, output, dtype
         self.weights, self.layers, self.packings = weights, layers, packings or onednn.Packings()
-        self.parts = [part for step in steps for part in convs(step) or (step,)]
+        self.unchained = unchained(steps)
         self.borrows = borrows(steps, output)
-        self.overwritable = overwritable(self.parts, output)
+        self.overwritable = overwritable(self.unchained, output)
         self.bound: list[Bound] = []
         self.graph: torch.cuda.CUDAGraph | None = None
         self.compiled: Compiled | None = None
         self.why_not_compiled: str | None = None
-        self.calls, self.settled = 0, False
-        self.shares = False  # int8 weights that were packed for another number of images
+        self.calls, self.specialised = 0, False
+        self.shares_packings = False  # of int8 weights, made for another number of images
 
     def bind(self, x: Tensor) -> Tensor:
         """Choose every step's engine while computing the answer to x [N, H, W, C]."""
-        left = readers(self.parts, self.output)
+        unread = readers(self.unchained, self.output)
         values: dict[str, Any] = {INPUT: x}
         for step in self.steps:
-            for bound in self._bound(step, values):
-                for part in convs(bound.step) or (bound.step,):
-                    left.subtract(part.reads)
-                bound.dies = tuple(name for name in values if left[name] <= 0)
+            for bound in self._bind(step, values):
+                for single in unchained([bound.step]):
+                    unread.subtract(single.reads)
+                bound.dies = tuple(name for name in values if unread[name] <= 0)
                 self.bound.append(bound)
                 for name in bound.dies:
                     del values[name]
         return self._answer(values[self.output])
 
-    def run(self, x: Tensor, observe: Callable[[str, Any], None] | None = None) -> Tensor:
-        """The answer to x [N, H, W, C]; where it is computed step by step `observe` is shown every value, which a later
-        step may overwrite."""
-        compiled = self.compiled
-        if compiled is not None and observe is None:
-            return self._through(compiled, x)
-        if observe is not None:
-            observe(INPUT, x)
-        return self._answer(self._run({INPUT: x}, self.bound, self.output, observe))
+    def run(self, x: Tensor, observer: Callable[[str, Any], None] | None = None) -> Tensor:
+        """The answer to x [N, H, W, C]. observer: shown every value by name, while steps compute them one by one; later
+        ones may overwrite it."""
+        if self.compiled is not None and observer is None:
+            return self._run_compiled(self.compiled, x)
+        if observer is not None:
+            observer(INPUT, x)
+        return self._answer(self._run_steps({INPUT: x}, self.bound, self.output, observer))
 
-    def _run(
+    def _run_steps(
         self,
         values: dict[str, Any],
-        bound: Sequence[Bound],
+        steps: Sequence[Bound],
         wanted: str,
-        observe: Callable[[str, Any], None] | None = None,
+        observer: Callable[[str, Any], None] | None = None,
     ) -> Any:
-        """The value `wanted`, from `values` by the steps `bound`."""
-        for each in bound:
-            for name, value in zip(each.writes, each.call(*map(values.get, each.reads)), strict=True):
+        """The value `wanted`, from `values` by `steps`."""
+        for bound in steps:
+            for name, value in zip(bound.writes, bound.call(*map(values.get, bound.reads)), strict=True):
                 values[name] = value
-                if observe is not None:
-                    observe(name, value)
-            for name in each.dies:
+                if observer is not None:
+                    observer(name, value)
+            for name in bound.dies:
                 values.pop(name, None)
         return values[wanted]
 
@@ -152,15 +151,15 @@ class Program:
         answer = nchw(value) if value.dim() == 4 else value
         return answer.clone() if self.borrows else answer
 
-    def settle(self, x: Tensor, script: bool) -> None:
+    def specialise(self, x: Tensor, script: bool) -> None:
         """Do once what pays off only for a shape that comes back, that of x [N, H, W, C]: pack int8 weights for it
         alone, and let TorchScript compile the steps where `script`."""
-        self.settled = True
-        if self.shares:
+        self.specialised = True
+        if self.shares_packings:
             for bound in self.bound:
                 if isinstance(bound.call, quantised.ByOneDNN):
                     bound.call = bound.call.another()
-            self.shares = False
+            self.shares_packings = False
         if script:
             self._compile(x)
 
@@ -172,14 +171,14 @@ class Program:
         if refusal is None and any(not bound.engine.startswith(("onednn", "aten")) for bound in self.bound):
             refusal = "other engines are in the plan"
         if refusal is None and not int8:
-            refusal = next((why for part in self.parts if (why := self._why_no_graph(part)) is not None), None)
+            refusal = next((why for step in self.unchained if (why := self._why_no_graph(step)) is not None), None)
         if any(conv.copies for conv in int8):  # TorchScript isn't told that a copy will be written to
             refusal = "a residual is read again"
         if refusal is None:
             want = self.run(x)
             try:
                 compiled = self._script_steps(x, int8) if int8 else self._script_graph(x)
-                refusal = self._why_steps(compiled, x, want, 0.0 if int8 else _GRAPH_DIFFERENCE[self.dtype])
+                refusal = self._why_steps_serve(compiled, x, want, 0.0 if int8 else _GRAPH_DIFFERENCE[self.dtype])
             except Exception as error:  # whatever a compiler raises, the steps serve
                 refusal = f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), 'no message')}"
         if refusal is None:
@@ -187,22 +186,22 @@ class Program:
         else:
             self.why_not_compiled = refusal
 
-    def _why_no_graph(self, part: Step) -> str | None:
+    def _why_no_graph(self, step: Step) -> str | None:
         """The graph compiler gets what ResNets consist of and nothing else: of y + bn(y), where y is a convolution's
         output, it never returns."""
-        layer = self._layer(part)
-        if isinstance(part, Conv) or (layer is not None and type(layer) in _GRAPH_LAYERS):
+        layer = self._layer(step)
+        if isinstance(step, Conv) or (layer is not None and type(layer) in _GRAPH_LAYERS):
             return None
-        if isinstance(part, Aten) and layer is None and part.kind in _GRAPH_FUNCTIONS:
+        if isinstance(step, Aten) and layer is None and step.kind in _GRAPH_FUNCTIONS:
             return None
-        return f"{part.name!r} is none of the steps that oneDNN's graph compiler is given"
+        return f"{step.name!r} is none of the steps that oneDNN's graph compiler is given"
 
     def _script_graph(self, x: Tensor) -> Compiled:
-        def as_a_step(x: Tensor) -> Tensor:
+        def on_nhwc(x: Tensor) -> Tensor:
             y = self.definition(x)
             return nhwc(y) if y.dim() == 4 else y
 
-        graph = onednn.graph(as_a_step, _canonical(nchw(x)))
+        graph = onednn.graph(on_nhwc, _canonical(nchw(x)))
         return Compiled(lambda x: graph(_canonical(nchw(x))), len(self.bound), self.output, "as a oneDNN graph")
 
     def _script_steps(self, x: Tensor, int8: Sequence[quantised.ByOneDNN]) -> Compiled:
@@ -210,12 +209,12 @@ class Program:
         steps = next((i for i, bound in enumerate(self.bound) if bound.engine == "onednn"), len(self.bound))
         head, rest = self.bound[:steps], self.bound[steps:]
         last = head[-1].writes[0]
-        known = {last, *(name for each in rest for name in each.writes)}
-        if self.output not in known or any(set(bound.reads) - known for bound in rest):
+        computed = {last, *(name for bound in rest for name in bound.writes)}
+        if self.output not in computed or any(set(bound.reads) - computed for bound in rest):
             raise ValueError("more than one value goes from int8 to the rest")
         packed = [conv.packed for conv in int8]
         with quantised.ENGINE:
-            script = onednn.script(lambda x: self._run({INPUT: x}, head, last), x, packed)
+            script = onednn.script(lambda x: self._run_steps({INPUT: x}, head, last), x, packed)
 
         def with_engine(x: Tensor) -> Tensor:
             with quantised.ENGINE:
@@ -223,35 +222,35 @@ class Program:
 
         return Compiled(with_engine, steps, last, "step after step")
 
-    def _why_steps(self, compiled: Compiled, x: Tensor, want: Tensor, allowed: float) -> str | None:
+    def _why_steps_serve(self, compiled: Compiled, x: Tensor, want: Tensor, allowed: float) -> str | None:
         """Why the steps are better than `compiled`; None where they aren't."""
-        difference = _relative(self._through(compiled, x), want)
+        difference = _relative_distance(self._run_compiled(compiled, x), want)
         if not difference <= allowed:
             return f"its answer is {difference:.1e} from that of the steps"
-        together, one_by_one = _seconds([lambda: self._through(compiled, x), lambda: self.run(x)])
+        together, one_by_one = _seconds([lambda: self._run_compiled(compiled, x), lambda: self.run(x)])
         if together <= one_by_one:
             return None
         return f"measured: {1e3 * together:.1f} ms, step by step {1e3 * one_by_one:.1f} ms"
 
-    def _through(self, compiled: Compiled, x: Tensor) -> Tensor:
+    def _run_compiled(self, compiled: Compiled, x: Tensor) -> Tensor:
         values = {compiled.writes: compiled.call(x)}
-        return self._answer(self._run(values, self.bound[compiled.steps :], self.output))
+        return self._answer(self._run_steps(values, self.bound[compiled.steps :], self.output))
 
     def definition(self, x: Tensor) -> Tensor:
         """The answer to x [N, C, H, W] in PyTorch's operations alone, which a tracer can record for any size: nothing
         is bound or kept. Not for plans with 8 bits."""
         values: dict[str, Any] = {INPUT: x}
-        for part in self.parts:
-            inputs = [values[name] for name in part.reads]
-            if isinstance(part, Conv):
-                p = self.weights[part.out]
+        for step in self.unchained:
+            inputs = [values[name] for name in step.reads]
+            if isinstance(step, Conv):
+                p = self.weights[step.out]
                 residual = inputs[1] if len(inputs) > 1 else None
-                values[part.out] = reference.conv_bias_act(
-                    inputs[0], residual, w=nchw(p.w), bias=p.bias, geometry=part.geometry, relu=part.relu
+                values[step.out] = reference.conv_bias_act(
+                    inputs[0], residual, w=nchw(p.w), bias=p.bias, geometry=step.geometry, relu=step.relu
                 )
             else:
-                assert isinstance(part, Aten)
-                values[part.out] = _called(part, self._function(part), self.layers, inputs)
+                assert isinstance(step, Aten)
+                values[step.out] = _call_aten(step, self._function(step), self.layers, inputs)
         y: Tensor = values[self.output]
         return y.clone() if self.borrows else y
 
@@ -279,11 +278,11 @@ class Program:
         self.graph.replay()
         return self.y.clone()
 
-    def how(self) -> str:
+    def how_it_runs(self) -> str:
         if self.graph is not None:
             return "replayed as a CUDA graph"
         if self.compiled is not None:
-            return f"by TorchScript, {self.compiled.how}"
+            return f"by TorchScript, {self.compiled.form}"
         why = f" (not by TorchScript: {self.why_not_compiled})" if self.why_not_compiled else ""
         return f"one step after the other{why}"
 
@@ -291,7 +290,7 @@ class Program:
         rows = [("step", "layer", "what", "output", "engine", "why")]
         for i, bound in enumerate(self.bound):
             layer = self._layer(bound.step)
-            what = _what(bound.step) if layer is None else type(layer).__name__
+            what = _description(bound.step) if layer is None else type(layer).__name__
             rows.append((str(i), bound.step.name, what, str(list(bound.shape)), bound.engine, bound.why))
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
@@ -305,81 +304,76 @@ class Program:
         layer = self._layer(step)
         return layer if layer is not None else FUNCTIONS[step.kind]
 
-    def _bound(self, step: Step, values: dict[str, Any]) -> Iterator[Bound]:
-        """`step`, or the parts of a chain that doesn't run as one, bound and done: `values` holds their results."""
-        if isinstance(step, Chain) and self._why_chained(step, *(values[name] for name in step.reads)) is None:
-            parts: tuple[Step, ...] = step.parts
-        else:
-            parts = (step,)
-        for part in parts:
-            inputs = [values[name] for name in part.reads]
-            bound, results = self._bind(part, *inputs)
-            values.update(zip(part.writes, results, strict=True))
-            last = results[0]
-            if isinstance(last, Tensor):
-                bound.shape = tuple(nchw(last).shape if last.dim() == 4 else last.shape)
-                bound.bytes = last.nbytes
+    def _bind(self, step: Step, values: dict[str, Any]) -> Iterator[Bound]:
+        """`step`, or the three of a chain that doesn't run as one, bound and done: `values` holds their results."""
+        why = self._why_chained(step, *(values[name] for name in step.reads)) if isinstance(step, Chain) else None
+        for single in unchained([step]) if why is None else (step,):
+            bound, results = self._bind_step(single, *(values[name] for name in single.reads))
+            values.update(zip(single.writes, results, strict=True))
+            if isinstance(results[0], Tensor):
+                bound.shape = tuple(nchw(results[0]).shape if results[0].dim() == 4 else results[0].shape)
+                bound.bytes = results[0].nbytes
             yield bound
 
     def _why_chained(self, step: Chain, x: Tensor, residual: Any) -> str | None:
         fits = isinstance(residual, Tensor) and residual.shape == (*x.shape[:3], step.expand.filter[0])
         return dispatch.why_chained(_problem(step.spatial, x), self.dtype, x.device) if fits else None
 
-    def _bind(self, step: Step, *inputs: Any) -> tuple[Bound, Sequence[Any]]:
+    def _bind_step(self, step: Step, *inputs: Any) -> tuple[Bound, Sequence[Any]]:
         if isinstance(step, Conv):
             return self._bind_conv(step, *inputs)
         if isinstance(step, Aten):
             return self._bind_layer(step, *inputs)
         if isinstance(step, Convert):
             convert = partial(step.grid.load, dtype=self.dtype) if step.back else step.grid.store
-            bound = Bound(step, "aten", "between dtypes", partial(_one, convert))
+            bound = Bound(step, "aten", "between dtypes", partial(_as_values, convert))
         else:
-            weights = tuple(self.weights[part.out] for part in step.parts)
+            weights = tuple(self.weights[conv.out] for conv in step.convs)
             why = self._why_chained(step, *inputs)
             assert why is not None
             bound = Bound(step, "triton", why, partial(folded.by_chain, p=weights))
         return bound, bound.call(*inputs)
 
     def _bind_layer(self, step: Aten, *inputs: Any) -> tuple[Bound, Sequence[Any]]:
-        layer, library = self._layer(step), partial(_aten, step, self._function(step), self.layers)
+        layer, library = self._layer(step), partial(_run_aten, step, self._function(step), self.layers)
         sizes = eligibility.pool_sizes(layer)
 
         def by_onednn() -> partial[Any]:
             w = self.packings.linear(step.name, layer.weight.detach(), *inputs)
-            return partial(_one, onednn.linear, w=w, bias=layer.bias)
+            return partial(_as_values, onednn.linear, w=w, bias=layer.bias)
 
         engines: dict[Any, Callable[[], Any]] = {
-            "triton": lambda: partial(_one, folded.by_pool, sizes=sizes),
+            "triton": lambda: partial(_as_values, folded.by_pool, sizes=sizes),
             "onednn": by_onednn,
             "aten": lambda: library,
             torch.float32: lambda: partial(quantised.by_pool, library),
         }
-        return _first(step, dispatch.layer_engine(layer, sizes, inputs), engines, inputs)
+        return _bind_candidate(step, dispatch.layer_engine(layer, sizes, inputs), engines, inputs)
 
     def _bind_conv(self, step: Conv, x: Tensor, residual: Any = None) -> tuple[Bound, Sequence[Tensor]]:
         problem, p, added = _problem(step, x), self.weights[step.out], residual is not None
         alike = not added or getattr(residual, "shape", None) == (problem.N, problem.P, problem.Q, problem.K)
         if p.w.dtype != torch.int8 and not alike:
-            return self._bind_apart(step, x, residual)
+            return self._bind_broadcasting(step, x, residual)
         static: dict[str, Any] = {"p": p, "geometry": step.geometry, "relu": step.relu}
         ours = {"precision": dispatch.precision(p.w.dtype, x.device), **static}
-        library = partial(_one, folded.by_library, **static)
-        simulation = partial(_one, reference.conv_quantised, grids=step.quantised, dtype=self.dtype, **static)
+        library = partial(_as_values, folded.by_library, **static)
+        simulation = partial(_as_values, reference.conv_quantised, grids=step.quantised, dtype=self.dtype, **static)
         ones = partial(torch.ones, problem.K, device=x.device)
         engines: dict[Any, Callable[[], Any]] = {
-            "triton": lambda: partial(_one, folded.by_triton, **ours, **self._scales(step.quantised)),
-            "stem": lambda: partial(_one, folded.by_stem, **ours),
+            "triton": lambda: partial(_as_values, folded.by_triton, **ours, **self._scales(step.quantised)),
+            "stem": lambda: partial(_as_values, folded.by_stem, **ours),
             "onednn": lambda: self._by_onednn(step, x),
             "onednn int8": lambda: self._by_onednn_int8(step, x),
-            "cudnn fused": lambda: partial(_one, folded.by_cudnn, p=p, geometry=step.geometry),
-            "cudnn + triton": lambda: partial(_one, folded.by_library_and_kernel, ones=ones(), **static),
+            "cudnn fused": lambda: partial(_as_values, folded.by_cudnn, p=p, geometry=step.geometry),
+            "cudnn + triton": lambda: partial(_as_values, folded.by_library_and_kernel, ones=ones(), **static),
             "cudnn": lambda: library,
             "aten": lambda: library,
             torch.float32: lambda: partial(simulation, wide=torch.float32),
             torch.float64: lambda: partial(simulation, wide=torch.float64),
         }
         candidate = dispatch.folded_engine(problem, p.w.dtype, x.device, relu=step.relu, added=added, alike=alike)
-        return _first(step, candidate, engines, (x, residual) if added else (x,))
+        return _bind_candidate(step, candidate, engines, (x, residual) if added else (x,))
 
     def _scales(self, grids: Quantised | None) -> dict[str, Any]:
         """What our kernel is told of the grids that a convolution in float8 has."""
@@ -392,19 +386,19 @@ class Program:
     def _by_onednn(self, step: Conv, x: Tensor) -> partial[Any]:
         p, overwrite = self.weights[step.out], step.out in self.overwritable
         static: dict[str, Any] = {"bias": p.bias, "geometry": step.geometry, "relu": step.relu, "overwrite": overwrite}
-        return partial(_one, onednn.conv, w=self.packings.conv(step.out, p.w, step.geometry, x), **static)
+        return partial(_as_values, onednn.conv, w=self.packings.conv(step.out, p.w, step.geometry, x), **static)
 
     def _by_onednn_int8(self, step: Conv, x: Tensor) -> quantised.ByOneDNN:
         size, keep = (step.out, *x.shape[1:3]), step.out not in self.overwritable
         call: quantised.ByOneDNN | None = self.packings.int8.get(size)
         if call is not None:
-            self.shares = True
+            self.shares_packings = True
             return call
         static: dict[str, Any] = {"geometry": step.geometry, "relu": step.relu, "grids": step.quantised, "keep": keep}
         call = self.packings.int8[size] = quantised.ByOneDNN(self.weights[step.out], **static)
         return call
 
-    def _bind_apart(self, step: Conv, x: Tensor, other: Any) -> tuple[Bound, Sequence[Tensor]]:
+    def _bind_broadcasting(self, step: Conv, x: Tensor, residual: Any) -> tuple[Bound, Sequence[Tensor]]:
         """A convolution to which a number is added, or what has another shape than its output: in three passes."""
         if step.quantised is not None:
             raise ValueError(
@@ -412,13 +406,13 @@ class Program:
             )
         alone, _ = self._bind_conv(replace(step, residual=None, relu=False), x)
 
-        def call(x: Tensor, other: Any) -> Sequence[Tensor]:
+        def call(x: Tensor, residual: Any) -> Sequence[Tensor]:
             (z,) = alone.call(x)
-            y = nchw(z) + (nchw(other) if isinstance(other, Tensor) and other.dim() == 4 else other)
+            y = nchw(z) + (nchw(residual) if isinstance(residual, Tensor) and residual.dim() == 4 else residual)
             return (nhwc(y.relu_() if step.relu else y),)
 
         bound = Bound(step, f"{alone.engine} + aten", f"{alone.why}; what is added has another shape", call)
-        return bound, call(x, other)
+        return bound, call(x, residual)
 
 
 def _problem(conv: Conv, x: Tensor) -> Any:
@@ -434,50 +428,50 @@ def _problem(conv: Conv, x: Tensor) -> Any:
         raise ValueError(f"layer {conv.name!r}: {error}") from error
 
 
-def _first(
+def _bind_candidate(
     step: Step, candidate: dispatch.Candidate, engines: Mapping[Any, Callable[[], Any]], inputs: Sequence[Any]
 ) -> tuple[Bound, Sequence[Any]]:
     """`step` bound to `candidate` or to what serves otherwise, and its results. engines: what makes the call, by the
     engine's name or the dtype in which it simulates 8 bits."""
     error = ""
     while True:
-        other = candidate.otherwise
+        otherwise = candidate.otherwise
         try:
             call = engines[candidate.wide or candidate.engine]()
             results = call(*inputs)
             break
         except RuntimeError as refusal:
-            if other is None or isinstance(refusal, torch.OutOfMemoryError):
+            if otherwise is None or isinstance(refusal, torch.OutOfMemoryError):
                 raise
-            candidate, error = other, str(refusal).splitlines()[0]
+            candidate, error = otherwise, str(refusal).splitlines()[0]
     why = candidate.why.replace("{error}", error)
-    if candidate.timed and other is not None:
-        apart = engines[other.engine]()
-        faster, compared = _faster_fused(candidate.timed, call, apart, inputs)
-        why += compared
+    if candidate.timed and otherwise is not None:
+        separate = engines[otherwise.engine]()
+        faster, measured = _faster_fused(candidate.timed, call, separate, inputs)
+        why += measured
         if not faster:
-            return Bound(step, other.engine, why, apart), apart(*inputs)
+            return Bound(step, otherwise.engine, why, separate), separate(*inputs)
     return Bound(step, candidate.engine, why, call), results
 
 
-_times: dict[Any, list[float]] = {}  # what the two of `_faster_fused` took, by all that it may hang on
+_fused_times: dict[Any, list[float]] = {}  # what the two of `_faster_fused` took, by all that it may hang on
 
 
 def _faster_fused(
-    facts: tuple[Any, ...], fused: Callable[..., Any], apart: Callable[..., Any], inputs: Sequence[Tensor]
+    facts: tuple[Any, ...], fused: Callable[..., Any], separate: Callable[..., Any], inputs: Sequence[Tensor]
 ) -> tuple[bool, str]:
-    """Whether cuDNN's fused convolution, which serves, is as fast as the convolution and our pass `apart`, and what was
+    """Whether cuDNN's fused convolution, which serves, is as fast as the convolution and our pass, and what was
     measured, for the log. Measured once per process and `facts`; never in a capture, where the fused one is taken."""
-    if facts not in _times:
+    if facts not in _fused_times:
         if torch.cuda.is_current_stream_capturing() or not inputs[0].numel():
             return True, ""
         try:
-            apart(*inputs)  # compiles, and has cuDNN choose
-            _times[facts] = _microseconds([partial(fused, *inputs), partial(apart, *inputs)], inputs[0].device)
+            separate(*inputs)  # compiles, and has cuDNN choose
+            _fused_times[facts] = _microseconds([partial(fused, *inputs), partial(separate, *inputs)], inputs[0].device)
         except (RuntimeError, ValueError) as error:  # of memory for one more tensor, too
             return True, f"; apart: {str(error).splitlines()[0]}"
-    together, separate = _times[facts]
-    return together <= separate, f"; measured: fused {together:.0f} us, apart {separate:.0f} us"
+    fused_us, separate_us = _fused_times[facts]
+    return fused_us <= separate_us, f"; measured: fused {fused_us:.0f} us, apart {separate_us:.0f} us"
 
 
 def _microseconds(calls: Sequence[Callable[[], Any]], device: torch.device) -> list[float]:
@@ -495,23 +489,23 @@ def _microseconds(calls: Sequence[Callable[[], Any]], device: torch.device) -> l
     return [1000 * min(start.elapsed_time(end) for start, end in own) for own in spans]
 
 
-def _one(call: Callable[..., Tensor], *inputs: Tensor, **static: Any) -> tuple[Tensor]:
+def _as_values(call: Callable[..., Tensor], *inputs: Tensor, **static: Any) -> tuple[Tensor]:
     return (call(*inputs, **static),)
 
 
-def _aten(step: Aten, function: Callable[..., Any], layers: Mapping[str, Any], *inputs: Any) -> tuple[Any]:
+def _run_aten(step: Aten, function: Callable[..., Any], layers: Mapping[str, Any], *inputs: Any) -> tuple[Any]:
     """A library operation on NCHW views of the values it reads."""
     views = [nchw(value) if isinstance(value, Tensor) and value.dim() == 4 else value for value in inputs]
-    result = _called(step, function, layers, views)
+    result = _call_aten(step, function, layers, views)
     return (nhwc(result) if isinstance(result, Tensor) and result.dim() == 4 else result,)
 
 
-def _called(step: Aten, function: Callable[..., Any], layers: Mapping[str, Any], inputs: Sequence[Any]) -> Any:
+def _call_aten(step: Aten, function: Callable[..., Any], layers: Mapping[str, Any], inputs: Sequence[Any]) -> Any:
     """`function` with the arguments of `step`, the values it reads being `inputs`, NCHW where they are images."""
     values = dict(zip(step.reads, inputs, strict=True))
 
     def argument(leaf: Any) -> Any:
-        if isinstance(leaf, Attr):
+        if isinstance(leaf, ModelTensor):
             return layers[leaf.path]
         return values[leaf.name] if isinstance(leaf, Value) else leaf
 
@@ -525,7 +519,7 @@ def _canonical(x: Tensor) -> Tensor:
     return x.as_strided(x.shape, (h * w * c, 1, w * c, c))
 
 
-def _relative(y: Tensor, want: Tensor) -> float:
+def _relative_distance(y: Tensor, want: Tensor) -> float:
     """The distance of the two over the length of `want`."""
     return float((y.double() - want.double()).norm() / want.double().norm().clamp(min=1e-30))
 
@@ -541,9 +535,9 @@ def _seconds(calls: Sequence[Callable[[], Any]]) -> list[float]:
     return [min(own) for own in spans]
 
 
-def _what(step: Step) -> str:
+def _description(step: Step) -> str:
     if isinstance(step, Chain):
-        return "chain: " + " -> ".join(_what(part) for part in step.parts)
+        return "chain: " + " -> ".join(_description(single) for single in step.convs)
     if not isinstance(step, Conv):
         return step.kind if isinstance(step, Aten) else "float8" if step.grid.dtype == FLOAT8 else "int8"
     k, r, s, c = step.filter

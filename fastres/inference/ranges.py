@@ -23,26 +23,26 @@ class Ranges:
         if isinstance(percentile, bool) or not isinstance(percentile, (int, float)) or not 0 < percentile <= 100:
             raise ValueError(f"percentile={percentile!r}: a number above 0 and up to 100 is accepted")
         self.percentile = float(percentile)
-        self._ends: dict[str, Tensor] = {}  # [2]: the extremes
-        self._counts: dict[str, _Histogram] = {}
+        self._extremes: dict[str, Tensor] = {}  # [2]
+        self._histograms: dict[str, _Histogram] = {}
 
-    def meet(self, name: str, value: Any) -> None:
+    def include(self, name: str, value: Any) -> None:
         """Take a batch's numbers of the value `name` into account, if it is an image [N, H, W, C]."""
         if not (isinstance(value, Tensor) and value.dim() == 4 and value.numel()):
             return
         low, high = (end.float() for end in value.aminmax())
-        if name in self._ends:
-            low, high = torch.minimum(low, self._ends[name][0]), torch.maximum(high, self._ends[name][1])
-        self._ends[name] = torch.stack((low, high))
-        if self.percentile < 100 and self._ends[name].isfinite().all():
-            self._counts.setdefault(name, _Histogram()).add(value.float(), float(self._ends[name].abs().max()))
+        if name in self._extremes:
+            low, high = torch.minimum(low, self._extremes[name][0]), torch.maximum(high, self._extremes[name][1])
+        self._extremes[name] = torch.stack((low, high))
+        if self.percentile < 100 and self._extremes[name].isfinite().all():
+            self._histograms.setdefault(name, _Histogram()).add(value.float(), float(self._extremes[name].abs().max()))
 
-    def found(self) -> dict[str, tuple[float, float]]:
-        """(lower, upper) end of each value. Raises ValueError if nothing was met or an extreme isn't finite."""
-        if not self._ends:
+    def ends(self) -> dict[str, tuple[float, float]]:
+        """(lower, upper) end of each value. Raises ValueError if nothing was included or an extreme isn't finite."""
+        if not self._extremes:
             raise ValueError("calibration is empty; give at least one non-empty input batch")
         extremes: dict[str, tuple[float, float]] = {
-            name: (float(ends[0]), float(ends[1])) for name, ends in self._ends.items()
+            name: (float(ends[0]), float(ends[1])) for name, ends in self._extremes.items()
         }
         if bad := [name for name, ends in extremes.items() if not all(map(math.isfinite, ends))]:
             raise ValueError(f"calibration: the values written by {', '.join(bad[:5])} aren't finite")
@@ -50,8 +50,8 @@ class Ranges:
             return extremes
         return {
             name: (
-                max(low, self._counts[name].end(self.percentile, -1)),
-                min(high, self._counts[name].end(self.percentile, 1)),
+                max(low, self._histograms[name].end(self.percentile, -1)),
+                min(high, self._histograms[name].end(self.percentile, 1)),
             )
             for name, (low, high) in extremes.items()
         }

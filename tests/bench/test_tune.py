@@ -21,6 +21,7 @@ from torch import Tensor
 
 import fastres
 from fastres.inference import plan
+from fastres.inference.trace import trace
 from fastres.kernels import checks, dgrad, fprop, tables, tiles, wgrad
 from fastres.kernels.problem import ConvProblem
 from fastres.ops import conv_bn, dispatch, reference
@@ -130,7 +131,7 @@ def test_every_role_infers_as_optimize_does(
     for (problem, role), count in layers.roles(depth, 1, 64).items():
         (step,) = tune.our_pairs(problem, "infer", role, BF16, META, True)
         calls[layers.call(step, "infer", layers.Operands.random(problem, BF16, META), role)()] += count
-    for step in plan.fuse(*plan.trace(getattr(fastres, f"resnet{depth}")().eval())):
+    for step in plan.fuse(*trace(getattr(fastres, f"resnet{depth}")().eval())):
         for c in plan.convs(step):
             found[c.filter, tuple(c.geometry), c.residual is not None, c.relu, c.bare] += 1
     assert calls == found

@@ -10,7 +10,7 @@ import fuzz
 import pytest
 
 from fastres import compile as compiler
-from fastres.inference import plan
+from fastres.inference import trace
 from fastres.ops.operators import conv_affine_act, conv_bn_act
 
 NETS = 100
@@ -81,9 +81,9 @@ MENDS: dict[str, tuple[Any, str, Any, Callable[[int], fuzz.Verdict], int]] = {
         compiler, "_without_shared_statistics", lambda graph, matches: (matches, []), of("train"), 120,
     ),
     "an addition into shared memory stays": (compiler, "_is_its_own", lambda *_: True, of("eval"), 1206),
-    "views are tied to their memory": (plan._Translation, "_shares", lambda *_: None, frozen, 0),
+    "views are tied to their memory": (trace._Translation, "_may_share", lambda *_: None, frozen, 0),
     "second names follow a change": (
-        plan._Translation, "_is_also", lambda self, node, _: self._is_new(node), frozen, 70,
+        trace._Translation, "_is_same", lambda self, node, _: self._is_new(node), frozen, 70,
     ),
 }  # fmt: skip
 

@@ -552,8 +552,8 @@ def in_single_precision(model: nn.Module, x: Tensor, want: Tensor) -> list[str]:
     eager = copy.deepcopy(model).float()
     with (
         torch.no_grad(),
-        mock.patch("fastres.inference.optimized.ALIVE", 1),
-        mock.patch("fastres.inference.optimized._TRIED", 1),
+        mock.patch("fastres.inference.optimized.MAX_ALIVE_BYTES", 1),
+        mock.patch("fastres.inference.optimized.FIRST_SLICE", 1),
     ):
         theirs = eager(x.float())
         try:

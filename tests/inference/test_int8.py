@@ -25,8 +25,8 @@ from torch import Tensor, nn
 
 import fastres
 from fastres import optimize, paper
-from fastres.inference import optimized, program
-from fastres.inference.optimized import MAX_SHAPES, SETTLED_AFTER, Optimized
+from fastres.inference import freeze, program
+from fastres.inference.optimized import MAX_SHAPES, SPECIALISED_AFTER, Optimized
 from fastres.inference.plan import Aten, Conv
 from fastres.inference.ranges import Ranges
 from fastres.ops import dispatch, quantised, reference
@@ -89,11 +89,11 @@ def test_ranges_are_the_extremes() -> None:
     ranges = Ranges(100)
     a, b = torch.randn(2, 3, 4, 5), torch.randn(1, 3, 4, 5) * 3
     for value in (a, torch.zeros(0, 3, 4, 5), b):
-        ranges.meet("x", value)
-    ranges.meet("number", 7)
-    ranges.meet("flat", torch.randn(4))
+        ranges.include("x", value)
+    ranges.include("number", 7)
+    ranges.include("flat", torch.randn(4))
     both = torch.cat((a, b))
-    assert ranges.found() == {"x": (float(both.min()), float(both.max()))}
+    assert ranges.ends() == {"x": (float(both.min()), float(both.max()))}
 
 
 @pytest.mark.parametrize("percentile", [99.9, 99, 60])
@@ -101,10 +101,10 @@ def test_percentile(percentile: float) -> None:
     ranges = Ranges(percentile)
     batches = [torch.zeros(1, 8, 8, 1), *(torch.randn(4, 16, 16, 8) * scale for scale in (1e-3, 1.0, 7.0, 0.1))]
     for batch in batches:
-        ranges.meet("x", batch)
-        ranges.meet("zeros", torch.zeros(1, 2, 2, 1))
+        ranges.include("x", batch)
+        ranges.include("zeros", torch.zeros(1, 2, 2, 1))
     x = torch.cat([batch.flatten() for batch in batches]).double()
-    found = ranges.found()
+    found = ranges.ends()
     assert found["zeros"] == (0.0, 0.0)
     low, high = found["x"]
     off = float(x.abs().max()) / 4096
@@ -483,9 +483,9 @@ def test_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="percentile= says how calibration sets ranges"):
         optimize(tiny(), percentile=99.0)
     with pytest.raises(ValueError, match=r"int8 needs a CPU, the model is on cuda:0; there is float8_e4m3fn for GPUs"):
-        optimized._require_int8(torch.device("cuda:0"))
+        freeze._require_engine(torch.int8, torch.device("cuda:0"))
     with fastres.backend("reference"):
-        optimized._require_int8(torch.device("cuda:0"))
+        freeze._require_engine(torch.int8, torch.device("cuda:0"))
         with pytest.raises(ValueError, match="calibration is empty"):
             optimize(tiny(), dtype=torch.int8, calibration=[])
         with pytest.raises(ValueError, match=r"calibration: .* aren't finite"):
@@ -662,7 +662,7 @@ def test_a_shape_that_comes_back_goes_through_torchscript(monkeypatch: pytest.Mo
     monkeypatch.setattr(program, "_seconds", lambda calls: [1.0, 2.0])
     before = torch.backends.quantized.engine
     net = int8(tiny())
-    inputs = [images(2) for _ in range(SETTLED_AFTER + 3)]
+    inputs = [images(2) for _ in range(SPECIALISED_AFTER + 3)]
     want = [int8_like(net)(x) for x in inputs]
     for x, y in zip(inputs, want, strict=True):
         assert torch.equal(net(x), y)
@@ -711,7 +711,7 @@ def test_another_number_of_images_is_packed_for_once_it_comes_back(monkeypatch: 
     x = images(3)
     want = net(x)
     assert not made
-    for _ in range(SETTLED_AFTER + 2):
+    for _ in range(SPECIALISED_AFTER + 2):
         assert torch.equal(net(x), want)
     assert len(made) == sum(isinstance(m, nn.Conv2d) for m in tiny().modules())
     for size in range(24, 24 + 2 * MAX_SHAPES):

@@ -24,7 +24,8 @@ from torch import Tensor, nn
 import fastres
 from fastres import optimize
 from fastres.inference import optimized, program
-from fastres.inference.plan import Conv, by_image, fuse, overwritable, trace
+from fastres.inference.plan import Conv, by_image, fuse, overwritable
+from fastres.inference.trace import trace
 from fastres.ops import dispatch, onednn
 from fastres.ops.layout import Geometry, nchw, nhwc
 
@@ -267,7 +268,7 @@ def test_a_batch_is_cut(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = tiny(), photographs(n)
     net = optimize(model, torchscript=False)
     net(x[:2])
-    monkeypatch.setattr(optimized, "ALIVE", 2 * net._image_bytes[(3, 16, 16)])
+    monkeypatch.setattr(optimized, "MAX_ALIVE_BYTES", 2 * net._image_bytes[(3, 16, 16)])
     for _ in range(2):
         with torch.no_grad():
             assert_same(net(x), model(x))
@@ -278,9 +279,9 @@ def test_a_new_size_tries_a_few_images_first() -> None:
     net = optimize(tiny(), torchscript=False)
     net(photographs(300, 64))
     cut = [key[0][0] for key in net._programs]
-    assert cut[0] == optimized._TRIED
+    assert cut[0] == optimized.FIRST_SLICE
     assert 300 % max(cut) != 0 or max(cut) < 300
-    assert max(cut) * net._image_bytes[(3, 64, 64)] <= optimized.ALIVE
+    assert max(cut) * net._image_bytes[(3, 64, 64)] <= optimized.MAX_ALIVE_BYTES
 
 
 class Mixes(nn.Module):
@@ -309,7 +310,7 @@ MIXING: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.mark.parametrize("name", MIXING)
 def test_a_batch_whose_images_depend_on_each_other_stays_whole(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = Mixes(MIXING[name]).eval(), photographs(8)
-    monkeypatch.setattr(optimized, "ALIVE", 1)
+    monkeypatch.setattr(optimized, "MAX_ALIVE_BYTES", 1)
     with torch.no_grad():
         assert_same(optimize(model)(x), model(x))
 
@@ -327,8 +328,8 @@ class AddsMean(nn.Module):
 
 def test_a_convolution_that_adds_what_lost_dimensions_keeps_the_batch_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = AddsMean().eval(), torch.randn(4, 3, 4, 3)
-    monkeypatch.setattr(optimized, "ALIVE", 1)
-    monkeypatch.setattr(optimized, "_TRIED", 1)
+    monkeypatch.setattr(optimized, "MAX_ALIVE_BYTES", 1)
+    monkeypatch.setattr(optimized, "FIRST_SLICE", 1)
     with torch.no_grad():
         assert_same(optimize(model)(x), model(x))
 
@@ -381,11 +382,11 @@ def test_a_shape_that_comes_back_is_compiled(dtype: torch.dtype, graph_wins: Non
     with torch.no_grad():
         want, theirs = model.double()(x.double()), model.to(dtype)(x)
     net = optimize(model)
-    for call in range(optimized.SETTLED_AFTER + 3):
+    for call in range(optimized.SPECIALISED_AFTER + 3):
         y = net(x)
         assert y.dtype == dtype
         assert_close_to_reference(y, want, theirs)
-        assert ("by TorchScript" in net.explain().splitlines()[0]) == (call >= optimized.SETTLED_AFTER)
+        assert ("by TorchScript" in net.explain().splitlines()[0]) == (call >= optimized.SPECIALISED_AFTER)
     with torch.no_grad():
         assert_close_to_reference(net(x[:1]), want[:1], model(x[:1]))
 

@@ -30,7 +30,8 @@ import fastres
 from fastres import optimize, paper
 from fastres.inference import program
 from fastres.inference.optimized import MAX_SHAPES, Optimized
-from fastres.inference.plan import Chain, Conv, fuse, fuse_chains, trace
+from fastres.inference.plan import Chain, Conv, fuse, fuse_chains
+from fastres.inference.trace import trace
 from fastres.ops import dispatch, folded, quantised, reference
 from fastres.ops.layout import Geometry
 from fastres.ops.quantised import Grid, Quantised
@@ -361,7 +362,7 @@ def test_everything_fuses() -> None:
     plan = fuse(raw, output)
     convs = [step for step in plan if isinstance(step, Conv)]
     assert len(convs) == 53
-    assert all(conv.unit.norm for conv in convs)
+    assert all(conv.pair.norm for conv in convs)
     assert sum(conv.relu for conv in convs) == 49  # all but the projections
     assert sum(conv.residual is not None for conv in convs) == 16
     assert sum(conv.bare for conv in convs) == sum(conv.absorbed is not None for conv in convs) == 4
@@ -614,7 +615,7 @@ def test_caution_costs_no_fusion(name: str) -> None:
     plan = fuse(steps, output)
     convs = [step for step in plan if isinstance(step, Conv)]
     counts = (
-        sum(conv.unit.norm is not None for conv in convs),
+        sum(conv.pair.norm is not None for conv in convs),
         sum(conv.relu for conv in convs),
         sum(conv.residual is not None for conv in convs),
         sum(isinstance(step, Chain) for step in fuse_chains(plan, output)),
@@ -1048,7 +1049,7 @@ def test_a_recording_is_made_in_whatever_mode() -> None:
     net, x = optimize(tiny()), images()
     for mode in (torch.autocast("cpu", dtype=torch.bfloat16), torch.inference_mode()):
         with mode:
-            assert torch.equal(_compiled(net, x)(x), net._recorded(x))
+            assert torch.equal(_compiled(net, x)(x), net._run_recorded(x))
     exported = torch.export.export(optimize(tiny(), dtype=torch.bfloat16), (x.requires_grad_(),)).module()
     assert exported(x).dtype == torch.bfloat16
     assert not exported(x).requires_grad
@@ -1067,7 +1068,7 @@ def test_a_tensor_that_carries_more_is_an_ordinary_one(monkeypatch: pytest.Monke
     """As torchvision's transforms give: it goes to the engines, and the answer is a plain tensor."""
     net, x = optimize(tiny()), images()
     expected = net(x)
-    monkeypatch.setattr(Optimized, "_recorded", None)
+    monkeypatch.setattr(Optimized, "_run_recorded", None)
     for given in (Image(x), nn.Parameter(x)):
         y = net(given)
         assert type(y) is Tensor
@@ -1201,12 +1202,12 @@ def test_float8_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="needs a CUDA GPU, the model is on cpu"):
             optimize(tiny(), dtype=FLOAT8, calibration=[images()])
-    from fastres.inference import optimized
+    from fastres.inference import freeze
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 6))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "an older GPU")
     with pytest.raises(ValueError, match=r"8\.9 or above, an older GPU has 8\.6"):
-        optimized._require_float8(torch.device("cuda"))
+        freeze._require_engine(FLOAT8, torch.device("cuda"))
     with fastres.backend("reference"):
         with pytest.raises(ValueError, match="calibration is empty"):
             optimize(tiny(), dtype=FLOAT8, calibration=[])
@@ -1328,7 +1329,7 @@ class Clock:
         monkeypatch.setattr(dispatch, "pointwise_engine", lambda *_: "aten")
         monkeypatch.setattr(folded, "by_cudnn", self.by_cudnn)
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: self.capturing)
-        monkeypatch.setattr(program, "_times", {})
+        monkeypatch.setattr(program, "_fused_times", {})
         monkeypatch.setattr(program, "_microseconds", self.microseconds)
 
     def by_cudnn(self, x: Tensor, residual: Tensor | None = None, **static: Any) -> Tensor:
@@ -1388,7 +1389,7 @@ def test_nothing_is_timed_in_a_capture_or_beside_what_fails(monkeypatch: pytest.
     def fails(*_: Any, **__: Any) -> Tensor:
         raise torch.OutOfMemoryError("out of memory\nfor one more tensor")
 
-    monkeypatch.setattr(program, "_times", {})
+    monkeypatch.setattr(program, "_fused_times", {})
     with monkeypatch.context() as within:
         within.setattr(program, "_microseconds", fails)
         net = optimize(model, x)

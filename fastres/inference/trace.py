@@ -1,0 +1,310 @@
+"""`trace`: a model's graph, read by torch.fx, as the steps of a plan, one by one."""
+
+from __future__ import annotations
+
+import inspect
+import operator
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
+from torch.nn.utils.parametrize import type_before_parametrizations
+from torchvision.ops import FrozenBatchNorm2d
+
+from fastres.inference.plan import (
+    ARITHMETIC,
+    FUNCTIONS,
+    INPUT,
+    LAYERS,
+    NORMS,
+    SPELLINGS,
+    VIEWS,
+    Aten,
+    Conv,
+    ModelTensor,
+    Pair,
+    Step,
+    Value,
+    mapped,
+)
+from fastres.ops import eligibility
+from fastres.ops.layout import Geometry
+from fastres.ops.shortcut import PadShortcut
+
+_ABSENT = (nn.Identity, _DropoutNd)  # in eval mode
+_IN_PLACE = (
+    *("relu_", "add_", "mul_", "sub_", "div_"),
+    *(operator.iadd, operator.imul, operator.isub, operator.itruediv, torch.relu_),
+)
+_ACCEPTED = (
+    "Conv2d, BatchNorm2d, ReLU, additions, "
+    + ", ".join(kind.__name__ for kind in LAYERS)
+    + ", Identity, dropout, and the functions "
+    + ", ".join(sorted(FUNCTIONS))
+)
+
+
+def _in_place(function: Callable[..., Any]) -> Callable[[fx.Proxy, Any], fx.Proxy]:
+    return lambda self, operand: self.tracer.create_proxy("call_function", function, (self, operand), {})
+
+
+class _Proxy(fx.Proxy):
+    """fx writes x += y as x = x + y; here it stays what it is, because other names may stand for x."""
+
+    __iadd__, __imul__ = _in_place(operator.iadd), _in_place(operator.imul)
+    __isub__, __itruediv__ = _in_place(operator.isub), _in_place(operator.itruediv)
+
+
+class _Tracer(fx.Tracer):
+    proxy_buffer_attributes = True  # or what is computed of buffers, or written into them, is done once, in tracing
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return type(m) in (PadShortcut, FrozenBatchNorm2d) or super().is_leaf_module(m, module_qualified_name)
+
+
+def trace(model: nn.Module) -> tuple[list[Step], str]:
+    """The steps of `model` in eval mode, one by one, and the name of the value it returns.
+
+    The model's code is run without gradients, on a stand-in for its first argument and the defaults of the others; what
+    it keeps stays with it, so give a copy. Raises ValueError, naming the node or layer, for what a plan can't hold:
+    hooks, training mode, control flow that depends on tensors, an operation that isn't listed, more than one input or
+    output, numbers and strings that a call changes, tensors that are neither parameters nor buffers.
+    """
+    _refuse_training(model)
+    _refuse_hooks(model)
+    before = _plain_attributes(model)
+    try:
+        image, *options = inspect.signature(model.forward).parameters.values()
+        if image.kind is image.VAR_POSITIONAL:
+            raise TypeError(f"forward takes *{image.name}")
+        defaults = {each.name: each.default for each in options if each.default is not each.empty}
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of defaults that fx can't write assertions for
+            graph = _Tracer().trace(model, concrete_args=defaults)
+    except Exception as error:  # whatever the model's own code raises on proxies
+        reason = str(error).split(". ")[0]  # torch.fx goes on about its proxies
+        raise ValueError(
+            f"optimize() takes a model of one tensor to one tensor that torch.fx can trace, {type(model).__name__} is "
+            f"none ({reason}); a ResNet inside it, as a detector's backbone, runs fused after fastres.convert(model)"
+        ) from error
+    if changed := before.items() - _plain_attributes(model).items():
+        (path, name), _ = min(changed, key=repr)
+        raise ValueError(f"{_layer(path)} changes its attribute {name!r} when it is called; a plan would not")
+    _erase_assertions(graph)
+    translation = _Translation(model, graph)
+    for node in graph.nodes:
+        translation.translate(node)
+    output = translation.meaning[next(node for node in graph.nodes if node.op == "output")]
+    if not isinstance(output, Value):
+        raise ValueError(f"optimize() takes a model that returns one tensor, {type(model).__name__} returns {output!r}")
+    return translation.steps, output.name
+
+
+def _layer(path: str) -> str:
+    return f"layer {path!r}" if path else "the model"
+
+
+def _refuse_training(model: nn.Module) -> None:
+    training = [(path, module) for path, module in model.named_modules() if module.training]
+    if training:
+        path, module = next((p for p in training if isinstance(p[1], _BatchNorm)), training[0])
+        raise ValueError(
+            f"optimize() freezes a net for inference, but {_layer(path)} ({type(module).__name__}) is in training "
+            "mode; call model.eval() after the last change: what is added later, parametrizations too, starts in "
+            "training mode"
+        )
+
+
+def _refuse_hooks(model: nn.Module) -> None:
+    for path, module in model.named_modules():
+        if eligibility.has_hooks(module):
+            raise ValueError(
+                f"{_layer(path)} carries a hook or a forward of its own, which a plan would never call; remove it first"
+            )
+        if type(module).__call__ is not nn.Module.__call__ and not isinstance(module, fx.GraphModule):
+            raise ValueError(
+                f"{_layer(path)} ({type(module).__name__}) has a __call__ of its own, which a plan would never call; "
+                "let forward do it"
+            )
+    if nn.modules.module._has_any_global_hook():
+        raise ValueError("a hook for all modules is registered, which a plan would never call; remove it first")
+
+
+def _plain_attributes(model: nn.Module) -> dict[tuple[str, str], Any]:
+    """The numbers and strings that the modules hold, by the module's path and the attribute's name."""
+    return {
+        (path, name): value
+        for path, module in model.named_modules()
+        for name, value in vars(module).items()
+        if isinstance(value, (int, float, str))
+    }
+
+
+def _erase_assertions(graph: fx.Graph) -> None:
+    """fx asserts that arguments with a default are given it; an optimized net takes none."""
+    for node in reversed(graph.nodes):
+        if node.target in (torch._assert, fx._symbolic_trace._assert_is_none):
+            compared = node.args[0]
+            graph.erase_node(node)
+            if isinstance(compared, fx.Node) and compared.op == "call_function" and not compared.users:
+                graph.erase_node(compared)
+
+
+def _unsupported(node: fx.Node, what: str) -> ValueError:
+    return ValueError(f"optimize() has no step for {what} (node {node.name!r}); it accepts {_ACCEPTED}")
+
+
+class _Translation:
+    """A graph's nodes as steps, in order.
+
+    Steps write new values, so what a net changes in place is followed by name: every name of the tensor stands for the
+    new value from there on. What only shares its memory (a view, or what may be one: whether `reshape` copies depends
+    on the memory format) would go on standing for the old one, so nobody may read it later.
+    """
+
+    def __init__(self, model: nn.Module, graph: fx.Graph) -> None:
+        self.model = model
+        self.steps: list[Step] = []
+        self.meaning: dict[fx.Node, Any] = {}  # of a node: the value, tensor of the model or number it stands for
+        tensors = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+        self._tensors = {name for name, _ in tensors}
+        self._position = {node: i for i, node in enumerate(graph.nodes)}
+        self._names: dict[fx.Node, set[fx.Node]] = {}  # the nodes that are the same tensor; numbers have none
+        self._memory: dict[fx.Node, set[fx.Node]] = {}  # the nodes that may share its memory
+
+    def translate(self, node: fx.Node) -> None:
+        """Append the step of `node`, if it needs one, and enter what it stands for in `meaning`."""
+        args, kwargs = (
+            mapped(tree, lambda v: self.meaning[v] if isinstance(v, fx.Node) else v)
+            for tree in (node.args, node.kwargs)
+        )
+        if node.op == "output":
+            self.meaning[node] = args[0]
+        elif node.op == "placeholder":
+            if Value(INPUT) not in self.meaning.values():
+                self.meaning[node] = Value(INPUT)
+            elif node.users:
+                raise ValueError(f"optimize() takes a model with one input, this one also reads {node.target!r}")
+            self._is_new(node)
+        elif node.op == "get_attr":
+            if node.target not in self._tensors:
+                raise _unsupported(
+                    node, "a tensor that is neither a parameter nor a buffer; see Module.register_buffer"
+                )
+            self.meaning[node] = ModelTensor(str(node.target))
+            self._is_new(node)
+        else:
+            self._append(node, args, kwargs)
+
+    def _append(self, node: fx.Node, args: Any, kwargs: Any) -> None:
+        kind: Any
+        if node.op == "call_module":
+            module = self.model.get_submodule(str(node.target))
+            kind, (step, in_place) = type(module), _of_module(node, module, args, kwargs)
+        else:
+            step, in_place = _of_function(node, args, kwargs)
+            kind = step.kind if isinstance(step, Aten) else None
+        if step is not None:
+            self.steps.append(step)
+        self.meaning[node] = args[0] if step is None else Value(node.name)
+        tensors = [read for read in node.all_input_nodes if read in self._names]
+        if kind in ("size", "getattr") or not tensors:
+            return
+        operand = tensors[0]
+        if in_place and operand in (*node.args[:1], node.kwargs.get("input")):
+            self._write_into(node, operand)
+        elif step is None and node.target != "contiguous":
+            self._is_same(node, operand)
+        else:
+            self._is_new(node)
+            if step is None or kind in (*VIEWS, nn.Flatten, PadShortcut):
+                self._may_share(node, tensors)
+
+    def _is_new(self, node: fx.Node) -> None:
+        self._names[node], self._memory[node] = {node}, {node}
+
+    def _is_same(self, node: fx.Node, tensor: fx.Node) -> None:
+        self._names[node], self._memory[node] = self._names[tensor], self._memory[tensor]
+        self._names[node].add(node)
+        self._memory[node].add(node)
+
+    def _may_share(self, node: fx.Node, tensors: Iterable[fx.Node]) -> None:
+        memory = self._memory[node].union(*(self._memory[tensor] for tensor in tensors))
+        self._memory |= dict.fromkeys(memory, memory)
+
+    def _write_into(self, node: fx.Node, operand: fx.Node) -> None:
+        for sharer in self._memory[operand]:
+            if sharer.op == "get_attr":
+                raise _unsupported(node, f"{_label(node)}() that writes into the model's own {sharer.target!r}")
+        for sharer in self._memory[operand] - self._names[operand]:
+            if any(self._position[user] > self._position[node] for user in sharer.users):
+                why = f"{sharer.name!r} may share its memory and is read later"
+                raise _unsupported(node, f"{_label(node)}() that writes into {operand.name!r}: {why}")
+        self._is_same(node, operand)
+        self.meaning |= dict.fromkeys(self._names[operand], Value(node.name))
+
+
+def _of_module(node: fx.Node, module: nn.Module, args: Any, kwargs: Any) -> tuple[Step | None, bool]:
+    kind, path, out = type_before_parametrizations(module), str(node.target), node.name
+    if not args:
+        raise _unsupported(node, f"layer {path!r} called with keywords only")
+    if issubclass(kind, _ABSENT):
+        return None, False
+    if kind is nn.Conv2d:
+        if not isinstance(args[0], Value):
+            raise _unsupported(node, "a convolution of a constant")
+        k, c, r, s = module.weight.shape  # type: ignore[misc]
+        geometry = _geometry(node, module)  # type: ignore[arg-type]
+        return Conv(Pair(path), args[0].name, out, geometry, (k, r, s, c)), False
+    in_place = bool(getattr(module, "inplace", False))
+    if kind is nn.ReLU:
+        return Aten(path, "relu", args, out), in_place
+    if kind in (*NORMS, nn.BatchNorm1d) and module.running_mean is None:
+        raise ValueError(f"layer {path!r} takes its statistics from the batch; optimize() needs running statistics")
+    if kind in NORMS:
+        return Aten(path, "norm", args, out), False
+    if kind in LAYERS:
+        selects = kind is nn.MaxPool2d and not module.return_indices
+        return Aten(path, "module", args, out, kwargs, selects), in_place
+    raise _unsupported(node, f"layer {path!r}, a {kind.__name__}")
+
+
+def _of_function(node: fx.Node, args: Any, kwargs: Any) -> tuple[Step | None, bool]:
+    target, label = node.target, _label(node)
+    if target == "contiguous" or (target is F.dropout and _dropout_is_off(args, kwargs)):
+        return None, False
+    kind = SPELLINGS.get(target)
+    if kind is None:
+        raise _unsupported(node, f"{label}()")
+    if (kind in ARITHMETIC and (kwargs or len(args) != 2)) or (kind == "getattr" and args[1] != "shape"):
+        raise _unsupported(node, f"{label}() with {kwargs or args[1:]!r}")
+    in_place = target in _IN_PLACE or bool(kwargs.get("inplace", False)) or (target is F.relu and args[1:] == (True,))
+    selects = kind == "max_pool2d" and len(args) < 7 and not kwargs.get("return_indices", False)
+    return Aten(node.name, kind, args, node.name, kwargs, selects), in_place
+
+
+def _label(node: fx.Node) -> str:
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+
+
+def _dropout_is_off(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    return kwargs.get("training", args[2] if len(args) > 2 else True) is False
+
+
+def _geometry(node: fx.Node, conv: nn.Conv2d) -> Geometry:
+    sizes = [conv.stride, conv.padding, conv.dilation]
+    if conv.padding_mode != "zeros" or any(isinstance(v, str) or len(set(v)) != 1 for v in sizes):
+        raise ValueError(
+            f"layer {str(node.target)!r} (node {node.name!r}): optimize() takes convolutions whose stride, zero "
+            f"padding and dilation are the same number for height and width, got {conv}"
+        )
+    stride, pad, dilation = (int(v[0]) for v in sizes)
+    return Geometry(stride, pad, dilation, conv.groups)
