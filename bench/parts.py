@@ -56,8 +56,8 @@ def kernels(depth: str, seconds: float) -> Part:
 STATUS = ["-m", "fastres", "status"]
 KERNELS = [f"tests/kernels/test_{name}.py" for name in ("fprop", "conv_backward", "batch_norm", "chain")]
 KERNELS += [f"tests/kernels/test_{name}.py" for name in ("persistent", "stem")]
-NETS = [f"tests/{name}.py" for name in ("ops/test_training", "inference/test_optimize", "ops/test_operators")]
-NETS += ["tests/compile/test_compile.py"]
+NETS = [f"tests/ops/test_{name}.py" for name in ("training", "operators")] + ["tests/compile/test_compile.py"]
+NETS += [f"tests/inference/test_{name}.py" for name in ("program", "optimized", "float8")]
 OTHERS = ["tests", *(f"--ignore={file}" for file in (*KERNELS, *NETS, "tests/kernels/test_layers.py"))]
 ON_GPU = ["-m", "(gpu or interpret) and not slow"]
 # Every launch of ResNet-50 in bf16, with each tile that tuning tries, and option A's operator.

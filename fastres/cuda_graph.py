@@ -113,7 +113,7 @@ class Graphed:
             if not isinstance(x, Tensor) or x.device != device or x.requires_grad:
                 what = type(x).__name__ if not isinstance(x, Tensor) else f"{x.device}, requires_grad={x.requires_grad}"
                 raise TypeError(f"a graphed step takes tensors on {device} that want no gradients, not {what}")
-        if not _has_graphs(device):
+        if not _can_record(device):
             return _copied(_detached(self.step(*inputs)))
         with torch.cuda.device(device):
             return self._call(inputs, device)
@@ -371,7 +371,7 @@ _WHY_NOT = (
 )
 
 
-def _has_graphs(device: torch.device) -> bool:
+def _can_record(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
@@ -466,6 +466,6 @@ def _set_host_random(state: tuple[Any, ...]) -> None:
     np.random.set_state(state[2])  # noqa: NPY002
 
 
-def _equal_random(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
-    arrays = np.array_equal(one[2][1], other[2][1]) and one[2][2:] == other[2][2:]
-    return one[0] == other[0] and torch.equal(one[1], other[1]) and arrays
+def _equal_random(before: tuple[Any, ...], after: tuple[Any, ...]) -> bool:
+    arrays = np.array_equal(before[2][1], after[2][1]) and before[2][2:] == after[2][2:]
+    return before[0] == after[0] and torch.equal(before[1], after[1]) and arrays

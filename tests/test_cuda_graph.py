@@ -126,7 +126,7 @@ def test_calls_are_eager_steps(style: str, pretence: Pretence) -> None:
     assert pretence.modes == ["thread_local"]  # which leaves other threads alone
 
 
-def test_gradients_zeroed_and_accumulated_outside(pretence: Pretence) -> None:
+def test_gradients_may_be_zeroed_and_accumulated_outside(pretence: Pretence) -> None:
     """Two calls per update: the first finds no gradients, the second adds to them. Each has its graph."""
 
     def between(training: Training, i: int) -> None:
@@ -139,7 +139,7 @@ def test_gradients_zeroed_and_accumulated_outside(pretence: Pretence) -> None:
     assert len(call.graphs) == 2
 
 
-def test_gradients_that_moved(pretence: Pretence) -> None:
+def test_gradients_that_moved_are_added_to_where_they_are(pretence: Pretence) -> None:
     """They are added to wherever they are, not where they were when the graph was recorded."""
 
     def between(training: Training, i: int) -> None:
@@ -184,7 +184,7 @@ def test_a_schedule_reaches_the_graph(tensor: bool, pretence: Pretence) -> None:
     assert len(call.graphs) == 1
 
 
-def test_a_learning_rate_that_no_graph_reads(pretence: Pretence) -> None:
+def test_a_learning_rate_that_no_graph_reads_is_noticed(pretence: Pretence) -> None:
     """Without fused=True: it is said, and the call is right."""
 
     def between(training: Training, i: int) -> None:
@@ -444,7 +444,7 @@ def test_a_refused_recording_leaves_attributes_and_other_gradients(pretence: Pre
     assert_equal((mean, gradient), values)
 
 
-def test_a_step_without_inputs(pretence: Pretence) -> None:
+def test_a_step_may_have_no_inputs(pretence: Pretence) -> None:
     ours, theirs, given = Training(), Training(), batch(0)
     call = fastres.graphed(lambda: ours.step(*given), ours.net, ours.optimizer, ours.scaler)
     for _ in range(CALLS):
@@ -454,7 +454,7 @@ def test_a_step_without_inputs(pretence: Pretence) -> None:
 
 
 @pytest.mark.parametrize("name", ["cuda.matmul", "cudnn.conv"])
-def test_the_newer_names_of_tf32(name: str, pretence: Pretence) -> None:
+def test_the_newer_names_of_tf32_are_read(name: str, pretence: Pretence) -> None:
     """Where they have been set, PyTorch may raise when somebody reads the older ones."""
     training, of = Training(), operator.attrgetter(name)(torch.backends)
     call, before = training.graphed(), of.fp32_precision
@@ -557,7 +557,7 @@ def test_on_a_cpu_the_step_is_called() -> None:
         (TypeError, "or None, not a list", lambda t: fastres.graphed(lambda x: [x], t.net)(batch(0)[0])),
     ],
 )
-def test_bad_arguments(error: type[Exception], said: str, ask: Callable[[Training], Any]) -> None:
+def test_bad_arguments_are_refused(error: type[Exception], said: str, ask: Callable[[Training], Any]) -> None:
     with pytest.raises(error, match=said):
         ask(Training())
 
@@ -612,7 +612,7 @@ def test_gpu_follows_the_eager_steps(dropout: float, where: str | None) -> None:
 
 
 @pytest.mark.gpu
-def test_gpu_adamw_and_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpu_adamw_and_autocast_are_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     """capturable=True, gradients zeroed first, a short batch: apart by a tenth, at most, of how far training went. On a
     CPU one step left out makes a quarter, a stale batch half of it."""
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
@@ -646,7 +646,7 @@ def test_gpu_adamw_and_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.gpu
-def test_another_thread_allocates_pinned_memory() -> None:
+def test_another_thread_may_allocate_pinned_memory() -> None:
     """Memory that is kept, so that each allocation asks the driver."""
     started, done = threading.Event(), threading.Event()
 

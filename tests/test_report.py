@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import sys
-
 import pytest
 import torch
 import torchvision
 from torch import nn
 
 import fastres
+from fastres import report
 from fastres.ops import dispatch, extension
 from fastres.report import FUSED, INSTALL_TRITON, TRAIN, TUNE
-
-words = sys.modules["fastres.report"]  # `fastres.status` is the function
 
 
 @pytest.fixture(autouse=True)
@@ -24,7 +21,7 @@ def _nothing_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(extension, "load", build)
 
 
-def test_fields_and_words() -> None:
+def test_every_field_is_said_in_words() -> None:
     before = torch.get_rng_state()
     status = fastres.status()
     assert torch.equal(torch.get_rng_state(), before)
@@ -55,7 +52,7 @@ def test_fields_and_words() -> None:
 
 
 @pytest.mark.gpu
-def test_on_a_gpu() -> None:
+def test_a_gpu_is_named() -> None:
     status = fastres.status()
     assert torch.cuda.get_device_name() in status.gpu
     assert status.triton == "usable"
@@ -63,13 +60,13 @@ def test_on_a_gpu() -> None:
     assert status.training == FUSED
 
 
-def test_follows_the_forced_backend() -> None:
+def test_a_status_follows_the_forced_backend() -> None:
     with fastres.backend("reference"):
         assert fastres.status().training == FUSED
         assert fastres.status().inference == FUSED
 
 
-def test_what_optimize_brings_on_this_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_status_says_what_optimize_brings_on_this_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     why: dict[torch.dtype, str | None] = {torch.bfloat16: None, torch.float16: "no fp16", torch.int8: "no VNNI"}
     monkeypatch.setattr(dispatch, "why_no_onednn", lambda dtype: why.get(dtype))
     told = fastres.status().optimize
@@ -88,7 +85,7 @@ def test_training_on_a_cpu_stays_pytorchs(monkeypatch: pytest.MonkeyPatch) -> No
     assert "oneDNN" not in fastres.status().training
 
 
-def test_begins_with_what_runs_fused_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_status_begins_with_what_runs_fused_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     why: dict[torch.dtype, str | None] = {}
     monkeypatch.setattr(dispatch, "why_no_onednn", lambda dtype: why.get(dtype))
@@ -142,7 +139,7 @@ FUSED_HERE = "ResNets run on fused Triton kernels on this machine's NVIDIA X1, i
         ),
     ],
 )
-def test_begins_with_what_runs_fused_on_a_gpu(
+def test_a_status_begins_with_what_runs_fused_on_a_gpu(
     capability: tuple[int, int],
     triton: bool,
     table: str,
@@ -154,8 +151,8 @@ def test_begins_with_what_runs_fused_on_a_gpu(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     monkeypatch.setattr(dispatch, "table_in_force", lambda device: table)
     monkeypatch.setattr(dispatch, "has_triton", lambda: triton)
-    assert words._on_gpu(torch.device("cuda")) == (summary, next_step)
-    assert next_step in words.WHAT_FOR
+    assert report._on_gpu(torch.device("cuda")) == (summary, next_step)
+    assert next_step in report.WHAT_FOR
 
 
 @pytest.mark.parametrize(
@@ -204,7 +201,7 @@ def test_a_status_says_what_a_forced_backend_refuses() -> None:
         assert fastres.status().training.startswith(("fused", "refused: backend('triton') is in force but"))
 
 
-def test_a_model_block_by_block() -> None:
+def test_a_model_is_told_block_by_block() -> None:
     net = fastres.resnet18()
     net.layer1[0].relu.register_forward_hook(lambda *_: None)
     net.layer2[0].bn1 = nn.SyncBatchNorm(128)
@@ -221,7 +218,7 @@ def test_a_model_block_by_block() -> None:
     assert "layer2.0: plain" in str(status)
 
 
-def test_other_models() -> None:
+def test_other_models_have_no_blocks_until_they_are_converted() -> None:
     frozen = torchvision.models.resnet18(norm_layer=torchvision.ops.FrozenBatchNorm2d)
     assert fastres.status(frozen).blocks == {}
     with fastres.backend("reference"):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastres.inference.optimized import Optimized, tensors
+from fastres.inference.optimized import Optimized, batch_inputs
 from fastres.inference.plan import Conv, Step, convs, fuse, fuse_chains, quantise
 from fastres.inference.ranges import Ranges
 from fastres.inference.trace import trace
@@ -96,7 +96,7 @@ def optimize(
         _require_engine(dtype, device)
         # This net is compared with the model; one of 8 bits is too coarse to be.
         wide = Optimized(model, steps, output, _QUANTISED[dtype], cuda_graph=False, compared=True)
-        for x in tensors(calibration):
+        for x in batch_inputs(calibration):
             wide.observed(x, ranges.include)
         steps, output = quantise(steps, output, ranges.ends(), dtype)
         dtype = wide.dtype

@@ -32,7 +32,7 @@ _DERIVED = {"_lock", "_programs", "_image_bytes", "_folded", "_packings", "_laye
 _DERIVED |= {"_last_use", "_graph_memory"}  # on a GPU
 
 
-def tensors(batches: Iterable[Any]) -> Iterator[Tensor]:
+def batch_inputs(batches: Iterable[Any]) -> Iterator[Tensor]:
     """The input of each batch: a tensor, or the first of a tuple."""
     for batch in batches:
         yield batch if isinstance(batch, Tensor) else batch[0]
@@ -112,7 +112,7 @@ class Optimized(nn.Module):
         `model` is given each batch in the dtype and on the device of its own parameters, if it has any.
         """
         same = total = 0
-        for x in tensors(batches):
+        for x in batch_inputs(batches):
             like = next(model.parameters(), x) if isinstance(model, nn.Module) else x
             with torch.no_grad():
                 theirs = model(x.to(like.device, like.dtype)).argmax(1)

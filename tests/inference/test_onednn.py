@@ -1,30 +1,24 @@
-"""`optimize` on a CPU: oneDNN's fused operators, their packed weights, slices of a batch, and the oneDNN graph."""
+"""`optimize` on a CPU: oneDNN's fused operators, their packed weights, and slices of a batch."""
 
 from __future__ import annotations
 
 import copy
-import gc
 import subprocess
 import sys
-import threading
-import time
-import weakref
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Any
 
-import numpy
 import pytest
 import torch
 import torch.nn.functional as F
 from cases import assert_close_to_reference
-from test_optimize import NETS, lived_in, tiny
+from nets import tiny
 from torch import Tensor, nn
 
 import fastres
 from fastres import optimize
-from fastres.inference import optimized, program
-from fastres.inference.plan import Conv, by_image, fuse, overwritable
+from fastres.inference import optimized
+from fastres.inference.plan import Conv, fuse, overwritable
 from fastres.inference.trace import trace
 from fastres.ops import dispatch, onednn
 from fastres.ops.layout import Geometry, nchw, nhwc
@@ -57,9 +51,6 @@ def assert_same(y: Tensor, want: Tensor) -> None:
 
 def engines(net: optimized.Optimized) -> set[str]:
     return {bound.engine for p in net._programs.values() for bound in p.bound if isinstance(bound.step, Conv)}
-
-
-# The operators, as PyTorch has them today.
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -122,10 +113,7 @@ def test_a_new_number_of_images_packs_nothing(monkeypatch: pytest.MonkeyPatch) -
     assert net._packings._by_call == packed
 
 
-# What is not oneDNN's.
-
-
-def test_dispatch_decides() -> None:
+def test_dispatch_decides_the_engine() -> None:
     net = optimize(tiny(), torchscript=False)
     net(photographs())
     assert engines(net) == {"onednn"}
@@ -138,7 +126,7 @@ def test_dispatch_decides() -> None:
 
 
 @pytest.mark.skipif(not HAS_BF16, reason="this CPU computes no bf16")
-def test_a_grouped_convolution_with_a_residual() -> None:
+def test_a_grouped_convolution_with_a_residual_is_served() -> None:
     """PyTorch's operator has no kernel for it in bfloat16 and says so."""
 
     class Grouped(nn.Module):
@@ -222,9 +210,6 @@ def test_large_finite_input_is_served() -> None:
         assert_close_to_reference(optimize(model)(x), want, theirs)
 
 
-# Values that are overwritten.
-
-
 class Twice(nn.Module):
     """A residual that is read again after it was added, and one that is returned in the sum."""
 
@@ -259,11 +244,8 @@ def test_only_what_nobody_reads_later_is_overwritten(again: str) -> None:
     assert (overwritable(steps, output) == residuals) == (again == "no")
 
 
-# Slices.
-
-
 @pytest.mark.parametrize("n", [1, 4, 5, 9, 16])
-def test_a_batch_is_cut(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_large_batch_is_cut(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Into slices of at most two images here; each image gets the scores that it gets alone."""
     model, x = tiny(), photographs(n)
     net = optimize(model, torchscript=False)
@@ -334,12 +316,6 @@ def test_a_convolution_that_adds_what_lost_dimensions_keeps_the_batch_whole(monk
         assert_same(optimize(model)(x), model(x))
 
 
-def test_nets_of_this_field_may_be_cut() -> None:
-    for model in (fastres.resnet18(), fastres.resnet50(), fastres.paper.cifar(20), fastres.paper.resnet(18, "A")):
-        steps, output = trace(model.eval())
-        assert by_image(fuse(steps, output), model)
-
-
 STEADY = """
 import resource, sys, torch, fastres
 torch.set_num_threads(1)
@@ -365,265 +341,3 @@ def test_a_steady_call_allocates_next_to_nothing(graph: bool) -> None:
     faults = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
     assert len(faults) == 3
     assert all(float(each) < 32 for each in faults), faults
-
-
-# The oneDNN graph.
-
-
-@pytest.fixture
-def graph_wins(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever is measured."""
-    monkeypatch.setattr(program, "_seconds", lambda calls: [1.0, 2.0])
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_shape_that_comes_back_is_compiled(dtype: torch.dtype, graph_wins: None) -> None:
-    model, x = tiny().to(dtype), photographs(2, 32).to(dtype)
-    with torch.no_grad():
-        want, theirs = model.double()(x.double()), model.to(dtype)(x)
-    net = optimize(model)
-    for call in range(optimized.SPECIALISED_AFTER + 3):
-        y = net(x)
-        assert y.dtype == dtype
-        assert_close_to_reference(y, want, theirs)
-        assert ("by TorchScript" in net.explain().splitlines()[0]) == (call >= optimized.SPECIALISED_AFTER)
-    with torch.no_grad():
-        assert_close_to_reference(net(x[:1]), want[:1], model(x[:1]))
-
-
-def test_an_example_compiles_at_once(graph_wins: None) -> None:
-    net = optimize(tiny(), photographs())
-    assert "by TorchScript, as a oneDNN graph" in net.explain()
-
-
-def test_layouts_of_the_input_make_no_difference(graph_wins: None) -> None:
-    """Strides over dimensions of one are arbitrary, and a compiled graph would take them for another layout."""
-    for shape in ((1, 3, 16, 16), (2, 1, 16, 16), (2, 3, 1, 16)):
-        model = lived_in(nn.Sequential(nn.Conv2d(shape[1], 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 4, 1)))
-        x = torch.randn(shape)
-        with torch.no_grad():
-            want = model(x)
-        net = optimize(model, x)
-        odd = x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
-        for given in (x, x.contiguous(memory_format=torch.channels_last), odd, x.double(), x.flip(3).flip(3)):
-            assert_same(net(given), want)
-
-
-def test_where_it_is_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    x = photographs()
-    net = optimize(tiny(), x, torchscript=False)
-    assert "one step after the other" in net.explain()
-    torch.use_deterministic_algorithms(True)
-    try:
-        assert "one step after the other" in optimize(tiny(), x).explain()
-    finally:
-        torch.use_deterministic_algorithms(False)
-    monkeypatch.setattr(program, "_seconds", lambda calls: [0.002, 0.001])
-    assert "(not by TorchScript: measured: 2.0 ms, step by step 1.0 ms)" in optimize(tiny(), x).explain()
-
-
-def test_a_graph_with_another_answer_is_not_taken(monkeypatch: pytest.MonkeyPatch, graph_wins: None) -> None:
-    right = onednn.graph
-    monkeypatch.setattr(onednn, "graph", lambda function, x: lambda x: right(function, x)(x) * 1.001)
-    model, x = tiny(), photographs()
-    net = optimize(model, x)
-    assert "from that of the steps" in net.explain()
-    with torch.no_grad():
-        assert_same(net(x), model(x))
-
-
-def test_what_the_graph_compiler_refuses_stays_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: Any, **__: Any) -> Any:
-        raise RuntimeError("it has gone")
-
-    monkeypatch.setattr(onednn, "script", refuse)
-    assert "(not by TorchScript: RuntimeError: it has gone)" in optimize(tiny(), photographs()).explain()
-    assert not torch.jit.onednn_fusion_enabled()
-
-
-def test_compiling_leaves_pytorchs_switch_as_it_was(graph_wins: None) -> None:
-    for before in (False, True):
-        torch.jit.enable_onednn_fusion(before)
-        try:
-            optimize(tiny(), photographs())
-            assert torch.jit.onednn_fusion_enabled() == before
-        finally:
-            torch.jit.enable_onednn_fusion(False)
-
-
-def test_threads_that_compile_leave_pytorchs_switch_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first leaves while the second is inside, where nothing makes it wait."""
-    inside = threading.Barrier(2)
-
-    def script(*_: Any) -> Any:
-        assert torch.jit.onednn_fusion_enabled()
-        with suppress(threading.BrokenBarrierError):
-            inside.wait(0.2)
-        time.sleep(0.2 * (threading.current_thread().name == "second"))
-        raise RuntimeError("enough")
-
-    def compile() -> None:
-        with suppress(RuntimeError):
-            onednn.graph(torch.relu, torch.zeros(1, 1, 1, 1))
-
-    monkeypatch.setattr(onednn, "script", script)
-    threads = [threading.Thread(target=compile, name=name) for name in ("first", "second")]
-    try:
-        for thread in threads:
-            thread.start()
-            time.sleep(0.05)
-        for thread in threads:
-            thread.join()
-        assert not torch.jit.onednn_fusion_enabled()
-    finally:
-        torch.jit.enable_onednn_fusion(False)
-
-
-def test_a_graph_dies_with_its_weights() -> None:
-    """And so does what it compiled: no unit of PyTorch's own keeps it."""
-    kept, x = numpy.ones((8, 3, 3, 3), numpy.float32), photographs()
-    alive = weakref.ref(kept)
-
-    def graph(w: Tensor) -> Callable[[Tensor], Tensor]:
-        return onednn.graph(lambda x: F.relu(F.conv2d(x, w)), x)
-
-    function = graph(torch.from_numpy(kept))
-    del kept
-    function(x)
-    assert alive() is not None
-    del function
-    gc.collect()
-    assert alive() is None
-
-
-class Unread(nn.Module):
-    """Returns the features; nobody reads the scores, which it computes afterwards."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv, self.pool, self.fc = nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Linear(8, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = torch.relu(self.conv(x))
-        self.fc(torch.flatten(self.pool(y), 1))
-        return y
-
-
-def test_what_a_net_returns_need_not_be_computed_last(graph_wins: None) -> None:
-    model, x = Unread().eval(), photographs()
-    net = optimize(model, x)
-    assert "by TorchScript, as a oneDNN graph" in net.explain()
-    with torch.no_grad():
-        assert_same(net(x), model(x))
-
-
-class Apart(nn.Module):
-    """Its BatchNorm is not folded: what it reads is read again. The graph compiler never returns from it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv, self.bn = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.conv(x)
-        return y + self.bn(y)
-
-
-def test_a_batch_norm_by_itself_stays_out_of_the_graph(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[Any] = []
-    monkeypatch.setattr(onednn, "graph", lambda *given: asked.append(given))
-    model, x = lived_in(Apart()), photographs()
-    net = optimize(model, x)
-    assert not asked
-    assert "(not by TorchScript: 'bn' is none of the steps that oneDNN's graph compiler is given" in net.explain()
-    with torch.no_grad():
-        assert_same(net(x), model(x))
-
-
-def test_no_call_takes_a_graph_before_it_was_compared(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Here one with another answer, called by another thread while it is compared."""
-    model, x = tiny(), photographs()
-    net = optimize(model, torchscript=False)
-    found: list[Any] = []
-    net(x)
-    (plan,) = net._programs.values()
-
-    def meanwhile(x: Tensor) -> Tensor:
-        if not found:
-            found.append(None)
-            found[0] = plan.run(nhwc(x))
-        return x.new_zeros(2, 10)
-
-    monkeypatch.setattr(onednn, "graph", lambda *_: meanwhile)
-    plan._compile(nhwc(x))
-    assert "from that of the steps" in net.explain()
-    with torch.no_grad():
-        assert_same(found[0], model(x))
-
-
-def test_loaded_weights_reach_the_graph(graph_wins: None) -> None:
-    model, other, x = tiny(), tiny(), photographs()
-    net = optimize(model, x)
-    net.load_state_dict(other.state_dict())
-    net.ready(x)
-    assert "by TorchScript, as a oneDNN graph" in net.explain()
-    with torch.no_grad():
-        assert_same(net(x), other(x))
-
-
-def test_a_returned_tensor_is_the_callers_own(graph_wins: None) -> None:
-    model = lived_in(nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU()))
-    x = photographs()
-    net = optimize(model, x)
-    first = net(x)
-    assert first.is_contiguous(memory_format=torch.channels_last)
-    kept = first.clone()
-    first.zero_()
-    assert torch.equal(net(x), kept)
-
-
-@pytest.mark.parametrize("graph", [False, True], ids=["steps", "graph"])
-def test_threads_call_one_net_at_once(graph: bool, graph_wins: None) -> None:
-    model = tiny()
-    inputs = [photographs(1 + i % 3) for i in range(9)]
-    net = optimize(model, torchscript=graph)
-    for x in inputs[:3]:
-        net.ready(x)
-    with torch.no_grad():
-        want = [model(x) for x in inputs]
-    results: list[list[Tensor]] = [[] for _ in range(4)]
-
-    def work(row: list[Tensor]) -> None:
-        for _ in range(3):
-            row.extend(net(x) for x in inputs)
-
-    threads = [threading.Thread(target=work, args=(row,)) for row in results]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for row in results:
-        assert len(row) == 27
-        for y, right in zip(row, want * 3, strict=True):
-            assert_same(y, right)
-
-
-# Nets with steps that the graph compiler isn't given.
-STEPS_ONLY = {
-    "group norm",
-    "timm deep stem, average down",
-    "timm squeeze-excitation",
-    "timm blur",
-    "timm efficient attention",
-}
-
-
-@pytest.mark.extra
-@pytest.mark.parametrize("name", NETS)
-def test_every_net_answers_when_it_is_compiled(name: str, graph_wins: None) -> None:
-    model, x = lived_in(NETS[name]()), photographs(2, 33)
-    with torch.no_grad():
-        theirs, want = model(x), copy.deepcopy(model).double()(x.double())
-    net = optimize(model, x)
-    assert_close_to_reference(net(x), want, theirs, factor=4.0)
-    assert ("by TorchScript, as a oneDNN graph" in net.explain()) == (name not in STEPS_ONLY)

@@ -43,12 +43,12 @@ def test_an_able_cpu_serves(able: None, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.int32, torch.float8_e4m3fn], ids=str)
-def test_other_dtypes(able: None, dtype: torch.dtype) -> None:
+def test_other_dtypes_are_refused(able: None, dtype: torch.dtype) -> None:
     assert str(dtype) in (dispatch.why_no_onednn(dtype) or "")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *_NARROW], ids=str)
-def test_no_onednn_at_all(able: None, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+def test_without_onednn_nothing_is_served(able: None, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
     with torch.backends.mkldnn.flags(enabled=False):
         assert "enabled is False" in (dispatch.why_no_onednn(dtype) or "")
     with monkeypatch.context() as patch:
@@ -73,7 +73,7 @@ def test_no_onednn_at_all(able: None, monkeypatch: pytest.MonkeyPatch, dtype: to
     ],
     ids=["bf16", "int8", "quint8", "int8 saturates", "fp16"],
 )
-def test_a_cpu_without_the_instructions(
+def test_a_cpu_without_the_instructions_refuses_the_dtype(
     able: None,
     monkeypatch: pytest.MonkeyPatch,
     dtype: torch.dtype,
@@ -92,7 +92,7 @@ def test_bf16_needs_one_of_two(able: None, monkeypatch: pytest.MonkeyPatch, has:
 
 
 @pytest.mark.parametrize("name", ["ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"])
-def test_a_limited_onednn(able: None, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_a_limited_onednn_serves_float32_alone(able: None, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setenv(name, "AVX2")
     assert dispatch.why_no_onednn(torch.float32) is None
     for dtype in _NARROW:
@@ -113,7 +113,7 @@ print(torch.ops.quantized.conv2d(x, packed, 576 / 255, 0).dequantize()[0, 0, 4, 
 
 
 @pytest.mark.skipif(dispatch.why_no_onednn(torch.int8) is not None, reason="needs a CPU that serves int8")
-def test_why_a_limit_refuses_int8() -> None:
+def test_a_limited_onednn_sums_int8_wrongly() -> None:
     """The largest sum of 576 products: right here, wrong where oneDNN may not use VNNI."""
 
     def result(**limit: str) -> float:

@@ -1,0 +1,296 @@
+"""A program: to which engines its steps are bound, by choice, refusal or clock, and that all answer alike."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import sys
+import types
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import assert_close_to_reference, by_library, lost_in_sums, relative_error
+from nets import DEVICE, Adds, answers, images, needs_kernels, tiny
+from torch import Tensor, nn
+
+import fastres
+from fastres import optimize
+from fastres.inference import program
+from fastres.inference.plan import fuse
+from fastres.inference.trace import trace
+from fastres.ops import dispatch, folded
+from fastres.ops.layout import Geometry
+
+
+@pytest.fixture
+def chains_run_as_one(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """Dispatch wants every chain as one kernel, here its meaning in plain PyTorch; returns the inputs' shapes."""
+    calls: list[tuple[int, ...]] = []
+
+    def bottleneck_chain(
+        x: Tensor, w2: Tensor, b2: Tensor, w3: Tensor, b3: Tensor, residual: Tensor, w1: Tensor, b1: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        calls.append(tuple(x.shape))
+
+        def conv(a: Tensor, w: Tensor, b: Tensor, pad: int, residual: Tensor | None = None) -> Tensor:
+            p = folded.Folded(w, b, b)
+            return folded.by_library(a, residual, p=p, geometry=Geometry(pad=pad), relu=True)
+
+        out = conv(conv(x, w2, b2, 1), w3, b3, 0, residual)
+        return out, conv(out, w1, b1, 0)
+
+    module = types.ModuleType("fastres.kernels.chain")
+    module.bottleneck_chain = bottleneck_chain  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "fastres.kernels.chain", module)
+    monkeypatch.setattr(dispatch, "why_chained", lambda problem, dtype, device: "measured somewhere")
+    return calls
+
+
+def test_a_chain_means_its_three_convolutions(
+    chains_run_as_one: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, x = tiny().double(), images(dtype=torch.float64)
+    (expected,) = answers(model, x)
+    net = optimize(model)
+    assert relative_error(net(x), expected) <= 1e-12
+    assert chains_run_as_one == [(2, 4, 4, 8)]  # 1 -> 2; the third bottleneck is grouped
+    row = next(line for line in net.explain().splitlines() if "chain: " in line)
+    assert "chain: 3x3 8->8 + relu -> 1x1 8->32 + residual + relu -> 1x1 32->8 + relu" in row
+    assert row.endswith("  triton  measured somewhere")
+    assert relative_error(net(x), expected) <= 1e-12
+    monkeypatch.setattr(dispatch, "why_chained", lambda problem, dtype, device: None)
+    unchained = optimize(model)
+    apart = unchained(x)
+    assert len(chains_run_as_one) == 2
+    unchained._steps = fuse(*trace(model))  # the same plan, never chained
+    unchained._fold()
+    assert torch.equal(unchained(x), apart)
+
+
+def test_a_backend_in_force_has_plans_of_its_own() -> None:
+    net, x = optimize(tiny()), images()
+    first = net(x)
+    with fastres.backend("reference"):
+        torch.testing.assert_close(net(x), first, rtol=1e-5, atol=1e-6)  # on a CPU oneDNN sums in another order
+        assert "backend('reference')" in net.explain()
+    net(x)
+    assert "backend" not in net.explain()
+
+
+@pytest.mark.skipif(dispatch.interpreting() or torch.cuda.is_available(), reason="kernels can run here")
+def test_forced_kernels_without_a_gpu_are_refused() -> None:
+    with fastres.backend("triton"), pytest.raises(RuntimeError, match="use a CUDA GPU or TRITON_INTERPRET=1"):
+        optimize(tiny(), images())
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        lambda x, m: m.conv(x) + m.pool(x),
+        lambda x, m: m.pool(x) + m.conv(x),
+        lambda x, m: m.conv(m.pool(x)) + x,
+        lambda x, m: m.conv(x) + x.shape[2],
+        lambda x, m: m.conv(x) + x.mean(),
+        lambda x, m: m.conv(x) + x[0],
+        lambda x, m: m.conv(x) + m.shift,
+    ],
+)
+def test_what_is_added_may_broadcast(what: Callable[[Tensor, Any], Any]) -> None:
+    model, x = Adds(what).double().eval(), images(dtype=torch.float64)
+    assert relative_error(optimize(model)(x), answers(model, x)[0]) <= 1e-12
+
+
+def test_what_is_added_must_fit() -> None:
+    with pytest.raises(RuntimeError, match="must match the size of tensor"):
+        optimize(Adds(lambda x, m: m.conv(x) + x[:, :, 1:]).eval())(images())
+
+
+@needs_kernels
+@pytest.mark.interpret
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_kernels_answer_as_the_original(dtype: torch.dtype) -> None:
+    model, x = tiny().to(DEVICE), images(2, 12).to(DEVICE)
+    (reference,) = answers(copy.deepcopy(model).double(), x.double())
+    (baseline,) = answers(copy.deepcopy(model).to(dtype), x.to(dtype))
+    with fastres.backend("triton"):
+        net = optimize(model, dtype=dtype)
+        assert_close_to_reference(net(x), reference, baseline, lost=lost_in_sums(9 * 32, baseline))
+        ours = sum(isinstance(m, (nn.Conv2d, nn.MaxPool2d)) for m in model.modules())
+        assert net.explain().count("  triton  ") == ours
+
+
+class Named(nn.Module):
+    """A module and a function of one name, which pool differently, and a pool of what never changes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.max_pool2d = nn.Conv2d(3, 4, 3, padding=1), nn.MaxPool2d(3, 2, 1)
+        self.register_buffer("fixed", torch.randn(1, 4, 8, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.max_pool2d(F.max_pool2d(self.conv(x), 2)) + self.max_pool2d(self.fixed)
+
+
+@needs_kernels
+@pytest.mark.interpret
+def test_a_function_named_like_a_module_is_not_taken_for_it() -> None:
+    model, x = Named().eval().to(DEVICE), images(2, 16).to(DEVICE)
+    with fastres.backend("triton"):
+        net = optimize(model)
+        assert_close_to_reference(net(x), *answers(copy.deepcopy(model).double(), x.double()), *answers(model, x))
+
+
+@needs_kernels
+@pytest.mark.interpret
+@pytest.mark.parametrize(
+    ("pool", "ours"),
+    [
+        (nn.MaxPool2d(3, 2, 1), True),
+        (nn.MaxPool2d(2), True),
+        (nn.MaxPool2d(3, 2, 1, ceil_mode=True), False),
+        (nn.MaxPool2d(3, 2, 1, dilation=2), False),
+        (nn.MaxPool2d((3, 2), 2, 1), False),
+        (nn.MaxPool2d(3, 5, 1), False),
+        (nn.MaxPool2d(17, 2, 8), False),
+    ],
+    ids=str,
+)
+def test_our_kernel_takes_the_pools_that_it_serves(pool: nn.Module, ours: bool) -> None:
+    """Whatever computes it, the answer is PyTorch's."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), pool).eval().to(DEVICE)
+    x = images(2, 18).to(DEVICE)
+    with fastres.backend("triton"):
+        net = optimize(model)
+        assert_close_to_reference(net(x), *answers(copy.deepcopy(model).double(), x.double()), *answers(model, x))
+        row = next(line for line in net.explain().splitlines() if "MaxPool2d" in line)
+    assert ("writes no indices" in row) == ours, row
+
+
+@needs_kernels
+@pytest.mark.interpret
+def test_our_pass_after_the_librarys_convolution_means_the_same() -> None:
+    w, shift = torch.randn(8, 4, 3, 3).to(DEVICE), torch.randn(8).to(DEVICE)
+    x, residual = torch.randn(2, 5, 6, 4).to(DEVICE), torch.randn(2, 5, 6, 8).to(DEVICE)
+    packed, exact = (folded.pack(w, shift, dtype, "layer") for dtype in (torch.float32, torch.float64))
+    static: dict[str, Any] = {"geometry": Geometry(pad=1), "relu": True}
+    for inputs in ((x,), (x, residual)):
+        reference = by_library(folded.by_library, *(t.double() for t in inputs), p=exact, **static)
+        baseline = by_library(folded.by_library, *inputs, p=packed, **static)
+        got = folded.by_library_and_kernel(*inputs, ones=torch.ones(8).to(DEVICE), p=packed, **static)
+        assert_close_to_reference(got, reference, baseline)
+
+
+class Clock:
+    """Every step by the library, its fused convolution feigned; `takes` are the microseconds of fused and apart."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, takes: tuple[float, float]) -> None:
+        self.takes, self.capturing, self.asked = list(takes), False, 0
+        self.fused: list[tuple[int, ...]] = []
+        # The plan that is held against the model beforehand is in float64.
+        engine = {torch.float64: "aten"}
+        monkeypatch.setattr(
+            dispatch, "why_engine", lambda _, problem, dtype, on: (engine.get(dtype, "cudnn"), "said so")
+        )
+        monkeypatch.setattr(dispatch, "pointwise_engine", lambda *_: "aten")
+        monkeypatch.setattr(folded, "by_cudnn", self.by_cudnn)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: self.capturing)
+        monkeypatch.setattr(program, "_fused_times", {})
+        monkeypatch.setattr(program, "_microseconds", self.microseconds)
+
+    def by_cudnn(self, x: Tensor, residual: Tensor | None = None, **static: Any) -> Tensor:
+        self.fused.append(tuple(x.shape))
+        return folded.by_library(x, residual, relu=True, **static)
+
+    def microseconds(self, calls: list[Callable[[], tuple[Tensor]]], device: torch.device) -> list[float]:
+        self.asked += 1
+        (fused,), (apart,) = (call() for call in calls)
+        assert device == fused.device
+        assert torch.equal(fused, apart)
+        return self.takes
+
+
+@pytest.mark.parametrize(("takes", "taken"), [((61.2, 54.9), "cudnn"), ((40.0, 54.9), "cudnn fused")])
+def test_the_fused_convolution_is_taken_where_it_is_faster(
+    takes: tuple[float, float], taken: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, model, x = Clock(monkeypatch, takes), tiny(), images()
+    net = optimize(model, x)
+    rows = [line for line in net.explain().splitlines() if "+ relu" in line]
+    said = f"said so; measured: fused {takes[0]:.0f} us, apart 55 us"
+    assert rows
+    assert all(f"  {taken}  " in row and row.endswith(said) for row in rows)
+    clock.fused.clear()
+    (reference,) = answers(model.double(), x.double())
+    assert relative_error(net(x), reference) < 1e-5
+    assert len(clock.fused) == (len(rows) if taken == "cudnn fused" else 0)
+
+
+def test_equal_layers_are_timed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    layers = [nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1), nn.ReLU()]
+    model, clock = nn.Sequential(*layers).eval(), Clock(monkeypatch, (1.0, 2.0))
+    net = optimize(model, torch.randn(2, 8, 6, 6))
+    assert clock.asked == 1
+    clock.takes[:] = [2.0, 1.0]
+    optimize(copy.deepcopy(model), torch.randn(2, 8, 6, 6))
+    assert clock.asked == 1
+    net(torch.randn(3, 8, 6, 6))
+    assert clock.asked == 2, "another size has times of its own"
+    assert "measured: fused 2 us, apart 1 us" in net.explain()
+    assert "measured: fused 1 us, apart 2 us" in net.explain((2, 8, 6, 6))
+    optimize(model, torch.randn(2, 8, 6, 6), dtype=torch.bfloat16)
+    assert clock.asked == 3
+
+
+def test_nothing_is_timed_in_a_capture_or_beside_what_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()).eval(), images()
+    clock = Clock(monkeypatch, (2.0, 1.0))
+    clock.capturing = True
+    net = optimize(model, x)
+    assert clock.asked == 0
+    assert "cudnn fused  said so\n" in net.explain() + "\n"
+    clock.capturing = False
+    assert "  cudnn   said so; measured: fused 2 us" in optimize(model, x).explain()
+
+    def fails(*_: Any, **__: Any) -> Tensor:
+        raise torch.OutOfMemoryError("out of memory\nfor one more tensor")
+
+    monkeypatch.setattr(program, "_fused_times", {})
+    with monkeypatch.context() as within:
+        within.setattr(program, "_microseconds", fails)
+        net = optimize(model, x)
+    assert "cudnn fused  said so; apart: out of memory\n" in net.explain() + "\n"
+
+
+def test_the_clock_takes_the_fastest_of_three_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, ran = [0.0], []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            self.at = now[0]
+
+        def elapsed_time(self, end: Any) -> float:
+            return end.at - self.at
+
+    def taking(name: str, *milliseconds: float) -> Callable[[], None]:
+        spans = iter(milliseconds)
+
+        def call() -> None:
+            ran.append(name)
+            now[0] += next(spans)
+
+        return call
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: ran.append("sleep"))
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    stream = types.SimpleNamespace(synchronize=lambda: ran.append("wait"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    calls = [taking("a", 3.0, 1.0, 2.0), taking("b", 0.5, 0.25, 4.0)]
+    assert program._microseconds(calls, torch.device("cuda")) == pytest.approx([1000.0, 250.0])
+    assert ran == ["sleep", "a", "b", "a", "b", "a", "b", "wait"]
