@@ -9,11 +9,12 @@ from collections.abc import Sequence
 
 from torchvision.models._meta import _IMAGENET_CATEGORIES
 
-__all__ = ["IMAGENET", "are_imagenet_ids", "difference", "out_of_order"]
+__all__ = ["IGNORE", "IMAGENET", "are_imagenet_ids", "difference", "out_of_order"]
 
 IMAGENET = tuple(_IMAGENET_CATEGORIES)  # ILSVRC 2012's classes in words, in the order of their WordNet ids
 _IMAGENET_IDS = "385e0240499426c022b773be1ae4da780f057b89c9694c7f47199f62746b6edd"  # of those, one a line, sorted
 _SHOWN = 5
+IGNORE = "--ignore-class-names goes on, with class i of the one as class i of the other"
 
 
 def are_imagenet_ids(names: Sequence[str]) -> bool:

@@ -27,16 +27,7 @@ from fastres.crop import MOST_PIXELS, centre, resized, resized_crop
 from fastres.inference import optimize
 from fastres.table import Table
 
-__all__ = [
-    "CROPS",
-    "SCALES",
-    "Predictor",
-    "Result",
-    "Views",
-    "evaluate",
-    "fully_convolutional",
-    "require_metrics",
-]
+__all__ = ["CROPS", "SCALES", "Predictor", "Result", "Views", "evaluate", "fully_convolutional", "require_metrics"]
 
 SCALES = (224, 256, 384, 480, 640)  # shorter sides, for nets trained on 224
 CROPS = {

@@ -1,4 +1,4 @@
-"""The paper's experiments anew: `python -m fastres experiment degradation | shortcuts | responses`.
+"""The paper's experiments, repeated: `python -m fastres experiment degradation | shortcuts | responses`.
 
 Each trains its nets one after another under out/runs, every one resumable and kept, so that experiments share those
 they have in common; then it writes <experiment>.csv, .md (beside the paper's numbers, with what differs) and .svg. The
@@ -11,12 +11,9 @@ errors drawn by iteration are in <experiment>-curves.csv; `--redraw` draws the p
 
 from __future__ import annotations
 
-import argparse
 import csv
-import importlib.util
 import io
 import math
-import os
 import platform
 import statistics
 import sys
@@ -35,12 +32,11 @@ import fastres
 from fastres import picture
 from fastres.models import families
 from fastres.models.flops import PAPER_TABLE
-from fastres.models.paper import SHORTCUTS
 from fastres.train import checkpoint, data
 from fastres.train.checkpoint import write_atomically
-from fastres.train.command import whole
-from fastres.train.loop import DTYPES, FAILURES, Run, train
-from fastres.train.recipe import QUICK, RECIPES, RISE, STUDIES, STUDY_RECIPES, Recipe, Study, lasting
+from fastres.train.loop import Run, default_dtype, train
+from fastres.train.process import device_named
+from fastres.train.recipe import RECIPES, RISE, STUDY_RECIPES, Recipe, Study
 
 EXPERIMENTS = {
     "degradation": "plain and residual nets of growing depth (Fig. 6)",
@@ -49,13 +45,6 @@ EXPERIMENTS = {
 }
 PLAIN = {"cifar": "cifar-plain", "paper": "plain"}  # the family without shortcuts, by the residual one
 PAPER_RECIPE = {"cifar": "cifar-2015", "paper": "imagenet-2015"}
-EPILOG = """\
-examples:
-  python -m fastres experiment degradation --quick      a short one, on digits
-  python -m fastres experiment shortcuts --data imagenet --root DIR
-
-Trainings that --out holds already are kept, and one that was stopped is resumed. Exit status 3: the claim of
-`degradation` (deeper plain nets train worse, deeper residual nets don't) was not seen."""
 SEEN = "The paper's claim is seen: all deeper plain nets train worse, no deeper residual net does."
 TAIL = 1 / 8  # of a training's iterations, at its end, over which the training error is averaged
 
@@ -154,6 +143,11 @@ class Plan:
     out: Path
     options: Mapping[str, Any]
 
+    @property
+    def device(self) -> torch.device:
+        """The one that the trainings take."""
+        return device_named(self.options.get("device"))
+
     def runs(self) -> list[tuple[Net, Run]]:
         """Seed by seed the trainings of all nets."""
         every = max(1, self.recipe.total(1) // self.study.points)
@@ -181,7 +175,7 @@ class Plan:
             found["testing"] = "one centre crop (10 crops)"
         if self.options.get("holdout"):
             found["validation"] = f"on {self.options['holdout']} of the training images (the test or validation set)"
-        dtype = self.options.get("dtype") or ("bf16" if _device(self.options).type == "cuda" else "fp32")
+        dtype = self.options.get("dtype") or default_dtype(self.device)
         if dtype != "fp32":
             found["dtype"] = f"{dtype} by autocast (fp32)"
         return found
@@ -197,141 +191,6 @@ class Finding:
     body: Sequence[Sequence[str]]
     words: Sequence[str]
     seen: bool | None = None
-
-
-def arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of `experiment`. Defaults that the experiment decides are None."""
-    parser.epilog = EPILOG
-    kinds = "; ".join(f"{name}: {meaning}" for name, meaning in EXPERIMENTS.items())
-    parser.add_argument("experiment", choices=list(EXPERIMENTS), metavar="EXPERIMENT", help=kinds)
-    parser.add_argument(
-        "--quick", action="store_true", help="train for a short time on digits, on the CPU unless --device says else"
-    )
-    nets = parser.add_argument_group("nets and their training")
-    nets.add_argument("--depths", type=int, nargs="+", metavar="N", help="layers of the nets (default: the paper's)")
-    nets.add_argument(
-        "--seeds",
-        type=whole(1),
-        metavar="N",
-        help="trainings of each net, from seeds 0, 1, ... (default: 1 or 3, by the experiment and the data)",
-    )
-    nets.add_argument(
-        "--iterations",
-        type=whole(1),
-        metavar="N",
-        help="length of each training; the recipe's milestones move in proportion (default: the recipe's)",
-    )
-    images = parser.add_argument_group("images")
-    images.add_argument(
-        "--data",
-        choices=list(STUDY_RECIPES),
-        metavar="NAME",
-        help=f"what to train on: {', '.join(STUDY_RECIPES)} (default: digits)",
-    )
-    images.add_argument("--root", type=Path, metavar="DIR", help="where the images are (default: digits need none)")
-    images.add_argument("--download", action="store_true", help="fetch CIFAR to --root")
-    images.add_argument(
-        "--holdout",
-        type=whole(0),
-        default=0,
-        metavar="N",
-        help="validate on so many of the training images (default: 0, on the test or validation images)",
-    )
-    images.add_argument(
-        "--workers", type=whole(0), default=0, metavar="N", help="processes that decode photographs (default: 0)"
-    )
-    images.add_argument(
-        "--cache",
-        type=Path,
-        metavar="DIR",
-        help="where mean images are kept (default: $FASTRES_CACHE_DIR, else ~/.cache/fastres)",
-    )
-    how = parser.add_argument_group("how it runs")
-    how.add_argument("--out", type=Path, metavar="DIR", help="default: out/experiment/<data>, with -quick behind it")
-    how.add_argument("--device", help="cpu, cuda or cuda:<number> (default: a GPU where there is one)")
-    how.add_argument("--dtype", choices=list(DTYPES), help="default: bf16 on a GPU, fp32 on a CPU")
-    how.add_argument(
-        "--cuda-graph", action=argparse.BooleanOptionalAction, help="capture each step (default: on a GPU)"
-    )
-    how.add_argument("--no-plot", action="store_true", help="write tables only; pictures need matplotlib")
-    how.add_argument("--redraw", action="store_true", help="train nothing: draw the tables in --out again")
-
-
-def plan(args: argparse.Namespace) -> Plan:
-    """What the arguments ask for. Raises ValueError for what can't be served."""
-    fixed = ("data", "depths", "seeds", "iterations")
-    if args.quick and (given := [f"--{name}" for name in fixed if getattr(args, name) is not None]):
-        raise ValueError(f"--quick has settings of its own: leave out {', '.join(given)}")
-    images = args.data or "digits"
-    recipe = RECIPES[STUDY_RECIPES[images]]
-    family = "paper" if args.experiment == "shortcuts" else recipe.family
-    study = QUICK[args.experiment] if args.quick else STUDIES[args.experiment, family]
-    depths = tuple(dict.fromkeys(args.depths or study.depths))
-    study = Study(
-        depths,
-        study.seeds if args.seeds is None else args.seeds,
-        study.iterations if args.iterations is None else args.iterations,
-        study.points,
-    )
-    if study.iterations is not None:
-        recipe = lasting(recipe, study.iterations)
-    if args.experiment == "shortcuts":
-        nets = [Net(family, depth, shortcut) for depth in depths for shortcut in SHORTCUTS]
-    else:
-        option = "A" if family == "paper" else None
-        nets = [Net(PLAIN[family], depth) for depth in depths] + [Net(family, depth, option) for depth in depths]
-    for net in nets:
-        with torch.device("meta"):
-            families.build(net.family, net.depth, net.shortcut)
-    device = args.device or ("cpu" if args.quick else None)
-    names = ("root", "download", "holdout", "workers", "cache", "dtype")
-    options = {name: getattr(args, name) for name in names} | {"device": device}
-    graph = {None: "auto", True: "on", False: "off"}[args.cuda_graph]
-    out = args.out or Path("out/experiment") / (images + "-quick" * args.quick)
-    return Plan(args.experiment, images, recipe, tuple(nets), study, out, options | {"cuda_graph": graph})
-
-
-def run(args: argparse.Namespace) -> int:
-    """Trains what is missing, writes the files and prints the table.
-
-    Returns 3 where the paper's claim was asked for and not seen, else 0. Raises ValueError for arguments that can't be
-    served, SystemExit for what fails while training or after a signal, OSError for files that can't be written.
-    """
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise ValueError("experiments run in one process; `train` takes several for one net")
-    if not args.no_plot and importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("the pictures need matplotlib: pip install matplotlib, or leave them out with --no-plot")
-    if args.redraw and args.no_plot:
-        raise ValueError("--redraw draws the picture that --no-plot leaves out: give one of them")
-    wanted = plan(args)
-    if args.redraw:
-        print(f"wrote {redraw(wanted.name, wanted.out)}")
-        return 0
-    threads = torch.get_num_threads()
-    if args.quick:
-        torch.set_num_threads(1)  # 8x8 images have little use for more, and one rounds alike everywhere
-    try:
-        trained = trainings(wanted)
-        finding = {"degradation": degradation, "shortcuts": shortcuts, "responses": responses}[wanted.name](
-            wanted, trained
-        )
-        text = report(wanted, finding, sum(one.seconds for one in trained))
-        files = {f"{wanted.name}.csv": _csv(finding.rows).encode(), f"{wanted.name}.md": text.encode()}
-        shown = finding.rows
-        if wanted.name != "responses":
-            shown = curves(trained)
-            files[drawn_from(wanted.name)] = _csv(shown).encode()
-        if not args.no_plot:
-            files[f"{wanted.name}.svg"] = draw(wanted.name, shown)
-        for name, content in files.items():
-            write_atomically(wanted.out / name, content)
-    except FAILURES as error:
-        raise SystemExit(f"python -m fastres experiment: {error}") from error
-    finally:
-        torch.set_num_threads(threads)
-    print(text)
-    print(f"{wanted.out} holds {', '.join(files)} and runs/")
-    return 3 if finding.seen is False else 0
 
 
 def trainings(wanted: Plan) -> list[Trained]:
@@ -471,7 +330,7 @@ def layer_responses(model: nn.Module, batches: Iterable[Tensor]) -> dict[str, fl
 
 def responses(wanted: Plan, trained: Sequence[Trained]) -> Finding:
     """Fig. 7 on the validation images, by BN's running statistics; in the paper only a picture."""
-    device = _device(wanted.options)
+    device = wanted.device
     options = {name: wanted.options[name] for name in ("root", "holdout", "cache", "workers")}
     dataset = data.load(wanted.data, wanted.recipe, **options, device=device)
     stream = data.Stream(len(dataset.train), wanted.recipe.batch, 1, 0)
@@ -535,7 +394,7 @@ def report(wanted: Plan, finding: Finding, seconds: float) -> str:
         lines += [f"- {name.replace('_', ' ')}: {text}" for name, text in differences.items()]
         lines.append("")
     took = "" if math.isnan(seconds) else f"; the trainings took {seconds:,.0f} s"
-    lines.append(f"{_environment(_device(wanted.options))}{took}.")
+    lines.append(f"{_environment(wanted.device)}{took}.")
     return "\n".join(lines) + "\n"
 
 
@@ -641,21 +500,13 @@ def drawn_from(name: str) -> str:
     return f"{name}.csv" if name == "responses" else f"{name}-curves.csv"
 
 
-def _csv(rows: Sequence[Row]) -> str:
+def table(rows: Sequence[Row]) -> str:
+    """Rows of the same columns as CSV."""
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
-
-
-def _device(options: Mapping[str, Any]) -> torch.device:
-    """The one that the trainings take."""
-    name = options.get("device") or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"device {name!r} does not exist: cpu, cuda and cuda:<number> are accepted") from error
 
 
 def _environment(device: torch.device) -> str:

@@ -13,9 +13,10 @@ import pytest
 import torch
 from PIL import Image
 
-from fastres import commands, paper
-from fastres.__main__ import main
+from fastres import paper
 from fastres.classes import IMAGENET, are_imagenet_ids, out_of_order
+from fastres.cli import eval as eval_command
+from fastres.cli.main import main
 from fastres.evaluate import Predictor
 from fastres.train import checkpoint, data, loop
 from fastres.train.data import DataError, by_channel
@@ -146,7 +147,7 @@ def test_an_ensemble_has_one_set_of_classes(tmp_path: Path, capsys: pytest.Captu
 
 
 def same_classes(weights: Weights, name: str, there: list[str], *, ignore: bool = False) -> None:
-    commands._require_same_classes(argparse.Namespace(ignore_class_names=ignore), weights, name, there)
+    eval_command._require_same_classes(argparse.Namespace(ignore_class_names=ignore), weights, name, there)
 
 
 def net_of(count: int, **meta: Any) -> Weights:

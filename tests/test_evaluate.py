@@ -427,5 +427,5 @@ def test_without_torchmetrics_the_error_says_how_to_get_it(monkeypatch: pytest.M
 def test_nothing_of_this_is_loaded_by_import_fastres() -> None:
     code = "import sys, fastres; print([n for n in sys.modules if n.startswith(('fastres.', 'torchmetrics'))])"
     loaded = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
-    for name in ("evaluate", "weights", "commands", "train", "torchmetrics"):
+    for name in ("evaluate", "weights", "cli", "train", "torchmetrics"):
         assert name not in loaded

@@ -158,7 +158,7 @@ def test_import_starts_nothing_and_loads_little_in_little_time() -> None:
     runs."""
     new, cuda, best = _import()
     assert not cuda
-    parts = tuple(f"fastres.{part}" for part in ("kernels", "timm", "csrc", "train", "evaluate", "weights", "commands"))
+    parts = tuple(f"fastres.{part}" for part in ("kernels", "timm", "csrc", "train", "evaluate", "weights", "cli"))
     assert not [name for name in new if name.startswith(parts)]
     flop_counter = {"torch.utils.flop_counter", "torch.utils.module_tracker"}  # a millisecond; formulas stand in it
     foreign = {name.split(".")[0] for name in set(new) - flop_counter} - set(sys.stdlib_module_names)

@@ -22,9 +22,11 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tvf
 
-from fastres import commands, crop, paper
-from fastres.__main__ import main
-from fastres.evaluate import Views
+from fastres import crop, paper
+from fastres.cli import batches
+from fastres.cli import eval as eval_command
+from fastres.cli.main import main
+from fastres.evaluate import Predictor, Views
 from fastres.images import ClassFolders, ImageError, image_files, read_image
 from fastres.table import Table
 from fastres.terminal import printable, utf8
@@ -213,7 +215,7 @@ def test_the_order_is_torchvisions(tmp_path: Path) -> None:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     assert ClassFolders(str(tmp_path)).samples == ImageFolder(str(tmp_path)).samples
-    found, _ = commands._image_files([tmp_path])
+    found, _ = batches.named_images([tmp_path])
     assert [Path(path) for path in found] == sorted(map(Path, found))
     assert len(found) == 8
 
@@ -238,7 +240,7 @@ def test_a_folder_that_can_t_be_listed(
     message = refused(["predict", str(folder / "lost+found"), "--weights", weights, *SMALL], capsys)
     assert "lost+found can't be listed: Permission denied" in message
     with pytest.raises(ValueError, match=r"lost\+found"):
-        commands._image_folder(folder.parent, "to test on")
+        eval_command._image_folder(folder.parent, "to test on")
     with pytest.raises(data.DataError, match=r"lost\+found"):
         data._image_folder("folder", folder.parent)
 
@@ -248,7 +250,7 @@ def test_classes_without_images_are_named(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
     picture().save(tmp_path / "full" / "a.png")
     with pytest.raises(ValueError, match=r"has no classes to test on: no images in album\.jpg; accepted are \.jpg"):
-        commands._image_folder(tmp_path, "to test on")
+        eval_command._image_folder(tmp_path, "to test on")
 
 
 # an ImageNet-shaped tree
@@ -383,7 +385,7 @@ def test_crops_that_no_memory_holds_are_refused(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(commands, "read_image", None)
+    monkeypatch.setattr(batches, "read_image", None)
     common = ["--model", "cifar-8", "--device", "cpu", "--size", str(side), "--crops", crops]
     message = refused(["predict", str(folder), "--weights", weights, *common], capsys)
     assert "are too large: up to 4096x4096 are accepted, of which a net's first layer makes 1 GB" in message
@@ -481,14 +483,14 @@ def test_refusals_are_one_line_that_does_nothing_to_a_terminal(capsys: pytest.Ca
 def test_scores_that_are_not_finite_are_no_answer(
     value: float, folder: Path, weights: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    call = commands.Predictor.__call__
+    call = Predictor.__call__
 
     def broken(self: Any, images: Any) -> Tensor:
         scores = call(self, images).clone()
         scores[1, 0] = value
         return scores
 
-    monkeypatch.setattr(commands.Predictor, "__call__", broken)
+    monkeypatch.setattr(Predictor, "__call__", broken)
     table = folder.parent / "out.csv"
     assert main(["predict", str(folder), "--weights", weights, *SMALL, "--csv", str(table)]) == 1
     out, err = capsys.readouterr()

@@ -14,7 +14,7 @@ from PIL import Image
 from torchvision import datasets
 from torchvision.transforms import v2
 
-from fastres.commands import _Files
+from fastres.cli.batches import Files
 from fastres.evaluate import Views
 from fastres.images import ImageError, opened, read_image
 from fastres.train import dali, data
@@ -208,7 +208,7 @@ def test_every_reader_sees_the_same(kinds: datasets.ImageFolder) -> None:
     """Training, DALI's loader, `eval` and `predict`; DALI itself decodes what all decoders agree about."""
     folder = data.Folder(kinds, v2.Identity())
     coded = dali.Encoded(folder)
-    files = _Files([(Path(path), label) for path, label in kinds.samples], Views("multiscale"), 3)
+    files = Files([(Path(path), label) for path, label in kinds.samples], Views("multiscale"), 3)
     heads = []
     for index, (path, _) in enumerate(kinds.samples):
         expected = np.asarray(read_image(path))
@@ -229,7 +229,7 @@ def test_every_reader_names_what_it_refuses(tmp_path: Path) -> None:
     (tmp_path / "class").mkdir()
     path = written(tmp_path / "class" / "float.tif", UNKNOWN_WHITE["floating point"][1])
     folder = data.Folder(datasets.ImageFolder(str(tmp_path)), v2.Identity())
-    (reason, _) = _Files([(path, 0)], Views("multiscale"), 3)[0]
+    (reason, _) = Files([(path, 0)], Views("multiscale"), 3)[0]
     for said in (folder[0, 0], dali.Encoded(folder)[0, 0], data.ReadError(reason)):
         assert isinstance(said, data.ReadError)
         assert str(said).startswith(f"{path} is no image that can be read (mode F in a TIFF file")

@@ -27,9 +27,10 @@ from torch.optim.swa_utils import AveragedModel
 from torchvision.models import ResNet18_Weights, ResNet50_Weights, WeightsEnum
 
 import fastres
-from fastres import commands, paper, weights
-from fastres.__main__ import main
+from fastres import paper, weights
 from fastres.classes import IMAGENET
+from fastres.cli import eval as eval_command
+from fastres.cli.main import main
 from fastres.evaluate import Result
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -109,7 +110,7 @@ def test_published_weights_without_counters_of_batches(
     given = ["predict", image, "--weights"]
     if command == "eval":
         given = ["eval", "--data", str(imagenet / "other"), "--ignore-class-names", "--batch", "500", "--checkpoint"]
-        monkeypatch.setattr(commands, "evaluate", lambda *_: Result(*[torch.ones(1000, dtype=torch.int64)] * 3))
+        monkeypatch.setattr(eval_command, "evaluate", lambda *_: Result(*[torch.ones(1000, dtype=torch.int64)] * 3))
     assert main([*given, "ResNet18_Weights.IMAGENET1K_V1", "--device", "cpu"]) == 0
     out = capsys.readouterr().out
     file = written(tmp_path / "resnet18-f37072fd.pth", state)
@@ -630,7 +631,7 @@ def found(monkeypatch: pytest.MonkeyPatch) -> list[Result]:
     pytest.importorskip("torchmetrics")
     results: list[Result] = []
     monkeypatch.setattr(WeightsEnum, "get_state_dict", lambda self, **_: fastres.resnet18().state_dict())
-    monkeypatch.setattr(commands, "evaluate", lambda *_: results.pop())
+    monkeypatch.setattr(eval_command, "evaluate", lambda *_: results.pop())
     return results
 
 

@@ -94,7 +94,7 @@ def save(folder: Path, state: dict[str, Any], *, best: bool) -> None:
         except OSError as error:
             last = folder / LAST
             there = f"{last} is intact, make room and go on from it"
-            mend = there if last.exists() else "there is no earlier checkpoint, make room and begin anew"
+            mend = there if last.exists() else "there is no earlier checkpoint, make room and start again"
             said = f"{folder / name} can't be written ({len(data)} bytes): {_cause(error)}; {mend}"
             raise CheckpointError(said) from error
 

@@ -658,13 +658,7 @@ HOW_TO_GET = {
 
 
 def _photographs(
-    name: str,
-    recipe: Recipe,
-    root: Path | None,
-    holdout: int,
-    cache: Path,
-    workers: int,
-    device: torch.device | None,
+    name: str, recipe: Recipe, root: Path | None, holdout: int, cache: Path, workers: int, device: torch.device | None
 ) -> Dataset:
     if root is None:
         raise DataError(f"data {name} needs --root. {HOW_TO_GET[name]}")
@@ -764,6 +758,6 @@ def read_moments(place: Path) -> Moments | None:
             if str(kept["checksum"]) != _checksum(*arrays):
                 raise ValueError("its checksum is wrong")
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        warnings.warn(f"{place} is damaged ({error}) and is computed anew", stacklevel=2)
+        warnings.warn(f"{place} is damaged ({error}) and is computed again", stacklevel=2)
         return None
     return Moments(int(arrays[0]), torch.from_numpy(arrays[1]), torch.from_numpy(arrays[2]))

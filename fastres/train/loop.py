@@ -46,6 +46,11 @@ COMPILE = ("none", "inductor", "fastres")
 FILES = (LOG, CURVES, checkpoint.LAST, checkpoint.BEST, checkpoint.WEIGHTS, TENSORBOARD)  # of a run
 
 
+def default_dtype(device: torch.device) -> str:
+    """The key of `DTYPES` where none is asked for."""
+    return "bf16" if device.type == "cuda" else "fp32"
+
+
 class NonFiniteError(RuntimeError):
     """The loss or its gradient was no number. The message names the iteration and the checkpoint of the one before."""
 
@@ -173,7 +178,7 @@ class Trainer:
         recipe = self.recipe = run.recipe
         self.family = run.family or recipe.family
         self.depth = recipe.depth if run.depth is None else run.depth
-        self.dtype = DTYPES[run.dtype or ("bf16" if place.device.type == "cuda" else "fp32")]
+        self.dtype = DTYPES[run.dtype or default_dtype(place.device)]
         micro, self.accumulate = micro_batches(recipe, run.micro_batch, place.world)
         checked_compile(run.compile)
         self.graphs, self.why_graphs = graph_choice(run, place)
@@ -660,7 +665,7 @@ def _train(run: Run, here: Place, signals: Signals) -> Summary:
     last = run.out / checkpoint.LAST
     resuming = last.exists()
     if resuming and not run.resume:
-        raise ValueError(f"{last} is there already: --resume goes on from it, another --out begins anew")
+        raise ValueError(f"{last} is there already: --resume goes on from it, another --out starts from the beginning")
     if run.tensorboard:
         require_tensorboard()
     trainer = Trainer(run, here, signals)
@@ -670,7 +675,7 @@ def _train(run: Run, here: Place, signals: Signals) -> Summary:
         checkpoint.prepare(run.out)  # only now: a run that is refused leaves no folder
     if trainer.main and run.resume:
         begun = f"{last}: goes on from iteration {trainer.iteration} of {trainer.total}"
-        print(begun if resuming else f"no checkpoint in {run.out}: begins anew", file=sys.stderr)
+        print(begun if resuming else f"no checkpoint in {run.out}: starts from the beginning", file=sys.stderr)
     if trainer.main:
         print(trainer.introduction(), file=sys.stderr)
     if trainer.main and isinstance(trainer.loader.train, Folder):

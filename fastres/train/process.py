@@ -31,20 +31,25 @@ class PeerError(ConnectionError):
     """Another process of the group has ended, or can't be reached."""
 
 
+def device_named(name: str | None) -> torch.device:
+    """None: a GPU where there is one, else the CPU. Raises ValueError for what is no device's name."""
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device {name!r} does not exist: cpu, cuda and cuda:<number> are accepted") from error
+
+
 @contextmanager
 def place(device: str | None) -> Iterator[Place]:
     """One process, or torchrun's, whose process group is up inside: NCCL on GPUs, gloo elsewhere.
 
     Raises ValueError for a device that isn't there, PeerError when gloo loses another process.
     """
-    kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        chosen = torch.device(kind)
-    except RuntimeError as error:
-        raise ValueError(f"device {kind!r} does not exist: cpu, cuda and cuda:<number> are accepted") from error
+    chosen = device_named(device)
     if chosen.type not in ("cpu", "cuda") or (chosen.type == "cuda" and not torch.cuda.is_available()):
         raise ValueError(
-            f"device {kind} is not there: this machine trains on {'cuda or ' * torch.cuda.is_available()}cpu"
+            f"device {device} is not there: this machine trains on {'cuda or ' * torch.cuda.is_available()}cpu"
         )
     world = int(os.environ.get("WORLD_SIZE", 1))
     if chosen.type == "cuda" and (chosen.index is None or world > 1):

@@ -8,13 +8,12 @@ import re
 import shlex
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 import fastres
-from fastres.__main__ import COMMANDS, EXIT_STATUSES, main, parsers
+from fastres.cli.main import COMMANDS, EXIT_STATUSES, main, module, parsers
 from fastres.models.families import FAMILIES
 
 
@@ -126,7 +125,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 def test_console_script() -> None:
     """Read as text: Python 3.10 has no tomllib."""
     written = (Path(__file__).parents[2] / "pyproject.toml").read_text()
-    assert '\n[project.scripts]\nfastres = "fastres.__main__:main"\n' in written
+    assert '\n[project.scripts]\nfastres = "fastres.cli.main:main"\n' in written
 
 
 @pytest.mark.parametrize("name", [name for name in COMMANDS if name != "bench"])
@@ -181,22 +180,22 @@ def test_exit_statuses(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def run(args: argparse.Namespace) -> str:
+    def run(args: argparse.Namespace) -> int:
         if raised is not None:
             raise raised
-        return "done"
+        return 0
 
-    monkeypatch.setitem(COMMANDS, "status", replace(COMMANDS["status"], run=run))
+    monkeypatch.setattr(module("status"), "run", run)
     assert main(["status"]) == status
     assert status in EXIT_STATUSES
     assert capsys.readouterr().err == (f"python -m fastres status: {said}" if said else "")
 
 
 def test_refused_values_end_with_2(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    def run(args: argparse.Namespace) -> str:
+    def run(args: argparse.Namespace) -> int:
         raise ValueError("--x 5 is too many")
 
-    monkeypatch.setitem(COMMANDS, "summary", replace(COMMANDS["summary"], run=run))
+    monkeypatch.setattr(module("summary"), "run", run)
     with pytest.raises(SystemExit) as stopped:
         main(["summary", "--depth", "18"])
     assert stopped.value.code == 2
@@ -220,10 +219,10 @@ def test_output_that_can_t_be_written() -> None:
 def test_a_failure_is_said_where_stdout_is_closed(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def run(args: argparse.Namespace) -> str:
+    def run(args: argparse.Namespace) -> int:
         raise PermissionError(13, "Permission denied", "x.csv")
 
-    monkeypatch.setitem(COMMANDS, "status", replace(COMMANDS["status"], run=run))
+    monkeypatch.setattr(module("status"), "run", run)
     monkeypatch.setattr(sys, "stdout", None)
     assert main(["status"]) == 1
     assert capsys.readouterr().err == "python -m fastres status: [Errno 13] Permission denied: 'x.csv'\n"
@@ -240,7 +239,7 @@ def test_bench_takes_the_process_s_place(tmp_path: Path) -> None:
     given = ["--help", "--depth", "all", "--", "-x", "bench", "--version"]
     program = f"""
 import fastres, sys
-from fastres.__main__ import main
+from fastres.cli.main import main
 fastres.__file__ = {str(tmp_path / "fastres" / "__init__.py")!r}
 main(["bench", *{given}])
 """

@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from torchvision.models import ResNet18_Weights, WeightsEnum
 
 import fastres
-from fastres import commands, evaluate, paper, weights
-from fastres.__main__ import main
+from fastres import evaluate, paper, weights
+from fastres.cli import batches, testing_options
+from fastres.cli.main import main
 from fastres.evaluate import Predictor, Views
 from fastres.models import families
 from fastres.ops import dispatch
@@ -569,7 +570,7 @@ class Calibrated:
 @pytest.fixture
 def calibrated(monkeypatch: pytest.MonkeyPatch) -> Calibrated:
     stand_in = Calibrated([])
-    monkeypatch.setattr(commands, "optimize", stand_in.tried)
+    monkeypatch.setattr(testing_options, "optimize", stand_in.tried)
     monkeypatch.setattr(evaluate, "optimize", stand_in.optimize)
     return stand_in
 
@@ -721,7 +722,7 @@ def test_calibration_is_refused_before_an_image_is_read(
 ) -> None:
     pytest.importorskip("torchmetrics")
     calibrated.served = served
-    monkeypatch.setattr(commands, "read_image", None)
+    monkeypatch.setattr(batches, "read_image", None)
     file, images = saved(tmp_path / "net.pt", net().state_dict()), str(with_training_images)
     given = ["--data", images, "--checkpoint", file] if command == "eval" else [images, "--weights", file]
     assert named in refused([command, *given, *SMALL, *more], capsys)

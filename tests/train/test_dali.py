@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from fastres.__main__ import main
+from fastres.cli.main import main
 from fastres.train import checkpoint, dali, data
 from fastres.train.data import DataError, Dataset, Loader, ReadError, Stream
 from fastres.train.loop import Run, Trainer, train

@@ -18,8 +18,9 @@ import torch
 from torch import nn
 
 from fastres import experiments
-from fastres.__main__ import main
-from fastres.experiments import Net, Trained, degradation, layer_responses, plan
+from fastres.cli import experiment as experiment_command
+from fastres.cli.main import main
+from fastres.experiments import Net, Trained, degradation, layer_responses
 from fastres.models import families
 from fastres.train.loop import Summary, Trainer
 from fastres.train.recipe import QUICK, RECIPES, Steps, lasting
@@ -37,8 +38,8 @@ def experiment(name: str, out: Path, *more: str) -> int:
 
 def planned(*arguments: str) -> experiments.Plan:
     parser = argparse.ArgumentParser()
-    experiments.arguments(parser)
-    return plan(parser.parse_args(arguments))
+    experiment_command.arguments(parser)
+    return experiment_command.plan(parser.parse_args(arguments))
 
 
 def rows(path: Path) -> list[dict[str, str]]:

@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import fastres
-from fastres.__main__ import main
+from fastres.cli.main import main
 from fastres.models import families
 from fastres.train import checkpoint, loop, report
 from fastres.train.checkpoint import CheckpointError
@@ -795,9 +795,9 @@ def test_a_resumed_run_says_where_it_begins(
     tmp_path: Path, undisturbed: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     train(short(tmp_path / "none", dataclasses.replace(SHORT, iterations=1)))
-    assert "begins anew" not in capsys.readouterr().err
+    assert "starts from the beginning" not in capsys.readouterr().err
     train(short(tmp_path / "new", dataclasses.replace(SHORT, iterations=1), resume=True))
-    assert f"no checkpoint in {tmp_path / 'new'}: begins anew\n" in capsys.readouterr().err
+    assert f"no checkpoint in {tmp_path / 'new'}: starts from the beginning\n" in capsys.readouterr().err
     out = _run_files(tmp_path / "run", undisturbed)
     train(short(out, resume=True))
     assert f"{out / checkpoint.LAST}: goes on from iteration 8 of 8\n" in capsys.readouterr().err
@@ -830,7 +830,7 @@ def test_a_disk_full_at_first_claims_no_checkpoint(tmp_path: Path, monkeypatch: 
 
     whole = checkpoint.write_atomically
     monkeypatch.setattr(checkpoint, "write_atomically", write)
-    with pytest.raises(CheckpointError, match=r"full; there is no earlier checkpoint, make room and begin anew$"):
+    with pytest.raises(CheckpointError, match=r"full; there is no earlier checkpoint, make room and start again$"):
         train(short(tmp_path))
 
 
@@ -1022,7 +1022,7 @@ def test_tensorboard_gets_what_the_log_gets(tmp_path: Path, monkeypatch: pytest.
     rows = list(csv.DictReader((tmp_path / "log.csv").open()))
     names = set(rows[0]) - {"iteration", "epoch", "seconds"}
     assert set(events.Tags()["scalars"]) == names
-    for name in names - {"images_per_second"}:  # measured anew
+    for name in names - {"images_per_second"}:  # measured again
         found = [(event.step, pytest.approx(event.value, rel=1e-6)) for event in events.Scalars(name)]
         assert [(int(row["iteration"]), float(row[name])) for row in rows if row[name]] == found
         assert len(found) >= 2

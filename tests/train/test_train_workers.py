@@ -20,7 +20,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fastres.__main__ import main
+from fastres.cli.main import main
 from fastres.train import checkpoint, data
 from fastres.train.data import Folder, ReadError, WorkerError, collate, hearing_workers
 from fastres.train.loop import NonFiniteError, Run, Trainer, train
@@ -269,7 +269,7 @@ def test_other_commands_tell_of_a_killed_worker(
     pytest.importorskip("torchmetrics")
     train(run(folder, dataclasses.replace(CHANNEL, iterations=1), workers=0, eval_every=1))
     weights = str(folder.parent / "run" / checkpoint.BEST)
-    monkeypatch.setattr("fastres.commands.read_image", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    monkeypatch.setattr("fastres.cli.batches.read_image", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
     given = {"eval": ["--checkpoint", weights, "--data", str(folder)], "predict": [str(folder), "--weights", weights]}
     assert main([command, *given[command], "--device", "cpu", "--workers", "1"]) == 1
     assert f"python -m fastres {command}: a process that reads images has died (" in capsys.readouterr().err

@@ -1,15 +1,13 @@
-"""`python -m fastres train`: arguments to a `Run`."""
+"""`python -m fastres train`: from arguments to a `fastres.train.loop.Run`."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import math
 import os
-from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 
+from fastres.cli.training_options import add_device, add_images, add_whole, positive
 from fastres.models.families import FAMILIES
 from fastres.models.paper import SHORTCUTS
 from fastres.terminal import listing
@@ -23,26 +21,6 @@ examples:
   torchrun --nproc-per-node 8 -m fastres train --recipe imagenet-2015 --root DIR
 
 Several processes share the batch: it and the learning rate stay the recipe's."""
-
-
-def whole(least: int) -> Callable[[str], int]:
-    """For argparse, which names the option itself: a whole number from `least`."""
-
-    def number(text: str) -> int:
-        with suppress(ValueError):
-            if int(text) >= least:
-                return int(text)
-        raise argparse.ArgumentTypeError(f"{text}: any whole number from {least} is accepted")
-
-    return number
-
-
-def positive(text: str) -> float:
-    """For argparse: a number above 0."""
-    with suppress(ValueError):
-        if 0 < float(text) < math.inf:
-            return float(text)
-    raise argparse.ArgumentTypeError(f"{text}: any number above 0 is accepted")
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -62,10 +40,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out, if there is one")
     net = parser.add_argument_group("net")
     net.add_argument(
-        "--family",
-        choices=list(FAMILIES),
-        metavar="NAME",
-        help="one of those below (default: the recipe's)",
+        "--family", choices=list(FAMILIES), metavar="NAME", help="one of those below (default: the recipe's)"
     )
     net.add_argument(
         "--depth", type=int, metavar="N", help="layers, one of the family's depths (default: the recipe's)"
@@ -73,56 +48,21 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     net.add_argument("--shortcut", choices=list(SHORTCUTS), help="of the family paper (default: as in the paper)")
     data = parser.add_argument_group("images")
     data.add_argument("--data", choices=list(DATA), metavar="NAME", help="one of those below (default: the recipe's)")
-    data.add_argument("--root", type=Path, metavar="DIR", help="where the images are (default: digits need none)")
-    data.add_argument("--download", action="store_true", help="fetch CIFAR to --root")
-    data.add_argument(
-        "--holdout",
-        type=whole(0),
-        default=0,
-        metavar="N",
-        help="validate on so many of the training images; the paper's 45k/5k split: 5000 (default: 0, on the test or "
-        "validation images)",
-    )
-    data.add_argument(
-        "--workers", type=whole(0), metavar="N", help="processes that read photographs (default: one per CPU)"
-    )
+    add_images(data)
+    add_whole(data, "--workers", 0, "processes that read photographs (default: one per CPU)")
     loaders = "; ".join(f"{name}: {meaning}" for name, meaning in LOADERS.items())
     data.add_argument("--loader", choices=list(LOADERS), default="auto", help=f"{loaders} (default: auto)")
-    data.add_argument(
-        "--cache",
-        type=Path,
-        metavar="DIR",
-        help="where mean images are kept (default: $FASTRES_CACHE_DIR, else ~/.cache/fastres)",
-    )
     recipe = parser.add_argument_group("instead of the recipe's")
-    recipe.add_argument(
-        "--batch",
-        type=whole(1),
-        metavar="N",
-        help="images per iteration, of all processes together (default: the recipe's)",
-    )
+    add_whole(recipe, "--batch", 1, "images per iteration, of all processes together (default: the recipe's)")
     recipe.add_argument("--lr", type=positive, metavar="X", help="learning rate (default: the recipe's)")
-    recipe.add_argument(
-        "--iterations", type=whole(1), metavar="N", help="length of the training (default: the recipe's)"
-    )
-    recipe.add_argument(
-        "--epochs",
-        type=whole(1),
-        metavar="N",
-        help="its length in epochs, without --iterations (default: the recipe's)",
-    )
-    recipe.add_argument(
-        "--micro-batch",
-        type=whole(1),
-        metavar="N",
-        help="images per forward pass, which BN normalises together (default: the recipe's)",
+    add_whole(recipe, "--iterations", 1, "length of the training (default: the recipe's)")
+    add_whole(recipe, "--epochs", 1, "its length in epochs, without --iterations (default: the recipe's)")
+    add_whole(
+        recipe, "--micro-batch", 1, "images per forward pass, which BN normalises together (default: the recipe's)"
     )
     how = parser.add_argument_group("how it runs")
-    how.add_argument(
-        "--seed", type=whole(0), default=0, metavar="N", help="of the weights and the images' order (default: 0)"
-    )
-    how.add_argument("--device", help="cpu, cuda or cuda:<number> (default: a GPU where there is one)")
-    how.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="default: bf16 on a GPU, fp32 on a CPU")
+    add_whole(how, "--seed", 0, "of the weights and the images' order (default: 0)", default=0)
+    add_device(how)
     how.add_argument(
         "--compile",
         choices=("none", "inductor", "fastres"),
@@ -133,18 +73,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     spelt = {"choices": list(GRAPHS), "nargs": "?", "const": "on", "default": "auto"}
     how.add_argument("--cuda-graph", **spelt, help=f"{graphs} (default: auto; alone: on)")  # type: ignore[arg-type]
     how.add_argument("--deterministic", action="store_true", help="only cuDNN algorithms that repeat bit for bit")
-    how.add_argument(
-        "--log-every", type=whole(1), default=50, metavar="N", help="iterations between rows of log.csv (default: 50)"
-    )
-    how.add_argument(
-        "--eval-every", type=whole(1), metavar="N", help="iterations between evaluations (default: an epoch)"
-    )
-    how.add_argument(
-        "--save-every",
-        type=whole(1),
-        metavar="N",
-        help="iterations between checkpoints (default: with every evaluation)",
-    )
+    add_whole(how, "--log-every", 1, "iterations between rows of log.csv (default: 50)", default=50)
+    add_whole(how, "--eval-every", 1, "iterations between evaluations (default: an epoch)")
+    add_whole(how, "--save-every", 1, "iterations between checkpoints (default: with every evaluation)")
     how.add_argument("--tensorboard", action="store_true", help="write the log for TensorBoard as well")
 
 
