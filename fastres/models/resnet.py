@@ -8,7 +8,8 @@ by one, exactly as torchvision does.
 He, Zhang, Ren, Sun: Deep Residual Learning for Image Recognition (2015), in the v1.5 form that strides the 3x3 conv.
 """
 
-from typing import Any
+from types import FunctionType
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torchvision.models.resnet as tv
@@ -58,59 +59,59 @@ __all__ = [
 ]
 
 
-class BasicBlock(tv.BasicBlock):
+def plain_forward(block: type[nn.Module]) -> Any:
+    """`forward` of `block` as a method `one_by_one`: TorchScript knows no `super()`, and compiles a method under
+    the name that its function has."""
+    forward: Any = block.forward
+    return FunctionType(forward.__code__, forward.__globals__, "one_by_one")
+
+
+class FusedBlock:
+    """A residual block as one fused call where `eligibility` serves it, else its modules one by one."""
+
+    if TYPE_CHECKING:  # what the block that it is mixed into has
+        relu: Any
+        downsample: Any
+
+        def units(self) -> list[tuple[nn.Module, nn.Module]]: ...
+
+        def one_by_one(self, x: Tensor) -> Tensor: ...
+
+    def parts(self) -> eligibility.Parts:
+        """The block's modules by role, as `eligibility` asks for them."""
+        return eligibility.Parts(self.units(), [self.relu], shortcut=self.downsample)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not torch.jit.is_scripting():
+            if eligibility.serves(x, self.parts()):
+                return residual_block(x, self.units(), self.downsample)
+        return self.one_by_one(x)
+
+
+class BasicBlock(FusedBlock, tv.BasicBlock):
     """Two 3x3 convolutions and a shortcut (paper, Fig. 5 left). Constructor and state_dict are torchvision's.
 
     `forward` takes and returns [N, C, H, W] of one floating dtype, in any memory format.
     """
 
+    one_by_one = plain_forward(tv.BasicBlock)
+
     def units(self) -> list[tuple[nn.Module, nn.Module]]:
         """The residual branch as (conv, norm) pairs; ReLU stands between them and after the addition."""
         return [(self.conv1, self.bn1), (self.conv2, self.bn2)]
 
-    def parts(self) -> eligibility.Parts:
-        """The block's modules by role, as `eligibility` asks for them."""
-        return eligibility.Parts(self.units(), [self.relu], shortcut=self.downsample)
 
-    def forward(self, x: Tensor) -> Tensor:
-        if not torch.jit.is_scripting():
-            if eligibility.serves(x, self.parts()):
-                return residual_block(x, self.units(), self.downsample)
-        identity = x
-        out = self.relu(self.bn1(self.conv1(x)))
-        out = self.bn2(self.conv2(out))
-        if self.downsample is not None:
-            identity = self.downsample(x)
-        out += identity
-        return self.relu(out)
-
-
-class Bottleneck(tv.Bottleneck):
+class Bottleneck(FusedBlock, tv.Bottleneck):
     """1x1 reduce, 3x3, 1x1 expand and a shortcut (paper, Fig. 5 right). Constructor and state_dict are torchvision's.
 
     `forward` takes and returns [N, C, H, W] of one floating dtype, in any memory format.
     """
 
+    one_by_one = plain_forward(tv.Bottleneck)
+
     def units(self) -> list[tuple[nn.Module, nn.Module]]:
         """The residual branch as (conv, norm) pairs; ReLU stands between them and after the addition."""
         return [(self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3)]
-
-    def parts(self) -> eligibility.Parts:
-        """The block's modules by role, as `eligibility` asks for them."""
-        return eligibility.Parts(self.units(), [self.relu], shortcut=self.downsample)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not torch.jit.is_scripting():
-            if eligibility.serves(x, self.parts()):
-                return residual_block(x, self.units(), self.downsample)
-        identity = x
-        out = self.relu(self.bn1(self.conv1(x)))
-        out = self.relu(self.bn2(self.conv2(out)))
-        out = self.bn3(self.conv3(out))
-        if self.downsample is not None:
-            identity = self.downsample(x)
-        out += identity
-        return self.relu(out)
 
 
 def run_stages(x: Tensor, *layers: nn.Module) -> Tensor:
