@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from cli_cases import SMALL, refused
 from PIL import Image
 from torch import Tensor
 from torchvision.datasets import ImageFolder
@@ -35,7 +36,6 @@ from fastres.train.recipe import RECIPES, ScaleCrop
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-SMALL = ["--model", "cifar-8", "--size", "32", "--resize", "40", "--device", "cpu"]
 SETTINGS: dict[str, Any] = {"size": 32, "val_size": 32, "resize": 40, "epochs": None, "iterations": 2, "batch": 4}
 IDS = ("n01440764", "n01443537")  # of ImageNet's classes
 ODD, HOSTILE = b"caf\xe9.png", "a\nb\x1b[31m\u202ec.png"  # Latin-1; what breaks lines, colours and turns around
@@ -58,14 +58,6 @@ def folder(tmp_path: Path) -> Path:
     for i in range(3):
         picture(seed=i).save(tmp_path / "photos" / f"{i}.png")
     return tmp_path / "photos"
-
-
-def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """The message with which the arguments are refused, exit code 2."""
-    with pytest.raises(SystemExit) as stopped:
-        main(arguments)
-    assert stopped.value.code == 2
-    return capsys.readouterr().err.splitlines()[-1]
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from cli_cases import CLASSES, SMALL, refused
 from PIL import Image
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
@@ -74,20 +75,10 @@ def unread(source: str) -> str:
     return said
 
 
-def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    with pytest.raises(SystemExit) as stopped:
-        main(arguments)
-    assert stopped.value.code == 2
-    return capsys.readouterr().err.splitlines()[-1]
-
-
 @pytest.fixture
 def image(tmp_path: Path) -> str:
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(tmp_path / "a.png")
     return str(tmp_path / "a.png")
-
-
-SMALL = ["--model", "cifar-8", "--size", "32", "--resize", "40", "--device", "cpu"]
 
 
 # What a file may lack.
@@ -707,3 +698,89 @@ def test_weights_tell_their_accuracy() -> None:
         assert told == (dict(zip((1, 5), rates, strict=True)) if rates else {1: 80.858, 5: 95.434})
     for metrics in (None, 3, {}, {"ImageNet-1K": [1]}, {"ImageNet-1K": {"acc@1": 101}}, {"COCO": {"acc@1": 50}}):
         assert weights.Weights("a", state, {"_metrics": metrics}).published == {}
+
+
+def test_safetensors_hold_what_training_knows(tmp_path: Path) -> None:
+    torch_files = pytest.importorskip("safetensors.torch")
+    model, meta = net(), {"family": "cifar", "depth": 8, "classes": CLASSES, "val_size": 32, "resize": 36}
+    path = tmp_path / "weights.safetensors"
+    torch_files.save_file(model.state_dict(), str(path), {"fastres": json.dumps(meta)})
+    read = weights.read(str(path))
+    assert (read.classes, read.channels, read.names, read.preset) == (2, 3, CLASSES, {"size": 32, "resize": 36})
+    other = net()
+    weights.load_into(other, read, "cifar-8")
+    for name, value in model.state_dict().items():
+        assert torch.equal(other.state_dict()[name], value)
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(ValueError, match="truncated, damaged or no safetensors"):
+        weights.read(str(path))
+
+
+def truncated(path: Path) -> str:
+    written(path, net().state_dict())
+    path.write_bytes(path.read_bytes()[:1000])
+    return str(path)
+
+
+def text(path: Path) -> str:
+    path.write_text("hello")
+    return str(path)
+
+
+def folder(path: Path) -> str:
+    path.mkdir()
+    return str(path)
+
+
+STATE_DICT = r"torch\.save\(model\.state_dict\(\), FILE\)$"
+
+
+SOURCES: dict[str, tuple[Callable[[Path], str], str]] = {
+    "missing": (lambda path: str(path), "does not exist, neither as a file nor as torchvision weights"),
+    "unknown name": (lambda path: "ResNet18_Weights.IMAGENET1K_V9", "called like ResNet50_Weights.IMAGENET1K_V2"),
+    "folder": (folder, "is a folder"),
+    "empty": (lambda path: (path.touch(), str(path))[1], "truncated, damaged"),
+    "truncated": (truncated, "truncated, damaged"),
+    "text": (text, "truncated, damaged"),
+    "another text": (lambda path: (path.write_text("root:x:0:0"), str(path))[1], "truncated, damaged"),
+    "pickle": (lambda path: (path.write_bytes(pickle.dumps({"a": 1})), str(path))[1], "no file with weights$"),
+    "module": (lambda path: written(path, net()), rf"a pickled module.*CifarResNet.*{STATE_DICT}"),
+    "module in a dict": (lambda path: written(path, {"model": net()}), rf"a pickled module.*CifarResNet.*{STATE_DICT}"),
+    "module of old": (
+        lambda path: (torch.save(net(), path, _use_new_zipfile_serialization=False), str(path))[1],
+        rf"a pickled module.*CifarResNet.*{STATE_DICT}",
+    ),
+    "script": (
+        lambda path: (torch.jit.script(nn.Linear(2, 2)).save(str(path)), str(path))[1],
+        f"a TorchScript module.*{STATE_DICT}",
+    ),
+    "number": (lambda path: written(path, 5), "holds no weights"),
+    "numbers": (lambda path: written(path, {"model": 3, "meta": 1}), "holds no weights"),
+    "no tensors": (lambda path: written(path, {"a": 1}), "holds no weights"),
+}
+
+
+@pytest.mark.parametrize("kind", SOURCES)
+def test_sources_that_hold_no_weights(kind: str, tmp_path: Path) -> None:
+    make, named = SOURCES[kind]
+    source = make(tmp_path / "weights.pt")
+    with pytest.raises(ValueError, match=named) as refusal:
+        weights.read(source)
+    assert source in str(refusal.value)
+    assert len(str(refusal.value)) < 600
+    for advice in ("weights_only", "torch.load", "\x1b", "\n"):  # torch's own: to run what the file holds
+        assert advice not in str(refusal.value)
+
+
+def test_another_architecture_is_summarised(tmp_path: Path) -> None:
+    read = weights.read(written(tmp_path / "a.pt", paper.cifar(14, num_classes=2).state_dict()))
+    with pytest.raises(
+        ValueError, match=r"not of the architecture cifar-8: 36 unexpected: layer1\.1\.bn1\.bias, .*\.\.\.$"
+    ):
+        weights.load_into(net(), read, "cifar-8")
+    read = weights.read(written(tmp_path / "a.pt", net(5).state_dict()))
+    with pytest.raises(ValueError, match=r"2 of another shape: fc\.bias \[5\] for \[2\], fc\.weight"):
+        weights.load_into(net(), read, "cifar-8")
+    read = weights.read(written(tmp_path / "a.pt", {"fc.weight": torch.zeros(2, 64)}))
+    with pytest.raises(ValueError, match=r"missing: bn1\.bias, "):
+        weights.load_into(net(), read, "cifar-8")

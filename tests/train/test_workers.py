@@ -187,7 +187,7 @@ def test_what_is_taken_and_never_closed_ends_with_the_process(folder: Path) -> N
     script = f"""
 import multiprocessing, torch
 from fastres.train.data import collate, decoded, load
-from test_train_workers import CHANNEL
+from test_workers import CHANNEL
 from pathlib import Path
 dataset = load("folder", CHANNEL, Path({str(folder)!r}))
 batches = decoded(dataset.train, [[(i % 8, 0)] for i in range(1000)], 2, torch.device("cpu"))

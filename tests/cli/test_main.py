@@ -1,4 +1,4 @@
-"""`python -m fastres`: what it prints, and how it refuses."""
+"""`python -m fastres`: its help, how it refuses, and its exit statuses."""
 
 from __future__ import annotations
 
@@ -9,58 +9,18 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import cli_cases
 import pytest
+from cli_cases import SMALL, net, saved
+from torch import Tensor
 
 import fastres
 from fastres.cli.main import COMMANDS, EXIT_STATUSES, main, module, parsers
-from fastres.models.families import FAMILIES
+from fastres.evaluate import Predictor
 
-
-def rows(text: str) -> dict[str, list[str]]:
-    """The table's lines by their first word, split where two blanks or more stand."""
-    lines = [[cell.strip() for cell in line.split("  ") if cell.strip()] for line in text.splitlines()]
-    return {cells[0]: cells[1:] for cells in lines if cells}
-
-
-def test_table_1_of_resnet_34(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["summary", "--depth", "34"]) == 0
-    printed, said = capsys.readouterr()
-    assert not said
-    table = rows(printed)
-    assert table["conv1"] == ["112x112", "7x7, 64, stride 2", "118,013,952", "9,536"]
-    assert "3x3 max pool, stride 2" in table
-    assert table["conv2_x"][:2] == ["56x56", "[3x3, 64; 3x3, 64] x 3"]
-    assert table["conv3_x"][:2] == ["28x28", "[3x3, 128; 3x3, 128] x 4"]
-    assert table["conv4_x"][:2] == ["14x14", "[3x3, 256; 3x3, 256] x 6"]
-    assert table["conv5_x"][:2] == ["7x7", "[3x3, 512; 3x3, 512] x 3"]
-    assert table["1x1"] == ["average pool, 1000-d fc", "512,000", "513,000"]
-    assert table["total"][0] == "3,644,493,824"
-    assert "FLOPs (multiply-adds): 3.644e9, paper 3.6e9, +1.2%" in printed
-    assert "top-1 25.03%, top-5 7.76%" in printed
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_every_family(family: str, capsys: pytest.CaptureFixture[str]) -> None:
-    depth = FAMILIES[family].depths[1]
-    assert main(["summary", "--family", family, "--depth", str(depth)]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert f"{depth} layers, family {family}" in lines[0]
-    table = lines[2 : [*lines, ""].index("", 2)]
-    shares = [line.split() for line in table[2:-2] if "max pool" not in line]
-    assert len({len(line) for line in table if "max pool" not in line}) == 1  # aligned to the last column's end
-    for column in (-1, -2):
-        numbers = [int(cells[column].replace(",", "")) for cells in [*shares, table[-1].split()]]
-        assert sum(numbers[:-1]) == numbers[-1]
-
-
-def test_options_reach_the_net(capsys: pytest.CaptureFixture[str]) -> None:
-    main(["summary", "--depth", "50", "--shortcut", "C", "--size", "65"])
-    text = capsys.readouterr().out
-    assert "50 layers, family paper, shortcut C, images 65x65" in text
-    assert rows(text)["conv5_x"][0] == "3x3"
-    assert rows(text)["conv2_x"][1] == "[1x1, 64; 3x3, 64; 1x1, 256] x 3"
-    assert "paper 3.8e9" not in text
+photos = cli_cases.photos
 
 
 @pytest.mark.parametrize(
@@ -115,14 +75,14 @@ def test_no_command_shows_the_help(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     assert re.search(r"^examples:\n  python -m fastres status ", said, re.MULTILINE)
 
 
-def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         main(["--version"])
     assert stopped.value.code == 0
     assert capsys.readouterr().out == f"fastres {fastres.__version__}\n"
 
 
-def test_console_script() -> None:
+def test_the_console_script_is_main() -> None:
     """Read as text: Python 3.10 has no tomllib."""
     written = (Path(__file__).parents[2] / "pyproject.toml").read_text()
     assert '\n[project.scripts]\nfastres = "fastres.cli.main:main"\n' in written
@@ -161,9 +121,6 @@ def test_a_command_s_arguments_cost_others_nothing() -> None:
     assert [name for name, parser in found.items() if len(parser._actions) > 1] == ["summary"]
 
 
-# exit statuses; 143 is in test_train.py, 3 in test_experiments.py
-
-
 @pytest.mark.parametrize(
     ("raised", "status", "said"),
     [
@@ -173,7 +130,7 @@ def test_a_command_s_arguments_cost_others_nothing() -> None:
         (BrokenPipeError(), 141, ""),
     ],
 )
-def test_exit_statuses(
+def test_what_a_command_raises_is_an_exit_status(
     raised: BaseException | None,
     status: int,
     said: str,
@@ -204,7 +161,7 @@ def test_refused_values_end_with_2(monkeypatch: pytest.MonkeyPatch, capsys: pyte
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has /dev/full")
-def test_output_that_can_t_be_written() -> None:
+def test_output_that_can_t_be_written_has_a_status() -> None:
     """Processes of their own: Python writes what is left when it ends, and must not complain then."""
     command = [sys.executable, "-m", "fastres", "summary", "--depth", "18"]
     read, closed = os.pipe()
@@ -228,50 +185,20 @@ def test_a_failure_is_said_where_stdout_is_closed(
     assert capsys.readouterr().err == "python -m fastres status: [Errno 13] Permission denied: 'x.csv'\n"
 
 
-# bench
-
-
-def test_bench_takes_the_process_s_place(tmp_path: Path) -> None:
-    """With all arguments as they are, and its own exit status."""
-    (tmp_path / "bench").mkdir()
-    (tmp_path / "pyproject.toml").touch()
-    (tmp_path / "bench" / "run.py").write_text("import os, sys; print(os.getpid(), sys.argv[1:]); sys.exit(7)")
-    given = ["--help", "--depth", "all", "--", "-x", "bench", "--version"]
-    program = f"""
-import fastres, sys
-from fastres.cli.main import main
-fastres.__file__ = {str(tmp_path / "fastres" / "__init__.py")!r}
-main(["bench", *{given}])
-"""
-    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
-    printed, _ = process.communicate()
-    assert printed == f"{process.pid} {given}\n"
-    assert process.returncode == 7
-
-
-def test_bench_is_found_in_a_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
-    run: list[list[str]] = []
-    monkeypatch.setattr(os, "execv", lambda path, arguments: run.append([path, *arguments]))
-    main(["bench", "--depth", "18"])
-    script = Path(__file__).resolve().parents[2] / "bench" / "run.py"
-    assert run == [[sys.executable, sys.executable, str(script), "--depth", "18"]]
-
-
-def test_bench_without_a_checkout(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("command", ["eval", "predict"])
+def test_ctrl_c_ends_with_130_and_one_line(
+    command: str, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(os, "execv", lambda *given: pytest.fail("nothing is there to run"))
-    monkeypatch.setattr(fastres, "__file__", str(tmp_path / "fastres" / "__init__.py"))
-    (tmp_path / "bench").mkdir()
-    (tmp_path / "bench" / "run.py").touch()  # somebody else's, beside the installed package
-    assert main(["bench", "--depth", "18"]) == 2
-    printed, said = capsys.readouterr()
-    assert not printed
-    assert said.count("\n") == 1
-    assert "clone fastres's repository and run python bench/run.py" in said
+    pytest.importorskip("torchmetrics")
 
+    def interrupted(self: Predictor, images: Any) -> Tensor:
+        raise KeyboardInterrupt
 
-def test_status(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(fastres, "status", lambda: ValueError("as text"), raising=False)
-    assert main(["status"]) == 0
-    assert capsys.readouterr().out == "as text\n"
+    monkeypatch.setattr(Predictor, "__call__", interrupted)
+    file = saved(tmp_path / "net.pt", net().state_dict())
+    given = {
+        "eval": ["--data", str(photos), "--checkpoint", file, *SMALL],
+        "predict": [str(photos), "--weights", file, *SMALL],
+    }
+    assert main([command, *given[command]]) == 130
+    assert capsys.readouterr().err == f"python -m fastres {command}: interrupted\n"
