@@ -99,7 +99,7 @@ class Trained:
 
     @property
     def val_error(self) -> float:
-        return self._last("val_error")
+        return [row["val_error"] for row in self.history if "val_error" in row][-1]
 
     @property
     def val_error_top5(self) -> float | None:
@@ -110,9 +110,6 @@ class Trained:
     def seconds(self) -> float:
         """What it took until its last evaluation had ended, however often it was interrupted; nan if not recorded."""
         return self.history[-1].get("seconds", math.nan)
-
-    def _last(self, column: str) -> float:
-        return [row[column] for row in self.history if column in row][-1]
 
 
 @dataclass(frozen=True)

@@ -66,10 +66,14 @@ class TrainedNets:
 
     def predictor(self, views: Views, preprocess: nn.Module | None = None, **options: Any) -> Predictor:
         """preprocess: of the data, for nets whose weights don't tell their own. options: `Predictor`'s."""
-        own = [_preprocess(weights) or preprocess or self._by_recipe(weights) for weights in self.weights]
-        return Predictor(self.models, views, own, **options)
+        return Predictor(self.models, views, [self._preprocess(each, preprocess) for each in self.weights], **options)
 
-    def _by_recipe(self, weights: Weights) -> nn.Module:
+    def _preprocess(self, weights: Weights, of_data: nn.Module | None) -> nn.Module:
+        if weights.preprocess:
+            mean, std = weights.preprocess["mean"], weights.preprocess["std"]
+            return Preprocess(mean, std, torch.zeros(len(mean), len(mean)))
+        if of_data is not None:
+            return of_data
         if self.recipe is not None and self.recipe.normalise == "pixel":
             raise ValueError(
                 f"{weights.source} doesn't hold the mean image that its recipe subtracts, and no training images are "
@@ -127,13 +131,6 @@ def load_predictor(source: str, model: str | None = None) -> tuple[Predictor, st
     nets = load([source], [] if model is None else [model], device)
     predictor = nets.predictor(nets.views(), dtype=DTYPES[default_dtype(device)], fast=True)
     return predictor, nets.title, nets.classes
-
-
-def _preprocess(weights: Weights) -> nn.Module | None:
-    if not weights.preprocess:
-        return None
-    mean, std = weights.preprocess["mean"], weights.preprocess["std"]
-    return Preprocess(mean, std, torch.zeros(len(mean), len(mean)))
 
 
 def _require_ensemble(weights: Sequence[Weights], ignore_class_names: bool) -> None:

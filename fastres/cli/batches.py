@@ -97,14 +97,10 @@ class Batches:
     def __init__(
         self, items: Items, args: argparse.Namespace, nets: TrainedNets, views: Views, sample_of: str | None = None
     ) -> None:
-        self.items, self.size, self.workers = items, args.batch, args.workers
+        self.items, self.count, self.size, self.workers = items, count_images(items), args.batch, args.workers
         self.channels, self.views, self.device = nets.channels, views, nets.device
         self.sample_of = sample_of
         self.failed = 0
-
-    @property
-    def count(self) -> int:
-        return count_images(self.items)
 
     @property
     def said(self) -> str:

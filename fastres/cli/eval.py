@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
         images = _test_images(args, name, nets)
         for weights in nets.weights:
             _require_same_classes(args, weights, name, images.classes)
-        views = options.views(args, nets)
+        views = nets.views(args.crops, args.size, args.resize, args.scales, flip=not args.no_flip)
         published = {} if args.expect is None else _published(nets, name, images, views)
         if here.rank == 0:
             options.note_views(nets, views)

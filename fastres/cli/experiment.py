@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ from fastres.models import families
 from fastres.models.paper import SHORTCUTS
 from fastres.train.checkpoint import write_atomically
 from fastres.train.loop import FAILURES
-from fastres.train.recipe import QUICK, RECIPES, STUDIES, STUDY_RECIPES, Study, lasting
+from fastres.train.recipe import QUICK, RECIPES, STUDIES, STUDY_RECIPES, lasting
 
 EXAMPLES = """\
 examples:
@@ -78,14 +79,10 @@ def plan(args: argparse.Namespace) -> Plan:
     family = "paper" if args.experiment == "shortcuts" else recipe.family
     study = QUICK[args.experiment] if args.quick else STUDIES[args.experiment, family]
     depths = tuple(dict.fromkeys(args.depths or study.depths))
-    study = Study(
-        depths,
-        study.seeds if args.seeds is None else args.seeds,
-        study.iterations if args.iterations is None else args.iterations,
-        study.points,
-    )
-    if study.iterations is not None:
-        recipe = lasting(recipe, study.iterations)
+    length = args.iterations or study.iterations
+    study = replace(study, depths=depths, seeds=args.seeds or study.seeds, iterations=length)
+    if length is not None:
+        recipe = lasting(recipe, length)
     if args.experiment == "shortcuts":
         nets = [Net(family, depth, shortcut) for depth in depths for shortcut in SHORTCUTS]
     else:
@@ -98,7 +95,7 @@ def plan(args: argparse.Namespace) -> Plan:
     names = ("root", "download", "holdout", "workers", "cache", "dtype")
     options = {name: getattr(args, name) for name in names} | {"device": device}
     graph = {None: "auto", True: "on", False: "off"}[args.cuda_graph]
-    out = args.out or Path("out/experiment") / (images + "-quick" * args.quick)
+    out = args.out or Path("out/experiment", images + "-quick" * args.quick)
     return Plan(args.experiment, images, recipe, tuple(nets), study, out, options | {"cuda_graph": graph})
 
 

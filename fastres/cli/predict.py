@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
         options.require_served(args, here)
         nets = options.load_nets(args, weights, here.device)
         names = nets.classes if args.labels is None else _read_labels(args.labels, nets)
-        views = options.views(args, nets)
+        views = nets.views(args.crops, args.size, args.resize, args.scales, flip=not args.no_flip)
         options.note_views(nets, views)
         for taken in nets.taken:
             print(f"note: weights: {taken}", file=sys.stderr)

@@ -141,10 +141,6 @@ def load_nets(
     return trained.load(sources, args.model or [], device, **how)
 
 
-def views(args: argparse.Namespace, nets: TrainedNets) -> Views:
-    return nets.views(args.crops, args.size, args.resize, args.scales, flip=not args.no_flip)
-
-
 def running(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """How a `Predictor` is to run."""
     dtype = (DTYPES | CALIBRATED)[dtype_name(args, device)]

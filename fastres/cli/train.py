@@ -100,9 +100,8 @@ def run(args: argparse.Namespace) -> int:
 
     names = {field.name for field in dataclasses.fields(loop.Run)} - {"name", "recipe", "out"}
     options = {name: value for name, value in vars(args).items() if name in names}
-    out = args.out or Path("out") / args.recipe
     try:
-        summary = loop.train(loop.Run(args.recipe, overridden(args), out, **options))
+        summary = loop.train(loop.Run(args.recipe, overridden(args), args.out or Path("out", args.recipe), **options))
     except loop.FAILURES as error:
         raise SystemExit(f"python -m fastres train: {error}") from error
     if int(os.environ.get("RANK", 0)) == 0:

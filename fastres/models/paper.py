@@ -53,12 +53,10 @@ class Bottleneck(v15.Bottleneck):
         self.conv1.stride, self.conv2.stride = self.conv2.stride, self.conv1.stride
 
 
-class _PadEnd:
+class _PadEnd(v15.FusedBlock):
     """A block with `downsample` a `PadShortcut` (option A), whose end relu(y + shortcut(x)) is a single pass."""
 
     if TYPE_CHECKING:  # what the block that it is mixed into has
-        relu: Any
-        downsample: Any
 
         def branch(self, x: Tensor) -> Tensor: ...
 

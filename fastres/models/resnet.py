@@ -160,12 +160,7 @@ class ResNet(tv.ResNet):
         x = self.layer2(x)
         x = self.layer3(x)
         x = self.layer4(x)
-        return self._head(x)
-
-    def _head(self, x: Tensor) -> Tensor:
-        x = self.avgpool(x)
-        x = torch.flatten(x, 1)
-        return self.fc(x)
+        return self.fc(torch.flatten(self.avgpool(x), 1))
 
     def stem_parts(self) -> eligibility.Parts:
         """The stem's modules by role, as `eligibility` asks for them."""
