@@ -403,10 +403,10 @@ def shared_weights(net: str, calibration: list[torch.Tensor], seed: int) -> dict
 
 @contextmanager
 def watched_paths() -> Iterator[Counter[str | None]]:
-    """Counts, while the context lasts, the answers to stem, blocks and stages of blocks, and to the chains that backend
-    "fastres" finds: why the plain path; None where fused."""
+    """Counts, while the context lasts, the answers to stem, blocks and stages of blocks, and what backend "fastres"
+    finds: why the plain path; None where fused."""
     answers: Counter[str | None] = Counter()
-    ask, ask_together, rewrite = eligibility.why_plain, eligibility.serves_stages, fastres_compile.rewrite
+    ask, ask_together, rewrite = eligibility.why_plain, eligibility.serves_stages, fastres_compile.rewrite_graph
 
     def listen(*call: Any) -> str | None:
         answer = ask(*call)
@@ -426,7 +426,7 @@ def watched_paths() -> Iterator[Counter[str | None]]:
     with (
         mock.patch.object(eligibility, "why_plain", listen),
         mock.patch.object(eligibility, "serves_stages", listen_to_stages),
-        mock.patch.object(fastres_compile, "rewrite", look),
+        mock.patch.object(fastres_compile, "rewrite_graph", look),
     ):
         yield answers
 

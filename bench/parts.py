@@ -56,7 +56,7 @@ def kernels(depth: str, seconds: float) -> Part:
 STATUS = ["-m", "fastres", "status"]
 KERNELS = [f"tests/kernels/test_{name}.py" for name in ("fprop", "conv_backward", "batch_norm", "chain")]
 KERNELS += [f"tests/kernels/test_{name}.py" for name in ("persistent", "stem")]
-NETS = [f"tests/ops/test_{name}.py" for name in ("training", "operators")] + ["tests/compile/test_compile.py"]
+NETS = [f"tests/ops/test_{name}.py" for name in ("training", "operators")] + ["tests/compile"]
 NETS += [f"tests/inference/test_{name}.py" for name in ("program", "optimized", "float8")]
 OTHERS = ["tests", *(f"--ignore={file}" for file in (*KERNELS, *NETS, "tests/kernels/test_layers.py"))]
 ON_GPU = ["-m", "(gpu or interpret) and not slow"]

@@ -9,25 +9,22 @@ from typing import Any
 import fuzz
 import pytest
 
-from fastres import compile as compiler
+from fastres.compile import graph, layout, match
 from fastres.inference import trace
 from fastres.ops.operators import conv_affine_act, conv_bn_act
 
 NETS = 100
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 @pytest.mark.parametrize("first", range(0, NETS, 10))
 def test_random_nets_mean_what_eager_means(first: int) -> None:
     verdict, wrong = fuzz.Verdict(), []
     for seed in range(first, first + 10):
-        one = fuzz.examine(seed)
-        wrong += [fuzz.command(seed), *one.faults] if one.faults else []
-        verdict += one
+        of_net = fuzz.examine(seed)
+        wrong += [fuzz.command(seed), *of_net.faults] if of_net.faults else []
+        verdict += of_net
     assert not wrong, "\n".join(wrong)
-    assert verdict.counts["chains rewritten"] >= 15, "the backend had little to do"
+    assert verdict.counts["matches rewritten"] >= 15, "the backend had little to do"
     assert verdict.counts["optimized"] >= 5
 
 
@@ -49,17 +46,17 @@ def test_the_nets_have_what_goes_wrong() -> None:
     assert 20 <= sum(program.channels_last for program in programs) <= 60
 
 
-def of(mode: str) -> Callable[[int], fuzz.Verdict]:
+def compiled(mode: str) -> Callable[[int], fuzz.Verdict]:
     """The net of a seed, compiled."""
 
-    def one(seed: int) -> fuzz.Verdict:
+    def form(seed: int) -> fuzz.Verdict:
         program = fuzz.Writer(seed).write()
         return fuzz.compiled(program.build, program.images(), mode)
 
-    return one
+    return form
 
 
-def frozen(seed: int) -> fuzz.Verdict:
+def optimized(seed: int) -> fuzz.Verdict:
     program, verdict = fuzz.Writer(seed).write(), fuzz.Verdict()
     for output in range(len(program.outputs)):
         verdict += fuzz.optimized(program.build(output), program.images())
@@ -67,23 +64,23 @@ def frozen(seed: int) -> fuzz.Verdict:
 
 
 def _reading(user: Any, root: Any, observed: bool) -> str:
-    ours = compiler._is(user, (conv_bn_act, conv_affine_act)) or "example_value" not in user.meta
+    ours = graph.calls(user, conv_bn_act, conv_affine_act) or "example_value" not in user.meta
     return "ends" if ours else "follows"
 
 
 MENDS: dict[str, tuple[Any, str, Any, Callable[[int], fuzz.Verdict], int]] = {
     # mend: (owner and name of the function that makes it, what replaces it, the form that shows it, from which seed)
-    "memory that is written into has one format": (compiler._Memory, "is_observed", lambda *_: False, of("eval"), 0),
-    "a write is known by any spelling": (compiler, "_mutated", lambda node: [], of("eval"), 0),
-    "what depends on the format gets the traced one": (compiler, "_reading", _reading, of("eval"), 0),
-    "nothing moves past a write": (compiler, "_between", lambda *_: None, of("eval"), 25),
+    "memory that is written into has one format": (graph.Memory, "is_observed", lambda *_: False, compiled("eval"), 0),
+    "a write is known by any spelling": (graph, "nodes_in", lambda tree: [], compiled("eval"), 0),
+    "what depends on the format gets the traced one": (layout, "_reading", _reading, compiled("eval"), 0),
+    "nothing moves past a write": (match, "_obstacle", lambda *_: None, compiled("eval"), 25),
     "BatchNorms that share statistics go together": (
-        compiler, "_without_shared_statistics", lambda graph, matches: (matches, []), of("train"), 120,
+        match, "_sharing_statistics", lambda *_: [], compiled("train"), 120,
     ),
-    "an addition into shared memory stays": (compiler, "_is_its_own", lambda *_: True, of("eval"), 1206),
-    "views are tied to their memory": (trace._Translation, "_may_share", lambda *_: None, frozen, 0),
+    "an addition into shared memory stays": (match, "_is_its_own", lambda *_: True, compiled("eval"), 1206),
+    "views are tied to their memory": (trace._Translation, "_may_share", lambda *_: None, optimized, 0),
     "second names follow a change": (
-        trace._Translation, "_is_same", lambda self, node, _: self._is_new(node), frozen, 70,
+        trace._Translation, "_is_same", lambda self, node, _: self._is_new(node), optimized, 70,
     ),
 }  # fmt: skip
 

@@ -497,12 +497,12 @@ def compiled(build: Callable[[], nn.Module], x: Tensor, mode: str, inner: str = 
 
 @contextmanager
 def rewritten(counts: Counter[str]) -> Iterator[None]:
-    """Counts the chains that are rewritten meanwhile: the backend logs them."""
+    """Counts the matches that are rewritten meanwhile: the backend logs them."""
 
     class Counting(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            (told,) = record.args  # type: ignore[misc]
-            counts["chains rewritten"] += len(told.hits)  # type: ignore[attr-defined]
+            (explanation,) = record.args  # type: ignore[misc]
+            counts["matches rewritten"] += len(explanation.hits)  # type: ignore[attr-defined]
 
     log, handler = logging.getLogger("fastres.compile"), Counting()
     level = log.level

@@ -1,0 +1,140 @@
+"""Putting the operators into the graph, in place of what `match` found."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from fastres.compile.graph import value
+from fastres.compile.layout import Layout
+from fastres.compile.match import Finding, Match, Pair, search
+from fastres.ops import ends
+from fastres.ops.layout import wide
+from fastres.ops.operators import conv_affine_act, conv_bn_act
+
+_aten = torch.ops.aten
+_pad_shortcut_add_relu = torch.ops.fastres.pad_shortcut_add_relu.default
+
+
+def rewrite_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], *, always: bool) -> list[Finding]:
+    """Rewrite `gm` in place; returns what there is to say of its layers, in the graph's order."""
+    graph, layout = gm.graph, Layout(gm.graph)
+    matches, sums, findings = search(graph, example_inputs, always=always)
+    for match in matches:
+        with graph.inserting_before(match.last):
+            _put_operators(graph, match, layout)
+        _erase(graph, [*reversed(match.nodes), *match.shortcut])
+    for padded in sums:
+        with graph.inserting_before(padded.relu):
+            operands = layout.current(padded.y), layout.current(padded.x), padded.stride
+            layout.replace(padded.relu, graph.call_function(_pad_shortcut_add_relu, operands))
+        _erase(graph, [padded.relu, padded.add, *padded.shortcut])
+    layout.restore_where_it_matters()
+    graph.lint()
+    gm.recompile()
+    return findings
+
+
+def _put_operators(graph: fx.Graph, match: Match, layout: Layout) -> None:
+    dtype = value(match.first).dtype
+    x = layout.operand(match.x, dtype)
+    residual = None if match.residual is None else layout.operand(match.residual, dtype)
+    out = (_trained if match.trains else _inferred)(graph, match, x, residual)
+    layout.replace(match.last, out)
+    layout.gives_channels_last(out)
+
+
+def _erase(graph: fx.Graph, nodes: Sequence[fx.Node]) -> None:
+    """Those that nothing reads any more. (No general dead-code elimination: in-place nodes look dead.)"""
+    for node in nodes:
+        if not node.users:
+            graph.erase_node(node)
+
+
+def _trained(graph: fx.Graph, match: Match, x: fx.Node, residual: fx.Node | None) -> fx.Node:
+    """One operator for all pairs; the running statistics that it moved are copied home."""
+    pairs = match.pairs
+    geometry = [size for pair in pairs for size in pair.geometry]
+    eps, momenta = [pair.eps for pair in pairs], [float(pair.momentum) for pair in pairs]
+    words = geometry, eps, momenta, [pair.training for pair in pairs], match.end.word, list(match.end.sizes)
+    parameters = [t for pair in pairs for t in (pair.weight, pair.bn_weight, _joint_bias(graph, pair))]
+    running = [t for pair in pairs for t in pair.running]
+    results = graph.call_function(conv_bn_act, (x, parameters, running, residual, *words))
+    out = graph.call_function(operator.getitem, (results, 0))
+    if not match.moves:
+        return out
+    moved, at = graph.call_function(operator.getitem, (results, 1)), 0
+    for pair in (pair for pair in pairs if pair.training):
+        for statistic, bias in zip(pair.running, (pair.bias, None), strict=True):
+            if statistic is None:
+                continue
+            size = value(statistic).numel()
+            new = graph.call_function(_aten.slice.Tensor, (moved, 0, at, at + size))
+            if bias is not None:  # the operator saw the batch's mean without it
+                bias = graph.call_function(_aten.detach.default, (bias,))
+                new = graph.call_function(_aten.add.Tensor, (new, bias), {"alpha": pair.momentum})
+            graph.call_function(_aten.copy_.default, (statistic, new))
+            at += size
+    return out
+
+
+def _joint_bias(graph: fx.Graph, pair: Pair) -> fx.Node | None:
+    """BN's bias with the convolution's, b, in it: bias + scale b.
+
+    A batch's mean takes b away again: there scale is 0, which gives b the gradient 0 (eager's is rounding around it)
+    and lets b's NaN or infinity through.
+    """
+    if pair.bias is None:
+        return pair.bn_bias
+    scale = 0.0 if pair.training else _scale(graph, pair)
+    share = graph.call_function(_aten.mul.Scalar if pair.training else _aten.mul.Tensor, (pair.bias, scale))
+    return share if pair.bn_bias is None else graph.call_function(_aten.add.Tensor, (pair.bn_bias, share))
+
+
+def _inferred(graph: fx.Graph, match: Match, x: fx.Node, residual: fx.Node | None) -> fx.Node:
+    """Every BN as scale and shift in its convolution's epilogue: constants where Inductor freezes the weights."""
+
+    def step(pair: Pair, a: fx.Node, added: fx.Node | None, relu: bool) -> fx.Node:
+        scale, shift = _scale_shift(graph, pair)
+        return graph.call_function(conv_affine_act, (a, pair.weight, scale, shift, added, pair.geometry, relu))
+
+    main, a = match.pairs, x
+    if match.end.projects:
+        *main, projection = main
+        residual = step(projection, x, None, relu=False)
+    elif isinstance(match.end, ends.Add):
+        residual = x
+    for pair in main[:-1]:
+        a = step(pair, a, None, relu=True)
+    if isinstance(match.end, ends.Pad):
+        return graph.call_function(_pad_shortcut_add_relu, (step(main[-1], a, None, relu=False), x, match.end.stride))
+    return step(main[-1], a, residual, relu=not isinstance(match.end, ends.Linear))
+
+
+def _widened(graph: fx.Graph, pair: Pair, node: Any) -> fx.Node:
+    dtype = wide(value(pair.conv).dtype)
+    return node if value(node).dtype == dtype else graph.call_function(_aten.to.dtype, (node, dtype))
+
+
+def _scale(graph: fx.Graph, pair: Pair) -> fx.Node:
+    """scale = weight rstd of the running statistics, in fp32 (fp64 for fp64)."""
+    shifted = graph.call_function(_aten.add.Scalar, (_widened(graph, pair, pair.running[1]), pair.eps))
+    rstd = graph.call_function(_aten.rsqrt.default, (shifted,))
+    if pair.bn_weight is None:
+        return rstd
+    return graph.call_function(_aten.mul.Tensor, (rstd, _widened(graph, pair, pair.bn_weight)))
+
+
+def _scale_shift(graph: fx.Graph, pair: Pair) -> tuple[fx.Node, fx.Node]:
+    """`_scale` and shift = bias - (mean - conv's bias) scale."""
+    scale, mean = _scale(graph, pair), _widened(graph, pair, pair.running[0])
+    if pair.bias is not None:
+        mean = graph.call_function(_aten.sub.Tensor, (mean, _widened(graph, pair, pair.bias)))
+    product = graph.call_function(_aten.mul.Tensor, (mean, scale))
+    if pair.bn_bias is None:
+        return scale, graph.call_function(_aten.neg.default, (product,))
+    return scale, graph.call_function(_aten.sub.Tensor, (_widened(graph, pair, pair.bn_bias), product))

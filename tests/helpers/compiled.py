@@ -1,0 +1,96 @@
+"""Small nets, what the compile backend's rewriting makes of them, and a check that it means the same."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torchvision
+from cases import relative_error
+from torch import Tensor, fx, nn
+from torchvision.models.resnet import BasicBlock
+
+from fastres.compile import Finding
+from fastres.compile.rewrite import rewrite_graph
+
+ALWAYS = {"fastres.rewrite": "always", "fastres.inner": "aot_eager"}
+EXACT = 1e-11
+
+
+def conv_bn(c: int, k: int, side: int = 3, stride: int = 1, **kwargs: Any) -> nn.Sequential:
+    conv = nn.Conv2d(c, k, side, stride, side // 2, bias=kwargs.pop("bias", False), **kwargs)
+    bn = nn.BatchNorm2d(k)
+    nn.init.uniform_(bn.weight, 0.5, 1.5)
+    nn.init.normal_(bn.bias)
+    bn.running_mean.normal_()
+    bn.running_var.uniform_(0.5, 2)
+    return nn.Sequential(conv, bn)
+
+
+def tiny(block: type[nn.Module] = BasicBlock, net: Any = torchvision.models.ResNet) -> nn.Module:
+    return net(block, [2, 1, 1, 1], num_classes=5)
+
+
+class Case(nn.Module):
+    """One conv-BN or two and a body that uses them."""
+
+    def __init__(self, body: Callable[..., Tensor], *pairs: nn.Module) -> None:
+        super().__init__()
+        self.pairs = nn.ModuleList(pairs)
+        self.body = body
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x, *self.pairs)
+
+
+def rewritten(module: nn.Module, *inputs: Tensor, always: bool = True) -> tuple[fx.Graph, list[Finding]]:
+    kept: list[Any] = []
+
+    def record(gm: fx.GraphModule, given: list[Any]) -> Any:
+        run = fx.GraphModule(gm, copy.deepcopy(gm.graph)).forward
+        kept.append((gm.graph, rewrite_graph(gm, given, always=always)))
+        return run
+
+    torch.compile(copy.deepcopy(module), backend=record, fullgraph=True)(*inputs)
+    return kept[0]
+
+
+def outcome(model: Callable[..., Tensor], module: nn.Module, *inputs: Tensor) -> dict[str, Any]:
+    """Output, gradients and buffers after one forward and backward."""
+    inputs = tuple(x.clone().requires_grad_(x.is_floating_point()) for x in inputs)
+    y = model(*inputs)
+    if y.requires_grad:
+        y.backward(torch.linspace(-1, 1, y.numel(), dtype=y.dtype, device=y.device).reshape(y.shape))
+    grads = {f"d{name}": p.grad for name, p in module.named_parameters()}
+    return {"y": y.detach(), "dx": inputs[0].grad, **grads, **dict(module.named_buffers())}
+
+
+def check(
+    module: nn.Module,
+    *inputs: Tensor,
+    train: bool = True,
+    tolerance: float = EXACT,
+    options: Any = ALWAYS,
+    zero: Sequence[str] = (),
+    **kwargs: Any,
+) -> nn.Module:
+    """The compiled module does what the module does, strides included; the gradients `zero`, of which the module gives
+    what rounding leaves, are zero. Returns the module that was compiled."""
+    module.train(train)
+    twin = copy.deepcopy(module)
+    want = outcome(module, module, *inputs)
+    got = outcome(torch.compile(twin, backend="fastres", options=options, **kwargs), twin, *inputs)
+    for name, value in want.items():
+        if value is None:
+            assert got[name] is None, name
+            continue
+        if name in zero:
+            assert torch.equal(got[name], torch.zeros_like(value)), name
+            assert value.abs().max() < tolerance, name
+        else:
+            assert relative_error(got[name].double(), value.double()) < tolerance, name
+        assert got[name].stride() == value.stride(), name
+        assert got[name].dtype == value.dtype, name
+    return twin
