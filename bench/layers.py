@@ -63,10 +63,10 @@ def roles(depth: int, batch: int, size: int) -> Counter[tuple[ConvProblem, Role]
         x = net.maxpool(count(net.conv1, x, "stem"))
         blocks = [*net.layer1, *net.layer2, *net.layer3, *net.layer4]
         for b, block in enumerate(blocks):
-            units, shortcut = block.parts().units, block.parts().shortcut
+            pairs, shortcut = block.parts().pairs, block.parts().shortcut
             if shortcut is not None:
                 count(shortcut[0], x, "project")
-            first, *inner, last = (conv for conv, _ in units)
+            first, *inner, last = (conv for conv, _ in pairs)
             x = count(first, x, "first", border=b > 0, summed=True)
             for conv in inner:
                 x = count(conv, x, "inner", summed=True)

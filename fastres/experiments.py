@@ -301,8 +301,8 @@ def layer_responses(model: nn.Module, batches: Iterable[Tensor]) -> dict[str, fl
     handles = []
     part: Any  # a net, a block, or any other module
     for part in model.modules():
-        units = part.stem_parts().units if hasattr(part, "stem_parts") else getattr(part, "units", list)()
-        for conv, norm in units:
+        pairs = part.stem_parts().pairs if hasattr(part, "stem_parts") else getattr(part, "pairs", list)()
+        for conv, norm in pairs:
             if conv.kernel_size != (3, 3):
                 continue
             total = sums[names[conv]] = torch.zeros(3, dtype=torch.float64, device=conv.weight.device)

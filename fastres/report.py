@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 from torch import nn
 
+from fastres.capability import LEAST, spelt
 from fastres.models.resnet import BasicBlock, ResNet
 from fastres.ops import dispatch, eligibility, extension
 
@@ -95,10 +96,12 @@ def status(model: nn.Module | None = None) -> Status:
 def _on_gpu(device: torch.device) -> tuple[str, str]:
     """What runs fused on a machine with a GPU, and a command to try."""
     name = torch.cuda.get_device_name()
-    major, minor = torch.cuda.get_device_capability()
-    if (major, minor) < (8, 0):
+    if (capability := torch.cuda.get_device_capability()) < LEAST:
         said = f"Models run as plain PyTorch on this machine's {name}."
-        return f"{said}\nThe fused kernels need compute capability 8.0, this GPU has {major}.{minor}.", TRAIN
+        return (
+            f"{said}\nThe fused kernels need compute capability {spelt(LEAST)}, this GPU has {spelt(capability)}.",
+            TRAIN,
+        )
     if not dispatch.has_triton():
         said = f"Models run as plain PyTorch on this machine's {name}."
         return f"{said}\nThe fused kernels need Triton, which is not installed.", INSTALL_TRITON
@@ -127,8 +130,7 @@ def _gpu() -> str:
         return "none: " + (
             "no NVIDIA GPU or driver found" if torch.version.cuda else "this PyTorch is built without CUDA"
         )
-    major, minor = torch.cuda.get_device_capability()
-    return f"{torch.cuda.get_device_name()}, compute capability {major}.{minor}"
+    return f"{torch.cuda.get_device_name()}, compute capability {spelt(torch.cuda.get_device_capability())}"
 
 
 def _triton() -> str:
@@ -138,8 +140,8 @@ def _triton() -> str:
         return "usable: its interpreter runs the kernels, slowly, in fp32 and fp16 (TRITON_INTERPRET=1)"
     if not torch.cuda.is_available():
         return "not usable: there is no GPU"
-    if torch.cuda.get_device_capability() < (8, 0):
-        return "not usable: the GPU is older than compute capability 8.0"
+    if torch.cuda.get_device_capability() < LEAST:
+        return f"not usable: the GPU is older than compute capability {spelt(LEAST)}"
     return "usable"
 
 
@@ -177,7 +179,7 @@ def _parts(module: nn.Module) -> eligibility.Parts | None:
 def _path(module: nn.Module) -> str:
     parts = _parts(module)
     assert parts is not None
-    conv = parts.units[0][0]
+    conv = parts.pairs[0][0]
     weight = next(module.parameters())
     channels = getattr(conv, "in_channels", weight.shape[1] if weight.dim() > 1 else 1)
     x = torch.empty(1, channels, 56, 56, device=weight.device, dtype=weight.dtype)

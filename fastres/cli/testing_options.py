@@ -14,7 +14,7 @@ from torch import nn
 
 from fastres import trained
 from fastres.evaluate import CROPS, SCALES, Views
-from fastres.inference.optimized import optimize
+from fastres.inference import optimize
 from fastres.ops import dispatch
 from fastres.table import in_place_of
 from fastres.train.loop import DTYPES, default_dtype

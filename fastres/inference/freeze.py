@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastres import capability
 from fastres.inference.optimized import Optimized, batch_inputs
 from fastres.inference.plan import Conv, Step, convs, fuse, fuse_chains, quantise
 from fastres.inference.ranges import Ranges
@@ -165,9 +166,9 @@ def _require_engine(dtype: torch.dtype, device: torch.device) -> None:
     reason = None
     if dtype == FLOAT8 and device.type != "cuda":
         reason = f"float8_e4m3fn needs a CUDA GPU, the model is on {device}"
-    elif dtype == FLOAT8 and (capability := torch.cuda.get_device_capability(device)) < (8, 9):
-        name, (major, minor) = torch.cuda.get_device_name(device), capability
-        reason = f"float8_e4m3fn needs compute capability 8.9 or above, {name} has {major}.{minor}"
+    elif dtype == FLOAT8 and (found := torch.cuda.get_device_capability(device)) < capability.FLOAT8:
+        needed, name = capability.spelt(capability.FLOAT8), torch.cuda.get_device_name(device)
+        reason = f"float8_e4m3fn needs compute capability {needed} or above, {name} has {capability.spelt(found)}"
     elif dtype == torch.int8 and device.type != "cpu":
         reason = f"int8 needs a CPU, the model is on {device}; there is float8_e4m3fn for GPUs"
     elif dtype == torch.int8 and (why := dispatch.why_no_int8(device)) is not None:

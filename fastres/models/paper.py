@@ -99,18 +99,18 @@ class PlainBlock(nn.Module):
         self.conv2 = nn.Conv2d(planes, planes, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(planes)
 
-    def units(self) -> list[tuple[nn.Module, nn.Module]]:
+    def pairs(self) -> list[tuple[nn.Module, nn.Module]]:
         """The block as (conv, norm) pairs; a ReLU follows each."""
         return [(self.conv1, self.bn1), (self.conv2, self.bn2)]
 
     def parts(self) -> eligibility.Parts:
         """The block's modules by role, as `eligibility` asks for them."""
-        return eligibility.Parts(self.units(), [self.relu])
+        return eligibility.Parts(self.pairs(), [self.relu])
 
     def forward(self, x: Tensor) -> Tensor:
         if not torch.jit.is_scripting():
             if eligibility.serves(x, self.parts()):
-                return plain_block(x, self.units())
+                return plain_block(x, self.pairs())
         x = self.relu(self.bn1(self.conv1(x)))
         return self.relu(self.bn2(self.conv2(x)))
 

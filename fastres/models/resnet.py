@@ -73,18 +73,18 @@ class FusedBlock:
         relu: Any
         downsample: Any
 
-        def units(self) -> list[tuple[nn.Module, nn.Module]]: ...
+        def pairs(self) -> list[tuple[nn.Module, nn.Module]]: ...
 
         def one_by_one(self, x: Tensor) -> Tensor: ...
 
     def parts(self) -> eligibility.Parts:
         """The block's modules by role, as `eligibility` asks for them."""
-        return eligibility.Parts(self.units(), [self.relu], shortcut=self.downsample)
+        return eligibility.Parts(self.pairs(), [self.relu], shortcut=self.downsample)
 
     def forward(self, x: Tensor) -> Tensor:
         if not torch.jit.is_scripting():
             if eligibility.serves(x, self.parts()):
-                return residual_block(x, self.units(), self.downsample)
+                return residual_block(x, self.pairs(), self.downsample)
         return self.one_by_one(x)
 
 
@@ -96,7 +96,7 @@ class BasicBlock(FusedBlock, tv.BasicBlock):
 
     one_by_one = plain_forward(tv.BasicBlock)
 
-    def units(self) -> list[tuple[nn.Module, nn.Module]]:
+    def pairs(self) -> list[tuple[nn.Module, nn.Module]]:
         """The residual branch as (conv, norm) pairs; ReLU stands between them and after the addition."""
         return [(self.conv1, self.bn1), (self.conv2, self.bn2)]
 
@@ -109,7 +109,7 @@ class Bottleneck(FusedBlock, tv.Bottleneck):
 
     one_by_one = plain_forward(tv.Bottleneck)
 
-    def units(self) -> list[tuple[nn.Module, nn.Module]]:
+    def pairs(self) -> list[tuple[nn.Module, nn.Module]]:
         """The residual branch as (conv, norm) pairs; ReLU stands between them and after the addition."""
         return [(self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3)]
 
@@ -124,7 +124,7 @@ def run_stages(x: Tensor, *layers: nn.Module) -> Tensor:
         if served:
             while not eligibility.wants_gradients(x, served[0][:1]):  # frozen: keeps nothing for backward
                 x = served[0].pop(0)(x)
-            x = stages(x, [[(block.units(), block.downsample) for block in blocks] for blocks in served])
+            x = stages(x, [[(block.pairs(), block.downsample) for block in blocks] for blocks in served])
         else:
             x = rest[0][0](x)
         rest = rest[max(1, count) :]

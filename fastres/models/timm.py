@@ -17,24 +17,24 @@ class _FusedBlock(FusedBlock):
     """Fused where it is plain: no attention, anti-aliasing, dropped block or path; ReLU."""
 
     def parts(self) -> eligibility.Parts:
-        units = self.units()
-        acts = [getattr(self, f"act{i}") for i in range(1, len(units) + 1)]
+        pairs = self.pairs()
+        acts = [getattr(self, f"act{i}") for i in range(1, len(pairs) + 1)]
         idle = [getattr(self, name) for name in ("drop_block", "aa", "se", "drop_path")]
-        return eligibility.Parts(units, acts, shortcut=self.downsample, idle=idle)
+        return eligibility.Parts(pairs, acts, shortcut=self.downsample, idle=idle)
 
 
 class BasicBlock(_FusedBlock, timm_resnet.BasicBlock):
     """timm's BasicBlock."""
 
     one_by_one = plain_forward(timm_resnet.BasicBlock)
-    units = resnet.BasicBlock.units
+    pairs = resnet.BasicBlock.pairs
 
 
 class Bottleneck(_FusedBlock, timm_resnet.Bottleneck):
     """timm's Bottleneck."""
 
     one_by_one = plain_forward(timm_resnet.Bottleneck)
-    units = resnet.Bottleneck.units
+    pairs = resnet.Bottleneck.pairs
 
 
 class ResNet(timm_resnet.ResNet):

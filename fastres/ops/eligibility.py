@@ -26,7 +26,7 @@ class Parts(NamedTuple):
     may only take what means the same.
     """
 
-    units: Sequence[tuple[nn.Module, nn.Module]]  # (conv, norm) in order
+    pairs: Sequence[tuple[nn.Module, nn.Module]]  # (conv, norm) in order
     acts: Sequence[nn.Module]  # where ReLU stands
     shortcut: nn.Module | None = None  # None: identity
     pool: nn.Module | None = None  # the stem's
@@ -52,7 +52,7 @@ def why_plain(x: Tensor, parts: Parts) -> str | None:
     if x.device != device:
         return f"the input is on {x.device}, the weights are on {device}"
     if dtype != own:
-        return f"the input is {x.dtype}, the weights are {parts.units[0][0].weight.dtype}"
+        return f"the input is {x.dtype}, the weights are {parts.pairs[0][0].weight.dtype}"
     return None if x.shape[1] == channels else f"the input has {x.shape[1]} channels, not {channels}"
 
 
@@ -84,7 +84,7 @@ def serves_stages(x: Tensor, stages: Sequence[Sequence[Any]]) -> int:
             parts = block.parts()
             if foreign(parts) or _watched(parts) or (x.device, dtype, channels) != _wanted(parts):
                 return count
-            channels = parts.units[-1][0].out_channels
+            channels = parts.pairs[-1][0].out_channels
         if not blocks:
             return count
     return len(stages)
@@ -102,7 +102,7 @@ def _is_ours(block: nn.Module) -> bool:
 def foreign(parts: Parts) -> str | None:
     """The reason why no call of `parts` can run fused: one of them isn't exactly what its role wants. Else None."""
     wanted: list[tuple[nn.Module, tuple[type[nn.Module], ...]]] = []
-    for conv, norm in parts.units:
+    for conv, norm in parts.pairs:
         wanted += [(conv, (nn.Conv2d,)), (norm, (nn.BatchNorm2d,))]
     wanted += [(act, (nn.ReLU,)) for act in parts.acts]
     wanted += [(layer, (nn.Identity,)) for layer in parts.idle if layer is not None]
@@ -138,7 +138,7 @@ def _foreign_conv(conv: nn.Conv2d) -> str | None:
 
 def _wanted(parts: Parts) -> tuple[Any, ...]:
     """The device, compute dtype and channels that the first convolution wants of its input."""
-    conv: Any = parts.units[0][0]
+    conv: Any = parts.pairs[0][0]
     return conv.weight.device, dispatch.compute_dtype(conv.weight), conv.in_channels
 
 
@@ -174,7 +174,7 @@ def _watched(parts: Parts) -> str | None:
     """Why calling the modules would do more than their class's `forward`, or on other than plain parameters."""
     if nn_module._has_any_global_hook():
         return "a global module hook is registered"
-    roots = [*(m for unit in parts.units for m in unit), *parts.acts, parts.shortcut, parts.pool, *parts.idle]
+    roots = [*(m for pair in parts.pairs for m in pair), *parts.acts, parts.shortcut, parts.pool, *parts.idle]
     for module in (m for root in roots if root is not None for m in root.modules()):
         if has_hooks(module):
             return f"a {type(module).__name__} in it carries a hook or a forward of its own"

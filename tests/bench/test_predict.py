@@ -507,7 +507,7 @@ def test_blocks_have_the_kernels_that_are_drawn(bench: SimpleNamespace) -> None:
     """docs/fused.svg: an inner block of a stage by the H200's shipped table. A stage's last block ends by itself."""
 
     def ours(x: torch.Tensor, blocks: list[Any]) -> torch.Tensor:
-        return stages(x, [[(block.units(), block.downsample) for block in blocks]])
+        return stages(x, [[(block.pairs(), block.downsample) for block in blocks]])
 
     def theirs(x: torch.Tensor, blocks: list[Any]) -> torch.Tensor:
         return torch.nn.Sequential(*blocks)(x)

@@ -190,7 +190,7 @@ def test_shortcut_options(depth: int, default: str) -> None:
     assert count["A"] < count["B"] < count["C"]
     inplanes = 64
     for a, b, c in zip(*(blocks(nets[option]) for option in "ABC"), strict=True):
-        outplanes = a.units()[-1][0].out_channels
+        outplanes = a.pairs()[-1][0].out_channels
         changes = a.conv1.stride != (1, 1) or inplanes != outplanes
         projection = inplanes * outplanes + 2 * outplanes  # 1x1 weight, BN weight and bias
         assert parameters(c.downsample) == projection

@@ -61,12 +61,12 @@ class Block(nn.Module):
         self.layers = nn.ModuleList(nn.Sequential(*layer) for layer in layers)
 
     def forward(self, x: Tensor, ops=fused) -> Tensor:
-        units = [tuple(layer) for layer in self.layers]
+        pairs = [tuple(layer) for layer in self.layers]
         if self.kind == "plain":
-            return ops.plain_block(x, units)
+            return ops.plain_block(x, pairs)
         if self.kind == "stem":
-            return ops.stem(x, *units[0], self.shortcut)
-        return ops.residual_block(x, units, self.shortcut)
+            return ops.stem(x, *pairs[0], self.shortcut)
+        return ops.residual_block(x, pairs, self.shortcut)
 
 
 KINDS = ("basic", "bottleneck", "projection", "option-a", "grouped", "dilated", "plain", "stem")

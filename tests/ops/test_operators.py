@@ -231,12 +231,12 @@ def test_flops_of_inference() -> None:
 def test_a_dispatch_mode_sees_the_operator() -> None:
     """An eager fused block under FlopCounterMode counts as its convolutions, and still moves its buffers."""
     convs = [nn.Conv2d(6, 6, 3, padding=1, bias=False) for _ in range(2)]
-    units = [(conv, nn.BatchNorm2d(6)) for conv in convs]
+    pairs = [(conv, nn.BatchNorm2d(6)) for conv in convs]
     x = torch.randn(N, C, H, W, requires_grad=True)
-    other = copy.deepcopy(units)
+    other = copy.deepcopy(pairs)
     want = fused.residual_block(x, other, None)
     with FlopCounterMode(display=False) as counter:
-        got = fused.residual_block(x, units, None)
+        got = fused.residual_block(x, pairs, None)
         got.sum().backward()
     assert torch.equal(got, want)
     assert counter.get_flop_counts()["Global"].keys() == {
@@ -244,7 +244,7 @@ def test_a_dispatch_mode_sees_the_operator() -> None:
         torch.ops.fastres.conv_bn_act_backward,
     }
     assert counter.get_total_flops() == 3 * 2 * 2 * N * H * W * 6 * 6 * 9
-    for (_, bn), (_, right) in zip(units, other, strict=True):
+    for (_, bn), (_, right) in zip(pairs, other, strict=True):
         assert torch.equal(bn.running_var, right.running_var)
         assert torch.equal(bn.running_mean, right.running_mean)
         assert bn.num_batches_tracked == right.num_batches_tracked == 1
