@@ -57,7 +57,7 @@ from fastres.kernels.tiles import AFFINE, COMPUTED, H200, ISSUE, MMA, STEM_WINDO
 from fastres.ops import dispatch
 
 # The one set of constants; none belongs to a kernel. Bandwidth and FLOP/s are `kernels.problem.Device`'s, instructions
-# `kernels.config`'s. From bench/records: bytes/s from L2 by TMA, and the clock then (nvidia-h200-hopper.md); the
+# `kernels.tiles`'s. From bench/records: bytes/s from L2 by TMA, and the clock then (nvidia-h200-hopper.md); the
 # shortest kernels (nvidia-h200-timeline-train.csv); what a step in a CUDA graph takes beyond its kernels, for each of
 # them (nvidia-h200-first-table-*.json beside the timelines). Times in microseconds.
 L2, CLOCK, SHORTEST, GAP = 9.85e12, 1.91e9, 1.3, 0.5

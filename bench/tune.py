@@ -4,7 +4,7 @@
     python bench/tune.py --depth all --batch 256 --ship     # into kernels/tables/, to be committed
     python bench/tune.py --merge nvidia-h200.json           # what another machine measured, into kernels/tables/, too
 
-Per problem and pass: the candidates of `fastres.kernels.config` that agree with cuDNN's result are timed; the best is
+Per problem and pass: the candidates of `fastres.kernels.tiles` that agree with cuDNN's result are timed; the best is
 set against cuDNN, and the faster of the two is the winner. Either does what the net has it do in the problem's most
 frequent role there (bench/layers.py): in training cuDNN's convolution with our passes around it, in inference cuDNN's
 fused convolution as `fastres.optimize` runs it. What our kernel may compute while it loads is tried both ways, on load

@@ -6,7 +6,7 @@
 
 With BatchNorm folded nothing in between needs a sum over all pixels, so a tile of pixels goes through all three while
 its channels, C = 64 or 128 in the memory-bound stages of a ResNet, fit one program. It saves writing and reading
-hidden, and reading out. GEMM view as in `conv`: channels on GEMM_M, pixels on GEMM_N; what was just computed stands
+hidden, and reading out. GEMM view as in `fprop`: channels on GEMM_M, pixels on GEMM_N; what was just computed stands
 second in the next product, where wgmma reads it from shared memory.
 """
 

@@ -1,4 +1,4 @@
-"""1x1 convolutions of few reduction steps by programs that stay: fprop and dgrad, as `conv` and `dgrad` define them.
+"""1x1 convolutions of few reduction steps by programs that stay: fprop and dgrad, as `fprop` and `dgrad` define them.
 
 Where a whole sum fits a few steps, a program per tile is a chain of waits: for its operands, its product, its store. A
 program of these kernels keeps one tile of channels and goes through every n-th tile of pixels. The filters are loaded

@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-# "infer": fprop with BatchNorm, residual and ReLU behind it; "chain": `bottleneck`'s three convolutions, by its 3x3.
+# "infer": fprop with BatchNorm, residual and ReLU behind it; "chain": that kernel's three convolutions, by its 3x3.
 Pass = Literal["infer", "fprop", "dgrad", "wgrad", "chain"]
 
 
