@@ -21,7 +21,7 @@ ADD = (operator.add, operator.iadd, torch.add, "add", "add_")
 # names of the exceptions, which move statistics, renormalise a table, observe or draw noise.
 _TELLING_MODULES = r"torch(\.functional|\.nn\.functional|\._C\._(nn|linalg|fft|special))?|_operator|builtins|math"
 _SILENT = "batch_norm|instance_norm|embedding|fake_quant|moving_avg|rrelu_with_noise|_cum(max|min)_helper|^_fused|^_amp"
-_IN_PLACE = {
+_IN_PLACE = {  # how names tell it
     "call_function": r".*[^_]_",
     "call_method": r".*[^_]_|__i(?!nvert|ndex|nt)\w+__|__setitem__",
     "operator": "i(add|sub|mul|truediv|floordiv|mod|pow|matmul|and|or|xor|[lr]shift|concat)|(set|del)item",
@@ -42,7 +42,7 @@ def value(node: Any) -> Any:
 
 
 def arguments(node: fx.Node, parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """What `node` gives each of the parameters, of which the defaults are given here."""
+    """What `node` gives its function's parameters. parameters: their names in order, each with its default."""
     return {**parameters, **dict(zip(parameters, node.args, strict=False)), **node.kwargs}
 
 

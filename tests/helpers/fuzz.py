@@ -118,10 +118,10 @@ class Writer:
 
     def write(self) -> Program:
         chance = self.chance
-        self.unit(self.image())
+        self.pair(self.image())
         size = chance.randint(3, 11)
         kinds: list[tuple[int, Callable[[], None]]] = [
-            (5, lambda: self.unit(self.image())),
+            (5, lambda: self.pair(self.image())),
             (2, self.block),
             (5, self.relu),
             (4, self.add),
@@ -211,7 +211,7 @@ class Writer:
         affine = "" if self.chance.random() < 0.9 else ", affine=False"
         return self.say(f"self.{self.module('bn', f'nn.BatchNorm2d({c}{affine})', again=0.3)}({x})")
 
-    def unit(self, x: str) -> str | None:
+    def pair(self, x: str) -> str | None:
         z = self.convolve(x)
         y = None if z is None else self.normalise(z)
         if y is not None and self.chance.random() < 0.6:
@@ -221,7 +221,7 @@ class Writer:
     def block(self) -> None:
         """A block's two branches and their sum; in eager PyTorch's spellings."""
         x = self.image()
-        y = self.unit(x)
+        y = self.pair(x)
         z = None if y is None else self.convolve(y)
         z = None if z is None else self.normalise(z)
         if z is None:
@@ -230,8 +230,9 @@ class Writer:
         if self.shape(z) != self.shape(x):
             c, k = self.shape(x)[1], self.shape(z)[1]
             stride = 2 if self.shape(z)[2] < self.shape(x)[2] else 1
-            side = self.say(f"self.{self.module('conv', f'nn.Conv2d({c}, {k}, 1, {stride}, bias=False)')}({x})")
-            x = None if side is None else self.normalise(side)  # type: ignore[assignment]
+            conv = self.module("conv", f"nn.Conv2d({c}, {k}, 1, {stride}, bias=False)")
+            projected = self.say(f"self.{conv}({x})")
+            x = None if projected is None else self.normalise(projected)  # type: ignore[assignment]
         if x is not None and self.shape(z) == self.shape(x):
             y = self.add(z, x)
             if y is not None:
