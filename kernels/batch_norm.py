@@ -12,7 +12,7 @@ z is a convolution's output, M = N P Q the pixels behind each channel's statisti
     dz = c_g g + c_z z + c_1,  c_g = weight rstd,                          `backward_apply`
          c_z = -c_g rstd dweight / M,  c_1 = -c_g dbias / M - c_z mean     (given statistics: c_z = c_1 = 0)
 
-g is never stored: both backward passes compute it from dy and the mask, and behind a max pool they gather it (`max_pool`).
+g is never stored: both backward passes compute it from dy and the mask; behind a max pool they gather it (`max_pool`).
 
 Reductions are deterministic and go in two stages: every program reduces one chunk of pixels to partials, fp32, which
 one small kernel merges. The partials, also those that convolutions write in their epilogues, are
