@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from PIL import Image
+from tolerances import HALF_SCORES, SCORES, SLIDING, SUMS
 from torch import Tensor, nn
 
 import fastres
@@ -127,7 +128,7 @@ def naive_multiscale(net: Any, image: Tensor, scales: tuple[int, ...], size: int
     return torch.stack(views).mean(0)
 
 
-def close(actual: Tensor, expected: Tensor, atol: float = 2e-6) -> None:
+def close(actual: Tensor, expected: Tensor, atol: float = SCORES) -> None:
     """Scores lie in [0, 1]; the default is what fp32 leaves of them after some ten layers."""
     torch.testing.assert_close(actual.double(), expected.double(), rtol=0, atol=atol)
 
@@ -211,7 +212,7 @@ def test_fully_convolutional_is_a_sliding_window_where_strides_align() -> None:
         crops = image.unfold(2, size, stride).unfold(3, size, stride)[0].permute(1, 2, 0, 3, 4).flatten(0, 1)
         sliding = net(crops)
     assert dense.shape == (1, 5, 4 * 6)
-    torch.testing.assert_close(dense[0].T, sliding, rtol=0, atol=1e-13)
+    torch.testing.assert_close(dense[0].T, sliding, rtol=0, atol=SLIDING)
 
 
 NETS: dict[str, tuple[Callable[..., nn.Module], int]] = {  # and by how much they halve the image
@@ -281,10 +282,10 @@ def test_the_optimized_net_scores_the_same(crops: str, photos: list[Tensor]) -> 
     net, views = small_net(), Views(crops, 32, 40, SCALES)
     prepared = [views.prepare(image) for image in photos]
     plain, fast = (Predictor(net, views, mean_image(), fast=fast)(prepared) for fast in (False, True))
-    close(fast, plain, 1e-5)
+    close(fast, plain, SUMS)
     half = Predictor(net, views, mean_image(), dtype=torch.bfloat16)(prepared)
     assert half.dtype == torch.float32
-    assert 0 < (half - plain).abs().max() < 0.05
+    assert 0 < (half - plain).abs().max() < HALF_SCORES
 
 
 @pytest.mark.parametrize("crops", ["center", "10", "multiscale"])

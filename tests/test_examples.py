@@ -27,6 +27,7 @@ import torch
 import torchvision
 from binary import record
 from PIL import Image
+from tolerances import SERVED
 
 import fastres
 from fastres.models import families
@@ -376,7 +377,7 @@ def test_served_answers_are_those_of_predict_and_come_in_batches(folder: Path) -
             scores = [each["score"] for each in said["classes"]]
             assert scores == sorted(scores, reverse=True)
             got = {each["name"]: each["score"] for each in said["classes"]}
-            assert got == pytest.approx(want[str(file)], abs=2e-5)
+            assert got == pytest.approx(want[str(file)], abs=SERVED)
         assert len({max(each, key=each.__getitem__) for each in want.values()}) > 1, "all images are of one class"
         status, out, error = server.end(signal.SIGINT)
     assert (status, error) == (0, "")

@@ -1,9 +1,11 @@
-"""The house's rules: who may import whom, that none do so in a circle, and what `import fastres` costs."""
+"""The house's rules: who may import whom, that none do so in a circle, what `import fastres` costs, and that tests keep
+their tolerances in one place."""
 
 from __future__ import annotations
 
 import ast
 import json
+import re
 import subprocess
 import sys
 import time
@@ -167,3 +169,98 @@ def test_import_starts_nothing_and_loads_little_in_little_time() -> None:
     while best > 0.2 and time.monotonic() < end:
         best = min(best, _import()[-1])
     assert best <= 0.2, f"import fastres costs {best:.2f} s more than import torchvision"
+
+
+BELOW_A_TENTH = re.compile(r"(?<![\w.])0\.0\d*[1-9]|[\d.]+e-\d|\*\* ?\(?-\d")  # in an expression as `unparse` writes it
+TOLERANCE = re.compile(r"[ar]tol|rel|abs|(rel|abs)_tol|lost|allowed|exact.*|.*toleran.*", re.IGNORECASE)
+
+
+def named_values(node: ast.AST) -> Iterator[tuple[str, ast.expr | None]]:
+    """What a node of a program gives to names: arguments of a call, defaults of a function, a variable's value."""
+    if isinstance(node, ast.Call):
+        yield from ((word.arg or "", word.value) for word in node.keywords)
+    elif isinstance(node, ast.arguments):
+        defaults = zip([*node.posonlyargs, *node.args][::-1], node.defaults[::-1], strict=False)
+        yield from (
+            (name.arg, value) for name, value in (*defaults, *zip(node.kwonlyargs, node.kw_defaults, strict=True))
+        )
+    elif isinstance(node, ast.Assign):
+        yield from ((ast.unparse(name), node.value) for name in node.targets)
+    elif isinstance(node, ast.AnnAssign):
+        yield ast.unparse(node.target), node.value
+
+
+def bounded(node: ast.Compare) -> Iterator[tuple[ast.expr, ast.expr]]:
+    """(what is smaller, its upper bound) for each inequality of a comparison."""
+    for left, sign, right in zip([node.left, *node.comparators], node.ops, node.comparators, strict=False):
+        if isinstance(sign, (ast.Lt, ast.LtE)):
+            yield left, right
+        elif isinstance(sign, (ast.Gt, ast.GtE)):
+            yield right, left
+
+
+def is_error(node: ast.expr) -> bool:
+    """True for an expression with a distance, or with a call or variable that is named an error."""
+    calls = {ast.unparse(part.func).rpartition(".")[2] for part in ast.walk(node) if isinstance(part, ast.Call)}
+    names = {part.id for part in ast.walk(node) if isinstance(part, ast.Name)}
+    return "abs" in calls or any("error" in name for name in calls | names)
+
+
+def own_tolerances(code: str) -> list[int]:
+    """Lines of a test with a tolerance of its own: a number below a tenth that is so named or that bounds an error, or
+    any number as `assert_close_to_reference`'s factor."""
+    values: list[ast.expr | None] = []
+    lines = []
+    for node in ast.walk(ast.parse(code)):
+        values += [value for name, value in named_values(node) if TOLERANCE.fullmatch(name)]
+        if isinstance(node, ast.Compare):
+            values += [bound for less, bound in bounded(node) if is_error(less)]
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "assert_close_to_reference":
+            factors = [word.value for word in node.keywords if word.arg == "factor"]
+            lines += [factor.lineno for factor in factors if isinstance(factor, ast.Constant)]
+    return lines + [value.lineno for value in values if value and BELOW_A_TENTH.search(ast.unparse(value))]
+
+
+def test_tolerances_stand_in_one_table() -> None:
+    files = {*(ROOT / "tests").rglob("*.py")} - {ROOT / "tests/helpers/tolerances.py"}
+    found = [(str(file.relative_to(ROOT)), own_tolerances(file.read_text())) for file in sorted(files)]
+    assert len(found) > 50
+    assert [(file, lines) for file, lines in found if lines] == []
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "assert_close(x, y, rtol=0, atol=2e-6)",
+        "assert x == pytest.approx(y, abs=0.05)",
+        "check(net, tolerance=1e-8)",
+        "assert_close_to_reference(x, y, z, factor=4)",
+        "assert relative_error(x, y) < 1e-5 + lost_in_sums(9, x)",
+        "assert 0 < (x - y).abs().max() < 0.005",
+        "assert 2.0**-9 >= abs(x - y)",
+        "assert error <= max(2 * theirs, 1e-6)",
+        "EXACT = 1e-12",
+        "allowed = 1e-3 if wide else 1e-2",
+        "def close(x, y, atol=2e-6): ...",
+        "def close(x, *, atol: float = 2e-6): ...",
+    ],
+)
+def test_a_tolerance_of_a_tests_own_is_found(code: str) -> None:
+    assert own_tolerances(code) == [1]
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "assert_close(x, y, rtol=0, atol=0)",
+        "assert relative_error(x, y) < SUMS",
+        "assert_close_to_reference(x, y, z, factor=FUSED, lost=lost_in_sums(9, x))",
+        "assert (x - y).abs().max() > 1e-3",
+        "assert 1e-4 < relative_error(x, y) < 0.1",
+        "BatchNorm2d(8, eps=1e-3)",
+        "assert chance.random() < 0.03",
+        "assert abs(i - j) <= 1",
+    ],
+)
+def test_what_is_no_tolerance_is_let_be(code: str) -> None:
+    assert own_tolerances(code) == []

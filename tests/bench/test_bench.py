@@ -23,6 +23,7 @@ import torch
 from cases import relative_error
 from covering import extra
 from pretence import Pretence
+from tolerances import EXACT_GRADIENTS, RATE, REPLAYED, REPLAYED_16, ROUNDING
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -687,7 +688,7 @@ def test_peers_run_no_fastres_code(name: str, bench: SimpleNamespace) -> None:
     assert operators.found <= {"aten", "prim", "prims"}
     nn.functional.cross_entropy(ours(x), y).backward()
     for (key, p), q in zip(theirs.named_parameters(), ours.parameters(), strict=True):
-        assert relative_error(p.grad, q.grad) < 1e-9, key
+        assert relative_error(p.grad, q.grad) < EXACT_GRADIENTS, key
 
 
 def test_the_peers_shortcut_keeps_channels_last(bench: SimpleNamespace) -> None:
@@ -724,7 +725,7 @@ def test_a_graphed_row_trains_as_the_eager_one(bench: SimpleNamespace, monkeypat
     pretence = Pretence(monkeypatch)
     graphed = stepper(bench, "fastres-graph", "cpu", torch.float32)
     # The graph reads the learning rate in float32, the eager step in float64.
-    follow(stepper(bench, "fastres", "cpu", torch.float32), graphed, rtol=1e-6, atol=1e-7)
+    follow(stepper(bench, "fastres", "cpu", torch.float32), graphed, rtol=ROUNDING, atol=RATE)
     assert len(pretence.modes) == 1
     assert WARM_UPS + 1 <= 1 + bench.measure.WARM_UPS
 
@@ -892,7 +893,7 @@ def test_a_graphed_step_follows_the_eager_one(ours: bool, dtype: torch.dtype, be
     names = ("fastres", "fastres-graph") if ours else ("eager-channels-last", "eager-graph")
     eager, graphed = (stepper(bench, name, "cuda", dtype) for name in names)
     # The same kernels, but for libraries that choose others while a graph records; steps amplify what that rounds.
-    tolerance = 1e-3 if dtype == torch.float32 else 2e-2
+    tolerance = REPLAYED if dtype == torch.float32 else REPLAYED_16
     with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
         follow(eager, graphed, rtol=tolerance, atol=tolerance)
 

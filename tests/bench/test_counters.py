@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from tolerances import PERCENT, PRINTED_2
 
 from fastres.kernels import problem, tables, tiles
 
@@ -126,9 +127,9 @@ def test_every_launch_gets_its_layer(mode: str, bench: SimpleNamespace) -> None:
     assert lost == sorted(lost, reverse=True)
     for line in lines:
         if line["floor_us"] != "":
-            assert line["lost_us"] == pytest.approx(line["us"] - line["floor_us"], abs=0.02)
+            assert line["lost_us"] == pytest.approx(line["us"] - line["floor_us"], abs=PRINTED_2)
         assert (line["mhz"], line["tensor_pct"], line["warps_pct"]) == (1800.0, 60.0, "")
-        assert line["dram_pct"] == pytest.approx(100 * 2e12 / 4.3e12, abs=0.01)
+        assert line["dram_pct"] == pytest.approx(100 * 2e12 / 4.3e12, abs=PERCENT)
 
 
 Change = Callable[[list[tuple[str, Sequence[int]]], int], Any]

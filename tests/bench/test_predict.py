@@ -23,6 +23,7 @@ import torch
 import torchvision
 import triton
 import triton.language as tl
+from tolerances import COUNTS, PRINTED, RECORDED, TILED, WINDOWED
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 import fastres
@@ -77,7 +78,7 @@ def test_a_training_step_multiplies_what_its_convolutions_say(bench: SimpleNames
     found = flops_by_layer(steps_of(depth, 256, "train", "fastres"))
     assert found.keys() == wanted.keys()
     for key, flops in wanted.items():
-        assert found[key] == pytest.approx(flops, rel=1e-6), key
+        assert found[key] == pytest.approx(flops, rel=COUNTS), key
 
 
 def test_who_computes_each_convolution_is_what_dispatch_says(bench: SimpleNamespace) -> None:
@@ -110,7 +111,7 @@ def test_optimized_inference_multiplies_what_its_convolutions_say(bench: SimpleN
     """In chains, too, which stand under their first convolution."""
     launches = steps_of(50, 256, "infer", "fastres")
     wanted = sum(2 * p.multiply_adds * count for (p, _), count in bench.layers.roles(50, 256, 224).items())
-    assert sum(one.flops for one in launches if one.layer) == pytest.approx(wanted, rel=1e-6)
+    assert sum(one.flops for one in launches if one.layer) == pytest.approx(wanted, rel=COUNTS)
     assert any(one.kernel == "bottleneck_chain_kernel" and one.flops for one in launches)
     assert {one.pass_ for one in launches if one.layer} == {"infer"}
 
@@ -140,7 +141,7 @@ def test_a_1x1_of_stride_2_reads_a_quarter_of_its_pixels(bench: SimpleNamespace)
         assert one.bytes == x // 4 + y + w
         gradient = kernels_of(bench, p, "dgrad", role, backend)  # of ours a launch for each class of pixels
         assert sum(one.bytes for one in gradient) == x + y + w
-        assert sum(one.flops for one in gradient) == pytest.approx(2 * p.multiply_adds, rel=1e-6)
+        assert sum(one.flops for one in gradient) == pytest.approx(2 * p.multiply_adds, rel=COUNTS)
 
 
 def test_bytes_of_a_pass_by_hand(bench: SimpleNamespace) -> None:
@@ -239,7 +240,7 @@ def test_a_program_that_stays_waits_once(bench: SimpleNamespace) -> None:
     cut = bench.predict.tile_of(one)
     each = 2 * 12544 / 264  # tiles of 128 channels and 64 pixels
     assert (cut.steps, cut.fetched, cut.instructions, cut.stays) == (math.ceil(each), 64, 64 * tiles.AFFINE, True)
-    assert bench.predict.executed(one) == pytest.approx(2 * p.multiply_adds * 256 / 192, rel=0.02)
+    assert bench.predict.executed(one) == pytest.approx(2 * p.multiply_adds * 256 / 192, rel=TILED)
     time = bench.predict.time(one, *H200)
     assert time.waves == 1
     assert time.predicted < 1.3 * time.floor
@@ -254,7 +255,7 @@ def test_a_program_that_stays_waits_once(bench: SimpleNamespace) -> None:
     cut = bench.predict.tile_of(one)
     assert (cut.steps, cut.fetched) == (math.ceil(12544 / 264) * 3, 128)
     assert cut.instructions == 64 * tiles.COMPUTED
-    assert bench.predict.executed(one) == pytest.approx(2 * p.multiply_adds * 128 / 64, rel=0.02)
+    assert bench.predict.executed(one) == pytest.approx(2 * p.multiply_adds * 128 / 64, rel=TILED)
 
 
 def test_the_stem_fetches_windows_and_multiplies_whole_rows(bench: SimpleNamespace) -> None:
@@ -266,9 +267,9 @@ def test_the_stem_fetches_windows_and_multiplies_whole_rows(bench: SimpleNamespa
     assert one.flops == 2 * p.multiply_adds
     cut = bench.predict.tile_of(one)
     executed = bench.predict.executed(one)
-    assert executed == pytest.approx(2 * p.pixels * 64 * 7 * 32, rel=0.01)
+    assert executed == pytest.approx(2 * p.pixels * 64 * 7 * 32, rel=WINDOWED)
     fetched = executed / (2 * cut.BM * cut.BN * cut.taps) * cut.fetched
-    assert fetched == pytest.approx(p.pixels * (64 + 7 * 32), rel=0.01)
+    assert fetched == pytest.approx(p.pixels * (64 + 7 * 32), rel=WINDOWED)
     images, dz = 2 * 256 * 224 * 230 * 4, 2 * p.pixels * 64
     assert images + dz < one.bytes < 1.05 * (images + dz)
 
@@ -308,7 +309,7 @@ def test_untried_tiles_are_taken_where_they_win(bench: SimpleNamespace, batch: i
     assert tables._measured_tile is chosen
     assert flops_by_layer(found).keys() == flops_by_layer(usual).keys()
     for key, flops in flops_by_layer(usual).items():
-        assert flops_by_layer(found)[key] == pytest.approx(flops, rel=1e-6), key
+        assert flops_by_layer(found)[key] == pytest.approx(flops, rel=COUNTS), key
     assert Counter(one.ours for one in found if one.flops) == Counter(one.ours for one in usual if one.flops)
     us, least = (sum(bench.predict.time(one, *H200).predicted for one in some) for some in (usual, found))
     names = {one.kernel for one in found}
@@ -331,8 +332,8 @@ def test_the_model_is_as_far_from_the_record_as_it_was(bench: SimpleNamespace) -
     """(median, p10, p90) of predicted / measured."""
     by = {engine: [line for line in compared() if line["by"] == engine] for engine in ("triton", "cudnn")}
     assert len(by["triton"]) == len(by["cudnn"]) == 91
-    assert bench.predict.spread(ratios(by["triton"])) == pytest.approx((0.99, 0.78, 1.19), abs=0.05)
-    assert bench.predict.spread(ratios(by["cudnn"])) == pytest.approx((0.89, 0.69, 1.09), abs=0.05)
+    assert bench.predict.spread(ratios(by["triton"])) == pytest.approx((0.99, 0.78, 1.19), abs=RECORDED)
+    assert bench.predict.spread(ratios(by["cudnn"])) == pytest.approx((0.89, 0.69, 1.09), abs=RECORDED)
 
 
 def test_the_constants_are_what_a_fit_gives_and_hold_where_they_were_not_fitted(
@@ -415,7 +416,7 @@ def test_a_goal_is_covered_by_what_is_lost(bench: SimpleNamespace) -> None:
     said = bench.predict.towards(goal, found, 256, None).splitlines()
     assert "1,000 us separate them" in said[1]
     listed = [float(line.split()[0].replace(",", "")) for line in said[3:]]
-    assert listed == pytest.approx(lost[: len(listed)], abs=0.06)
+    assert listed == pytest.approx(lost[: len(listed)], abs=PRINTED)
     assert sum(listed[:-1]) < 1000 <= sum(listed) + 0.1
     assert all(any(bound in line for bound in ("bytes", "FLOPs", "latency", "L2", "start")) for line in said[3:])
     # From what was measured: what the model leaves open is said, and the gap is that of the measured step.

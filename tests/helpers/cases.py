@@ -1,4 +1,4 @@
-"""What tests share: one table of tolerances, one way to hold a result against a reference."""
+"""What tests share: above all, one way to hold a result against a reference."""
 
 from __future__ import annotations
 
@@ -8,41 +8,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from tolerances import TOLERANCES, TWICE
 from torch import Tensor
-
-# Per dtype, the error allowed over and above PyTorch's own, relative to the reference's largest value: the result's
-# last rounding, which a baseline that happens to be exact doesn't show; in float64 what reordered sums cost a deep net.
-TOLERANCES = {
-    torch.float64: 1e-11,
-    torch.float32: torch.finfo(torch.float32).eps,
-    torch.bfloat16: torch.finfo(torch.bfloat16).eps,
-    torch.float16: torch.finfo(torch.float16).eps,
-    torch.float8_e4m3fn: torch.finfo(torch.float8_e4m3fn).eps,
-}
-
-
-def lost_in_sums(summed: int, operands: Tensor) -> float:
-    """What a sum of `summed` products may lose on a GPU beyond the baseline's error, relative to its largest value.
-
-    float32: the products are added one after the other and each sum is rounded, a walk that takes the worst of some
-    thousand results about sqrt(summed) / 4 epsilons away (simulated); a library may add in blocks, and so round less.
-    16 bits: tensor cores align 16 products at a time to the sum so far and cut them off in fp32, without rounding (Fasi
-    et al. 2021, "Numerical behavior of NVIDIA tensor cores"). PyTorch's own sums in the operands' dtype lose as much,
-    but their last rounding hides it.
-    8 bits: on Hopper they are cut off 13 bits below the largest, 32 at a time (DeepSeek-V3's report, section 3.3.2):
-    each by less than 2^-13, of deviation 2^-13 / sqrt(3); four deviations, and half a step of the sum each time.
-    """
-    if not operands.is_cuda:
-        return 0.0
-    eps = torch.finfo(torch.float32).eps
-    if operands.itemsize == 4:
-        return summed**0.5 / 4 * eps
-    if operands.itemsize == 2:
-        return -(-summed // 16) * eps
-    if operands.itemsize == 1:
-        return (4 * (summed / 3) ** 0.5 + -(-summed // 32) / 2) * 2.0**-13
-    return 0.0
-
 
 PIECE = 2**24  # elements that are looked at in float64 at a time, however many a tensor has
 
@@ -71,7 +38,7 @@ def assert_close_to_reference(
     actual: Tensor,
     ref64: Tensor,
     baseline: Tensor | None = None,
-    factor: float = 2.0,
+    factor: float = TWICE,
     what: str = "result",
     lost: float = 0.0,
 ) -> None:

@@ -29,13 +29,13 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
+from tolerances import EXACT_ANY_NET, ROUNDING, WHOLE_NETS
 from torch import Tensor, nn
 from tqdm import tqdm
 
 import fastres
 from fastres.ops.shortcut import PadShortcut
 
-TOLERANCE = 1e-8  # relative to the largest value; a fault of meaning is of order 1, rounding of order 1e-14
 MODES = ("eval", "eval with gradients", "train")
 INDUCTOR_EVERY = 50
 
@@ -439,7 +439,7 @@ def differences(got: Outcome, want: Outcome, sharing: bool = True) -> list[str]:
                 found.append(f"{name}: {other.tolist()}, eager {value.tolist()}")
         elif value.numel():
             error = float((value.double() - other.double()).abs().max())
-            if not error <= TOLERANCE * (1 + float(value.double().abs().max())):
+            if not error <= EXACT_ANY_NET * (1 + float(value.double().abs().max())):
                 found.append(f"{name}: off by {error:.2g}, eager's largest is {float(value.abs().max()):.2g}")
     return found
 
@@ -561,7 +561,7 @@ def in_single_precision(model: nn.Module, x: Tensor, want: Tensor) -> list[str]:
             ours = fastres.optimize(eager)(x.float())
         except Exception as error:
             return [f"optimize in float32: {said(error)}"]
-    allowed = 8 * float((theirs - want).abs().max()) + 1e-6 * (1 + float(want.abs().max()))
+    allowed = WHOLE_NETS * float((theirs - want).abs().max()) + ROUNDING * (1 + float(want.abs().max()))
     error = float((ours - want).abs().max())
     return [] if error <= allowed else [f"optimize in float32: off by {error:.2g}, {allowed:.2g} is allowed"]
 

@@ -23,10 +23,11 @@ import test_chain
 import torch
 import triton
 from binary import record
-from cases import Broken, assert_close_to_reference, check_statistics, check_sums, lost_in_sums
+from cases import Broken, assert_close_to_reference, check_statistics, check_sums
 from conv_cases import net_problems, traits
 from covering import chosen
 from net_calls import Call, by_pytorch, calls, drawn, launched, untouched
+from tolerances import FUSED, lost_in_sums
 from torch.utils._pytree import tree_leaves
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -84,7 +85,7 @@ def check(tune: ModuleType, call: Call, dtype: torch.dtype, device: torch.device
     for how, tensors, partials in launched(tune, call, given, most):
         what = f"{call.pass_} {call.problem} {how}"
         for got, ref, baseline in zip(tensors, exact, usual, strict=True):
-            assert_close_to_reference(got, ref, baseline, factor=3, what=what, lost=lost)
+            assert_close_to_reference(got, ref, baseline, factor=FUSED, what=what, lost=lost)
         if call.launcher == "conv_dgrad":
             norms = [norm for norm in (given["below"], given["projection"]) if norm is not None]
             for sums, norm in zip(partials, norms, strict=True):

@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 import torch
 import triton
-from cases import Broken, assert_close_to_reference, by_library, check_statistics, lost_in_sums
+from cases import Broken, assert_close_to_reference, by_library, check_statistics
 from conv_cases import geometry, reference
 from covering import covered, some_seeds
+from tolerances import lost_in_sums
 from torch import Tensor
 from torch.nn.grad import conv2d_weight
 

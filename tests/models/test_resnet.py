@@ -26,6 +26,7 @@ import torchvision
 import torchvision.models.resnet as tv
 from cases import assert_close_to_reference, preload_children
 from covering import covered, extra
+from tolerances import NETS, SUMS
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 from torch.nn.utils import parametrizations, prune
@@ -348,7 +349,7 @@ def test_folded_batch_norm(path: str) -> None:
         for block in (net.layer1[0], net.layer2[0]):
             block.conv1 = torch.nn.utils.fuse_conv_bn_eval(block.conv1, block.bn1)
             block.bn1 = nn.Identity()
-    assert torch.allclose(ours(images()), theirs(images()), rtol=1e-4, atol=1e-5)
+    assert torch.allclose(ours(images()), theirs(images()), rtol=NETS, atol=SUMS)
 
 
 def test_forward_set_on_an_instance(path: str) -> None:
@@ -600,7 +601,7 @@ def test_onnx(path: str, tmp_path: Path) -> None:
     runtime = pytest.importorskip("onnxruntime")
     session = runtime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
     (scores,) = session.run(None, {session.get_inputs()[0].name: images().numpy()})
-    torch.testing.assert_close(torch.from_numpy(scores), theirs(images()), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(torch.from_numpy(scores), theirs(images()), rtol=NETS, atol=NETS)
 
 
 @covered(indirect=["path"], path=PATHS, training=[False, True], backend=["eager", "aot_eager"])

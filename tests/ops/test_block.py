@@ -13,6 +13,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 from cases import relative_error
+from tolerances import EXACT_BLOCK
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -20,8 +21,6 @@ from fastres.ops import block as fused
 from fastres.ops import conv_bn, dispatch, layout, reference
 from fastres.ops.block import stages
 from fastres.ops.layout import cast_gradients, read_weights
-
-EXACT = 1e-12
 
 
 def unit(c: int, k: int, r: int, stride: int = 1, groups: int = 1, dilation: int = 1) -> list[nn.Module]:
@@ -90,7 +89,7 @@ def test_forward_backward_and_buffers_equal_the_definition(kind: str, training: 
     got = results(block, x, fused)
     assert got.keys() == want.keys()
     for name, value in want.items():
-        assert relative_error(got[name], value) < EXACT, name
+        assert relative_error(got[name], value) < EXACT_BLOCK, name
     for name, p in block.named_parameters():
         assert p.grad.stride() == p.stride(), f"{name}'s gradient has other strides than the parameter"
 
@@ -107,7 +106,7 @@ def test_gradients_past_an_infinite_activation(kind: str) -> None:
     for name, value in want.items():
         finite = value.isfinite()
         assert torch.equal(got[name].isfinite(), finite), name
-        assert relative_error(got[name][finite], value[finite]) < EXACT, name
+        assert relative_error(got[name][finite], value[finite]) < EXACT_BLOCK, name
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
@@ -117,9 +116,9 @@ def test_without_gradients(kind: str, training: bool) -> None:
     other = copy.deepcopy(block)
     x = torch.randn(2, 6, 8, 9, dtype=torch.double)
     with torch.no_grad():
-        assert relative_error(block(x), other(x, reference)) < EXACT
+        assert relative_error(block(x), other(x, reference)) < EXACT_BLOCK
     for (name, got), want in zip(block.named_buffers(), other.buffers(), strict=True):
-        assert relative_error(got, want) < EXACT, name
+        assert relative_error(got, want) < EXACT_BLOCK, name
 
 
 @pytest.mark.parametrize("kind", ["basic", "projection", "option-a", "stem"])
@@ -146,7 +145,7 @@ def test_momentum_none_and_untracked_statistics() -> None:
             want, got = results(other, x, reference), results(block, x, fused)
             for name, value in want.items():
                 if value is not None:
-                    assert relative_error(got[name], value) < EXACT, (change, name)
+                    assert relative_error(got[name], value) < EXACT_BLOCK, (change, name)
 
 
 @pytest.mark.parametrize(
@@ -162,7 +161,7 @@ def test_unusual_counters_count_as_stock(counter: Tensor | None) -> None:
         want, got = results(other, x, reference), results(block, x, fused)
         assert got.keys() == want.keys()
         for name, value in want.items():
-            assert relative_error(got[name], value) < EXACT, name
+            assert relative_error(got[name], value) < EXACT_BLOCK, name
     assert block.layers[0][1].num_batches_tracked == 2
 
 
@@ -458,11 +457,11 @@ def test_stages_of_which_some_need_no_gradient(frozen: str, training: bool) -> N
     x = torch.randn(2, 6, 5, 6, dtype=torch.double)
     want = blocks[1](blocks[0](x))
     got = stages(x, [[([tuple(layer) for layer in b.layers], b.shortcut)] for b in blocks])
-    assert relative_error(got, want) < EXACT
+    assert relative_error(got, want) < EXACT_BLOCK
     if frozen == "first":
         parameters = [*blocks[1].parameters()]
         for a, b in zip(*(torch.autograd.grad(y.sin().sum(), parameters) for y in (got, want)), strict=True):
-            assert relative_error(a, b) < EXACT
+            assert relative_error(a, b) < EXACT_BLOCK
 
 
 def test_gradcheck_of_a_stage() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from cases import by_library, relative_error
+from tolerances import EXACT_BLOCK, EXACT_BLOCK_GRADIENTS, KERNELS, KERNELS_GRADIENTS, ROUNDING
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
@@ -130,16 +131,16 @@ def test_equals_the_definition(end: str, training: bool) -> None:
     theirs = copy.deepcopy(args)
     out, moved, _, _ = operators.conv_bn_act(*args)
     want = plain(end, theirs)
-    assert relative_error(out, want) < 1e-12
+    assert relative_error(out, want) < EXACT_BLOCK
     if training:
-        assert relative_error(moved, torch.cat(theirs[2])) < 1e-12
+        assert relative_error(moved, torch.cat(theirs[2])) < EXACT_BLOCK
     else:
         assert moved.numel() == 0
     dy = torch.randn_like(want)
     leaves = [(a, b) for a, b in zip(leaves_of(args), leaves_of(theirs), strict=True) if a is not None]
     grads = torch.autograd.grad(out, [a for a, _ in leaves], dy)
     for got, right in zip(grads, torch.autograd.grad(want, [b for _, b in leaves], dy), strict=True):
-        assert relative_error(got, right) < 1e-10
+        assert relative_error(got, right) < EXACT_BLOCK_GRADIENTS
 
 
 @pytest.mark.parametrize("end", ENDS)
@@ -154,7 +155,7 @@ def test_an_end_says_what_its_block_means(end: str) -> None:
         return partial(conv, **sides), partial(norm, weight=affine[0], bias=affine[1])
 
     got = ends.of_words(end, sizes, residual).definition(x, [unit(i) for i in range(len(eps))])
-    assert relative_error(got, plain(end, args)) < 1e-6
+    assert relative_error(got, plain(end, args)) < ROUNDING
 
 
 def test_an_unknown_end_is_refused() -> None:
@@ -265,8 +266,8 @@ def test_kernels_serve_the_operator(end: str) -> None:
     with dispatch.backend("triton"):
         out, moved, _, _ = operators.conv_bn_act(*args)
         want = plain(end, theirs)
-        torch.testing.assert_close(out, want, rtol=2e-3, atol=2e-3)
-        torch.testing.assert_close(moved, torch.cat(theirs[2]), rtol=2e-3, atol=2e-3)
+        torch.testing.assert_close(out, want, rtol=KERNELS, atol=KERNELS)
+        torch.testing.assert_close(moved, torch.cat(theirs[2]), rtol=KERNELS, atol=KERNELS)
         dy = torch.randn_like(want)
         mine, right = (torch.autograd.grad(y, a[0], dy)[0] for y, a in ((out, args), (want, theirs)))
-        torch.testing.assert_close(mine, right, rtol=1e-2, atol=1e-2)
+        torch.testing.assert_close(mine, right, rtol=KERNELS_GRADIENTS, atol=KERNELS_GRADIENTS)

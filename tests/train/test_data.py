@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from sklearn.datasets import load_sample_images
+from tolerances import COLOUR_DEVIATIONS, COLOUR_MEANS, COLOURS, DRAWN, MIXED_AREA, ROUNDING
 from torchvision import datasets
 
 from fastres.train import data
@@ -96,7 +97,7 @@ def test_chance_belongs_to_the_position_however_it_is_dealt_out() -> None:
     assert len(np.unique(whole.words(np.arange(5000), SAMPLE))) == 20000
     u = data.uniform(whole.words(np.arange(5000), SAMPLE)).numpy()
     assert 0 < u.min() < 0.001 < 0.999 < u.max() < 1
-    assert abs(u.mean() - 0.5) < 0.01
+    assert abs(u.mean() - 0.5) < DRAWN
 
 
 # augmentations
@@ -166,7 +167,7 @@ def test_mean_image_and_pca_colour() -> None:
     preprocess = moments.preprocess()
     pixels = x.permute(0, 2, 3, 1).reshape(-1, 3).double().numpy() / 255
     slow_mean = sum(image.double().numpy() / 255 for image in x) / 40
-    np.testing.assert_allclose(preprocess.mean.numpy(), slow_mean, atol=1e-6)
+    np.testing.assert_allclose(preprocess.mean.numpy(), slow_mean, atol=ROUNDING)
     values, vectors = np.linalg.eigh(np.cov(pixels.T, bias=True))
     alphas = np.array([0.3, -0.2, 0.1])
     signs = np.sign((preprocess.axes.numpy() * vectors).sum(0))
@@ -178,7 +179,7 @@ def test_mean_image_and_pca_colour() -> None:
     for i in (0, 39):
         for h, w in ((0, 0), (23, 5), (11, 12)):
             slow = x[i, :, h, w].numpy() / 255 + shift - slow_mean[:, h, w]
-            np.testing.assert_allclose(ours[i, h, w], slow, atol=2e-6)
+            np.testing.assert_allclose(ours[i, h, w], slow, atol=COLOURS)
 
 
 def test_mean_image_is_resized_for_other_sizes() -> None:
@@ -192,7 +193,7 @@ def test_mean_image_is_resized_for_other_sizes() -> None:
 def test_channel_statistics() -> None:
     x = patches(2, 8)
     slow = (x.permute(0, 2, 3, 1).numpy() / 255 - IMAGENET_MEAN) / IMAGENET_STD
-    np.testing.assert_allclose(data.by_channel()(x).permute(0, 2, 3, 1).numpy(), slow, atol=1e-6)
+    np.testing.assert_allclose(data.by_channel()(x).permute(0, 2, 3, 1).numpy(), slow, atol=ROUNDING)
 
 
 def test_small_images_all_together() -> None:
@@ -214,7 +215,7 @@ def test_small_images_all_together() -> None:
             padded = np.zeros((3, 40, 40))
             padded[:, 4:36, 4:36] = train.images[int(y[i])].numpy() / 255 - mean
             crop = padded[:, int(9 * top) :, int(9 * left) :][:, :32, :32]
-            np.testing.assert_allclose(x[i].numpy(), crop[:, :, ::-1] if mirror < 0.5 else crop, atol=1e-6)
+            np.testing.assert_allclose(x[i].numpy(), crop[:, :, ::-1] if mirror < 0.5 else crop, atol=ROUNDING)
 
 
 def assert_coloured(batches: Loader) -> None:
@@ -225,7 +226,7 @@ def assert_coloured(batches: Loader) -> None:
         assert alphas is not None
         shifts = torch.stack([batches.preprocess.axes @ alpha for alpha in alphas])
         assert shifts.abs().max() > 1e-4
-        torch.testing.assert_close(x - y, shifts[:, :, None, None].expand_as(x), rtol=0, atol=1e-6)
+        torch.testing.assert_close(x - y, shifts[:, :, None, None].expand_as(x), rtol=0, atol=ROUNDING)
 
 
 def test_colour_draws_have_deviation_one_tenth() -> None:
@@ -235,8 +236,8 @@ def test_colour_draws_have_deviation_one_tenth() -> None:
     assert_coloured(batches)
     draws = batches._colour(np.arange(20_000))
     assert draws is not None
-    assert draws.mean(0).abs().max() < 0.003
-    assert ((draws.std(0) - 0.1).abs() < 0.002).all()
+    assert draws.mean(0).abs().max() < COLOUR_MEANS
+    assert ((draws.std(0) - 0.1).abs() < COLOUR_DEVIATIONS).all()
 
 
 @pytest.mark.parametrize("kind", ["mixup", "cutmix"])
@@ -264,7 +265,7 @@ def test_mixing(kind: str) -> None:
         else:
             own = (x == clean).all(1)
             assert (own | (x == other).all(1)).all()
-            assert (own.float().mean((1, 2)) - share).abs().max() < 0.02
+            assert (own.float().mean((1, 2)) - share).abs().max() < MIXED_AREA
         assert x.is_contiguous(memory_format=torch.channels_last)
         shares.add(float(share[0]))
     assert len(shares) == 6
@@ -325,7 +326,7 @@ def test_statistics_are_computed_once(folder: Path, tmp_path: Path, monkeypatch:
     first = data.load("folder", SMALL, folder, cache=cache).preprocess
     files = [path for path, _ in datasets.ImageFolder(str(folder / "train")).samples]
     crops = [np.asarray(data.CentreCrop(56, 48)(Image.open(path))) / 255 for path in files]
-    np.testing.assert_allclose(first.mean.permute(1, 2, 0).numpy(), np.mean(crops, 0), atol=1e-6)
+    np.testing.assert_allclose(first.mean.permute(1, 2, 0).numpy(), np.mean(crops, 0), atol=ROUNDING)
     kept = next(cache.iterdir())
 
     def refuse(*args: object) -> Moments:
