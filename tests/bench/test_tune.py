@@ -78,15 +78,11 @@ class Calls(list[tuple[str, ConvProblem, frozenset[str]]]):
             monkeypatch.setattr(module, name, self._watched(getattr(module, name)))
 
     def _watched(self, launcher: Callable[..., Any]) -> Callable[..., Any]:
-        def call(first: Tensor, second: Tensor, *shape: tuple[int, ...], **given: Any) -> Any:
-            name, sizes = launcher.__name__, [given[key] for key in ("stride", "pad", "dilation", "groups")]
-            x, w = {"conv_fprop": (first, second), "conv_dgrad": (None, second), "conv_wgrad": (second, None)}[name]
-            n, h, width, c = shape[0] if x is None else x.shape
-            k, r, s, _ = shape[0] if w is None else w.shape
+        def call(first: Tensor, second: Tensor, problem: ConvProblem, **given: Any) -> Any:
             fused = ("prologue", "join", "statistics", "bn_backward", "residual", "relu_mask", "norm", "below")
             on = frozenset(key for key in fused if given.get(key) is not None and given[key] is not False)
-            self.append((name, ConvProblem(n, h, width, c, k, r, s, *sizes), on))
-            return launcher(first, second, *shape, **given)
+            self.append((launcher.__name__, problem, on))
+            return launcher(first, second, problem, **given)
 
         return call
 
