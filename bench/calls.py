@@ -361,14 +361,14 @@ def _by_folded(function: Callable[..., Any], recorder: Recorder) -> Callable[...
 
     @wraps(function)
     def call(x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        p, geometry, problem, flops = kwargs.get("p"), kwargs.get("geometry"), None, 0
-        if isinstance(p, folded.Folded):
-            problem = ConvProblem.of(x.shape, p.w.shape, *geometry)
+        weights, geometry, problem, flops = kwargs.get("weights"), kwargs.get("geometry"), None, 0
+        if isinstance(weights, folded.Folded):
+            problem = ConvProblem.of(x.shape, weights.w.shape, *geometry)
             flops = 2 * problem.multiply_adds
-        elif p is not None:  # a chain: all three over x's pixels, the first one 3x3
-            spatial = p[0].w
+        elif weights is not None:  # a chain: all three over x's pixels, the first one 3x3
+            spatial = weights[0].w
             problem = ConvProblem(*x.shape, spatial.shape[0], *spatial.shape[1:3], 1, spatial.shape[1] // 2)
-            flops = sum(2 * problem.pixels * one.w.numel() for one in p)
+            flops = sum(2 * problem.pixels * one.w.numel() for one in weights)
         recorder.work.append(Work("infer", problem, flops))
         try:
             return function(x, *args, **kwargs)

@@ -200,7 +200,7 @@ def infer(
     p = folded.Folded(w, shift, None if shift is None else shift.to(w.dtype))
     if pair.engines.infer in ("triton", "stem"):
         by: Any = folded.by_stem if pair.engines.infer == "stem" else folded.by_triton
-        return partial(by, p=p, geometry=pair.geometry, relu=relu, precision=pair.engines.precision)
+        return partial(by, weights=p, geometry=pair.geometry, relu=relu, precision=pair.engines.precision)
     added, shape = "residual" if len(inputs) > 1 else None, tuple(w.shape)
     conv = plan.Conv(plan.Pair("conv"), plan.INPUT, "y", pair.geometry, shape, added, relu)  # type: ignore[arg-type]
     with fastres.backend("cudnn"):

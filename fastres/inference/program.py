@@ -243,10 +243,10 @@ class Program:
         for step in self.unchained:
             inputs = [values[name] for name in step.reads]
             if isinstance(step, Conv):
-                p = self.weights[step.out]
+                weights = self.weights[step.out]
                 residual = inputs[1] if len(inputs) > 1 else None
                 values[step.out] = reference.conv_bias_act(
-                    inputs[0], residual, w=nchw(p.w), bias=p.bias, geometry=step.geometry, relu=step.relu
+                    inputs[0], residual, w=nchw(weights.w), bias=weights.bias, geometry=step.geometry, relu=step.relu
                 )
             else:
                 assert isinstance(step, Aten)
@@ -331,7 +331,7 @@ class Program:
             weights = tuple(self.weights[conv.out] for conv in step.convs)
             why = self._why_chained(step, *inputs)
             assert why is not None
-            bound = Bound(step, "triton", why, partial(folded.by_chain, p=weights))
+            bound = Bound(step, "triton", why, partial(folded.by_chain, weights=weights))
         return bound, bound.call(*inputs)
 
     def _bind_layer(self, step: Aten, *inputs: Any) -> tuple[Bound, Sequence[Any]]:
@@ -351,12 +351,12 @@ class Program:
         return _bind_candidate(step, dispatch.layer_engine(layer, sizes, inputs), engines, inputs)
 
     def _bind_conv(self, step: Conv, x: Tensor, residual: Any = None) -> tuple[Bound, Sequence[Tensor]]:
-        problem, p, added = _problem(step, x), self.weights[step.out], residual is not None
+        problem, weights, added = _problem(step, x), self.weights[step.out], residual is not None
         alike = not added or getattr(residual, "shape", None) == (problem.N, problem.P, problem.Q, problem.K)
-        if p.w.dtype != torch.int8 and not alike:
+        if weights.w.dtype != torch.int8 and not alike:
             return self._bind_broadcasting(step, x, residual)
-        static: dict[str, Any] = {"p": p, "geometry": step.geometry, "relu": step.relu}
-        ours = {"precision": dispatch.precision(p.w.dtype, x.device), **static}
+        static: dict[str, Any] = {"weights": weights, "geometry": step.geometry, "relu": step.relu}
+        ours = {"precision": dispatch.precision(weights.w.dtype, x.device), **static}
         library = partial(_as_values, folded.by_library, **static)
         simulation = partial(_as_values, reference.conv_quantised, grids=step.quantised, dtype=self.dtype, **static)
         ones = partial(torch.ones, problem.K, device=x.device)
@@ -365,14 +365,14 @@ class Program:
             "stem": lambda: partial(_as_values, folded.by_stem, **ours),
             "onednn": lambda: self._by_onednn(step, x),
             "onednn int8": lambda: self._by_onednn_int8(step, x),
-            "cudnn fused": lambda: partial(_as_values, folded.by_cudnn, p=p, geometry=step.geometry),
+            "cudnn fused": lambda: partial(_as_values, folded.by_cudnn, weights=weights, geometry=step.geometry),
             "cudnn + triton": lambda: partial(_as_values, folded.by_library_and_kernel, ones=ones(), **static),
             "cudnn": lambda: library,
             "aten": lambda: library,
             torch.float32: lambda: partial(simulation, wide=torch.float32),
             torch.float64: lambda: partial(simulation, wide=torch.float64),
         }
-        candidate = dispatch.folded_engine(problem, p.w.dtype, x.device, relu=step.relu, added=added, alike=alike)
+        candidate = dispatch.folded_engine(problem, weights.w.dtype, x.device, relu=step.relu, added=added, alike=alike)
         return _bind_candidate(step, candidate, engines, (x, residual) if added else (x,))
 
     def _scales(self, grids: Quantised | None) -> dict[str, Any]:
@@ -384,9 +384,14 @@ class Program:
         return {"residual_scale": added, "out_scale": out[0], "out_dtype": out[1]}
 
     def _by_onednn(self, step: Conv, x: Tensor) -> partial[Any]:
-        p, overwrite = self.weights[step.out], step.out in self.overwritable
-        static: dict[str, Any] = {"bias": p.bias, "geometry": step.geometry, "relu": step.relu, "overwrite": overwrite}
-        return partial(_as_values, onednn.conv, w=self.packings.conv(step.out, p.w, step.geometry, x), **static)
+        weights, overwrite = self.weights[step.out], step.out in self.overwritable
+        static: dict[str, Any] = {
+            "bias": weights.bias,
+            "geometry": step.geometry,
+            "relu": step.relu,
+            "overwrite": overwrite,
+        }
+        return partial(_as_values, onednn.conv, w=self.packings.conv(step.out, weights.w, step.geometry, x), **static)
 
     def _by_onednn_int8(self, step: Conv, x: Tensor) -> quantised.ByOneDNN:
         size, keep = (step.out, *x.shape[1:3]), step.out not in self.overwritable

@@ -64,63 +64,67 @@ def _require_finite(tensor: Tensor, layer: str, what: str) -> None:
         raise ValueError(f"layer {layer!r}: {what} isn't finite in output channels {channels[:8]} of {len(finite)}")
 
 
-def by_library(x: Tensor, residual: Tensor | None = None, *, p: Folded, geometry: Geometry, relu: bool) -> Tensor:
+def by_library(x: Tensor, residual: Tensor | None = None, *, weights: Folded, geometry: Geometry, relu: bool) -> Tensor:
     """[relu](conv(x, w) + shift + residual) by ATen, one pass after the other."""
-    y = nhwc(F.conv2d(nchw(x), nchw(p.w), p.bias, *geometry))
+    y = nhwc(F.conv2d(nchw(x), nchw(weights.w), weights.bias, *geometry))
     if residual is not None:
         y = y.add_(residual)
     return y.relu_() if relu else y
 
 
 def by_library_and_kernel(
-    x: Tensor, residual: Tensor | None = None, *, p: Folded, ones: Tensor, geometry: Geometry, relu: bool
+    x: Tensor, residual: Tensor | None = None, *, weights: Folded, ones: Tensor, geometry: Geometry, relu: bool
 ) -> Tensor:
     """[relu](conv(x, w) + shift + residual): the convolution by ATen, the rest by our kernel in one pass; ones [K]."""
     from fastres.kernels.batch_norm import normalize
 
-    z = nhwc(F.conv2d(nchw(x), nchw(p.w), None, *geometry))
-    return normalize(z, ones, torch.zeros_like(ones) if p.shift is None else p.shift, relu=relu, residual=residual)
+    z = nhwc(F.conv2d(nchw(x), nchw(weights.w), None, *geometry))
+    return normalize(
+        z, ones, torch.zeros_like(ones) if weights.shift is None else weights.shift, relu=relu, residual=residual
+    )
 
 
-def by_cudnn(x: Tensor, residual: Tensor | None = None, *, p: Folded, geometry: Geometry) -> Tensor:
+def by_cudnn(x: Tensor, residual: Tensor | None = None, *, weights: Folded, geometry: Geometry) -> Tensor:
     """relu(conv(x, w) + shift + residual) by cuDNN's fused convolution."""
     sizes = geometry.both
     if residual is None:
-        return nhwc(torch.cudnn_convolution_relu(nchw(x), nchw(p.w), p.bias, *sizes))
-    return nhwc(torch.cudnn_convolution_add_relu(nchw(x), nchw(p.w), nchw(residual), 1.0, p.bias, *sizes))
+        return nhwc(torch.cudnn_convolution_relu(nchw(x), nchw(weights.w), weights.bias, *sizes))
+    return nhwc(torch.cudnn_convolution_add_relu(nchw(x), nchw(weights.w), nchw(residual), 1.0, weights.bias, *sizes))
 
 
-def by_triton(x: Tensor, residual: Tensor | None = None, *, p: Folded, geometry: Geometry, **epilogue: Any) -> Tensor:
+def by_triton(
+    x: Tensor, residual: Tensor | None = None, *, weights: Folded, geometry: Geometry, **epilogue: Any
+) -> Tensor:
     """out_scale [relu](scale conv(x, w) + shift + residual_scale residual) by our kernel, whose further arguments
     `epilogue` is."""
     from fastres.kernels.fprop import conv_fprop
     from fastres.kernels.problem import ConvProblem
 
-    terms = {"scale": p.scale, "shift": p.shift, "residual": residual}
-    y = conv_fprop(x, p.w, ConvProblem.of(x.shape, p.w.shape, *geometry), **terms, **epilogue)
+    terms = {"scale": weights.scale, "shift": weights.shift, "residual": residual}
+    y = conv_fprop(x, weights.w, ConvProblem.of(x.shape, weights.w.shape, *geometry), **terms, **epilogue)
     assert isinstance(y, Tensor)  # a pair only where statistics are asked for
     return y
 
 
-def by_stem(x: Tensor, *, p: Folded, geometry: Geometry, relu: bool, precision: Any) -> Tensor:
+def by_stem(x: Tensor, *, weights: Folded, geometry: Geometry, relu: bool, precision: Any) -> Tensor:
     """[relu](conv(x, w) + shift) of images of few channels by our kernel over packed images."""
     from fastres.kernels.problem import ConvProblem
     from fastres.kernels.stem import conv_stem, pack_filters, pack_images
 
-    problem = ConvProblem.of(x.shape, p.w.shape, *geometry)
+    problem = ConvProblem.of(x.shape, weights.w.shape, *geometry)
     images = pack_images(nchw(x), problem, x.dtype)
-    y = conv_stem(images, pack_filters(p.w), problem, shift=p.shift, relu=relu, precision=precision)
+    y = conv_stem(images, pack_filters(weights.w), problem, shift=weights.shift, relu=relu, precision=precision)
     assert isinstance(y, Tensor)
     return y
 
 
-def by_chain(x: Tensor, residual: Tensor, *, p: Sequence[Folded]) -> tuple[Tensor, Tensor]:
+def by_chain(x: Tensor, residual: Tensor, *, weights: Sequence[Folded]) -> tuple[Tensor, Tensor]:
     """A block's 3x3, its 1x1 expansion with residual, and the next block's 1x1 reduction, each with ReLU, by one
     kernel: (the block's output, the reduction)."""
     from fastres.kernels.chain import bottleneck_chain
 
-    spatial, expand, reduce = p
-    shifts = [torch.zeros(f.w.shape[0], device=x.device) if f.shift is None else f.shift for f in p]
+    spatial, expand, reduce = weights
+    shifts = [torch.zeros(f.w.shape[0], device=x.device) if f.shift is None else f.shift for f in weights]
     return bottleneck_chain(x, spatial.w, shifts[0], expand.w, shifts[1], residual, reduce.w, shifts[2])
 
 

@@ -105,15 +105,17 @@ class ByOneDNN:
     longer than several calls.
     """
 
-    def __init__(self, p: Folded, *, geometry: Geometry, relu: bool, grids: Quantised, keep: bool) -> None:
-        self.another = partial(ByOneDNN, p, geometry=geometry, relu=relu, grids=grids, keep=keep)
-        assert p.scale is not None
+    def __init__(self, weights: Folded, *, geometry: Geometry, relu: bool, grids: Quantised, keep: bool) -> None:
+        self.another = partial(ByOneDNN, weights, geometry=geometry, relu=relu, grids=grids, keep=keep)
+        assert weights.scale is not None
         assert grids.out is not None
-        scale = p.scale.double() / grids.x.scale
-        w = torch._make_per_channel_quantized_tensor(nchw(p.w), scale, torch.zeros(len(scale), dtype=torch.int64), 0)
+        scale = weights.scale.double() / grids.x.scale
+        w = torch._make_per_channel_quantized_tensor(
+            nchw(weights.w), scale, torch.zeros(len(scale), dtype=torch.int64), 0
+        )
         ops: Any = torch.ops.quantized
         with ENGINE:
-            self.packed = ops.conv2d_prepack(w, p.shift, *geometry.both)
+            self.packed = ops.conv2d_prepack(w, weights.shift, *geometry.both)
         self.out = grids.out.scale, grids.out.zero
         self.copies = keep and grids.residual is not None
         self.alone = (ops.conv2d_relu if relu else ops.conv2d).new
@@ -163,8 +165,8 @@ def by_pool(pool: Callable[..., tuple[Tensor]], x: Tensor) -> tuple[Tensor]:
 def saturates() -> bool:
     """Whether oneDNN's int8 convolution on this CPU loses sums of two products that leave 16 bits, as its code for CPUs
     without VNNI does."""
-    p = Folded(torch.full((16, 1, 1, 64), 127, dtype=torch.int8), None, None, torch.ones(16))
+    weights = Folded(torch.full((16, 1, 1, 64), 127, dtype=torch.int8), None, None, torch.ones(16))
     whole, out = Grid(1.0, 0, torch.quint8), Grid(127.0 * 64, 0, torch.quint8)
-    call = ByOneDNN(p, geometry=Geometry(), relu=False, grids=Quantised(whole, None, out), keep=False)
+    call = ByOneDNN(weights, geometry=Geometry(), relu=False, grids=Quantised(whole, None, out), keep=False)
     (y,) = call(as_quint8(torch.full((1, 4, 4, 64), 255), whole))
     return bool((y.int_repr() != 255).any())

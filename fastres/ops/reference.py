@@ -95,17 +95,17 @@ def conv_bias_act(
 
 
 def conv_quantised(
-    x: Tensor, residual: Tensor | None = None, *, p: Any, geometry: Geometry, relu: bool, grids: Any,
+    x: Tensor, residual: Tensor | None = None, *, weights: Any, geometry: Geometry, relu: bool, grids: Any,
     dtype: torch.dtype, wide: torch.dtype,
 ) -> Tensor:  # fmt: skip
     """[relu](scale conv(x, w) + shift + residual) of a plan in 8 bits: on the grid of the output, else in `dtype`;
-    computed in `wide`. p: its `Folded`, grids: its `Quantised`.
+    computed in `wide`. weights: its `Folded`, grids: its `Quantised`.
 
     Float8 products are exact in float32 (and in TF32), sums of whole numbers in float64. The residual may broadcast.
     """
-    y = nhwc(F.conv2d(nchw(grids.x.units(x, wide)), nchw(p.w.to(wide)), None, *geometry)) * p.scale
-    if p.shift is not None:
-        y += p.shift
+    y = nhwc(F.conv2d(nchw(grids.x.units(x, wide)), nchw(weights.w.to(wide)), None, *geometry)) * weights.scale
+    if weights.shift is not None:
+        y += weights.shift
     if residual is not None:
         y = y + grids.residual.units(residual, wide) * grids.residual.scale
     y = y.relu_() if relu else y

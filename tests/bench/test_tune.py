@@ -120,8 +120,10 @@ def test_every_role_infers_as_optimize_does(
 ) -> None:
     calls, found = Counter[Any](), Counter[Any]()
 
-    def by_triton(x: Tensor, residual: Tensor | None = None, *, p: Any, geometry: Any, relu: bool, **_: Any) -> Any:
-        return tuple(p.w.shape), tuple(geometry), residual is not None, relu, p.shift is None
+    def by_triton(
+        x: Tensor, residual: Tensor | None = None, *, weights: Any, geometry: Any, relu: bool, **_: Any
+    ) -> Any:
+        return tuple(weights.w.shape), tuple(geometry), residual is not None, relu, weights.shift is None
 
     monkeypatch.setattr(layers.folded, "by_triton", by_triton)
     for (problem, role), count in layers.roles(depth, 1, 64).items():

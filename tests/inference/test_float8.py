@@ -52,7 +52,7 @@ def test_a_convolution_follows_its_definition() -> None:
     grids = Quantised(*(Grid(float(scale), 0, FLOAT8) for scale in (x_scale, residual_scale, y_scale)))
     p = quantised.pack(w, shift, grids.x)
     assert p.w.dtype == FLOAT8
-    arguments: dict[str, Any] = {"p": p, "geometry": Geometry(pad=1), "relu": True, "wide": torch.float32}
+    arguments: dict[str, Any] = {"weights": p, "geometry": Geometry(pad=1), "relu": True, "wide": torch.float32}
     inputs = quantised.to_float8(x / x_scale), quantised.to_float8(residual / residual_scale)
     arguments["dtype"] = torch.float32
     got = reference.conv_quantised(*inputs, **arguments, grids=replace(grids, out=None))
@@ -137,7 +137,7 @@ def test_the_kernel_means_its_simulation() -> None:
     w, shift = torch.randn(16, 16, 3, 3).double().to(DEVICE), torch.randn(16).double().to(DEVICE)
     x, residual = (quantised.to_float8(100 * torch.randn(1, 5, 6, 16)).to(DEVICE) for _ in range(2))
     arguments: dict[str, Any] = {
-        "p": quantised.pack(w, shift, Grid(0.01, 0, FLOAT8)),
+        "weights": quantised.pack(w, shift, Grid(0.01, 0, FLOAT8)),
         "geometry": Geometry(pad=1),
         "relu": True,
     }

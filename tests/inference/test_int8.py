@@ -145,7 +145,7 @@ def test_a_convolution_follows_its_definition(kind: str, relu: bool, added: str,
         (got,) = quantised.ByOneDNN(p, geometry=geometry, relu=relu, grids=grids, keep=False)(*inputs)
     else:
         wide: dict[str, Any] = {"dtype": torch.float32, "wide": torch.float64}
-        got = reference.conv_quantised(*inputs, p=p, geometry=geometry, relu=relu, grids=grids, **wide)
+        got = reference.conv_quantised(*inputs, weights=p, geometry=geometry, relu=relu, grids=grids, **wide)
     assert got.is_contiguous()
     assert (got.q_scale(), got.q_zero_point()) == (out.scale, out.zero)
     assert {0, 255} <= set(got.int_repr().flatten().tolist())
@@ -167,7 +167,7 @@ def test_ties_go_to_even(engine: str, zero: int) -> None:
         (y,) = quantised.ByOneDNN(p, geometry=Geometry(), relu=False, grids=on, keep=False)(q)
     else:
         options: dict[str, Any] = {"dtype": torch.float32, "wide": torch.float64}
-        y = reference.conv_quantised(q, p=p, geometry=Geometry(), relu=False, grids=on, **options)
+        y = reference.conv_quantised(q, weights=p, geometry=Geometry(), relu=False, grids=on, **options)
     assert y.int_repr()[:, 0, 0, 0].tolist() == (torch.arange(12) / 2 + zero).round().tolist()
 
 

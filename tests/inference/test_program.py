@@ -37,7 +37,7 @@ def chains_run_as_one(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
 
         def conv(a: Tensor, w: Tensor, b: Tensor, pad: int, residual: Tensor | None = None) -> Tensor:
             p = folded.Folded(w, b, b)
-            return folded.by_library(a, residual, p=p, geometry=Geometry(pad=pad), relu=True)
+            return folded.by_library(a, residual, weights=p, geometry=Geometry(pad=pad), relu=True)
 
         out = conv(conv(x, w2, b2, 1), w3, b3, 0, residual)
         return out, conv(out, w1, b1, 0)
@@ -179,7 +179,7 @@ def test_our_pass_after_the_librarys_convolution_means_the_same() -> None:
     for inputs in ((x,), (x, residual)):
         reference = by_library(folded.by_library, *(t.double() for t in inputs), p=exact, **static)
         baseline = by_library(folded.by_library, *inputs, p=packed, **static)
-        got = folded.by_library_and_kernel(*inputs, ones=torch.ones(8).to(DEVICE), p=packed, **static)
+        got = folded.by_library_and_kernel(*inputs, ones=torch.ones(8).to(DEVICE), weights=packed, **static)
         assert_close_to_reference(got, reference, baseline)
 
 
