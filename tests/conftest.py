@@ -191,6 +191,12 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.fixture
+def compiled_afresh(one_thread: None) -> None:
+    """What Dynamo has compiled before this test is forgotten."""
+    torch._dynamo.reset()
+
+
 @pytest.fixture(autouse=True)
 def _nothing_remembered() -> None:
     """A test's first call of a launcher decides everything itself, by what the test has put in place."""

@@ -23,6 +23,8 @@ import fastres
 from fastres.compile import backend
 from fastres.ops import dispatch
 
+pytestmark = pytest.mark.usefixtures("compiled_afresh")
+
 INDUCTOR = {"fastres.rewrite": "always"}
 
 

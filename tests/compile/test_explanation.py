@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 import fastres
 
+pytestmark = pytest.mark.usefixtures("compiled_afresh")
+
 
 def test_explain_is_a_table_and_leaves_the_model_alone() -> None:
     model = nn.Sequential(conv_bn(3, 4), nn.ReLU(), nn.Conv2d(4, 2, 1))

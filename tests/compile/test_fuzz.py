@@ -13,6 +13,8 @@ from fastres.compile import graph, layout, match
 from fastres.inference import trace
 from fastres.ops.operators import conv_affine_act, conv_bn_act
 
+pytestmark = pytest.mark.usefixtures("compiled_afresh")
+
 NETS = 100
 
 

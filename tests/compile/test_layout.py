@@ -15,6 +15,8 @@ from compiled import ALWAYS, EXACT, Case, conv_bn, tiny
 from torch import Tensor, nn
 from torchvision.models.feature_extraction import create_feature_extractor
 
+pytestmark = pytest.mark.usefixtures("compiled_afresh")
+
 
 def then(change: Callable[[Tensor], Any], kept: Callable[[Tensor], Tensor] = lambda y: y) -> Callable[..., Any]:
     """A pair's result, what is kept of it, a change of the result, and what was kept returned."""

@@ -15,6 +15,8 @@ from torch import Tensor, fx, nn
 import fastres
 import fastres.compile
 
+pytestmark = pytest.mark.usefixtures("compiled_afresh")
+
 COPIES = (torch.ops.aten.contiguous.default, torch.ops.aten.clone.default)  # for the sake of a layout
 
 

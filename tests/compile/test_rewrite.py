@@ -24,6 +24,8 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 import fastres
 from fastres.compile.rewrite import rewrite_graph
 
+pytestmark = pytest.mark.usefixtures("compiled_afresh")
+
 
 def test_only_operators_are_inserted() -> None:
     """A Python function in the graph would bypass AOTAutograd's cache."""

@@ -1,9 +1,0 @@
-"""Each test compiles anew."""
-
-import pytest
-import torch
-
-
-@pytest.fixture(autouse=True)
-def _fresh(one_thread: None) -> None:
-    torch._dynamo.reset()
