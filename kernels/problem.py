@@ -7,7 +7,7 @@ dx = conv_transpose(dy, w), wgrad dw = corr(x, dy). All sizes in elements, times
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property, lru_cache
 from typing import Literal, NamedTuple
 
@@ -75,6 +75,13 @@ class ConvProblem:
             raise ValueError(f"groups={self.groups} must divide C={self.C} and K={self.K}")
         if self.P < 1 or self.Q < 1:
             raise ValueError(f"the {self.R}x{self.S} filter is larger than the padded input: {self}")
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:  # of a problem that every call of a launcher looks up
+        return hash(tuple(getattr(self, field.name) for field in fields(self)))
 
     @staticmethod
     @lru_cache(maxsize=4096)
