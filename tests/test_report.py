@@ -155,27 +155,6 @@ def test_a_status_begins_with_what_runs_fused_on_a_gpu(
     assert next_step in report.WHAT_FOR
 
 
-@pytest.mark.parametrize(
-    ("capability", "triton", "reason"),
-    [
-        ((8, 0), True, None),
-        ((7, 5), True, "compute capability 7.5 is below 8.0"),
-        ((9, 0), False, "Triton is not installed"),
-    ],
-)
-def test_a_gpu_without_kernels_runs_plain(
-    capability: tuple[int, int], triton: bool, reason: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr(dispatch, "has_triton", lambda: triton)
-    gpu = torch.device("cuda")
-    assert dispatch.why_unfused(torch.float32, gpu) == reason
-    assert dispatch.pointwise_engine(torch.float32, gpu) == ("triton" if reason is None else "aten")
-    if reason is not None:
-        with fastres.backend("triton"), pytest.raises(RuntimeError, match=reason):
-            dispatch.why_unfused(torch.float32, gpu)
-
-
 def test_the_interpreter_does_not_multiply_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its `tl.dot` would, and give garbage."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from functools import lru_cache
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -12,8 +13,11 @@ import torchvision
 from cases import by_library
 from torch import Tensor
 
+from fastres.kernels import tables
 from fastres.kernels.fprop import RunningNorm
 from fastres.kernels.problem import ConvProblem, model_problems
+from fastres.kernels.tables import Measurement
+from fastres.kernels.tiles import H200, Gpu
 
 # By pointers: anything. By TMA: C a multiple of 16, or of 8 for a 1x1; even images for stride 2.
 GATHERED = {
@@ -87,3 +91,10 @@ def reference(
         y = F.batch_norm(y.permute(0, 3, 1, 2), mean, var, weight, bias, eps=norm.eps).permute(0, 2, 3, 1)
     y = y if residual is None else y + residual.to(wide)
     return (F.relu(y) if relu else y).to(dtype).contiguous()
+
+
+def put(entries: dict[tuple[str, ConvProblem], Measurement], gpu: Gpu = H200, folder: Path | None = None) -> None:
+    """Writes a table of measurements in bfloat16, and forgets what was read before."""
+    table = {(pass_, problem, torch.bfloat16): found for (pass_, problem), found in entries.items()}
+    tables.write_table(table, tables.table_file(gpu.name, folder), gpu)  # type: ignore[arg-type]
+    tables.forget_tables()

@@ -12,15 +12,13 @@ from typing import Any
 
 import pytest
 import torch
-from conv_cases import GATHERED, net_problems
+from conv_cases import GATHERED, net_problems, put
 
-import fastres
-from fastres.kernels import checks, tables, tiles
+from fastres.kernels import tables, tiles
 from fastres.kernels.problem import ConvProblem
 from fastres.kernels.stem import stem_columns
 from fastres.kernels.tables import Measurement, fprop_tile
 from fastres.kernels.tiles import H200, Gpu, Tile, fprop_tiles
-from fastres.ops import dispatch
 
 PROBLEM = ConvProblem(8, 14, 14, 64, 64, 3, 3, 1, 1)
 TILE = Tile(64, 128, 64, 4, 2, (2, 8, 8))
@@ -85,74 +83,6 @@ def test_a_persistent_tile_runs_only_where_it_was_measured() -> None:
     tables.forget_tables()
     assert fprop_tile(problem, BF16, True).persistent == 0
     assert tables.measured("fprop", problem, BF16, H200).measurement.tile == replace(wanted, persistent=0)
-
-
-def test_who_computes_a_convolution(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
-    monkeypatch.setattr(checks, "_gpu", lambda _: H200)
-    measured = ConvProblem(256, 14, 14, 256, 256, 3, 3, 1, 1)
-    table = {("fprop", measured, dtype): Measurement("triton", None) for dtype in (torch.bfloat16, torch.float32)}
-    tables.write_table(table, tables.table_file(H200.name), H200)  # type: ignore[arg-type]
-
-    def engine(problem: ConvProblem, dtype: torch.dtype) -> str:
-        return dispatch.conv_engine("fprop", problem, dtype, torch.device("cuda", 0))
-
-    assert engine(measured, torch.bfloat16) == "triton"
-    assert engine(measured, torch.float16) == "cudnn", "bound by arithmetic, not measured"
-    thin = ConvProblem(256, 56, 56, 64, 64)
-    assert engine(thin, torch.float16) == "triton", "bound by memory"
-    assert engine(thin, torch.float32) == engine(measured, torch.float32) == "triton"
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
-    assert engine(thin, torch.float32) == engine(measured, torch.float32) == "cudnn"
-    assert engine(measured, torch.bfloat16) == "triton"
-    with fastres.backend("triton"):
-        assert engine(thin, torch.float32) == "triton"
-    with fastres.backend("cudnn"):
-        assert engine(measured, torch.bfloat16) == "cudnn"
-
-
-def test_who_computes_the_stem(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its own kernels from Ampere on, in 16 bits and where nothing else was measured."""
-    stem = ConvProblem(32, 224, 224, 3, 64, 7, 7, 2, 3)
-    fp32, fp16 = torch.float32, torch.float16
-
-    def engines(problem: ConvProblem, dtype: torch.dtype = BF16) -> list[str]:
-        return [dispatch.conv_engine(pass_, problem, dtype, CUDA) for pass_ in ("infer", "fprop", "wgrad")]
-
-    for gpu in (H200, H200._replace(name="NVIDIA A100", capability=(8, 0))):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_, gpu=gpu: gpu.capability)
-        monkeypatch.setattr(checks, "_gpu", lambda _, gpu=gpu: gpu)
-        assert engines(stem) == engines(stem, fp16) == engines(replace(stem, C=1)) == ["stem"] * 3
-        assert engines(stem, fp32) == engines(replace(stem, stride=1), fp32) == ["triton"] * 3
-        assert dispatch.conv_engine("dgrad", stem, BF16, CUDA) != "stem"
-        measured = "measured fastest on this GPU at N=256, the nearest measured"
-        why = measured if gpu is H200 else "unmeasured: few channels, packed"
-        assert dispatch.why_engine("wgrad", stem, BF16, CUDA) == ("stem", why)
-        for other in (replace(stem, stride=1), replace(stem, C=5), replace(stem, R=1, S=1, pad=0)):
-            assert "stem" not in engines(other)
-        with fastres.backend("triton"):
-            assert engines(stem) == ["stem"] * 3
-            assert engines(stem, fp32) == engines(replace(stem, C=8)) == ["triton"] * 3
-        with fastres.backend("cudnn"):
-            assert engines(stem) == ["cudnn"] * 3
-    put({("wgrad", stem): Measurement("cudnn", None), ("fprop", stem): Measurement("triton", None)})
-    monkeypatch.setattr(checks, "_gpu", lambda _: H200)
-    assert engines(stem) == ["stem", "triton", "cudnn"]
-
-
-def test_what_is_computed_on_load(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checks, "_gpu", lambda _: H200)
-    table = {
-        (pass_, PROBLEM, torch.bfloat16): Measurement("triton", None, on_load=pass_ == "dgrad")
-        for pass_ in ("fprop", "wgrad", "dgrad")
-    }
-    tables.write_table(table, tables.table_file(H200.name), H200)  # type: ignore[arg-type]
-
-    def answers(dtype: torch.dtype, device: str) -> list[bool]:
-        return [dispatch.on_load(p, PROBLEM, dtype, torch.device(device)) for p in ("fprop", "wgrad", "dgrad")]
-
-    assert answers(torch.bfloat16, "cuda:0") == [False, False, True], "as measured"
-    assert answers(torch.float16, "cuda:0") == answers(torch.bfloat16, "cpu") == [True, True, False], "by rule: a 3x3"
 
 
 def test_a_table_file_is_named_after_its_gpu(tmp_path: Path) -> None:
@@ -277,13 +207,6 @@ def test_a_tile_by_pointers_is_taken_where_it_was_measured() -> None:
         put({(pass_, LAST): Measurement("triton", tile)})
         assert fprop_tile(LAST, BF16, True, pass_=pass_) == tile  # type: ignore[arg-type]
         assert fprop_tile(LAST, torch.float16, True, pass_=pass_).box is not None  # type: ignore[arg-type]
-
-
-def put(entries: dict[tuple[str, ConvProblem], Measurement], gpu: Gpu = H200, folder: Path | None = None) -> None:
-    """Writes a bf16 table and forgets what was read before."""
-    table = {(pass_, problem, BF16): found for (pass_, problem), found in entries.items()}
-    tables.write_table(table, tables.table_file(gpu.name, folder), gpu)  # type: ignore[arg-type]
-    tables.forget_tables()
 
 
 def test_the_shipped_table_holds_what_was_measured() -> None:
@@ -415,52 +338,6 @@ def test_a_broken_table_of_another_gpu_costs_a_warning() -> None:
     tables.forget_tables()
     with pytest.raises(ValueError, match="is no table of tiles"):
         tables.serving(H100)
-
-
-def test_the_reason_says_where_and_at_which_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
-    hung, one = (replace(PROBLEM, H=H, W=H) for H in (16, 18))
-    measured = {(pass_, PROBLEM): Measurement("triton", TILE) for pass_ in ("infer", "chain")}
-    measured["infer", hung] = Measurement("cudnn", None, note="hung")
-    measured["infer", one] = Measurement("cudnn", None, note="unfinished")
-    put(measured)  # type: ignore[arg-type]
-    on_lent = "NVIDIA H200 (same compute capability and multiprocessor count)"
-
-    def why(problem: ConvProblem) -> tuple[str, str]:
-        return dispatch.why_engine("infer", problem, BF16, CUDA)
-
-    for gpu, where in ((H200, "this GPU"), (H100, on_lent)):
-        monkeypatch.setattr(checks, "_gpu", lambda _, gpu=gpu: gpu)
-        assert why(PROBLEM) == ("triton", f"measured fastest on {where}")
-        nearest = f"measured fastest on {where} at N=8, the nearest measured"
-        assert why(replace(PROBLEM, N=32)) == ("triton", nearest)
-        assert dispatch.why_chained(PROBLEM, BF16, CUDA) == f"measured fastest on {where}"
-        assert dispatch.why_chained(replace(PROBLEM, N=32), BF16, CUDA) == nearest
-        assert why(hung) == ("cudnn", f"unmeasured: tuning on {where} hung")
-        assert why(one) == why(replace(hung, N=9)) == ("cudnn", "unmeasured: compute-bound")
-    assert dispatch.why_chained(PROBLEM, BF16, torch.device("cpu")) is None
-    with fastres.backend("cudnn"):
-        assert dispatch.why_chained(PROBLEM, BF16, CUDA) is None
-
-
-def test_which_table_is_in_force(monkeypatch: pytest.MonkeyPatch) -> None:
-    def said(gpu: Gpu) -> str:
-        monkeypatch.setattr(checks, "_gpu", lambda _: gpu)
-        tables.forget_tables()
-        return dispatch.table_in_force(CUDA)
-
-    put({("infer", PROBLEM): Measurement("cudnn", None, note="hung")})
-    assert said(H200) == "this GPU's own, measured problems: 140, failed: 1"
-    tables.table_file(H200.name).unlink()
-    assert said(H200) == "this GPU's own, measured problems: 140"
-    lent = "NVIDIA H200's (same compute capability and multiprocessor count), measured problems: 140"
-    assert said(H100) == lent
-    put({("infer", PROBLEM): Measurement("cudnn", None)}, H100)
-    assert said(H100) == f"this GPU's own, measured problems: 1; for others {lent}"
-    other = H100._replace(name="NVIDIA H100 PCIe", sms=114)
-    assert said(other).startswith("none: heuristics")
-    tables.table_file(other.name).write_text("[]")
-    assert said(other).startswith("broken: ")
 
 
 def test_boxes_waste_no_pixel_of_a_large_batch() -> None:

@@ -37,7 +37,6 @@ from torchvision.ops import FrozenBatchNorm2d
 
 import fastres
 from fastres.models import resnet
-from fastres.ops import eligibility
 
 BUILDERS = [
     "resnet18",
@@ -746,22 +745,6 @@ def test_weights_that_only_a_hook_provides(backend: str) -> None:
     block.conv1.register_forward_pre_hook(lambda module, _: setattr(module, "weight", weight))
     with fastres.backend(backend):
         assert torch.equal(block(x), want)
-
-
-def test_why_plain_says_why() -> None:
-    net, _ = pair()
-    x = images()
-    with fastres.backend("reference"):
-        assert eligibility.why_plain(x, net.stem_parts()) is None
-        net.relu.register_forward_hook(lambda *_: None)
-        assert "hook" in (eligibility.why_plain(x, net.stem_parts()) or "")
-        net.layer1[0].bn1 = nn.SyncBatchNorm(64)
-        assert "SyncBatchNorm" in (eligibility.why_plain(x, net.layer1[0].parts()) or "")
-        assert "torch.func" in torch.func.vmap(
-            lambda x: [eligibility.why_plain(x, net.layer2[0].parts())][0] or x, out_dims=None
-        )(x[None])
-    with pytest.raises(ValueError, match="accepted: 'auto'"), fastres.backend("fastest"):
-        pass
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -18,9 +18,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastres.ops import block as fused
-from fastres.ops import conv_bn, dispatch, layout, reference
+from fastres.ops import conv_bn, dispatch, reference
 from fastres.ops.block import stages
-from fastres.ops.layout import cast_gradients, read_weights
 
 
 def unit(c: int, k: int, r: int, stride: int = 1, groups: int = 1, dilation: int = 1) -> list[nn.Module]:
@@ -225,23 +224,6 @@ def test_no_gradient_is_computed_that_nobody_needs(monkeypatch: pytest.MonkeyPat
     assert counts.calls == {"conv_fprop": 3, "conv_dgrad": 3}
 
 
-@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format], ids=str)
-@pytest.mark.parametrize("shape", [(4, 6, 1, 1), (4, 1, 3, 3), (1, 1, 1, 1), (4, 6, 3, 3)], ids=str)
-def test_a_gradient_is_copied_only_into_another_order(
-    shape: tuple[int, ...], memory_format: torch.memory_format
-) -> None:
-    weight = torch.empty(shape).contiguous(memory_format=memory_format)
-    memory = torch.randn(7 + weight.numel())
-    k, c, r, s = shape
-    dw = memory[7:].view(k, r, s, c)
-    for dtype in (torch.float32, torch.float64):
-        grad = layout.like_parameter(dw, weight.to(dtype))
-        assert torch.equal(grad, dw.permute(0, 3, 1, 2).to(dtype))
-        assert (grad.stride(), grad.dtype) == (weight.stride(), dtype)
-        same_order = c == 1 or r == s == 1 or memory_format == torch.channels_last
-        assert (grad.data_ptr() == dw.data_ptr()) == (same_order and dtype == torch.float32)
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_saves_each_activation_once(kind: str) -> None:
     """Kept for backward: the input, each raw conv output, the block's output, the pool's taps; nothing else of size."""
@@ -361,60 +343,6 @@ def test_a_stage_is_its_blocks_and_may_forget_their_outputs(recompute: bool) -> 
     for a, b in zip(got, want, strict=True):
         assert torch.equal(a, b)
     assert kept <= usual - 3 * want[0].nbytes * recompute
-
-
-def test_weights_of_a_stage_are_cast_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the bits of `to`, apart from one another and where TMA can read them; others as they were."""
-    copied, copy_ = [], torch._foreach_copy_
-    monkeypatch.setattr(torch, "_foreach_copy_", lambda to, given: copied.append(len(given)) or copy_(to, given))
-    shapes = [(5, 3, 7, 7), (6, 5, 1, 1), (3, 2, 3, 3), (1, 1, 1, 1)]
-    nhwc, nchw = torch.channels_last, torch.contiguous_format
-    usual = [torch.randn(shape).contiguous(memory_format=nhwc).requires_grad_() for shape in shapes]
-    usual += [torch.randn(shapes[1]), torch.tensor([[[[float("nan")]]], [[[float("inf")]]], [[[1e-40]]]])]
-    others = [torch.randn(shapes[0]).contiguous(memory_format=nchw), torch.randn(shapes[0]).bfloat16()]
-    for weights in ([*usual, *others, usual[0]], others, usual[:1]):
-        found = read_weights(weights, torch.bfloat16)
-        for w, got in zip(weights, found, strict=True):
-            want = w.detach().to(torch.bfloat16).permute(0, 2, 3, 1).contiguous()
-            assert torch.equal(got.view(torch.int16), want.view(torch.int16))
-            assert got.is_contiguous()
-            assert not got.requires_grad
-            assert got.data_ptr() % 16 == 0
-    assert copied == [len(usual) + 1]
-    for w, got in zip(usual, read_weights(usual, torch.float32), strict=True):
-        assert got.data_ptr() == w.data_ptr()
-
-
-def test_weights_elsewhere_are_not_fetched() -> None:
-    """The kernel that reads one refuses it, as PyTorch's convolution does."""
-    weights = [torch.randn(4, 4, 1, 1, device=device) for device in ("cpu", "cpu", "meta")]
-    found = read_weights(weights, torch.bfloat16)
-    assert [w.device.type for w in found] == ["cpu", "cpu", "meta"]
-
-
-def test_gradients_of_a_stage_are_cast_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By dtypes, into the parameters' strides; what has its parameter's dtype is handed over as it is."""
-    copied, copy_ = [], torch._foreach_copy_
-    monkeypatch.setattr(torch, "_foreach_copy_", lambda to, given: copied.append(len(given)) or copy_(to, given))
-    shapes = [(5, 3, 7, 7), (6, 5, 1, 1), (3, 1, 3, 3), (1, 1, 1, 1), (4,)]
-    parameters = [nn.Parameter(torch.randn(shape)) for shape in shapes]
-    parameters += [nn.Parameter(p.to(memory_format=torch.channels_last)) for p in parameters[:4]]
-    parameters += [nn.Parameter(torch.randn(3, 2, 3, 3, dtype=torch.double)), parameters[0], None, parameters[4]]
-    grads = [torch.randn(p.shape).bfloat16().to(memory_format=torch.channels_last) for p in parameters[:4]]
-    grads += [torch.randn(4)] + [grad.clone() for grad in grads]
-    grads += [torch.randn(3, 2, 3, 3).bfloat16(), torch.randn(shapes[0]).half(), None, None]
-    grads[1].view(-1)[:3] = torch.tensor([float("nan"), float("inf"), 1e-40])
-    found = cast_gradients([*grads], parameters)
-    assert copied == [8, 1, 1]
-    for grad, got, p in zip(grads, found, parameters, strict=True):
-        if grad is None:
-            assert got is None
-        elif grad.dtype == p.dtype:
-            assert got is grad
-        else:
-            assert torch.equal(got.nan_to_num(7), grad.to(p.dtype).nan_to_num(7))
-            assert (got.dtype, got.stride(), got.requires_grad) == (p.dtype, p.stride(), False)
-    assert len({got.data_ptr() for got in found if got is not None}) == 11
 
 
 @pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format], ids=str)
