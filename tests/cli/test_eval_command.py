@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from cli_cases import SMALL, images_of, net, refused, saved, scores_of
+from tolerances import PILLOW, ROUNDING
 from torch import Tensor
 
 from fastres.cli.main import main
@@ -42,7 +43,7 @@ def test_eval_averages_an_ensemble(
     views = Views(crops, 32, 40, (32, 37, 55, 69, 91))
     printed = torch.cat(scored)
     scores = scores_of(models, views, photos, by_channel())
-    torch.testing.assert_close(printed, scores, rtol=0, atol=1e-6)
+    torch.testing.assert_close(printed, scores, rtol=0, atol=ROUNDING)
     found = scores.argmax(1).tolist()
     right = [found[:4].count(0), found[4:].count(1)]
     out = capsys.readouterr().out
@@ -193,7 +194,7 @@ def test_eval_computes_the_mean_image_that_its_recipe_subtracts(
     mean = torch.stack(images).double().mean(0) / 255
     way = Preprocess(mean, torch.ones(3, 1, 1), torch.zeros(3, 3))
     expected = scores_of([model], Views("center", 32, 40), photos / "val", way)
-    torch.testing.assert_close(printed, expected, rtol=0, atol=2e-3)  # training resizes by Pillow: grey levels differ
+    torch.testing.assert_close(printed, expected, rtol=0, atol=PILLOW)  # training resizes by Pillow: grey levels differ
     assert (expected - scores_of([model], Views("center", 32, 40), photos / "val", by_channel())).abs().max() > 0.02
 
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 from cli_cases import CLASSES, SMALL, images_of, net, refused, saved, scores_of
 from PIL import Image
+from tolerances import SCORES
 from torchvision.models import ResNet18_Weights, WeightsEnum
 
 import fastres
@@ -102,7 +103,7 @@ def test_predict_names_and_writes_the_likeliest(
                 str(k),
                 names[k],
             )
-            assert float(row["score"]) == pytest.approx(score, abs=2e-6)
+            assert float(row["score"]) == pytest.approx(score, abs=SCORES)
 
 
 def test_predict_takes_weights_and_images_in_any_order(

@@ -11,7 +11,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import relative_error
-from compiled import ALWAYS, EXACT, Case, conv_bn, tiny
+from compiled import ALWAYS, Case, conv_bn, tiny
+from tolerances import EXACT
 from torch import Tensor, nn
 from torchvision.models.feature_extraction import create_feature_extractor
 

@@ -15,7 +15,8 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 import torchvision
 from cases import relative_error
-from compiled import ALWAYS, EXACT, Case, check, conv_bn, outcome, rewritten, tiny
+from compiled import ALWAYS, Case, check, conv_bn, outcome, rewritten, tiny
+from tolerances import AUTOCAST, AUTOCAST_GRADIENTS, EXACT, EXACT_ANY_NET, TWICE
 from torch import Tensor, fx, nn
 from torch._dynamo.backends.registry import lookup_backend
 from torch.utils.checkpoint import checkpoint
@@ -127,7 +128,7 @@ def test_nets_of_other_families_mean_the_same(name: str, size: int, hits: int, t
     convs = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
     x = torch.randn(4, 3, size, size).double()
     assert len(fastres.explain(model, x).hits) == hits
-    check(model, x, train=train, tolerance=1e-8, zero=[f"d{conv}.bias" for conv in convs] if train else [])
+    check(model, x, train=train, tolerance=EXACT_ANY_NET, zero=[f"d{conv}.bias" for conv in convs] if train else [])
 
 
 def test_activation_checkpoints_mean_the_same() -> None:
@@ -162,7 +163,7 @@ def test_autocast_computes_in_bf16_as_eager_does(inside: bool) -> None:
         got = torch.compile(twin, backend="fastres", options=ALWAYS, fullgraph=True)(x)
         want = model(x)
     assert got.dtype == torch.bfloat16
-    assert relative_error(got.double(), want.double()) < 0.05
+    assert relative_error(got.double(), want.double()) < AUTOCAST
     got.float().square().mean().backward()
     want.float().square().mean().backward()
     exact = copy.deepcopy(net).double()
@@ -173,7 +174,7 @@ def test_autocast_computes_in_bf16_as_eager_does(inside: bool) -> None:
     for (name, p), q, right in zip(mine.named_parameters(), net.parameters(), exact.parameters(), strict=True):
         assert p.grad.dtype == torch.float32
         assert relative_error(p.grad.double(), right.grad) < max(
-            2 * relative_error(q.grad.double(), right.grad), 0.02
+            TWICE * relative_error(q.grad.double(), right.grad), AUTOCAST_GRADIENTS
         ), name
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torchvision
 from cases import relative_error
+from tolerances import EXACT
 from torch import Tensor, fx, nn
 from torchvision.models.resnet import BasicBlock
 
@@ -16,7 +17,6 @@ from fastres.compile import Finding
 from fastres.compile.rewrite import rewrite_graph
 
 ALWAYS = {"fastres.rewrite": "always", "fastres.inner": "aot_eager"}
-EXACT = 1e-11
 
 
 def conv_bn(c: int, k: int, side: int = 3, stride: int = 1, **kwargs: Any) -> nn.Sequential:

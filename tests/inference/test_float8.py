@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import lost_in_sums, relative_error
+from cases import relative_error
 from nets import DEVICE, NETS, answers, images, lived_in, needs_kernels, tiny
+from tolerances import ROUNDING, SUMS, lost_in_sums
 from torch import Tensor
 
 import fastres
@@ -56,7 +57,7 @@ def test_a_convolution_follows_its_definition() -> None:
     inputs = quantised.to_float8(x / x_scale), quantised.to_float8(residual / residual_scale)
     arguments["dtype"] = torch.float32
     got = reference.conv_quantised(*inputs, **arguments, grids=replace(grids, out=None))
-    assert relative_error(got, y) <= 1e-6
+    assert relative_error(got, y) <= ROUNDING
     got = reference.conv_quantised(*inputs, **arguments, grids=grids)
     expected = e4m3(y / y_scale)
     assert (expected == 448).any()
@@ -147,7 +148,7 @@ def test_the_kernel_means_its_simulation() -> None:
     )
     scales: dict[str, Any] = {"residual_scale": 0.03, "out_scale": 5.0, "out_dtype": torch.float32}
     got = folded.by_triton(x, residual, precision="ieee", **arguments, **scales)
-    assert relative_error(got, expected) <= 1e-5 + lost_in_sums(9 * 16, x)
+    assert relative_error(got, expected) <= SUMS + lost_in_sums(9 * 16, x)
 
 
 @pytest.mark.gpu

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from cases import relative_error
 from covering import extra
 from nets import NETS, Unread, answers, images, lived_in, tiny
+from tolerances import HALF_STEP, INT8, INT8_SIMULATED, INT8_STEPS, QUOTIENTS, SUMS, TIES
 from torch import Tensor, nn
 
 import fastres
@@ -63,9 +64,9 @@ def int8_like(net: Optimized) -> Optimized:
 def test_a_grid_spans_its_ends_and_zero(low: float, high: float, scale: float, zero: int) -> None:
     found = grid(low, high, torch.int8)
     assert (found.zero, found.dtype) == (zero, U8)
-    assert math.isclose(found.scale, scale, rel_tol=1e-12)
+    assert math.isclose(found.scale, scale, rel_tol=QUOTIENTS)
     ends = found.load(found.store(torch.tensor([[[[low, high, 0.0]]]])), torch.float32).flatten()
-    assert (ends - torch.tensor([low, high, 0.0])).abs().max() <= 0.5001 * found.scale
+    assert (ends - torch.tensor([low, high, 0.0])).abs().max() <= HALF_STEP * found.scale
     assert ends[2] == 0
 
 
@@ -114,8 +115,8 @@ def assert_rounded(got: Tensor, y: Tensor, out: Grid) -> None:
     steps = (got.int_repr().double() - q.round().clamp(0, 255)).abs()
     from_tie = ((q - q.floor()) - 0.5).abs()
     assert steps.max() <= 1
-    assert from_tie[steps == 1].numel() == 0 or from_tie[steps == 1].max() < 1e-3
-    assert (steps == 1).double().mean() < 1e-3
+    assert from_tie[steps == 1].numel() == 0 or from_tie[steps == 1].max() < TIES
+    assert (steps == 1).double().mean() < TIES
 
 
 @pytest.mark.parametrize("engine", ["simulation", pytest.param("onednn", marks=served)])
@@ -133,7 +134,7 @@ def test_a_convolution_follows_its_definition(kind: str, relu: bool, added: str,
     assert p.w.dtype == torch.int8
     assert p.scale is not None
     step = p.scale.double().view(-1, 1, 1, 1) / x_on.scale
-    assert ((p.w.double().permute(0, 3, 1, 2) * step - w).abs() <= 0.5001 * step).all()
+    assert ((p.w.double().permute(0, 3, 1, 2) * step - w).abs() <= HALF_STEP * step).all()
     residual = None
     if residual_on is not None:
         residual = stored(*exact(x, None, p, geometry, relu, x_on, None).shape, on=residual_on)
@@ -299,7 +300,7 @@ def test_what_oneDNN_refuses_runs_in_float32_and_says_so(monkeypatch: pytest.Mon
     want = int8(model, x)(x)
     monkeypatch.setattr(quantised.ByOneDNN, "__call__", refuse)
     net = int8(model, x)
-    assert relative_error(net(x), want.double()) < 0.02
+    assert relative_error(net(x), want.double()) < INT8_SIMULATED
     assert "oneDNN: could not create a primitive; int8 simulated in float32" in net.explain()
 
 
@@ -316,7 +317,7 @@ def test_input_of_every_kind_is_answered() -> None:
         with torch.inference_mode():
             assert torch.equal(net(x), y)
         for one, of_all in zip(x, y, strict=True):
-            assert relative_error(net(one[None])[0], of_all.double()) < 1e-5  # the classifier sums in another order
+            assert relative_error(net(one[None])[0], of_all.double()) < SUMS  # the classifier sums in another order
     assert net(torch.zeros(0, 3, 16, 16)).shape == (0, 10)
 
 
@@ -372,7 +373,7 @@ def test_what_lies_beyond_the_range_is_clamped(engine: str) -> None:
         net = int8(model, torch.linspace(-1, 2, 48).view(1, 3, 4, 4))
         y = net(torch.tensor([-7.0, 50.0, 1.0]).view(1, 3, 1, 1).expand(1, 3, 2, 2))
     ends = torch.tensor([-1.0, 2.0, 1.0])
-    assert (y[0, :, 0, 0] - ends).abs().max() < 0.025
+    assert (y[0, :, 0, 0] - ends).abs().max() < INT8_STEPS
 
 
 @served
@@ -465,7 +466,7 @@ def test_a_shape_that_comes_back_goes_through_torchscript(monkeypatch: pytest.Mo
 def test_what_a_net_returns_need_not_come_after_int8() -> None:
     """Features, in floating point before the scores that nobody reads: TorchScript would end with what these take."""
     model, x = Unread().eval(), images(2)
-    assert relative_error(int8(model, x, example=x)(x), model(x).double()) < 0.03
+    assert relative_error(int8(model, x, example=x)(x), model(x).double()) < INT8
 
 
 @served
@@ -484,7 +485,7 @@ def test_a_residual_that_is_read_again_stays_out_of_torchscript() -> None:
     model, x = Again().eval(), images(2)
     net = int8(model, x, example=x)
     assert "not by TorchScript: a residual is read again" in net.explain()
-    assert relative_error(net(x), model(x).double()) < 0.03
+    assert relative_error(net(x), model(x).double()) < INT8
 
 
 @served
@@ -524,4 +525,4 @@ def test_a_pool_of_the_models_own_tensor_stays_wide() -> None:
             return torch.relu(self.conv(x) + F.max_pool2d(self.table, 2))
 
     model, x = Table().eval(), images(2)
-    assert relative_error(int8(model, x, example=x)(x), model(x).detach().double()) < 0.03
+    assert relative_error(int8(model, x, example=x)(x), model(x).detach().double()) < INT8

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from cases import assert_close_to_reference
 from nets import tiny
+from tolerances import SUMS
 from torch import Tensor, nn
 
 import fastres
@@ -46,7 +47,7 @@ def photographs(n: int = 2, size: int = 16) -> Tensor:
 
 def assert_same(y: Tensor, want: Tensor) -> None:
     """To float32's rounding, of sums of at most some hundred products of numbers around 1 in another order."""
-    torch.testing.assert_close(y, want, rtol=1e-5, atol=1e-5, equal_nan=True)
+    torch.testing.assert_close(y, want, rtol=SUMS, atol=SUMS, equal_nan=True)
 
 
 def engines(net: optimized.Optimized) -> set[str]:

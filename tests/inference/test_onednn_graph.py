@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from cases import assert_close_to_reference
 from nets import NETS, Unread, lived_in, tiny
 from test_onednn import DTYPES, assert_same, photographs
+from tolerances import ONEDNN_GRAPH
 from torch import Tensor, nn
 
 from fastres import optimize
@@ -271,5 +272,5 @@ def test_every_net_answers_when_it_is_compiled(name: str, graph_wins: None) -> N
     with torch.no_grad():
         theirs, want = model(x), copy.deepcopy(model).double()(x.double())
     net = optimize(model, x)
-    assert_close_to_reference(net(x), want, theirs, factor=4.0)
+    assert_close_to_reference(net(x), want, theirs, factor=ONEDNN_GRAPH)
     assert ("by TorchScript, as a oneDNN graph" in net.explain()) == (name not in STEPS_ONLY)

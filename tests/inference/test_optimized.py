@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import assert_close_to_reference, lost_in_sums, relative_error
+from cases import assert_close_to_reference, relative_error
 from nets import DEVICE, NETS, Adds, Asks, answers, images, lived_in, tiny
+from tolerances import EXACT_BLOCK, GPU_HALF, SUMS, lost_in_sums
 from torch import Tensor, nn
 from torchvision.tv_tensors import Image
 
@@ -28,8 +29,8 @@ def test_the_answer_is_exact_in_float64(name: str) -> None:
     x = images(2, 33, torch.float64)
     (expected,) = answers(model, x)
     net = optimize(model)
-    assert relative_error(net(x), expected) <= 1e-12
-    assert relative_error(net(x.contiguous(memory_format=torch.channels_last)), expected) <= 1e-12
+    assert relative_error(net(x), expected) <= EXACT_BLOCK
+    assert relative_error(net(x.contiguous(memory_format=torch.channels_last)), expected) <= EXACT_BLOCK
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -75,7 +76,7 @@ def test_empty_batches_and_odd_sizes_are_answered() -> None:
     for shape in ((0, 3, 16, 16), (1, 3, 9, 23), (3, 3, 17, 8)):
         x = torch.randn(shape, dtype=torch.float64)
         assert net(x).shape == (shape[0], 10)
-        assert relative_error(net(x), answers(model, x)[0]) <= 1e-12
+        assert relative_error(net(x), answers(model, x)[0]) <= EXACT_BLOCK
 
 
 def test_the_original_is_untouched() -> None:
@@ -243,13 +244,13 @@ def test_a_model_that_tells_tensors_from_stand_ins_is_refused(tells: Callable[[A
 
 def test_a_net_for_one_size_of_batch_is_accepted() -> None:
     model, x = Asks(lambda m, x, *_: m.conv(x).reshape(1, 12, 16, 16)).double().eval(), images(4, dtype=torch.float64)
-    assert relative_error(optimize(model)(x), answers(model, x)[0]) <= 1e-12
+    assert relative_error(optimize(model)(x), answers(model, x)[0]) <= EXACT_BLOCK
 
 
 def test_under_transforms_it_answers_too() -> None:
     model, x = tiny().double(), images(dtype=torch.float64)
     y, _ = torch.func.jvp(optimize(model), (x,), (torch.ones_like(x),))
-    assert relative_error(y, answers(model, x)[0]) <= 1e-12
+    assert relative_error(y, answers(model, x)[0]) <= EXACT_BLOCK
 
 
 def test_what_raises_once_raises_again() -> None:
@@ -324,7 +325,7 @@ def test_fronts_and_heads_of_a_net_are_served(name: str, dtype: torch.dtype) -> 
         assert torch.equal(x, kept)
         (baseline,) = answers(copy.deepcopy(model).to(dtype), x.to(dtype, copy=True))
         if dtype == torch.float64:
-            assert relative_error(got, reference) <= 1e-12
+            assert relative_error(got, reference) <= EXACT_BLOCK
         else:
             assert_close_to_reference(got, reference, baseline)
     assert torch.equal(x, kept)
@@ -351,7 +352,7 @@ class Embeds(nn.Module):
 )
 def test_embeddings_are_served(body: Callable[[Tensor], Tensor]) -> None:
     model, x = Embeds(body).double().eval(), images(dtype=torch.float64)
-    assert relative_error(optimize(model)(x), answers(model, x)[0]) <= 1e-12
+    assert relative_error(optimize(model)(x), answers(model, x)[0]) <= EXACT_BLOCK
 
 
 def test_a_constant_is_no_batch() -> None:
@@ -396,8 +397,8 @@ def test_a_recording_answers_for_any_number_of_images(recorder: Any, called: boo
     assert {key[0] for key in net._programs} <= {(2, 3, 16, 16)}  # jit.trace checks with a call
     for n in (1, 2, 5):
         x = images(n)
-        assert relative_error(recorded(x), answers(model, x)[0]) <= 1e-5
-    assert relative_error(net(x), answers(model, x)[0]) <= 1e-5
+        assert relative_error(recorded(x), answers(model, x)[0]) <= SUMS
+    assert relative_error(net(x), answers(model, x)[0]) <= SUMS
 
 
 def test_a_recording_is_made_in_whatever_mode() -> None:
@@ -521,9 +522,9 @@ def test_gpu_switches_of_pytorch_are_obeyed() -> None:
     for tf32 in (False, True):
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=tf32):
             errors[tf32] = relative_error(net(x), reference)
-    assert errors[False] < 1e-5 < errors[True]
+    assert errors[False] < SUMS < errors[True]
     with torch.backends.cudnn.flags(enabled=False, allow_tf32=False), fastres.backend("cudnn"):
-        assert relative_error(net(x), reference) < 1e-5
+        assert relative_error(net(x), reference) < SUMS
         assert "cudnn.enabled is off" in net.explain()
     with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False), fastres.backend("cudnn"):
         net(x)
@@ -538,6 +539,6 @@ def test_gpu_nets_move_and_copy() -> None:
     net, x = optimize(tiny(), dtype=torch.float16), images()
     expected = net(x)
     moved = copy.deepcopy(net).cuda()
-    assert relative_error(moved(x.cuda()).cpu(), expected.double()) < 1e-2
+    assert relative_error(moved(x.cuda()).cpu(), expected.double()) < GPU_HALF
     assert torch.equal(copy.deepcopy(moved)(x.cuda()), moved(x.cuda()))
     assert torch.equal(pickle.loads(pickle.dumps(moved))(x.cuda()), moved(x.cuda()))

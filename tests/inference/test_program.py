@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import assert_close_to_reference, by_library, lost_in_sums, relative_error
+from cases import assert_close_to_reference, by_library, relative_error
 from nets import DEVICE, Adds, answers, images, needs_kernels, tiny
+from tolerances import EXACT_BLOCK, ROUNDING, SUMS, lost_in_sums
 from torch import Tensor, nn
 
 import fastres
@@ -55,12 +56,12 @@ def test_a_chain_means_its_three_convolutions(
     model, x = tiny().double(), images(dtype=torch.float64)
     (expected,) = answers(model, x)
     net = optimize(model)
-    assert relative_error(net(x), expected) <= 1e-12
+    assert relative_error(net(x), expected) <= EXACT_BLOCK
     assert chains_run_as_one == [(2, 4, 4, 8)]  # 1 -> 2; the third bottleneck is grouped
     row = next(line for line in net.explain().splitlines() if "chain: " in line)
     assert "chain: 3x3 8->8 + relu -> 1x1 8->32 + residual + relu -> 1x1 32->8 + relu" in row
     assert row.endswith("  triton  measured somewhere")
-    assert relative_error(net(x), expected) <= 1e-12
+    assert relative_error(net(x), expected) <= EXACT_BLOCK
     monkeypatch.setattr(dispatch, "why_chained", lambda problem, dtype, device: None)
     unchained = optimize(model)
     apart = unchained(x)
@@ -74,7 +75,7 @@ def test_a_backend_in_force_has_plans_of_its_own() -> None:
     net, x = optimize(tiny()), images()
     first = net(x)
     with fastres.backend("reference"):
-        torch.testing.assert_close(net(x), first, rtol=1e-5, atol=1e-6)  # on a CPU oneDNN sums in another order
+        torch.testing.assert_close(net(x), first, rtol=SUMS, atol=ROUNDING)  # on a CPU oneDNN sums in another order
         assert "backend('reference')" in net.explain()
     net(x)
     assert "backend" not in net.explain()
@@ -100,7 +101,7 @@ def test_forced_kernels_without_a_gpu_are_refused() -> None:
 )
 def test_what_is_added_may_broadcast(what: Callable[[Tensor, Any], Any]) -> None:
     model, x = Adds(what).double().eval(), images(dtype=torch.float64)
-    assert relative_error(optimize(model)(x), answers(model, x)[0]) <= 1e-12
+    assert relative_error(optimize(model)(x), answers(model, x)[0]) <= EXACT_BLOCK
 
 
 def test_what_is_added_must_fit() -> None:
@@ -224,7 +225,7 @@ def test_the_fused_convolution_is_taken_where_it_is_faster(
     assert all(f"  {taken}  " in row and row.endswith(said) for row in rows)
     clock.fused.clear()
     (reference,) = answers(model.double(), x.double())
-    assert relative_error(net(x), reference) < 1e-5
+    assert relative_error(net(x), reference) < SUMS
     assert len(clock.fused) == (len(rows) if taken == "cudnn fused" else 0)
 
 

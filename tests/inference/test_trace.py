@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from cases import relative_error
 from nets import Adds, Asks, answers, images, lived_in, tiny
+from tolerances import EXACT_BLOCK
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
@@ -38,7 +39,7 @@ def test_what_changes_in_place_is_seen_by_later_readers() -> None:
     model, x = InPlace().double().eval(), images(dtype=torch.float64)
     (expected,) = answers(model, x)
     assert expected.dim() == 4
-    assert relative_error(optimize(model)(x), expected) <= 1e-12
+    assert relative_error(optimize(model)(x), expected) <= EXACT_BLOCK
 
 
 def test_an_input_in_channels_last_is_not_changed() -> None:
@@ -139,7 +140,7 @@ def _size_counted_up(z: Tensor, view: Any, change: Any) -> Tensor:
 @pytest.mark.parametrize("view", ["flatten", "slice", "contiguous"])
 def test_what_is_in_nobodys_way_may_change_in_place(view: str, change: str, body: Callable[..., Tensor]) -> None:
     model, x = lived_in(Shared(VIEWS[view], CHANGES[change], body)).double().eval(), images(dtype=torch.float64)
-    assert relative_error(optimize(model)(x), answers(model, x)[0]) <= 1e-12
+    assert relative_error(optimize(model)(x), answers(model, x)[0]) <= EXACT_BLOCK
 
 
 class ScaledByBuffer(nn.Module):
@@ -159,7 +160,7 @@ def test_what_is_computed_of_buffers_follows_a_loaded_state() -> None:
     assert vars(model).keys() == vars(ScaledByBuffer()).keys()  # tracing left nothing behind
     model.scale.fill_(5.0)
     net.load_state_dict(model.state_dict())
-    assert relative_error(net(x), answers(model, x)[0]) <= 1e-12
+    assert relative_error(net(x), answers(model, x)[0]) <= EXACT_BLOCK
 
 
 class ChangesItsInput(nn.Module):
@@ -176,7 +177,7 @@ def test_the_input_is_never_changed() -> None:
     model, x = ChangesItsInput().double().eval(), images(dtype=torch.float64)
     given = x.clone()
     with torch.no_grad():
-        assert relative_error(optimize(model)(given), model(x.clone())) <= 1e-12
+        assert relative_error(optimize(model)(given), model(x.clone())) <= EXACT_BLOCK
     assert torch.equal(given, x)
 
 
@@ -185,7 +186,7 @@ def test_shared_modules_and_parametrized_weights_are_folded() -> None:
     other = parametrizations.weight_norm(nn.Conv2d(3, 3, 1))
     model = lived_in(nn.Sequential(conv, norm, nn.ReLU(), conv, norm, other, nn.Dropout())).double()
     x = images(dtype=torch.float64)
-    assert relative_error(optimize(model)(x), answers(model, x)[0]) <= 1e-12
+    assert relative_error(optimize(model)(x), answers(model, x)[0]) <= EXACT_BLOCK
 
 
 class TwoInputs(nn.Module):
@@ -305,7 +306,7 @@ def test_branches_are_those_of_a_call(body: Callable[..., Tensor]) -> None:
     model, x = Asks(body).double().eval(), images(dtype=torch.float64)
     net = optimize(model)
     assert not hasattr(model, "last"), "the model stays as it was"
-    assert relative_error(net(x), answers(model, x)[0]) <= 1e-12
+    assert relative_error(net(x), answers(model, x)[0]) <= EXACT_BLOCK
     copy.deepcopy(net)
 
 
@@ -345,4 +346,4 @@ def test_a_call_of_its_own_is_refused() -> None:
 def test_a_traced_net_is_accepted() -> None:
     model, x = tiny().double(), images(dtype=torch.float64)
     again = torch.fx.symbolic_trace(model).eval()
-    assert relative_error(optimize(again)(x), answers(model, x)[0]) <= 1e-12
+    assert relative_error(optimize(again)(x), answers(model, x)[0]) <= EXACT_BLOCK

@@ -16,9 +16,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 import triton
-from cases import Broken, assert_close_to_reference, by_library, check_sums, lost_in_sums, terms_of
+from cases import Broken, assert_close_to_reference, by_library, check_sums, terms_of
 from conv_cases import traits
 from covering import covered, some_seeds
+from tolerances import GRADIENTS, PRODUCTS, PRODUCTS_TF32, lost_in_sums
 from torch import Tensor
 from torch.nn.grad import conv2d_input, conv2d_weight
 
@@ -217,7 +218,7 @@ def check_dgrad(o: Operands, features: str, tile: Tile | None, **options: Any) -
     want, _ = reference_dgrad(o.map(Tensor.double), features)
     torch_dx, _ = reference_dgrad(o, features)
     lost = lost_in_sums(o.problem.gemm("dgrad").k, o.dy)
-    assert_close_to_reference(dx, want, torch_dx, factor=4, what="dx", lost=lost)
+    assert_close_to_reference(dx, want, torch_dx, factor=GRADIENTS, what="dx", lost=lost)
     norms = [(o.x, o.mean), (o.z_proj, o.mean_proj)]
     for each, norm in zip(partials if isinstance(partials, tuple) else (partials,), norms, strict=False):
         if each is not None:
@@ -229,7 +230,7 @@ def check_wgrad(o: Operands, features: str, tile: Tile | None, **options: Any) -
     assert dw.is_contiguous()
     want = reference_wgrad(o.map(Tensor.double), features)
     lost = lost_in_sums(o.problem.pixels, o.x)
-    assert_close_to_reference(dw, want, reference_wgrad(o, features, dw.dtype), factor=4, what="dw", lost=lost)
+    assert_close_to_reference(dw, want, reference_wgrad(o, features, dw.dtype), factor=GRADIENTS, what="dw", lost=lost)
 
 
 def tiles_of_dgrad(problem: ConvProblem) -> list[Tile]:
@@ -331,12 +332,12 @@ def test_training_chain_against_autograd() -> None:
     below = {"relu_mask": (scale, shift), "below": (o.x, mean)}
     for tile in (GATHER, BOXES):
         got, partials = conv_dgrad(g, o.w, o.problem, **below, tile=tile, **options)
-        assert_close_to_reference(got, dx, torch_dx, factor=4, what="dx")
+        assert_close_to_reference(got, dx, torch_dx, factor=GRADIENTS, what="dx")
         torch_sums = torch.stack((torch_dx.sum((0, 1, 2)), (torch_dx * (o.x - mean)).sum((0, 1, 2))))
-        assert_close_to_reference(partials.sum(0), sums, torch_sums, factor=4, what="partial sums")
+        assert_close_to_reference(partials.sum(0), sums, torch_sums, factor=GRADIENTS, what="partial sums")
     for tile in (WGRAD_GATHER, WGRAD_BOXES):
         got = conv_wgrad(g, o.x, o.problem, prologue=(scale, shift), tile=tile, **options)
-        assert_close_to_reference(got, dw, torch_dw, factor=4, what="dw")
+        assert_close_to_reference(got, dw, torch_dw, factor=GRADIENTS, what="dw")
 
 
 def double_on_cpu(t: Tensor) -> Tensor:
@@ -425,7 +426,7 @@ def test_precision(precision: str) -> None:
     dx, _ = run_dgrad(o, "bn", GATHER, precision=precision)
     dw = run_wgrad(o, "bn", WGRAD_GATHER, precision=precision)
     wanted = (reference_dgrad(o.map(Tensor.double), "bn")[0], reference_wgrad(o.map(Tensor.double), "bn"))
-    allowed = 2.0**-9 if precision == "tf32" else 2.0**-20
+    allowed = PRODUCTS_TF32 if precision == "tf32" else PRODUCTS
     for got, want in zip((dx, dw), wanted, strict=True):
         assert (got - want).abs().max() <= allowed * want.abs().max()
 
@@ -544,7 +545,7 @@ def test_more_than_2_31_elements() -> None:
         dx = conv_dgrad(dy, w, ConvProblem.of(x.shape, w.shape), tile=tile)
         want = dy[-1].double() @ w.double().view(64, 64)
         assert not dx[:-1].any()
-        assert_close_to_reference(dx[-1], want, dy[-1] @ w.view(64, 64), factor=4, what="dx")
+        assert_close_to_reference(dx[-1], want, dy[-1] @ w.view(64, 64), factor=GRADIENTS, what="dx")
     for tile in (dataclasses.replace(WGRAD_GATHER, splits=264), dataclasses.replace(WGRAD_BOXES, splits=264)):
         dw = conv_wgrad(dy, x, ConvProblem.of(x.shape, w.shape), tile=tile)
         want = dy[-1].double().view(-1, 64).T @ x[-1].double().view(-1, 64)

@@ -14,9 +14,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 import triton
-from cases import Broken, assert_close_to_reference, check_statistics, lost_in_sums, relative_error
+from cases import Broken, assert_close_to_reference, check_statistics, relative_error
 from conv_cases import BOXED, GATHERED, net_problems, reference, traits
 from covering import covered, some_seeds
+from tolerances import FUSED, ROUNDING, lost_in_sums
 from torch import Tensor
 
 from fastres.kernels import fprop, launcher
@@ -74,7 +75,7 @@ def hold(p: ConvProblem, y: Any, x: Tensor, w: Tensor, tile: Tile | None = None,
     assert y.dtype == x.dtype
     ref64, baseline = reference(p, x, w, **given), reference(p, x, w, x.dtype, **given)
     lost = lost_in_sums(p.gemm("fprop").k, x)
-    assert_close_to_reference(y, ref64, baseline, factor=3.0, what=f"{p} {tile} {[*given]}", lost=lost)
+    assert_close_to_reference(y, ref64, baseline, factor=FUSED, what=f"{p} {tile} {[*given]}", lost=lost)
 
 
 def check(p: ConvProblem, dtype: torch.dtype, tile: Tile | None, *names: str, **options: Any) -> None:
@@ -147,7 +148,7 @@ def check_block_end(problem: ConvProblem, dtype: torch.dtype, projection: bool, 
         join = Join(shortcut, *(affine if projection else (None, None)), out)
         y, partials = conv_fprop(z, w, problem, prologue=(scale, shift), join=join, statistics=True, tile=tile)
         assert_close_to_reference(
-            out, block_end(torch.float64), block_end(torch.float32).to(dtype), factor=3, what=what
+            out, block_end(torch.float64), block_end(torch.float32).to(dtype), factor=FUSED, what=what
         )
         hold(problem, y, out, w, tile)
         check_statistics(partials, y)
@@ -296,7 +297,7 @@ def test_other_output_dtype() -> None:
             x, w, ConvProblem.of(x.shape, w.shape, pad=1), out_dtype=torch.float32, residual=residual, tile=tile
         )
         assert isinstance(y, Tensor)
-        assert relative_error(y, reference(problem, x, w, residual=residual)) < 1e-6 + lost_in_sums(9 * 32, x)
+        assert relative_error(y, reference(problem, x, w, residual=residual)) < ROUNDING + lost_in_sums(9 * 32, x)
 
 
 @pytest.mark.parametrize("splits", [1, 3])
@@ -423,7 +424,7 @@ def test_every_tile_at_every_layer(name: str, dtype: torch.dtype, names: tuple[s
         ref64, baseline = reference(problem, x, w, **given), reference(problem, x, w, dtype, **given)
         for tile in (t for tma in (*boxed, False) for t in fprop_tiles(problem, 2, tma, computed=len(names) > 0)):
             y, partials = conv_fprop(x, w, problem, **given, statistics=True, tile=tile)
-            assert_close_to_reference(y, ref64, baseline, factor=3.0, what=f"{problem} {tile} {names}")
+            assert_close_to_reference(y, ref64, baseline, factor=FUSED, what=f"{problem} {tile} {names}")
             check_statistics(partials, y)
 
 
@@ -440,7 +441,7 @@ def test_every_split_tile_at_every_layer(name: str, dtype: torch.dtype, names: t
         ref64, baseline = reference(problem, x, w, **given), reference(problem, x, w, dtype, **given)
         for tile in (t for tma in (*boxed, False) for t in fprop_tiles(problem, 2, tma, split=True)):
             y = conv_fprop(x, w, problem, **given, tile=tile)
-            assert_close_to_reference(y, ref64, baseline, factor=3.0, what=f"{problem} {tile} {names}")
+            assert_close_to_reference(y, ref64, baseline, factor=FUSED, what=f"{problem} {tile} {names}")
 
 
 @pytest.mark.gpu

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 import training
 from pretence import Pretence
+from tolerances import GPU_TRAINED, GPU_TRAINED_ZERO, NETS, ROUNDING, SUMS
 from torch import Tensor, nn
 from training import CPU, SHORT, assert_same, short, steps, trainer, weights
 
@@ -116,10 +117,10 @@ def test_a_plain_loop_gives_the_same_weights(tmp_path: Path) -> None:
             values = [p.detach().clone() for p in net.parameters()]
             averaged = [0.9 * a + 0.1 * v for a, v in zip(averaged, values, strict=True)] if averaged else values
     for name, value in net.state_dict().items():  # fp32 by another order of operations
-        torch.testing.assert_close(ours.model.state_dict()[name], value, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(ours.model.state_dict()[name], value, rtol=SUMS, atol=ROUNDING)
     assert ours.ema is not None
     for p, value in zip(ours.ema.module.parameters(), averaged, strict=True):
-        torch.testing.assert_close(p, value, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(p, value, rtol=SUMS, atol=ROUNDING)
 
 
 def test_the_average_copies_while_it_warms(tmp_path: Path) -> None:
@@ -158,7 +159,7 @@ def test_errors_are_counted() -> None:
     ranks = [int((row > row[label]).sum()) for row, label in zip(scores, labels, strict=True)]
     loss = F.cross_entropy(scores, labels).item()
     expected = Errors(loss, sum(r >= 1 for r in ranks) / 50, sum(r >= 5 for r in ranks) / 50, 50)
-    assert dataclasses.astuple(found) == pytest.approx(dataclasses.astuple(expected), rel=1e-5)
+    assert dataclasses.astuple(found) == pytest.approx(dataclasses.astuple(expected), rel=SUMS)
     assert errors(lambda x: x, [(scores[:, :4], labels.clamp(max=3))], CPU, 4).top5 is None
 
 
@@ -209,7 +210,7 @@ def test_a_compiled_net_trains_alike(tmp_path: Path, backend: str) -> None:
     ours, theirs = weights(tmp_path / "compiled"), weights(tmp_path / "plain")
     assert ours.keys() == theirs.keys()
     for name, value in theirs.items():  # fp32 by another order of operations
-        torch.testing.assert_close(ours[name], value, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(ours[name], value, rtol=NETS, atol=SUMS)
     train(short(tmp_path / "compiled", recipe, resume=True))
 
 
@@ -223,7 +224,7 @@ def test_a_gpu_trains_as_the_cpu_does(tmp_path: Path, graph: str) -> None:
     ours, theirs = weights(tmp_path / "gpu"), weights(tmp_path / "cpu")
     for name, value in theirs.items():
         # Four steps amplify what sums in another order round: weights moved by an epsilon end up to 5e-6 apart.
-        torch.testing.assert_close(ours[name].cpu(), value, rtol=1e-2, atol=1e-3)
+        torch.testing.assert_close(ours[name].cpu(), value, rtol=GPU_TRAINED, atol=GPU_TRAINED_ZERO)
     done = train(short(tmp_path / "bf16", recipe, device="cuda", cuda_graph=graph))
     assert math.isfinite(done.error)
 

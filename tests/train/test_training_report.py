@@ -21,6 +21,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from tolerances import AVERAGES, ROUNDING
 from training import SHORT, short, signalled, trainer
 
 from fastres.train import checkpoint, loop, report
@@ -171,7 +172,7 @@ def test_the_line_s_loss_is_of_the_images_since_the_one_before(tmp_path: Path, m
     rows = [row for row in checkpoint.load(tmp_path / "each" / checkpoint.LAST)["history"] if "train_loss" in row]
     losses = [row["train_loss"] for row in rows]
     expected = [sum(losses[:4]) / 4, sum(losses[4:]) / 4]
-    assert shown == pytest.approx([*expected, *expected], rel=1e-9)
+    assert shown == pytest.approx([*expected, *expected], rel=AVERAGES)
 
     def step(self: Trainer, batches: Any) -> None:
         self.signals.received = signal.SIGTERM * (self.iteration == 2)
@@ -182,7 +183,7 @@ def test_the_line_s_loss_is_of_the_images_since_the_one_before(tmp_path: Path, m
     with pytest.raises(SystemExit):
         train(short(tmp_path / "stopped", log_every=1))
     train(short(tmp_path / "stopped", log_every=1, resume=True))
-    assert shown[4:] == pytest.approx(expected, rel=1e-9)
+    assert shown[4:] == pytest.approx(expected, rel=AVERAGES)
 
 
 def test_few_classes_have_no_top_5(
@@ -232,7 +233,7 @@ def test_tensorboard_gets_what_the_log_gets(tmp_path: Path, monkeypatch: pytest.
     names = set(rows[0]) - {"iteration", "epoch", "seconds"}
     assert set(events.Tags()["scalars"]) == names
     for name in names - {"images_per_second"}:  # measured again
-        found = [(event.step, pytest.approx(event.value, rel=1e-6)) for event in events.Scalars(name)]
+        found = [(event.step, pytest.approx(event.value, rel=ROUNDING)) for event in events.Scalars(name)]
         assert [(int(row["iteration"]), float(row[name])) for row in rows if row[name]] == found
         assert len(found) >= 2
 
