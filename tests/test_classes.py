@@ -172,7 +172,7 @@ def test_imagenets_words_are_its_ids() -> None:
     same_classes(published, "synthetic", list(map(str, range(1000))))  # their labels mean nothing
 
 
-def test_numbers_that_sort_as_text() -> None:
+def test_numbers_that_sort_as_text_are_noticed() -> None:
     """A net that names no classes may mean folder i by class i; one trained on such folders does not."""
     assert NUMBERS[:4] == ["0", "1", "10", "2"]
     with pytest.raises(

@@ -149,13 +149,13 @@ def test_the_pages_are_found() -> None:
     assert len(COMMANDS) > 50
 
 
-def test_readme_is_short() -> None:
+def test_the_readme_is_short() -> None:
     assert len(README.read_text().splitlines()) <= 100
 
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("page", _readme_first(WITH_CODE))
-def test_code(page: Page, tmp_path: Path) -> None:
+def test_the_code_of_a_page_runs(page: Page, tmp_path: Path) -> None:
     """A page's Python blocks, one after the other, as one script in an empty folder."""
     script = tmp_path / "page.py"
     script.write_text(page.code)
@@ -255,7 +255,7 @@ def test_links_lead_somewhere(page: Page) -> None:
             assert anchor in Page(target).anchors, f"{page} links to {link}"
 
 
-def test_map_names_what_exists() -> None:
+def test_the_map_names_what_exists() -> None:
     folders = re.findall(r"\[`(\w+(?:/\w+)*)/`\]", README.read_text().partition("## Map")[2])
     assert {"kernels", "csrc", "bench", "tests", "docs", "examples"} <= set(folders)
     for folder in folders:

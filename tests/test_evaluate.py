@@ -319,7 +319,7 @@ def test_calibration_sees_what_a_call_shows_the_nets(
 @pytest.mark.gpu
 @pytest.mark.parametrize("fast", [False, True])
 @pytest.mark.parametrize("crops", ["center", "10", "multiscale"])
-def test_on_a_gpu(crops: str, fast: bool) -> None:
+def test_a_gpu_scores_as_the_cpu(crops: str, fast: bool) -> None:
     net, views = small_net(), Views(crops, 32, 40, SCALES)
     coarse = torch.rand(3, 3, 8, 8)
     images = [F.interpolate(255 * coarse[i, None], (64, 96 - 16 * (i == 1)))[0].to(torch.uint8) for i in range(3)]
@@ -327,7 +327,7 @@ def test_on_a_gpu(crops: str, fast: bool) -> None:
     expected = Predictor(net, views, mean_image())(prepared)
     found = Predictor(net.cuda(), views, mean_image(), dtype=torch.bfloat16, fast=fast)(prepared)
     assert found.is_cuda
-    close(found.cpu(), expected, 0.05)
+    close(found.cpu(), expected, HALF_SCORES)
 
 
 @pytest.mark.parametrize(

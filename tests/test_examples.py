@@ -119,7 +119,7 @@ def test_wrong_input_is_told_in_one_line(
     assert re.search(f"^{command.split()[0]}: error: .*{said}", error, re.MULTILINE), error
 
 
-def test_first_look(tmp_path: Path) -> None:
+def test_first_look_says_what_runs_fused_and_what_it_saves(tmp_path: Path) -> None:
     few = "--depth 18 --batch 2 --size 64 --rounds 4"
     said = run(tmp_path, "first_look.py", *few.split())
     assert "9 of 9 blocks and stems of resnet18: plain PyTorch" in said
@@ -229,7 +229,7 @@ def test_finetune_starts_from_a_state_dict_of_torchvision(
     assert "val/ has ['a', 'b', 'c']" in capsys.readouterr().err
 
 
-def test_finetune_interrupted(tmp_path: Path) -> None:
+def test_an_interrupted_finetune_leaves_a_whole_file(tmp_path: Path) -> None:
     """Ctrl-C after the first epoch: one line, status 130, and the file written before is whole."""
     words = [sys.executable, EXAMPLES / "finetune.py", "--size", "32", "--epochs", "10000"]
     started: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
@@ -246,7 +246,7 @@ def test_finetune_interrupted(tmp_path: Path) -> None:
 
 
 @pytest.mark.extra
-def test_interrupted_without_a_traceback(tmp_path: Path) -> None:
+def test_an_interrupted_example_shows_no_traceback(tmp_path: Path) -> None:
     words = [sys.executable, EXAMPLES / "train_loop.py", "--epochs", "10000"]
     started: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(words, cwd=tmp_path, env=ON_A_CPU, **started) as process:
@@ -257,7 +257,7 @@ def test_interrupted_without_a_traceback(tmp_path: Path) -> None:
     assert (process.returncode, error) == (-signal.SIGINT, "")
 
 
-def test_detector(tmp_path: Path) -> None:
+def test_the_detector_keeps_losses_boxes_and_scores(tmp_path: Path) -> None:
     said = run(tmp_path, "detector.py", "--images", "1", "--size", "128")
     assert "converted: 16, kept: 0" in said
     assert "backbone.body.layer4.2" in said
@@ -266,7 +266,9 @@ def test_detector(tmp_path: Path) -> None:
     assert len(numbers(said, r"loss_\w+: (\S+) converted")) == 4
 
 
-def test_timm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_timms_nets_are_converted_or_refused_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     pytest.importorskip("timm")
     said = run(tmp_path, "timm_resnet.py", "--model", "resnet18", "--size", "64")
     assert "resnet18, converted: 9, kept: 0" in said
@@ -285,7 +287,7 @@ def test_timm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
         pytest.param("--train --rewrite always", marks=pytest.mark.extra),
     ],
 )
-def test_compile_backend(options: str, tmp_path: Path) -> None:
+def test_compile_backend_shows_what_is_rewritten(options: str, tmp_path: Path) -> None:
     said = run(tmp_path, "compile_backend.py", *options.split())
     assert "blocks.0.conv1" in said
     assert said.count("differ from eager PyTorch's") == (2 if "--train" in options else 1)
@@ -384,7 +386,7 @@ def test_served_answers_are_those_of_predict_and_come_in_batches(folder: Path) -
     assert f"stopped after 12 images in {health['calls']} calls" in out
 
 
-def test_served_refusals(folder: Path) -> None:
+def test_a_server_refuses_with_status_and_words(folder: Path) -> None:
     """Each with its status and JSON; the server goes on, and its log stays empty."""
     picture = (folder / "0.png").read_bytes()
     huge, large, thin, small = io.BytesIO(), io.BytesIO(), io.BytesIO(), io.BytesIO()
@@ -422,7 +424,7 @@ def test_served_refusals(folder: Path) -> None:
     assert (status, error) == (0, "")
 
 
-def test_served_in_flight(folder: Path) -> None:
+def test_a_full_server_turns_away_and_a_stopped_one_ends_its_calls(folder: Path) -> None:
     """With both places taken a third request is turned away; SIGTERM lets the two end, and nobody else in."""
     picture = (folder / "0.png").read_bytes()
     with (
@@ -443,7 +445,7 @@ def test_served_in_flight(folder: Path) -> None:
             server.health()
 
 
-def test_serve_stopped_before_uvicorn_runs(folder: Path) -> None:
+def test_serve_may_be_stopped_before_uvicorn_runs(folder: Path) -> None:
     early = "import os, signal, runpy, uvicorn; run = uvicorn.Server.run; uvicorn.Server.run = lambda *a, **k: "
     early += f"(os.kill(os.getpid(), signal.SIGTERM), run(*a, **k)); runpy.run_path({str(EXAMPLES / 'serve.py')!r}, "
     early += "run_name='__main__')"
@@ -453,7 +455,7 @@ def test_serve_stopped_before_uvicorn_runs(folder: Path) -> None:
     assert "stopped after 0 images" in done.stdout
 
 
-def test_serve_where_the_port_is_taken(
+def test_serve_says_that_the_port_is_taken(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Known before the weights, which aren't there, are read."""
@@ -464,14 +466,14 @@ def test_serve_where_the_port_is_taken(
 
 
 @pytest.mark.extra
-def test_serve_random_weights(folder: Path) -> None:
+def test_serve_says_that_weights_are_random(folder: Path) -> None:
     with served(folder) as server:
         status, answer = server.ask("/classify?top=1", (folder / "0.png").read_bytes())
         assert (status, len(answer["classes"])) == (200, 1)
         assert server.health()["model"] == "resnet18 with random weights"
 
 
-def test_serve_without_fastapi(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_serve_without_fastapi_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "fastapi", None)
     with pytest.raises(SystemExit, match=r"needs FastAPI and uvicorn .*: pip install 'fastres\[serve\]'"):
         module("serve")

@@ -124,7 +124,7 @@ def test_what_is_no_image_is_named_in_one_line(
 
 
 @pytest.mark.parametrize("kind", BAD)
-def test_training_names_it_too(kind: str, folder: Path) -> None:
+def test_training_names_what_is_no_image_too(kind: str, folder: Path) -> None:
     make, said = BAD[kind]
     bad = folder / "1b.JPEG"
     make(bad)
@@ -139,7 +139,7 @@ def test_training_names_it_too(kind: str, folder: Path) -> None:
         assert "\n" not in str(found)
 
 
-def test_an_image_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_image_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Root may read everything, so the system's answer is replaced."""
 
     def forbidden(path: object, *_: object) -> None:
@@ -213,7 +213,7 @@ def test_the_order_is_torchvisions(tmp_path: Path) -> None:
     assert len(found) == 8
 
 
-def test_a_folder_that_can_t_be_listed(
+def test_a_folder_that_can_t_be_listed_is_named(
     folder: Path, weights: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """`predict` names it and goes on, for it needn't hold images (lost+found); what counts images is refused."""
@@ -400,7 +400,7 @@ def test_a_whole_image_that_no_memory_holds_is_named(
 # names
 
 
-def test_names_that_can_be_shown_and_kept() -> None:
+def test_any_name_can_be_shown_and_kept() -> None:
     odd = os.fsdecode(ODD)
     assert printable(odd) == utf8(odd) == r"caf\xe9.png"
     assert printable(HOSTILE) == r"a\nb\x1b[31m\u202ec.png"
@@ -408,7 +408,7 @@ def test_names_that_can_be_shown_and_kept() -> None:
     assert printable(utf8("\ud83d é 日本\t🙂")) == "\\ud83d é 日本\t🙂"
 
 
-def test_predict_of_names_that_are_not_utf8(folder: Path, weights: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_predict_takes_names_that_are_not_utf8(folder: Path, weights: str, capsys: pytest.CaptureFixture[str]) -> None:
     for name in (ODD, HOSTILE.encode()):
         picture().save(folder / "0.png")
         os.link(folder / "0.png", os.path.join(os.fsencode(folder), name))
@@ -432,7 +432,7 @@ def test_predict_of_names_that_are_not_utf8(folder: Path, weights: str, capsys: 
     assert {row["name"] for row in rows} == {r"p\xe2t\xe9", "b\x1b]0;c"}
 
 
-def test_classes_that_are_not_utf8(
+def test_classes_may_have_names_that_are_not_utf8(
     tree: Path, weights: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Trained on and tested on; the checkpoint's classes are those of the folders."""
@@ -453,7 +453,7 @@ def test_classes_that_are_not_utf8(
         assert "%  z\\xff\n" in capsys.readouterr().out
 
 
-def test_output_in_ascii(folder: Path, weights: str) -> None:
+def test_an_output_in_ascii_escapes_what_it_lacks(folder: Path, weights: str) -> None:
     os.rename(folder / "0.png", folder / "é日.png")
     os.rename(folder / "1.png", os.path.join(os.fsencode(folder), ODD))
     command = [sys.executable, "-m", "fastres", "predict", str(folder), "--weights", weights, *SMALL, "--top", "1"]
@@ -511,7 +511,7 @@ def test_a_table_is_whole_or_called_otherwise(tmp_path: Path) -> None:
     assert not part.exists()
 
 
-def test_a_disk_that_fills_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_fills_up_leaves_whole_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     table = Table(tmp_path / "a.csv")
     table.row("whole")
 
@@ -528,7 +528,7 @@ def test_a_disk_that_fills_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has /dev/full")
 @pytest.mark.parametrize("command", ["eval", "predict"])
-def test_a_table_on_a_device(
+def test_a_table_may_go_to_a_device(
     command: str, tree: Path, weights: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """It is written in place, also through a link, and stays what it is."""
@@ -579,7 +579,7 @@ def test_whoever_reads_the_output_may_leave(command: str, workers: str, tree: Pa
     "content",
     [b"\xef\xbb\xbfcat\ndog\n", b"cat\r\ndog\r\n", b"cat\ndog", b"cat\ndog\n\n \n", b"\xef\xbb\xbfcat\rdog\r"],
 )
-def test_labels_as_editors_write_them(
+def test_labels_are_read_as_editors_write_them(
     content: bytes, folder: Path, weights: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (folder.parent / "labels.txt").write_bytes(content)
@@ -599,7 +599,7 @@ def test_labels_as_editors_write_them(
         (b"cat\ndog\nbird", "names 3 classes"),
     ],
 )
-def test_labels_that_are_refused(
+def test_labels_that_name_no_class_are_refused(
     content: bytes, said: str, folder: Path, weights: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (folder.parent / "labels.txt").write_bytes(content)

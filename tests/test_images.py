@@ -102,7 +102,7 @@ def test_16_bits_of_colour_or_with_alpha_are_one_level_off_at_most(colour: int, 
         ("RGBA", "a.tif", 0),
     ],
 )
-def test_colour_in_every_mode(mode: str, name: str, away: int, tmp_path: Path) -> None:
+def test_colour_is_read_in_every_mode(mode: str, name: str, away: int, tmp_path: Path) -> None:
     """And in grey, for nets of one channel. What is transparent shows the colour beneath it."""
     image = Image.new("RGB", (16, 16), COLOUR)
     image = image.quantize(2) if mode == "P" else image.convert(mode)
@@ -136,7 +136,7 @@ def test_exif_orientation_is_ignored(name: str, tmp_path: Path) -> None:
     assert found[:, :12].max() < 40 < 215 < found[:, 20:].min()
 
 
-def test_the_first_of_several_pictures(tmp_path: Path) -> None:
+def test_the_first_of_several_pictures_is_read(tmp_path: Path) -> None:
     first, second = (Image.new("L", (4, 4), level) for level in (10, 240))
     for name in ("a.png", "a.tif"):
         path = written(tmp_path / name, first, save_all=True, append_images=[second])

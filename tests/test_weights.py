@@ -85,7 +85,7 @@ def image(tmp_path: Path) -> str:
 
 
 @pytest.mark.parametrize("command", ["eval", "predict"])
-def test_published_weights_without_counters_of_batches(
+def test_published_weights_may_lack_counters_of_batches(
     command: str,
     image: str,
     imagenet: Path,
@@ -136,7 +136,7 @@ def test_counters_that_are_absent_stay(state: dict[str, Tensor]) -> None:
 
 @pytest.mark.parametrize("inside", ["", "state_dict"])
 @pytest.mark.parametrize("name", WRAPPERS)
-def test_wrappers(name: str, inside: str, state: dict[str, Tensor], tmp_path: Path) -> None:
+def test_weights_are_found_within_wrappers(name: str, inside: str, state: dict[str, Tensor], tmp_path: Path) -> None:
     content = {"epoch": 3, name: {inside: state, "step": torch.tensor(1)} if inside else state, "x": torch.zeros(2)}
     read = loads(written(tmp_path / "a.pt", content), state)
     averaged = "ema" in name
@@ -207,7 +207,7 @@ def wrapped(model: nn.Module, kinds: str) -> nn.Module:
 
 @pytest.mark.parametrize("form", ["pt", "safetensors"])
 @pytest.mark.parametrize("kinds", ["d", "c", "l", "a", "cd", "dc", "ac", "ca", "lc", "cl", "cdla", "adcl", "dd"])
-def test_prefixes(kinds: str, form: str, state: dict[str, Tensor], tmp_path: Path) -> None:
+def test_prefixes_of_wrappers_are_taken_off(kinds: str, form: str, state: dict[str, Tensor], tmp_path: Path) -> None:
     model = net()
     model.load_state_dict(state)
     theirs = wrapped(model, kinds).state_dict()
@@ -220,7 +220,7 @@ def test_prefixes(kinds: str, form: str, state: dict[str, Tensor], tmp_path: Pat
         loads(str(path), state)
 
 
-def test_what_compile_saves(state: dict[str, Tensor], tmp_path: Path) -> None:
+def test_what_compile_saves_loads(state: dict[str, Tensor], tmp_path: Path) -> None:
     model = net()
     model.load_state_dict(state)
     assert loads(written(tmp_path / "a.pt", torch.compile(model).state_dict()), state).state.keys() == state.keys()
@@ -301,7 +301,9 @@ BESIDE: dict[str, Any] = {
 
 @pytest.mark.parametrize("modern", [True, False])
 @pytest.mark.parametrize("kind", BESIDE)
-def test_objects_beside_the_weights(kind: str, modern: bool, state: dict[str, Tensor], tmp_path: Path) -> None:
+def test_objects_beside_the_weights_do_no_harm(
+    kind: str, modern: bool, state: dict[str, Tensor], tmp_path: Path
+) -> None:
     if kind == "module" and not modern:
         pytest.skip("files of old hold a module's source: refused")
     before = {*torch.serialization.get_safe_globals()}
@@ -350,7 +352,7 @@ def test_arrays_are_no_weights(state: dict[str, Tensor], tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("protocol", [3, 4, 5])
-def test_other_protocols_of_pickle(protocol: int, state: dict[str, Tensor], tmp_path: Path) -> None:
+def test_other_protocols_of_pickle_are_read_or_refused(protocol: int, state: dict[str, Tensor], tmp_path: Path) -> None:
     file = written(tmp_path / "a.pt", state, pickle_protocol=protocol)
     if protocol == 3:
         loads(file, state)
@@ -412,7 +414,9 @@ UNFIT: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
 
 
 @pytest.mark.parametrize("kind", UNFIT)
-def test_tensors_that_are_no_weights(kind: str, state: dict[str, Tensor], image: str, tmp_path: Path) -> None:
+def test_tensors_that_are_no_weights_are_refused(
+    kind: str, state: dict[str, Tensor], image: str, tmp_path: Path
+) -> None:
     make, described = UNFIT[kind]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -427,7 +431,7 @@ def test_tensors_of_classes_of_their_own_are_no_weights(state: dict[str, Tensor]
     assert "isn't a tensor (test_weights.Own)" in unread(written(tmp_path / "a.pt", state))
 
 
-def test_a_classifier_without_rows(
+def test_a_classifier_without_rows_is_refused(
     state: dict[str, Tensor], image: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     state["fc.weight"], state["fc.bias"] = state["fc.weight"][:0], state["fc.bias"][:0]
@@ -437,7 +441,7 @@ def test_a_classifier_without_rows(
 
 
 @pytest.mark.parametrize("make", ["fifo", "device"])
-def test_what_is_no_file(make: str, tmp_path: Path) -> None:
+def test_what_is_no_file_is_refused(make: str, tmp_path: Path) -> None:
     path = tmp_path / "a.pt" if make == "fifo" else Path("/dev/zero")
     if make == "fifo":
         os.mkfifo(path)
@@ -458,7 +462,7 @@ def with_metadata(path: Path, meta: Any, state: dict[str, Tensor], preprocess: A
 
 
 @pytest.mark.parametrize("text", ["[1, 2]", "3", "null", '"a"', "{", "[" * 100_000, "NaN", "\ud800"[:0] + "{}{}"])
-def test_metadata_that_are_no_dict(text: str, state: dict[str, Tensor], tmp_path: Path) -> None:
+def test_metadata_that_are_no_dict_are_refused(text: str, state: dict[str, Tensor], tmp_path: Path) -> None:
     file = with_metadata(tmp_path / "a.safetensors", text, state)
     assert "its metadata are" in (said := unread(file)) or "is truncated, damaged" in said
 
@@ -492,7 +496,7 @@ def test_metadata_that_are_no_dict(text: str, state: dict[str, Tensor], tmp_path
         ("categories", [None, "b"], "a list of names"),
     ],
 )
-def test_metadata_of_other_types(
+def test_metadata_of_other_types_are_refused(
     form: str,
     key: str,
     value: Any,
@@ -538,7 +542,7 @@ MEAN, STD = torch.full((3, 1, 1), 0.5), torch.full((3, 1, 1), 0.25)
         {"mean": np.zeros((3, 1, 1)), "std": STD},
     ],
 )
-def test_statistics_that_are_none(preprocess: Any, state: dict[str, Tensor], tmp_path: Path) -> None:
+def test_statistics_that_are_none_are_refused(preprocess: Any, state: dict[str, Tensor], tmp_path: Path) -> None:
     file = with_metadata(tmp_path / "a.pt", META, state, preprocess)
     assert "for a net of 3 channels; finite mean [channels, height, width] and positive std" in unread(file)
     good = with_metadata(tmp_path / "a.pt", META, state, {"mean": MEAN, "std": STD, "axes": 3})
@@ -546,7 +550,7 @@ def test_statistics_that_are_none(preprocess: Any, state: dict[str, Tensor], tmp
 
 
 @pytest.mark.parametrize("beside", [{"meta": "by hand"}, {"meta": [1]}, {"preprocess": "resize 256"}])
-def test_what_others_keep_under_our_names(beside: Any, state: dict[str, Tensor], tmp_path: Path) -> None:
+def test_what_others_keep_under_our_names_is_not_ours(beside: Any, state: dict[str, Tensor], tmp_path: Path) -> None:
     read = loads(written(tmp_path / "a.pt", {"model": state, **beside}), state)
     assert (read.meta, read.preprocess) == ({}, {})
 
@@ -565,7 +569,9 @@ def test_what_others_keep_under_our_names(beside: Any, state: dict[str, Tensor],
         ("ResNet18_Weights.IMAGENET1K_V1", "resnet50", "is of resnet18, not of resnet50"),
     ],
 )
-def test_misspelt_names(name: str, model: str | None, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_misspelt_names_are_refused_with_those_meant(
+    name: str, model: str | None, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(WeightsEnum, "get_state_dict", None)  # nothing is fetched
     with pytest.raises(ValueError, match=re.escape(said)) as refusal:
         weights.read(name, model)
@@ -573,7 +579,9 @@ def test_misspelt_names(name: str, model: str | None, said: str, monkeypatch: py
 
 
 @pytest.mark.parametrize("content", [b"", b"text", b"PK\3\4 cut off"])
-def test_a_fetched_file_that_is_damaged(content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fetched_file_that_is_damaged_is_refused(
+    content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     file = tmp_path / "hub" / "checkpoints" / "resnet18-f37072fd.pth"
     file.parent.mkdir(parents=True)
@@ -647,7 +655,7 @@ PUBLISHED = ["--checkpoint", "ResNet18_Weights.IMAGENET1K_V1", "--device", "cpu"
         ((64.0, 88.0, 1000), 3, ["beyond the margin of 4.41 for 1,000 of 50,000 images", "within"]),
     ],
 )
-def test_the_published_accuracy(
+def test_eval_holds_the_published_accuracy_against_its_own(
     result: tuple[float, float, int],
     status: int,
     said: list[str],
@@ -679,7 +687,7 @@ def test_the_published_accuracy(
         (["--expect", "90"], "invalid choice: '90'"),
     ],
 )
-def test_what_can_not_be_compared(
+def test_what_can_not_be_compared_is_refused(
     more: list[str], said: str, imagenet: Path, found: list[Result], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Before anything is evaluated: there is no result to give."""

@@ -92,7 +92,7 @@ def check_schema(record: dict[str, Any]) -> None:
         assert row.keys() == expected
 
 
-def test_script(tmp_path: Path) -> None:
+def test_the_script_writes_table_record_and_picture(tmp_path: Path) -> None:
     """As the README runs it: FLOPs table, both modes, record, picture."""
     path, picture = tmp_path / "new" / "r.json", tmp_path / "r.png"
     command = [sys.executable, str(BENCH / "run.py"), *RESNET, "--backend", "eager,timm,fastres"]
@@ -124,7 +124,7 @@ def test_script(tmp_path: Path) -> None:
     assert list(path.parent.iterdir()) == [path], "no temporary file stays"
 
 
-def test_flops_table(bench: SimpleNamespace) -> None:
+def test_the_flops_table_holds_the_papers_figures_and_ours(bench: SimpleNamespace) -> None:
     table = bench.run.flops_table(("resnet50",))
     counts = {row["net"]: (row["paper"], round(row["ours"], 3)) for row in table if row["paper"] is not None}
     assert counts == {
@@ -142,7 +142,7 @@ def test_flops_table(bench: SimpleNamespace) -> None:
     }
 
 
-def test_flops_table_of_other_nets(bench: SimpleNamespace) -> None:
+def test_other_nets_stand_beside_the_papers_in_the_flops_table(bench: SimpleNamespace) -> None:
     """Beside the paper's figures where it prints any for nets of the kind; by themselves elsewhere."""
     table = bench.run.flops_table(("paper-34-B", "plain-18"))
     assert {"net": "plain-18", "paper": 1.8}.items() <= table[1].items()
@@ -207,7 +207,7 @@ def test_help_names_every_default(bench: SimpleNamespace, monkeypatch: pytest.Mo
         assert action.nargs == 0 or "default: " in (action.help or ""), action.option_strings
 
 
-def test_stopped_before_anything_is_measured(
+def test_a_run_stopped_before_anything_is_measured_says_so(
     bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     def stopped(plan: Any, record: Any) -> None:
@@ -253,7 +253,7 @@ def test_a_record_is_neither_replaced_nor_lost(
     assert f"{path} exists: go on with it by --resume, or name another" in capsys.readouterr().err
 
 
-def test_bf16_without_bf16(
+def test_a_gpu_without_bf16_names_what_it_has(
     bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.setattr(bench.run, "pick_device", lambda name: torch.device("cuda", 0))
@@ -264,7 +264,7 @@ def test_bf16_without_bf16(
     assert "Old GPU has no bf16; accepted here: --dtype fp16, fp32" in capsys.readouterr().err
 
 
-def test_missing_matplotlib(
+def test_without_matplotlib_a_picture_is_refused(
     bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     find = importlib.util.find_spec
@@ -383,7 +383,9 @@ def test_a_row_that_fails_does_not_stop_the_others(
     assert again["infer", "fastres"] == found["infer", "fastres"], "and leaves the others alone"
 
 
-def test_a_reference_that_does_not_fit(bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_reference_that_does_not_fit_is_told(
+    bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     def full(*_: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
@@ -491,7 +493,7 @@ def advised(backend: str, *img_s: float, mode: str = "infer", **other: Any) -> d
     return row | {"arithmetic": "fp32", "path": "plain path"} | other
 
 
-def test_advice(bench: SimpleNamespace) -> None:
+def test_the_advice_says_what_is_fastest_and_where_nothing_is_won(bench: SimpleNamespace) -> None:
     """What was measured and is steady; the honest word where a peer is faster or nothing is won."""
     int8 = {"arithmetic": "int8", "agreement": 0.75, "agreement_images": 64}
     rows = [advised("eager-channels-last", 32), advised("onnxruntime", 55), advised("fastres-optimize", 52)]
@@ -564,7 +566,7 @@ def test_a_row_whose_windows_spread_is_not_ranked(
     assert ratio == (1, 1, 1)
 
 
-def test_photographs(bench: SimpleNamespace) -> None:
+def test_photographs_differ_and_come_again_by_their_seed(bench: SimpleNamespace) -> None:
     first, second = bench.photos.batches(2, 3, 48, seed=1)
     again = bench.photos.batches(2, 3, 48, seed=1)
     assert first.shape == (3, 3, 48, 48)
@@ -576,7 +578,7 @@ def test_photographs(bench: SimpleNamespace) -> None:
     assert all(not torch.equal(a, b) for i, a in enumerate(images) for b in images[:i])
 
 
-def test_defaults_by_device(bench: SimpleNamespace) -> None:
+def test_each_device_has_the_rows_that_serve_it(bench: SimpleNamespace) -> None:
     table, choose = bench.backends.BACKENDS, bench.backends.by_default
     idle = {
         "infer": {name for name, backend in table.items() if backend.graph},
@@ -615,7 +617,7 @@ def test_the_switched_net_is_the_net(bench: SimpleNamespace) -> None:
     assert not dispatch._fusions.get().overlap
 
 
-def test_why_a_backend_cannot_run(bench: SimpleNamespace) -> None:
+def test_a_backend_that_cannot_run_says_why(bench: SimpleNamespace) -> None:
     table, case = bench.backends.BACKENDS, bench.backends.Case
     cuda = case("cifar-20", "train", 2, torch.float32, 32, torch.device("cuda"))
     infer, cpu = dataclasses.replace(cuda, mode="infer"), dataclasses.replace(cuda, device=torch.device("cpu"))
@@ -627,7 +629,9 @@ def test_why_a_backend_cannot_run(bench: SimpleNamespace) -> None:
     assert table["timm"].why_not(cuda) == "timm has no cifar-20"
 
 
-def test_other_nets(bench: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_other_nets_have_their_own_size_and_share_a_record(
+    bench: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     """--net: usual image size and number of classes, one record for several nets, drawn."""
     path, picture = tmp_path / "r.json", tmp_path / "r.svg"
     ask = [*FEW, "--json", str(path), "--resume"]
@@ -797,7 +801,9 @@ def test_onnxruntime_answers_as_eager(bench: SimpleNamespace) -> None:
     assert options.get_session_config_entry("session.force_spinning_stop") == "1"
 
 
-def test_a_cpu_without_the_instructions(bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cpu_without_the_instructions_refuses_such_rows(
+    bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
     case = bench.backends.Case("resnet50", "infer", 4, torch.float32, 224, torch.device("cpu"))
     for name in dispatch._ISA_LIMITS:
         monkeypatch.delenv(name, raising=False)
@@ -855,7 +861,7 @@ def test_float8_needs_a_gpu_that_has_it(bench: SimpleNamespace, monkeypatch: pyt
 
 
 @pytest.mark.parametrize(("reading", "joules"), [("500.00", 5.0), ("[N/A]", None)])
-def test_energy_of_an_image(reading: str, joules: float | None, bench: SimpleNamespace) -> None:
+def test_energy_of_an_image_is_power_by_speed(reading: str, joules: float | None, bench: SimpleNamespace) -> None:
     row = {"status": "ok", "img_s": 100.0, "window_img_s": [100.0] * 7}
     assert bench.measure.settled(row | {"clocks": {"power.draw": reading}})["joules_per_image"] == joules
     assert bench.measure.settled(row | {"clocks": None})["joules_per_image"] is None
@@ -917,7 +923,7 @@ class Unsteady(nn.Linear):
         return super().forward(x) * (self.calls > 0)
 
 
-def test_compiled_rows(
+def test_compiled_rows_count_graphs_breaks_and_recompiles(
     bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     def unsteady(name: str) -> nn.Module:
@@ -978,7 +984,7 @@ def test_transposed_layouts_are_noted(bench: SimpleNamespace, monkeypatch: pytes
 
 
 @pytest.mark.slow
-def test_every_backend_of_this_device(bench: SimpleNamespace, tmp_path: Path) -> None:
+def test_every_backend_of_this_device_runs(bench: SimpleNamespace, tmp_path: Path) -> None:
     path = tmp_path / "r.json"
     assert bench.run.main([*RESNET, "--backend", "all", "--json", str(path)]) == 0
     record = json.loads(path.read_text())

@@ -99,7 +99,9 @@ def test_the_last_result_counts(proof: ModuleType, tmp_path: Path) -> None:
     assert (tmp_path / "nvidia-h200-tests.md").exists()
 
 
-def test_what_is_no_log_or_another_machines(proof: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_what_is_no_log_or_another_machines_is_refused(
+    proof: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     result = "1 worker [1 item]", "[gw0] [100%] PASSED tests/test_a.py::test_one "
     bare, empty = tmp_path / "bare.log", log(tmp_path / "empty.log", result[0])
     bare.write_text("\n".join(result) + "\n")
@@ -245,7 +247,7 @@ def test_no_text_covers_another(name: str, readme: ModuleType, monkeypatch: pyte
 
 
 @pytest.mark.parametrize(("depth", "part", "recomputed"), [(18, 0.63, 0.57), (34, 0.67, 0.55), (50, 0.79, 0.60)])
-def test_bytes_kept_for_backward_beside_stock(depth: int, part: float, recomputed: float) -> None:
+def test_bytes_kept_for_backward_are_few_beside_stocks(depth: int, part: float, recomputed: float) -> None:
     """Every raw convolution output and every block's output once, the last only where they are not recomputed; stock
     keeps the activations between them, too. The committed table holds what is counted."""
     memory = importlib.import_module("memory")
@@ -257,7 +259,7 @@ def test_bytes_kept_for_backward_beside_stock(depth: int, part: float, recompute
     assert {name: int(value) for name, value in committed[depth].items()} == row
 
 
-def test_a_block_s_bytes_by_hand() -> None:
+def test_a_blocks_bytes_are_those_counted_by_hand() -> None:
     """Of ResNet-18 eager PyTorch keeps, in elements of a 224 x 224 image: the image; the stem's convolution, its
     activation and the pool's indices (8 bytes each); for each of 8 blocks both convolutions, the activation between
     them and the block's output; 3 projections; the average. The pool's output is the first block's input."""
@@ -321,7 +323,9 @@ def of_a_cpu() -> dict[str, Any]:
     return made | {"environment": where, "flops": flops, "rows": rows}
 
 
-def test_pages_of_a_cpu(readme: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_pages_of_a_cpu_show_each_dtype_beside_the_best_peer(
+    readme: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Each dtype beside eager PyTorch and beside the best peer in it; what is noisy stays out. A record that is named
     replaces the one that is shown."""
     folder = tmp_path / "bench" / "records"
@@ -358,12 +362,12 @@ def test_pages_of_a_cpu(readme: ModuleType, tmp_path: Path, monkeypatch: pytest.
     assert (tmp_path / "docs" / "benchmarks.md").read_text() == full
 
 
-def test_a_cpu_s_record_without_inference(readme: ModuleType) -> None:
+def test_a_cpus_record_without_inference_is_refused(readme: ModuleType) -> None:
     with pytest.raises(ValueError, match=r"bench/records/x\.json has no inference"):
         readme.summary_of_cpu({"rows": []}, "bench/records/x.json")
 
 
-def test_what_no_picture_is_drawn_of(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_what_no_picture_can_be_drawn_of_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     plot, table = importlib.import_module("plot"), ROOT / "bench" / "records" / "nvidia-h200-kernels-50.csv"
     doubled = tmp_path / "fp32.csv"
     with table.open(newline="") as file:
@@ -417,7 +421,7 @@ def test_pictures_need_matplotlib(
     ],
 )
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu(script: str, message: str, capsys: pytest.CaptureFixture) -> None:
+def test_without_a_gpu_its_scripts_say_so(script: str, message: str, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit):
         importlib.import_module(script).main([])
     assert message in capsys.readouterr().err
@@ -443,13 +447,13 @@ def test_every_pass_is_timed_by_every_cut() -> None:
     assert before == (norm.STREAMED, norm.REDUCED, norm.WINDOWED, norm.WARPS)
 
 
-def test_short_names_of_kernels() -> None:
+def test_kernels_have_short_names() -> None:
     short = importlib.import_module("timeline").short
     assert short("void at::native::add<float, int<2>>(float*, (anonymous namespace)::T)") == "at::native::add"
     assert short("dgrad_kernel") == "dgrad_kernel"
 
 
-def test_losses_of_a_written_table(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_losses_of_a_written_table_come_largest_first(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     kernels = importlib.import_module("kernels")
     table = tmp_path / "table.csv"
     lines = ["dgrad,1x1,last,4,100,0,0,0.5,80,0.8,cudnn", "wgrad,3x3,inner,1,300,0,0,0.5,900,3,triton"]
@@ -470,7 +474,7 @@ def test_losses_of_a_written_table(tmp_path: Path, capsys: pytest.CaptureFixture
         (lambda record: record["rows"][0].update(img_s="fast"), "row 0 lacks img_s"),
     ],
 )
-def test_damaged_record_is_refused_by_name(tmp_path: Path, damage: Any, said: str) -> None:
+def test_a_damaged_record_is_refused_by_name(tmp_path: Path, damage: Any, said: str) -> None:
     records = importlib.import_module("record")
     record = records.read(BENCH / "records" / "cpu-epyc.json")
     damage(record)

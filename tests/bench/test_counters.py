@@ -83,7 +83,7 @@ def as_on_a_gpu(launches: Sequence[Any]) -> list[tuple[str, Sequence[int]]]:
     return found
 
 
-def test_parsing(bench: SimpleNamespace) -> None:
+def test_numbers_are_read_in_their_units(bench: SimpleNamespace) -> None:
     parse = bench.counters.parse
     (one,) = parse(written([("void at::native::reduce_kernel<512, 1, at::native::R<float>>(T3)", (4, 5))]))
     assert (one.kernel, one.grid) == ("at::native::reduce_kernel", (4, 5, 1))
@@ -163,7 +163,7 @@ def test_another_step_gets_no_layers(
     assert sum(int(row["count"]) for row in rows) == len(seen)
 
 
-def test_the_library_between_two_of_ours(bench: SimpleNamespace) -> None:
+def test_a_kernel_of_the_library_between_two_of_ours_gets_its_layer(bench: SimpleNamespace) -> None:
     launches = bench.predict.step(50, 256, "train", torch.bfloat16, "fastres")
     i = next(i for i, one in enumerate(launches) if one.kernel == "convolution_wgrad" and not launches[i + 1].ours)
     wgrad, dgrad = pair = launches[i : i + 2]

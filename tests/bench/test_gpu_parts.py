@@ -144,7 +144,7 @@ for module, function, argument in (("os", "_exit", 7), ("time", "sleep", 99), ("
     assert answered == "3"
 
 
-def test_what_a_failed_proof_ends(
+def test_a_failed_proof_ends_what_follows(
     gpu: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     given = {"a": "raise SystemExit(1)", "proof": gpu.Part(["-c", "raise SystemExit(1)"], proof=True), "b": "0"}
@@ -193,7 +193,7 @@ RACE = """
 PASSED tests/kernels/test_sanitized.py::test_kernel[wgrad_kernel, 3x3]"""
 
 
-def test_a_part_under_a_sanitizer(
+def test_a_part_under_a_sanitizer_counts_what_it_reports(
     gpu: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     code = f"import os; print(os.environ['PYTORCH_NO_CUDA_MEMORY_CACHING'], os.environ['WATCHED'] + {RACE!r})"
@@ -309,7 +309,7 @@ def test_the_record_of_tests_always_stands(
     assert (tmp_path / "tests.md").read_text() == said
 
 
-def test_plans_fit(gpu: ModuleType, parts: ModuleType, capsys: pytest.CaptureFixture) -> None:
+def test_plans_fit_into_their_minutes(gpu: ModuleType, parts: ModuleType, capsys: pytest.CaptureFixture) -> None:
     assert sorted(parts.PLANS) == [*range(1, 8)]
     for number, plan in parts.PLANS.items():
         assert {*plan.parts, *plan.spare} <= parts.PARTS.keys()
@@ -373,7 +373,9 @@ def test_every_command_line_is_understood(gpu: ModuleType, parts: ModuleType, sc
             scripts[script].parse_args(arguments)
 
 
-def test_commands(gpu: ModuleType, parts: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tests_share_their_processes_and_measurements_run_alone(
+    gpu: ModuleType, parts: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Tests share their processes with the plugins that are there; measurements run alone."""
     run = gpu.Run(Path("/o"), Path("/c"), None, 5, False, {})
     for found in (True, False):
@@ -438,7 +440,7 @@ def test_rehearsal_says_what_it_is(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("plan", range(1, 8))
-def test_plans_rehearsed(plan: int, parts: ModuleType, tmp_path: Path) -> None:
+def test_every_plan_can_be_rehearsed(plan: int, parts: ModuleType, tmp_path: Path) -> None:
     """All of a plan in order, as far as a machine without a GPU goes."""
     rehearse("--plan", str(plan), "--minutes", "60", "--jobs", "2", "--out", str(tmp_path))
     out = tmp_path / "rehearsal"

@@ -23,7 +23,9 @@ def layers(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return importlib.import_module("layers_cpu")
 
 
-def test_table(layers: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_the_table_has_every_convolution_and_the_sum(
+    layers: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     """Every convolution of the net with both times, and what the whole takes."""
     file = tmp_path / "new" / "layers.csv"
     assert layers.main(["--depth", "18", "--size", "32", "--csv", str(file)]) == 0

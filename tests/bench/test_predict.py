@@ -121,7 +121,7 @@ def kernels_of(bench: SimpleNamespace, p: ConvProblem, pass_: str, role: Any, ba
     return launches
 
 
-def test_bytes_of_a_convolution_by_hand(bench: SimpleNamespace) -> None:
+def test_bytes_of_a_convolution_are_those_counted_by_hand(bench: SimpleNamespace) -> None:
     N, C, K, H = 2, 64, 256, 56
     role = bench.layers.Role("last")
     (one,) = kernels_of(bench, ConvProblem(N, H, H, C, K), "fprop", role, "triton")
@@ -144,7 +144,7 @@ def test_a_1x1_of_stride_2_reads_a_quarter_of_its_pixels(bench: SimpleNamespace)
         assert sum(one.flops for one in gradient) == pytest.approx(2 * p.multiply_adds, rel=COUNTS)
 
 
-def test_bytes_of_a_pass_by_hand(bench: SimpleNamespace) -> None:
+def test_bytes_of_a_pass_are_those_counted_by_hand(bench: SimpleNamespace) -> None:
     z, residual = (torch.empty(2, 8, 8, 64, dtype=BF16, device="meta") for _ in range(2))
     v = torch.empty(64, device="meta")
     with bench.calls.recorded(BF16) as recorder:
@@ -377,7 +377,9 @@ def test_the_constants_are_what_a_fit_gives_and_hold_where_they_were_not_fitted(
         ("infer", "inductor", 0.78, 0.88),
     ],
 )
-def test_a_step_beside_the_record(bench: SimpleNamespace, mode: str, backend: str, low: float, high: float) -> None:
+def test_a_step_is_as_near_to_the_record_as_it_was(
+    bench: SimpleNamespace, mode: str, backend: str, low: float, high: float
+) -> None:
     """Predicted / measured time: the library's kernels are given no tile and so are predicted too fast."""
     _, img_s = bench.predict.on_record("NVIDIA H200", 50, 256, mode, "bf16", backend)
     us = sum(bench.predict.time(one, *H200).predicted for one in steps_of(50, 256, mode, backend))
@@ -427,7 +429,7 @@ def test_a_goal_is_covered_by_what_is_lost(bench: SimpleNamespace) -> None:
     assert "bytes or FLOPs must go" in bench.predict.towards(10 * goal, found, 256, None)
 
 
-def test_the_command_on_a_machine_without_a_gpu(tmp_path: Path) -> None:
+def test_the_command_runs_on_a_machine_without_a_gpu(tmp_path: Path) -> None:
     sink = tmp_path / "deep" / "rows.csv"
     command = [sys.executable, str(BENCH / "predict.py"), "--goal", "9000", "--measured", str(KERNELS)]
     hidden = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "FASTRES_CACHE_DIR": str(tmp_path)}
@@ -441,7 +443,9 @@ def test_the_command_on_a_machine_without_a_gpu(tmp_path: Path) -> None:
     assert all(row["bound"] and int(row["count"]) > 0 for row in written)
 
 
-def test_a_fusion_that_is_asked_for(bench: SimpleNamespace, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_fusion_that_is_asked_for_is_in_the_prediction(
+    bench: SimpleNamespace, capsys: pytest.CaptureFixture[str]
+) -> None:
     """An activation that is kept is normalised once, not twice."""
     kernels = []
     for arguments in ([], ["--fusions", "keep_activation=1", "overlap=0"]):

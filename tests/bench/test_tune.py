@@ -192,7 +192,7 @@ def test_either_way_of_loading_is_launched(
 @pytest.mark.parametrize("pass_", ["dgrad", "wgrad"])
 @pytest.mark.parametrize("on_load", [True, False])
 @pytest.mark.parametrize("summed", [True, False])
-def test_who_pays_for_a_stored_dz(
+def test_half_of_a_stored_dz_is_on_who_needs_it(
     pass_: str,
     on_load: bool,
     summed: bool,
@@ -219,7 +219,7 @@ def test_who_pays_for_a_stored_dz(
     assert found.tile == ("on load" if (found.on_load if pass_ == "dgrad" else on_load) else "stored")
 
 
-def test_half_of_a_pass(layers: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_half_of_a_pass_is_half_of_its_time(layers: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     operands, ran = layers.Operands.random(POINTWISE, torch.float32, CPU), []
     monkeypatch.setattr(layers, "microseconds", lambda work: ran.append(work()) or 8.0)
     assert layers.half_of_dz(layers.pair(POINTWISE, torch.float32, CPU), operands) == 4

@@ -62,7 +62,7 @@ def _step(net: nn.Module, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
 
 
 @covered(by=each, indirect=["path"], name=["resnet18", "resnet50", "resnext50_32x4d"], path=PATHS)
-def test_torchvision(path: str, name: str) -> None:
+def test_torchvisions_nets_are_converted(path: str, name: str) -> None:
     net = getattr(torchvision.models, name)(num_classes=5)
     report = same_after_conversion(net)
     assert type(report.model) is fastres.ResNet
@@ -85,7 +85,7 @@ def test_hooks_stay(path: str) -> None:
     assert seen == ["layer1.0", "layer1.1.relu", "layer1.1.relu", "layer2.0.bn1"]
 
 
-def test_detection_backbone(path: str) -> None:
+def test_a_detectors_backbone_is_converted(path: str) -> None:
     """IntermediateLayerGetter keeps the stages, not the ResNet, and its norm layers are FrozenBatchNorm2d."""
     net = torchvision.models.detection.fasterrcnn_resnet50_fpn(weights=None, weights_backbone=None).eval()
     twin = copy.deepcopy(net)
@@ -98,14 +98,14 @@ def test_detection_backbone(path: str) -> None:
 
 
 @pytest.mark.parametrize("path", [extra("auto"), "reference"], indirect=True)
-def test_segmentation_net(path: str) -> None:
+def test_a_segmentation_net_is_converted(path: str) -> None:
     net = torchvision.models.segmentation.deeplabv3_resnet50(weights=None, weights_backbone=None, num_classes=3)
     net.classifier[0].project[3].p = 0.0  # dropout would draw differently
     report = same_after_conversion(net.eval())
     assert len(report.converted) == 16
 
 
-def test_what_is_kept_and_why() -> None:
+def test_what_is_kept_is_told_with_the_reason() -> None:
     class Mine(torchvision.models.resnet.BasicBlock):
         def forward(self, x: Tensor) -> Tensor:
             return x
@@ -145,7 +145,7 @@ class TestTimm:
         self.timm = pytest.importorskip("timm")
 
     @covered(by=each, indirect=["path"], name=["resnet18", "resnet50"], path=PATHS)
-    def test_plain_nets(self, path: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_timms_plain_nets_are_converted(self, path: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         from fastres.models import resnet
         from fastres.models import timm as ours
 
@@ -173,12 +173,14 @@ class TestTimm:
             ("resnet50_gn", {}, 0, "GroupNorm"),
         ],
     )
-    def test_what_is_kept_and_why(self, name: str, options: dict[str, Any], converted: int, reason: str) -> None:
+    def test_what_is_kept_is_told_with_the_reason(
+        self, name: str, options: dict[str, Any], converted: int, reason: str
+    ) -> None:
         report = fastres.convert(self.timm.create_model(name, num_classes=5, **options))
         assert any(reason in why for why in report.kept.values()), report
         assert len(report.converted) == converted, report
 
-    def test_registry(self, path: str) -> None:
+    def test_timms_registry_builds_ours(self, path: str) -> None:
         import fastres.timm
 
         assert len(self.timm.list_models("fastres_*")) == 10
@@ -194,7 +196,7 @@ class TestTimm:
         assert [f.shape[1] for f in features(images(1).float())] == [64, 64, 128, 256, 512]
         assert type(features.layer1[0] if hasattr(features, "layer1") else None) is fastres.timm.BasicBlock
 
-    def test_gradient_checkpointing(self, path: str) -> None:
+    def test_gradient_checkpointing_goes_on(self, path: str) -> None:
         net = self.timm.create_model("resnet18", num_classes=5)
         net.set_grad_checkpointing()
         same_after_conversion(net)

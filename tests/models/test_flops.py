@@ -37,7 +37,7 @@ def on_meta(build: Callable[[], nn.Module]) -> nn.Module:
 
 
 @covered(by=each, shape=[(1, 3, 224, 224), (3, 3, 65, 97)], name=[*NETS])
-def test_agrees_with_torch(name: str, shape: tuple[int, ...]) -> None:
+def test_counts_are_those_of_torch(name: str, shape: tuple[int, ...]) -> None:
     net = on_meta(NETS[name]).eval()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         net(torch.empty(shape, device="meta"))
@@ -64,14 +64,14 @@ def test_agrees_with_torch(name: str, shape: tuple[int, ...]) -> None:
         (fastres.resnet152, 11.514),
     ],
 )
-def test_exact_counts(build: Callable[[], nn.Module], gflops: float) -> None:
+def test_counts_are_exact(build: Callable[[], nn.Module], gflops: float) -> None:
     assert round(count(on_meta(build)).multiply_adds / 1e9, 3) == gflops
 
 
 @pytest.mark.parametrize(
     "row", [extra(row) if "1202" in row.name else row for row in PAPER_TABLE], ids=lambda row: row.name
 )
-def test_the_papers_figures(row: object) -> None:
+def test_counts_are_the_papers_figures(row: object) -> None:
     cost = row.cost()
     if row.gflops is not None:
         assert abs(cost.multiply_adds / 1e9 / row.gflops - 1) < PAPER
@@ -101,7 +101,7 @@ def test_the_baseline_is_torchvisions_vgg() -> None:
     assert round(costs["VGG-19"].multiply_adds / 1e9, 1) == 19.6
 
 
-def test_any_size_without_memory() -> None:
+def test_any_size_is_counted_without_memory() -> None:
     net = paper.cifar(8)
     small, large = count(net, 32).under("layer1"), count(net, 32 * 2**12).under("layer1")
     assert large.multiply_adds == small.multiply_adds * 2**24  # 17 G pixels: terabytes, had they been allocated
@@ -123,7 +123,7 @@ def test_the_model_is_left_alone() -> None:
     assert not any(module._forward_hooks for module in net.modules())
 
 
-def test_rows() -> None:
+def test_each_layer_has_a_row() -> None:
     cost = count(on_meta(lambda: paper.resnet(34)))
     first = cost.layers[0]
     assert (first.name, first.kind, first.output) == ("conv1", "Conv2d", (1, 64, 112, 112))
@@ -146,7 +146,7 @@ def test_rows() -> None:
     ],
     ids=lambda layer: type(layer).__name__,
 )
-def test_other_layers(layer: nn.Module) -> None:
+def test_other_layers_are_counted_as_torch_does(layer: nn.Module) -> None:
     shape = (2, 4, 9) if isinstance(layer, nn.Conv1d) else (2, 4, 9, 8)
     with FlopCounterMode(display=False) as counter:
         layer(torch.randn(shape))
@@ -173,12 +173,12 @@ def test_a_module_called_twice_works_twice_and_weighs_once() -> None:
 
 
 @pytest.mark.parametrize("size", [0, -1, (32,), (1, 2, 3), (1, 3, 0, 4), "32", (32, 1.5)])
-def test_wrong_size(size: object) -> None:
+def test_a_wrong_size_is_refused_with_those_accepted(size: object) -> None:
     with pytest.raises(ValueError, match=r"accepted: a side, \(H, W\) or \(N, C, H, W\)"):
         count(nn.Conv2d(3, 3, 1), size)
 
 
-def test_no_convolution_to_tell_the_channels() -> None:
+def test_a_net_without_convolutions_wants_the_whole_input() -> None:
     net = nn.Sequential(nn.Flatten(), nn.Linear(48, 2))
     with pytest.raises(ValueError, match="give the input as"):
         count(net, 4)
@@ -186,6 +186,6 @@ def test_no_convolution_to_tell_the_channels() -> None:
 
 
 @pytest.mark.parametrize("size", [10**11, 10**30])
-def test_size_beyond_any_tensor(size: int) -> None:
+def test_a_size_beyond_any_tensor_is_refused(size: int) -> None:
     with pytest.raises(ValueError, match="is larger than any tensor"):
         count(nn.Conv2d(3, 4, 1), size)

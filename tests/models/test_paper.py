@@ -108,13 +108,13 @@ def test_wrong_images_are_refused_with_the_right_shape(name: str, shape: tuple[i
 
 @pytest.mark.parametrize("channels", [1, 4])
 @pytest.mark.parametrize("build", [paper.cifar, paper.cifar_stem, paper.resnet])
-def test_in_channels_and_num_classes(build: Callable[..., nn.Module], channels: int) -> None:
+def test_channels_and_classes_can_be_chosen(build: Callable[..., nn.Module], channels: int) -> None:
     depth = 20 if build is paper.cifar else 18
     net = on_meta(lambda: build(depth, in_channels=channels, num_classes=7))
     assert net(torch.empty(2, channels, 32, 32, device="meta")).shape == (2, 7)
 
 
-def test_public_name() -> None:
+def test_the_papers_nets_are_fastres_paper() -> None:
     assert fastres.paper is paper
 
 
@@ -125,7 +125,7 @@ def test_public_name() -> None:
     ("depth", "counts"),
     [(18, (2, 2, 2, 2)), (34, (3, 4, 6, 3)), (50, (3, 4, 6, 3)), (101, (3, 4, 23, 3)), (152, (3, 8, 36, 3))],
 )
-def test_table_1(depth: int, counts: tuple[int, ...]) -> None:
+def test_imagenet_nets_are_those_of_table_1(depth: int, counts: tuple[int, ...]) -> None:
     net = on_meta(lambda: paper.resnet(depth))
     expansion = 4 if depth >= 50 else 1
     assert tuple(map(len, stages(net))) == counts
@@ -142,7 +142,7 @@ def test_table_1(depth: int, counts: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("depth", [8, 20, 32, 44, 56, 110, 1202])
 @pytest.mark.parametrize("residual", [True, False])
-def test_cifar_net(depth: int, residual: bool) -> None:
+def test_a_cifar_net_has_its_layers_and_sizes(depth: int, residual: bool) -> None:
     net = on_meta(lambda: paper.cifar(depth, residual))
     n = (depth - 2) // 6
     assert tuple(map(len, stages(net))) == (n, n, n)
@@ -161,7 +161,7 @@ def test_cifar_110_runs() -> None:
 
 
 @pytest.mark.parametrize("depth", [18, 34, 50, 101, 152])
-def test_cifar_stem_net(depth: int) -> None:
+def test_a_net_with_a_cifar_stem_has_its_layers_and_sizes(depth: int) -> None:
     net = on_meta(lambda: paper.cifar_stem(depth))
     x = net.relu(net.bn1(net.conv1(torch.empty(1, 3, 32, 32, device="meta"))))
     expansion = 4 if depth >= 50 else 1
@@ -183,7 +183,7 @@ def test_a_bottleneck_strides_its_first_1x1(depth: int) -> None:
 
 
 @pytest.mark.parametrize(("depth", "default"), [(18, "A"), (34, "A"), (50, "B"), (101, "B"), (152, "B")])
-def test_shortcut_options(depth: int, default: str) -> None:
+def test_shortcut_options_have_their_parameters(depth: int, default: str) -> None:
     nets = {option: on_meta(lambda o=option: paper.resnet(depth, o)) for option in (None, "A", "B", "C")}
     count = {option: parameters(net) for option, net in nets.items()}
     assert count[None] == count[default]
@@ -246,7 +246,7 @@ def test_a_bottleneck_block_is_what_the_paper_draws() -> None:
 
 
 @every_kind
-def test_initialisation(name: str) -> None:
+def test_weights_begin_as_he_et_al_draw_them(name: str) -> None:
     for module in SMALL[name]().modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)):
             weight = module.weight.detach().double()
@@ -358,7 +358,7 @@ def test_recordings_give_the_same(name: str) -> None:
     ("name", "backend"),
     [("bottleneck-B", "eager"), ("cifar-plain", "eager"), ("cifar", "eager"), ("cifar", "aot_eager")],
 )
-def test_compiles_without_a_graph_break(name: str, backend: str) -> None:
+def test_nets_compile_without_a_graph_break(name: str, backend: str) -> None:
     torch._dynamo.reset()
     net, x = small(name), images(2, size_for(name))
     with torch.no_grad():
@@ -366,7 +366,7 @@ def test_compiles_without_a_graph_break(name: str, backend: str) -> None:
 
 
 @every_kind
-def test_layouts_dtypes_and_training(name: str) -> None:
+def test_layouts_and_dtypes_agree_and_all_parameters_learn(name: str) -> None:
     net, x = small(name), images(4, size_for(name) + 1)
     ref = copy.deepcopy(net).double()(x.double())
     nhwc = copy.deepcopy(net).to(memory_format=torch.channels_last)

@@ -149,14 +149,14 @@ def outcome(call: Callable[[], Any]) -> Any:
 
 
 @pytest.mark.parametrize("name", BUILDERS)
-def test_builder_has_torchvisions_signature(name: str) -> None:
+def test_a_builder_has_torchvisions_signature(name: str) -> None:
     ours, theirs = inspect.signature(getattr(fastres, name)), inspect.signature(getattr(tv, name))
     assert ours.parameters == theirs.parameters
     assert inspect.signature(fastres.ResNet) == inspect.signature(tv.ResNet)
 
 
 @pytest.mark.parametrize("name", BUILDERS)
-def test_builder_has_torchvisions_layers(name: str) -> None:
+def test_a_builder_has_torchvisions_layers(name: str) -> None:
     with torch.device("meta"):
         ours, theirs = (getattr(family, name)() for family in (fastres, tv))
     assert repr(ours).replace("fastres.", "") == repr(theirs)
@@ -164,12 +164,12 @@ def test_builder_has_torchvisions_layers(name: str) -> None:
     assert list(shapes[0].items()) == list(shapes[1].items())
 
 
-# Deeper nets have more of the same blocks; blocks as wide as those left out stand in `test_options`.
+# Deeper nets have more of the same blocks; blocks as wide as those left out stand in `test_options_are_torchvisions`.
 KINDS = ["resnet18", "resnet50", "resnext50_32x4d"]
 
 
 @pytest.mark.parametrize("name", [name if name in KINDS else extra(name) for name in BUILDERS])
-def test_builder_is_torchvisions_net(name: str) -> None:
+def test_a_builder_makes_torchvisions_net(name: str) -> None:
     """Initialisation from one seed, state_dict, and in float64 scores, gradients and statistics of both modes."""
     torch.manual_seed(3)
     theirs = getattr(tv, name)()
@@ -213,7 +213,7 @@ def test_torchvisions_registry_builds_ours() -> None:
 
 
 @pytest.mark.parametrize("given", [fastres.ResNet18_Weights.IMAGENET1K_V1, "IMAGENET1K_V1", "DEFAULT"])
-def test_weights_load(given: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_published_weights_load(given: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     state = tv.resnet18().state_dict()
     asked = []
 
@@ -246,7 +246,7 @@ def test_weights_load(given: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     ],
     ids=str,
 )
-def test_options(path: str, block: str, options: dict[str, Any]) -> None:
+def test_options_are_torchvisions(path: str, block: str, options: dict[str, Any]) -> None:
     ours, theirs = pair(block, **options)
     for (key, a), (other, b) in zip(ours.state_dict().items(), theirs.state_dict().items(), strict=True):
         assert key == other
@@ -254,7 +254,7 @@ def test_options(path: str, block: str, options: dict[str, Any]) -> None:
     assert_same_steps(ours, theirs)
 
 
-def test_dilation(path: str) -> None:
+def test_dilation_is_torchvisions(path: str) -> None:
     """In the stages that `pair` leaves out."""
     ours, theirs = (
         family.resnet50(replace_stride_with_dilation=[False, True, True], num_classes=5).eval()
@@ -312,7 +312,7 @@ def _replace(net: nn.Module) -> None:
     net.layer4[0].conv2 = nn.Conv2d(64, 64, 3, padding=1, padding_mode="reflect")
 
 
-def test_replaced_submodules(path: str) -> None:
+def test_replaced_submodules_are_called(path: str) -> None:
     ours, theirs = pair()
     for net in (ours, theirs):
         torch.manual_seed(5)
@@ -330,7 +330,7 @@ def test_replaced_submodules(path: str) -> None:
     ],
     ids=["conv", "conv without norm", "norm first", "one conv more"],
 )
-def test_shortcuts_that_are_no_projection(shortcut: nn.Module, fused: Counter[str]) -> None:
+def test_shortcuts_that_are_no_projection_run_plain(shortcut: nn.Module, fused: Counter[str]) -> None:
     """Of the modules that a projection has, but not a convolution and then its norm."""
     ours, theirs = pair()
     for net in (ours, theirs):
@@ -342,7 +342,7 @@ def test_shortcuts_that_are_no_projection(shortcut: nn.Module, fused: Counter[st
         assert fused - before == {"residual_block": 2, "stem": 1}
 
 
-def test_folded_batch_norm(path: str) -> None:
+def test_a_folded_batch_norm_is_obeyed(path: str) -> None:
     ours, theirs = (net.eval() for net in pair())
     for net in (ours, theirs):
         for block in (net.layer1[0], net.layer2[0]):
@@ -351,7 +351,7 @@ def test_folded_batch_norm(path: str) -> None:
     assert torch.allclose(ours(images()), theirs(images()), rtol=NETS, atol=SUMS)
 
 
-def test_forward_set_on_an_instance(path: str) -> None:
+def test_a_forward_set_on_an_instance_is_called(path: str) -> None:
     ours, theirs = (net.double().eval() for net in pair())
     for net in (ours, theirs):
         net.layer1[0].bn1.forward = torch.sin
@@ -374,7 +374,7 @@ def test_forward_set_on_an_instance(path: str) -> None:
     },
     block=BLOCKS,
 )
-def test_copies(path: str, block: str, copied: Callable[[nn.Module], nn.Module]) -> None:
+def test_copies_are_nets_of_their_own(path: str, block: str, copied: Callable[[nn.Module], nn.Module]) -> None:
     ours, theirs = (net.double() for net in pair(block))
     twin = copied(ours)
     assert type(twin) is fastres.ResNet
@@ -403,7 +403,9 @@ def _loaded(net: nn.Module, state: dict[str, Tensor]) -> nn.Module:
     channels_last=[False, True],
     block=BLOCKS,
 )
-def test_low_precision(path: str, block: str, channels_last: bool, training: bool, dtype: torch.dtype) -> None:
+def test_narrow_dtypes_are_as_near_as_torchvisions(
+    path: str, block: str, channels_last: bool, training: bool, dtype: torch.dtype
+) -> None:
     """Error against float64 within twice torchvision's own in the same dtype, in both memory formats."""
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     nets = [net.to(dtype, memory_format=memory_format).train(training) for net in pair(block)]
@@ -420,7 +422,7 @@ def test_low_precision(path: str, block: str, channels_last: bool, training: boo
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast(path: str, training: bool, dtype: torch.dtype) -> None:
+def test_autocast_is_as_near_as_torchvisions(path: str, training: bool, dtype: torch.dtype) -> None:
     nets = [net.train(training) for net in pair()]
     reference = step(copy.deepcopy(nets[1]).double(), images().double())
     with torch.autocast("cpu", dtype):
@@ -432,7 +434,7 @@ def test_autocast(path: str, training: bool, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("block", BLOCKS)
-def test_any_size_and_empty_batch(path: str, block: str) -> None:
+def test_any_size_gives_torchvisions_result_or_error(path: str, block: str) -> None:
     """Results or errors, both are torchvision's."""
     nets = [net.double() for net in pair(block)]
     sizes = [(1, 3, 1, 1), (1, 3, 7, 9), (3, 3, 32, 32), (1, 3, 97, 8)]
@@ -447,7 +449,7 @@ def test_any_size_and_empty_batch(path: str, block: str) -> None:
             assert ours == theirs
 
 
-def test_train_eval_switches_and_frozen_batch_norm(path: str) -> None:
+def test_modes_may_change_and_batch_norms_be_frozen(path: str) -> None:
     ours, theirs = (net.double() for net in pair())
     for training in (True, True, False, True, False):
         assert_same(step(ours.train(training), images().double()), step(theirs.train(training), images().double()))
@@ -461,11 +463,11 @@ def test_train_eval_switches_and_frozen_batch_norm(path: str) -> None:
     assert_same(step(ours, images().double()), step(theirs, images().double()))
 
 
-def test_frozen_batch_norm_layer(path: str) -> None:
+def test_frozen_batch_norm_layers_are_called(path: str) -> None:
     assert_same_steps(*pair(norm_layer=FrozenBatchNorm2d))
 
 
-def test_sync_batch_norm(path: str) -> None:
+def test_synchronised_batch_norms_are_called(path: str) -> None:
     ours, theirs = (nn.SyncBatchNorm.convert_sync_batchnorm(net) for net in pair())
     assert sum(isinstance(module, nn.SyncBatchNorm) for module in ours.modules()) == 12
     assert_same_steps(ours, theirs)
@@ -480,7 +482,7 @@ HOOKS = [
 
 
 @covered(indirect=["path"], path=PATHS, block=BLOCKS, register=HOOKS)
-def test_hook_on_any_submodule(path: str, block: str, register: str) -> None:
+def test_a_hook_on_any_submodule_is_called(path: str, block: str, register: str) -> None:
     """Each submodule in turn carries the only hook; it fires as often as torchvision's and sees as much."""
     ours, theirs = pair(block)
     fired = 0
@@ -501,7 +503,7 @@ def test_hook_on_any_submodule(path: str, block: str, register: str) -> None:
     ],
 )
 @pytest.mark.parametrize("block", BLOCKS)
-def test_global_hooks(path: str, block: str, register: Callable[..., Any]) -> None:
+def test_global_hooks_are_called(path: str, block: str, register: Callable[..., Any]) -> None:
     ours, theirs = (_watch(net, register) for net in pair(block))
     assert ours == theirs
     assert theirs  # where an in-place ReLU makes the step fail, the error is in it
@@ -520,7 +522,7 @@ def _watch(net: nn.Module, register: Callable[..., Any]) -> list[Any]:
     return seen if isinstance(result, dict) else [*seen, result[0]]
 
 
-def test_forward_hook_that_changes_the_output(path: str) -> None:
+def test_a_hook_may_change_an_output(path: str) -> None:
     ours, theirs = (net.double().eval() for net in pair())
     for net in (ours, theirs):
         net.layer1[0].bn2.register_forward_hook(lambda module, args, output: 2 * output)
@@ -528,7 +530,7 @@ def test_forward_hook_that_changes_the_output(path: str) -> None:
     assert_same(step(ours, images().double()), step(theirs, images().double()))
 
 
-def test_ema(path: str) -> None:
+def test_averaged_nets_are_torchvisions(path: str) -> None:
     nets = [net.double() for net in pair()]
     averages = [AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True) for net in nets]
     for _ in range(2):
@@ -540,7 +542,7 @@ def test_ema(path: str) -> None:
     assert_same_steps(*averages)
 
 
-def test_feature_extraction(path: str) -> None:
+def test_features_can_be_extracted(path: str) -> None:
     ours, theirs = (net.double() for net in pair())
     assert get_graph_node_names(ours) == get_graph_node_names(theirs)
     nodes = ["maxpool", "layer1.0.relu_2", "layer2.0.add", "layer2"]
@@ -550,14 +552,14 @@ def test_feature_extraction(path: str) -> None:
 
 
 @pytest.mark.parametrize("block", BLOCKS)
-def test_symbolic_trace(path: str, block: str) -> None:
+def test_a_symbolic_trace_is_torchvisions(path: str, block: str) -> None:
     ours, theirs = (torch.fx.symbolic_trace(net) for net in pair(block))
     assert ours.code == theirs.code
     assert_same_steps(ours, theirs)
 
 
 @pytest.mark.parametrize("block", BLOCKS)
-def test_jit(path: str, block: str) -> None:
+def test_torchscript_records_and_compiles(path: str, block: str) -> None:
     ours, theirs = (net.double().eval() for net in pair(block))
     x = images().double()
     expected = theirs(x)
@@ -576,7 +578,7 @@ def _scripted(net: nn.Module) -> io.BytesIO:
 
 
 @covered(indirect=["path"], path=PATHS, training=[False, True], strict=[False, True])
-def test_export(path: str, strict: bool, training: bool) -> None:
+def test_an_export_answers_alike(path: str, strict: bool, training: bool) -> None:
     ours, theirs = (net.double().train(training) for net in pair())
     batch = torch.export.Dim("batch", min=2, max=16)
     program = torch.export.export(ours, (images().double(),), dynamic_shapes=[{0: batch}], strict=strict)
@@ -590,7 +592,7 @@ def test_export(path: str, strict: bool, training: bool) -> None:
 
 @pytest.mark.parametrize("path", [extra("auto"), "reference"], indirect=True)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_onnx(path: str, tmp_path: Path) -> None:
+def test_an_onnx_file_answers_alike(path: str, tmp_path: Path) -> None:
     onnx = pytest.importorskip("onnx")
     pytest.importorskip("onnxscript")
     ours, theirs = (net.eval() for net in pair())
@@ -604,7 +606,7 @@ def test_onnx(path: str, tmp_path: Path) -> None:
 
 
 @covered(indirect=["path"], path=PATHS, training=[False, True], backend=["eager", "aot_eager"])
-def test_compile(path: str, backend: str, training: bool) -> None:
+def test_a_compiled_net_steps_alike(path: str, backend: str, training: bool) -> None:
     torch._dynamo.reset()
     ours, theirs = (net.double().train(training) for net in pair())
     compiled = torch.compile(ours, backend=backend, fullgraph=True)
@@ -615,7 +617,7 @@ def test_compile(path: str, backend: str, training: bool) -> None:
 
 @pytest.mark.parametrize("block", BLOCKS)
 @pytest.mark.parametrize("use_reentrant", [False, True])
-def test_activation_checkpointing(path: str, block: str, use_reentrant: bool) -> None:
+def test_checkpointed_stages_step_alike(path: str, block: str, use_reentrant: bool) -> None:
     """Gradients as without; as with torchvision's, BatchNorm sees the batch twice and updates its statistics twice."""
 
     class Checkpointed(nn.Module):
@@ -640,7 +642,7 @@ def test_activation_checkpointing(path: str, block: str, use_reentrant: bool) ->
     assert int(ours.layer1[0].bn1.num_batches_tracked) == 2
 
 
-def test_functional_transforms(path: str) -> None:
+def test_functional_transforms_give_torchvisions_gradients(path: str) -> None:
     """functional_call, reverse- and forward-mode transforms, per-sample gradients."""
     ours, theirs = (net.double().eval() for net in pair())
     x = images(3, 16, 16).double()
@@ -672,7 +674,7 @@ def test_functional_transforms(path: str) -> None:
     assert results["dual"].abs().max() > 0
 
 
-def test_double_backward(path: str) -> None:
+def test_gradients_of_gradients_are_torchvisions(path: str) -> None:
     def run(net: nn.Module) -> Tensor:
         x = images(2, 16, 16).double().requires_grad_()
         (grad,) = torch.autograd.grad(net.double()(x).square().sum(), x, create_graph=True)
@@ -698,14 +700,14 @@ def _prune(net: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("change", [_weight_norm, _spectral_norm, _prune])
-def test_parametrizations_and_pruning(path: str, change: Callable[[nn.Module], None]) -> None:
+def test_parametrized_and_pruned_nets_step_alike(path: str, change: Callable[[nn.Module], None]) -> None:
     ours, theirs = pair()
     for net in (ours, theirs):
         change(net)
     assert_same_steps(ours, theirs)
 
 
-def test_distributed_data_parallel(tmp_path: Path) -> None:
+def test_two_processes_train_alike(tmp_path: Path) -> None:
     """Two processes over gloo; see `_rank` for what each of them asserts."""
     preload_children()
     mp.start_processes(_rank, (str(tmp_path / "store"),), nprocs=2, start_method="forkserver")
@@ -737,7 +739,7 @@ def _rank(rank: int, store: str) -> None:
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])
-def test_weights_that_only_a_hook_provides(backend: str) -> None:
+def test_weights_may_come_from_a_hook(backend: str) -> None:
     block, x = resnet.BasicBlock(4, 4).eval(), torch.randn(1, 4, 5, 5)
     want = block(x)
     weight = block.conv1.weight.detach()

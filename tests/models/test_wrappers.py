@@ -87,6 +87,6 @@ def test_convert_reaches_into_wrappers_but_not_into_programs() -> None:
     assert "graph of ATen operators" in fastres.convert(exported).kept[""]
 
 
-def test_explain_of_what_cannot_be_copied() -> None:
+def test_explain_refuses_what_cannot_be_copied() -> None:
     with pytest.raises(TypeError, match=r"load the full state_dict .* and explain that"):
         fastres.explain(sharded(), images())

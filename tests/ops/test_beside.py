@@ -223,7 +223,7 @@ def test_without_a_gpu_there_is_no_second_stream() -> None:
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
-def test_another_stream_than_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_second_stream_is_another_than_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """Even where the pool hands that one out; the same one every time."""
     main = Stream()
     beside._second.cache_clear()

@@ -94,7 +94,7 @@ def test_forward_backward_and_buffers_equal_the_definition(kind: str, training: 
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_gradients_past_an_infinite_activation(kind: str) -> None:
+def test_gradients_end_past_an_infinite_activation_where_pytorchs_do(kind: str) -> None:
     """Given statistics: dz = p g doesn't hang on z, so that what one pixel spoils ends where it does in PyTorch."""
     block = Block(kind).double().eval()
     x = torch.randn(3, 6, 9, 8, dtype=torch.double)
@@ -110,7 +110,7 @@ def test_gradients_past_an_infinite_activation(kind: str) -> None:
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_without_gradients(kind: str, training: bool) -> None:
+def test_outputs_and_buffers_without_gradients_equal_the_definition(kind: str, training: bool) -> None:
     block = Block(kind).double().train(training)
     other = copy.deepcopy(block)
     x = torch.randn(2, 6, 8, 9, dtype=torch.double)
@@ -121,7 +121,7 @@ def test_without_gradients(kind: str, training: bool) -> None:
 
 
 @pytest.mark.parametrize("kind", ["basic", "projection", "option-a", "stem"])
-def test_gradcheck(kind: str) -> None:
+def test_a_blocks_first_and_second_derivatives_are_those_of_its_values(kind: str) -> None:
     block = Block(kind).double()
     x = torch.randn(2, 6, 5, 6, dtype=torch.double, requires_grad=True)
     names = [name for name, _ in block.named_parameters()]
@@ -133,7 +133,7 @@ def test_gradcheck(kind: str) -> None:
     assert torch.autograd.gradgradcheck(f, (x, *block.parameters()), fast_mode=True)
 
 
-def test_momentum_none_and_untracked_statistics() -> None:
+def test_batch_norms_of_every_kind_equal_the_definition() -> None:
     for change in ({"momentum": None}, {"momentum": 0.3}, {"track_running_stats": False}, {"affine": False}):
         block = Block("basic").double()
         for i, channels in ((0, 6), (1, 6)):
@@ -225,7 +225,7 @@ def test_no_gradient_is_computed_that_nobody_needs(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_saves_each_activation_once(kind: str) -> None:
+def test_each_activation_is_saved_once(kind: str) -> None:
     """Kept for backward: the input, each raw conv output, the block's output, the pool's taps; nothing else of size."""
     block = Block(kind).double()
     x = torch.randn(2, 6, 64, 64, dtype=torch.double).contiguous(memory_format=torch.channels_last)
@@ -250,7 +250,7 @@ def test_saves_each_activation_once(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "stage"])
-def test_activations_kept(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kept_activations_cost_their_bytes_and_save_a_pass(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The library's convolutions read activations stored: kept for the weight gradients that are wanted, each costs its
     bytes and saves a pass; no bit changes."""
     blocks = [Block(name).double() for name in (("projection", "wide", "wide") if kind == "stage" else (kind,))]
@@ -377,7 +377,7 @@ def test_a_stage_under_autocast_is_its_blocks(
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("frozen", ["first", "both"])
-def test_stages_of_which_some_need_no_gradient(frozen: str, training: bool) -> None:
+def test_stages_may_need_no_gradient(frozen: str, training: bool) -> None:
     """A stage hands over to the next one whether or not it keeps anything."""
     blocks = nn.ModuleList([Block("basic"), Block("bottleneck")]).double()
     blocks[0].requires_grad_(False).train(training)
@@ -392,7 +392,7 @@ def test_stages_of_which_some_need_no_gradient(frozen: str, training: bool) -> N
             assert relative_error(a, b) < EXACT_BLOCK
 
 
-def test_gradcheck_of_a_stage() -> None:
+def test_a_stages_first_and_second_derivatives_are_those_of_its_values() -> None:
     blocks = nn.ModuleList([Block("basic"), Block("basic")]).double()
     x = torch.randn(2, 6, 4, 5, dtype=torch.double, requires_grad=True)
 

@@ -50,7 +50,7 @@ def built(cache: Path) -> list[str]:
     return sorted(p.suffix for p in cache.iterdir())
 
 
-def test_builds_once_and_is_found_again(cache: Path, compiler: Callable[[str], Path]) -> None:
+def test_a_library_is_built_once_and_found_again(cache: Path, compiler: Callable[[str], Path]) -> None:
     log = compiler("echo library > $out")
     first = extension.build("cpu")
     assert extension.build("cpu") == first
@@ -66,7 +66,7 @@ def test_status_builds_nothing(cache: Path) -> None:
     assert not cache.exists()
 
 
-def test_key_holds_sources_and_flags(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_librarys_name_holds_sources_and_flags(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = {extension._recipe("cpu").name}
     monkeypatch.setattr(extension, "_instruction_set", lambda: ["-mother"])
     names.add(extension._recipe("cpu").name)
@@ -96,33 +96,37 @@ def expect_aten(message: str) -> None:
         assert not extension.load("cpu")
 
 
-def test_no_compiler(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_compiler_aten_serves(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FASTRES_CUDA_EXT", "auto")
     monkeypatch.setenv("PATH", "")
     expect_aten(r"there is no C\+\+ compiler; install")
 
 
-def test_named_compiler_missing(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_named_compiler_that_is_missing_is_named(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FASTRES_CUDA_EXT", "auto")
     monkeypatch.setenv("CXX", "no-such-compiler -v")
     expect_aten("CXX names 'no-such-compiler', which isn't there")
 
 
-def test_compiler_fails(cache: Path, compiler: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_compiler_that_fails_is_quoted(
+    cache: Path, compiler: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("FASTRES_CUDA_EXT", "auto")
     compiler("echo half > $out; echo 'error: too old' >&2; exit 1")
     expect_aten(r"building shortcut\.cpp failed:\n(.|\n)*error: too old")
     assert built(cache) == [".lock"]
 
 
-def test_library_does_not_load(cache: Path, compiler: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_library_that_does_not_load_is_named(
+    cache: Path, compiler: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("FASTRES_CUDA_EXT", "auto")
     compiler("echo not a library > $out")
     expect_aten(r"doesn't load \((.|\n)*\); delete it")
 
 
 @pytest.mark.parametrize("damage", ["cut short", "empty", "foreign", "dangling link"])
-def test_damaged_library_is_built_anew(cache: Path, compiler: Callable[[str], Path], damage: str) -> None:
+def test_a_damaged_library_is_built_anew(cache: Path, compiler: Callable[[str], Path], damage: str) -> None:
     """Loading one that is cut short can end the process with a bus error; a foreign one registers no operator."""
     log = compiler("echo library > $out")
     library = extension.build("cpu")
@@ -138,19 +142,21 @@ def test_damaged_library_is_built_anew(cache: Path, compiler: Callable[[str], Pa
     assert built(cache) == [".lock", ".so"]
 
 
-def test_compiler_makes_nothing(cache: Path, compiler: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_compiler_that_makes_nothing_has_failed(
+    cache: Path, compiler: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("FASTRES_CUDA_EXT", "auto")
     compiler("true")
     expect_aten(r"building shortcut\.cpp failed")
 
 
-def test_named_compiler_is_no_command(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_named_compiler_that_is_no_command_is_refused(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FASTRES_CUDA_EXT", "auto")
     monkeypatch.setenv("CXX", "g++ '-O2")
     expect_aten("CXX is .*, which is no command")
 
 
-def test_cache_of_a_name_that_is_not_utf8(
+def test_a_cache_may_have_a_name_that_is_not_utf8(
     cache: Path, compiler: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FASTRES_CUDA_EXT", "auto")
@@ -159,13 +165,13 @@ def test_cache_of_a_name_that_is_not_utf8(
     expect_aten("doesn't load")
 
 
-def test_cache_cannot_be_written(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cache_that_cannot_be_written_is_named(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache.write_text("a file where the folder should be")
     monkeypatch.setenv("FASTRES_CUDA_EXT", "auto")
     expect_aten("the cache folder .* can't be written .*; set FASTRES_CACHE_DIR")
 
 
-def test_read_only_cache_serves_what_it_has(
+def test_a_read_only_cache_serves_what_it_has(
     cache: Path, compiler: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compiler("echo library > $out")
@@ -182,7 +188,9 @@ def test_read_only_cache_serves_what_it_has(
         extension.build("cpu")
 
 
-def test_unknown_mode_and_devices(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unknown_mode_is_refused_and_other_devices_have_no_library(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert not extension.load("meta")
     monkeypatch.setenv("FASTRES_CUDA_EXT", "")
     assert "not built yet" in extension.status().reason
@@ -191,7 +199,7 @@ def test_unknown_mode_and_devices(cache: Path, monkeypatch: pytest.MonkeyPatch) 
         extension.load("cpu")
 
 
-def test_cuda_without_gpu_or_toolkit(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cuda_without_gpu_or_toolkit_says_what_to_install(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(shutil, "which", lambda name: None)
     with pytest.raises(extension.BuildError, match=r"there is no nvcc; install the CUDA toolkit|built without CUDA"):
@@ -199,7 +207,9 @@ def test_cuda_without_gpu_or_toolkit(cache: Path, monkeypatch: pytest.MonkeyPatc
     assert not extension.status().cuda
 
 
-def test_toolkit_of_another_major(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_toolkit_of_another_major_version_is_refused(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     nvcc = tmp_path / "bin" / "nvcc"
     nvcc.parent.mkdir()
     nvcc.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 7.5, V7.5.1'\n")
@@ -223,7 +233,7 @@ def test_two_processes_build_once(cache: Path, compiler: Callable[[str], Path]) 
     assert built(cache) == [".lock", ".so"]
 
 
-def test_killed_build(cache: Path, compiler: Callable[[str], Path]) -> None:
+def test_a_killed_build_leaves_no_lock(cache: Path, compiler: Callable[[str], Path]) -> None:
     """SIGKILL in mid-build: the lock is free, the next build succeeds and clears away what was left."""
     log = compiler("echo half > $out; sleep 60")
     process = multiprocessing.get_context("fork").Process(target=extension.build, args=("cpu",))
@@ -243,7 +253,7 @@ def test_killed_build(cache: Path, compiler: Callable[[str], Path]) -> None:
     os.killpg(orphans, signal.SIGKILL)
 
 
-def test_paths_with_special_characters(
+def test_paths_may_hold_special_characters(
     cache: Path, tmp_path: Path, compiler: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compiler('for a in "$@"; do case $a in *.cpp) cp "$a" "$out";; esac; done')

@@ -54,13 +54,13 @@ CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_
 
 
 @pytest.mark.parametrize("end", ENDS)
-def test_opcheck(end: str) -> None:
+def test_the_operator_keeps_pytorchs_rules(end: str) -> None:
     training = end != "join"
     torch.library.opcheck(operators.conv_bn_act, arguments(end, training), test_utils=CHECKS)
 
 
 @pytest.mark.parametrize("end", ENDS)
-def test_opcheck_backward(end: str) -> None:
+def test_the_operators_backward_keeps_pytorchs_rules(end: str) -> None:
     x, parameters, running, residual, geometry, eps, momentum, training, _, sizes = arguments(end, True, grad=False)
     given = (x, parameters, running, residual, geometry, eps, momentum, training, end, sizes)
     out, _, statistics, kept = operators.conv_bn_act(*given)
@@ -69,7 +69,7 @@ def test_opcheck_backward(end: str) -> None:
     torch.library.opcheck(operators.conv_bn_act_backward, args, test_utils=("test_schema", "test_faketensor"))
 
 
-def test_opcheck_affine() -> None:
+def test_the_operator_of_inference_keeps_pytorchs_rules() -> None:
     x, scale, shift = torch.randn(N, C, H, W), torch.randn(8), torch.randn(8)
     for residual in (None, torch.randn(N, 8, H, W)):
         args = (x, torch.randn(8, 3, 3, 3), scale, shift, residual, [1, 1, 1, 2], True)
@@ -121,7 +121,7 @@ def leaves_of(args: tuple[Any, ...]) -> list[Tensor | None]:
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("end", ENDS)
-def test_equals_the_definition(end: str, training: bool) -> None:
+def test_the_operator_equals_the_definition(end: str, training: bool) -> None:
     def wide(value: Any) -> Any:
         if isinstance(value, Tensor):
             return value.detach().double().requires_grad_(value.requires_grad)
@@ -222,7 +222,7 @@ def test_flops_are_those_of_the_definition(end: str, input_grad: bool) -> None:
     assert flops_of(end, args, lambda a: operators.conv_bn_act(*a)[0]) == want
 
 
-def test_flops_of_inference() -> None:
+def test_flops_of_inference_are_those_of_the_convolution() -> None:
     x, weight = torch.randn(N, C, H, W), torch.randn(8, 3, 3, 3)
     with FlopCounterMode(display=False) as counter:
         operators.conv_affine_act(x, weight, torch.ones(8), torch.ones(8), None, [2, 1, 1, 2], True)

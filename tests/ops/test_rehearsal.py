@@ -134,7 +134,9 @@ def test_what_is_not_computed_on_load_is_stored_first(monkeypatch: pytest.Monkey
 @pytest.mark.parametrize(
     ("name", "batch", "size"), [("resnet50", 256, 224), ("resnet18", 3, 97), ("resnext50_32x4d", 32, 224)]
 )
-def test_training_steps_as_far_as_the_driver(name: str, batch: int, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_steps_come_as_far_as_the_driver(
+    name: str, batch: int, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Binder, binaries' demands, tensor maps: what Triton and the driver refuse at a launch, without running it. The
     second step's launches are the first's, remembered."""
     monkeypatch.setattr(dispatch, "conv_engine", lambda *_: "triton")
@@ -155,7 +157,7 @@ def test_training_steps_as_far_as_the_driver(name: str, batch: int, size: int, m
     assert len(steps[0]) > 100
 
 
-def test_what_keeping_activations_takes_and_saves(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_keeping_activations_takes_bytes_and_saves_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     """ResNet-50 at batch 256 by the shipped table of the H200: 21 passes fewer over the activations kept."""
     monkeypatch.setattr(dispatch, "_measured", lambda *call: tables.measured(*call[:3], H200))
 
@@ -176,7 +178,7 @@ def test_what_keeping_activations_takes_and_saves(monkeypatch: pytest.MonkeyPatc
     assert storages == [8_794_924_160, 8_794_924_160 + 655_097_856]
 
 
-def test_limits_are_seen() -> None:
+def test_a_launch_past_the_limits_is_seen() -> None:
     x = torch.empty(4, 8, 24, dtype=torch.bfloat16, device="meta")
 
     def said(tensor: torch.Tensor, shape: Any = None, strides: Any = None) -> str:

@@ -191,7 +191,7 @@ def test_training_follows_stock_step_by_step(name: str, steps: int, monkeypatch:
 
 
 @pytest.mark.parametrize(("name", "size"), [("bottleneck", 16), extra("cifar-8", 8)])
-def test_same_seed_same_bits(name: str, size: int) -> None:
+def test_the_same_seed_gives_the_same_bits(name: str, size: int) -> None:
     def run() -> dict[str, Tensor]:
         torch.manual_seed(0)
         net = NETS[name]().to(DEVICE)
@@ -331,7 +331,7 @@ def test_eval_with_frozen_statistics_trains_and_infers() -> None:
         assert relative_error(p.grad, true.grad) <= WHOLE_NETS * relative_error(stock.grad, true.grad) + SUMS, name
 
 
-def test_accumulated_gradients_and_checkpointing() -> None:
+def test_gradients_add_up_and_checkpoints_change_none() -> None:
     """Two backward passes add up; a checkpointed block has the same gradients (and, as stock, moves BN twice)."""
     torch.manual_seed(0)
     net = paper.cifar(8).to(DEVICE)
@@ -354,7 +354,7 @@ def test_accumulated_gradients_and_checkpointing() -> None:
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-def test_borders_between_stages(recompute: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_borders_between_stages_change_no_gradient(recompute: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stages that hand over to one another beside stages that don't: values, gradients, a second backward pass,
     gradients of gradients. Where the next stage's dgrad is the library's, the gradient comes as it is."""
     torch.manual_seed(0)
@@ -387,7 +387,7 @@ def test_borders_between_stages(recompute: bool, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.extra
-def test_borders_where_what_is_saved_is_computed_again_or_moved() -> None:
+def test_borders_hold_where_what_is_saved_is_computed_again_or_moved() -> None:
     """A checkpointed net, tensors saved elsewhere, a backward pass through a part of the net before the whole."""
     torch.manual_seed(0)
     net, (images, labels) = Narrow().to(DEVICE), batches(1, 3, 16)[0]
@@ -475,7 +475,7 @@ def test_images_are_converted_once_at_most(
     assert pools == [gradients], "taps are for a backward"
 
 
-def test_images_whose_minus_sign_is_pending() -> None:
+def test_images_whose_minus_sign_is_pending_are_read_as_they_mean() -> None:
     """No kernel reads memory that stands for its negative, as the imaginary part of a conjugate does."""
     net = nn.ModuleList([nn.Conv2d(3, 8, 7, 2, 3, bias=False), nn.BatchNorm2d(8), nn.MaxPool2d(3, 2, 1)]).to(DEVICE)
     x = torch.randn(2, 3, 14, 16, device=DEVICE)
@@ -494,7 +494,7 @@ def test_images_whose_minus_sign_is_pending() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("depth", [18, 50])
-def test_whole_step_in_a_graph_with_scaled_gradients(depth: int) -> None:
+def test_a_whole_step_in_a_graph_takes_scaled_gradients(depth: int) -> None:
     """`make_graphed_callables` replays what eager computes; fp16 gradients survive a GradScaler and fused SGD."""
     torch.manual_seed(0)
     net = getattr(fastres, f"resnet{depth}")(num_classes=10).cuda().to(memory_format=torch.channels_last)
@@ -523,7 +523,7 @@ def test_whole_step_in_a_graph_with_scaled_gradients(depth: int) -> None:
 @pytest.mark.parametrize(
     ("depth", "recompute", "most"), [(18, False, 0.72), (18, True, 0.65), (50, False, 0.85), (50, True, 0.65)]
 )
-def test_peak_memory_beside_stock(depth: int, recompute: bool, most: float) -> None:
+def test_peak_memory_is_below_stocks(depth: int, recompute: bool, most: float) -> None:
     """Of a whole step in bf16 autocast and channels_last, over torchvision's. What is kept for backward alone is
     0.62, 0.56, 0.78 and 0.60 of stock's (bench/memory.py); weights, gradients and momentum are the same for both."""
 
@@ -551,7 +551,7 @@ def test_peak_memory_beside_stock(depth: int, recompute: bool, most: float) -> N
 
 @pytest.mark.gpu
 @pytest.mark.timeout(240)
-def test_resnet50_200_steps_beside_stock_on_photographs() -> None:
+def test_resnet50_follows_stock_for_200_steps_on_photographs() -> None:
     """bf16 autocast, the loss curves of ours and torchvision's within the spread of three stock runs: the same in
     channels_last, contiguous, and from weights moved by as much as bf16 rounds them."""
     from sklearn.datasets import load_sample_images
