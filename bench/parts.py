@@ -66,7 +66,7 @@ FIRST = [f"tests/{name}.py" for name in ("kernels/test_layers", "kernels/test_sh
 FIRST += ["-k", f"({OF_50}) or cuda"]
 FIRST_REST = ["tests/kernels/test_layers.py", "-m", "gpu and not slow", "-k", f"not ({OF_50})"]
 # Whole nets at real sizes: 200 steps beside stock, the same bits 20 times, peaks of memory.
-CURVES = ["tests/ops/test_training.py", "tests/kernels/test_determinism.py", "-m", "gpu and not slow"]
+CURVES = ["tests/ops/test_training.py", "tests/ops/test_determinism.py", "-m", "gpu and not slow"]
 CURVES += ["-k", "200_steps or 20_runs or peak_memory"]
 # For every kernel at small sizes, in all of pytest's processes; what it says names the kernel.
 SANITIZER = ["compute-sanitizer", "--target-processes", "all", "--max-connections", "64"]
