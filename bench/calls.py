@@ -306,7 +306,7 @@ def recorded(dtype: torch.dtype) -> Iterator[Recorder]:
     replaced: dict[str, Callable[..., Any]] = {
         "_kernel_less": lambda device: None,
         "_measured": lambda pass_, problem, of, device: tables.measured(pass_, problem, of, gpu_of(device)),
-        "pointwise_engine": lambda *_: "aten" if dispatch.wants_reference() else "triton",
+        "passes_engine": lambda *_: "aten" if dispatch.wants_reference() else "triton",
         "compute_dtype": lambda x: dtype,
         "why_engine": engine,
     }

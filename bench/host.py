@@ -60,7 +60,7 @@ CALLS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 def feign_gpu() -> None:
     """Tensors on the CPU take the path of tensors on an H200, for as long as this process lives."""
     dispatch._kernel_less = lambda device: None
-    dispatch.pointwise_engine = lambda *_: "triton"
+    dispatch.passes_engine = lambda *_: "triton"
     checks.INTERPRETER = checks.H200  # it stands for the CPU
     for module in (fprop, stem):
         module.check_device = lambda *_: None

@@ -4,7 +4,7 @@
 
 One line per distinct layer and pass: microseconds, TFLOP/s and GB/s of our kernel, its share of the roofline, and how
 many times faster it is than the library at the same work, which is what the net does around the layer in its most
-frequent role (bench/layers.py): in training cuDNN's convolution plus our pointwise kernels, as of
+frequent role (bench/layers.py): in training cuDNN's convolution plus our passes, as of
 `fastres.backend("cudnn")`, in inference cuDNN's fused convolution where that serves. Needs a CUDA GPU. Two forms run
 anywhere: --roofline prints only the floor, --losses FILE the ten layers of a written table that lose most to it.
 """

@@ -59,15 +59,15 @@ def work(name: str, N: int, side: int, K: int, dtype: torch.dtype, device: torch
             "apply, pool": (lambda: batch_norm.backward_apply(dy, *four, mask=(v, v), pool=taps), 2 * moved + pooled),
         }
         return ways[name][0], "WINDOWED", ways[name][1]
-    other, side_z, out, norm = activation(), activation(), activation(), batch_norm
+    dy, z_proj, out, norm = activation(), activation(), activation(), batch_norm
     ways = {
         "normalize": (lambda: norm.normalize(z, v, v, relu=True), 2),
-        "normalize, add": (lambda: norm.normalize(z, v, v, relu=True, residual=other), 3),
-        "reduce": (lambda: norm.backward_reduce(other, z, v, mask=(v, v)), 2),
-        "reduce, project": (lambda: norm.backward_reduce(other, z, v, mask=out, projection=(side_z, v)), 4),
-        "apply": (lambda: norm.backward_apply(other, *four, mask=(v, v)), 3),
-        "apply, mask y": (lambda: norm.backward_apply(other, *four, mask=out), 4),
-        "apply, project": (lambda: norm.backward_apply(other, *four, mask=out, projection=(side_z, v, v, v)), 6),
+        "normalize, add": (lambda: norm.normalize(z, v, v, relu=True, residual=dy), 3),
+        "reduce": (lambda: norm.backward_reduce(dy, z, v, mask=(v, v)), 2),
+        "reduce, project": (lambda: norm.backward_reduce(dy, z, v, mask=out, projection=(z_proj, v)), 4),
+        "apply": (lambda: norm.backward_apply(dy, *four, mask=(v, v)), 3),
+        "apply, mask y": (lambda: norm.backward_apply(dy, *four, mask=out), 4),
+        "apply, project": (lambda: norm.backward_apply(dy, *four, mask=out, projection=(z_proj, v, v, v)), 6),
     }
     call, tensors = ways[name]
     return call, "REDUCED" if name.startswith("reduce") else "STREAMED", tensors * moved

@@ -1,1 +1,1 @@
-"""Triton kernels. They know torch, triton and `fastres.paths` only; `fastres.ops` calls them."""
+"""Triton kernels. They know torch, triton and the ground only; `fastres.ops` calls them."""

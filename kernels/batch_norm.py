@@ -5,7 +5,7 @@ z is a convolution's output, M = N P Q the pixels behind each channel's statisti
     mean = Σ z / M,  var = Σ (z - mean)² / M,  rstd = (var + eps)^-½        `statistics`, `finish_statistics`
     scale = weight rstd,  shift = bias - mean scale
     y = relu(scale z + shift + shortcut)                                   `normalize`
-        shortcut: nothing | x | scale z_proj + shift (projection) | x at every stride-th pixel, zero channels appended
+        shortcut: nothing | x | scale_proj z_proj + shift_proj | x at every stride-th pixel, zero channels appended
 
     g = dy where y > 0                                                     gradient at the BatchNorm's output
     dbias = Σ g,  dweight = rstd Σ g (z - mean)                            `backward_reduce`, `finish_backward`
@@ -96,12 +96,12 @@ def merged_statistics(partials, first, last, channel, K, BT: tl.constexpr, BK: t
     for t in range(first, last, BT):
         row = t + tl.arange(0, BT)
         valid = (row < last)[:, None] & (channel < K)[None, :]
-        source = partials + at(row, channel, 3 * K)
-        n = tl.load(source, mask=valid, other=0.0)
-        delta = tl.load(source + K, mask=valid, other=0.0) - mean
+        here = partials + at(row, channel, 3 * K)
+        n = tl.load(here, mask=valid, other=0.0)
+        delta = tl.load(here + K, mask=valid, other=0.0) - mean
         total = count + n
         share = n / tl.maximum(total, 1.0)
-        m2 += tl.load(source + 2 * K, mask=valid, other=0.0)
+        m2 += tl.load(here + 2 * K, mask=valid, other=0.0)
         m2 += tl.where(n > 0, delta * delta * (count * share), 0.0)
         mean += tl.where(n > 0, delta * share, 0.0)
         count = total
@@ -116,9 +116,9 @@ def merged_sums(partials, first, last, channel, K, BT: tl.constexpr, BK: tl.cons
     for t in range(first, last, BT):
         row = t + tl.arange(0, BT)
         valid = (row < last)[:, None] & (channel < K)[None, :]
-        source = partials + at(row, channel, 2 * K)
-        a += tl.load(source, mask=valid, other=0.0)
-        b += tl.load(source + K, mask=valid, other=0.0)
+        here = partials + at(row, channel, 2 * K)
+        a += tl.load(here, mask=valid, other=0.0)
+        b += tl.load(here + K, mask=valid, other=0.0)
     return tl.sum(a, 0), tl.sum(b, 0)
 
 
@@ -191,8 +191,8 @@ def normalize_kernel(
             x = tl.load(residual + at(row, channel, K), mask=valid, other=0.0).to(tl.float32)
         else:
             C = C_VECS * VEC
-            source = at(strided_row(row, P, Q, H, W, STRIDE), channel, C)
-            x = tl.load(residual + source, mask=valid & (channel < C)[None, :], other=0.0).to(tl.float32)
+            strided = at(strided_row(row, P, Q, H, W, STRIDE), channel, C)
+            x = tl.load(residual + strided, mask=valid & (channel < C)[None, :], other=0.0).to(tl.float32)
         if residual_scale is not None:
             x = x * vector(residual_scale, channel, K) + vector(residual_shift, channel, K)
         out += x

@@ -227,17 +227,20 @@ def conv_dgrad(
     """
     load = check_dz(dy, problem, bn_backward, precision)
     check_tensor("w", w, problem.w_shape, dy)
-    scale, shift = relu_mask if isinstance(relu_mask, tuple) else (None, None)
+    recomputed = relu_mask is not None and not isinstance(relu_mask, Tensor)
+    scale, shift = relu_mask if recomputed else (None, None)
     z_below, mean = below or (None, None)
     z_proj, mean_proj = projection or (None, None)
     if residual is None and residual_mask is not None:
         raise ValueError("residual_mask masks a residual; there is none")
-    if below is None and (scale is not None or projection is not None):
-        name = "projection" if scale is None else "relu_mask=(scale, shift)"
+    if below is None and (recomputed or projection is not None):
+        name = "relu_mask=(scale, shift)" if recomputed else "projection"
         raise ValueError(f"{name} belongs to a BatchNorm below; below=(z_below, mean) is missing")
+    if recomputed and (scale is None or shift is None):
+        raise ValueError("relu_mask must be a tensor like dx or the pair (scale, shift)")
     like_dx = {
         "residual": residual, "residual_mask": residual_mask, "z_below": z_below, "z_proj": z_proj,
-        "relu_mask": relu_mask if isinstance(relu_mask, Tensor) else None,
+        "relu_mask": None if recomputed else relu_mask,
     }  # fmt: skip
     for name, tensor in like_dx.items():
         check_tensor(name, tensor, problem.x_shape, dy)

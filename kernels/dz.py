@@ -48,7 +48,7 @@ def load_dz(
         return (c_g * dy_tile.to(tl.float32) + (c_z * z_tile.to(tl.float32) + c_1)).to(dy_tile.dtype)
 
 
-class BnBackward(NamedTuple):
+class DzOperands(NamedTuple):
     """The tensors of dz, by `load_dz`'s names: z [N, P, Q, K], the coefficients fp32 [K]."""
 
     z: Tensor | None = None
@@ -64,11 +64,11 @@ class BnBackward(NamedTuple):
 
 def check_dz(
     dy: Tensor, problem: ConvProblem, bn_backward: tuple[Tensor, Tensor, Tensor, Tensor] | None, precision: str
-) -> BnBackward:
+) -> DzOperands:
     """What dz is computed from besides dy. ValueError where something doesn't fit."""
     if dy.dtype not in FLOATS:
         raise ValueError(f"dy must be bfloat16, float16 or float32, got {dy.dtype}")
-    load = BnBackward(*(bn_backward or ()))
+    load = DzOperands(*(bn_backward or ()))
     for name, tensor in (("dy", dy), ("bn_backward's z", load.z)):
         check_tensor(name, tensor, problem.y_shape, dy)
     check_vectors(problem.K, dy, c_g=load.c_g, c_z=load.c_z, c_1=load.c_1)

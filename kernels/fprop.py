@@ -66,11 +66,10 @@ def conv_fprop_tma_kernel(
 ):  # fmt: skip
     """One tile [BM channels, TN x TH x TW pixels] per program; neighbours in the grid share their pixels.
 
-    Descriptors: w [K, R S C]; y and residual [N, P, Q, K]; shortcut and joined (a, stored) [N, H, W, C], and so x, for
-    stride 2 its memory as [N, H/2, 2, W/2, 2 C], where a tap reads one parity of rows and of columns. A box of x must
-    not leave its tap's channels: BK divides C, unless there is one tap and stride 1 (then zero fill ends the sum).
-    FULL: boxes end where the image does. With steps_per_split, y is [splits, N, P, Q, K], where program_id(1) sums so
-    many steps.
+    Descriptors: w [K, R S C]; y and residual [N, P, Q, K]; x, shortcut and joined (a, stored) [N, H, W, C]. For stride
+    2, x is [N, H/2, 2, W/2, 2 C], where a tap reads one parity of rows and of columns. A box of x must not leave its
+    tap's channels: BK divides C, unless there is one tap and stride 1 (then zero fill ends the sum). FULL: boxes end
+    where the image does. With steps_per_split, y is [splits, N, P, Q, K], where program_id(1) sums so many steps.
     """
     BN: tl.constexpr = TN * TH * TW
     tiles_k = tl.cdiv(K, BM)
@@ -327,11 +326,12 @@ def conv_fprop(
     for name, tensor in (("join.shortcut", shortcut), ("join.out", joined)):
         check_tensor(name, tensor, problem.x_shape, x)
     check_vectors(problem.C, x, prologue_scale=s, prologue_shift=t)
-    check_vectors(problem.C, x, join_scale=shortcut_scale, join_shift=shortcut_shift)
+    check_vectors(problem.C, x, **{"join.scale": shortcut_scale, "join.shift": shortcut_shift})
     check_vectors(K, x, scale=scale, shift=shift)
     if norm is not None:
-        named = {f"norm.{name}": vector for name, vector in norm._asdict().items() if name != "eps"}
-        check_vectors(K, x, *FLOATS, **named)
+        check_vectors(
+            K, x, *FLOATS, **dict(zip(("norm.mean", "norm.var", "norm.weight", "norm.bias"), norm, strict=False))
+        )
     check_tensor("residual", residual, shape, x, x.dtype, y_dtype)
     check_tensor("out", out, shape, x, y_dtype)
     check_device(x, x.dtype, y_dtype)

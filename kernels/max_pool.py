@@ -106,9 +106,9 @@ def gather(
                 u = i + (a + PAD - r) // STRIDE
                 v = j + (b + PAD - s) // STRIDE
                 inside = ((u >= 0) & (u < U) & (v >= 0) & (v < V))[:, None] & valid
-                source = at((n * U + u) * V + v, channel, K)
-                hit = tl.load(tap + source, mask=inside, other=255) == r * KERNEL + s
-                g += tl.where(hit, tl.load(dy + source, mask=inside, other=0.0).to(tl.float32), 0.0)
+                window = at((n * U + u) * V + v, channel, K)
+                hit = tl.load(tap + window, mask=inside, other=255) == r * KERNEL + s
+                g += tl.where(hit, tl.load(dy + window, mask=inside, other=0.0).to(tl.float32), 0.0)
     return g
 
 

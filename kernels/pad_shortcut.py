@@ -45,11 +45,11 @@ def pad_shortcut_backward(dx: Tensor, dy: Tensor, *, stride: int, mask: Tensor |
     """
     H, W, C = check_shortcut("dx", dx, dy, stride)
     check_tensor("mask", mask, tuple(dy.shape), dy)
-    source = rows("dy", dy, REDUCED, also=C)
-    if source.M:
-        view = rows("dx", dx, REDUCED, also=source.K)._replace(M=source.M)
+    of_dy = rows("dy", dy, REDUCED, also=C)
+    if of_dy.M:
+        view = rows("dx", dx, REDUCED, also=of_dy.K)._replace(M=of_dy.M)
         launch(
-            pad_shortcut_backward_kernel, (view.tiles,), dx=dx, dy=dy, y=mask, M=view.M, K_VECS=source.K // view.VEC,
+            pad_shortcut_backward_kernel, (view.tiles,), dx=dx, dy=dy, y=mask, M=view.M, K_VECS=of_dy.K // view.VEC,
             P=dy.shape[1], Q=dy.shape[2], H=H, W=W, C_VECS=C // view.VEC, STRIDE=stride, VEC=view.VEC,
             BM=view.BM, BK=view.BK, num_warps=WARPS,
         )  # fmt: skip

@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-# "infer": fprop with BatchNorm, residual and ReLU behind it; "chain": that kernel's three convolutions, by its 3x3.
+# "infer": fprop with BatchNorm, residual and ReLU behind it; "chain": `chain`'s three convolutions, by its 3x3.
 Pass = Literal["infer", "fprop", "dgrad", "wgrad", "chain"]
 
 
@@ -23,7 +23,7 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
-FLOATS = (torch.bfloat16, torch.float16, torch.float32)  # what all kernels serve
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)  # of the operands, but for `chain` and `persistent`: 16 bits
 
 
 class Gemm(NamedTuple):
@@ -84,7 +84,7 @@ class ConvProblem:
         return hash(tuple(getattr(self, field.name) for field in fields(self)))
 
     @staticmethod
-    @lru_cache(maxsize=4096)
+    @lru_cache(maxsize=4096, typed=True)
     def of(x_shape: tuple[int, ...], w_shape: tuple[int, ...], *geometry: int, **named: int) -> ConvProblem:
         """Filters w [K, R, S, C/groups] on x [N, H, W, C]. geometry: stride, pad, dilation and groups, in this order or
         by name. Raises ValueError where they don't fit."""

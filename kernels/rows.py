@@ -1,4 +1,4 @@
-"""What the pointwise kernels share: the view of an activation as a matrix, its tiles, and the checks of arguments.
+"""What passes over activations share: the view of an activation as a matrix, and its tiles.
 
 An NHWC-contiguous activation [N, P, Q, K] is read as [M, K], M = N P Q pixels of K channels. A program works on
 BM pixels x BK channels, its threads side by side along the channels, so that each moves 16 bytes at a time where 8

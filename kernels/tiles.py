@@ -1,9 +1,4 @@
-"""Which tile a kernel runs with: a frozen dataclass, a small analytical heuristic, measured tables per GPU.
-
-A table (`tables/<gpu>.json`, written by `bench/tune.py`) wins over the heuristic. It serves more than was measured:
-a problem that differs from a measured one in N alone, and a GPU without a table that is like the measured one. Nothing
-here times anything: autotuning inside a CUDA-graph capture would kill the capture.
-"""
+"""Tiles: what one is, which ones a kernel may run with, and a small analytical model that puts them in order."""
 
 from __future__ import annotations
 

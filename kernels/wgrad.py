@@ -207,7 +207,7 @@ def conv_wgrad(
     load = check_dz(dy, problem, bn_backward, precision)
     check_tensor("x", x, problem.x_shape, dy)
     scale, shift = prologue or (None, None)
-    check_vectors(problem.C, dy, scale=scale, shift=shift)
+    check_vectors(problem.C, dy, **{"prologue's scale": scale, "prologue's shift": shift})
     if not out_dtype.is_floating_point:
         raise ValueError(f"out_dtype must be a floating-point dtype, got {out_dtype}")
     if problem.N == 0:
@@ -221,17 +221,17 @@ def conv_wgrad(
     if tile.taps != 1 and (tile.taps != 3 or problem.S != 3 or tile.box is None):
         raise ValueError(f"taps={tile.taps}: a program takes 1 filter tap, or the 3 of a row of a 3-wide filter by TMA")
 
-    sight = _see(problem, tile, load.operands > 1, prologue is not None)
+    seen = _view(problem, tile, load.operands > 1, prologue is not None)
     dw = empty(problem.w_shape, out_dtype, dy.device)
-    partials = dw if sight.splits == 1 else empty((sight.splits, *problem.w_shape), torch.float32, dy.device)
+    partials = dw if seen.splits == 1 else empty((seen.splits, *problem.w_shape), torch.float32, dy.device)
     _launch_splits(
-        problem, tile, sight, dy, load.z, x, dw=partials, c_g=load.c_g, c_z=load.c_z, c_1=load.c_1, scale=scale,
+        problem, tile, seen, dy, load.z, x, dw=partials, c_g=load.c_g, c_z=load.c_z, c_1=load.c_1, scale=scale,
         shift=shift, PRECISION=precision,
     )  # fmt: skip
     return reduce_splits(partials, dw)
 
 
-class _Sight(NamedTuple):
+class _View(NamedTuple):
     """How the kernel sees its operands: x [N, H, W, C], dy and z [N, P, Q, K]; the box of a step; which of the two
     comes in boxes; whether dz moves from tap to tap (else a); steps along images, rows, columns; and their splits."""
 
@@ -249,7 +249,7 @@ class _Sight(NamedTuple):
     splits: int
 
 
-def _see(problem: ConvProblem, tile: Tile, computes_dz: bool, computes_a: bool) -> _Sight:
+def _view(problem: ConvProblem, tile: Tile, computes_dz: bool, computes_a: bool) -> _View:
     N, H, W, P, Q, box = problem.N, problem.H, problem.W, problem.P, problem.Q, tile.box
     if problem.pointwise:  # a plain GEMM: let all pixels lie in one row
         N, H, W, P, Q, box = 1, 1, N * H * W, 1, N * P * Q, box and (1, 1, tile.BK)
@@ -259,13 +259,13 @@ def _see(problem: ConvProblem, tile: Tile, computes_dz: bool, computes_a: bool) 
     tma_dz, tma_a = (box is not None and (flat or needed) for needed in (computes_dz, not computes_dz))
     steps = tiles_along(box, tile.BK, N, *((H, W) if shift_dz else (P, Q)))
     per_split = cdiv(prod(steps), tile.splits)
-    return _Sight(N, H, W, P, Q, box, tma_dz, tma_a, shift_dz, steps, per_split, cdiv(prod(steps), per_split))
+    return _View(N, H, W, P, Q, box, tma_dz, tma_a, shift_dz, steps, per_split, cdiv(prod(steps), per_split))
 
 
 def _launch_splits(
-    problem: ConvProblem, tile: Tile, sight: _Sight, dy: Tensor, z: Tensor | None, x: Tensor, **rest: Any
+    problem: ConvProblem, tile: Tile, seen: _View, dy: Tensor, z: Tensor | None, x: Tensor, **rest: Any
 ) -> None:
-    N, H, W, P, Q, box, tma_dz, tma_a, shift_dz, (tiles_n, tiles_h, tiles_w), steps_per_split, splits = sight
+    N, H, W, P, Q, box, tma_dz, tma_a, shift_dz, (tiles_n, tiles_h, tiles_w), steps_per_split, splits = seen
     TN, TH, TW = box or (0, 0, 0)
     R, S, C, K, stride = problem.R, problem.S, problem.C, problem.K, problem.stride
     c_group, k_group = C // problem.groups, K // problem.groups

@@ -158,7 +158,7 @@ def test_first_look_counts_what_the_fused_path_keeps(depth: int, monkeypatch: py
     conv_bn.conv_bn.cache_clear()
     monkeypatch.setattr(dispatch, "_kernel_less", lambda device: None)
     monkeypatch.setattr(dispatch, "conv_engine", lambda *_: "triton")
-    monkeypatch.setattr(dispatch, "pointwise_engine", lambda *_: "triton")
+    monkeypatch.setattr(dispatch, "passes_engine", lambda *_: "triton")
     monkeypatch.setattr(dispatch, "compute_dtype", lambda x: x.dtype)
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
     net, images = built()

@@ -12,7 +12,7 @@ from fastres.ops.beside import Beside
 from fastres.ops.conv_bn import ConvBN
 from fastres.ops.ends import BlockKept, End, Gradient
 from fastres.ops.layout import like_parameter, nchw
-from fastres.ops.reference import Below, BNBackward, OnLoad
+from fastres.ops.reference import BNBackward, EndNorms, OnLoad
 
 
 @dataclass
@@ -21,8 +21,8 @@ class Backward:
     that nobody needs is not computed.
 
     out: the block's output, where its end reads it. parameters: filters, BN weight, BN bias a pair; needs: which of
-    them want a gradient. below: the BatchBelow at the end of the block that x came from, where that block's backward
-    follows; its mask and sums are then taken with dx.
+    them want a gradient. end_below: the BatchNorms at the end of the block that x came from, where that block's
+    backward follows; its mask and sums are then taken with dx.
     """
 
     pairs: Sequence[ConvBN]
@@ -33,7 +33,7 @@ class Backward:
     parameters: Sequence[Any]
     needs_x: bool
     needs: Sequence[bool]
-    below: Below | None = None
+    end_below: EndNorms | None = None
 
     def run(self, dout: Gradient) -> tuple[Gradient | None, list[Tensor | None]]:
         """dx, and one gradient per parameter, each None where nobody needs it. A filter's gradient in another
@@ -137,8 +137,8 @@ class Backward:
         pair, w = self.pairs[0], self.kept.pairs[0].w
 
         def dgrad(joins: bool = True, **residual: Any) -> Gradient:
-            if self.below is None or not joins:
+            if self.end_below is None or not joins:
                 return Gradient(pair.dgrad(dz, w, bn, **residual))
-            return Gradient(*pair.dgrad_joined(dz, w, bn, self.kept.x, self.below, **residual))
+            return Gradient(*pair.dgrad_joined(dz, w, bn, self.kept.x, self.end_below, **residual))
 
         return self.end.backward(pair, dgrad, dout, self.out if dout.sums is None else None, dx_proj)

@@ -28,7 +28,7 @@ from fastres.ops.backward import Backward
 from fastres.ops.conv_bn import Buffers, ConvBN, Kept, conv_bn, refuse_capture
 from fastres.ops.ends import Add, BlockKept, End, Gradient, Pad, Pending, Pool, Project, Relu
 from fastres.ops.layout import Geometry, cast_gradients, dense, krsc, nchw, nhwc, read_weights, unaliased
-from fastres.ops.reference import Below
+from fastres.ops.reference import EndNorms
 
 Pair = tuple[Any, Any]  # (conv, norm): modules
 Block = tuple[Sequence[Pair], End]  # a projection's pair behind the others
@@ -263,16 +263,16 @@ class Border:
     """
 
     pending: Pending | None = None  # y, on its way forward
-    below: Below | None = None
+    end_below: EndNorms | None = None
     back: tuple[Gradient, Tensor] | None = None  # the gradient at y, and y, on their way back
 
-    def take(self) -> tuple[Pending, Below]:
-        """y and the BatchBelow before its ReLU, as the forward of the stage before left them."""
-        pending, below = self.pending, self.below
-        self.pending = self.below = None
+    def take(self) -> tuple[Pending, EndNorms]:
+        """y and the BatchNorms before its ReLU, as the forward of the stage before left them."""
+        pending, end_below = self.pending, self.end_below
+        self.pending = self.end_below = None
         assert pending is not None
-        assert below is not None
-        return pending, below
+        assert end_below is not None
+        return pending, end_below
 
     def take_back(self, dy: Tensor) -> tuple[Tensor | None, Gradient]:
         """y, if somebody has brought it, and the gradient there, of which autograd says that it is dy [N, H, W, C].
@@ -294,18 +294,18 @@ class _Blocks(torch.autograd.Function):
     def forward(
         ctx: Any, calls: tuple[Call, ...], dtype: Any, before: Any, after: Any, x: Tensor, *parameters: Any
     ) -> Tensor:
-        read, below = (calls[0].read(x, dtype), None) if before is None else before.take()
+        read, end_below = (calls[0].read(x, dtype), None) if before is None else before.take()
         kept = forward(calls, read, read_weights(parameters[::3], dtype), parameters)
         last, taps = calls[-1], None
         if after is None:
             out, taps = last.end.finish(last.pairs, kept[-1])
         else:
-            after.pending, after.below = last.pending(kept[-1]), last.end.batch_norms(kept[-1])
+            after.pending, after.end_below = last.pending(kept[-1]), last.end.batch_norms(kept[-1])
             out = after.pending.z
         y = unaliased(out)
         ctx.calls, ctx.dtype, ctx.x_dtype, ctx.before, ctx.after = calls, dtype, x.dtype, before, after
         read_out = y if after is None and last.end.reads_output else None
-        of_below = [None, None, None] if below is None else [below[0][1], *(below[1] or (None, None))]
+        of_below = [None, None, None] if end_below is None else [end_below[0][1], *(end_below[1] or (None, None))]
         recompute = last.pairs[0].engines.fusions.recompute
         inputs = [None if recompute and i else nchw(block.x) for i, block in enumerate(kept)]
         of_pairs = [t for block in kept for pair in block.pairs for t in pair]
@@ -334,15 +334,15 @@ class _Blocks(torch.autograd.Function):
         out, dout = (None if y is None else nhwc(y), Gradient(dy)) if ctx.after is None else ctx.after.take_back(dy)
         if out is None and calls[-1].end.reads_output:
             out = calls[-1].pending(kept[-1]).compute()
-        below: Below | None = None
+        end_below: EndNorms | None = None
         if ctx.before is not None:
-            below = (nhwc(x), mean), None if z_proj is None else (z_proj, mean_proj)
+            end_below = (nhwc(x), mean), None if z_proj is None else (z_proj, mean_proj)
         grads: list[Tensor | None] = []
         own, wanted = _split(calls, parameters, 3), _split(calls, needs, 3)
         for b in reversed(range(n)):
             call, block = calls[b], kept.pop()
             needs_input = needs_x or any(map(any, wanted[:b]))
-            under = calls[b - 1].end.batch_norms(kept[-1]) if b else below
+            under = calls[b - 1].end.batch_norms(kept[-1]) if b else end_below
             walk = Backward(call.pairs, call.end, block, out, taps, own[b], needs_input, wanted[b], under)
             dx, of_block = walk.run(dout)
             grads[:0] = of_block

@@ -42,7 +42,7 @@ class ConvBN(Facts):
     # (dz, w, bn, z, mean, affine): down to the BN below, whose input is z: dy, mask still to apply, partials of sum g
     # and sum g (z - mean)
     dgrad_masked: Callable[..., tuple[Tensor, reference.Affine | None, Tensor]]
-    # (dz, w, bn, out, below, **as dgrad): down to the end of the block before, whose output is out: (dx, None), or
+    # (dz, w, bn, out, end_below, **as dgrad): down to the end of the block before, whose output is out: (dx, None), or
     # where one kernel does it all (dx where out > 0, partials as of `backward_reduce`)
     dgrad_joined: Callable[..., tuple[Tensor, Any]]
     wgrad: Callable[..., Tensor]  # (dz, a, bn, prologue, dtype): dw KRSC, in dtype, or in dz's (library)
@@ -122,11 +122,11 @@ def bind(problem: ConvProblem, eps: float, batch_statistics: bool, engines: Engi
     # oneDNN's fused primitives serve plans alone, whose weights are packed once: here the library does its passes.
     by: dict[str, type[Library]] = dict.fromkeys(("cudnn", "onednn", "aten"), Library)
     passes: Any = reference
-    if {"triton", "stem"} & {engines.infer, engines.fprop, engines.dgrad, engines.wgrad, engines.pointwise}:
+    if {"triton", "stem"} & {engines.infer, engines.fprop, engines.dgrad, engines.wgrad, engines.passes}:
         from fastres.ops import triton_engine
 
         by |= {"triton": triton_engine.Kernels, "stem": triton_engine.Stem}
-        passes = triton_engine.passes if engines.pointwise == "triton" else reference
+        passes = triton_engine.passes if engines.passes == "triton" else reference
     facts = problem, eps, batch_statistics, engines, passes
     infer, fprop, dgrad, wgrad = (
         by[name](*facts) for name in (engines.infer, engines.fprop, engines.dgrad, engines.wgrad)

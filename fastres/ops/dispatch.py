@@ -327,7 +327,7 @@ def folded_engine(
         return _simulated(engine, f"{why}; float8")
     if engine == "aten" or not relu:
         return Candidate(engine, why)
-    apart = "cudnn + triton" if pointwise_engine(dtype, device) == "triton" else "cudnn"
+    apart = "cudnn + triton" if passes_engine(dtype, device) == "triton" else "cudnn"
     cudnn = torch.backends.cudnn
     if not cudnn.enabled:
         return Candidate(apart, f"{why}; not fused: cudnn.enabled is off")
@@ -350,7 +350,7 @@ def layer_engine(layer: Any, pool: tuple[int, int, int] | None, inputs: Sequence
         return library
     if pool is not None and x.dim() == 4 and x.is_contiguous() and 0 < x.numel() < 2**30 * x.shape[3]:
         fits = min(x.shape[1:3]) + 2 * pool[2] >= pool[0] and why_unfused(x.dtype, x.device) is None
-        if fits and pointwise_engine(x.dtype, x.device) == "triton":
+        if fits and passes_engine(x.dtype, x.device) == "triton":
             return Candidate("triton", "writes no indices")
     if x.is_quantized:  # only max pools work in 8 bits
         simulates = wants_reference() or x.device.type != "cpu"
@@ -424,7 +424,7 @@ def table_in_force(device: torch.device) -> str:
     return "; for others ".join(said)
 
 
-def pointwise_engine(dtype: torch.dtype, device: torch.device) -> Engine:
+def passes_engine(dtype: torch.dtype, device: torch.device) -> Engine:
     """What computes the passes between convolutions: "triton" or "aten"."""
     if _forced.get() == "reference" or dtype not in _DTYPES:
         return "aten"
@@ -441,7 +441,7 @@ class Engines:
     fprop: Engine
     dgrad: Engine
     wgrad: Engine
-    pointwise: Engine
+    passes: Engine
     fprop_on_load: bool  # of the activation; see `on_load`
     wgrad_on_load: bool
     dz_on_load: bool
@@ -475,7 +475,7 @@ def engines(problem: ConvProblem, dtype: torch.dtype, device: torch.device) -> E
         fprop=conv_engine("fprop", problem, dtype, device),
         dgrad=conv_engine("dgrad", problem, dtype, device),
         wgrad=conv_engine("wgrad", problem, dtype, device),
-        pointwise=pointwise_engine(dtype, device),
+        passes=passes_engine(dtype, device),
         fprop_on_load=on_load("fprop", problem, dtype, device),
         wgrad_on_load=on_load("wgrad", problem, dtype, device),
         dz_on_load=on_load("dgrad", problem, dtype, device),

@@ -18,7 +18,7 @@ from torch import Tensor
 from fastres.ops import reference
 from fastres.ops.conv_bn import ConvBN, Kept
 from fastres.ops.layout import nhwc
-from fastres.ops.reference import Affine, Below, Pair
+from fastres.ops.reference import Affine, EndNorms, Pair
 
 
 class BlockKept(NamedTuple):
@@ -108,7 +108,7 @@ class End:
         down into the block before where it `joins`. given: as of `residual`."""
         return dgrad(**self.residual(*given))
 
-    def batch_norms(self, kept: BlockKept) -> Below:
+    def batch_norms(self, kept: BlockKept) -> EndNorms:
         """(z, mean) of the last BatchNorm, and of a projection's or None."""
         last, projection = kept.pairs[self.last], kept.pairs[-1]
         return (last.z, last.mean), (projection.z, projection.mean) if self.projects else None

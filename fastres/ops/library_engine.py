@@ -14,7 +14,7 @@ from torch import Tensor
 from fastres.ops import reference
 from fastres.ops.dispatch import Engines
 from fastres.ops.layout import Geometry, dense, nchw
-from fastres.ops.reference import Affine, Below, OnLoad, Prologue
+from fastres.ops.reference import Affine, EndNorms, OnLoad, Prologue
 
 if TYPE_CHECKING:
     from fastres.kernels.problem import ConvProblem
@@ -77,7 +77,7 @@ class Library(Facts):
         return dy, affine, self.passes.backward_reduce(dy, z, mean, mask=affine)
 
     def dgrad_joined(
-        self, dz: Tensor, w: Tensor, bn: OnLoad, out: Tensor, below: Below, **residual: Any
+        self, dz: Tensor, w: Tensor, bn: OnLoad, out: Tensor, end_below: EndNorms, **residual: Any
     ) -> tuple[Tensor, Any]:
         return self.dgrad(dz, w, bn, **residual), None
 

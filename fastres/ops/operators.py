@@ -1,7 +1,7 @@
 """The fused calls as PyTorch operators: what `torch.compile`, FlopCounterMode and other dispatch modes see.
 
     conv_bn_act       a chain of conv-BN pairs with its end, as `block` runs one; trains
-    conv_affine_act   [relu](scale conv(x, w) + shift + residual), one unit whose statistics are given; no gradient
+    conv_affine_act   [relu](scale conv(x, w) + shift + residual), one pair whose statistics are given; no gradient
 
 Bodies are those of the eager call, on every device. An operator that mutates can have no derivative, so `conv_bn_act`
 returns the moved running statistics and the caller copies them home. Inputs may have any strides; results, and the

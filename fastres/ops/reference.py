@@ -29,7 +29,9 @@ Function = Callable[[Tensor], Tensor]
 Pair = tuple[Function, Function]  # (conv, BatchNorm): modules, or functions of a tensor
 Affine = tuple[Tensor, Tensor]  # (scale, shift), each [C]
 Prologue = Affine | None  # where a convolution reads relu(scale a + shift)
-Below = tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor] | None]  # (z, mean) of a block's last BN, of a projection's
+EndNorms = tuple[
+    tuple[Tensor, Tensor], tuple[Tensor, Tensor] | None
+]  # (z, mean) of a block's last BN, of a projection's
 
 
 class BNBackward(NamedTuple):
@@ -41,7 +43,7 @@ class BNBackward(NamedTuple):
     c_1: Tensor | None
 
 
-OnLoad = BNBackward | None  # where it is given, what is called dz is g, and dz is meant
+OnLoad = BNBackward | None  # where it is given, what is called dz is g, and c_g g + c_z z + c_1 is meant
 
 
 def branch(x: Tensor, pairs: Sequence[Pair]) -> Tensor:
@@ -315,9 +317,10 @@ def backward_apply(
     """dz = c_g g + c_z z + c_1, or c_g g where c_z and c_1 are None; with a projection, its z and coefficients, the
     pair (dz, dz_proj)."""
     g = gradient(dy, z, mask, pool)
-    norms = [BNBackward(z, c_g, c_z, c_1)] + ([] if projection is None else [BNBackward(*projection)])
+    batch_norms = [BNBackward(z, c_g, c_z, c_1)] + ([] if projection is None else [BNBackward(*projection)])
     both = [
-        (n.c_g * g if n.c_z is None or n.c_1 is None else n.c_g * g + n.c_z * n.z + n.c_1).to(dy.dtype) for n in norms
+        (n.c_g * g if n.c_z is None or n.c_1 is None else n.c_g * g + n.c_z * n.z + n.c_1).to(dy.dtype)
+        for n in batch_norms
     ]
     return both[0] if projection is None else tuple(both)
 

@@ -12,7 +12,7 @@ from fastres.kernels import batch_norm, dgrad, fprop, max_pool, pad_shortcut, st
 from fastres.kernels.fprop import Join, RunningNorm
 from fastres.ops.layout import nchw
 from fastres.ops.library_engine import Library, read_again, scaled
-from fastres.ops.reference import Affine, Below, OnLoad, Prologue
+from fastres.ops.reference import Affine, EndNorms, OnLoad, Prologue
 
 # The kernels between convolutions, by the names that `reference` gives them.
 passes = SimpleNamespace(**{**vars(max_pool), **vars(pad_shortcut), **vars(batch_norm)})
@@ -68,10 +68,10 @@ class Kernels(Library):
         g, partials = self.dgrad(dz, w, bn, relu_mask=affine, below=(z, mean))
         return g, None, partials
 
-    def dgrad_joined(self, dz: Tensor, w: Tensor, bn: OnLoad, out: Tensor, below: Below, **residual: Any) -> Any:
+    def dgrad_joined(self, dz: Tensor, w: Tensor, bn: OnLoad, out: Tensor, end_below: EndNorms, **residual: Any) -> Any:
         if not self.engines.fusions.block_end:
-            return super().dgrad_joined(dz, w, bn, out, below, **residual)
-        last, projection = below
+            return super().dgrad_joined(dz, w, bn, out, end_below, **residual)
+        last, projection = end_below
         return self.dgrad(dz, w, bn, **residual, relu_mask=out, below=last, projection=projection)
 
     def filter_gradient(self, dz: Tensor, a: Tensor, bn: OnLoad, prologue: Prologue, dtype: torch.dtype) -> Tensor:

@@ -65,7 +65,7 @@ def tune(layers: ModuleType) -> ModuleType:
 def on_meta(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tensors without memory take the path of tensors on a GPU."""
     monkeypatch.setattr(dispatch, "_kernel_less", lambda device: None)
-    monkeypatch.setattr(dispatch, "pointwise_engine", lambda *_: "triton")
+    monkeypatch.setattr(dispatch, "passes_engine", lambda *_: "triton")
     monkeypatch.setattr(dispatch, "compute_dtype", lambda x: x.dtype)
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # there is none for meta
 
@@ -317,7 +317,7 @@ def test_inference_is_set_against_the_fused_operator(
     """cuDNN's own of convolution, bias, addition and ReLU; where it refuses, the convolution and one pass of ours."""
     monkeypatch.setattr(dispatch, "_kernel_less", lambda device: None)
     monkeypatch.setattr(dispatch, "why_engine", lambda *_: ("cudnn", ""))
-    monkeypatch.setattr(dispatch, "pointwise_engine", lambda *_: "aten" if dispatch.wants_reference() else "triton")
+    monkeypatch.setattr(dispatch, "passes_engine", lambda *_: "aten" if dispatch.wants_reference() else "triton")
     operands = layers.Operands.random(POINTWISE, torch.float32, CPU)
     step = layers.pair(POINTWISE, torch.float32, CPU)
     assert step.engines.infer == "cudnn"

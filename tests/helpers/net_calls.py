@@ -113,7 +113,7 @@ def _noting(found: dict[tuple[str, str], Call], flipped: tuple[str, ...] = ()) -
     replaced = {
         "_kernel_less": lambda device: None,
         "conv_engine": lambda *_: "triton",
-        "pointwise_engine": lambda *_: "aten",
+        "passes_engine": lambda *_: "aten",
         "compute_dtype": lambda x: BF16,
         "on_load": on_load,
     }

@@ -178,8 +178,8 @@ def test_our_pass_after_the_librarys_convolution_means_the_same() -> None:
     packed, exact = (folded.pack(w, shift, dtype, "layer") for dtype in (torch.float32, torch.float64))
     static: dict[str, Any] = {"geometry": Geometry(pad=1), "relu": True}
     for inputs in ((x,), (x, residual)):
-        reference = by_library(folded.by_library, *(t.double() for t in inputs), p=exact, **static)
-        baseline = by_library(folded.by_library, *inputs, p=packed, **static)
+        reference = by_library(folded.by_library, *(t.double() for t in inputs), weights=exact, **static)
+        baseline = by_library(folded.by_library, *inputs, weights=packed, **static)
         got = folded.by_library_and_kernel(*inputs, ones=torch.ones(8).to(DEVICE), weights=packed, **static)
         assert_close_to_reference(got, reference, baseline)
 
@@ -195,7 +195,7 @@ class Clock:
         monkeypatch.setattr(
             dispatch, "why_engine", lambda _, problem, dtype, on: (engine.get(dtype, "cudnn"), "said so")
         )
-        monkeypatch.setattr(dispatch, "pointwise_engine", lambda *_: "aten")
+        monkeypatch.setattr(dispatch, "passes_engine", lambda *_: "aten")
         monkeypatch.setattr(folded, "by_cudnn", self.by_cudnn)
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: self.capturing)
         monkeypatch.setattr(program, "_fused_times", {})

@@ -193,8 +193,8 @@ def hold(case: Case) -> None:
     """Our results are as close to float64 as PyTorch's in the same dtype, within a factor of 2.
 
     Vectors, sums over pixels in fp32, may be off by some roundings more: PyTorch on the CPU sums in float64. The terms
-    of y = scale z + shift, and the last two of dz = p g + q z + r, cancel where |mean| >> std, which costs some fp32
-    roundings of their size; PyTorch on a GPU subtracts the mean first.
+    of y = scale z + shift, and the last two of dz = c_g g + c_z z + c_1, cancel where |mean| >> std, which costs some
+    fp32 roundings of their size; PyTorch on a GPU subtracts the mean first.
     """
     t = inputs(case)
     truth, baseline, actual = stock(t, case, torch.float64), stock(t, case, case.dtype), ours(t, case)
@@ -401,9 +401,9 @@ def hold_pool(shape: tuple[int, int, int, int], dtype: torch.dtype, kernel: int,
     sums = batch_norm.backward_reduce(dy, z, mean, mask=mask, pool=pool).double().sum(0)
     exact = torch.stack([g.double().sum((0, 1, 2)), (g.double() * (z.double() - mean)).sum((0, 1, 2))])
     assert torch.equal(sums, exact)
-    p, q, r = (torch.randint(-2, 3, (K,), device=DEVICE).float() for _ in range(3))
-    dz = batch_norm.backward_apply(dy, z, p, q, r, mask=mask, pool=pool)
-    assert torch.equal(dz, (p * g + q * z.float() + r).to(dtype))
+    c_g, c_z, c_1 = (torch.randint(-2, 3, (K,), device=DEVICE).float() for _ in range(3))
+    dz = batch_norm.backward_apply(dy, z, c_g, c_z, c_1, mask=mask, pool=pool)
+    assert torch.equal(dz, (c_g * g + c_z * z.float() + c_1).to(dtype))
 
 
 def test_max_pool_of_reals() -> None:

@@ -552,6 +552,16 @@ def test_more_than_2_31_elements() -> None:
         assert torch.equal(dw.view(64, 64).double(), want)
 
 
+def test_a_mask_to_recompute_may_be_any_pair() -> None:
+    """A list as well: taken for no mask it would leave dx, and the sums, unmasked."""
+    o = make(SHAPES["3x3"], torch.float32)
+    pair = torch.ones_like(o.scale), torch.full_like(o.shift, -1e9)
+    for mask in (pair, [*pair]):
+        dx, sums = conv_dgrad(o.dy, o.w, o.problem, relu_mask=mask, below=(o.x, o.mean), tile=GATHER)  # type: ignore[arg-type, misc]
+        assert not dx.any()
+        assert not sums.any()
+
+
 def test_no_pixels() -> None:
     problem = ConvProblem(N=0, H=4, W=4, C=8, K=16, R=3, S=3, pad=1)
     o = make(problem, torch.float32)
@@ -586,6 +596,10 @@ REFUSING, GROUPED = (ConvProblem(3, 6, 7, 8, 24, 3, 3, 1, 1, groups=groups) for 
         (
             {"relu_mask": tuple(torch.zeros(2, 8).half()), "below": (torch.zeros(3, 6, 7, 8), torch.zeros(8))},
             "scale must be torch.float32",
+        ),
+        (
+            {"relu_mask": (None, torch.zeros(8)), "below": (torch.zeros(3, 6, 7, 8), torch.zeros(8))},
+            r"relu_mask must be a tensor like dx or the pair \(scale, shift\)",
         ),
         ({"projection": (torch.zeros(3, 6, 7, 8), torch.zeros(8))}, r"below=\(z_below, mean\) is missing"),
         (

@@ -87,9 +87,9 @@ def check(tune: ModuleType, call: Call, dtype: torch.dtype, device: torch.device
         for got, ref, baseline in zip(tensors, exact, usual, strict=True):
             assert_close_to_reference(got, ref, baseline, factor=FUSED, what=what, lost=lost)
         if call.launcher == "conv_dgrad":
-            norms = [norm for norm in (given["below"], given["projection"]) if norm is not None]
-            for sums, norm in zip(partials, norms, strict=True):
-                check_sums(sums, tensors[-1], *norm)
+            below = [each for each in (given["below"], given["projection"]) if each is not None]
+            for sums, (z, mean) in zip(partials, below, strict=True):
+                check_sums(sums, tensors[-1], z, mean)
         else:
             assert len(partials) == bool(given.get("statistics"))
             for statistics in partials:

@@ -95,7 +95,7 @@ def test_forward_backward_and_buffers_equal_the_definition(kind: str, training: 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_end_past_an_infinite_activation_where_pytorchs_do(kind: str) -> None:
-    """Given statistics: dz = p g doesn't hang on z, so that what one pixel spoils ends where it does in PyTorch."""
+    """Given statistics: dz = c_g g doesn't hang on z, so that what one pixel spoils ends where it does in PyTorch."""
     block = Block(kind).double().eval()
     x = torch.randn(3, 6, 9, 8, dtype=torch.double)
     x[1, 2, 4, 4] = float("inf")

@@ -136,7 +136,7 @@ def test_a_gpu_without_kernels_runs_plain(
     gpu(H200._replace(capability=capability))
     monkeypatch.setattr(dispatch, "has_triton", lambda: triton)
     assert dispatch.why_unfused(FP32, CUDA) == reason
-    assert dispatch.pointwise_engine(FP32, CUDA) == ("triton" if reason is None else "aten")
+    assert dispatch.passes_engine(FP32, CUDA) == ("triton" if reason is None else "aten")
     if reason is not None:
         assert dispatch.why_engine("infer", SQUARE, BF16, CUDA) == ("cudnn", reason)
         with fastres.backend("triton"), pytest.raises(RuntimeError, match=reason):
@@ -147,13 +147,13 @@ def test_there_are_kernels_for_three_dtypes_on_a_gpu() -> None:
     assert [dispatch.why_unfused(dtype, CUDA) for dtype in (FP32, BF16, FP16)] == [None] * 3
     assert dispatch.why_unfused(torch.float64, CUDA) == "there are no fused kernels for torch.float64"
     assert dispatch.why_engine("fprop", SQUARE, torch.float64, CUDA)[0] == "cudnn"
-    assert dispatch.pointwise_engine(torch.float64, CUDA) == "aten"
+    assert dispatch.passes_engine(torch.float64, CUDA) == "aten"
 
 
 def test_there_are_no_kernels_on_a_cpu_without_the_interpreter() -> None:
     assert dispatch.why_unfused(FP32, CPU) == "there are no fused kernels for cpu"
     assert dispatch.why_engine("fprop", SQUARE, FP32, CPU) == ("aten", "there are no fused kernels for cpu")
-    assert dispatch.pointwise_engine(FP32, CPU) == "aten"
+    assert dispatch.passes_engine(FP32, CPU) == "aten"
     with fastres.backend("triton"), pytest.raises(RuntimeError, match="for cpu; use a CUDA GPU or TRITON_INTERPRET=1"):
         dispatch.why_unfused(FP32, CPU)
 
@@ -165,7 +165,7 @@ def test_the_interpreter_serves_whoever_asks_for_kernels(interpreter: None) -> N
     with fastres.backend("triton"):
         assert dispatch.why_unfused(FP32, CPU) is None
         assert dispatch.why_engine("fprop", SQUARE, FP32, CPU) == ("triton", "backend('triton')")
-        assert dispatch.pointwise_engine(FP32, CPU) == "triton"
+        assert dispatch.passes_engine(FP32, CPU) == "triton"
         assert dispatch.why_unfused(BF16, META) is None, "nothing is multiplied there"
         with pytest.raises(RuntimeError, match="interpreter multiplies bfloat16 wrongly; use a CUDA GPU, float16"):
             dispatch.why_engine("fprop", SQUARE, BF16, CPU)
@@ -178,7 +178,7 @@ def test_the_reference_serves_every_dtype_by_the_library(device: torch.device) -
         for dtype in (FP32, BF16, torch.float64, torch.int8, FLOAT8):
             assert dispatch.why_engine("infer", SQUARE, dtype, device) == (library, "backend('reference')")
             assert dispatch.why_unfused(dtype, device) is None
-        assert dispatch.pointwise_engine(BF16, device) == "aten"
+        assert dispatch.passes_engine(BF16, device) == "aten"
         assert not dispatch.optimizes_by_onednn(FP32, CPU)
 
 

@@ -98,17 +98,17 @@ def plain(end: str, args: tuple[Any, ...]) -> Tensor:
     """The chain by PyTorch's own functions; moves the running statistics."""
     x, parameters, running, residual, geometry, eps, momentum, training, _, sizes = args
 
-    def unit(a: Tensor, i: int) -> Tensor:
+    def pair(a: Tensor, i: int) -> Tensor:
         weight, gamma, beta = parameters[3 * i : 3 * i + 3]
         z = by_library(nn.functional.conv2d, a, weight, None, *geometry[4 * i : 4 * i + 4])
         mean, var = running[2 * i : 2 * i + 2]
         return nn.functional.batch_norm(z, mean, var, gamma, beta, training[i], momentum[i], eps[i])
 
     depth = len(training) - (end == "project")
-    y = unit(x, 0)
+    y = pair(x, 0)
     for i in range(1, depth):
-        y = unit(y.relu(), i)
-    added = {"add": lambda: x, "join": lambda: residual, "project": lambda: unit(x, depth)}
+        y = pair(y.relu(), i)
+    added = {"add": lambda: x, "join": lambda: residual, "project": lambda: pair(x, depth)}
     added["pad"] = lambda: reference.pad_shortcut(x, sizes[1], y.shape[1])
     y = y + added[end]() if end in added else y
     y = y if end == "linear" else y.relu()
@@ -147,14 +147,14 @@ def test_the_operator_equals_the_definition(end: str, training: bool) -> None:
 def test_an_end_says_what_its_block_means(end: str) -> None:
     x, parameters, _, residual, geometry, eps, *_, sizes = args = arguments(end, True, grad=False)
 
-    def unit(i: int) -> tuple[Any, Any]:
+    def pair(i: int) -> tuple[Any, Any]:
         weight, *affine = parameters[3 * i : 3 * i + 3]
         conv = partial(nn.functional.conv2d, weight=weight, bias=None)
         sides = dict(zip(("stride", "padding", "dilation", "groups"), geometry[4 * i : 4 * i + 4], strict=True))
         norm = partial(nn.functional.batch_norm, running_mean=None, running_var=None, training=True, eps=eps[i])
         return partial(conv, **sides), partial(norm, weight=affine[0], bias=affine[1])
 
-    got = ends.of_words(end, sizes, residual).definition(x, [unit(i) for i in range(len(eps))])
+    got = ends.of_words(end, sizes, residual).definition(x, [pair(i) for i in range(len(eps))])
     assert relative_error(got, plain(end, args)) < ROUNDING
 
 

@@ -32,7 +32,7 @@ def _kernels_on_meta(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Tensors without memory take the path of tensors on a GPU."""
     conv_bn.conv_bn.cache_clear()
     monkeypatch.setattr(dispatch, "_kernel_less", lambda device: None)
-    monkeypatch.setattr(dispatch, "pointwise_engine", lambda *_: "triton")
+    monkeypatch.setattr(dispatch, "passes_engine", lambda *_: "triton")
     monkeypatch.setattr(dispatch, "compute_dtype", lambda x: x.dtype)
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # there is none for meta
     yield
