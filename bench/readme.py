@@ -232,7 +232,7 @@ PAGES: dict[str, dict[str, Callable[..., str]]] = {
 
 
 def pages(sources: dict[str, str]) -> dict[str, str]:
-    """Page -> its text with every block anew; `sources`: as of `shown`. Raises ValueError where marks are missing."""
+    """Page -> its text, blocks rewritten; `sources`: as of `shown`. Raises ValueError where marks are missing."""
     with (records.ROOT / MEMORY).open(newline="") as file:
         given: dict[str, tuple[Any, str]] = {"memory": (list(csv.DictReader(file)), MEMORY)}
     for device, source in sources.items():

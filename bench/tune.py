@@ -14,7 +14,7 @@ A process of its own measures, and nothing that happens there ends the run. Wher
 context or takes its process with it, cuDNN keeps that problem, a note in the table says why, and a fresh process
 goes on. The table is rewritten before and after every problem: what was being measured when a run was stopped is
 "unfinished" there. A second run goes on with what is missing, then with what is unfinished; --again measures everything
-anew. Needs a CUDA GPU.
+once more. Needs a CUDA GPU.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def candidates(pair: ConvBN, pass_: str, role: Role, dtype: torch.dtype, device:
     refusal = tma_refusal if pass_ == "dgrad" else fprop_tma_refusal  # wgrad reads x as fprop does
     carried = torch.cuda.get_device_capability(device) >= TMA and refusal(problem, like) is None
     operands = 2 if role.summed and pair.engines.dz_on_load else 1
-    candidates: list[Tile] = []
+    tried: list[Tile] = []
     for tma in (True, False) if carried else (False,):
         of_pass = problem, dtype.itemsize, tma, gpu, dtype == torch.float32
         if pass_ == "infer":
@@ -80,8 +80,8 @@ def candidates(pair: ConvBN, pass_: str, role: Role, dtype: torch.dtype, device:
             found = tiles.dgrad_tiles(*of_pass, operands, layers.met_by_dx(role))
         else:
             found = tiles.wgrad_tiles(*of_pass, operands, role.normed and pair.engines.wgrad_on_load)
-        candidates += promising(pass_, found, most if tma == carried else max(0, min(FEW, most - FEW)))
-    return candidates
+        tried += promising(pass_, found, most if tma == carried else max(0, min(FEW, most - FEW)))
+    return tried
 
 
 def promising(pass_: str, found: Sequence[Tile], most: int) -> list[Tile]:
@@ -150,8 +150,8 @@ def with_tile(tile: Tile | None, work: Callable[[], Any]) -> Any:
     """`work()`, whose convolutions by our kernels run with `tile`."""
     with ExitStack() as stack:
         of_passes = (fprop, "conv_fprop"), (dgrad, "conv_dgrad"), (wgrad, "conv_wgrad")
-        for module, launcher in (*of_passes, (stem, "conv_stem"), (stem, "conv_stem_wgrad")):
-            stack.enter_context(patch.object(module, launcher, partial(getattr(module, launcher), tile=tile)))
+        for module, name in (*of_passes, (stem, "conv_stem"), (stem, "conv_stem_wgrad")):
+            stack.enter_context(patch.object(module, name, partial(getattr(module, name), tile=tile)))
         return work()
 
 
@@ -208,8 +208,8 @@ def sums_agree(partials: Tensor, value: Tensor, below: tuple[Tensor, Tensor] | N
         z, mean = below
         found = [*partials.double().sum(0)]
         terms = [v, v * (z.double() - mean)]
-    n, tiles = value.numel() // value.shape[-1], len(partials)
-    share = 4 * torch.finfo(torch.float32).eps * math.sqrt(n) / tiles
+    n, count = value.numel() // value.shape[-1], len(partials)
+    share = 4 * torch.finfo(torch.float32).eps * math.sqrt(n) / count
     wrong = [(a - t.sum(pixels)).abs() > share * t.abs().sum(pixels) for a, t in zip(found, terms, strict=True)]
     return bool(torch.stack(found).isfinite().all()) and not bool(torch.stack(wrong).any())
 
@@ -446,8 +446,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--size", type=int, default=224, help="height and width of the images")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument("--pass", dest="passes", action="append", choices=TUNED, help="default: all of them")
-    help_tiles = "candidate tiles per problem, and for inference as many with splits; default: 6"
-    parser.add_argument("--tiles", type=int, default=6, help=help_tiles)
+    of_tiles = "candidate tiles per problem, and for inference as many with splits; default: 6"
+    parser.add_argument("--tiles", type=int, default=6, help=of_tiles)
     parser.add_argument(
         "--seconds", type=float, default=460, help="start no problem after so many seconds; default: 460"
     )

@@ -1,4 +1,4 @@
-"""The compute capabilities of GPUs that decide what runs: the one place for each."""
+"""The compute capabilities of GPUs that decide what runs."""
 
 LEAST = (8, 0)  # of the kernels: bfloat16, asynchronous copies
 FLOAT8 = (8, 9)  # of their products in float8

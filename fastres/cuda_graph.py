@@ -63,12 +63,12 @@ def graphed(
     - A learning rate may change between calls: every call reads a number (in float32), the GPU a tensor.
     - What else changes between calls (train() and eval(), requires_grad, weight decay, parameters or optimizer states
       that became other tensors, autocast, a switch of torch.backends, fastres.backend) throws the graphs away: a
-      RuntimeWarning says what it was, the step runs eagerly and is recorded anew.
+      RuntimeWarning says what it was, the step runs eagerly and is recorded again.
     - Raises RuntimeError, before anything has changed, where the step waits for the GPU (`.item()`, a BatchNorm with
       momentum=None, a GradScaler with an optimizer that isn't fused), sets hyperparameters itself (a scheduler inside),
       draws random numbers from a global generator of the CPU, assigns an attribute of a layer (a count, a tensor: what
       a buffer holds may change in place), changes an input in place, or leaves gradients in other parameters than the
-      model's and the optimizer's (several models go in one nn.ModuleList). Dropout is fine: each replay draws anew.
+      model's and the optimizer's (several models go in one nn.ModuleList). Dropout is fine: each replay draws others.
     - Raises ValueError for a model that is spread over processes or devices (DistributedDataParallel and the like).
       Record forward and backward of the model without its wrapper, and between two calls average the gradients
       (`fastres.train.process.average`) and let the optimizer step; `torchrun ... -m fastres train --cuda-graph` does.
@@ -125,7 +125,7 @@ class Graphed:
         elif changed := [name for name in {**self.facts, **facts} if self.facts.get(name) != facts.get(name)]:
             warnings.warn(
                 f"graphed: since the last call there are changes to {', '.join(changed)}. The step runs eagerly and is "
-                "recorded anew; where that happens in every call, graphed is of no use",
+                "recorded again; where that happens in every call, graphed is of no use",
                 RuntimeWarning,
                 stacklevel=3,
             )

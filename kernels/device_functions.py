@@ -62,7 +62,7 @@ def affine_relu(x, scale, shift, valid, PADDED: tl.constexpr):
 def wait_for_wgmma(acc, WAIT: tl.constexpr):
     """acc, unchanged; where WAIT, only once the wgmma that makes it is done.
 
-    Triton 3.6 lets a pipelined wgmma run on while the registers of its first operand are written anew (triton#9433). An
+    Triton 3.6 lets a pipelined wgmma run on while the registers of its first operand are overwritten (triton#9433). An
     empty instruction on the result makes it wait.
     """
     if WAIT:

@@ -252,7 +252,7 @@ def read_table_of(path: Path) -> tuple[Gpu, Table]:
         return gpu, dict(map(_entry, content["problems"]))
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(
-            f"{path} is no table of tiles ({error!r}); remove it and write it anew with bench/tune.py"
+            f"{path} is no table of tiles ({error!r}); remove it and write it again with bench/tune.py"
         ) from error
 
 

@@ -120,6 +120,16 @@ def circle(known: dict[str, Path]) -> list[str]:
     return []
 
 
+def test_every_package_is_shipped() -> None:
+    listed = re.search(r"(?s)\npackages = (\[\n.*?\])", (ROOT / "pyproject.toml").read_text())
+    folders = [ROOT / "kernels", ROOT / "csrc", *(file.parent for file in (ROOT / "fastres").rglob("__init__.py"))]
+    assert listed is not None
+    assert {*ast.literal_eval(listed.group(1))} == {
+        ".".join(("fastres", *folder.relative_to(ROOT).parts)).replace("fastres.fastres", "fastres")
+        for folder in folders
+    }
+
+
 def test_none_import_in_a_circle() -> None:
     assert " imports ".join(circle(modules())) == ""
 

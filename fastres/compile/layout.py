@@ -59,7 +59,12 @@ class Layout:
     def gives_channels_last(self, result: fx.Node) -> None:
         self._results.add(result)
         _, c, h, w = value(result).shape
-        if value(result).stride() != (h * w * c, 1, w * c, c):  # one channel or pixel has both formats' other strides
+        if value(result).stride() != (
+            h * w * c,
+            1,
+            w * c,
+            c,
+        ):  # one channel or pixel has both formats, but not both strides
             self._changed.add(result)
 
     def restore_where_it_matters(self) -> None:

@@ -131,7 +131,7 @@ def search(
     graph: fx.Graph, example_inputs: Sequence[Any], *, always: bool
 ) -> tuple[list[Match], list[PaddedSum], list[Finding]]:
     """What the operators take of `graph`, and what there is to say of its layers, in the graph's order; with `always`
-    on devices without kernels, too."""
+    on devices without kernels, too. Placeholders without an example value are given theirs of `example_inputs`."""
     for node, example in zip(graph.find_nodes(op="placeholder"), example_inputs, strict=False):
         node.meta.setdefault("example_value", example)  # DDP's parts of a graph come without
     order = {node: at for at, node in enumerate(graph.nodes)}

@@ -174,4 +174,4 @@ def _require_engine(dtype: torch.dtype, device: torch.device) -> None:
     elif dtype == torch.int8 and (why := dispatch.why_no_int8(device)) is not None:
         reason = f"int8 isn't served: {why}"
     if reason is not None:
-        raise ValueError(f"{reason}; backend('reference') simulates it")
+        raise ValueError(f"{reason}; backend('reference') simulates {str(dtype).removeprefix('torch.')}")

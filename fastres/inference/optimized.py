@@ -41,8 +41,8 @@ def batch_inputs(batches: Iterable[Any]) -> Iterator[Tensor]:
 class Optimized(nn.Module):
     """What `optimize` returns. Its submodules, parameters, buffers and `state_dict` are a copy of the original's.
 
-    Loading a state_dict of the original folds anew, and so does moving to another device; loading into a part of it, or
-    writing into its weights, doesn't. deepcopy and pickle work.
+    Loading a state_dict of the original folds again, and so does moving to another device; loading into a part of it,
+    or writing into its weights, doesn't. deepcopy and pickle work.
     Plans are kept per input shape, `backend` in force and numerical switches of PyTorch's (TF32, cuDNN, deterministic).
     """
 

@@ -1,4 +1,4 @@
-"""The static plan of a net for inference: its steps, and how they are merged and quantised. No tensor is touched here.
+"""The static plan of a net for inference: its steps, and how they are merged and quantised.
 
 `fuse` merges conv, BN, residual and ReLU into one step; `quantise` puts 8 bits between the convolutions; `fuse_chains`
 marks where three convolutions of a bottleneck may run as one. Every step names the values it reads and writes; each

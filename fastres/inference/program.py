@@ -53,7 +53,7 @@ class Bound:
     dies: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        self.reads, self.writes = self.step.reads, self.step.writes  # which a step computes anew each time
+        self.reads, self.writes = self.step.reads, self.step.writes  # which a step computes each time
 
 
 class Compiled(NamedTuple):

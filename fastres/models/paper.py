@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from fastres.models import resnet as v15
 from fastres.models.resnet import BasicBlock
 from fastres.ops import eligibility
-from fastres.ops.block import plain_block
+from fastres.ops.block import plain_block, residual_block
 from fastres.ops.shortcut import PadShortcut, is_traced, pad_shortcut_add_relu
 
 __all__ = [
@@ -53,14 +53,23 @@ class Bottleneck(v15.Bottleneck):
         self.conv1.stride, self.conv2.stride = self.conv2.stride, self.conv1.stride
 
 
-class _PadEnd(v15.FusedBlock):
+class _PadEnd:
     """A block with `downsample` a `PadShortcut` (option A), whose end relu(y + shortcut(x)) is a single pass."""
 
     if TYPE_CHECKING:  # what the block that it is mixed into has
+        relu: nn.ReLU
+        downsample: PadShortcut
+
+        def pairs(self) -> list[tuple[nn.Module, nn.Module]]: ...
+
+        def parts(self) -> eligibility.Parts: ...
 
         def branch(self, x: Tensor) -> Tensor: ...
 
-    def one_by_one(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
+        if not torch.jit.is_scripting():
+            if eligibility.serves(x, self.parts()):
+                return residual_block(x, self.pairs(), self.downsample)
         y = self.branch(x)
         if not torch.jit.is_scripting():
             if eligibility.serves_pad_end(x, self.relu, self.downsample):

@@ -8,8 +8,7 @@ by one, exactly as torchvision does.
 He, Zhang, Ren, Sun: Deep Residual Learning for Image Recognition (2015), in the v1.5 form that strides the 3x3 conv.
 """
 
-from types import FunctionType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torchvision.models.resnet as tv
@@ -59,23 +58,19 @@ __all__ = [
 ]
 
 
-def plain_forward(block: type[nn.Module]) -> Any:
-    """`forward` of `block` as a method `one_by_one`: TorchScript knows no `super()`, and compiles a method under
-    the name that its function has."""
-    forward: Any = block.forward
-    return FunctionType(forward.__code__, forward.__globals__, "one_by_one")
+# Every block spells its `forward` out: TorchScript knows no `super()`, and Dynamo's cache with its limit of
+# recompilations belongs to a code object, which a mixin would make all blocks share.
 
 
-class FusedBlock:
-    """A residual block as one fused call where `eligibility` serves it, else its modules one by one."""
+class BasicBlock(tv.BasicBlock):
+    """Two 3x3 convolutions and a shortcut (paper, Fig. 5 left). Constructor and state_dict are torchvision's.
 
-    if TYPE_CHECKING:  # what the block that it is mixed into has
-        relu: Any
-        downsample: Any
+    `forward` takes and returns [N, C, H, W] of one floating dtype, in any memory format.
+    """
 
-        def pairs(self) -> list[tuple[nn.Module, nn.Module]]: ...
-
-        def one_by_one(self, x: Tensor) -> Tensor: ...
+    def pairs(self) -> list[tuple[nn.Module, nn.Module]]:
+        """The residual branch as (conv, norm) pairs; ReLU stands between them and after the addition."""
+        return [(self.conv1, self.bn1), (self.conv2, self.bn2)]
 
     def parts(self) -> eligibility.Parts:
         """The block's modules by role, as `eligibility` asks for them."""
@@ -85,33 +80,41 @@ class FusedBlock:
         if not torch.jit.is_scripting():
             if eligibility.serves(x, self.parts()):
                 return residual_block(x, self.pairs(), self.downsample)
-        return self.one_by_one(x)
+        identity = x
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out))
+        if self.downsample is not None:
+            identity = self.downsample(x)
+        out += identity
+        return self.relu(out)
 
 
-class BasicBlock(FusedBlock, tv.BasicBlock):
-    """Two 3x3 convolutions and a shortcut (paper, Fig. 5 left). Constructor and state_dict are torchvision's.
-
-    `forward` takes and returns [N, C, H, W] of one floating dtype, in any memory format.
-    """
-
-    one_by_one = plain_forward(tv.BasicBlock)
-
-    def pairs(self) -> list[tuple[nn.Module, nn.Module]]:
-        """The residual branch as (conv, norm) pairs; ReLU stands between them and after the addition."""
-        return [(self.conv1, self.bn1), (self.conv2, self.bn2)]
-
-
-class Bottleneck(FusedBlock, tv.Bottleneck):
+class Bottleneck(tv.Bottleneck):
     """1x1 reduce, 3x3, 1x1 expand and a shortcut (paper, Fig. 5 right). Constructor and state_dict are torchvision's.
 
     `forward` takes and returns [N, C, H, W] of one floating dtype, in any memory format.
     """
 
-    one_by_one = plain_forward(tv.Bottleneck)
-
     def pairs(self) -> list[tuple[nn.Module, nn.Module]]:
         """The residual branch as (conv, norm) pairs; ReLU stands between them and after the addition."""
         return [(self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3)]
+
+    def parts(self) -> eligibility.Parts:
+        """The block's modules by role, as `eligibility` asks for them."""
+        return eligibility.Parts(self.pairs(), [self.relu], shortcut=self.downsample)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not torch.jit.is_scripting():
+            if eligibility.serves(x, self.parts()):
+                return residual_block(x, self.pairs(), self.downsample)
+        identity = x
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.relu(self.bn2(self.conv2(out)))
+        out = self.bn3(self.conv3(out))
+        if self.downsample is not None:
+            identity = self.downsample(x)
+        out += identity
+        return self.relu(out)
 
 
 def run_stages(x: Tensor, *layers: nn.Module) -> Tensor:
@@ -160,7 +163,12 @@ class ResNet(tv.ResNet):
         x = self.layer2(x)
         x = self.layer3(x)
         x = self.layer4(x)
-        return self.fc(torch.flatten(self.avgpool(x), 1))
+        return self._head(x)
+
+    def _head(self, x: Tensor) -> Tensor:
+        x = self.avgpool(x)
+        x = torch.flatten(x, 1)
+        return self.fc(x)
 
     def stem_parts(self) -> eligibility.Parts:
         """The stem's modules by role, as `eligibility` asks for them."""

@@ -5,36 +5,69 @@ from __future__ import annotations
 import timm.models.resnet as timm_resnet
 import torch
 from timm.models import checkpoint_seq
-from torch import Tensor
+from torch import Tensor, nn
 
-from fastres.models import resnet
-from fastres.models.resnet import FusedBlock, plain_forward
 from fastres.ops import eligibility
-from fastres.ops.block import stem
+from fastres.ops.block import residual_block, stem
 
 
-class _FusedBlock(FusedBlock):
-    """Fused where it is plain: no attention, anti-aliasing, dropped block or path; ReLU."""
+class BasicBlock(timm_resnet.BasicBlock):
+    """timm's BasicBlock; fused where it is plain (no attention, anti-aliasing, dropped block or path; ReLU)."""
+
+    def pairs(self) -> list[tuple[nn.Module, nn.Module]]:
+        """The residual branch as (conv, norm) pairs."""
+        return [(self.conv1, self.bn1), (self.conv2, self.bn2)]
 
     def parts(self) -> eligibility.Parts:
-        pairs = self.pairs()
-        acts = [getattr(self, f"act{i}") for i in range(1, len(pairs) + 1)]
-        idle = [getattr(self, name) for name in ("drop_block", "aa", "se", "drop_path")]
-        return eligibility.Parts(pairs, acts, shortcut=self.downsample, idle=idle)
+        """The block's modules by role, as `eligibility` asks for them."""
+        idle = [self.drop_block, self.aa, self.se, self.drop_path]
+        return eligibility.Parts(self.pairs(), [self.act1, self.act2], shortcut=self.downsample, idle=idle)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not torch.jit.is_scripting():
+            if eligibility.serves(x, self.parts()):
+                return residual_block(x, self.pairs(), self.downsample)
+        shortcut = x
+        x = self.aa(self.act1(self.drop_block(self.bn1(self.conv1(x)))))  # type: ignore[misc]
+        x = self.bn2(self.conv2(x))
+        if self.se is not None:
+            x = self.se(x)
+        if self.drop_path is not None:
+            x = self.drop_path(x)
+        if self.downsample is not None:
+            shortcut = self.downsample(shortcut)
+        x += shortcut
+        return self.act2(x)
 
 
-class BasicBlock(_FusedBlock, timm_resnet.BasicBlock):
-    """timm's BasicBlock."""
+class Bottleneck(timm_resnet.Bottleneck):
+    """timm's Bottleneck; fused where it is plain (no attention, anti-aliasing, dropped block or path; ReLU)."""
 
-    one_by_one = plain_forward(timm_resnet.BasicBlock)
-    pairs = resnet.BasicBlock.pairs
+    def pairs(self) -> list[tuple[nn.Module, nn.Module]]:
+        """The residual branch as (conv, norm) pairs."""
+        return [(self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3)]
 
+    def parts(self) -> eligibility.Parts:
+        """The block's modules by role, as `eligibility` asks for them."""
+        idle = [self.drop_block, self.aa, self.se, self.drop_path]
+        return eligibility.Parts(self.pairs(), [self.act1, self.act2, self.act3], shortcut=self.downsample, idle=idle)
 
-class Bottleneck(_FusedBlock, timm_resnet.Bottleneck):
-    """timm's Bottleneck."""
-
-    one_by_one = plain_forward(timm_resnet.Bottleneck)
-    pairs = resnet.Bottleneck.pairs
+    def forward(self, x: Tensor) -> Tensor:
+        if not torch.jit.is_scripting():
+            if eligibility.serves(x, self.parts()):
+                return residual_block(x, self.pairs(), self.downsample)
+        shortcut = x
+        x = self.act1(self.bn1(self.conv1(x)))
+        x = self.aa(self.act2(self.drop_block(self.bn2(self.conv2(x)))))  # type: ignore[misc]
+        x = self.bn3(self.conv3(x))
+        if self.se is not None:
+            x = self.se(x)
+        if self.drop_path is not None:
+            x = self.drop_path(x)
+        if self.downsample is not None:
+            shortcut = self.downsample(shortcut)
+        x += shortcut
+        return self.act3(x)
 
 
 class ResNet(timm_resnet.ResNet):

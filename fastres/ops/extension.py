@@ -5,7 +5,7 @@ torch/extension.h), and kept in the cache folder (`fastres.paths`) under a name 
 sources, flags and torch version. Who builds holds a file lock, which the system takes back when a process dies, builds
 in a folder of its own and renames the result into place: a killed build or a second process leaves nothing half done.
 A library ends with the SHA-256 of all before it. One that a full disk or a power failure has cut short, which would end
-the process with a bus error, is built anew.
+the process with a bus error, is built again.
 
 `FASTRES_CUDA_EXT` governs both libraries: `0` never builds nor loads; `1` raises `BuildError` where a device's library
 can't be had; `auto` (the default) then warns once, and the ATen formulation serves.
@@ -100,7 +100,7 @@ def _try_load(device: str) -> str | None:
             torch.ops.load_library(str(library))
         except (OSError, UnicodeError) as error:  # UnicodeError: of a folder whose name is not UTF-8
             cause = error.__cause__ or error
-            raise BuildError(f"{library} doesn't load ({cause}); delete it to have it built anew") from error
+            raise BuildError(f"{library} doesn't load ({cause}); delete it to have it built again") from error
     except BuildError as error:
         if mode == "1":
             raise

@@ -80,7 +80,7 @@ def linear(x: Tensor, *, w: Tensor, bias: Tensor | None) -> Tensor:
 def keep_heap() -> None:
     """Have the C library reuse the memory of tensors that die; once a process is enough.
 
-    glibc maps each large block anew and unmaps it when it is freed, which costs a page fault for every 4 KiB written.
+    glibc maps each large block again and unmaps it when it is freed, which costs a page fault for every 4 KiB written.
     Freeing a mapped block raises the limit of what counts as large to its size, up to 32 MiB: so one is freed here.
     """
     torch.empty(HEAP_BLOCK, dtype=torch.uint8)

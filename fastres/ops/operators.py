@@ -1,6 +1,6 @@
 """The fused calls as PyTorch operators: what `torch.compile`, FlopCounterMode and other dispatch modes see.
 
-    conv_bn_act       a chain of conv-BN pairs with its end, as `block` runs one; trains
+    conv_bn_act       conv-BN pairs with the end of their block, as `block` runs one; trains
     conv_affine_act   [relu](scale conv(x, w) + shift + residual), one pair whose statistics are given; no gradient
 
 Bodies are those of the eager call, on every device. An operator that mutates can have no derivative, so `conv_bn_act`

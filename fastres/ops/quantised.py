@@ -100,8 +100,8 @@ class ByOneDNN:
     it. Raises RuntimeError, here or when it is called, where oneDNN doesn't serve it.
 
     The packed weights belong to this convolution alone. PyTorch keeps the primitive of the first call in them; another
-    operator would use it wrongly. A call with another shape looks its own primitive up, and packs the weights anew each
-    time if that primitive wants another format. `another` packs once more, for a first call of its own; packing takes
+    operator would use it wrongly. A call with another shape looks its own primitive up, and packs the weights each time
+    if that primitive wants another format. `another` packs once more, for a first call of its own; packing takes
     longer than several calls.
     """
 

@@ -97,7 +97,7 @@ def test_a_table_file_is_named_after_its_gpu(tmp_path: Path) -> None:
 def test_a_broken_table_is_named(text: str, tmp_path: Path) -> None:
     path = tmp_path / "broken.json"
     path.write_text(text)
-    with pytest.raises(ValueError, match=r"broken\.json is no table of tiles .* write it anew with bench/tune\.py"):
+    with pytest.raises(ValueError, match=r"broken\.json is no table of tiles .* write it again with bench/tune\.py"):
         tables.read_table(path)
 
 
