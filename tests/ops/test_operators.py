@@ -95,14 +95,14 @@ def test_fakes_have_the_strides_and_dtypes_of_the_results(end: str) -> None:
 
 
 def plain(end: str, args: tuple[Any, ...]) -> Tensor:
-    """The chain by PyTorch's own functions; moves the running statistics."""
+    """The block by PyTorch's own functions; moves the running statistics."""
     x, parameters, running, residual, geometry, eps, momentum, training, _, sizes = args
 
     def pair(a: Tensor, i: int) -> Tensor:
-        weight, gamma, beta = parameters[3 * i : 3 * i + 3]
-        z = by_library(nn.functional.conv2d, a, weight, None, *geometry[4 * i : 4 * i + 4])
+        filters, weight, bias = parameters[3 * i : 3 * i + 3]
+        z = by_library(nn.functional.conv2d, a, filters, None, *geometry[4 * i : 4 * i + 4])
         mean, var = running[2 * i : 2 * i + 2]
-        return nn.functional.batch_norm(z, mean, var, gamma, beta, training[i], momentum[i], eps[i])
+        return nn.functional.batch_norm(z, mean, var, weight, bias, training[i], momentum[i], eps[i])
 
     depth = len(training) - (end == "project")
     y = pair(x, 0)
