@@ -10,8 +10,8 @@ deciding them again would take the host longer than the GPU takes for a small pr
         launch(negate_kernel, (cdiv(x.numel(), 1024),), x=x, y=y, numel=x.numel(), BLOCK=1024)
         return y
 
-What such a function does to its tensors it does by `launch`; memory it takes by `empty`; it returns its arguments, what
-it took, or views of that. Any other function is simply called every time.
+Such a function touches its tensors by `launch` only, and allocates by `empty` only; it returns its arguments, what it
+allocated, or views of these. Any other function is simply called every time.
 """
 
 from __future__ import annotations
