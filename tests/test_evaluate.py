@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from nets import lived_in
 from PIL import Image
 from tolerances import HALF_SCORES, SCORES, SLIDING, SUMS
 from torch import Tensor, nn
@@ -28,17 +29,6 @@ SCALES = (32, 37, 48)
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def lived_in(model: nn.Module) -> nn.Module:
-    """`model` in eval mode with BN statistics and parameters unlike those of a fresh net."""
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.running_mean, -0.3, 0.3)
-            nn.init.uniform_(module.running_var, 0.5, 2.0)
-            nn.init.uniform_(module.weight, 0.5, 1.2)
-            nn.init.uniform_(module.bias, -0.3, 0.3)
-    return model.eval()
 
 
 def small_net(classes: int = 7) -> Any:
