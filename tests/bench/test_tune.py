@@ -384,7 +384,7 @@ def test_a_candidate_that_is_wrong_never_wins(
         partials[0, 1] += 1e-2 * partials[0, 1].abs().amax()
         return y, partials
 
-    monkeypatch.setattr(tune.conv, "conv_fprop", forgetful)
+    monkeypatch.setattr(tune.fprop, "conv_fprop", forgetful)
     found, text = tune.tune(POINTWISE, "fprop", layers.Role("inner"), torch.float16, CPU, 1, True)
     assert found == tables.Measurement("cudnn", None)
     assert "gives a wrong result" in text
