@@ -197,14 +197,14 @@ def infer(
     A table's "infer" decides the live eval path, too, whose library convolution has the normalise pass behind it and so
     loses to ours more often than what ours is set against here; `optimize` is where speed is asked for.
     """
-    p = folded.Folded(w, shift, None if shift is None else shift.to(w.dtype))
+    weights = folded.Folded(w, shift, None if shift is None else shift.to(w.dtype))
     if pair.engines.infer in ("triton", "stem"):
         by: Any = folded.by_stem if pair.engines.infer == "stem" else folded.by_triton
-        return partial(by, weights=p, geometry=pair.geometry, relu=relu, precision=pair.engines.precision)
+        return partial(by, weights=weights, geometry=pair.geometry, relu=relu, precision=pair.engines.precision)
     added, shape = "residual" if len(inputs) > 1 else None, tuple(w.shape)
     conv = plan.Conv(plan.Pair("conv"), plan.INPUT, "y", pair.geometry, shape, added, relu)  # type: ignore[arg-type]
     with fastres.backend("cudnn"):
-        bound, _ = Program([conv], "y", {"y": p}, {}, w.dtype)._bind_conv(conv, *inputs)
+        bound, _ = Program([conv], "y", {"y": weights}, {}, w.dtype)._bind_conv(conv, *inputs)
     return lambda *inputs: bound.call(*inputs)[0]
 
 

@@ -67,7 +67,7 @@ COUNTS = 1e-6  # of FLOPs, which launches hold as shares
 # float32
 RATE = 1e-7  # weights near 0, by a learning rate that a graph holds in float32, an eager step in float64; absolute
 MEANS = 3e-7  # a channel's mean, beside a deviation far smaller than it
-ROUNDING = 1e-6  # an operation or few, some epsilons
+ROUNDING = 1e-6  # an operation or few, some epsilons; absolute, too, for pixels, scores and weights of about 1 or less
 SCORES = 2e-6  # scores in [0, 1] after some ten layers, and as a table prints them; absolute
 COLOURS = 2e-6  # pixels in [0, 1], shifted along the eigenvectors of their colours; absolute
 MOMENTS = 5e-6  # variances beside a mean far larger; formulas that cancel are off by `CANCELLED`

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import fastres
 from fastres.kernels import checks, tables
-from fastres.kernels.problem import ConvProblem
+from fastres.kernels.problem import FLOATS, ConvProblem
 from fastres.kernels.tables import Measurement
 from fastres.kernels.tiles import H200, Gpu, Tile
 from fastres.ops import dispatch
@@ -148,6 +148,11 @@ def test_there_are_kernels_for_three_dtypes_on_a_gpu() -> None:
     assert dispatch.why_unfused(torch.float64, CUDA) == "there are no fused kernels for torch.float64"
     assert dispatch.why_engine("fprop", SQUARE, torch.float64, CUDA)[0] == "cudnn"
     assert dispatch.passes_engine(torch.float64, CUDA) == "aten"
+
+
+def test_dispatch_knows_the_dtypes_of_the_kernels() -> None:
+    """It names them itself, because importing it loads no kernel."""
+    assert {*dispatch._DTYPES} == {*FLOATS}
 
 
 def test_there_are_no_kernels_on_a_cpu_without_the_interpreter() -> None:
