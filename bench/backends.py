@@ -13,8 +13,8 @@ from functools import cache, partial
 from typing import Any
 from unittest import mock
 
-import plain
 import runtimes
+import stock_nets
 import torch
 import torch._dynamo.config
 import torch._inductor.config
@@ -59,7 +59,7 @@ class Case:
 class Backend:
     """One way to run a net.
 
-    net: name -> a module with the state_dict keys of `plain.net(name)`.
+    net: name -> a module with the state_dict keys of `stock_nets.net(name)`.
     compile: keyword arguments of `torch.compile`; None runs the module as it is.
     freeze: what turns the prepared net and the case's batches into what is called; the backend doesn't train.
     dtype: what it computes in, whatever the case's dtype is; it doesn't train. Net and images come in it. Where it is
@@ -202,7 +202,7 @@ def optimize_quantised(dtype: torch.dtype, model: nn.Module, inputs: Sequence[to
 
 def inductor(mode: str = "default", **kwargs: Any) -> Backend:
     return Backend(
-        plain.net,
+        stock_nets.net,
         f"torch.compile, mode {mode!r}, weights frozen in inference",
         compile={"backend": "inductor", "mode": mode},
         inductor={"freezing": True},
@@ -214,27 +214,29 @@ ONNX = ("onnx", "onnxscript", "onnxruntime")
 
 BACKENDS = {
     "eager": Backend(
-        plain.net,
+        stock_nets.net,
         "plain PyTorch (torchvision's net where it has it) as it comes: NCHW, no compiler",
         channels_last=False,
     ),
-    "eager-channels-last": Backend(plain.net, "plain PyTorch in channels_last"),
+    "eager-channels-last": Backend(stock_nets.net, "plain PyTorch in channels_last"),
     "eager-channels-last-bf16": Backend(
-        plain.net, "the same, net and images in bf16; inference only", dtype=torch.bfloat16, needs="cpu"
+        stock_nets.net, "the same, net and images in bf16; inference only", dtype=torch.bfloat16, needs="cpu"
     ),
     "eager-graph": Backend(
-        plain.net, "the same, a whole training step in a CUDA graph; training only", graph=True, needs="cuda"
+        stock_nets.net, "the same, a whole training step in a CUDA graph; training only", graph=True, needs="cuda"
     ),
     "cudagraphs": Backend(
-        plain.net, "plain PyTorch in a CUDA graph, nothing fused", compile={"backend": "cudagraphs"}, needs="cuda"
+        stock_nets.net, "plain PyTorch in a CUDA graph, nothing fused", compile={"backend": "cudagraphs"}, needs="cuda"
     ),
-    "aot-eager": Backend(plain.net, "AOTAutograd's graph run by ATen, nothing fused", compile={"backend": "aot_eager"}),
+    "aot-eager": Backend(
+        stock_nets.net, "AOTAutograd's graph run by ATen, nothing fused", compile={"backend": "aot_eager"}
+    ),
     "inductor": inductor(),
     "reduce-overhead": inductor("reduce-overhead", needs="cuda"),
     "max-autotune": inductor("max-autotune"),
     "max-autotune-no-cudagraphs": inductor("max-autotune-no-cudagraphs"),
     "onnxruntime": Backend(
-        plain.net,
+        stock_nets.net,
         "ONNX Runtime in fp32; inference only",
         freeze=runtimes.onnxruntime,
         dtype=torch.float32,
@@ -243,7 +245,7 @@ BACKENDS = {
         packages=ONNX,
     ),
     "onnxruntime-int8": Backend(
-        plain.net,
+        stock_nets.net,
         "ONNX Runtime in int8, quantised statically by the batches it is timed with; inference only",
         freeze=runtimes.onnxruntime_int8,
         dtype=torch.int8,
@@ -252,7 +254,7 @@ BACKENDS = {
         packages=ONNX,
     ),
     "openvino": Backend(
-        plain.net,
+        stock_nets.net,
         "OpenVINO in fp32; inference only",
         freeze=runtimes.openvino,
         dtype=torch.float32,
@@ -308,7 +310,7 @@ BACKENDS = {
         use="torch.compile of fastres' net",
     ),
     "fastres-compile": Backend(
-        plain.net,
+        stock_nets.net,
         "plain PyTorch under torch.compile, backend 'fastres', weights frozen in inference",
         compile={"backend": "fastres"},
         inductor={"freezing": True},
@@ -388,7 +390,7 @@ def shared_weights(net: str, calibration: list[torch.Tensor], seed: int) -> dict
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = plain.net(net)
+        model = stock_nets.net(net)
         blocks = [m for m in model.modules() if isinstance(m, (tv.BasicBlock, tv.Bottleneck))]
         last = {block.bn3 if isinstance(block, tv.Bottleneck) else block.bn2 for block in blocks}
         for norm in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):

@@ -8,12 +8,12 @@ A step runs under Nsight Compute (`ncu`) in a process of its own: backend "fastr
 inference, whose graph ncu takes apart. Several steps warm up unwatched, one is counted. What ncu wrote is kept beside
 the CSV, for --read.
 
-Pass and layer come from the same step on tensors without memory (bench/calls.py). Our kernels are matched one by one in
-order, by name and grid; where one differs, no row gets a layer, nor anything of the model, and the first difference is
-told. Of the library's kernels, those between two of ours belong to the operators recorded there: all of them where
-these are of one pass and layer, sharing what the model says by their times; else those that multiply, where there are
-as many as operators that do. The others, and PyTorch's own beside a convolution, belong to none, and all their time
-counts as lost.
+Pass and layer come from the same step on tensors without memory (bench/launch_trace.py). Our kernels are matched one by
+one in order, by name and grid; where one differs, no row gets a layer, nor anything of the model, and the first
+difference is told. Of the library's kernels, those between two of ours belong to the operators recorded there: all of
+them where these are of one pass and layer, sharing what the model says by their times; else those that multiply, where
+there are as many as operators that do. The others, and PyTorch's own beside a convolution, belong to none, and all
+their time counts as lost.
 
 ncu runs kernels apart, at the clocks and with the caches they meet: times are of a kernel alone, without the power
 limit that a whole step may run into ("mhz" is the clock they had). Where it needs several passes a kernel, it saves and
@@ -38,12 +38,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import backends
-import calls
+import launch_trace
 import layers
 import predict
 import timeline
 import torch
-from calls import Launch
+from launch_trace import Launch
 from triton.runtime.jit import KernelInterface
 
 from fastres.kernels import problem
@@ -137,8 +137,8 @@ class Labelled:
 @cache
 def our_names() -> frozenset[str]:
     """Of the kernels of this package, and of the functions that they call."""
-    values = (value for module in calls.launching() for value in vars(module).values())
-    return frozenset(calls.name_of(value) for value in values if isinstance(value, KernelInterface))
+    values = (value for module in launch_trace.launching() for value in vars(module).values())
+    return frozenset(launch_trace.name_of(value) for value in values if isinstance(value, KernelInterface))
 
 
 def split(found: Iterable[Any], ours: Callable[[Any], bool]) -> tuple[list[Any], list[list[Any]]]:

@@ -9,8 +9,9 @@ Each part writes OUT/<part>.log as it goes and OUT/<part>.json when it ends: com
 A part that fails, dies or hangs costs only itself: at its limit it is killed with all that it started. Only where a
 proof fails, the parts behind it are not begun, since what they measure would be worth nothing (--keep-going runs them).
 
-OUT/tests.md is the record of all parts that are tests (bench/proof.py), OUT/record.json that of the `bench-*` parts;
-rows that can't be compared with those before go to OUT/record-2.json. Plan 1 keeps its numbers in OUT/first.json.
+OUT/tests.md is the record of all parts that are tests (bench/pytest_logs.py), OUT/record.json that of the `bench-*`
+parts; rows that can't be compared with those before go to OUT/record-2.json. Plan 1 keeps its numbers in
+OUT/first.json.
 
 Tables of tiles and built extensions lie in the cache folder, which outlives an emptied OUT. After every part, however
 it ended, its tables are copied to OUT/tables; `python bench/tune.py --merge FILE` puts one into kernels/tables. Tables
@@ -53,9 +54,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import proof
-from apart import PR_SET_PDEATHSIG
-from parts import PARTS, PLAN_S, PLANS, PYTEST, Part, rehearsed
+import pytest_logs
+from gpu_parts import PARTS, PLAN_S, PLANS, PYTEST, Part, rehearsed
+from worker import PR_SET_PDEATHSIG
 
 ROOT = Path(__file__).resolve().parent.parent
 TAIL_LINES = 30
@@ -370,11 +371,11 @@ def write_proof(out: Path) -> None:
     logs = []
     for log in sorted(out.glob("tests-*.log")):
         with suppress(ValueError):
-            proof.read(log)
+            pytest_logs.read(log)
             logs.append(str(log))
     if logs:
         try:
-            proof.main([*logs, "--record", str(out / "tests.md")])
+            pytest_logs.main([*logs, "--record", str(out / "tests.md")])
         except SystemExit:  # it has said why
             print("== no new tests.md: the logs don't make one record", flush=True)
 

@@ -4,9 +4,10 @@
     python bench/memory.py --depth 50 --size 176
     python bench/memory.py --csv bench/records/memory.csv     # what bench/readme.py shows and draws
 
-The forward runs on tensors without memory, as on an H200 with bf16 autocast (bench/calls.py), so it needs no GPU.
-Autograd reports the tensors it saves. The figures are differences between two batch sizes, so weights and all else that
-doesn't grow with the batch are left out. Other memory of a step is not counted: gradients, optimizer state, workspaces.
+The forward runs on tensors without memory, as on an H200 with bf16 autocast (bench/launch_trace.py), so it needs no
+GPU. Autograd reports the tensors it saves. The figures are differences between two batch sizes, so weights and all else
+that doesn't grow with the batch are left out. Other memory of a step is not counted: gradients, optimizer state,
+workspaces.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import calls
+import launch_trace
 import layers
 import torch
 import torchvision
@@ -34,12 +35,12 @@ BATCHES = (128, 256)
 def kept(models: Any, depth: int, batch: int, size: int) -> int:
     """Bytes of all tensors that the forward of `models`' ResNet saves, those of one memory once, the parameters'
     left out."""
-    with calls.META:
+    with launch_trace.META:
         net = getattr(models, f"resnet{depth}")().to(memory_format=torch.channels_last)
     storages: dict[torch.UntypedStorage, Tensor] = {}  # the tensors keep them alive
     note = partial(_note, storages)
-    with calls.recorded(torch.bfloat16), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        answer = net(calls.images(batch, size, torch.bfloat16))
+    with launch_trace.recorded(torch.bfloat16), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        answer = net(launch_trace.images(batch, size, torch.bfloat16))
     del answer
     parameters = {parameter.untyped_storage() for parameter in net.parameters()}
     return sum(storage.nbytes() for storage in storages.keys() - parameters)

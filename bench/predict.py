@@ -7,9 +7,9 @@
     python bench/predict.py --fusions keep_activation=1
     python bench/predict.py --measured bench/records/nvidia-h200-kernels-50.csv
 
-The step runs on tensors without memory (bench/calls.py), by the engines and tiles that the GPU's table chooses. A line
-for each pass, layer and kernel: how often a step has it, its tile, programs and waves, the floor by bytes (every tensor
-moved once) and by FLOPs, what the model predicts and what bounds it there. Nothing is measured here. What a GPU
+The step runs on tensors without memory (bench/launch_trace.py), by the engines and tiles that the GPU's table chooses.
+A line for each pass, layer and kernel: how often a step has it, its tile, programs and waves, the floor by bytes (every
+tensor moved once) and by FLOPs, what the model predicts and what bounds it there. Nothing is measured here. What a GPU
 measured is read from bench/records and stands beside the step, or with --measured beside every convolution on its own,
 as bench/kernels.py timed it; the prediction there is for the same work.
 
@@ -44,10 +44,10 @@ from typing import Any
 from unittest.mock import patch
 
 import backends
-import calls
+import launch_trace
 import layers
 import torch
-from calls import Launch
+from launch_trace import Launch
 from layers import PASSES, Role
 
 import fastres
@@ -162,7 +162,7 @@ def tile_of(launch: Launch) -> Cut:
         instructions = (COMPUTED if backward else AFFINE * operands) * BN * computed
         return Cut(BM, BN, BK, steps, 1, BN * operands, BN * operands, instructions, stays=True)
     if "TAPS_R" in given:  # dgrad
-        steps = calls.taps(given) * math.ceil(given["K_GROUP"] / BK)
+        steps = launch_trace.taps(given) * math.ceil(given["K_GROUP"] / BK)
         instructions = COMPUTED * BN if operands > 1 else 0
     else:
         instructions = AFFINE * operands * BN if given.get("prologue_scale") is not None else 0
@@ -193,12 +193,12 @@ def resident(launch: Launch, cut: Cut, gpu: Gpu) -> int:
 def step(depth: int, batch: int, mode: str, dtype: torch.dtype, backend: str) -> list[Launch]:
     """The kernels of one step of a ResNet, in order."""
     ours = backend == "fastres"
-    with calls.META:
+    with launch_trace.META:
         net = backends.BACKENDS["fastres" if ours else "eager"].net(f"resnet{depth}")
     if mode == "infer" and ours:
-        return calls.infer_optimized(net, batch, SIZE, dtype)
-    launches = (calls.train if mode == "train" else calls.infer)(net, batch, SIZE, dtype)
-    return calls.as_inductor(launches) if backend == "inductor" else launches
+        return launch_trace.infer_optimized(net, batch, SIZE, dtype)
+    launches = (launch_trace.train if mode == "train" else launch_trace.infer)(net, batch, SIZE, dtype)
+    return launch_trace.as_inductor(launches) if backend == "inductor" else launches
 
 
 Key = tuple[str, str]  # pass and layer, as launches name them
@@ -259,9 +259,9 @@ def of_layer(
     pass that stores dz where the library's way needs one that ours doesn't, of which half is added to the time."""
     stores = {}
     for name in dict.fromkeys(("triton", engine)):
-        with fastres.backend(name), calls.recorded(dtype) as recorder:
-            one = layers.pair(p, dtype, calls.META)
-            operands = layers.Operands.random(p, dtype, calls.META)
+        with fastres.backend(name), launch_trace.recorded(dtype) as recorder:
+            one = layers.pair(p, dtype, launch_trace.META)
+            operands = layers.Operands.random(p, dtype, launch_trace.META)
             work = layers.call(one, pass_, operands, role)
             stores[name] = layers.stores_dz(one, role, operands)
             recorder.noted.clear()

@@ -25,11 +25,11 @@ from typing import Any
 
 import advice
 import backends
+import contest
 import measure
 import photos
 import plot
 import record as records
-import rounds
 import torch
 from backends import BACKENDS, DEPTHS, MODES, Case
 from tqdm import tqdm
@@ -57,7 +57,7 @@ class Plan:
     json: Path | None
     plot: Path | None
     resume: bool
-    apart: bool
+    isolated: bool
     patience: float
 
 
@@ -128,7 +128,9 @@ def parse(arguments: list[str] | None) -> Plan:
         action="store_true",
         help="keep the rows of --json FILE and measure the rest; if they could not be compared, write to FILE-2",
     )
-    parser.add_argument("--apart", action="store_true", help="run each row in a process of its own; always so on a GPU")
+    parser.add_argument(
+        "--isolate", action="store_true", help="run each row in a process of its own; always so on a GPU"
+    )
     parser.add_argument(
         "--patience",
         type=float,
@@ -201,8 +203,8 @@ def parse(arguments: list[str] | None) -> Plan:
             for batch in dict.fromkeys(batches):
                 case = Case(net, mode, batch, DTYPES[dtype], size, device)
                 rows += [(case, name) for name in named or default]
-    apart = given.apart or device.type == "cuda"
-    return Plan(rows, device, seconds, dtype, given.json, given.plot, given.resume, apart, given.patience)
+    isolated = given.isolate or device.type == "cuda"
+    return Plan(rows, device, seconds, dtype, given.json, given.plot, given.resume, isolated, given.patience)
 
 
 def pick_device(name: str | None) -> torch.device:
@@ -276,7 +278,7 @@ def run(plan: Plan, record: dict[str, Any]) -> None:
     known = {records.key(row): row["status"] for row in record["rows"]}
     asked = [(case, name, known.get((*records_case(case), name))) for case, name in plan.rows]
     asked = [one for one in asked if one[2] not in records.DONE]
-    harmless = (None, "noisy", *(("failed", "unfinished") if plan.apart else ()))
+    harmless = (None, "noisy", *(("failed", "unfinished") if plan.isolated else ()))
     missing = [(case, name) for case, name, status in asked if status in harmless]
     broken = [(case, name) for case, name, status in asked if status not in harmless]
     with tqdm(total=len(missing) + len(broken), unit="row", disable=None, leave=False) as bar:
@@ -313,8 +315,11 @@ def measure_rows(plan: Plan, record: dict[str, Any], case: Case, names: Sequence
             able.append(name)
     if not able:
         return
-    where = rounds.apart(able, case, plan.seconds, plan.patience) if plan.apart else rounds.here(case, plan.seconds)
-    with where as (start, hand_over):
+    if plan.isolated:
+        place = contest.in_workers(able, case, plan.seconds, plan.patience)
+    else:
+        place = contest.in_process(case, plan.seconds)
+    with place as (start, hand_over):
         try:
             data = measure.prepare(case, weights(case.net, case.size), inputs(case.batch, case.size), SEED)
         except Exception as error:
@@ -325,8 +330,7 @@ def measure_rows(plan: Plan, record: dict[str, Any], case: Case, names: Sequence
                 tell(name, {"status": "out of memory", "reason": reason})
             return
         multiply_adds = cost(case.net, case.size).multiply_adds
-        contest = rounds.Contest(case, hand_over(data), multiply_adds, plan.patience, tell)
-        contest.measure(able, start)
+        contest.Contest(case, hand_over(data), multiply_adds, plan.patience, tell).measure(able, start)
 
 
 def records_case(case: Case) -> tuple[Any, ...]:

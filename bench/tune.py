@@ -34,9 +34,9 @@ from unittest.mock import patch
 import layers
 import precompile
 import torch
-from apart import Apart, Gone, lost_context
 from layers import DTYPES, PASSES, Operands, Role, name
 from torch import Tensor
+from worker import Worker, WorkerLost, lost_context
 
 import fastres
 from fastres.capability import TMA
@@ -341,7 +341,7 @@ def tune_chain(problem: ConvProblem, dtype: torch.dtype, device: torch.device) -
 
 
 class Tuner:
-    """Measures in a process of its own (`Apart`)."""
+    """Measures in a process of its own (`Worker`)."""
 
     def __init__(self, dtype: torch.dtype, most: int) -> None:
         self.dtype, self.device, self.most = dtype, torch.device("cuda"), most
@@ -400,16 +400,16 @@ def measure(
     """Measures one task after the other, none after `end` of `time.monotonic`, and puts the results into the table.
 
     The table is saved before each, with the task as unfinished, and behind it; a task that raised leaves it as it was.
-    Raises Gone where no process reaches the GPU.
+    Raises WorkerLost where no process reaches the GPU.
     """
     with ExitStack() as stack:
-        worker: Apart | None = None
+        worker: Worker | None = None
         for i, (pass_, problem, role) in enumerate(tasks):
             if time.monotonic() > end:
                 print(f"{len(tasks) - i} problems left: run the same command again")
                 return
             if worker is None:
-                worker = stack.enter_context(Apart(Tuner, dtype, most))
+                worker = stack.enter_context(Worker(Tuner, dtype, most))
                 worker.ask("reach", seconds=START)
             key, title = (pass_, problem, dtype), f"{pass_:5} {name(problem):28}"
             before, table[key] = table.get(key), Measurement("cudnn", None, note=tables.UNFINISHED)
@@ -417,7 +417,7 @@ def measure(
             try:
                 dz = dz_on_load(table, pass_, problem, dtype)
                 table[key], text = worker.ask("tune", problem, pass_, role, dz, seconds=patience)
-            except Gone as error:
+            except WorkerLost as error:
                 worker = None
                 table[key], text = Measurement("cudnn", None, note=error.verdict), f"{title} left to cuDNN: {error}"
             except Exception as error:  # memory that ran out; the chain on a GPU that can't run it
@@ -488,7 +488,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         save = partial(tables.write_table, table, path, gpu)
         measure(missing, table, save, dtype, options.tiles, limit, end)
-    except Gone as error:
+    except WorkerLost as error:
         print(f"no process reaches the GPU: {error}", flush=True)
         return 1
     return 0

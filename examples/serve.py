@@ -24,8 +24,8 @@ from torchvision.transforms.v2 import functional as tvf
 import fastres
 from fastres.evaluate import Predictor, Views
 from fastres.images import ImageError, opened, read_image
+from fastres.pretrained import load_predictor
 from fastres.train.data import by_channel
-from fastres.trained import load_predictor
 
 try:
     import uvicorn

@@ -28,7 +28,7 @@ class Cut(NamedTuple):
 
 
 # Kernels that touch each element once; that keep sums per element; that look at the windows of a pool. Chosen on an
-# H200 at the activations of ResNet-50; bench/passes.py asks again.
+# H200 at the activations of ResNet-50; bench/memory_bound.py asks again.
 STREAMED, REDUCED, WINDOWED = Cut(2048, 128), Cut(2048, 64), Cut(1024, 64)
 _MAX_ROWS = 2**31 - 2**14  # pixels are numbered in int32, elements in int64
 

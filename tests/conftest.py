@@ -37,7 +37,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_report_header() -> str:
-    """Where and on what the tests run, as `bench/proof.py` reads it from a log."""
+    """Where and on what the tests run, as `bench/pytest_logs.py` reads it from a log."""
     where = {"date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "device": "CPU"}
     if torch.cuda.is_available():  # nvidia-smi knows the name without starting CUDA in xdist's own process
         said = _said("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader").partition("\n")[0]
@@ -144,7 +144,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         terminalreporter.section("references without cuDNN")
     for reason, count in FALLBACKS.most_common():
         terminalreporter.write_line(f"{count:7,} {reason}")
-    if config.get_verbosity() > 0:  # for bench/proof.py
+    if config.get_verbosity() > 0:  # for bench/pytest_logs.py
         terminalreporter.write_line(f"tests in files: {json.dumps(config.stash.get(IN_FILES, {}))}")
 
 

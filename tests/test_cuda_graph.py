@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from pretence import Pretence
+from fake_cuda import FakeCuda
 from tolerances import REPLAYED
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
@@ -32,8 +32,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
-def pretence(monkeypatch: pytest.MonkeyPatch) -> Pretence:
-    return Pretence(monkeypatch)
+def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
+    return FakeCuda(monkeypatch)
 
 
 class Training:
@@ -118,16 +118,16 @@ STYLES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("style", STYLES)
-def test_calls_are_eager_steps(style: str, pretence: Pretence) -> None:
+def test_calls_are_eager_steps(style: str, fake_cuda: FakeCuda) -> None:
     """Weights, running statistics, momenta, gradients and loss scale, in every style of zeroing."""
     ours, theirs = Training(**STYLES[style]), Training(**STYLES[style])
     call = ours.graphed()
     follow(ours, call, theirs)
     assert len(call.graphs) == 1
-    assert pretence.modes == ["thread_local"]  # which leaves other threads alone
+    assert fake_cuda.modes == ["thread_local"]  # which leaves other threads alone
 
 
-def test_gradients_may_be_zeroed_and_accumulated_outside(pretence: Pretence) -> None:
+def test_gradients_may_be_zeroed_and_accumulated_outside(fake_cuda: FakeCuda) -> None:
     """Two calls per update: the first finds no gradients, the second adds to them. Each has its graph."""
 
     def between(training: Training, i: int) -> None:
@@ -140,7 +140,7 @@ def test_gradients_may_be_zeroed_and_accumulated_outside(pretence: Pretence) -> 
     assert len(call.graphs) == 2
 
 
-def test_gradients_that_moved_are_added_to_where_they_are(pretence: Pretence) -> None:
+def test_gradients_that_moved_are_added_to_where_they_are(fake_cuda: FakeCuda) -> None:
     """They are added to wherever they are, not where they were when the graph was recorded."""
 
     def between(training: Training, i: int) -> None:
@@ -153,19 +153,19 @@ def test_gradients_that_moved_are_added_to_where_they_are(pretence: Pretence) ->
     assert len(call.graphs) == 1
 
 
-def test_all_of_python_runs_on_one_stream_aside(pretence: Pretence) -> None:
+def test_all_of_python_runs_on_one_stream_aside(fake_cuda: FakeCuda) -> None:
     """Autograd returns to the stream on which a parameter was first used, even while it is recorded on another."""
     training, streams = Training(), []
-    training.then = lambda: streams.append(pretence.stream)
-    call, here = training.graphed(), pretence.stream
+    training.then = lambda: streams.append(fake_cuda.stream)
+    call, here = training.graphed(), fake_cuda.stream
     for i in range(CALLS):
         call(*batch(i))
-        assert pretence.stream is here
+        assert fake_cuda.stream is here
     assert len(streams) == WARM_UPS + 1
     assert {id(stream) for stream in streams} == {id(streams[0])} != {id(here)}
 
 
-def test_a_result_is_the_callers_own(pretence: Pretence) -> None:
+def test_a_result_is_the_callers_own(fake_cuda: FakeCuda) -> None:
     training = Training()
     call = training.graphed()
     kept = [call(*batch(i))[0] for i in range(CALLS)]  # type: ignore[index]
@@ -176,7 +176,7 @@ def test_a_result_is_the_callers_own(pretence: Pretence) -> None:
 
 
 @pytest.mark.parametrize("tensor", [False, True])
-def test_a_schedule_reaches_the_graph(tensor: bool, pretence: Pretence) -> None:
+def test_a_schedule_reaches_the_graph(tensor: bool, fake_cuda: FakeCuda) -> None:
     """Whether lr is a number or a tensor; halves of 1/8 are exact in float32, as which the graph reads numbers."""
     both = [Training(lr=torch.tensor(0.125) if tensor else 0.125) for _ in range(2)]
     schedules = {id(t): lr_scheduler.StepLR(t.optimizer, 1, 0.5) for t in both}
@@ -185,7 +185,7 @@ def test_a_schedule_reaches_the_graph(tensor: bool, pretence: Pretence) -> None:
     assert len(call.graphs) == 1
 
 
-def test_a_learning_rate_that_no_graph_reads_is_noticed(pretence: Pretence) -> None:
+def test_a_learning_rate_that_no_graph_reads_is_noticed(fake_cuda: FakeCuda) -> None:
     """Without fused=True: it is said, and the call is right."""
 
     def between(training: Training, i: int) -> None:
@@ -197,14 +197,14 @@ def test_a_learning_rate_that_no_graph_reads_is_noticed(pretence: Pretence) -> N
         follow(ours, ours.graphed(), theirs, 2 * CALLS, between=between)
 
 
-def test_a_short_batch_has_its_graph(pretence: Pretence) -> None:
+def test_a_short_batch_has_its_graph(fake_cuda: FakeCuda) -> None:
     ours, theirs = Training(), Training()
     call = ours.graphed()
     follow(ours, call, theirs, 3 * CALLS, count=lambda i: 2 + i % 2)
     assert len(call.graphs) == 2
 
 
-def test_beyond_the_limit_steps_are_eager(pretence: Pretence) -> None:
+def test_beyond_the_limit_steps_are_eager(fake_cuda: FakeCuda) -> None:
     ours, theirs = Training(), Training()
     call = ours.graphed(limit=1)
     with pytest.warns(RuntimeWarning, match="there are 1 graphs already"):
@@ -259,7 +259,7 @@ CHANGES: dict[str, tuple[str, Callable[[Training], Any]]] = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_what_changes_between_calls_is_noticed(change: str, pretence: Pretence) -> None:
+def test_what_changes_between_calls_is_noticed(change: str, fake_cuda: FakeCuda) -> None:
     """It is named, the graph goes, and every call stays right."""
     said, do = CHANGES[change]
     ours, theirs = Training(scaled=True), Training(scaled=True)
@@ -271,7 +271,7 @@ def test_what_changes_between_calls_is_noticed(change: str, pretence: Pretence) 
 
 
 @pytest.mark.parametrize("by", [np.float64(0.25), (0.25, 1), torch.tensor(0.25)], ids=["numpy", "tuple", "tensor"])
-def test_an_attribute_that_changes_is_noticed(by: Any, pretence: Pretence) -> None:
+def test_an_attribute_that_changes_is_noticed(by: Any, fake_cuda: FakeCuda) -> None:
     ours, theirs = Training(), Training()
     for training in (ours, theirs):
         training.net.insert(0, Scaled(type(by)((0.5, 1)) if isinstance(by, tuple) else 2 * by))
@@ -294,7 +294,7 @@ SWITCHES: dict[str, Callable[[], Any]] = {
 
 
 @pytest.mark.parametrize("switch", SWITCHES)
-def test_a_switch_is_noticed(switch: str, pretence: Pretence) -> None:
+def test_a_switch_is_noticed(switch: str, fake_cuda: FakeCuda) -> None:
     ours, theirs = Training(), Training()
     call = ours.graphed()
     follow(ours, call, theirs)
@@ -304,7 +304,7 @@ def test_a_switch_is_noticed(switch: str, pretence: Pretence) -> None:
     assert len(call.graphs) == 1
 
 
-def test_no_cached_cast_is_taken_for_a_weight(pretence: Pretence) -> None:
+def test_no_cached_cast_is_taken_for_a_weight(fake_cuda: FakeCuda) -> None:
     """Autocast around all calls, where the eager steps before the recording leave their casts of the weights."""
     ours, theirs = Training(), Training(dtype=torch.bfloat16)
     call = ours.graphed()
@@ -317,7 +317,7 @@ def test_no_cached_cast_is_taken_for_a_weight(pretence: Pretence) -> None:
     assert_equal(losses, [theirs.step(*batch(i))[0].detach() for i in range(CALLS)])
 
 
-def test_evaluation_between_calls_changes_nothing(pretence: Pretence) -> None:
+def test_evaluation_between_calls_changes_nothing(fake_cuda: FakeCuda) -> None:
     ours, theirs = Training(), Training()
 
     def between(training: Training, i: int) -> None:
@@ -400,13 +400,13 @@ CANT: dict[str, tuple[str, dict[str, Any], Callable[[Training], Any]]] = {
 
 
 @pytest.mark.parametrize("cause", CANT)
-def test_what_no_graph_holds_is_refused(cause: str, pretence: Pretence) -> None:
+def test_what_no_graph_holds_is_refused(cause: str, fake_cuda: FakeCuda) -> None:
     """When it would be recorded, in words; then nothing is otherwise than before, and eager steps go on."""
     said, how, do = CANT[cause]
     ours, theirs = (Training(zero="start", **how) for _ in range(2))
     for training in (ours, theirs):
         do(training)
-    call, here = ours.graphed(), pretence.stream
+    call, here = ours.graphed(), fake_cuda.stream
     drawn = random.getstate(), np.random.get_state()[2], torch.get_rng_state()  # noqa: NPY002
     calls = WARM_UPS + 1  # of which the first finds no gradients
     follow(ours, call, theirs, calls)
@@ -416,7 +416,7 @@ def test_what_no_graph_holds_is_refused(cause: str, pretence: Pretence) -> None:
         with pytest.raises(RuntimeError, match=said):
             call(*batch(calls))
     assert_equal(ours.state(), before)
-    assert pretence.stream is here
+    assert fake_cuda.stream is here
     assert ours.optimizer.param_groups is groups
     assert type(groups[0]) is dict
     assert (random.getstate(), np.random.get_state()[2]) == drawn[:2]  # noqa: NPY002
@@ -426,7 +426,7 @@ def test_what_no_graph_holds_is_refused(cause: str, pretence: Pretence) -> None:
     assert_equal(ours.state(), theirs.state())
 
 
-def test_a_refused_recording_leaves_attributes_and_other_gradients(pretence: Pretence) -> None:
+def test_a_refused_recording_leaves_attributes_and_other_gradients(fake_cuda: FakeCuda) -> None:
     """What a recording computes is never there."""
     training = Training()
     _averaging(training)
@@ -445,7 +445,7 @@ def test_a_refused_recording_leaves_attributes_and_other_gradients(pretence: Pre
     assert_equal((mean, gradient), values)
 
 
-def test_a_step_may_have_no_inputs(pretence: Pretence) -> None:
+def test_a_step_may_have_no_inputs(fake_cuda: FakeCuda) -> None:
     ours, theirs, given = Training(), Training(), batch(0)
     call = fastres.graphed(lambda: ours.step(*given), ours.net, ours.optimizer, ours.scaler)
     for _ in range(CALLS):
@@ -455,7 +455,7 @@ def test_a_step_may_have_no_inputs(pretence: Pretence) -> None:
 
 
 @pytest.mark.parametrize("name", ["cuda.matmul", "cudnn.conv"])
-def test_the_newer_names_of_tf32_are_read(name: str, pretence: Pretence) -> None:
+def test_the_newer_names_of_tf32_are_read(name: str, fake_cuda: FakeCuda) -> None:
     """Where they have been set, PyTorch may raise when somebody reads the older ones."""
     training, of = Training(), operator.attrgetter(name)(torch.backends)
     call, before = training.graphed(), of.fp32_precision
@@ -470,7 +470,7 @@ def test_the_newer_names_of_tf32_are_read(name: str, pretence: Pretence) -> None
     assert found == ("tf32" if name == "cudnn.conv" else "ieee")
 
 
-def test_parameters_need_their_optimizer(pretence: Pretence) -> None:
+def test_parameters_need_their_optimizer(fake_cuda: FakeCuda) -> None:
     """Otherwise its learning rate would be the one that was recorded."""
     training = Training()
     call = fastres.graphed(training.step, training.net)
@@ -480,8 +480,8 @@ def test_parameters_need_their_optimizer(pretence: Pretence) -> None:
         call(*batch(0))
 
 
-def test_errors_of_other_kinds_pass_through(pretence: Pretence) -> None:
-    training, calls, here = Training(), [], pretence.stream
+def test_errors_of_other_kinds_pass_through(fake_cuda: FakeCuda) -> None:
+    training, calls, here = Training(), [], fake_cuda.stream
 
     def then() -> None:
         calls.append(None)
@@ -495,10 +495,10 @@ def test_errors_of_other_kinds_pass_through(pretence: Pretence) -> None:
     with pytest.raises(MemoryError):
         call(*batch(0))
     assert len(calls) == WARM_UPS + 1
-    assert pretence.stream is here
+    assert fake_cuda.stream is here
 
 
-def test_a_scaled_step_that_failed_leaves_no_scale(pretence: Pretence, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_scaled_step_that_failed_leaves_no_scale(fake_cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
     """Adam refuses to be captured when the scaler has handed it its scale already."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     training = Training(scaled=True)
@@ -515,7 +515,7 @@ def test_a_scaled_step_that_failed_leaves_no_scale(pretence: Pretence, monkeypat
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 def test_a_cumulative_average_is_refused_by_name(
-    backend: str, pretence: Pretence, monkeypatch: pytest.MonkeyPatch
+    backend: str, fake_cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     units = nn.ModuleList(nn.Sequential(nn.Conv2d(4, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4)) for _ in "ab")

@@ -124,7 +124,7 @@ def test_what_is_postponed_is_counted_once(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_files_and_their_tests_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All that is collected, before anything is left out, in one line of a run with -v that bench/proof.py reads."""
+    """All that is collected, before anything is left out, in one line of a verbose run, for bench/pytest_logs.py."""
     worker, main = session(workeroutput={}), session(get_verbosity=lambda: 1)
     for test in ("tests/test_a.py::test_one[x::y]", "tests/test_b.py::T::test_two", "tests/test_a.py::test_three"):
         conftest.pytest_itemcollected(SimpleNamespace(config=worker, nodeid=test))

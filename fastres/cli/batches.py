@@ -20,9 +20,9 @@ from tqdm import tqdm
 from fastres.cli.testing_options import CALIBRATED, CALIBRATION_IMAGES
 from fastres.evaluate import Views
 from fastres.images import ImageError, image_files, read_image, require_file
+from fastres.pretrained import TrainedNets
 from fastres.terminal import printable, shows_bars
 from fastres.train.data import fetched
-from fastres.trained import TrainedNets
 
 Items = list[tuple[str, int]] | tuple[Tensor, Tensor]
 

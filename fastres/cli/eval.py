@@ -17,10 +17,10 @@ from fastres.cli.batches import Batches, Items, calibrating, count_images
 from fastres.cli.testing_options import CALIBRATED, MODEL, WEIGHTS
 from fastres.evaluate import Result, Views, evaluate, require_metrics
 from fastres.images import ClassFolders
+from fastres.pretrained import TrainedNets
 from fastres.train.data import DATA, Resident, hearing_workers, load
 from fastres.train.process import place
 from fastres.train.recipe import RECIPES
-from fastres.trained import TrainedNets
 from fastres.weights import Weights
 
 _NAMED = {name: meaning for name, meaning in DATA.items() if name not in ("imagenet", "folder")}

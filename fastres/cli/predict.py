@@ -16,11 +16,11 @@ from fastres.cli import testing_options as options
 from fastres.cli.batches import Batches, calibrating, named_images
 from fastres.cli.testing_options import MODEL, WEIGHTS
 from fastres.evaluate import Predictor
+from fastres.pretrained import TrainedNets
 from fastres.table import Table
 from fastres.terminal import printable
 from fastres.train.data import hearing_workers
 from fastres.train.process import place
-from fastres.trained import TrainedNets
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:

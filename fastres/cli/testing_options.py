@@ -12,15 +12,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastres import trained
+from fastres import pretrained
 from fastres.evaluate import CROPS, SCALES, Views
 from fastres.inference import optimize
 from fastres.ops import dispatch
+from fastres.pretrained import TrainedNets
 from fastres.table import in_place_of
 from fastres.train.loop import DTYPES, default_dtype
 from fastres.train.process import Place
 from fastres.train.recipe import RECIPES
-from fastres.trained import TrainedNets
 
 CALIBRATED = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}  # dtypes that need images to set their ranges by
 CALIBRATION_IMAGES = 256
@@ -138,7 +138,7 @@ def load_nets(
     args: argparse.Namespace, sources: Sequence[str], device: torch.device, data: str | None = None
 ) -> TrainedNets:
     how: dict[str, Any] = {"recipe": args.recipe, "data": data, "ignore_class_names": args.ignore_class_names}
-    return trained.load(sources, args.model or [], device, **how)
+    return pretrained.load(sources, args.model or [], device, **how)
 
 
 def running(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:

@@ -8,11 +8,11 @@ from typing import Any
 
 from torch import Tensor
 
-from fastres.ops.beside import Beside
 from fastres.ops.conv_bn import ConvBN
 from fastres.ops.ends import BlockKept, End, Gradient
 from fastres.ops.layout import like_parameter, nchw
 from fastres.ops.reference import BNBackward, EndNorms, OnLoad
+from fastres.ops.side_stream import SideStream
 
 
 @dataclass
@@ -40,13 +40,13 @@ class Backward:
         dtype stays so, [K, C/groups, R, S], for `layout.cast_gradients`."""
         self.grads: list[Tensor | None] = [None] * len(self.parameters)
         device = self.kept.x.device
-        overlap = self.pairs[0].engines.fusions.overlap and Beside.serves(device)
-        self.beside = Beside(device) if overlap else None
+        overlap = self.pairs[0].engines.fusions.overlap and SideStream.serves(device)
+        self.side_stream = SideStream(device) if overlap else None
         try:
             return self._run(dout), self.grads
         finally:
-            if self.beside is not None:
-                self.beside.join()
+            if self.side_stream is not None:
+                self.side_stream.join()
 
     def _run(self, dout: Gradient) -> Gradient | None:
         i = len(self.pairs) + self.end.last
@@ -125,7 +125,7 @@ class Backward:
         if not self.needs[3 * i]:
             return
         operands = i, dz, bn, a, prologue
-        self.grads[3 * i] = self._dw(*operands) if self.beside is None else self.beside(self._dw, *operands)
+        self.grads[3 * i] = self._dw(*operands) if self.side_stream is None else self.side_stream(self._dw, *operands)
 
     def _dw(self, i: int, dz: Tensor, bn: OnLoad, a: Tensor, prologue: Any) -> Tensor:
         weight = self.parameters[3 * i]

@@ -22,7 +22,7 @@ import pytest
 import torch
 from cases import relative_error
 from covering import extra
-from pretence import Pretence
+from fake_cuda import FakeCuda
 from tolerances import EXACT_GRADIENTS, RATE, REPLAYED, REPLAYED_16, ROUNDING
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -34,7 +34,19 @@ from fastres.ops import dispatch, quantised
 
 ROOT = Path(__file__).resolve().parents[2]
 BENCH = ROOT / "bench"
-MODULES = ("advice", "apart", "backends", "measure", "photos", "plain", "plot", "record", "rounds", "run", "runtimes")
+MODULES = (
+    "advice",
+    "backends",
+    "contest",
+    "measure",
+    "photos",
+    "plot",
+    "record",
+    "run",
+    "runtimes",
+    "stock_nets",
+    "worker",
+)
 PAPER_NETS = ["paper-18-A", "paper-18-C", "paper-50-A", "paper-50-B", "plain-18", "cifar-8", "cifar-plain-8"]
 PAPER_NETS += ["cifar-stem-18"]
 FEW = ["--batch", "2", "--seconds", "0.05", "--device", "cpu"]
@@ -285,12 +297,12 @@ def test_wrong_outputs_are_not_ranked(
     bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     def wrong_forward(name: str) -> nn.Module:
-        model = bench.plain.net(name)
+        model = bench.stock_nets.net(name)
         model.layer2[0].bn2.eps = 1e-2
         return model
 
     def wrong_backward(name: str) -> nn.Module:
-        model = bench.plain.net(name)
+        model = bench.stock_nets.net(name)
         model.layer3[0].relu = StraightReLU()
         return model
 
@@ -357,7 +369,7 @@ def test_a_row_that_fails_does_not_stop_the_others(
 ) -> None:
     def raises(error: Exception) -> Any:
         def net(name: str) -> nn.Module:
-            model = bench.plain.net(name)
+            model = bench.stock_nets.net(name)
             model.forward = lambda x: (_ for _ in ()).throw(error)
             return model
 
@@ -609,7 +621,7 @@ def test_each_device_has_the_rows_that_serve_it(bench: SimpleNamespace) -> None:
 
 def test_the_switched_net_is_the_net(bench: SimpleNamespace) -> None:
     net, seen = bench.backends.switched("overlap", "cifar-8"), []
-    assert net.state_dict().keys() == bench.plain.net("cifar-8").state_dict().keys()
+    assert net.state_dict().keys() == bench.stock_nets.net("cifar-8").state_dict().keys()
     net.conv1.register_forward_hook(lambda *_: seen.append(dispatch._fusions.get().overlap))
     for _ in range(2):
         net(torch.zeros(2, 3, 32, 32))
@@ -678,8 +690,8 @@ def test_peers_run_no_fastres_code(name: str, bench: SimpleNamespace) -> None:
     peers = {
         backend.net for backend in bench.backends.BACKENDS.values() if not (backend.ours or backend.only_torchvision)
     }
-    assert peers == {bench.plain.net}
-    theirs, ours = bench.plain.net(name).double(), families.named(name).double()
+    assert peers == {bench.stock_nets.net}
+    theirs, ours = bench.stock_nets.net(name).double(), families.named(name).double()
     assert not [m for m in theirs.modules() if type(m).__module__.startswith("fastres")]
     ours.load_state_dict(theirs.state_dict())
     x = torch.randn(2, 3, 32, 32, dtype=torch.float64).contiguous(memory_format=torch.channels_last)
@@ -697,7 +709,7 @@ def test_peers_run_no_fastres_code(name: str, bench: SimpleNamespace) -> None:
 
 def test_the_peers_shortcut_keeps_channels_last(bench: SimpleNamespace) -> None:
     x = torch.randn(2, 16, 8, 8).contiguous(memory_format=torch.channels_last)
-    shortcut = bench.plain.net("cifar-8").layer2[0].downsample
+    shortcut = bench.stock_nets.net("cifar-8").layer2[0].downsample
     assert shortcut(x).is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(shortcut(x)[:, :16], x[:, :, ::2, ::2])
     assert not shortcut(x)[:, 16:].any()
@@ -726,11 +738,11 @@ def follow(eager: Any, graphed: Any, **tolerance: float) -> None:
 
 def test_a_graphed_row_trains_as_the_eager_one(bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     """By graphs' stand-in: recorded once, before anything is timed."""
-    pretence = Pretence(monkeypatch)
+    fake_cuda = FakeCuda(monkeypatch)
     graphed = stepper(bench, "fastres-graph", "cpu", torch.float32)
     # The graph reads the learning rate in float32, the eager step in float64.
     follow(stepper(bench, "fastres", "cpu", torch.float32), graphed, rtol=ROUNDING, atol=RATE)
-    assert len(pretence.modes) == 1
+    assert len(fake_cuda.modes) == 1
     assert WARM_UPS + 1 <= 1 + bench.measure.WARM_UPS
 
 
@@ -927,7 +939,7 @@ def test_compiled_rows_count_graphs_breaks_and_recompiles(
     bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     def unsteady(name: str) -> nn.Module:
-        model = bench.plain.net(name)
+        model = bench.stock_nets.net(name)
         model.fc = Unsteady(64, 10)
         return model
 
@@ -996,7 +1008,7 @@ def test_every_backend_of_this_device_runs(bench: SimpleNamespace, tmp_path: Pat
 def test_a_run_that_is_terminated_leaves_nothing_behind(tmp_path: Path) -> None:
     """No process, no data on disk; the record holds what was measured."""
     path = tmp_path / "r.json"
-    ask = ["--net", "cifar-8", "--batch", "2", "--seconds", "20", "--device", "cpu", "--mode", "infer", "--apart"]
+    ask = ["--net", "cifar-8", "--batch", "2", "--seconds", "20", "--device", "cpu", "--mode", "infer", "--isolate"]
     command = [sys.executable, str(BENCH / "run.py"), *ask, "--backend", "eager,fastres", "--json", str(path)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path)}
     running = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)

@@ -1,4 +1,4 @@
-"""Records: bench/proof.py reads pytest's logs; pages and pictures show what bench/readme.py makes of them."""
+"""Records: bench/pytest_logs.py reads pytest's logs; pages and pictures show what bench/readme.py makes of them."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _bench_on_path(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def proof() -> ModuleType:
-    return importlib.import_module("proof")
+    return importlib.import_module("pytest_logs")
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def row_of(text: str, start: str) -> list[str]:
 
 
 def test_this_run_says_where_it_runs(proof: ModuleType, tmp_path: Path) -> None:
-    """The header that tests/conftest.py writes is the one that proof.py reads."""
+    """The header that tests/conftest.py writes is the one that pytest_logs.py reads."""
     run = proof.read(
         log(tmp_path / "x.log", pytest_report_header(), "1 worker [1 item]", "[gw0] [100%] PASSED tests/a.py::b ")
     )
@@ -416,7 +416,7 @@ def test_pictures_need_matplotlib(
     ("script", "message"),
     [
         ("timeline", "no CUDA GPU"),
-        ("passes", "no CUDA GPU"),
+        ("memory_bound", "no CUDA GPU"),
         ("hopper", "needs a CUDA GPU of compute capability 9.0"),
     ],
 )
@@ -429,7 +429,7 @@ def test_without_a_gpu_its_scripts_say_so(script: str, message: str, capsys: pyt
 
 def test_every_pass_is_timed_by_every_cut() -> None:
     """What is in force while a pass is timed is what its line says; afterwards what was before."""
-    passes, norm = importlib.import_module("passes"), importlib.import_module("fastres.kernels.batch_norm")
+    memory_bound, norm = importlib.import_module("memory_bound"), importlib.import_module("fastres.kernels.batch_norm")
     before = norm.STREAMED, norm.REDUCED, norm.WINDOWED, norm.WARPS
     seen: list[Any] = []
 
@@ -437,12 +437,16 @@ def test_every_pass_is_timed_by_every_cut() -> None:
         seen.append((norm.STREAMED, norm.REDUCED, norm.WINDOWED, norm.WARPS))
         return 1.0 + (seen[-1][-1] == 8)
 
-    for name, _, _ in passes.PLACES:
+    for name, _, _ in memory_bound.PLACES:
         seen.clear()
-        text = passes.line((name, 8, 16), 1, torch.float32, torch.device("cpu"), time)
-        kind = passes.work(name, 1, 8, 16, torch.float32, torch.device("cpu"))[1]
+        text = memory_bound.line((name, 8, 16), 1, torch.float32, torch.device("cpu"), time)
+        kind = memory_bound.work(name, 1, 8, 16, torch.float32, torch.device("cpu"))[1]
         assert seen[0] == before, "the shipped cut first"
-        assert len(set(seen)) == len(seen) == len({*passes.CUTS[kind], before[list(passes.CUTS).index(kind)]}) * 2
+        assert (
+            len(set(seen))
+            == len(seen)
+            == len({*memory_bound.CUTS[kind], before[list(memory_bound.CUTS).index(kind)]}) * 2
+        )
         assert "fastest: 1.0 (" in text
     assert before == (norm.STREAMED, norm.REDUCED, norm.WINDOWED, norm.WARPS)
 

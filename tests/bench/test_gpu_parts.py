@@ -48,7 +48,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
 
 @pytest.fixture
 def parts() -> ModuleType:
-    return importlib.import_module("parts")
+    return importlib.import_module("gpu_parts")
 
 
 def run(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch, given: dict[str, Any], *options: str) -> int:
@@ -129,12 +129,12 @@ def test_a_process_lost_within_a_part_costs_not_the_part(
     code = f"""
 import importlib, sys
 sys.path.insert(0, {str(BENCH)!r})
-from apart import Apart, Gone
+from worker import Worker, WorkerLost
 for module, function, argument in (("os", "_exit", 7), ("time", "sleep", 99), ("builtins", "abs", -3)):
-    with Apart(importlib.import_module, module) as there:
+    with Worker(importlib.import_module, module) as there:
         try:
             print(there.ask(function, argument, seconds=2 if function == "sleep" else 60))
-        except Gone as error:
+        except WorkerLost as error:
             print(error)
 """
     assert run(gpu, monkeypatch, {"rows": code}, "--out", str(tmp_path)) == 0
@@ -341,7 +341,7 @@ def scripts() -> dict[str, argparse.ArgumentParser]:
         found.append(parser)
         raise AskedError
 
-    names = ("run", "tune", "kernels", "timeline", "counters", "passes", "hopper", "ablate")
+    names = ("run", "tune", "kernels", "timeline", "counters", "memory_bound", "hopper", "ablate")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(argparse.ArgumentParser, "parse_args", stop)
         for name in names:

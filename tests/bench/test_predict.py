@@ -45,7 +45,7 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
     monkeypatch.syspath_prepend(str(BENCH))
     monkeypatch.setenv("FASTRES_CACHE_DIR", os.devnull + "/none")
     tables.forget_tables()
-    yield SimpleNamespace(**{name: importlib.import_module(name) for name in ("calls", "layers", "predict")})
+    yield SimpleNamespace(**{name: importlib.import_module(name) for name in ("launch_trace", "layers", "predict")})
     tables.forget_tables()
 
 
@@ -82,9 +82,9 @@ def test_a_training_step_multiplies_what_its_convolutions_say(bench: SimpleNames
 
 
 def test_who_computes_each_convolution_is_what_dispatch_says(bench: SimpleNamespace) -> None:
-    with bench.calls.recorded(BF16):
+    with bench.launch_trace.recorded(BF16):
         wanted = {
-            (pass_, bench.layers.name(p)): dispatch.conv_engine(pass_, p, BF16, bench.calls.META) != "cudnn"
+            (pass_, bench.layers.name(p)): dispatch.conv_engine(pass_, p, BF16, bench.launch_trace.META) != "cudnn"
             for p, _ in bench.layers.roles(50, 256, 224)
             for pass_ in ("fprop", "dgrad", "wgrad")
             if bench.layers.applicable(p, pass_)
@@ -147,7 +147,7 @@ def test_a_1x1_of_stride_2_reads_a_quarter_of_its_pixels(bench: SimpleNamespace)
 def test_bytes_of_a_pass_are_those_counted_by_hand(bench: SimpleNamespace) -> None:
     z, residual = (torch.empty(2, 8, 8, 64, dtype=BF16, device="meta") for _ in range(2))
     v = torch.empty(64, device="meta")
-    with bench.calls.recorded(BF16) as recorder:
+    with bench.launch_trace.recorded(BF16) as recorder:
         batch_norm.normalize(z, v, v, relu=True, residual=residual)
     (one,) = recorder.launches()
     assert (one.kernel, one.flops, one.ours) == ("normalize_kernel", 0, True)
@@ -174,8 +174,8 @@ def test_a_kernel_that_nobody_told_of_counts_by_its_arguments(bench: SimpleNames
     half = torch.empty(128, 64, dtype=BF16, device="meta")[:64]
     boxes = TensorDescriptor.from_tensor(x, [16, 16])
     p = ConvProblem(1, 8, 8, 64, 64)
-    with bench.calls.recorded(BF16) as recorder:
-        recorder.work.append(bench.calls.Work("fprop", p, 1000))
+    with bench.launch_trace.recorded(BF16) as recorder:
+        recorder.work.append(bench.launch_trace.Work("fprop", p, 1000))
         batch_norm.launch(unknown_kernel, (7, 3), a=boxes, b=x, c=half, BLOCK=16)
         batch_norm.launch(plain_kernel, (5,), a=x, b=None, BLOCK=16)
     multiplying, plain = recorder.launches()
@@ -189,7 +189,7 @@ def test_a_kernel_that_nobody_told_of_counts_by_its_arguments(bench: SimpleNames
 
 def test_nothing_is_left_behind(bench: SimpleNamespace) -> None:
     before = dispatch.why_engine, conv_bn.bind, batch_norm.launch, torch.autocast, dispatch._kernel_less
-    with pytest.raises(ValueError, match="shape"), bench.calls.recorded(BF16):
+    with pytest.raises(ValueError, match="shape"), bench.launch_trace.recorded(BF16):
         batch_norm.normalize(torch.empty(2, 8, 8, 64, device="meta"), *[torch.empty(3, device="meta")] * 2, relu=True)
     assert (dispatch.why_engine, conv_bn.bind, batch_norm.launch, torch.autocast, dispatch._kernel_less) == before
     assert torch._C._len_torch_dispatch_stack() == 0
@@ -218,7 +218,7 @@ def test_bytes_bound_one_layer_and_waves_another(bench: SimpleNamespace) -> None
 def test_two_programs_to_a_multiprocessor_wait_together(bench: SimpleNamespace) -> None:
     """Twice as many programs of half the registers take no longer."""
     given = {"BM": 64, "BN": 128, "BK": 64, "steps": 1, "num_warps": 4, "num_stages": 2, "K": 64}
-    one = bench.calls.Launch("k", "fprop", "l", 10**6, (), (), True, (132 * 40,), given)
+    one = bench.launch_trace.Launch("k", "fprop", "l", 10**6, (), (), True, (132 * 40,), given)
     time = bench.predict.time(one, *H200)
     held = bench.predict.resident(one, bench.predict.tile_of(one), tiles.H200)
     assert held == 4
@@ -232,8 +232,8 @@ def test_a_program_that_stays_waits_once(bench: SimpleNamespace) -> None:
     tile = tiles.Tile(128, 64, 64, 8, 3, (1, 1, 64), persistent=2)
     x, w = (torch.empty(shape, dtype=BF16, device="meta") for shape in ((256, 56, 56, 64), (192, 1, 1, 64)))
     s, t = (torch.empty(64, device="meta") for _ in range(2))
-    with bench.calls.recorded(BF16) as recorder:
-        recorder.work.append(bench.calls.Work("fprop", p, 2 * p.multiply_adds))
+    with bench.launch_trace.recorded(BF16) as recorder:
+        recorder.work.append(bench.launch_trace.Work("fprop", p, 2 * p.multiply_adds))
         fprop.conv_fprop(x, w, ConvProblem.of(x.shape, w.shape), prologue=(s, t), statistics=True, tile=tile)
     (one,) = recorder.launches()
     assert (one.kernel, one.programs, one.flops) == ("pointwise_fprop_kernel", 264, 2 * p.multiply_adds)
@@ -247,8 +247,8 @@ def test_a_program_that_stays_waits_once(bench: SimpleNamespace) -> None:
 
     like_dx = dict.fromkeys(("dx", "z_below", "z_proj", "relu_mask", "residual", "residual_mask"), x)
     dz = torch.empty(256, 56, 56, 192, dtype=BF16, device="meta")
-    with bench.calls.recorded(BF16) as recorder:
-        recorder.work.append(bench.calls.Work("dgrad", p, 2 * p.multiply_adds))
+    with bench.launch_trace.recorded(BF16) as recorder:
+        recorder.work.append(bench.launch_trace.Work("dgrad", p, 2 * p.multiply_adds))
         rest = dict.fromkeys(("c_g", "c_z", "c_1", "scale", "shift", "mean", "mean_proj"), s)
         persistent.launch_dgrad(p, tile, w, {"dy": dz, "z": dz}, like_dx, PRECISION="ieee", **rest)
     (one,) = recorder.launches()
@@ -275,8 +275,8 @@ def test_the_stem_fetches_windows_and_multiplies_whole_rows(bench: SimpleNamespa
 
     packed = torch.empty(256, 224, 230, 4, dtype=BF16, device="meta")
     filters = torch.empty(64, 7, 8, 4, dtype=BF16, device="meta")
-    with bench.calls.recorded(BF16) as recorder:
-        recorder.work.append(bench.calls.Work("infer", p, 2 * p.multiply_adds))
+    with bench.launch_trace.recorded(BF16) as recorder:
+        recorder.work.append(bench.launch_trace.Work("infer", p, 2 * p.multiply_adds))
         stem.conv_stem(packed, filters, p, tile=tiles.Tile(64, 128, 32, 4, 3))
     (one,) = recorder.launches()
     assert one.kernel == "stem_fprop_kernel"
@@ -396,19 +396,19 @@ def test_inductor_moves_less_than_eager_and_multiplies_the_same(bench: SimpleNam
 
 
 def test_inductor_computes_what_is_pointwise_where_it_is_read(bench: SimpleNamespace) -> None:
-    part, launch_of = bench.calls.Part, bench.calls.Launch
+    part, launch_of = bench.launch_trace.Part, bench.launch_trace.Launch
 
     def op(kernel: str, reads: str, writes: str) -> Any:
         size = 2**20
         return launch_of(kernel, "p", "", 0, *(tuple(part(ord(c), size) for c in names) for names in (reads, writes)))
 
-    fused = bench.calls.as_inductor(
+    fused = bench.launch_trace.as_inductor(
         [op("convolution", "x", "z"), op("relu", "z", "a"), op("add", "as", "y"), op("convolution", "y", "o")]
     )
     assert [one.kernel for one in fused] == ["convolution", "fused_pointwise", "convolution"]
     assert {p.memory for p in fused[1].reads} == {ord("z"), ord("s")}
     many = [op("add", "ab", "p"), op("add", "cd", "q"), op("add", "pq", "r"), op("add", "re", "t"), op("mm", "t", "u")]
-    assert [one.kernel for one in bench.calls.as_inductor(many)] == ["fused_pointwise", "fused_pointwise", "mm"]
+    assert [one.kernel for one in bench.launch_trace.as_inductor(many)] == ["fused_pointwise", "fused_pointwise", "mm"]
 
 
 def test_a_goal_is_covered_by_what_is_lost(bench: SimpleNamespace) -> None:
@@ -496,10 +496,10 @@ def test_what_is_asked_wrongly_is_refused(
 def drawn_kernels(bench: SimpleNamespace, net: Any, make: Any, blocks: int) -> tuple[int, int]:
     """How many kernels forward and backward of `blocks` bottleneck blocks have, without those that merge partials,
     count batches or convert dtypes and layouts; PyTorch's BatchNorm as one."""
-    with bench.calls.META:
+    with bench.launch_trace.META:
         made = [make(256, 64).to(memory_format=torch.channels_last) for _ in range(blocks)]
     small = ("merge", "finish", "wgrad_reduce", "_sums", "clone", "_copy")
-    with bench.calls.recorded(BF16) as recorder:
+    with bench.launch_trace.recorded(BF16) as recorder:
         x = torch.empty(256, 256, 56, 56, dtype=BF16, device="meta").to(memory_format=torch.channels_last)
         y = net(x.requires_grad_(), made)
         forward = len(recorder.launches())

@@ -523,13 +523,13 @@ def test_only_bottlenecks_are_chained(tune: ModuleType, layers: ModuleType) -> N
     assert found(50) == found(18, 34, 50, 101, 152) == [64, 128]
 
 
-class Here:
-    """`Apart` in this process."""
+class LocalWorker:
+    """`Worker` in this process."""
 
     def __init__(self, make: Callable[..., Any], *arguments: Any) -> None:
         self.made = make(*arguments)
 
-    def __enter__(self) -> Here:
+    def __enter__(self) -> LocalWorker:
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -544,7 +544,7 @@ def on_gpu(tune: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """As far as `main` sees; nothing is compiled."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(tune, "compile_candidates", lambda *_: True)
-    monkeypatch.setattr(tune, "Apart", Here)
+    monkeypatch.setattr(tune, "Worker", LocalWorker)
     monkeypatch.setattr(tune.Tuner, "reach", lambda self: None)
     with torch.backends.cudnn.flags():
         yield
@@ -648,7 +648,7 @@ def test_what_breaks_costs_its_problem_once(
     problems = fprop_problems(layers)
     bad, asked, processes, patience = problems[3], [], [], set()
 
-    class Fragile(Here):
+    class Fragile(LocalWorker):
         def __init__(self, *arguments: Any) -> None:
             super().__init__(*arguments)
             self.gone = False
@@ -665,7 +665,7 @@ def test_what_breaks_costs_its_problem_once(
                     raise tune.Gone(note, said)
             return super().ask(method, *arguments, seconds=seconds)
 
-    monkeypatch.setattr(tune, "Apart", Fragile)
+    monkeypatch.setattr(tune, "Worker", Fragile)
     monkeypatch.setattr(tune, "tune", lambda *_: (OURS, "measured"))
     assert tune.main(FPROP_18) == 0
     assert asked == problems
@@ -775,7 +775,7 @@ def test_a_process_that_hangs_is_left_behind(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """In processes of their own, as a run has them."""
-    monkeypatch.setattr(tune, "Apart", importlib.import_module("apart").Apart)
+    monkeypatch.setattr(tune, "Worker", importlib.import_module("worker").Worker)
     monkeypatch.setattr(tune, "Tuner", Hanging)
     by_size = {problem.H: problem for problem in fprop_problems(layers)}
     chosen = [by_size[H] for H in (224, 56, 14, 28, 7)]

@@ -165,7 +165,7 @@ def test_what_a_net_returns_need_not_be_computed_last(graph_wins: None) -> None:
         assert_same(net(x), model(x))
 
 
-class Apart(nn.Module):
+class Busy(nn.Module):
     """Its BatchNorm is not folded: what it reads is read again. The graph compiler never returns from it."""
 
     def __init__(self) -> None:
@@ -180,7 +180,7 @@ class Apart(nn.Module):
 def test_a_batch_norm_by_itself_stays_out_of_the_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
     monkeypatch.setattr(onednn, "graph", lambda *given: asked.append(given))
-    model, x = lived_in(Apart()), photographs()
+    model, x = lived_in(Busy()), photographs()
     net = optimize(model, x)
     assert not asked
     assert "(not by TorchScript: 'bn' is none of the steps that oneDNN's graph compiler is given" in net.explain()

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import training
-from pretence import Pretence
+from fake_cuda import FakeCuda
 from tolerances import GPU_TRAINED, GPU_TRAINED_ZERO, NETS, ROUNDING, SUMS
 from torch import Tensor, nn
 from training import CPU, SHORT, assert_same, short, steps, trainer, weights
@@ -67,10 +67,10 @@ def test_graphs_serve_where_the_table_says(
 
 def test_a_graphed_training_is_the_same(tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By graphs' stand-in, bit for bit: two micro-batches per update, validation, checkpoints and EMA in between."""
-    pretence = Pretence(monkeypatch)
+    fake_cuda = FakeCuda(monkeypatch)
     monkeypatch.setattr("fastres.train.loop.graph_choice", lambda run, place: (True, ""))
     train(short(tmp_path))
-    assert len(pretence.modes) == 2  # the first micro-batch finds no gradients, the second adds to them
+    assert len(fake_cuda.modes) == 2  # the first micro-batch finds no gradients, the second adds to them
     ours, theirs = (torch.load(out / checkpoint.LAST, weights_only=True) for out in (tmp_path, undisturbed))
     for name in ("model", "ema"):
         assert_same(ours[name], theirs[name])
@@ -82,13 +82,13 @@ def test_a_graphed_training_is_the_same(tmp_path: Path, undisturbed: Path, monke
 
 def test_a_bad_loss_in_a_graph_is_put_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a replay has touched is put back as well."""
-    pretence = Pretence(monkeypatch)
+    fake_cuda = FakeCuda(monkeypatch)
     monkeypatch.setattr("fastres.train.loop.graph_choice", lambda run, place: (True, ""))
     checkpoint.prepare(tmp_path)
     ours = trainer(tmp_path)
     batches = list(ours.loader.training(0, 8))
     steps(ours, iter(batches), 6)
-    assert len(pretence.modes) == 2
+    assert len(fake_cuda.modes) == 2
     before = {name: value.clone() for name, value in ours.model.state_dict().items()}
     x, y = batches[12]
     with pytest.raises(NonFiniteError, match="iteration 6"):

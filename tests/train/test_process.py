@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import training
-from pretence import Pretence
+from fake_cuda import FakeCuda
 from tolerances import ROUNDING, SUMS, VALIDATION
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -117,7 +117,7 @@ def test_two_processes_are_one_that_accumulates(tmp_path: Path, monkeypatch: pyt
 def _graphed_rank(out: Path, recipe: Recipe, graphs: bool) -> None:
     with pytest.MonkeyPatch.context() as patch:
         if graphs:
-            Pretence(patch)
+            FakeCuda(patch)
             patch.setattr("fastres.train.loop.graph_choice", lambda run, place: (True, ""))
         train(short(out, recipe, eval_every=recipe.iterations))
 

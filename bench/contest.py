@@ -1,7 +1,7 @@
 """The rows of one case, measured side by side: they take turns, window by window, so that whatever else happens on the
 machine happens to all of them.
 
-On a GPU each row has a process of its own (bench/apart.py): one that hangs, dies or loses its CUDA context costs only
+On a GPU each row has a process of its own (bench/worker.py): one that hangs, dies or loses its CUDA context costs only
 itself.
 """
 
@@ -18,11 +18,11 @@ from unittest import mock
 
 import measure
 import torch
-from apart import Apart, Here
 from backends import BACKENDS, Case
 from record import now
+from worker import LocalWorker, Worker
 
-Start = Callable[[str], "Apart | Here"]
+Start = Callable[[str], "Worker | LocalWorker"]
 HandOver = Callable[[measure.Data], "measure.Data | Path"]
 
 WINDOW_S = 60  # seconds; far more than a window and the load before it take
@@ -33,7 +33,7 @@ class Contender:
     """A backend's row in the making. windows: seconds a call."""
 
     name: str
-    place: Apart | Here
+    place: Worker | LocalWorker
     fields: dict[str, Any]
     windows: list[float] = field(default_factory=list)
 
@@ -90,7 +90,7 @@ class Contest:
             except Exception as error:
                 again.extend(self._failed(row, error, alone, beside=len(rows) > 1))
                 running.remove(row)
-                if isinstance(row.place, Apart):  # the others may need its memory
+                if isinstance(row.place, Worker):  # the others may need its memory
                     row.place.close()
                 return None
 
@@ -127,20 +127,20 @@ def make_row(name: str, case: Case, seconds: float) -> measure.Row:
 
 
 @contextmanager
-def here(case: Case, seconds: float) -> Iterator[tuple[Start, HandOver]]:
+def in_process(case: Case, seconds: float) -> Iterator[tuple[Start, HandOver]]:
     """Rows that share this process: what starts one, and what makes of the case's data what it is prepared with."""
     try:
-        yield lambda name: Here(make_row, name, case, seconds), lambda data: data
+        yield lambda name: LocalWorker(make_row, name, case, seconds), lambda data: data
     finally:
         torch.compiler.reset()
 
 
 @contextmanager
-def apart(names: Sequence[str], case: Case, seconds: float, patience: float) -> Iterator[tuple[Start, HandOver]]:
+def in_workers(names: Sequence[str], case: Case, seconds: float, patience: float) -> Iterator[tuple[Start, HandOver]]:
     """The same with a process for each row. All begin now: what they import delays no measurement."""
     with TemporaryDirectory(prefix="fastres-bench-", ignore_cleanup_errors=True) as folder, ExitStack() as life:
         with mock.patch.dict(os.environ, TMPDIR=folder):  # what a killed process leaves there is removed
-            begun = {name: life.enter_context(Apart(make_row, name, case, seconds)) for name in names}
+            begun = {name: life.enter_context(Worker(make_row, name, case, seconds)) for name in names}
 
         def hand_over(data: measure.Data) -> Path:
             torch.save(data, file := Path(folder, "data.pt"))
@@ -149,4 +149,4 @@ def apart(names: Sequence[str], case: Case, seconds: float, patience: float) -> 
                     place.ask("ready", seconds=patience)
             return file
 
-        yield lambda name: begun.pop(name, None) or Apart(make_row, name, case, seconds), hand_over
+        yield lambda name: begun.pop(name, None) or Worker(make_row, name, case, seconds), hand_over

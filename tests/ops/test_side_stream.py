@@ -22,9 +22,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fastres
 from fastres.models import families
 from fastres.ops import beside, conv_bn, dispatch
-from fastres.ops.beside import Beside
 from fastres.ops.block import residual_block, stages
 from fastres.ops.library_engine import Library
+from fastres.ops.side_stream import SideStream
 
 
 class Stream:
@@ -122,7 +122,7 @@ def races(monkeypatch: pytest.MonkeyPatch) -> Races:
 
     wait = Stream.wait_stream
     monkeypatch.setattr(Stream, "wait_stream", wait_stream)
-    monkeypatch.setattr(Beside, "serves", lambda device: True)
+    monkeypatch.setattr(SideStream, "serves", lambda device: True)
     monkeypatch.setattr(Tensor, "record_stream", lambda t, stream: races.of(t, stream).recorded.add(stream))
     for name, value in {"current_stream": lambda device: races.current, "stream": on, "Stream": Stream}.items():
         monkeypatch.setattr(torch.cuda, name, value)
@@ -205,7 +205,7 @@ def test_a_backward_that_fails_waits_as_well(races: Races, monkeypatch: pytest.M
 
 def test_one_call_at_a_time(races: Races) -> None:
     """What a call reads is kept until the next one, and no longer."""
-    calls, kept = Beside(torch.device("cuda")), []
+    calls, kept = SideStream(torch.device("cuda")), []
     for _ in range(3):
         x = torch.ones(4)
         kept.append(StorageWeakRef(x.untyped_storage()))

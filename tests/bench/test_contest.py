@@ -1,4 +1,4 @@
-"""bench/rounds.py: a row that hangs, dies or loses its CUDA context costs only itself; memory is shared in turns."""
+"""bench/contest.py: a row that hangs, dies or loses its CUDA context costs only itself; memory is shared in turns."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
     monkeypatch.syspath_prepend(str(BENCH))
     threads = torch.get_num_threads()
     yield SimpleNamespace(
-        **{name: importlib.import_module(name) for name in ("apart", "backends", "measure", "rounds")}
+        **{name: importlib.import_module(name) for name in ("backends", "contest", "measure", "worker")}
     )
     torch.set_num_threads(threads)
 
@@ -64,7 +64,7 @@ class Delicate:
         if self.trouble == "death":
             os._exit(9)
         if self.trouble == "lost context":
-            sys.modules["apart"].lost_context = lambda: "an illegal memory access was encountered"
+            sys.modules["worker"].lost_context = lambda: "an illegal memory access was encountered"
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
         raise ValueError("an ordinary error")
 
@@ -76,12 +76,12 @@ def contest(
     told: dict[str, list[dict[str, Any]]] = {}
     case = bench.backends.Case("resnet18", "infer", 2, torch.float32, 64, torch.device(device))
     tell = lambda name, row: told.setdefault(name, []).append(row)  # noqa: E731
-    return bench.rounds.Contest(case, None, 10**9, patience, tell), told
+    return bench.contest.Contest(case, None, 10**9, patience, tell), told
 
 
 def test_each_trouble_costs_only_its_row(bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     """And not what it has measured before. Where only what is good to know is missing, the row is ok."""
-    monkeypatch.setattr(bench.rounds, "WINDOW_S", 5)
+    monkeypatch.setattr(bench.contest, "WINDOW_S", 5)
     trouble = {
         "hang in window 3": "no answer within 5 s, so its process was killed",
         "death in window 2": "its process ended (exit status 9)",
@@ -93,7 +93,7 @@ def test_each_trouble_costs_only_its_row(bench: SimpleNamespace, monkeypatch: py
     names = ["sound", *trouble, *harmless, "sound, too"]
     match, told = contest(bench, patience=10)
     with ExitStack() as life:
-        places = {name: life.enter_context(bench.apart.Apart(Delicate, name)) for name in names}
+        places = {name: life.enter_context(bench.worker.Worker(Delicate, name)) for name in names}
         for place in places.values():
             place.ask("ready", seconds=100)  # a busy machine starts slowly
         match.measure(names, places.pop)
@@ -105,7 +105,7 @@ def test_each_trouble_costs_only_its_row(bench: SimpleNamespace, monkeypatch: py
         assert said in final[name]["reason"], name
         windows = {"3": 2, "2": 1, "7": 6, "finish": 7}.get(name.split(" ")[-1], 0)
         assert len(final[name].get("window_img_s", ())) == windows
-    assert final[harmless[0]]["notes"] == ["not inspected: Gone: its process ended (exit status 9)"]
+    assert final[harmless[0]]["notes"] == ["not inspected: WorkerLost: its process ended (exit status 9)"]
     assert final[harmless[1]]["notes"] == ["not inspected: ValueError: an ordinary error"]
     assert final["sound"]["began"] == final["sound, too"]["began"]
     assert len(final["sound"]["window_img_s"]) == bench.measure.WINDOWS
@@ -113,7 +113,7 @@ def test_each_trouble_costs_only_its_row(bench: SimpleNamespace, monkeypatch: py
 
 def test_what_is_known_is_told_after_every_round(bench: SimpleNamespace) -> None:
     match, told = contest(bench, patience=10)
-    match.measure(["a", "b"], lambda name: bench.apart.Here(Delicate, name))
+    match.measure(["a", "b"], lambda name: bench.worker.LocalWorker(Delicate, name))
     for rows in told.values():
         assert [row["status"] for row in rows] == ["unfinished"] * (1 + bench.measure.WINDOWS) + ["ok"]
         assert [len(row.get("window_img_s", ())) for row in rows[:-1]] == [*range(1 + bench.measure.WINDOWS)]
@@ -162,7 +162,7 @@ def test_rows_that_do_not_fit_together_follow(bench: SimpleNamespace, monkeypatc
     monkeypatch.setattr(torch.cuda, "mem_get_info", free)
     match, told = contest(bench, patience=10, device="cuda")
     names = ["30 a", "30 b", "99 c", "30 d", "44 e", "200 f", "30 g"]
-    match.measure(names, lambda name: bench.apart.Here(Large, name))
+    match.measure(names, lambda name: bench.worker.LocalWorker(Large, name))
     final = {name: rows[-1] for name, rows in told.items()}
     assert {name for name, row in final.items() if row["status"] == "ok"} == {*names} - {"200 f"}
     assert (final["200 f"]["status"], final["200 f"]["reason"]) == (
@@ -187,15 +187,15 @@ def tiny(bench: SimpleNamespace) -> tuple[Any, Any]:
 def measured(bench: SimpleNamespace, tiny: tuple[Any, Any], names: list[str], where: Any) -> dict[str, dict[str, Any]]:
     (case, data), final = tiny, {}
     with where as (start, hand_over):
-        bench.rounds.Contest(case, hand_over(data), 10**7, 120, final.__setitem__).measure(names, start)
+        bench.contest.Contest(case, hand_over(data), 10**7, 120, final.__setitem__).measure(names, start)
     return final
 
 
 def test_rows_get_their_data_from_a_file(bench: SimpleNamespace, tiny: tuple[Any, Any]) -> None:
     """The process of a row begins with the case's data and gives what a row in this process gives."""
     before = {*Path(tempfile.gettempdir()).glob("fastres-bench-*")}
-    there = measured(bench, tiny, ["eager"], bench.rounds.apart(["eager"], tiny[0], 0.05, 120))["eager"]
-    here = measured(bench, tiny, ["eager"], bench.rounds.here(tiny[0], 0.05))["eager"]
+    there = measured(bench, tiny, ["eager"], bench.contest.in_workers(["eager"], tiny[0], 0.05, 120))["eager"]
+    here = measured(bench, tiny, ["eager"], bench.contest.in_process(tiny[0], 0.05))["eager"]
     assert there["status"] in ("ok", "noisy"), there
     assert there.keys() - {"reason"} == here.keys() - {"reason"}
     assert there["error"] == pytest.approx(here["error"], rel=1)
@@ -212,7 +212,7 @@ def test_compiled_rows_of_one_process_stay_compiled(
         monkeypatch.setitem(table, name, entry)
     broken = bench.backends.Backend(lambda name: torch.nn.Identity(), "", compile={"backend": "aot_eager"})
     monkeypatch.setitem(table, "broken", broken)
-    final = measured(bench, tiny, ["first", "broken", "second"], bench.rounds.here(tiny[0], 0.05))
+    final = measured(bench, tiny, ["first", "broken", "second"], bench.contest.in_process(tiny[0], 0.05))
     assert final["broken"]["status"] == "failed"
     for name in ("first", "second"):
         assert (final[name]["graphs"], final[name]["recompiles"]) == (1, 0), final[name]

@@ -99,7 +99,9 @@ PARTS: dict[str, Part] = {
         *INFER_50, "--backend", "inductor,eager-channels-last,fastres-optimize", record="first", seconds=130
     ),
     "tests-first-rest": checks(*FIRST_REST, seconds=140),
-    "tests-graph": checks("tests/test_cuda_graph.py", "tests/ops/test_beside.py", "-m", "gpu and not slow", seconds=60),
+    "tests-graph": checks(
+        "tests/test_cuda_graph.py", "tests/ops/test_side_stream.py", "-m", "gpu and not slow", seconds=60
+    ),
     "tests-kernels": checks(*KERNELS, "-k", "not every_tile", seconds=130),
     "tests-tiles-50": checks(
         *KERNELS[:2], "-k", "every_tile and bfloat16 and not resnet18 and not resnext", seconds=130
@@ -118,7 +120,7 @@ PARTS: dict[str, Part] = {
     "timeline-infer-50": timeline("infer", "fastres-optimize", 60),
     "counters-train-50": counters("train", 150),
     "counters-infer-50": counters("infer", 120),
-    "passes": Part(["bench/passes.py"], 70),
+    "memory-bound": Part(["bench/memory_bound.py"], 70),
     "hopper": Part(["bench/hopper.py", "--markdown", "{out}/hopper.md"], 40),
     "ablate-50": Part(["bench/ablate.py", "--depth", "50", "--seconds", "5", "--json", "{out}/ablation-50.json"], 240),
     "bench-train-50-switches": bench(
@@ -168,7 +170,7 @@ PLANS = {
         ("status", "tests-first", "bench-first-train", "bench-first-infer"),
         ("tests-first-rest", "tests-graph", "tests-kernels", "tests-tiles-50"),
     ),
-    2: Plan("tiles", ("tune-all", "tests-tuned", "timeline-train-50"), ("kernels-50", "passes")),
+    2: Plan("tiles", ("tune-all", "tests-tuned", "timeline-train-50"), ("kernels-50", "memory-bound")),
     3: Plan(
         "the record of training, what each fusion is worth",
         ("bench-train-50", "ablate-50"),
@@ -177,7 +179,7 @@ PLANS = {
     4: Plan(
         "tiles for one image, the record of inference, each layer on its own",
         ("tune-50-batch-1", "bench-infer-50", "bench-infer-50-batch-1", "kernels-50"),
-        ("timeline-infer-50", "hopper", "passes"),
+        ("timeline-infer-50", "hopper", "memory-bound"),
     ),
     5: Plan("training at every other depth", ("bench-train-depths",), ("timeline-train-50",)),
     6: Plan("inference at every other depth", ("bench-infer-depths",), ("bench-train-50-fp16",)),
@@ -199,7 +201,7 @@ def rehearsed(command: Sequence[str]) -> list[str]:
         mode = command[command.index("--mode") + 1]
         batch = "1" if "--batch" in command and command[command.index("--batch") + 1] == "1" else "2"
         where = ["--device", "cpu", "--dtype", "fp32", "--batch", batch, "--size", "64", "--seconds", "0.05"]
-        return [*command, *where, "--apart", "--backend", ON_CPU[mode]]
+        return [*command, *where, "--isolate", "--backend", ON_CPU[mode]]
     if command[0] == "bench/tune.py":
         return ["bench/rehearse.py", *command, *tiny, "--tiles", "1"]
     if command[0] == "bench/kernels.py":

@@ -1,4 +1,4 @@
-"""bench/apart.py: what hangs, dies or loses its CUDA context in a process of its own harms nobody else."""
+"""bench/worker.py: what hangs, dies or loses its CUDA context in a process of its own harms nobody else."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ LONG = 120  # what a process may take to start on a busy machine
 
 
 @pytest.fixture
-def apart(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+def worker(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     monkeypatch.syspath_prepend(str(BENCH))
-    return importlib.import_module("apart")
+    return importlib.import_module("worker")
 
 
 class Delicate:
@@ -56,7 +56,7 @@ class Delicate:
         os._exit(7)
 
     def lose_the_context(self) -> None:
-        sys.modules["apart"].lost_context = lambda: "an illegal memory access was encountered"
+        sys.modules["worker"].lost_context = lambda: "an illegal memory access was encountered"
         raise RuntimeError("CUDA error: launch failure")
 
 
@@ -68,8 +68,8 @@ def alive(pid: int) -> bool:
     return True
 
 
-def test_it_answers_and_keeps_its_state(apart: ModuleType) -> None:
-    with apart.Apart(Delicate, 40) as there:
+def test_it_answers_and_keeps_its_state(worker: ModuleType) -> None:
+    with worker.Worker(Delicate, 40) as there:
         assert there.ask("add", 1, seconds=LONG)[0] == 41
         with pytest.raises(ValueError, match="not this one"):
             there.ask("refuse", seconds=LONG)
@@ -90,33 +90,33 @@ def test_it_answers_and_keeps_its_state(apart: ModuleType) -> None:
     ],
 )
 def test_what_goes_wrong_costs_only_itself(
-    apart: ModuleType, method: str, arguments: Any, verdict: str, said: str
+    worker: ModuleType, method: str, arguments: Any, verdict: str, said: str
 ) -> None:
-    with apart.Apart(Delicate, 0) as there, apart.Apart(Delicate, 0) as beside:
+    with worker.Worker(Delicate, 0) as there, worker.Worker(Delicate, 0) as beside:
         pids = [process.ask("add", 1, seconds=LONG)[1] for process in (there, beside)]
-        with pytest.raises(apart.Gone, match=said) as gone:
+        with pytest.raises(worker.WorkerLost, match=said) as gone:
             there.ask(method, *arguments, seconds=1 if verdict == "hung" else LONG)
         assert gone.value.verdict == verdict
         assert [alive(pid) for pid in pids] == [False, True]
         assert beside.ask("add", 1, seconds=LONG)[0] == 2
-        with pytest.raises(apart.Gone, match=said):  # whoever asks later hears the same
+        with pytest.raises(worker.WorkerLost, match=said):  # whoever asks later hears the same
             there.ask("add", 1, seconds=LONG)
 
 
-def test_what_cannot_be_made_is_raised_by_every_question(apart: ModuleType) -> None:
-    with apart.Apart(Delicate) as there:
+def test_what_cannot_be_made_is_raised_by_every_question(worker: ModuleType) -> None:
+    with worker.Worker(Delicate) as there:
         for _ in range(2):
             with pytest.raises(TypeError, match="start"):
                 there.ask("add", 1, seconds=LONG)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere it ends when it next listens")
-def test_it_does_not_outlive_who_asks(apart: ModuleType) -> None:
+def test_it_does_not_outlive_who_asks(worker: ModuleType) -> None:
     """Even where both hang and the asking process is killed."""
-    with apart.Apart(Asking) as middle:
+    with worker.Worker(Asking) as middle:
         pid = middle.ask("start", seconds=LONG)
         assert alive(pid)
-        with pytest.raises(apart.Gone):
+        with pytest.raises(worker.WorkerLost):
             middle.ask("hang", seconds=1)
         for _ in range(100):
             if not alive(pid) or "State:\tZ" in Path("/proc", str(pid), "status").read_text():
@@ -129,7 +129,7 @@ class Asking:
     """Asks a process that hangs."""
 
     def start(self) -> int:
-        self.there = sys.modules["apart"].Apart(Delicate, 0)
+        self.there = sys.modules["worker"].Worker(Delicate, 0)
         return self.there.ask("add", 1, seconds=LONG)[1]
 
     def hang(self) -> None:

@@ -68,7 +68,7 @@ class Tape(TorchDispatchMode):
                     recorded.copy_(again)
 
 
-class Pretence:
+class FakeCuda:
     """What torch.cuda has, for tensors on the CPU. modes: the captures', as far as there have been any."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,7 +80,7 @@ class Pretence:
             "current_stream": lambda device=None: self.stream,
             "synchronize": lambda device=None: None,
             "device": lambda device: contextlib.nullcontext(),
-            "Stream": lambda device=None: Pretence.__new__(Pretence),
+            "Stream": lambda device=None: FakeCuda.__new__(FakeCuda),
             "stream": self.on,
             "graph": self.capture,
             "graph_pool_handle": object,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 
-class Beside:
+class SideStream:
     """Calls on a second stream, beside what is launched on the current one meanwhile.
 
     A call comes after all that was launched before it. The current stream waits for it in the next call and in `join`,

@@ -1,6 +1,6 @@
-"""A handful of convolutions under pytest-benchmark, to follow single kernels over time; `kernels.py` has all of them.
+"""A few convolutions under pytest-benchmark, to follow single kernels over time; `kernels.py` has all of them.
 
-    pytest bench/handful.py --benchmark-only --benchmark-json out/handful.json
+    pytest bench/conv_benchmark.py --benchmark-only --benchmark-json out/convolutions.json
 
 Ours and the library's engine side by side, in bf16 at batch 256; where an engine wants dz stored, it is. Needs a CUDA
 GPU.

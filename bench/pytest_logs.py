@@ -1,7 +1,7 @@
 """The record of what tests said on a machine, from pytest's own logs.
 
     python -m pytest -v -n 14 -k every_tile 2>&1 | tee out/tiles.log
-    python bench/proof.py out/tiles.log out/nets.log --record bench/records
+    python bench/pytest_logs.py out/tiles.log out/nets.log --record bench/records
 
 Reads logs of `pytest -v` (pytest-xdist's lines too), oldest first by the date in them. Of a test that ran more than
 once the last result counts; a skip counts only where there is no other result, and an earlier failure is told. A file
@@ -83,7 +83,7 @@ def render(runs: list[Run]) -> str:
             if name not in ("date", "commit") and run.where.get(name) != first.get(name):
                 raise ValueError(f"{run.name} ran with {name} {run.where.get(name)}, {runs[0].name} {first.get(name)}")
     versions = ", ".join(f"{name} {first[name]}" for name in first if name not in ("device", "date", "commit"))
-    lines = [f"# Tests on {first['device']}", "", f"Written by `bench/proof.py`. {versions}.", ""]
+    lines = [f"# Tests on {first['device']}", "", f"Written by `bench/pytest_logs.py`. {versions}.", ""]
     lines += [
         "| run | began | commit | tests | passed | failed | skipped | not reached |",
         "|---|---|---|---|---|---|---|---|",

@@ -1,7 +1,7 @@
 """The passes over activations by how their tiles are cut: what `kernels/rows.py` chooses beside what it could.
 
-    python bench/passes.py
-    python bench/passes.py --batch 64 --dtype fp16
+    python bench/memory_bound.py
+    python bench/memory_bound.py --batch 64 --dtype fp16
 
 A line for each pass at activations of ResNet-50: microseconds and GB/s as shipped (every tensor moved once), then the
 three fastest of all cuts as microseconds, elements/channels of a tile and warps. The L2 is flushed before each run.

@@ -1,9 +1,9 @@
 """An object in a process of its own: it may hang, die or lose its CUDA context, and whoever asks it goes on.
 
-with Apart(Row, "inductor", case) as row:       # Row("inductor", case), made there
+with Worker(Row, "inductor", case) as row:       # Row("inductor", case), made there
     try:
         row.ask("prepare", seconds=300)         # its method `prepare`, called there
-    except Gone as error:                       # and so is the process
+    except WorkerLost as error:                       # and so is the process
         print(error)
 """
 
@@ -24,7 +24,7 @@ from typing import Any
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 
-class Gone(RuntimeError):
+class WorkerLost(RuntimeError):
     """The process is no more. verdict: "hung" (it gave no answer in time and was killed), "died", or "lost the CUDA
     context"."""
 
@@ -33,7 +33,7 @@ class Gone(RuntimeError):
         self.verdict = verdict
 
 
-class Apart:
+class Worker:
     """`make(*arguments)`, made in a fresh process, which starts at once. Both must pickle.
 
     The process doesn't outlive the thread that started it. A context manager; its end, like `close`, ends the process.
@@ -45,13 +45,13 @@ class Apart:
         self._process = context.Process(target=_serve, args=(there, make, arguments))
         self._process.start()
         there.close()
-        self._gone: Gone | None = None
+        self._gone: WorkerLost | None = None
 
     def ask(self, method: str, *arguments: Any, seconds: float) -> Any:
         """Call `method` in the process and return its result.
 
-        Raises what the method raised, or `Gone` after `seconds`; once `Gone`, every later call raises it, too. The
-        first call's time includes starting the process.
+        Raises what the method raised, or `WorkerLost` after `seconds`; every later call then raises it, too. The first
+        call's time includes starting the process.
         """
         if self._gone is not None:
             raise self._gone
@@ -70,9 +70,9 @@ class Apart:
             raise answer
         return answer
 
-    def _end(self, verdict: str, said: str) -> Gone:
+    def _end(self, verdict: str, said: str) -> WorkerLost:
         self.close()
-        self._gone = Gone(verdict, said)
+        self._gone = WorkerLost(verdict, said)
         return self._gone
 
     def leave(self) -> None:
@@ -86,15 +86,15 @@ class Apart:
         self._process.kill()
         self._process.join(timeout=10)  # a driver that hangs holds even a killed process
 
-    def __enter__(self) -> Apart:
+    def __enter__(self) -> Worker:
         return self
 
     def __exit__(self, *_: Any) -> None:
         self.close()
 
 
-class Here:
-    """The interface of `Apart` in this process: no time limit, no isolation."""
+class LocalWorker:
+    """The interface of `Worker` in this process: no time limit, no isolation."""
 
     def __init__(self, make: Callable[..., Any], *arguments: Any) -> None:
         self._make = partial(make, *arguments)
@@ -113,7 +113,7 @@ class Here:
         if hasattr(served, "close"):
             served.close()
 
-    def __enter__(self) -> Here:
+    def __enter__(self) -> LocalWorker:
         return self
 
     def __exit__(self, *_: Any) -> None:
