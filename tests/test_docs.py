@@ -231,6 +231,13 @@ def test_make_targets_and_their_variables_exist() -> None:
             assert f"$({variable.partition('=')[0]})" in MAKEFILE, variable
 
 
+def test_make_help_lists_every_target() -> None:
+    listed = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    targets = re.findall(r"^([a-z-]+):", MAKEFILE, re.MULTILINE)
+    assert re.findall(r"^  make ([a-z-]+) +\w", listed, re.MULTILINE) == targets
+    assert {"help", "test", "format"} <= set(targets)
+
+
 def test_plain_lines_are_what_make_runs() -> None:
     """The commands by hand beside `make` are the Makefile's own."""
     recipes = MAKEFILE.replace("$(VENV)", ".venv").replace("$(DEPTH)", "50")

@@ -662,7 +662,7 @@ def test_what_breaks_costs_its_problem_once(
                 assert written()[arguments[0]] == NOTED._replace(note="unfinished"), "first on disk"
                 if arguments[0] == bad:
                     self.gone = True
-                    raise tune.Gone(note, said)
+                    raise tune.WorkerLost(note, said)
             return super().ask(method, *arguments, seconds=seconds)
 
     monkeypatch.setattr(tune, "Worker", Fragile)
@@ -741,7 +741,7 @@ def test_without_a_gpu_that_answers_nothing_is_marked(
     tune: ModuleType, on_gpu: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def silent(self: Any) -> None:
-        raise tune.Gone("hung", "no answer within 120 s, so its process was killed")
+        raise tune.WorkerLost("hung", "no answer within 120 s, so its process was killed")
 
     monkeypatch.setattr(tune.Tuner, "reach", silent)
     assert tune.main(FPROP_18) == 1

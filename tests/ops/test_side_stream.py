@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastres
 from fastres.models import families
-from fastres.ops import beside, conv_bn, dispatch
+from fastres.ops import conv_bn, dispatch, side_stream
 from fastres.ops.block import residual_block, stages
 from fastres.ops.library_engine import Library
 from fastres.ops.side_stream import SideStream
@@ -126,7 +126,7 @@ def races(monkeypatch: pytest.MonkeyPatch) -> Races:
     monkeypatch.setattr(Tensor, "record_stream", lambda t, stream: races.of(t, stream).recorded.add(stream))
     for name, value in {"current_stream": lambda device: races.current, "stream": on, "Stream": Stream}.items():
         monkeypatch.setattr(torch.cuda, name, value)
-    monkeypatch.setattr(beside, "_second", second_of := {races.main: Stream()}.__getitem__)
+    monkeypatch.setattr(side_stream, "_second", second_of := {races.main: Stream()}.__getitem__)
     races.second = second_of(races.main)
     conv_bn.conv_bn.cache_clear()
     return races
@@ -226,13 +226,13 @@ def test_without_a_gpu_there_is_no_second_stream() -> None:
 def test_the_second_stream_is_another_than_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """Even where the pool hands that one out; the same one every time."""
     main = Stream()
-    beside._second.cache_clear()
+    side_stream._second.cache_clear()
     pool = iter([main, Stream(), Stream()])
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: next(pool))
-    second = beside._second(main)
+    second = side_stream._second(main)
     assert second is not main
-    assert beside._second(main) is second
-    beside._second.cache_clear()
+    assert side_stream._second(main) is second
+    side_stream._second.cache_clear()
 
 
 @pytest.mark.gpu
