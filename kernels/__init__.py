@@ -1,1 +1,4 @@
-"""Triton kernels. They know torch, triton and the ground only; `fastres.ops` calls them."""
+"""Triton kernels and their launchers, called by `fastres.ops`.
+
+They import torch, triton, `fastres.paths` and `fastres.capability` only.
+"""

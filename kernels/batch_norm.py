@@ -1,26 +1,34 @@
-"""BatchNorm around convolutions, forward and backward, each in the fewest passes over memory.
+"""BatchNorm around convolutions, forward and backward, each with the fewest passes over memory.
 
-z is a convolution's output, M = N P Q the pixels behind each channel's statistics (Ioffe & Szegedy, 2015):
+z is the output of a convolution. M = N P Q is the number of pixels that enter the statistics of each channel (Ioffe &
+Szegedy, 2015):
 
     mean = Σ z / M,  var = Σ (z - mean)² / M,  rstd = (var + eps)^-½        `statistics`, `finish_statistics`
     scale = weight rstd,  shift = bias - mean scale
     y = relu(scale z + shift + shortcut)                                   `normalize`
-        shortcut: nothing | x | scale_proj z_proj + shift_proj | x at every stride-th pixel, zero channels appended
 
-    g = dy where y > 0                                                     gradient at the BatchNorm's output
+The shortcut is absent, the block's input x, a projection scale_proj z_proj + shift_proj, or option A: x at every
+stride-th pixel with zero channels appended.
+
+    g = dy where y > 0, else 0                                             gradient at the BatchNorm's output
     dbias = Σ g,  dweight = rstd Σ g (z - mean)                            `backward_reduce`, `finish_backward`
     dz = c_g g + c_z z + c_1,  c_g = weight rstd,                          `backward_apply`
-         c_z = -c_g rstd dweight / M,  c_1 = -c_g dbias / M - c_z mean     (given statistics: c_z = c_1 = 0)
+         c_z = -c_g rstd dweight / M,  c_1 = -c_g dbias / M - c_z mean
 
-g is never stored: both backward passes compute it from dy and the mask; behind a max pool they gather it (`max_pool`).
+With fixed statistics (eval mode) no gradient flows through mean and rstd, so c_z = c_1 = 0.
 
-Reductions are deterministic and go in two stages: every program reduces one chunk of pixels to partials, fp32, which
-one small kernel merges. The partials, also those that convolutions write in their epilogues, are
-    statistics [T, 3, K]: count, mean, M2 = Σ (z - mean)² of chunk t, of the values as stored. Merged by Chan's rule
-                          (Chan, Golub & LeVeque, 1979), because Σz² - (Σz)² fails where |mean| >> std;
-    backward   [T, 2, K]: Σ g and Σ g (z - mean), centred for the same reason.
+g is never stored. Both backward passes compute it from dy and the ReLU's mask. If a max pool follows the ReLU, they
+gather it from the gradient of the pool's output (`max_pool.gather`).
 
-Layouts: activations [N, P, Q, K] contiguous, seen as [M, K] (row, channel); vectors fp32 [K].
+Reductions are deterministic and run in two stages. First each program reduces one chunk of pixels to fp32 partials.
+Then a small kernel merges the partials of all chunks; more than 512 are merged in groups before that. The epilogues of
+convolutions write partials of the same form:
+
+    statistics [T, 3, K]: count, mean and M2 = Σ (z - mean)² of chunk t, computed on z as stored. They are merged by
+                          Chan's rule (Chan, Golub & LeVeque, 1979), because Σz² - (Σz)²/M cancels if |mean| >> std.
+    backward   [T, 2, K]: Σ g and Σ g (z - mean) of chunk t. z is centred for the same reason.
+
+Layouts: activations are contiguous [N, P, Q, K] and viewed as a matrix [M, K] (row, channel). Vectors are fp32 [K].
 """
 
 from __future__ import annotations
@@ -39,8 +47,8 @@ from .max_pool import Pool, block_pixel, check_pool, gather, normalize_max_pool
 from .problem import FLOATS, cdiv
 from .rows import REDUCED, STREAMED, WARPS, WINDOWED, Rows, at, rows, strided_row, tile_of, vector
 
-# One program of the last stage walks over this many partials at most, a tile [_BT, _BK] at a time; more are first
-# merged in groups, by tiles whose rows fill a cache line.
+# A program of the last stage loops over at most _PARTIALS partials, one tile [_BT, _BK] at a time. If there are more,
+# `_merge` first merges them in groups of _GROUP, in tiles whose rows of 32 fp32 channels fill a cache line.
 _PARTIALS = 512
 _GROUP = 128
 _BT, _BK = 128, 8
@@ -49,7 +57,11 @@ _MERGED_BT, _MERGED_BK = 32, 32
 
 @triton.jit
 def pooled_statistics(count, mean, m2):
-    """Chan's rule over the first axis; the mean in two steps, so that only its deviations are rounded."""
+    """Return count, mean and M2, each [BK], merged over the first axis of [BT, BK] inputs by Chan's rule.
+
+    The mean takes two steps: the second adds the mean deviation from the first estimate and so corrects its rounding
+    error.
+    """
     total = tl.sum(count, 0)
     share = 1.0 / tl.maximum(total, 1.0)
     centre = tl.sum(count * mean, 0) * share
@@ -60,8 +72,11 @@ def pooled_statistics(count, mean, m2):
 
 @triton.jit(do_not_specialize=["M", "K_VECS", "steps"])
 def statistics_kernel(z, partials, M, K_VECS, steps, VEC: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr):
-    """partials [T, 3, K] of chunks of steps BM pixels. Every lane runs Welford's update on the distance to the chunk's
-    first pixel, so that nothing cancels and no rounding is larger than the spread of the values calls for."""
+    """Write partials [T, 3, K] of z [M, K]. A program reduces one chunk of steps * BM pixels for BK channels.
+
+    Each element of the tile runs Welford's update on z minus the chunk's first pixel. Subtracting that pixel avoids
+    cancellation and keeps rounding errors proportional to the spread of the values, not to their size.
+    """
     K = K_VECS * VEC
     chunk = tl.program_id(0)
     row, channel = tile_of(tl.program_id(1), K, BM, BK)
@@ -89,7 +104,7 @@ def statistics_kernel(z, partials, M, K_VECS, steps, VEC: tl.constexpr, BM: tl.c
 
 @triton.jit
 def merged_statistics(partials, first, last, channel, K, BT: tl.constexpr, BK: tl.constexpr):
-    """count, mean and M2 [BK] of the partials first <= t < last."""
+    """Return count, mean and M2, each [BK], merged from the partials first <= t < last."""
     count = tl.zeros((BT, BK), tl.float32)
     mean = tl.zeros((BT, BK), tl.float32)
     m2 = tl.zeros((BT, BK), tl.float32)
@@ -110,7 +125,7 @@ def merged_statistics(partials, first, last, channel, K, BT: tl.constexpr, BK: t
 
 @triton.jit
 def merged_sums(partials, first, last, channel, K, BT: tl.constexpr, BK: tl.constexpr):
-    """Both sums [BK] of the partials first <= t < last."""
+    """Return both sums, each [BK], over the partials first <= t < last."""
     a = tl.zeros((BT, BK), tl.float32)
     b = tl.zeros((BT, BK), tl.float32)
     for t in range(first, last, BT):
@@ -124,7 +139,10 @@ def merged_sums(partials, first, last, channel, K, BT: tl.constexpr, BK: tl.cons
 
 @triton.jit(do_not_specialize=["T", "K"])
 def merge_kernel(partials, merged, T, K, ROWS: tl.constexpr, GROUP: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr):
-    """merged [T / GROUP, ROWS, K] from partials [T, ROWS, K]; ROWS tells which of the two kinds they are."""
+    """Merge each GROUP of partials [T, ROWS, K] into one row of merged [ceil(T / GROUP), ROWS, K].
+
+    ROWS selects the kind of partials: 3 for statistics, 2 for backward sums.
+    """
     group = tl.program_id(0)
     channel = tl.program_id(1) * BK + tl.arange(0, BK)
     valid = channel < K
@@ -147,8 +165,11 @@ def finish_statistics_kernel(
     partials, weight, bias, running_mean, running_var, counter, vectors, T, K, eps, momentum,
     BT: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """vectors [4, K] = mean, rstd, scale, shift, from partials or, without any, from the running statistics; counter
-    goes up by one."""
+    """Write vectors [4, K] = mean, rstd, scale, shift, and increment counter, if there is one.
+
+    With partials [T, 3, K] the statistics are those of the batch, and the running statistics are updated in place.
+    Without partials they are the running statistics.
+    """
     if counter is not None:
         tl.store(counter, tl.load(counter) + 1, mask=tl.program_id(0) == 0)
     channel = tl.program_id(0) * BK + tl.arange(0, BK)
@@ -180,7 +201,11 @@ def normalize_kernel(
     z, scale, shift, residual, residual_scale, residual_shift, y, M, K_VECS, P, Q, H, W, C_VECS,
     RELU: tl.constexpr, STRIDE: tl.constexpr, VEC: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """One tile of y. STRIDE 0: residual is [M, K]; else [N, H, W, C], read at every STRIDE-th pixel, zero beyond C."""
+    """Compute one tile of y [M, K].
+
+    STRIDE 0: residual is [M, K]. STRIDE > 0: residual is [N, H, W, C], the input of an option-A shortcut. It is read at
+    every STRIDE-th row and column, and its channels from C to K count as zero.
+    """
     K = K_VECS * VEC
     row, channel = tile_of(tl.program_id(0), K, BM, BK)
     valid = (row < M)[:, None] & (channel < K)[None, :]
@@ -206,8 +231,12 @@ def gradient(
     dy, y, tap, z, scale, shift, here, block, channel, valid, K, P, Q, U, V, a: tl.constexpr, b: tl.constexpr,
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, PAD: tl.constexpr,
 ):  # fmt: skip
-    """g, fp32 [BM, BK]: dy (behind a max pool: gathered by tap), zero where y <= 0 or scale z + shift <= 0. `here` are
-    the offsets of the blocks' pixels (a, b); without a pool a block is one pixel."""
+    """Return g, fp32 [BM, BK], the gradient at the BatchNorm's output for pixel (a, b) of each of BM blocks.
+
+    Without a pool (tap is None) a block is one pixel, and g is dy. If a max pool follows, a block is STRIDE x STRIDE
+    pixels, and dy is gathered by tap. Where given, y or scale and shift set g to zero where y <= 0 or
+    scale z + shift <= 0. `here` [BM, BK] are the element offsets of the pixels in dy, y and z.
+    """
     if tap is None:
         g = tl.load(dy + here, mask=valid, other=0.0).to(tl.float32)
     else:
@@ -225,8 +254,11 @@ def backward_reduce_kernel(
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, PAD: tl.constexpr,
     VEC: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """partials [T, 2, K] (and those of the projection's z_proj, which shares g) of chunks of steps BM pixels; behind a
-    max pool of steps BM blocks of STRIDE x STRIDE pixels, M in all."""
+    """Write partials [T, 2, K] = Σ g, Σ g (z - mean). A program reduces one chunk of steps * BM pixels for BK channels.
+
+    With z_proj it also writes partials_proj for the projection's BatchNorm, which has the same g. If a max pool
+    follows, the rows of a chunk are blocks of STRIDE x STRIDE pixels instead of pixels, and M counts the blocks.
+    """
     K = K_VECS * VEC
     SIDE: tl.constexpr = 1 if tap is None else STRIDE
     chunk = tl.program_id(0)
@@ -267,7 +299,10 @@ def finish_backward_kernel(
     partials, weight, mean, rstd, dweight, dbias, vectors, T, K, inverse_count,
     BATCH_STATISTICS: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """vectors [3, K] = c_g, c_z, c_1, without BATCH_STATISTICS [1, K] = c_g; and the gradients of weight and bias."""
+    """Write dweight [K], dbias [K] and the coefficients of dz from partials [T, 2, K].
+
+    vectors is [3, K] = c_g, c_z, c_1 with BATCH_STATISTICS, and [1, K] = c_g without.
+    """
     channel = tl.program_id(0) * BK + tl.arange(0, BK)
     valid = channel < K
     sum_g, sum_gz = merged_sums(partials, 0, T, channel, K, BT, BK)
@@ -288,7 +323,7 @@ def finish_backward_kernel(
 
 @triton.jit
 def bn_backward(g, z, c_g, c_z, c_1, channel, K):
-    """dz = c_g g + c_z z + c_1, fp32 [BM, BK]; c_z and c_1 may be None."""
+    """Return dz = c_g g + c_z z + c_1, fp32 [BM, BK]; without c_z and c_1 (None) dz = c_g g."""
     dz = vector(c_g, channel, K) * g
     if c_z is not None:
         dz += vector(c_z, channel, K) * z + vector(c_1, channel, K)
@@ -302,8 +337,10 @@ def backward_apply_kernel(
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, PAD: tl.constexpr, VEC: tl.constexpr, BM: tl.constexpr,
     BK: tl.constexpr,
 ):  # fmt: skip
-    """One tile of dz, and of the projection's dz_proj where there is one; behind a max pool a tile of blocks of
-    STRIDE x STRIDE pixels, M in all."""
+    """Compute one tile of dz and, with a projection, the same tile of dz_proj.
+
+    If a max pool follows the ReLU, the rows of a tile are blocks of STRIDE x STRIDE pixels, and M counts the blocks.
+    """
     K = K_VECS * VEC
     SIDE: tl.constexpr = 1 if tap is None else STRIDE
     block, channel = tile_of(tl.program_id(0), K, BM, BK)
@@ -327,7 +364,10 @@ def backward_apply_kernel(
 
 
 class Statistics(NamedTuple):
-    """fp32 [K] each: of a batch or running; scale = weight rstd, shift = bias - mean scale."""
+    """Vectors of a BatchNorm, fp32 [K], from batch or running statistics.
+
+    scale = weight rstd and shift = bias - mean scale, so that the BatchNorm is scale z + shift.
+    """
 
     mean: Tensor
     rstd: Tensor
@@ -336,8 +376,11 @@ class Statistics(NamedTuple):
 
 
 class BackwardVectors(NamedTuple):
-    """dweight, dbias [K] in the weight's dtype (fp32 without one); c_g, c_z, c_1 fp32 [K] of dz = c_g g + c_z z + c_1,
-    of which the last two are None for statistics that were given."""
+    """Parameter gradients of a BatchNorm, and the coefficients of dz = c_g g + c_z z + c_1.
+
+    dweight, dbias: [K] in the dtype of weight, fp32 if weight is None. c_g, c_z, c_1: fp32 [K]. c_z and c_1 are None
+    if the statistics were fixed (eval mode).
+    """
 
     dweight: Tensor
     dbias: Tensor
@@ -348,9 +391,20 @@ class BackwardVectors(NamedTuple):
 
 @remembered
 def statistics(z: Tensor) -> Tensor:
-    """Partial statistics [T, 3, K] fp32 of z [..., K] (bf16, fp16, fp32; contiguous): see the module's docstring.
+    """Return the partial statistics of z, fp32 [T, 3, K]: count, mean and M2 = Σ (z - mean)² of each chunk of pixels.
 
-    Raises ValueError for other dtypes and layouts, and where z has no values.
+    z: [..., K], contiguous, bfloat16, float16 or float32. The shape and dtype of z determine the number of chunks T.
+    `finish_statistics` merges the chunks.
+
+    Equivalent to, for T = 1:
+
+        var, mean = torch.var_mean(z.float().flatten(0, -2), 0, correction=0)
+        count = torch.full_like(mean, z.numel() // z.shape[-1])
+        partials = torch.stack([count, mean, var * count])[None]
+
+    Raises ValueError for other dtypes and layouts, and if z is empty.
+
+    Source: Welford (1962) within a chunk, Chan, Golub & LeVeque (1979) across lanes and chunks.
     """
     view = _nonempty(rows("z", z, REDUCED))
     chunks, steps = view.chunks()
@@ -374,12 +428,26 @@ def finish_statistics(
     momentum: float = 0.0,
     counter: Tensor | None = None,
 ) -> Statistics:
-    """Mean, rstd, scale and shift from partials [T, 3, K] of any producer.
+    """Merge partial statistics; return mean, rstd, scale and shift, fp32 [K], and update the running statistics.
 
-    weight, bias, running_mean, running_var: [K] in bf16, fp16 or fp32, or None (weight 1, bias 0, nothing tracked). The
-    running statistics move in place by momentum, running_var towards the unbiased variance, as in `nn.BatchNorm2d`;
-    counter, an int64 [] where partials lives, or None, goes up by one. Raises ValueError for arguments that do not fit
-    together.
+    partials: fp32 [T, 3, K], from `statistics` or from the epilogue of a convolution.
+    weight, bias: [K] in bfloat16, float16 or float32; None stands for ones and zeros.
+    running_mean, running_var: [K] in the same dtypes, updated in place; None: not tracked. As in `nn.BatchNorm2d`,
+    running_var tracks the unbiased variance, and momentum is the weight of the new value.
+    counter: int64 [], increased by one (`num_batches_tracked`), or None.
+
+    Equivalent to, for partials of z:
+
+        var, mean = torch.var_mean(z.float().flatten(0, -2), 0, correction=0)
+        rstd = (var + eps).rsqrt()
+        scale, shift = weight * rstd, bias - mean * weight * rstd
+        running_mean.lerp_(mean, momentum)
+        running_var.lerp_(var * M / (M - 1), momentum)      # M = z.numel() // K
+        counter += 1
+
+    Raises ValueError if shapes, dtypes or devices don't match.
+
+    Source: Ioffe & Szegedy (2015), algorithm 1; Chan, Golub & LeVeque (1979).
     """
     K = _check_partials(partials, 3)
     check_tensor("counter", counter, (), partials, torch.int64)
@@ -394,7 +462,17 @@ def finish_statistics(
 def running_statistics(
     running_mean: Tensor, running_var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> Statistics:
-    """What `finish_statistics` gives, for a BatchNorm in eval mode: from running statistics, which stay as they are."""
+    """Return mean, rstd, scale and shift, fp32 [K], of a BatchNorm in eval mode, from its running statistics.
+
+    All arguments are [K] in bfloat16, float16 or float32; weight and bias may be None. Nothing is updated.
+
+    Equivalent to:
+
+        mean, rstd = running_mean.float(), (running_var.float() + eps).rsqrt()
+        scale, shift = weight * rstd, bias - mean * weight * rstd
+
+    Raises ValueError if shapes, dtypes or devices don't match.
+    """
     return _finish_statistics(
         running_mean.numel(), running_mean, weight=weight, bias=bias, eps=eps,
         running_mean=running_mean, running_var=running_var, counter=None, partials=None, T=0, momentum=0.0,
@@ -437,17 +515,33 @@ def normalize(
     residual_shift: Tensor | None = None,
     residual_stride: int = 1,
 ) -> Tensor:
-    """y = [relu](scale z + shift [+ residual | + residual_scale residual + residual_shift]), like z [..., K].
+    """Return y = [relu](scale z + shift [+ shortcut]), the end of a residual block, with the shape and dtype of z.
 
-    scale, shift, residual_scale, residual_shift: fp32 [K]; residual: like z, or the x [N, H, W, C <= K] of an option-A
-    shortcut to z [N, P, Q, K], which is taken at every residual_stride-th pixel and zero in the channels beyond C: the
-    padded tensor never exists (`reference.pad_shortcut`). Raises ValueError for arguments that do not fit z.
+    z: [..., K], contiguous, bfloat16, float16 or float32. scale, shift: fp32 [K].
+    residual: the shortcut, contiguous, in the dtype of z, or None. It is one of
+      - the block's input, with the shape of z;
+      - the raw output of a projection, with the shape of z; residual_scale and residual_shift, fp32 [K], then apply
+        the projection's BatchNorm;
+      - the block's input x [N, H, W, C] of an option-A shortcut to z [N, P, Q, K], where C <= K,
+        P = ceil(H / residual_stride) and Q = ceil(W / residual_stride). The kernel reads x directly, so the subsampled
+        and padded tensor is never stored.
+
+    Equivalent to, in fp32 with one rounding to the dtype of z at the end:
+
+        shortcut = residual                                                               # identity
+        shortcut = residual * residual_scale + residual_shift                             # projection
+        shortcut = F.pad(residual[:, ::residual_stride, ::residual_stride], (0, K - C))   # option A
+        y = F.relu(z * scale + shift + shortcut)
+
+    Raises ValueError if an argument doesn't match z.
+
+    Source: paper, equations 1 and 2, and section 3.3 for option A.
     """
     view = rows("z", z, STREAMED, also=0 if residual is None else residual.shape[-1])
     vectors = {"scale": scale, "shift": shift, "residual_scale": residual_scale, "residual_shift": residual_shift}
     check_vectors(view.K, z, **vectors)
     if (residual_scale is None) != (residual_shift is None) or (residual_scale is not None and residual is None):
-        raise ValueError("residual_scale and residual_shift come together, and with a residual")
+        raise ValueError("residual_scale and residual_shift must be given together, and only with a residual")
     P = Q = H = W = C = stride = 0
     if residual is not None and (residual_stride != 1 or residual.shape != z.shape):
         H, W, C = check_shortcut("residual", residual, z, residual_stride)
@@ -465,15 +559,23 @@ def normalize(
 
 
 def check_shortcut(name: str, x: Tensor, z: Tensor, stride: int) -> tuple[int, int, int]:
-    """H, W, C of the x [N, H, W, C] behind an option-A shortcut to z [N, P, Q, K]. ValueError where x cannot be it."""
+    """Return (H, W, C) of x [N, H, W, C], the input of an option-A shortcut to z [N, P, Q, K].
+
+    Raises ValueError unless P = ceil(H / stride), Q = ceil(W / stride), 1 <= C <= K and x is contiguous with the dtype
+    and device of z. `name` names x in the message.
+    """
     check_tensor(name, x, tuple(x.shape), z)
     rows(name, x, STREAMED)
     fits = x.dim() == z.dim() == 4 and stride >= 1 and x.shape[0] == z.shape[0] and 1 <= x.shape[3] <= z.shape[3]
     if not fits or any(-(-x.shape[i] // stride) != z.shape[i] for i in (1, 2)):
-        raise ValueError(f"{name} {list(x.shape)} at stride {stride} is no shortcut to {list(z.shape)}")
+        raise ValueError(
+            f"{name} {list(x.shape)} at stride {stride} does not fit an option-A shortcut to {list(z.shape)}: "
+            "the target must be [N, ceil(H / stride), ceil(W / stride), K] with K >= C"
+        )
     return x.shape[1], x.shape[2], x.shape[3]
 
 
+# The ReLU that masks dy: by its saved output y, by (scale, shift), which recompute its input from z, or None: no ReLU.
 Mask = Tensor | tuple[Tensor, Tensor] | None
 
 
@@ -487,12 +589,25 @@ def backward_reduce(
     pool: Pool | None = None,
     projection: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Partial sums [T, 2, K] fp32 of g and g (z - mean).
+    """Return the partial sums Σ g and Σ g (z - mean) of a BatchNorm's backward pass, fp32 [T, 2, K].
 
-    dy, z [..., K]; mean fp32 [K]. mask: the saved output y (g = dy where y > 0), the pair (scale, shift) (where
-    scale z + shift > 0) or None. pool: dy is the gradient of the max pool's output [N, U, V, K], z is [N, P, Q, K].
-    projection: (z_proj, mean_proj) of the shortcut's BatchNorm, which has the same g; its partials come second.
-    Raises ValueError for arguments that do not fit z, and where z has no values.
+    z: [..., K], contiguous, bfloat16, float16 or float32. dy: like z. mean: fp32 [K].
+    mask: the ReLU after the BatchNorm. Either its saved output y, like z (g = dy where y > 0), or (scale, shift), fp32
+    [K], to recompute its input (g = dy where scale z + shift > 0), or None if there is no ReLU (g = dy).
+    pool: the max pool after the ReLU, if any. Then z is [N, P, Q, K], and dy is the gradient [N, U, V, K] of the pool's
+    output.
+    projection: (z_proj, mean_proj) of the projection's BatchNorm, which has the same g. The result is then
+    (partials, partials_proj).
+
+    `finish_backward` merges the T chunks of pixels. Equivalent to, for T = 1 and without a pool:
+
+        g = torch.where(y <= 0, 0, dy.float())      # a NaN in y lets the gradient through, as in torch.relu
+        gz = g * (z - mean)
+        partials = torch.stack([g.flatten(0, -2).sum(0), gz.flatten(0, -2).sum(0)])[None]
+
+    Raises ValueError if an argument doesn't match z, and if z is empty.
+
+    Source: Ioffe & Szegedy (2015), section 3.
     """
     view = _nonempty(rows("z", z, REDUCED if pool is None else WINDOWED))
     of_gradient = _gradient_arguments(dy, z, mask, pool)
@@ -516,10 +631,23 @@ def backward_reduce(
 def finish_backward(
     partials: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, count: int, *, batch_statistics: bool
 ) -> BackwardVectors:
-    """dweight, dbias, c_g, c_z, c_1 from partials [T, 2, K] of any producer; count = N P Q.
+    """Merge the partial sums of a BatchNorm's backward pass; return dweight, dbias and the coefficients of dz.
 
-    batch_statistics: gradients flow through mean and rstd as well; else they were given, and dz = c_g g. weight: [K] in
-    bf16, fp16 or fp32, or None. Raises ValueError for arguments that do not fit together.
+    partials: fp32 [T, 2, K], from `backward_reduce` or from the epilogue of `conv_dgrad`. weight: [K] in bfloat16,
+    float16 or float32, or None. mean, rstd: fp32 [K]. count: number of pixels, N P Q.
+    batch_statistics: True if the forward pass normalised by the batch's own statistics, so that the gradient flows
+    through mean and rstd. False if they were fixed: then dz = c_g g, and c_z and c_1 are None.
+
+    Equivalent to:
+
+        sum_g, sum_gz = partials.sum(0)
+        dbias, dweight, c_g = sum_g, rstd * sum_gz, weight * rstd
+        c_z = -c_g * rstd * dweight / count
+        c_1 = -c_g * dbias / count - c_z * mean
+
+    Raises ValueError if shapes, dtypes or devices don't match, and if count < 1.
+
+    Source: Ioffe & Szegedy (2015), section 3.
     """
     K = _check_partials(partials, 2)
     check_vectors(K, partials, mean=mean, rstd=rstd)
@@ -550,15 +678,26 @@ def backward_apply(
     pool: Pool | None = None,
     projection: tuple[Tensor, Tensor, Tensor | None, Tensor | None] | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """dz = c_g g + c_z z + c_1 like z; with a projection the pair (dz, dz_proj).
+    """Return dz = c_g g + c_z z + c_1, the gradient at the input of a BatchNorm, with the shape and dtype of z.
 
-    Arguments as of `backward_reduce`; c_g, c_z, c_1 fp32 [K]; projection: (z_proj, c_g_proj, c_z_proj, c_1_proj).
-    c_z = c_1 = None for statistics that were given: z is then read only if the mask needs it. Raises ValueError for
-    arguments that do not fit z.
+    dy, z, mask, pool: as for `backward_reduce`. c_g, c_z, c_1: fp32 [K], from `finish_backward`. c_z and c_1 are None
+    for fixed statistics; z is then read only if the mask needs it.
+    projection: (z_proj, c_g_proj, c_z_proj, c_1_proj) of the projection's BatchNorm, which has the same g. The result
+    is then (dz, dz_proj).
+
+    Equivalent to, without a pool, in fp32 with one rounding at the end:
+
+        g = torch.where(y <= 0, 0, dy)
+        dz = c_g * g + c_z * z + c_1
+        dz_proj = c_g_proj * g + c_z_proj * z_proj + c_1_proj
+
+    Raises ValueError if an argument doesn't match z, and if only one of c_z and c_1 is None.
+
+    Source: Ioffe & Szegedy (2015), section 3.
     """
     z_proj, c_g_proj, c_z_proj, c_1_proj = projection or (None, None, None, None)
     if (c_z is None) != (c_1 is None) or (c_z_proj is None) != (c_1_proj is None):
-        raise ValueError("c_z and c_1 come together")
+        raise ValueError("c_z and c_1 must be given together, or both be None")
     check_tensor("z_proj", z_proj, tuple(z.shape), z)
     dz = empty(z.shape, z.dtype, z.device)
     dz_proj = None if projection is None else empty(z.shape, z.dtype, z.device)
@@ -576,7 +715,7 @@ def backward_apply(
 
 
 def _gradient_arguments(dy: Tensor, z: Tensor, mask: Mask, pool: Pool | None) -> dict[str, Any]:
-    """The arguments of `gradient`, checked."""
+    """Check the arguments of `gradient` and return them by name."""
     y = mask if isinstance(mask, Tensor) else None
     scale, shift = (None, None) if mask is None or isinstance(mask, Tensor) else mask
     check_tensor("mask", y, tuple(z.shape), z)
@@ -597,7 +736,7 @@ def _gradient_arguments(dy: Tensor, z: Tensor, mask: Mask, pool: Pool | None) ->
 
 
 def _blocks(view: Rows, z: Tensor, pool: Pool | None) -> Rows:
-    """Behind a max pool, whose sizes are checked, the rows are blocks of stride x stride pixels."""
+    """Return `view`; with a pool, M counts blocks of stride x stride pixels. The pool must be checked before."""
     if pool is None:
         return view
     N, P, Q, _ = z.shape
@@ -606,12 +745,12 @@ def _blocks(view: Rows, z: Tensor, pool: Pool | None) -> Rows:
 
 def _nonempty(view: Rows) -> Rows:
     if view.M == 0:
-        raise ValueError("a reduction over no values: z is empty")
+        raise ValueError("z is empty, but a reduction needs at least one value per channel")
     return view
 
 
 def _check_partials(partials: Tensor, sums: int) -> int:
-    """K. Raises ValueError unless partials is fp32 [T >= 1, sums, K], contiguous."""
+    """Return K. Raise ValueError unless partials is a contiguous fp32 [T >= 1, sums, K]."""
     if partials.dim() != 3 or partials.shape[0] < 1 or partials.shape[1] != sums:
         raise ValueError(f"partials must be [T >= 1, {sums}, K], got shape {tuple(partials.shape)}")
     if partials.dtype != torch.float32 or not partials.is_contiguous():
@@ -620,7 +759,7 @@ def _check_partials(partials: Tensor, sums: int) -> int:
 
 
 def _merge(partials: Tensor) -> Tensor:
-    """Partials merged in groups until few enough are left for one program to walk over."""
+    """Merge partials in groups, repeatedly, until at most _PARTIALS are left; return them."""
     while partials.shape[0] > _PARTIALS:
         T, sums, K = partials.shape
         groups = cdiv(T, _GROUP)

@@ -1,13 +1,16 @@
-"""The bottleneck chain: three convolutions of an inference net in one kernel, as FlashAttention chains two products.
+"""The bottleneck chain: three convolutions of an inference net in one kernel.
 
-    hidden = relu(conv3x3(x) + shift2)                     [N, H, W, C]    never leaves the multiprocessor
-    out    = relu(conv1x1(hidden) + shift3 + residual)     [N, H, W, 4C]   a block's output
-    mid    = relu(conv1x1(out) + shift1)                   [N, H, W, C]    the next block's reduction
+    hidden = relu(conv3x3(x) + shift2)                     [N, H, W, C]    never written to global memory
+    out    = relu(conv1x1(hidden) + shift3 + residual)     [N, H, W, 4C]   the output of a bottleneck block
+    mid    = relu(conv1x1(out) + shift1)                   [N, H, W, C]    the first convolution of the next block
 
-With BatchNorm folded nothing in between needs a sum over all pixels, so a tile of pixels goes through all three while
-its channels, C = 64 or 128 in the memory-bound stages of a ResNet, fit one program. It saves writing and reading
-hidden, and reading out. GEMM view as in `fprop`: channels on GEMM_M, pixels on GEMM_N; what was just computed stands
-second in the next product, where wgmma reads it from shared memory.
+As in FlashAttention, which chains two matrix products, a program takes its tile of pixels through all products. This
+is possible because with folded BatchNorm no step in between needs a sum over all pixels, and as long as all channels
+of the tile fit one program: C is 64 or 128 in the memory-bound stages of a ResNet. The kernel saves writing and reading
+hidden, and reading out.
+
+GEMM view as in `fprop`: channels on GEMM_M, pixels on GEMM_N. Each intermediate result is the second operand of the
+next product, which wgmma reads from shared memory.
 """
 
 from __future__ import annotations
@@ -30,7 +33,11 @@ CHANNELS = (16, 32, 64, 128)
 
 
 class ChainTile(NamedTuple):
-    """Pixels per program; expanded channels per step and reduction channels per step of the 3x3; warps; stages."""
+    """The tile of `bottleneck_chain_kernel`.
+
+    pixels: per program. expanded: of the 4C channels of out, per step. BK: of the C channels of x, per step of the 3x3
+    convolution. warps: per program. stages: of the software pipeline.
+    """
 
     pixels: int
     expanded: int
@@ -40,7 +47,7 @@ class ChainTile(NamedTuple):
 
 
 def chain_tile(C: int) -> ChainTile:
-    """The largest tile without spills on sm_90."""
+    """Return the default tile for C channels: the largest that compiles without register spills for sm_90."""
     return ChainTile(128, 64, min(C, 64), 8 if C == 128 else 4, 2)
 
 
@@ -49,8 +56,11 @@ def bottleneck_chain_kernel(
     x, w2, w3, w1, residual, out, mid, shift2, shift3, shift1, tiles_p, tiles_q,
     C: tl.constexpr, TN: tl.constexpr, TH: tl.constexpr, TW: tl.constexpr, BE: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """One box of TN x TH x TW pixels, all their channels. Descriptors: x and mid [N, H, W, C]; residual and out
-    [N, H, W, 4C]; w2 [C, 9 C], w3 [4C, C], w1 [C, 4C]."""
+    """Compute out and mid, all channels, for one box of TN x TH x TW pixels.
+
+    TMA descriptors: x and mid [N, H, W, C], residual and out [N, H, W, 4C], w2 [C, 9C], w3 [4C, C], w1 [C, 4C].
+    Pointers: shift2 and shift1 fp32 [C], shift3 fp32 [4C].
+    """
     BN: tl.constexpr = TN * TH * TW
     n0, p0, q0 = box_origin(tl.program_id(0), tiles_p, tiles_q, TN, TH, TW)
     channel = tl.arange(0, C)
@@ -86,10 +96,24 @@ def bottleneck_chain(
     shift1: Tensor,
     tile: ChainTile | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(out [N, H, W, 4C], mid [N, H, W, C]) of x [N, H, W, C] and residual [N, H, W, 4C], bfloat16 or float16.
+    """Return out [N, H, W, 4C] and mid [N, H, W, C]: the end of a bottleneck block and the start of the next.
 
-    w2 [C, 3, 3, C], w3 [4C, 1, 1, C], w1 [C, 1, 1, 4C] in x's dtype; the shifts fp32, one per output channel; all
-    contiguous, C in `CHANNELS`. Raises ValueError where something doesn't fit or there is no TMA.
+    x: [N, H, W, C], the input of the block's 3x3 convolution, bfloat16 or float16, with C one of `CHANNELS`.
+    residual: [N, H, W, 4C], the block's shortcut.
+    w2 [C, 3, 3, C], w3 [4C, 1, 1, C]: the block's 3x3 and last convolution. w1 [C, 1, 1, 4C]: the first convolution of
+    the next block. All have BatchNorm folded in and x's dtype.
+    shift2 [C], shift3 [4C], shift1 [C]: their biases, fp32.
+    tile: by default `chain_tile`'s. All tensors are contiguous.
+
+    Equivalent to, on NCHW views of activations and filters, for example w2.permute(0, 3, 1, 2):
+
+        hidden = F.relu(F.conv2d(x, w2, shift2, padding=1))
+        out = F.relu(F.conv2d(hidden, w3, shift3) + residual)
+        mid = F.relu(F.conv2d(out, w1, shift1))
+
+    The products are summed in fp32; hidden, out and mid are rounded to x's dtype.
+
+    Raises ValueError if a tensor has another shape, dtype, device or layout, and if TMA can't serve the tensors.
     """
     if x.dtype not in (torch.bfloat16, torch.float16):
         raise ValueError(f"x must be bfloat16 or float16, got {x.dtype}")
@@ -104,7 +128,7 @@ def bottleneck_chain(
     for name, vector, length in (("shift2", shift2, C), ("shift3", shift3, 4 * C), ("shift1", shift1, C)):
         check_tensor(name, vector, (length,), x, torch.float32)
     if (reason := tma_refusal(ConvProblem(N, H, W, C, C, 3, 3, 1, 1), x, w2, w3, w1, residual)) is not None:
-        raise ValueError(f"the bottleneck chain is fetched by TMA, which is impossible here: {reason}")
+        raise ValueError(f"the bottleneck chain loads by TMA, which is impossible here: {reason}")
     pixels, BE, BK, warps, stages = tile or chain_tile(C)
     TN, TH, TW = cover(N, H, W, pixels)
     tiles_n, tiles_p, tiles_q = cdiv(N, TN), cdiv(H, TH), cdiv(W, TW)

@@ -1,8 +1,9 @@
-"""Launchers that remember their launches.
+"""A cache of kernel launches, which keeps the host time of a launcher short.
 
-Sizes, dtypes and switches decide all that a launcher does: checks, tile, allocations, grids, descriptors. A second call
-that differs from one before in nothing but addresses therefore repeats that call's launches with the new addresses;
-deciding them again would take the host longer than the GPU takes for a small problem.
+Everything that a launcher does depends on sizes, dtypes and options only: checks, choice of a tile, allocations, grids,
+TMA descriptors. The first call records its allocations and launches. A later call whose arguments differ only in the
+addresses of tensors repeats them with the new addresses. Without the cache, the host would take longer than the GPU for
+small problems.
 
     @remembered
     def negate(x):
@@ -10,8 +11,10 @@ deciding them again would take the host longer than the GPU takes for a small pr
         launch(negate_kernel, (cdiv(x.numel(), 1024),), x=x, y=y, numel=x.numel(), BLOCK=1024)
         return y
 
-Such a function touches its tensors by `launch` only, and allocates by `empty` only; it returns its arguments, what it
-allocated, or views of these. Any other function is simply called every time.
+Rules for a function with `@remembered`: it launches kernels by `launch` only and allocates memory by `empty` only. It
+does nothing else to the contents of tensors, since a repeated call would skip that. It returns arguments, tensors from
+`empty`, views of either, and constants, also in tuples. A call is not remembered if a tensor that it launches with or
+returns belongs to none of these or to more than one.
 """
 
 from __future__ import annotations
@@ -30,30 +33,33 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 P = ParamSpec("P")
 R = TypeVar("R")
 
-LIMIT = 4096  # calls that are remembered; a net has a few hundred per size of its input
+LIMIT = 4096  # remembered calls, after which the cache is emptied; a net has a few hundred for each size of its input
 
 _calls: dict[Any, _Call] = {}
-_thread = local()  # .recording: what the launcher that runs in this thread has done so far
+_thread = local()  # .recording: the `_Recording` of the launcher that runs in this thread, or None
 _remembering = True
 
 
 def remembered(launcher: Callable[P, R]) -> Callable[P, R]:
-    """`launcher`, which is called only for what it was not called with before. All its tensors live on one device,
-    which is the current one while it runs."""
+    """Decorate a launcher so that repeated calls replay its recorded launches instead of running it.
+
+    The launcher takes at least one tensor. All tensors are on one device, which is the current device while it runs.
+    A launcher that is called by another one is recorded as part of that.
+    """
 
     @wraps(launcher)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        if getattr(_thread, "recording", None) is not None:  # called by another launcher, whose launches it adds to
+        if getattr(_thread, "recording", None) is not None:  # part of the launcher that is being recorded
             return launcher(*args, **kwargs)
         tensors: list[Tensor] = []
         key = (launcher, *[_facts(v, tensors) for v in args], *kwargs, *[_facts(v, tensors) for v in kwargs.values()])
         addresses = [tensor.data_ptr() for tensor in tensors]
-        if len(set(addresses)) < len(addresses):  # which tensors are the same is decided, too
+        if len(set(addresses)) < len(addresses):  # which arguments share an address is part of the key
             key = (*key, *map(addresses.index, addresses))
         with torch.cuda.device_of(tensors[0]):
             try:
                 known = _calls.get(key) if _remembering else None
-            except TypeError:  # an argument that can't be a key, like a list of sizes
+            except TypeError:  # an argument is not hashable, for example a list
                 return launcher(*args, **kwargs)
             return _record(launcher, key, tensors, args, kwargs) if known is None else known(tensors, addresses)
 
@@ -61,14 +67,14 @@ def remembered(launcher: Callable[P, R]) -> Callable[P, R]:
 
 
 def launch(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
-    """kernel[grid](**arguments) on the current device."""
+    """Run kernel[grid](**arguments) on the current device, and record it if a launcher is being recorded."""
     compiled = kernel[grid](**arguments)
     if (recording := getattr(_thread, "recording", None)) is not None:
         recording.launches.append((kernel, grid, arguments, compiled))
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Memory for a launcher's result or for what it needs on the way, contiguous and uninitialised."""
+    """Return a contiguous, uninitialised tensor, and record the allocation if a launcher is being recorded."""
     tensor = torch.empty(shape, dtype=dtype, device=device)
     if (recording := getattr(_thread, "recording", None)) is not None:
         recording.owners.append(tensor)
@@ -76,7 +82,10 @@ def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Ten
 
 
 def view(tensor: Tensor | None, shape: Sequence[int], box: Sequence[int] | None = None, at: Any = ()) -> Any:
-    """`tensor`, where there is one, seen as `shape` and indexed by `at`; with a box, TMA's descriptor of such boxes."""
+    """Return `tensor` viewed as `shape` and indexed by `at`; with `box`, a TMA descriptor of that view; None for None.
+
+    box: the shape of the blocks that the descriptor loads or stores.
+    """
     if tensor is None:
         return None
     seen = tensor.view(shape)[at]
@@ -85,8 +94,10 @@ def view(tensor: Tensor | None, shape: Sequence[int], box: Sequence[int] | None 
 
 @contextmanager
 def forgetful() -> Iterator[None]:
-    """Within, in all threads, no launch is remembered: every launcher decides everything again, and launches by way of
-    `kernel[grid]`."""
+    """Switch the cache off within a `with` block, in all threads.
+
+    Every launcher then runs in full and launches by `kernel[grid]`.
+    """
     global _remembering
     before, _remembering = _remembering, False
     try:
@@ -96,23 +107,30 @@ def forgetful() -> Iterator[None]:
 
 
 def forget() -> None:
-    """No call is remembered any more: what launchers decide by has changed (a table of tiles)."""
+    """Empty the cache. Needed when something has changed that launchers depend on, such as a table of tiles."""
     _calls.clear()
 
 
 def _facts(value: Any, tensors: list[Tensor]) -> Any:
-    """What a launcher may decide by, without the address of any tensor; tensors are appended to `tensors`."""
+    """Return the part of a cache key for one argument: everything except the addresses of its tensors.
+
+    Appends these tensors to `tensors`.
+    """
     if isinstance(value, Tensor):
         tensors.append(value)
         strides = value.is_contiguous() or value.stride()
-        return value.shape, value.dtype, value.device, strides, value.data_ptr() % 16  # Triton specialises by that
+        return value.shape, value.dtype, value.device, strides, value.data_ptr() % 16  # Triton specialises by alignment
     if isinstance(value, tuple):
         return type(value), *[_facts(v, tensors) for v in value]
     return value
 
 
 class _Recording:
-    """The tensors that launches may take, given ones first, and the launches of a call that is under way."""
+    """What a launcher's current call has done so far.
+
+    owners: its tensor arguments, then the tensors that it allocated. launches: kernel, grid, arguments and what
+    `kernel[grid]` returned, of each launch.
+    """
 
     def __init__(self, given: Sequence[Tensor]) -> None:
         self.owners = list(given)
@@ -120,12 +138,13 @@ class _Recording:
 
 
 def _record(launcher: Any, key: Any, given: Sequence[Tensor], args: Any, kwargs: Any) -> Any:
+    """Run the launcher, store its call under `key` if it can be replayed, and return its result."""
     _thread.recording = recording = _Recording(given)
     try:
         result = launcher(*args, **kwargs)
     finally:
         _thread.recording = None
-    if not _remembering or given[0].device.type == "meta":  # without memory every address is the same
+    if not _remembering or given[0].device.type == "meta":  # meta tensors have no addresses
         return result
     if len(_calls) >= LIMIT:
         forget()
@@ -135,17 +154,17 @@ def _record(launcher: Any, key: Any, given: Sequence[Tensor], args: Any, kwargs:
 
 
 class _UnownedError(Exception):
-    """A tensor that lies in none of a call's tensors, or in more than one."""
+    """Raised for a tensor whose memory belongs to none of a call's tensors, or to more than one."""
 
 
 class _View(NamedTuple):
-    """A tensor by its owner: the one, of those that a call was given or took, in whose memory it lies."""
+    """A tensor described by its owner: the argument or allocation of a call whose memory contains it."""
 
-    owner: int
-    whole: bool  # whether it is the owner itself
+    owner: int  # index into the call's owners
+    whole: bool  # whether shape, strides and offset are the owner's
     shape: tuple[int, ...]
     strides: tuple[int, ...]
-    offset: int  # in elements
+    offset: int  # from the owner's first element, in elements
     itemsize: int
 
     @staticmethod
@@ -175,13 +194,13 @@ class _View(NamedTuple):
 
 
 def _extent(tensor: Tensor) -> int:
-    """Bytes from the first element of a tensor to the end of its last."""
+    """Return the number of bytes from the first element of a tensor to the end of its last."""
     reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return (reach + 1) * tensor.itemsize if tensor.numel() else 0
 
 
 class _Address(NamedTuple):
-    """Memory, as far as Triton's launcher looks at it."""
+    """An address in place of a tensor: Triton's launcher only calls `data_ptr()`."""
 
     value: int
 
@@ -190,8 +209,11 @@ class _Address(NamedTuple):
 
 
 class _Launch:
-    """One launch with all of its arguments but the tensors. What `kernel[grid]` compiled for it serves again; where
-    nothing was compiled (in the interpreter), `kernel[grid]` is asked again."""
+    """A recorded launch: all its arguments except tensors, and the compiled kernel that `kernel[grid]` returned.
+
+    Calling it launches the compiled kernel with new addresses. In the interpreter, where nothing is compiled, it calls
+    `kernel[grid]` with new tensors instead.
+    """
 
     def __init__(
         self, kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], compiled: Any, owners: Sequence[Tensor]
@@ -212,7 +234,10 @@ class _Launch:
             self._order(kernel.params)
 
     def _order(self, parameters: Sequence[Any]) -> None:
-        """The arguments as a compiled kernel takes them: all, by position, without the options of the compiler."""
+        """Put the arguments in the order of a compiled kernel, which takes all parameters by position.
+
+        Compiler options such as num_warps are not among the parameters and are dropped.
+        """
         self.values = [self.constants.get(p.name, p.default) for p in parameters]
         place = {p.name: i for i, p in enumerate(parameters)}
         self.pointers_at = [(place[name], view.owner, view.bytes) for name, view in self.pointers.items()]
@@ -231,14 +256,14 @@ class _Launch:
         for at, owner, offset in self.pointers_at:
             values[at] = addresses[owner] + offset
         for at, owner, offset, fields in self.boxes_at:
-            values[at] = box = object.__new__(TensorDescriptor)  # one like it was checked
+            values[at] = box = object.__new__(TensorDescriptor)  # skips __init__'s checks, passed when recording
             box.__dict__.update(fields)
             box.base = _Address(addresses[owner] + offset)
         self.compiled[self.grid](*values)
 
 
 class _Call:
-    """What a launcher did: memory taken, launches, result."""
+    """A recorded call of a launcher: its allocations, its launches and its result."""
 
     def __init__(self, recording: _Recording, given: int, result: Any) -> None:
         owners = recording.owners
@@ -255,6 +280,7 @@ class _Call:
 
 
 def _views(result: Any, owners: Sequence[Tensor]) -> Any:
+    """Replace the tensors in a launcher's result by `_View`s, and tuples by (type, parts)."""
     if isinstance(result, Tensor):
         return _View.of(result, owners)
     if isinstance(result, tuple):
@@ -263,6 +289,7 @@ def _views(result: Any, owners: Sequence[Tensor]) -> Any:
 
 
 def _tensors(result: Any, owners: Sequence[Tensor]) -> Any:
+    """Undo `_views`: build a result from the owners of a new call."""
     if isinstance(result, _View):
         return result.tensor(owners)
     if isinstance(result, tuple):

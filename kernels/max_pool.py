@@ -1,15 +1,19 @@
-"""Max pools: the stem's end, BatchNorm's scale and shift, ReLU and max pool in one pass over the net's largest tensor,
-and `max_pool` alone, for nets whose BatchNorm is folded.
+"""Max pools: `normalize_max_pool` for the stem in training, `max_pool` for nets with folded BatchNorm.
+
+`normalize_max_pool` applies BatchNorm's scale and shift, ReLU and max pool in one pass over the net's largest tensor:
 
     a[n, p, q, k] = relu(scale[k] z[n, p, q, k] + shift[k])                      never stored
     y[n, u, v, k] = max over r, s of a[n, u stride - pad + r, v stride - pad + s, k]
-    tap[n, u, v, k] = r kernel + s of that maximum, the first of equals; NaN wins (the last one, as in torch)
+    tap[n, u, v, k] = r kernel + s of that maximum
 
-Backward (`gather`, used by `batch_norm`): each pixel looks at the windows that contain it, at most 4 for a 3x3 window
-of stride 2, and adds up dy of those whose maximum it is. No scatter, so the same bits every time. A program goes
-through blocks of stride x stride pixels, whose windows are the same few.
+Among equal maxima the first wins. A NaN wins over numbers, and the last NaN over earlier ones, as in torch. `a` is
+rounded to z's dtype before the comparison, as torch does.
 
-Layouts: z [N, P, Q, K], y and tap [N, U, V, K], contiguous. Compared is `a` rounded to z's dtype, as torch would.
+Backward (`gather`, called by the kernels of `batch_norm`): each pixel visits the windows that contain it, at most 4 for
+3x3 windows of stride 2, and sums dy over the windows whose maximum it is. There is no scatter, so equal inputs give
+equal bits. A program works on blocks of stride x stride pixels, because the pixels of a block share their windows.
+
+Layouts: z [N, P, Q, K], y and tap [N, U, V, K], all contiguous.
 """
 
 from __future__ import annotations
@@ -29,7 +33,8 @@ from .rows import WARPS, WINDOWED, Rows, at, rows, tile_of, vector
 
 
 class Pool(NamedTuple):
-    """What a max pool leaves for its backward: uint8 taps [N, U, V, K] and the sizes of its square window."""
+    """What the backward pass of a max pool needs: uint8 taps [N, U, V, K], and the size, stride and padding of the
+    square window."""
 
     tap: Tensor
     kernel: int
@@ -43,8 +48,10 @@ def max_pool_kernel(
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, PAD: tl.constexpr,
     VEC: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """One tile of y, seen as [M, K] with M = N U V, and of tap where there is one; without scale and shift of
-    max_pool(z)."""
+    """Compute one tile of y, viewed as [M, K] with M = N U V, and, if tap is given, the same tile of tap.
+
+    If scale and shift are None, z is pooled as it is.
+    """
     K = K_VECS * VEC
     row, channel = tile_of(tl.program_id(0), K, BM, BK)
     if scale is not None:
@@ -78,8 +85,10 @@ def max_pool_kernel(
 
 @triton.jit
 def block_pixel(block, M, P, Q, a: tl.constexpr, b: tl.constexpr, SIDE: tl.constexpr):
-    """Row in [N P Q, K] of pixel (a, b) of blocks of SIDE x SIDE pixels [BM], and whether there is such a pixel; M
-    blocks cover the images."""
+    """Return the rows in [N P Q, K] of pixel (a, b) of blocks [BM] of SIDE x SIDE pixels, and whether it exists.
+
+    M blocks cover all images; those at the bottom and right edges may be incomplete.
+    """
     if SIDE == 1:
         return block, block < M
     else:
@@ -93,10 +102,10 @@ def gather(
     dy, tap, block, channel, valid, K, P, Q, U, V, a: tl.constexpr, b: tl.constexpr,
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, PAD: tl.constexpr,
 ):  # fmt: skip
-    """The max pool's input gradient, fp32 [BM, BK], at pixels (a, b) of blocks of STRIDE x STRIDE pixels.
+    """Return the gradient of a max pool's input, fp32 [BM, BK], at pixel (a, b) of blocks of STRIDE x STRIDE pixels.
 
-    Row r of window u = i + (a + PAD - r) / STRIDE reaches pixel p = i STRIDE + a, likewise columns: a and b alone
-    decide which taps reach the pixel.
+    Row r of window u = i + (a + PAD - r) / STRIDE covers pixel p = i STRIDE + a; the same holds for columns. Which taps
+    can reach the pixel thus depends on a and b only, and the others are skipped at compile time.
     """
     n, i, j = unravel(block, tl.cdiv(P, STRIDE), tl.cdiv(Q, STRIDE))
     g = tl.zeros(valid.shape, tl.float32)
@@ -123,11 +132,18 @@ def normalize_max_pool(
     pad: int = 1,
     taps: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
-    """y = max_pool(relu(scale z + shift)) of z [N, P, Q, K], and the uint8 tap of each maximum, both [N, U, V, K].
+    """Return y = max_pool(relu(scale z + shift)) and the tap of each maximum, both [N, U, V, K].
 
-    scale, shift: fp32 [K]. y has z's dtype (bf16, fp16, fp32). taps: whether a backward will want them; without, the
-    second result is None. Equivalent to `reference.stem` after its convolution.
-    Raises ValueError for other layouts or dtypes, an empty output, and sizes beyond `check_pool`.
+    z: [N, P, Q, K], contiguous, bfloat16, float16 or float32. scale, shift: fp32 [K].
+    kernel, stride, pad: of the square window, 1 <= kernel <= 15, 1 <= stride <= 4, 0 <= pad <= kernel / 2.
+    taps: True if a backward pass follows. If False, the second result is None.
+
+    y has the dtype of z. The taps are uint8: r kernel + s for row r and column s of the window. Equivalent to:
+
+        a = F.relu(z * scale + shift).to(z.dtype)
+        y = F.max_pool2d(a.permute(0, 3, 1, 2), kernel, stride, pad).permute(0, 2, 3, 1)
+
+    Raises ValueError for other layouts, dtypes or window sizes, and if no window fits into the padded image.
     """
     view = rows("z", z, WINDOWED)
     shape = check_pool(z, kernel, stride, pad)
@@ -140,9 +156,15 @@ def normalize_max_pool(
 
 @remembered
 def max_pool(x: Tensor, *, kernel: int = 3, stride: int = 2, pad: int = 1) -> Tensor:
-    """max_pool(x) [N, U, V, K] of x [N, P, Q, K] (bf16, fp16, fp32), for inference: it stores no taps.
+    """Return the max pool of x as [N, U, V, K], for inference: it stores no taps.
 
-    Equivalent to `torch.max_pool2d`, NaN included. Raises ValueError as `normalize_max_pool` does.
+    x: [N, P, Q, K], contiguous, bfloat16, float16 or float32. kernel, stride, pad: as for `normalize_max_pool`.
+
+    Equivalent to, NaN included:
+
+        y = F.max_pool2d(x.permute(0, 3, 1, 2), kernel, stride, pad).permute(0, 2, 3, 1)
+
+    Raises ValueError for the same reasons as `normalize_max_pool`.
     """
     view = rows("x", x, WINDOWED)
     y = empty(check_pool(x, kernel, stride, pad), x.dtype, x.device)
@@ -172,10 +194,12 @@ def _launch(
 
 
 def check_pool(z: Tensor, kernel: int, stride: int, pad: int) -> tuple[int, int, int, int]:
-    """(N, U, V, K), the shape of the pooled z. Raises ValueError unless z is [N, P, Q, K], `pool_refusal` has nothing
-    against the sizes and the window fits at least once."""
+    """Return (N, U, V, K), the shape of the pooled z.
+
+    Raises ValueError if z is not [N, P, Q, K], if `pool_refusal` rejects the window, or if no window fits.
+    """
     if z.dim() != 4:
-        raise ValueError(f"what is pooled must be [N, P, Q, K], got shape {list(z.shape)}")
+        raise ValueError(f"the input of a max pool must be [N, P, Q, K], got shape {list(z.shape)}")
     if (reason := pool_refusal(kernel, stride, pad)) is not None:
         raise ValueError(reason)
     N, P, Q, K = z.shape

@@ -1,9 +1,9 @@
-"""The option-A shortcut (paper, section 3.3) on the way back: the gradient it carries joins the branch's.
+"""Backward pass of the option-A shortcut (paper, section 3.3): add its gradient to that of the block's branch.
 
-    dx[n, p stride, q stride, c] += g[n, p, q, c]   for c < C,    g = dy where y > 0
+    dx[n, p stride, q stride, c] += g[n, p, q, c]   for c < C,    g = dy where y > 0, else 0
 
-On the way forward `batch_norm.normalize` reads x at those pixels itself. Layouts: dx [N, H, W, C], dy and y
-[N, P, Q, K], contiguous. Each element of dx is touched once: no atomics, the same bits every time.
+The forward pass is part of `batch_norm.normalize`, which reads x at these pixels. Layouts: dx [N, H, W, C], dy and y
+[N, P, Q, K], all contiguous. One thread updates each element of dx, without atomics, so equal inputs give equal bits.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def pad_shortcut_backward_kernel(
     dx, dy, y, M, K_VECS, P, Q, H, W, C_VECS,
     STRIDE: tl.constexpr, VEC: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """One tile of the pixels of dy, in the channels that dx has."""
+    """Add one tile of g to dx: BM of the M = N P Q pixels of dy, BK of the C channels of dx."""
     K = K_VECS * VEC
     C = C_VECS * VEC
     row, channel = tile_of(tl.program_id(0), C, BM, BK)
@@ -38,10 +38,21 @@ def pad_shortcut_backward_kernel(
 
 @remembered
 def pad_shortcut_backward(dx: Tensor, dy: Tensor, *, stride: int, mask: Tensor | None = None) -> Tensor:
-    """dx [N, H, W, C], the branch's gradient, with the shortcut's added in place; returns dx.
+    """Add the gradient of an option-A shortcut to dx in place, and return dx.
 
-    dy [N, P, Q, K]: gradient of the block's output; mask: that output y (g = dy where y > 0), or None.
-    Raises ValueError for tensors that do not fit together.
+    dx: [N, H, W, C], the gradient of the block's input through its branch; bfloat16, float16 or float32.
+    dy: [N, P, Q, K], the gradient of the block's output, with P = ceil(H / stride), Q = ceil(W / stride) and K >= C.
+    mask: the block's output y, like dy, whose ReLU masks dy; or None if dy is masked already.
+    All tensors are contiguous and have one dtype.
+
+    Equivalent to:
+
+        g = dy if mask is None else torch.where(mask <= 0, 0, dy)
+        dx[:, ::stride, ::stride] += g[..., : dx.shape[-1]]
+
+    Raises ValueError if shapes, dtypes or devices don't match.
+
+    Source: paper, section 3.3, option A.
     """
     H, W, C = check_shortcut("dx", dx, dy, stride)
     check_tensor("mask", mask, tuple(dy.shape), dy)

@@ -1,9 +1,8 @@
-"""What passes over activations share: the view of an activation as a matrix, and its tiles.
+"""The matrix view of an activation and its tiles, shared by the memory-bound kernels (BatchNorm, pools, shortcuts).
 
-An NHWC-contiguous activation [N, P, Q, K] is read as [M, K], M = N P Q pixels of K channels. A program works on
-BM pixels x BK channels, its threads side by side along the channels, so that each moves 16 bytes at a time where 8
-divides K.
-Vectors per channel (scale, shift, mean, ...) are fp32 [K]; all arithmetic is fp32.
+A channels-last activation [N, P, Q, K] is viewed as [M, K] with M = N P Q pixels. A program works on a tile of BM
+pixels x BK channels. Neighbouring threads take neighbouring channels, so each thread moves up to 16 bytes per access if
+8 divides K. Per-channel vectors (scale, shift, mean, ...) are fp32 [K], and all arithmetic is fp32.
 """
 
 from __future__ import annotations
@@ -21,20 +20,24 @@ WARPS = 4
 
 
 class Cut(NamedTuple):
-    """How a tile is cut: its elements, and the most channels it spans."""
+    """The size of a tile: its number of elements BM * BK, and the maximum of BK."""
 
     elements: int
     channels: int
 
 
-# Kernels that touch each element once; that keep sums per element; that look at the windows of a pool. Chosen on an
-# H200 at the activations of ResNet-50; bench/memory_bound.py asks again.
+# For elementwise kernels, for reductions, which keep a sum per element of the tile, and for the windows of a max pool.
+# Chosen on an H200 with the activations of ResNet-50; bench/memory_bound.py compares them with other sizes.
 STREAMED, REDUCED, WINDOWED = Cut(2048, 128), Cut(2048, 64), Cut(1024, 64)
 _MAX_ROWS = 2**31 - 2**14  # pixels are numbered in int32, elements in int64
 
 
 class Rows(NamedTuple):
-    """An activation as [M, K], cut into tiles of BM x BK; VEC divides K and every row offset."""
+    """An activation viewed as [M, K] and cut into tiles of BM x BK.
+
+    VEC, 8 or 1, divides K and so every row offset. Kernels take K as K / VEC and multiply it by the constant VEC, which
+    tells Triton that vector accesses are aligned.
+    """
 
     M: int
     K: int
@@ -47,17 +50,24 @@ class Rows(NamedTuple):
         return cdiv(self.M, self.BM) * cdiv(self.K, self.BK)
 
     def chunks(self) -> tuple[int, int]:
-        """How a reduction over pixels is split, from the sizes alone so that equal inputs give equal bits on every GPU:
-        the number of chunks, each one program per tile of channels, and the steps of BM pixels in a chunk."""
+        """Return (number of chunks, steps of BM pixels per chunk) of a reduction over the pixels.
+
+        One program reduces one chunk for one tile of channels. The split depends on the sizes only, not on the GPU, so
+        that equal inputs give equal bits on every GPU. M must be at least 1.
+        """
         wanted = max(1, min(512, 1024 // cdiv(self.K, self.BK)))
         steps = cdiv(self.M, self.BM * wanted)
         return cdiv(self.M, self.BM * steps), steps
 
 
 def rows(name: str, z: Tensor, cut: Cut, *, also: int = 0) -> Rows:
-    """The matrix view of z [..., K], its tiles cut by `cut`. `also`: another channel count that offsets hold.
+    """Return the matrix view of z [..., K] with tiles of at most the size `cut`.
 
-    Raises ValueError unless z is contiguous, bf16, fp16 or fp32, and has channels and fewer than 2**31 - 2**14 pixels.
+    name: names z in error messages. also: the channel count of a second tensor that the kernel reads, as VEC must
+    divide that too; 0 if there is none.
+
+    Raises ValueError unless z is contiguous, bfloat16, float16 or float32, and has at least one channel and fewer than
+    2**31 - 2**14 pixels.
     """
     if z.dtype not in FLOATS:
         raise ValueError(f"{name} must be bfloat16, float16 or float32, got {z.dtype}")
@@ -71,31 +81,32 @@ def rows(name: str, z: Tensor, cut: Cut, *, also: int = 0) -> Rows:
         raise ValueError(f"{name} has {M} pixels, at most {_MAX_ROWS - 1} are supported")
     BK = min(triton.next_power_of_2(K), cut.channels)
     VEC = 8 if K % 8 == also % 8 == 0 else 1
-    share = 4 if VEC == 1 else 2 if z.element_size() > 2 else 1  # an address for each value; twice the registers
+    # Smaller tiles save registers: with VEC == 1 every value has its own address, and fp32 values take twice the space.
+    share = 4 if VEC == 1 else 2 if z.element_size() > 2 else 1
     return Rows(M, K, cut.elements // share // BK, BK, VEC)
 
 
 @triton.jit
 def tile_of(pid, K, BM: tl.constexpr, BK: tl.constexpr):
-    """Pixels [BM] and channels [BK] of a program; neighbours share pixels."""
+    """Return the pixels [BM] and channels [BK] of program `pid`; neighbouring programs share their pixels."""
     tiles_k = tl.cdiv(K, BK)
     return pid // tiles_k * BM + tl.arange(0, BM), pid % tiles_k * BK + tl.arange(0, BK)
 
 
 @triton.jit
 def at(row, channel, K):
-    """Offsets of elements (row, channel) in [M, K], 64 bits wide."""
+    """Return the int64 offsets [BM, BK] of elements (row, channel) in [M, K]."""
     return row.to(tl.int64)[:, None] * K + channel[None, :]
 
 
 @triton.jit
 def vector(pointer, channel, K):
-    """One value per channel, fp32 [1, BK]."""
+    """Load one value per channel, as fp32 [1, BK]; zero beyond K."""
     return tl.load(pointer + channel, mask=channel < K, other=0.0).to(tl.float32)[None, :]
 
 
 @triton.jit
 def strided_row(row, P, Q, H, W, STRIDE: tl.constexpr):
-    """Row of [N, H, W, C] for the pixel n P Q + p Q + q: n, p STRIDE, q STRIDE."""
+    """Map row (n, p, q) of [N P Q, K] to row (n, p STRIDE, q STRIDE) of [N H W, C]."""
     n, p, q = unravel(row, P, Q)
     return (n * H + p * STRIDE) * W + q * STRIDE

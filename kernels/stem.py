@@ -1,16 +1,21 @@
-"""The stem: a convolution of stride 2 over images of at most 4 channels, forward and with respect to its filters.
+"""The stem: a stride-2 convolution over images of at most 4 channels, forward and the gradient of its filters.
 
-One row of the filter covers at most 8 neighbouring pixels; with 4 channels each they are a window of 32 values in a
-row. So images are packed to 4 channels, window q of a row starting at its pixel 2 q:
+With so few channels, the kernels for all shapes load one value at a time. These kernels copy 16 bytes at a time,
+because `pack_images` first pads the images to 4 channels. One row of a filter, at most 8 pixels wide, then covers a
+window of 32 consecutive values. Window q of an image row starts at its pixel 2 q:
 
     y[n, p, q, k]  = sum over r, j of w[k, r, j] window[n, 2 p - pad + r, q, j],   j = 4 s + c
     dw[k, r, j]    = sum over n, p, q of dz[n, p, q, k] window[n, 2 p - pad + r, q, j]
 
-Two ways to fetch windows. By pointers, on every GPU: a window starts 16 bytes (of 16-bit values) behind its left
-neighbour, so that it is 4 asynchronous copies of 16 bytes. By TMA, fprop alone: a view [N, H/2, 2, Q, 32] whose windows
-overlap makes the stem an R x 1 convolution of 32 channels for `conv_fprop_tma_kernel`.
+Windows are loaded in one of two ways:
 
-The packing takes images in any layout and dtype, so that it is at once the one conversion that a net's input needs.
+- By pointers, on every GPU. For 16-bit values a window is 64 bytes and starts 16 bytes after its left neighbour, so
+  that it takes 4 asynchronous copies of 16 bytes.
+- By TMA, forward only. In a view [N, H/2, 2, Q, 32] of the packed images, whose windows overlap, the stem is an R x 1
+  convolution of 32 channels, which `conv_fprop_tma_kernel` computes.
+
+Packing accepts images of any layout and floating-point dtype, so the same pass also does the layout and dtype
+conversion that the input of a net needs anyway.
 """
 
 from __future__ import annotations
@@ -36,14 +41,14 @@ from .wgrad import reduce_splits
 WINDOW, CHANNELS = 8, 4
 ROW = tl.constexpr(STEM_WINDOW)
 
-_refusing: dict[torch.device, str] = {}  # GPUs whose driver takes no overlapping windows, and what it said
+_refusing: dict[torch.device, str] = {}  # GPUs whose driver rejected overlapping windows, and its error message
 
 
 @triton.jit(do_not_specialize=["C", "H", "W", "COLUMNS", "ROWS"])
 def pack_images_kernel(
     x, packed, C, H, W, stride_n, stride_c, stride_h, stride_w, COLUMNS, ROWS, PAD: tl.constexpr, BW: tl.constexpr
 ):
-    """packed[n, h, col, c] = x[n, c, h, col - PAD], zero outside; BW columns of one row per program."""
+    """Write packed[n, h, col, c] = x[n, c, h, col - PAD], zero outside of x; BW columns of one row per program."""
     row = tl.program_id(0).to(tl.int64)
     n = row // ROWS
     h = row % ROWS
@@ -66,9 +71,10 @@ def stem_fprop_kernel(
     R: tl.constexpr, PAD: tl.constexpr, FULL: tl.constexpr, INT64: tl.constexpr, RELU: tl.constexpr,
     PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """One tile [BM channels, BN consecutive pixels] per program; a step takes BK of the R x 32 values under a filter.
+    """Compute one tile of y, [BM channels, BN consecutive pixels]; a step reduces over BK of a filter's R x 32 values.
 
-    packed: [N, rows, 2 pairs, 4]; filters: [K, R, 32]. FULL: no tile ends early. INT64: offsets pass 2**31.
+    packed: [N, rows, 2 pairs, 4]; filters: [K, R, 32]; y: [pixels, K]; scale, shift: fp32 [K] or None; partials: fp32
+    [tiles, 3, K] or None. FULL: BN divides the number of pixels. INT64: element offsets can exceed 2**31 - 1.
     """
     tiles_k = tl.cdiv(K, BM)
     tile_k = tl.program_id(0) % tiles_k
@@ -102,10 +108,11 @@ def stem_wgrad_kernel(
     R: tl.constexpr, PAD: tl.constexpr, INT64: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """BM filters, all of their R x 32 values, summed over one split of the pixels, BK consecutive ones at a step.
+    """Sum all R x 32 values of BM filters over one split of the pixels, BK consecutive pixels per step.
 
-    dz is read once: there is a product for every BN of the values, whole rows of the filter, and they have it in
-    common. dz: [pixels, K]; packed: [N, rows, 2 pairs, 4]; dw: [splits, K, R, S, C] of any dtype.
+    The R x 32 values are divided into products of BN values (a multiple of 32: whole rows of the filter). All products
+    of a step use the same tile of dz, so dz is read only once. dz: [pixels, K]; packed: [N, rows, 2 pairs, 4]; dw:
+    [splits, K, R, S, C] in any floating-point dtype. INT64: element offsets can exceed 2**31 - 1.
     """
     PRODUCTS: tl.constexpr = (R * ROW + BN - 1) // BN
     split = tl.program_id(1)
@@ -113,7 +120,7 @@ def stem_wgrad_kernel(
 
     sums = ()
     for _ in tl.static_range(PRODUCTS):
-        sums = sums + (tl.zeros((BM, BN), tl.float32),)  # noqa: RUF005 (Triton knows no starred tuples)
+        sums = sums + (tl.zeros((BM, BN), tl.float32),)  # noqa: RUF005 (Triton has no starred tuples)
     first = split * steps_per_split
     steps = tl.minimum(steps_per_split, steps_in_all - first)
     if INT64:
@@ -123,7 +130,7 @@ def stem_wgrad_kernel(
         pixel = (first + step) * BK + tl.arange(0, BK)
         inside = pixel < pixels
         n, p, q = unravel(pixel, P, Q)
-        # Filters first, not a transposed tile: mma on sm_80 then gets it by asynchronous copies, too.
+        # Loaded as [filters, pixels], not transposed afterwards, so that sm_80 can use asynchronous copies for it too.
         dz_tile = tl.load(dz + pixel[None, :] * K + k[:, None], mask=inside[None, :] & (k < K)[:, None], other=0.0)
         added = ()
         for i in tl.static_range(PRODUCTS):
@@ -142,39 +149,62 @@ def stem_wgrad_kernel(
 
 @triton.jit
 def load_windows(packed, n, p, q, j, inside, in_filter, H, rows, pairs, PAD: tl.constexpr):
-    """The values j of the R x 32 under a filter at the pixels (n, p, q): [pixels, values], zero outside the image."""
+    """Load values j of the R x 32 under a filter at output pixels (n, p, q), as [pixels, values].
+
+    They are zero where `inside` (pixels) or `in_filter` (values) is False, and outside of the image.
+    """
     top = 2 * p - PAD
     r = j // ROW
     h = top[:, None] + r[None, :]
-    # Windows start every 8 values, which lets 8 of them be one copy.
+    # Windows start at multiples of 8 values, which lets one copy carry 8 of them.
     at = ((n * rows + top) * pairs + q)[:, None] * 8 + ((r * pairs) * 8 + j % ROW)[None, :]
     return tl.load(packed + at, mask=inside[:, None] & in_filter[None, :] & (h >= 0) & (h < H), other=0.0)
 
 
 def stem_refusal(problem: ConvProblem) -> str | None:
-    """Why `conv_stem` and `conv_stem_wgrad` can't serve a convolution, or None where they can."""
-    # One row would make `stem_columns` pointwise, whose tiles run across rows; the windows' boxes don't.
+    """Return why `conv_stem` and `conv_stem_wgrad` don't support a convolution, or None if they do."""
+    # With one filter row, `stem_columns` would be pointwise. Tiles of a pointwise convolution run across image rows,
+    # but boxes of windows don't.
     if problem.C > CHANNELS or min(problem.R, problem.S) < 2 or max(problem.R, problem.S) > WINDOW:
         return (
-            f"{problem.C} channels under {problem.R}x{problem.S} filters; at most {CHANNELS} under 2x2 to "
-            f"{WINDOW}x{WINDOW} are served"
+            f"the stem's kernels support at most {CHANNELS} channels and 2x2 to {WINDOW}x{WINDOW} filters, "
+            f"got {problem.C} channels and {problem.R}x{problem.S} filters"
         )
     if (problem.stride, problem.dilation, problem.groups) != (2, 1, 1):
-        return f"stride={problem.stride}, dilation={problem.dilation}, groups={problem.groups}; 2, 1 and 1 are served"
+        return (
+            "the stem's kernels need stride=2, dilation=1, groups=1, "
+            f"got stride={problem.stride}, dilation={problem.dilation}, groups={problem.groups}"
+        )
     return None
 
 
 def stem_columns(problem: ConvProblem) -> ConvProblem:
-    """The convolution without stride of the same sums over the same pixels: R x 1 over one window's values a pixel."""
+    """Return the equivalent stride-1 convolution: R x 1 filters over the windows, 32 channels per output pixel.
+
+    It has the same output pixels, filters and number of multiply-adds over packed images as the stem `problem`, and so
+    stands for it in the choice of tiles.
+    """
     return ConvProblem(problem.N, problem.P + problem.R - 1, problem.Q, STEM_WINDOW, problem.K, problem.R, 1)
 
 
 @remembered
 def pack_images(x: Tensor, problem: ConvProblem, dtype: torch.dtype) -> Tensor:
-    """Images x [N, C, H, W], any strides and floating dtype, as `conv_stem` reads them: [N, rows, columns, 4] in
-    `dtype`, where the left padding is stored and the rest of the padding is not."""
+    """Return images x [N, C, H, W] in the layout of `conv_stem`: [N, rows, columns, 4] in `dtype`, channels last.
+
+    x: any strides, any floating-point dtype. dtype: bfloat16, float16 or float32. problem: the stem's convolution.
+    C <= 4 channels are padded to 4. The left padding of the convolution is stored; kernels mask the padding above and
+    below. rows is H, rounded up to an even number, and columns = 2 (Q - 1) + 8 is where the last window ends.
+
+    Equivalent to:
+
+        right, below = columns - W - problem.pad, rows - H
+        packed = F.pad(x.permute(0, 2, 3, 1).to(dtype), (0, 4 - C, problem.pad, right, 0, below))
+
+    Raises ValueError if x doesn't match `problem`, if its device or `dtype` isn't supported, and if the stem's kernels
+    don't support `problem` (`stem_refusal`).
+    """
     if tuple(x.shape) != (problem.N, problem.C, problem.H, problem.W) or not x.is_floating_point():
-        raise ValueError(f"x must be floating [N, C, H, W] of {problem}, got {x.dtype} {list(x.shape)}")
+        raise ValueError(f"x must be floating-point [N, C, H, W] as in {problem}, got {x.dtype} {list(x.shape)}")
     if dtype not in FLOATS:
         raise ValueError(f"dtype must be bfloat16, float16 or float32, got {dtype}")
     if (reason := stem_refusal(problem)) is not None:
@@ -194,7 +224,7 @@ def pack_images(x: Tensor, problem: ConvProblem, dtype: torch.dtype) -> Tensor:
 
 
 def pack_filters(w: Tensor) -> Tensor:
-    """Filters w [K, R, S, C] as `conv_stem` reads them: [K, R, 8, 4], zeros at the end of each row and pixel."""
+    """Return filters w [K, R, S, C] in the layout of `conv_stem`: [K, R, 8, 4], rows and channels padded with zeros."""
     return F.pad(w, (0, CHANNELS - w.shape[3], 0, WINDOW - w.shape[2]))
 
 
@@ -211,10 +241,26 @@ def conv_stem(
     precision: str = "ieee",
     tile: Tile | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """y [N, P, Q, K] = [relu](scale conv + shift), with `statistics` also its partials, as `conv_fprop` gives them, for
-    images from `pack_images` and filters from `pack_filters` of one dtype. tile: from `tables` by default; one with a
-    box asks for TMA, one without for pointers. A window is wider than its filter: an infinite pixel beside the filter
-    makes a NaN of y, for it is multiplied by zero. Raises ValueError where they don't fit."""
+    """Return y = [relu](scale conv + shift), [N, P, Q, K], of packed images; with `statistics` return (y, partials).
+
+    packed: from `pack_images`. filters: from `pack_filters`. Both have one dtype, bfloat16, float16 or float32, which
+    is also that of y. scale, shift: fp32 [K], or None for 1 and 0.
+    statistics: also return the partial statistics of y as stored, fp32 [tiles, 3, K], for
+    `batch_norm.finish_statistics`.
+    precision: of fp32 products, "ieee" or "tf32".
+    tile: by default that of `tables`, measured or predicted. A tile with a box loads by TMA, one without by pointers.
+
+    Equivalent to, for images x [N, C, H, W] and filters w [K, R, S, C]:
+
+        conv = F.conv2d(x, w.permute(0, 3, 1, 2), stride=2, padding=problem.pad).permute(0, 2, 3, 1)
+        y = F.relu(scale * conv + shift)
+
+    with one exception: a window is 8 pixels wide, and zero weights fill the part that is wider than the filter. An
+    infinite or NaN pixel in this part makes y NaN.
+
+    Raises ValueError if an argument doesn't match `problem`, if the stem's kernels don't support `problem`
+    (`stem_refusal`), and if `tile` has a box but TMA can't serve the tensors.
+    """
     N, P, Q, K, R = problem.N, problem.P, problem.Q, problem.K, problem.R
     _check_packed(packed, problem, precision)
     check_tensor("filters", filters, (K, R, WINDOW, CHANNELS), packed)
@@ -240,11 +286,13 @@ def conv_stem(
     else:
         try:
             _launch_boxes(problem, columns, chosen, packed, filters, y, **rest)
-        except RuntimeError as error:  # by their documentation drivers may refuse strides that make boxes overlap
+        except RuntimeError as error:  # CUDA's documentation lets drivers reject the strides of overlapping windows
             if tile is not None or "tensor map descriptor" not in str(error):
                 raise
             _refusing[packed.device] = str(error)
-            warnings.warn(f"conv_stem fetches by pointers, because TMA refuses its windows: {error}", stacklevel=2)
+            warnings.warn(
+                f"conv_stem loads by pointers, because the driver rejects TMA over its windows: {error}", stacklevel=2
+            )
             return conv_stem(
                 packed, filters, problem, scale=scale, shift=shift, relu=relu, statistics=statistics,
                 precision=precision,
@@ -253,6 +301,7 @@ def conv_stem(
 
 
 def _check_packed(packed: Tensor, problem: ConvProblem, precision: str) -> None:
+    """Raise ValueError if the stem's kernels can't serve `problem`, these packed images or `precision`."""
     if (reason := stem_refusal(problem)) is not None:
         raise ValueError(reason)
     check_tensor("packed", packed, (problem.N, *_packed_sizes(problem), CHANNELS), packed, *FLOATS)
@@ -261,13 +310,14 @@ def _check_packed(packed: Tensor, problem: ConvProblem, precision: str) -> None:
 
 
 def _packed_sizes(problem: ConvProblem) -> tuple[int, int]:
-    """(rows, columns) of packed images."""
+    """Return (rows, columns) of packed images."""
     return problem.H + problem.H % 2, 2 * (problem.Q - 1) + WINDOW
 
 
 def _launch_boxes(
     problem: ConvProblem, columns: ConvProblem, tile: Tile, packed: Tensor, filters: Tensor, y: Tensor, **rest: Any
 ) -> None:
+    """Launch `conv_fprop_tma_kernel` over windows, viewed as [N, rows / 2, 2, Q, 32] because the stem has stride 2."""
     rows, width = _packed_sizes(problem)
     row = width * CHANNELS
     windows = packed.as_strided(
@@ -292,7 +342,7 @@ def _launch_pointers(problem: ConvProblem, tile: Tile, packed: Tensor, filters: 
 
 
 def _sizes(problem: ConvProblem, packed: Tensor) -> dict[str, Any]:
-    """What both kernels that go by pointers are told of a problem."""
+    """Return the arguments that `stem_fprop_kernel` and `stem_wgrad_kernel` have in common."""
     _, rows, width, _ = packed.shape
     return {
         "pixels": problem.pixels, "H": problem.H, "P": problem.P, "Q": problem.Q, "K": problem.K,
@@ -311,9 +361,23 @@ def conv_stem_wgrad(
     out_dtype: torch.dtype = torch.float32,
     tile: Tile | None = None,
 ) -> Tensor:
-    """dw [K, R, S, C], contiguous and of `out_dtype`, from dz [N, P, Q, K] and images from `pack_images`, both of one
-    dtype (bf16, fp16, fp32). Sums in fp32, no atomics: equal inputs give equal bits. tile: from `tables` by default.
-    Raises ValueError where something doesn't fit."""
+    """Return dw [K, R, S, C], the gradient of the stem's filters, contiguous in `out_dtype`.
+
+    dz: [N, P, Q, K], the gradient of the convolution's output. packed: images from `pack_images`. Both are contiguous
+    and have one dtype, bfloat16, float16 or float32.
+    precision: of fp32 products, "ieee" or "tf32". out_dtype: any floating-point dtype.
+    tile: by default that of `tables`, measured or predicted. With splits > 1, programs sum parts of the pixels in fp32,
+    and a second kernel adds the parts in a fixed order. There are no atomics, so equal inputs give equal bits.
+
+    Equivalent to, for images x [N, C, H, W]:
+
+        w_shape = (K, C, R, S)
+        dw = torch.nn.grad.conv2d_weight(x, w_shape, dz.permute(0, 3, 1, 2), stride=2, padding=problem.pad)
+        dw = dw.permute(0, 2, 3, 1)
+
+    Raises ValueError if an argument doesn't match `problem`, if the stem's kernels don't support `problem`
+    (`stem_refusal`), and if `tile` has splits < 1, a box or a BN that is not a multiple of 32.
+    """
     _check_packed(packed, problem, precision)
     check_tensor("dz", dz, (problem.N, problem.P, problem.Q, problem.K), packed)
     if not out_dtype.is_floating_point:
@@ -325,7 +389,7 @@ def conv_stem_wgrad(
         ieee = dz.dtype == torch.float32 and precision == "ieee"
         tile = stem_wgrad_tile(problem, dz.dtype, gpu_of(dz.device), ieee)
     if tile.splits < 1 or tile.BN % STEM_WINDOW or tile.box is not None:
-        raise ValueError(f"{tile}: splits >= 1, BN a multiple of {STEM_WINDOW} and no box are needed")
+        raise ValueError(f"conv_stem_wgrad needs splits >= 1, BN a multiple of {STEM_WINDOW} and no box, got {tile}")
     steps = cdiv(problem.pixels, tile.BK)
     steps_per_split = cdiv(steps, tile.splits)
     splits = cdiv(steps, steps_per_split)

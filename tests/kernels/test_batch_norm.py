@@ -503,7 +503,7 @@ def test_empty_batch() -> None:
     assert batch_norm.normalize(z, v, v, relu=True).shape == z.shape
     assert batch_norm.backward_apply(z, z, v, v, v).shape == z.shape
     assert batch_norm.normalize_max_pool(z, v, v)[0].shape == (0, 2, 2, 8)
-    with pytest.raises(ValueError, match="no values"):
+    with pytest.raises(ValueError, match="z is empty"):
         batch_norm.statistics(z)
 
 
@@ -600,13 +600,13 @@ def test_refusals() -> None:
         (r"scale must have shape \[8\]", lambda: batch_norm.normalize(z, v[:4], v, relu=True)),
         ("shift must be torch.float32", lambda: batch_norm.normalize(z, v, v.half(), relu=True)),
         ("residual must be torch.float32", lambda: batch_norm.normalize(z, v, v, relu=True, residual=z.half())),
-        ("is no shortcut", lambda: batch_norm.normalize(z, v, v, relu=True, residual=z[..., :4].contiguous()[:1])),
-        ("is no shortcut", lambda: batch_norm.normalize(z, v, v, relu=True, residual=z, residual_stride=2)),
-        ("come together", lambda: batch_norm.normalize(z, v, v, relu=True, residual=z, residual_scale=v)),
-        ("come together", lambda: batch_norm.normalize(z, v, v, relu=True, residual_scale=v, residual_shift=v)),
+        ("option-A shortcut", lambda: batch_norm.normalize(z, v, v, relu=True, residual=z[..., :4].contiguous()[:1])),
+        ("option-A shortcut", lambda: batch_norm.normalize(z, v, v, relu=True, residual=z, residual_stride=2)),
+        ("given together", lambda: batch_norm.normalize(z, v, v, relu=True, residual=z, residual_scale=v)),
+        ("given together", lambda: batch_norm.normalize(z, v, v, relu=True, residual_scale=v, residual_shift=v)),
         (r"dy must have shape", lambda: batch_norm.backward_reduce(z[:1], z, v)),
         (r"mask must have shape", lambda: batch_norm.backward_reduce(z, z, v, mask=z[:1])),
-        ("c_z and c_1 come together", lambda: batch_norm.backward_apply(z, z, v, v, None)),
+        ("c_z and c_1 must be given together", lambda: batch_norm.backward_apply(z, z, v, v, None)),
         (r"partials must be \[T >= 1, 3, K\]", lambda: batch_norm.finish_statistics(z[0], None, None, EPS)),
         (r"counter must have shape \[\], got \[1\]",
          lambda: batch_norm.finish_statistics(partials, None, None, EPS, counter=v[:1].long())),
@@ -620,8 +620,8 @@ def test_refusals() -> None:
         ("stride <= 4", lambda: max_pool(z, stride=5)),
         ("kernel <= 15", lambda: batch_norm.normalize_max_pool(z, v, v, kernel=3, pad=2)),
         ("does not fit", lambda: batch_norm.normalize_max_pool(z, v, v, kernel=9, pad=0)),
-        (r"what is pooled must be \[N, P, Q, K\]", lambda: batch_norm.normalize_max_pool(z[0], v, v)),
-        ("is no shortcut", lambda: pad_shortcut_backward(z, z, stride=2)),
+        (r"the input of a max pool must be \[N, P, Q, K\]", lambda: batch_norm.normalize_max_pool(z[0], v, v)),
+        ("option-A shortcut", lambda: pad_shortcut_backward(z, z, stride=2)),
         ("z has 2147483648 pixels", lambda: batch_norm.statistics(torch.empty(2**31, 1, device="meta"))),
         ("residual has 2147483648 pixels", lambda: batch_norm.normalize(
             torch.empty(2**20, 16, 32, 1, device="meta"), v[:1].to("meta"), v[:1].to("meta"), relu=True,

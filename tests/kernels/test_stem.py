@@ -222,7 +222,7 @@ def test_without_overlapping_boxes(monkeypatch: pytest.MonkeyPatch) -> None:
     message = "Triton Error [CUDA]: Failed to create tensor map descriptor: invalid argument"
     with pytest.raises(RuntimeError, match="invalid argument"):
         hold_fprop(problem, torch.float16, FPROP["boxes"])
-    with pytest.warns(UserWarning, match="by pointers, because TMA refuses its windows: Triton Error"):
+    with pytest.warns(UserWarning, match="by pointers, because the driver rejects TMA over its windows: Triton Error"):
         hold_fprop(problem, torch.float16, None)
     assert len(asked) == 3
     with pytest.raises(ValueError, match="impossible here: Triton Error"):
@@ -234,12 +234,12 @@ def test_refusals() -> None:
     images, w, dz = drawn(problem, torch.float32)
     packed, filters = pack_images(images, problem, torch.float32), pack_filters(w)
     wide = dataclasses.replace(problem, C=5)
-    with pytest.raises(ValueError, match="5 channels under 7x7 filters; at most 4 under 2x2 to 8x8"):
+    with pytest.raises(ValueError, match="at most 4 channels and 2x2 to 8x8 filters, got 5 channels and 7x7"):
         conv_stem_wgrad(dz, packed, wide)
     for R, S in ((1, 3), (3, 1)):
-        with pytest.raises(ValueError, match=f"3 channels under {R}x{S} filters; at most 4 under 2x2 to 8x8"):
+        with pytest.raises(ValueError, match=f"at most 4 channels and 2x2 to 8x8 filters, got 3 channels and {R}x{S}"):
             conv_stem(packed, filters, dataclasses.replace(problem, R=R, S=S))
-    with pytest.raises(ValueError, match="stride=1, dilation=1, groups=1; 2, 1 and 1 are served"):
+    with pytest.raises(ValueError, match="need stride=2, dilation=1, groups=1, got stride=1, dilation=1, groups=1"):
         conv_stem(packed, filters, dataclasses.replace(problem, stride=1))
     with pytest.raises(ValueError, match=r"dz must have shape \[2, 8, 6, 24\], got \[2, 8, 6, 23\]"):
         conv_stem_wgrad(dz[..., :23].contiguous(), packed, problem)
