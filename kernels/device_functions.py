@@ -35,7 +35,7 @@ def box_pixels(n0, p0, q0, TN: tl.constexpr, TH: tl.constexpr, TW: tl.constexpr)
 def filter_tap(step, S: tl.constexpr, TAPS: tl.constexpr):
     """Return (r, s, block) of a reduction step: its filter tap and its block of channels.
 
-    Taps vary fastest, so that consecutive steps read the same channels of nearly the same pixels, which L2 then holds.
+    Taps vary fastest, so that consecutive steps read the same channels of nearly the same pixels, from L2.
     """
     tap = step % TAPS
     return tap // S, tap % S, step // TAPS

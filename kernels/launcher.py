@@ -2,8 +2,8 @@
 
 Everything that a launcher does depends on sizes, dtypes and options only: checks, choice of a tile, allocations, grids,
 TMA descriptors. The first call records its allocations and launches. A later call whose arguments differ only in the
-addresses of tensors repeats them with the new addresses. Without the cache, the host would take longer than the GPU for
-small problems.
+addresses of tensors (with equal alignment to 16 bytes) repeats them with the new addresses. Without the cache, the host
+would take longer than the GPU for small problems.
 
     @remembered
     def negate(x):
@@ -41,7 +41,7 @@ _remembering = True
 
 
 def remembered(launcher: Callable[P, R]) -> Callable[P, R]:
-    """Decorate a launcher so that repeated calls replay its recorded launches instead of running it.
+    """Decorate a launcher so that repeated calls repeat its recorded launches instead of running it.
 
     The launcher takes at least one tensor. All tensors are on one device, which is the current device while it runs.
     A launcher that is called by another one is recorded as part of that.
@@ -138,7 +138,7 @@ class _Recording:
 
 
 def _record(launcher: Any, key: Any, given: Sequence[Tensor], args: Any, kwargs: Any) -> Any:
-    """Run the launcher, store its call under `key` if it can be replayed, and return its result."""
+    """Run the launcher, store its call under `key` if it can be repeated, and return its result."""
     _thread.recording = recording = _Recording(given)
     try:
         result = launcher(*args, **kwargs)

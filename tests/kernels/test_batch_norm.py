@@ -1,6 +1,6 @@
-"""The pointwise training kernels against PyTorch's autograd in float64, forward and backward.
+"""Compare the BatchNorm, max-pool and shortcut kernels with PyTorch's autograd in float64, forward and backward.
 
-In the interpreter (TRITON_INTERPRET=1) on small, odd sizes; on a GPU the same file, real layers included.
+Triton's interpreter (TRITON_INTERPRET=1) runs them at small, odd sizes; a GPU also runs the sizes of real layers.
 """
 
 from __future__ import annotations
@@ -46,7 +46,10 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True)
 class Case:
-    """One block end: z [N, P, Q, K] through BatchNorm, the shortcut `end`, ReLU (except "linear")."""
+    """The end of a block: z [N, P, Q, K] through BatchNorm, the shortcut `end` and ReLU.
+
+    "linear" has neither shortcut nor ReLU, and "relu" has no shortcut.
+    """
 
     shape: tuple[int, int, int, int]
     dtype: torch.dtype = torch.float32
@@ -55,7 +58,7 @@ class Case:
     affine: bool = True
     mean: float = 0.5
     std: float = 1.0
-    channels: int = 3  # of an option-A shortcut's x
+    channels: int = 3  # of the input of an option-A shortcut
     stride: int = 2
     seed: int = 0
 
@@ -69,8 +72,10 @@ def nhwc(x: Tensor) -> Tensor:
 
 
 def inputs(case: Case) -> dict[str, Tensor]:
-    """Tensors in the dtypes the kernels see. dy is zero where the ReLU's input is so close to 0 that its sign might not
-    be the same in float64."""
+    """Return random tensors by name, in the dtypes that the kernels take.
+
+    dy is zero where the ReLU's input is so close to 0 that its sign could differ in float64.
+    """
     generator = torch.Generator(DEVICE).manual_seed(case.seed)
     N, P, Q, K = case.shape
 
@@ -101,7 +106,7 @@ def inputs(case: Case) -> dict[str, Tensor]:
 
 
 def stock(t: dict[str, Tensor], case: Case, dtype: torch.dtype, *, relu: bool = True) -> dict[str, Tensor]:
-    """PyTorch's own results in `dtype`, as NHWC; vectors in float32, or float64 for float64."""
+    """Return PyTorch's results in `dtype` as NHWC; vectors are float64 if `dtype` is, else float32."""
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     activations = ("z", "z_proj", "residual", "dy")
     t = {name: v.to(dtype if name in activations else wide, copy=True) for name, v in t.items()}
@@ -131,7 +136,7 @@ def stock(t: dict[str, Tensor], case: Case, dtype: torch.dtype, *, relu: bool = 
 
 
 def ours(t: dict[str, Tensor], case: Case) -> dict[str, Tensor]:
-    """The same by the kernels."""
+    """Return the kernels' results, by the same names as `stock`."""
     z, dy = t["z"], t["dy"]
     count = z.numel() // z.shape[-1]
     out: dict[str, Tensor] = {}
@@ -185,16 +190,16 @@ def ours(t: dict[str, Tensor], case: Case) -> dict[str, Tensor]:
 
 
 def masked_gradient(dy: Tensor, z: Tensor, mask: batch_norm.Mask, pool: Pool | None) -> Tensor:
-    """g itself: dz for p = 1 and statistics that were given."""
+    """Return g, which is dz for c_g = 1 and fixed statistics."""
     return batch_norm.backward_apply(dy, z, torch.ones(z.shape[-1], device=DEVICE), None, None, mask=mask, pool=pool)
 
 
 def hold(case: Case) -> None:
-    """Our results are as close to float64 as PyTorch's in the same dtype, within a factor of 2.
+    """Assert that the kernels' error against float64 is at most twice that of PyTorch in the same dtype.
 
-    Vectors, sums over pixels in fp32, may be off by some roundings more: PyTorch on the CPU sums in float64. The terms
-    of y = scale z + shift, and the last two of dz = c_g g + c_z z + c_1, cancel where |mean| >> std, which costs some
-    fp32 roundings of their size; PyTorch on a GPU subtracts the mean first.
+    The tolerance is larger in two cases. Vectors are fp32 sums over pixels, while PyTorch on the CPU sums in float64.
+    And if |mean| >> std, the terms of y = scale z + shift and the last two of dz = c_g g + c_z z + c_1 cancel, which
+    leaves rounding errors of their size; PyTorch on a GPU subtracts the mean first.
     """
     t = inputs(case)
     truth, baseline, actual = stock(t, case, torch.float64), stock(t, case, case.dtype), ours(t, case)
@@ -225,7 +230,7 @@ def test_block_end_of_real_layers(shape: tuple[int, int, int, int], end: str, dt
 
 @pytest.mark.parametrize("end", ENDS)
 def test_given_statistics(end: str) -> None:
-    """Eval mode with gradients: running statistics stay, no gradient flows through them."""
+    """In eval mode the running statistics don't change, and no gradient flows through them."""
     hold(Case((2, 5, 4, 24), end=end, batch_statistics=False))
 
 
@@ -235,7 +240,7 @@ def test_no_affine(end: str) -> None:
 
 
 def test_pad_shortcut_keeps_the_branch_gradient() -> None:
-    """dx += g at the strided pixels, and nowhere else; K and C both multiples of 8."""
+    """g is added to dx at the strided pixels only. K and C are multiples of 8, so accesses are vectorised."""
     dx = torch.randint(-9, 9, (2, 5, 6, 16), device=DEVICE).half()
     dy = torch.randint(-9, 9, (2, 3, 3, 24), device=DEVICE).half()
     expected = dx.clone()
@@ -243,11 +248,8 @@ def test_pad_shortcut_keeps_the_branch_gradient() -> None:
     assert torch.equal(pad_shortcut_backward(dx, dy, stride=2), expected)
 
 
-# Statistics
-
-
 def vectors(z: Tensor) -> tuple[Tensor, Tensor]:
-    """mean and rstd in float64."""
+    """Return mean and rstd of z in float64."""
     var, mean = torch.var_mean(z.double(), (0, 1, 2), correction=0)
     return mean, (var + EPS).rsqrt()
 
@@ -266,7 +268,7 @@ def test_statistics_do_not_cancel(mean: float, std: float, dtype: torch.dtype) -
 
 
 def test_statistics_partials() -> None:
-    """Counts add up to M for every channel; each tile's mean and M2 are its own."""
+    """Each partial has the count, mean and M2 of its own chunk of pixels."""
     z = torch.randn(3, 40, 30, 12, device=DEVICE)
     partials = batch_norm.statistics(z).double()
     view = rows.rows("z", z, rows.REDUCED)
@@ -283,7 +285,7 @@ def test_statistics_partials() -> None:
 
 @pytest.mark.parametrize("tiles", [1, 130, 700])
 def test_merge_of_uneven_tiles(tiles: int) -> None:
-    """Any producer's partials: tiles of different counts, some of them empty; above 512 merged in two steps."""
+    """Partials may have different counts, zero included. More than 512 are merged in two steps."""
     counts = [random.randrange(0, 7) for _ in range(tiles)]
     counts[0] = 3
     z = torch.randn(sum(counts), 1, 1, 20, device=DEVICE) + 30
@@ -312,7 +314,7 @@ def test_merge_of_sums(tiles: int) -> None:
 
 @pytest.mark.parametrize("buffer", DTYPES, ids=str)
 def test_running_statistics_follow_stock(buffer: torch.dtype) -> None:
-    """Several steps, unbiased variance, low-precision parameters and buffers."""
+    """Running statistics follow `nn.BatchNorm2d` over three steps, also with low-precision parameters and buffers."""
     bn = torch.nn.BatchNorm2d(6, momentum=MOMENTUM, device=DEVICE).to(buffer)
     torch.nn.init.normal_(bn.weight)
     mean, var = bn.running_mean.clone(), bn.running_var.clone()  # type: ignore[union-attr]
@@ -332,7 +334,7 @@ def test_running_statistics_follow_stock(buffer: torch.dtype) -> None:
 
 
 def test_batches_are_counted() -> None:
-    """By one a call, however many programs finish the channels, and where nothing else is tracked."""
+    """The counter grows by 1 per call, although several programs run, and also without running statistics."""
     z, counter = torch.randn(2, 3, 2, 40, device=DEVICE), torch.tensor(2**40, device=DEVICE)
     mean, var = torch.zeros(40, device=DEVICE), torch.ones(40, device=DEVICE)
     partials = batch_norm.statistics(z)
@@ -348,11 +350,8 @@ def test_only_one_running_buffer() -> None:
     assert relative_error(var, z.double().var((0, 1, 2))) < ROUNDING
 
 
-# Max pool
-
-
 def stock_pool(a: Tensor, kernel: int, stride: int, pad: int) -> tuple[Tensor, Tensor]:
-    """F.max_pool2d's values and its choice as a tap of the window, NHWC."""
+    """Return the values of F.max_pool2d and the taps of its maxima, both NHWC."""
     y, flat = F.max_pool2d(nchw(a), kernel, stride, pad, return_indices=True)
     top = torch.arange(y.shape[2], device=a.device)[:, None] * stride - pad
     left = torch.arange(y.shape[3], device=a.device) * stride - pad
@@ -365,7 +364,7 @@ POOLS = {"-".join(map(str, p)): p for p in [(3, 2, 1), (2, 2, 0), (3, 1, 1), (2,
 
 @covered(shape=[(1, 7, 12, 16), (2, 9, 8, 5)], dtype=DTYPES, pool=POOLS)
 def test_max_pool(shape: tuple[int, int, int, int], dtype: torch.dtype, pool: tuple[int, int, int]) -> None:
-    """Integers, so full of ties and of zeros: values, choices and gradients are PyTorch's, bit for bit."""
+    """Values, taps and gradients equal PyTorch's bit for bit on small integers, which have many ties and zeros."""
     hold_pool(shape, dtype, *pool)
 
 
@@ -407,7 +406,7 @@ def hold_pool(shape: tuple[int, int, int, int], dtype: torch.dtype, kernel: int,
 
 
 def test_max_pool_of_reals() -> None:
-    """Against float64: no ties here, so the choice is the same."""
+    """Random reals have no ties, so the taps must equal those of float64."""
     z = torch.randn(2, 7, 9, 24, device=DEVICE)
     scale, shift = torch.randn(24, device=DEVICE), torch.randn(24, device=DEVICE)
     y, tap = batch_norm.normalize_max_pool(z, scale, shift)
@@ -418,7 +417,7 @@ def test_max_pool_of_reals() -> None:
 
 
 def test_max_pool_nan() -> None:
-    """A NaN wins its windows, the last one where there are several, and gets their gradient."""
+    """A NaN is the maximum of its windows and gets their gradient; among several NaNs the last one does."""
     z = torch.randn(2, 8, 8, 8, device=DEVICE)
     z[0, 2, 3, :4] = float("nan")
     z[0, 3, 3, :2] = float("nan")
@@ -438,12 +437,9 @@ def test_max_pool_nan() -> None:
     assert_close_to_reference(g, leaf.grad)  # type: ignore[arg-type]
 
 
-# Exactness, NaN, reproducibility
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_integers_are_exact(dtype: torch.dtype) -> None:
-    """Every intermediate fits the dtype, so nothing may be off by even one bit."""
+    """Results on small integers are exact, because every intermediate value fits the dtype."""
 
     def integers(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.randint(-3, 4, shape, device=DEVICE).to(dtype)
@@ -469,7 +465,7 @@ def test_integers_are_exact(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("end", ["linear", "relu", "add", "project"])
 def test_bad_values_spread_as_in_stock(end: str, value: float) -> None:
-    """One bad value in z poisons its channel, and nothing else; one in dy likewise."""
+    """A NaN or infinity in z, dy or the shortcut reaches the same results as in PyTorch."""
     case = Case((2, 3, 5, 6), end=end)
     t = inputs(case)
     t["z"][1, 2, 3, 4] = value
@@ -482,7 +478,7 @@ def test_bad_values_spread_as_in_stock(end: str, value: float) -> None:
 
 
 def test_given_statistics_do_not_mix_in_z() -> None:
-    """With q = r = None an infinite z doesn't reach dz, as in stock eval mode."""
+    """With c_z = c_1 = None an infinite z doesn't reach dz, as in PyTorch's eval mode."""
     z = torch.full((1, 2, 2, 8), float("inf"), device=DEVICE)
     one = torch.ones(8, device=DEVICE)
     assert torch.equal(batch_norm.backward_apply(torch.ones_like(z), z, one, None, None), torch.ones_like(z))
@@ -509,7 +505,7 @@ def test_empty_batch() -> None:
 
 @pytest.mark.parametrize("seed", some_seeds(10))
 def test_fuzz(seed: int) -> None:
-    """Random sizes, dtypes, ends, means. To repeat one: -k 'test_fuzz[<seed>]'."""
+    """Random sizes, dtypes, shortcuts and means. The printed command repeats a failed case."""
     draw = random.Random(seed)
     K = draw.choice([1, 3, 8, 16, 40, 65, 72, 100])
     shape = (draw.randint(1, 4), draw.randint(1, 13), draw.randint(2, 13), K)
@@ -527,7 +523,7 @@ def wrong_normalize_kernel(
     z, scale, shift, residual, residual_scale, residual_shift, y, M, K_VECS, P, Q, H, W, C_VECS,
     RELU: tl.constexpr, STRIDE: tl.constexpr, VEC: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """Forgets the ReLU."""
+    """A `normalize_kernel` without the ReLU."""
     K = K_VECS * VEC
     row, channel = rows.tile_of(tl.program_id(0), K, BM, BK)
     valid = (row < M)[:, None] & (channel < K)[None, :]
@@ -539,7 +535,7 @@ def wrong_normalize_kernel(
 
 @triton.jit(do_not_specialize=["steps"])
 def wrong_statistics_kernel(z, partials, M, K_VECS, steps, VEC: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr):
-    """Counts the rows of the tail that are not there."""
+    """A `statistics_kernel` that counts the masked rows at the end."""
     K = K_VECS * VEC
     chunk = tl.program_id(0)
     row, channel = rows.tile_of(tl.program_id(1), K, BM, BK)
@@ -571,7 +567,7 @@ def test_a_wrong_kernel_is_caught(name: str, monkeypatch: pytest.MonkeyPatch) ->
 
 @gpu
 def test_beyond_int32() -> None:
-    """More than 2**31 elements: the last rows are as right as the first."""
+    """With more than 2**31 elements the last rows are right too."""
     N, K = 2**20 + 3, 2048
     z = torch.empty(N, 1, 1, K, dtype=torch.bfloat16, device=DEVICE).fill_(1)
     z[-2:] = 3
@@ -584,9 +580,6 @@ def test_beyond_int32() -> None:
     assert float(partials[:, 0, 0].double().sum()) == N + 4
     s = batch_norm.finish_statistics(batch_norm.statistics(z), None, None, EPS)
     assert relative_error(s.mean, torch.full_like(one, 1 + 4 / N).double()) < ROUNDING
-
-
-# What is refused
 
 
 def test_refusals() -> None:

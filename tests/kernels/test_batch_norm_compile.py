@@ -1,4 +1,4 @@
-"""The pointwise kernels as shipped, compiled for each GPU generation: what the binaries must and must not hold."""
+"""Compile the memory-bound kernels for each GPU generation and check instructions and registers of the binaries."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def calls(K: int, dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
-    """Every way the launchers are called, for activations of K channels."""
+    """Return calls that launch every specialisation of the kernels, for activations of K channels."""
     z = meta(N, P, Q, K, dtype=dtype)
     half = meta(N, 2 * P, 2 * Q, max(1, K // 2), dtype=dtype)
     pooled = meta(N, P // 2, Q // 2, K, dtype=dtype)
@@ -65,7 +65,7 @@ def calls(K: int, dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
 
 
 def finishing_calls(parameters: torch.dtype) -> dict[str, Callable[[], Any]]:
-    """The last stage of the reductions, which doesn't depend on the activations' dtype."""
+    """Return calls of the last stage of the reductions, which doesn't depend on the dtype of activations."""
     v, w = meta(64), meta(64, dtype=parameters)
     bn = batch_norm
     return {
@@ -94,8 +94,11 @@ def compiled(call: Callable[[], Any], sm: int) -> list[Binary]:
 
 
 def hold(name: str, K: int, dtype: torch.dtype, sm: int) -> None:
-    """No spills; 16 warps fit an SM's registers; where 8 divides K all traffic is 16 bytes a thread and
-    access, except taps (one byte a channel) and the few partials a reduction leaves."""
+    """Assert that a kernel has no spills and at most 128 registers, so that 16 warps fit on a multiprocessor.
+
+    If 8 divides K, all accesses must be 16 bytes per thread, except for taps (one byte per channel) and for the few
+    partials that a reduction writes.
+    """
     (binary,) = compiled(calls(K, dtype)[name], sm)
     check(binary, registers=128, matrix="", absent=FORBIDDEN)
     if K % 8:
@@ -110,7 +113,7 @@ def hold(name: str, K: int, dtype: torch.dtype, sm: int) -> None:
 
 FORBIDDEN = ("LDL", "STL", "ATOM", "ATOMG", "RED", "REDG")
 NAMES = list(calls(64, torch.bfloat16))
-# Each specialisation once on Hopper; elsewhere those with the most in flight.
+# Hopper compiles every specialisation, other GPUs these, which keep the most values in flight.
 HEAVY = [
     "statistics",
     "normalize max pool",

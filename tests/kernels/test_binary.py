@@ -1,4 +1,4 @@
-"""The reader of binaries sees what it is there to see: each fault below is made on purpose."""
+"""Test `tests/helpers/binary.py`, which inspects compiled kernels: it must find the faults that are built in here."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def gemm_kernel(
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     RELU: tl.constexpr, WAIT: tl.constexpr,
 ):  # fmt: skip
-    """y = x wᵀ for one tile. RELU: relu(x) instead, which brings wgmma's first operand into registers (RS)."""
+    """Compute one tile of y = x wᵀ. RELU: of relu(x) wᵀ, which puts wgmma's first operand into registers (RS)."""
     tl.assume(steps > 0)
     acc = tl.zeros((BM, BN), tl.float32)
     for k in range(steps):
@@ -25,14 +25,14 @@ def gemm_kernel(
         if RELU:
             x = tl.maximum(x.to(tl.float32), 0.0).to(x.dtype)
         acc = tl.dot(x, w_desc.load([0, k * BK]).T, acc)
-        if WAIT:  # no instruction, but the accumulator is needed now
+        if WAIT:  # emits no instruction, but reads the accumulator and so waits for wgmma
             acc = tl.inline_asm_elementwise("", "=f,0", [acc], dtype=tl.float32, is_pure=True, pack=1)
     y_desc.store([0, 0], acc.to(tl.bfloat16))
 
 
 @triton.jit
 def scale_kernel(x_ptr, y_ptr, size, factor, BLOCK: tl.constexpr):
-    """y = factor x"""
+    """Compute y = factor x."""
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(x_ptr + offsets, mask=offsets < size)
     tl.store(y_ptr + offsets, x * factor, mask=offsets < size)
@@ -70,7 +70,7 @@ def test_spill() -> None:
 
 
 def test_register_hazard() -> None:
-    """Triton 3.6 lets an RS wgmma's operand be overwritten in flight (triton#9433); waiting for each wgmma mends it."""
+    """Triton 3.6 overwrites the register operand of a wgmma in flight (triton#9433); waiting for wgmma avoids it."""
     binary = gemm(RELU=True)
     assert binary.matrix == {"HGMMA.64x128x16 RS": 8}
     with pytest.raises(AssertionError, match=r"hazard: instruction \d+, .* writes R\d+ while wgmma may read it"):
@@ -120,7 +120,7 @@ def test_arguments_are_named_once() -> None:
 
 
 def test_recorded_launch() -> None:
-    """A launch recorded on meta tensors compiles as it would on the GPU: types, divisibility, constants."""
+    """A launch recorded on meta tensors compiles with the types, divisibility and constants that a GPU would use."""
     x = torch.empty(4096, device="meta")
     with record() as launches:
         scale_kernel[(4,)](x, torch.empty_like(x), x.numel(), 2.0, BLOCK=1024, num_warps=8)

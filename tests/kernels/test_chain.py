@@ -1,4 +1,4 @@
-"""The bottleneck chain against its three convolutions, and its binaries."""
+"""Compare the bottleneck chain with its three convolutions, and check its binaries."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def plain(
 
 
 def hold(given: list[Tensor], tile: ChainTile | None = None) -> None:
-    """The chain's two results against float64, a few images at a time."""
+    """Compare both results of the chain with float64, a few images at a time to save memory."""
     got, (x, *_) = bottleneck_chain(*given, tile), given
     for part in pieces(len(x), 4 * x[0].numel()):
         some = [t[part] if name in ("x", "residual") else t for name, t in zip(NAMES, given, strict=True)]
@@ -72,12 +72,12 @@ def test_equals_three_convolutions(poisoned: None, N: int, H: int, W: int, C: in
 def test_nan_stays_where_its_window_reaches() -> None:
     given = operands(1, 8, 8, 16, torch.float16)
     given[0][0, 2, 2] = float("nan")
-    exact = plain(*(t.double().cpu() for t in given))  # a GPU's library may spread a NaN over a tile
+    exact = plain(*(t.double().cpu() for t in given))  # on the CPU: cuDNN may spread a NaN over a tile
     for got, want in zip(bottleneck_chain(*given), exact, strict=True):
         assert torch.equal(got.isnan().cpu(), want.isnan())
 
 
-def test_refuses_what_it_cannot_do() -> None:
+def test_refusals() -> None:
     given = operands(1, 4, 4, 16, torch.float16, "meta")
     cases = {
         "x must be bfloat16 or float16": [given[0].float(), *given[1:]],
@@ -98,7 +98,7 @@ def test_compiles_without_spills(C: int, size: int, sm: int, matrix: str) -> Non
     with record() as launches:
         bottleneck_chain(*operands(256, size, size, C, torch.bfloat16, "meta"))
     binary = launches[0].compile(sm)
-    # C7519 says that ptxas inserted a warpgroup.arrive of its own; wgmma is not serialised (that is C7515).
+    # C7519 means that ptxas inserted a warpgroup.arrive. It doesn't serialise wgmma; C7515 would mean that.
     binary = replace(binary, warnings=tuple(w for w in binary.warnings if "(C7519)" not in w))
     shared = gpu_of(torch.device("meta")).shared
     check(binary, matrix=matrix, present=("UTMALDG", "UTMASTG"), loop_absent=("STG", "LDL"), shared=shared)

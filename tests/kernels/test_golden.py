@@ -1,7 +1,7 @@
-"""Instruction counts of the kernels' main loops on sm_90, held to what they were: a compile that gets worse shows.
+"""Compare the instruction counts of the kernels' main loops on sm_90 with recorded ones, to detect worse compilation.
 
-The counts belong to one Triton version and stand in golden.json. `python tests/kernels/test_golden.py` writes them
-anew, to be done knowingly, with the reason in the commit.
+The counts are valid for one Triton version and are stored in golden.json. `python tests/kernels/test_golden.py`
+overwrites them. Do this only on purpose, and give the reason in the commit.
 """
 
 from __future__ import annotations
@@ -37,8 +37,7 @@ def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
 
 
 def launches() -> dict[str, Callable[[], Any]]:
-    """One launch of every kind of kernel at batch 256, in ResNet-50's stage 3 or its stem, as dispatch would ask for
-    it."""
+    """Return one call for each kind of kernel, mostly at batch 256 in ResNet-50's stages 1 and 3 and its stem."""
     x, wide = meta(N, SIZE, SIZE, C), meta(N, SIZE, SIZE, 4 * C)
     v, v4 = meta(C, dtype=torch.float32), meta(4 * C, dtype=torch.float32)
     spatial, expand = meta(C, 3, 3, C), meta(4 * C, 1, 1, C)
@@ -124,7 +123,7 @@ def launches() -> dict[str, Callable[[], Any]]:
 
 
 def counts(launch: Callable[[], Any]) -> list[int]:
-    """Instructions in the main loop (of the whole kernel where it has none) of each kernel launched."""
+    """Return the number of instructions in each kernel's main loop, or in the whole kernel if it has no loop."""
     with record() as recorded:
         launch()
     binaries = [one.compile(90) for one in recorded]
@@ -136,12 +135,12 @@ def counts(launch: Callable[[], Any]) -> list[int]:
 def test_main_loop_is_no_longer_than_it_was(name: str) -> None:
     golden = json.loads(FILE.read_text())
     if golden["triton"] != triton.__version__:
-        pytest.skip(f"the counts on record are of Triton {golden['triton']}, this is {triton.__version__}")
+        pytest.skip(f"the recorded counts are of Triton {golden['triton']}, this is {triton.__version__}")
     got, want = counts(launches()[name]), golden["counts"][name]
     assert len(got) == len(want)
-    for mine, recorded in zip(got, want, strict=True):
-        assert mine <= recorded * (1 + ALLOWED), f"{name}: {mine} instructions, {recorded} on record"
-        assert mine >= recorded * (1 - ALLOWED), f"{name}: {mine} instructions, {recorded} on record: write it anew"
+    for count, recorded in zip(got, want, strict=True):
+        assert count <= recorded * (1 + ALLOWED), f"{name}: {count} instructions, {recorded} recorded"
+        assert count >= recorded * (1 - ALLOWED), f"{name}: {count} instructions, {recorded} recorded: update it"
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Remembered launches: the second call of a launcher does what it would do if it decided everything again."""
+"""Test the cache of launches: a repeated call does the same as a call that runs the launcher in full."""
 
 from __future__ import annotations
 
@@ -32,8 +32,10 @@ DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 
 
 class Operands:
-    """Random tensors of one dtype, drawn anew for every call; vectors are fp32 and lie in one memory, as those of a
-    BatchNorm do."""
+    """Return new random tensors of one dtype on each call.
+
+    `vectors` returns fp32 vectors that are views of one tensor, like the vectors of a BatchNorm.
+    """
 
     def __init__(self, seed: int, dtype: torch.dtype) -> None:
         self.generator, self.dtype = torch.Generator().manual_seed(seed), dtype
@@ -197,35 +199,35 @@ def leaves(result: Any) -> Iterator[Tensor]:
 
 
 def decided() -> Any:
-    """Counts the calls that decide, within."""
+    """Return a mock that is called, in a `with` block, whenever a launcher runs in full."""
     return patch.object(launcher, "_record", wraps=launcher._record)
 
 
 @pytest.mark.interpret
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("name", CALLS)
-def test_the_second_call_gives_what_deciding_anew_gives(name: str) -> None:
+def test_a_repeated_call_gives_the_same_as_a_full_call(name: str) -> None:
     call, dtype = CALLS[name], torch.float16
     first = call(Operands(0, dtype))
     with decided() as deciding:
         second = call(Operands(1, dtype))
     assert not deciding.called
     with launcher.forgetful():
-        anew = call(Operands(1, dtype))
-    assert type(second) is type(anew)
-    tensors = [list(leaves(result)) for result in (first, second, anew)]
+        full = call(Operands(1, dtype))
+    assert type(second) is type(full)
+    tensors = [list(leaves(result)) for result in (first, second, full)]
     assert len(tensors[0]) == len(tensors[1]) == len(tensors[2]) > 0
     for old, new, wanted in zip(*tensors, strict=True):
         assert new.data_ptr() != old.data_ptr()
         assert (new.dtype, new.stride()) == (wanted.dtype, wanted.stride())
-        written = ~wanted.isnan()  # the stem's padding isn't
+        written = ~wanted.isnan()  # the stem doesn't write its padding
         assert torch.equal(new[written], wanted[written])
 
 
 @pytest.mark.interpret
 @pytest.mark.skipif(not INTERPRETED, reason="which of two kernels runs depends on the GPU")
 def test_the_calls_launch_every_kernel() -> None:
-    """None of them is `extra`: `make test` runs each kernel, whatever cases of other tests it leaves out."""
+    """`CALLS` launch every kernel, so `make test` runs each of them, although it skips cases of other tests."""
     launched = set()
 
     def note(recording: Any, *_: Any) -> None:
@@ -239,12 +241,14 @@ def test_the_calls_launch_every_kernel() -> None:
 
 
 @pytest.mark.compiles
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs those of the interpreter")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs the interpreter's tests instead")
 @pytest.mark.skipif(stub_cuda.unbuildable() is not None, reason=str(stub_cuda.unbuildable()))
 @pytest.mark.parametrize("name", CALLS)
-def test_the_driver_gets_what_it_gets_of_a_launch_anew(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Byte by byte, from a driver that runs nothing: the second call, and the same decided anew, on the same tensors
-    and with the same memory for what it takes."""
+def test_the_driver_gets_the_same_bytes_as_from_a_full_call(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A repeated call passes the same bytes to the driver as a full call with the same tensors and allocations.
+
+    The driver is a stub that records launches and runs nothing.
+    """
     taken: list[Tensor] = []
     drawn: list[Tensor] = []
     empty = torch.empty
@@ -263,7 +267,7 @@ def test_the_driver_gets_what_it_gets_of_a_launch_anew(name: str, monkeypatch: p
             len(launched),
             len(drawn),
             len(taken),
-        )  # all kept: the next call's lie elsewhere
+        )  # `drawn` and `taken` keep the tensors alive, so that the next call's have other addresses
         with decided() as deciding:
             CALLS[name](Operands(1, torch.bfloat16))
         assert not deciding.called
@@ -272,9 +276,9 @@ def test_the_driver_gets_what_it_gets_of_a_launch_anew(name: str, monkeypatch: p
         monkeypatch.setattr(torch, "empty", lambda *_, **__: next(memory))
         with launcher.forgetful():
             CALLS[name](Operands(1, torch.bfloat16))
-    first, second, anew = launched[:once], launched[once : 2 * once], launched[2 * once :]
+    first, second, full = launched[:once], launched[once : 2 * once], launched[2 * once :]
     assert once > 0
-    assert second == anew
+    assert second == full
     assert all(a.arguments != b.arguments for a, b in zip(first, second, strict=True))
 
 
@@ -288,7 +292,7 @@ def _kept(draw: Callable[..., Tensor], drawn: list[Tensor]) -> Callable[..., Ten
 
 @pytest.fixture
 def add() -> Callable[..., Tensor]:
-    """A launcher of a kernel that is none: it adds on the spot."""
+    """Return a launcher whose "kernel" is a Python function that adds two tensors."""
 
     class Kernel:
         def __getitem__(self, grid: Any) -> Callable[..., None]:
@@ -305,8 +309,8 @@ def add() -> Callable[..., Tensor]:
     return add
 
 
-def test_what_is_decided_again(add: Callable[..., Tensor]) -> None:
-    """Everything that a launcher may decide by: shape, dtype, strides, alignment, which tensors are the same."""
+def test_what_makes_a_launcher_run_in_full(add: Callable[..., Tensor]) -> None:
+    """A launcher runs in full if a shape, dtype, stride, alignment or the identity of tensors is new."""
     a, b = torch.arange(16.0), torch.ones(16)
 
     def decides(*args: Any, **kwargs: Any) -> bool:
@@ -340,11 +344,11 @@ def test_what_is_not_remembered(add: Callable[..., Tensor], monkeypatch: pytest.
     assert torch.equal(add(a, b), a + b)
     with pytest.raises(ValueError, match="shapes differ"):
         add(a, b[:4])
-    assert torch.equal(add(a, b, [16]), a + b), "a list is no key"
-    assert torch.equal(add(a, b), a + b), "an error leaves nothing behind"
+    assert torch.equal(add(a, b, [16]), a + b), "a list is not hashable"
+    assert torch.equal(add(a, b), a + b), "an error leaves nothing in the cache"
     launcher.forget()
     meta = torch.empty(16, device="meta")
-    monkeypatch.setattr(launcher, "_Call", None)  # would fail
+    monkeypatch.setattr(launcher, "_Call", None)  # recording a call would fail
     add(meta, meta)
 
 
@@ -355,8 +359,8 @@ def test_memory_is_bounded(add: Callable[..., Tensor], monkeypatch: pytest.Monke
         assert len(launcher._calls) <= 3
 
 
-def test_views_that_could_lie_in_either_of_two_tensors() -> None:
-    """One argument within another: an address between them says nothing about whose it is."""
+def test_ambiguous_views_are_not_remembered() -> None:
+    """A call isn't remembered if a result may be a view of either of two overlapping arguments."""
 
     @launcher.remembered
     def first_half(whole: Tensor, part: Tensor) -> Tensor:

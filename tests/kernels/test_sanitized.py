@@ -1,8 +1,8 @@
-"""Every kernel at small sizes, for a sanitizer to watch: `tests-memcheck` and `tests-racecheck` of bench/gpu.py.
+"""Run every kernel at small sizes under `compute-sanitizer`: `tests-memcheck` and `tests-racecheck` of bench/gpu.py.
 
-On Hopper the products of a tile of 16 rows are mma, those of 64 wgmma, so there are both. The checks are those of the
-kernels' own tests, but what convolves for a reference does it on the CPU: watched, a library's kernels would take most
-of the time.
+Tiles have 16 and 64 rows, because on Hopper they compile to mma and wgmma respectively. The checks are those of the
+kernels' other tests. Reference convolutions run on the CPU, because the sanitizer would spend most of its time in the
+library's kernels.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def block(end: str) -> None:
 
 
 def cases() -> Iterator[Any]:
-    """The kernel a case is for, and what launches it."""
+    """Yield pytest parameters: the name of a kernel, and a function that launches and checks it."""
 
     def case(kernel: str, what: str, run: Callable[..., None], *given: Any) -> Any:
         return pytest.param(kernel, partial(run, *given), id=f"{kernel}, {what}")
@@ -134,7 +134,7 @@ CASES = [*cases()]
 
 
 class Noted:
-    """A kernel that says when it is launched."""
+    """A wrapper of a kernel that adds its name to `launched` on each launch."""
 
     def __init__(self, kernel: Any, launched: set[str]) -> None:
         self.kernel, self.launched = kernel, launched
@@ -184,8 +184,8 @@ def test_every_kernel_is_there() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.interpret
-@pytest.mark.skipif("PYTORCH_NO_CUDA_MEMORY_CACHING" not in os.environ, reason="bench/gpu.py sets it where one watches")
+@pytest.mark.skipif("PYTORCH_NO_CUDA_MEMORY_CACHING" not in os.environ, reason="bench/gpu.py sets it under a sanitizer")
 def test_a_sanitizer_watches() -> None:
-    """One that did not reach this process would report nothing, too."""
+    """The sanitizer is loaded into this process; if it weren't, it would report no errors either."""
     torch.zeros(1, device="cuda")
     assert "libsanitizer-collection" in Path("/proc/self/maps").read_text()

@@ -1,6 +1,6 @@
-"""The option-A shortcut against its meaning (`ops.reference`): values, layouts, derivatives, graphs, errors.
+"""Compare the option-A shortcut with `ops.reference`: values, layouts, derivatives, graphs, errors.
 
-On the CPU and, with a GPU, on CUDA; through the kernels of csrc/ and through the ATen bodies below them.
+The tests run on the CPU and on a GPU, if there is one, with the kernels of csrc/ and with their ATen fallbacks.
 """
 
 from __future__ import annotations
@@ -65,25 +65,25 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 
 @pytest.fixture(autouse=True, scope="module")
 def _kernels() -> None:
-    """The CPU kernel is built and loaded before the first test, so that none passes on the ATen body by accident."""
+    """Build and load the CPU kernel before the first test, so that no test runs the ATen fallback by accident."""
     if os.environ.get("FASTRES_CUDA_EXT") != "0":
         assert extension.load("cpu"), extension.status().reason
 
 
 def integers(shape: tuple[int, ...], dtype: torch.dtype, device: str = "cpu") -> Tensor:
-    """Small integers: sums are exact in every dtype, and zeros of the sum are frequent."""
+    """Return small random integers, whose sums are exact in every dtype and often zero."""
     return torch.randint(-4, 5, shape, device=device).to(dtype)
 
 
 def tensors(case: Case, dtype: torch.dtype, layout: str, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
-    """y, x and a gradient of the output."""
+    """Return y, x and a gradient of the output."""
     arrange = LAYOUTS[layout]
     x = arrange(integers((case.N, case.C, case.H, case.W), dtype, device))
     return arrange(integers(case.out, dtype, device)), x, arrange(integers(case.out, dtype, device))
 
 
 def same(actual: Tensor, expected: Tensor) -> None:
-    """Equal, NaN for NaN. (The sign of a zero is relu's own choice: PyTorch's differs between its code paths.)"""
+    """Assert equal values; NaN equals NaN, and 0 equals -0, whose sign differs among PyTorch's own ReLU kernels."""
     torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
 
 
@@ -115,7 +115,7 @@ def bodies(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> B
 
 @pytest.fixture
 def poisoned_empty(poisoned: None) -> Iterator[None]:
-    """Uninitialised memory is NaN, in Python and in what C++ asks of the dispatcher."""
+    """Fill uninitialised memory with NaN, allocated from Python or from C++ through the dispatcher."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     assert torch.utils.deterministic.fill_uninitialized_memory
     yield
@@ -123,7 +123,7 @@ def poisoned_empty(poisoned: None) -> Iterator[None]:
 
 
 def expected_of(case: Case, y: Tensor, x: Tensor, grad: Tensor) -> list[Tensor]:
-    """pad_shortcut and its dx, pad_shortcut_add_relu and its dy, dx: by the reference and its autograd."""
+    """Return the reference's pad_shortcut and its dx, then pad_shortcut_add_relu and its dy and dx by autograd."""
     y, x = y.detach().clone().requires_grad_(), x.detach().clone().requires_grad_()
     pad = reference.pad_shortcut(x, case.stride, case.K)
     fused = reference.pad_shortcut_add_relu(y, x, case.stride)
@@ -179,7 +179,7 @@ def test_mixed_layouts(bodies: Bodies, device: str) -> None:
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", shortcut.DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 def test_special_values(bodies: Bodies, dtype: torch.dtype, device: str) -> None:
-    """Every pair of NaN, infinities, both zeros, tiny, huge and sums that overflow or round."""
+    """All pairs of NaN, infinities, both zeros, tiny and huge values, whose sums may overflow or round."""
     info = torch.finfo(dtype)
     nan, inf = float("nan"), float("inf")
     values = [nan, inf, -inf, 0.0, -0.0, info.tiny, -info.tiny, info.max, info.min, 1.0, -1.0, 1 + info.eps, info.eps]
@@ -207,7 +207,7 @@ def test_error_against_float64(dtype: torch.dtype, device: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize(("net", "batch"), [("paper-34-A", 256), ("cifar-110", 128)])
 def test_every_shortcut_of_the_nets(net: str, batch: int, dtype: torch.dtype, layout: str, device: str) -> None:
-    """At the nets' own sizes; on the CPU with few images."""
+    """The sizes of the nets' shortcuts, with two images on the CPU."""
     assert extension.load(device), extension.status().reason
     batch = batch if device == "cuda" else 2
     sizes = {"paper-34-A": [(64, 56), (128, 28), (256, 14)], "cifar-110": [(16, 32), (32, 16)]}[net]
@@ -236,7 +236,7 @@ def test_fuzz(bodies: Bodies, device: str) -> None:
 
 
 def test_threads_agree() -> None:
-    """Large enough to be split among threads; every number of them gives the same."""
+    """Results of a tensor that is large enough for several threads don't depend on their number."""
     threads = torch.get_num_threads()
     case = Case(4, 40, 31, 30, 80, 2)
     try:
@@ -256,7 +256,7 @@ def test_threads_agree() -> None:
 
 @pytest.mark.gpu
 def test_more_elements_than_int32_counts() -> None:
-    """x has 2^32 elements, which takes the 64-bit kernels; looked at where the offsets are largest."""
+    """x has 2^32 elements, which selects the 64-bit kernels. The rows with the largest offsets are checked."""
     if torch.cuda.get_device_properties(0).total_memory < 40 << 30:
         pytest.skip("needs 40 GB")
     x = torch.randint(-4, 5, (1, 4, 32768, 32768), dtype=torch.int8, device="cuda").to(torch.bfloat16)
@@ -271,12 +271,9 @@ def test_more_elements_than_int32_counts() -> None:
     assert not dx[:, 3, -18:, 1::2].any()
 
 
-# Derivatives.
-
-
 @pytest.fixture
 def smooth() -> tuple[Tensor, Tensor]:
-    """y, x in float64, their sum away from relu's kink."""
+    """Return y and x in float64 whose sum is not near 0, where ReLU has no derivative."""
     y, x = torch.randn(2, 4, 3, 2, dtype=torch.float64), torch.randn(2, 3, 5, 4, dtype=torch.float64)
     y = y + 0.1 * torch.sign(y + reference.pad_shortcut(x, 2, 4))
     return y.requires_grad_(), x.requires_grad_()
@@ -302,7 +299,7 @@ def cubes(f: Callable[..., Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
 
 @pytest.mark.parametrize("through", ["function", "op"])
 def test_functorch(smooth: tuple[Tensor, Tensor], through: str) -> None:
-    """Transforms and their nestings, where a custom operator easily returns zeros in silence."""
+    """Nested functorch transforms equal the reference's; a custom operator may easily return zeros in them silently."""
     func = torch.func
     y, x = (t.detach() for t in smooth)
     tangents = torch.randn_like(y), torch.randn_like(x)
@@ -336,7 +333,7 @@ def test_forward_mode_outside_functorch(smooth: tuple[Tensor, Tensor]) -> None:
             assert torch.autograd.forward_ad.unpack_dual(f(dual)).tangent is not None
 
 
-def test_saves_the_output_and_nothing_else() -> None:
+def test_only_the_output_is_saved() -> None:
     saved: list[Tensor] = []
     y, x = torch.randn(2, 6, 4, 4, requires_grad=True), torch.randn(2, 3, 8, 8, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
@@ -347,7 +344,7 @@ def test_saves_the_output_and_nothing_else() -> None:
 
 
 def test_inputs_changed_after_the_forward() -> None:
-    """Neither input is needed by the backward, so both may be overwritten; the output may not."""
+    """Backward needs neither input, so both may be overwritten. Overwriting the output raises."""
     y, x = torch.randn(2, 6, 4, 4, requires_grad=True), torch.randn(2, 3, 8, 8, requires_grad=True)
     a, b = y * 1, x * 1
     out = pad_shortcut_add_relu(a, b, 2)
@@ -359,9 +356,6 @@ def test_inputs_changed_after_the_forward() -> None:
     out.add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         out.sum().backward()
-
-
-# The operators as PyTorch sees them.
 
 
 @pytest.mark.parametrize("layout", ["nchw", "nhwc"])
@@ -377,7 +371,7 @@ def test_opcheck(layout: str) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_fake_has_the_kernels_strides(layout: str) -> None:
-    """opcheck doesn't compare strides of size-1 dimensions or on the CPU; compiled graphs rely on them."""
+    """Fake tensors have the kernels' strides, on which compiled graphs rely. opcheck doesn't compare all strides."""
     for case in CASES:
         y, x, grad = tensors(case, torch.float32, layout)
         with torch._subclasses.FakeTensorMode() as mode:
@@ -460,8 +454,6 @@ def test_without_gradients(mode: Callable[[], Any]) -> None:
         assert not pad_shortcut(x.requires_grad_(), 2, 7).requires_grad
 
 
-# Errors. Through the public functions, and from the kernels for who calls the operators.
-
 X, Y = torch.zeros(2, 3, 9, 8), torch.zeros(2, 6, 5, 4)
 
 
@@ -510,7 +502,7 @@ assert "off by FASTRES_CUDA_EXT=0" in extension.status().reason
 
 
 def test_switched_off(tmp_path: Any) -> None:
-    """FASTRES_CUDA_EXT=0: the dispatcher finds the ATen bodies, same numbers, nothing built."""
+    """With FASTRES_CUDA_EXT=0 the operators run their ATen fallbacks, give the same values and build nothing."""
     environment = {**os.environ, "FASTRES_CUDA_EXT": "0", "FASTRES_CACHE_DIR": str(tmp_path)}
     done = subprocess.run(
         [sys.executable, "-W", "error::RuntimeWarning", "-c", SWITCHED_OFF],

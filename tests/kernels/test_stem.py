@@ -1,6 +1,6 @@
-"""The stem's kernels over packed images against float64: forward by boxes and by pointers, and the filters' gradient.
+"""Compare the stem's kernels with float64: forward by TMA boxes and by pointers, and the gradient of the filters.
 
-On a CPU they are interpreted, in float32 and float16; on a GPU the same tests run in bfloat16, too.
+On a CPU the kernels are interpreted, in float32 and float16. On a GPU the tests also run in bfloat16.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ WGRAD = {
 
 
 def drawn(p: ConvProblem, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Images [N, C, H, W] in an odd layout, filters and an output's gradient, whose sums are about 1."""
+    """Return random images [N, C, H, W] in an unusual layout, filters scaled to outputs of about 1, and dz."""
     images = torch.randn(p.N, p.W, p.C, p.H, device=DEVICE).permute(0, 2, 3, 1)
     w = torch.randn(p.K, p.R, p.S, p.C, device=DEVICE) / p.gemm("fprop").k ** 0.5
     dz = torch.randn(p.N, p.P, p.Q, p.K, device=DEVICE)
@@ -158,8 +158,11 @@ def test_a_wrong_kernel_fails(kernel: str, wrong: dict[str, Any], monkeypatch: p
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
-def test_steps_of_a_net_take_it(dtype: torch.dtype) -> None:
-    """In inference, forward and backward, whether dz is given, scaled by a frozen BatchNorm or yet to be computed."""
+def test_a_conv_bn_pair_uses_the_stem(dtype: torch.dtype) -> None:
+    """A conv-BN pair uses the stem's kernels in inference, forward and wgrad.
+
+    In wgrad, dz is given, or scaled by a frozen BatchNorm, or computed from g and z.
+    """
     p = PROBLEMS["7x7"]
     images, w, dz = drawn(p, dtype)
     x = images.permute(0, 2, 3, 1).contiguous()
@@ -182,7 +185,7 @@ def test_steps_of_a_net_take_it(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("tile", FPROP.values(), ids=FPROP)
 def test_pixels_that_are_infinite(tile: Tile) -> None:
-    """They reach the windows they stand in, on either side of a filter, and no other: padding stays zero."""
+    """An infinite pixel reaches exactly the windows that contain it, including the unused columns next to a filter."""
     problem = PROBLEMS["7x7"]
     images, w, _ = drawn(problem, torch.float16)
     for column in (4, 5):
@@ -205,7 +208,10 @@ def test_empty_batch() -> None:
 
 
 def test_without_overlapping_boxes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A driver that refuses them is asked once; for a tile with a box it is an error, as is all else."""
+    """If the driver rejects overlapping boxes, the default tile falls back to pointers and TMA isn't tried again.
+
+    A tile with a box raises instead, and so does any other error of the driver.
+    """
     problem, asked, message = PROBLEMS["7x7"], [], "Triton Error [CUDA]: out of memory"
 
     def refuse(*_: Any, **__: Any) -> None:
