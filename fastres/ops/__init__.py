@@ -1,7 +1,8 @@
-"""Fused operations. Start at `reference`, which says what each one means in plain PyTorch.
+"""Fused operations. Start reading at `reference`, which defines each operation in plain PyTorch.
 
-`block` has the calls that models make, `eligibility` says which of them may run fused, `dispatch` by what. Blocks and
-option A's shortcut are operators, too (`operators`, `shortcut`), from the import on. docs/architecture.md is the map.
+`block` has the functions that models call, `eligibility` decides whether a call may run fused, and `dispatch` chooses
+the engine that computes it. Importing this package registers blocks and the option-A shortcut as PyTorch operators
+(`operators`, `shortcut`). docs/architecture.md gives an overview.
 """
 
 from fastres.ops import operators as operators

@@ -1,4 +1,4 @@
-"""One block's walk back, from its last BatchNorm to its input."""
+"""The backward pass of one block, from its last BatchNorm to its input."""
 
 from __future__ import annotations
 
@@ -17,12 +17,15 @@ from fastres.ops.side_stream import SideStream
 
 @dataclass
 class Backward:
-    """g_i is the gradient at BN i's output with the ReLU's mask applied; dz_i = c_g g_i + c_z z_i + c_1. A gradient
-    that nobody needs is not computed.
+    """The backward pass of one block; `run` returns its gradients. Gradients that aren't required are not computed.
 
-    out: the block's output, where its end reads it. parameters: filters, BN weight, BN bias a pair; needs: which of
-    them want a gradient. end_below: the BatchNorms at the end of the block that x came from, where that block's
-    backward follows; its mask and sums are then taken with dx.
+    g_i is the gradient at the output of BatchNorm i with the ReLU mask applied, and dz_i = c_g g_i + c_z z_i + c_1 is
+    the gradient at its input.
+
+    out: the block's output [N, P, Q, K], if its end reads it. taps: the pool's taps, if the block ends in a pool.
+    parameters: (filters, BN weight, BN bias) of each pair; needs: which of them require a gradient. end_below: the
+    BatchNorms that end the previous block, if that block's backward follows. Then dx may be returned with that block's
+    ReLU mask applied and the partial sums of those BatchNorms.
     """
 
     pairs: Sequence[ConvBN]
@@ -36,8 +39,11 @@ class Backward:
     end_below: EndNorms | None = None
 
     def run(self, dout: Gradient) -> tuple[Gradient | None, list[Tensor | None]]:
-        """dx, and one gradient per parameter, each None where nobody needs it. A filter's gradient in another
-        dtype stays so, [K, C/groups, R, S], for `layout.cast_gradients`."""
+        """Return dx and one gradient for each parameter, with None for each that isn't required.
+
+        dout: the gradient at the block's output. A filter gradient [K, C/groups, R, S] may have another dtype than its
+        parameter; `layout.cast_gradients` casts it later, together with others.
+        """
         self.grads: list[Tensor | None] = [None] * len(self.parameters)
         device = self.kept.x.device
         overlap = self.pairs[0].engines.fusions.overlap and SideStream.serves(device)
@@ -50,7 +56,7 @@ class Backward:
 
     def _run(self, dout: Gradient) -> Gradient | None:
         i = len(self.pairs) + self.end.last
-        # Without bn dz is stored; else dz means g, and c_g g + c_z z + c_1 is computed on load.
+        # If bn is None, `dz` is the stored dz. Else it is g, and dgrad and wgrad compute c_g g + c_z z + c_1 on load.
         dz, bn, dx_proj = self._end(i, dout)
         while dz is not None and i > 0:
             pair, kept, below = self.pairs[i], self.kept.pairs[i], self.kept.pairs[i - 1]
@@ -74,10 +80,11 @@ class Backward:
         return self._into_input(dz, bn, dout, dx_proj) if self.needs_x else None
 
     def _end(self, i: int, dout: Gradient) -> tuple[Tensor | None, OnLoad, Tensor | None]:
-        """dz of the main branch's last pair (None where no convolution needs it) and its bn, and the projection's
+        """Return dz of the main branch's last pair (None if no convolution requires it), its bn, and the projection's
         share of dx.
 
-        Still to be masked by the saved output, g costs a third tensor: dz is written once and read twice instead.
+        dz is computed on load only if g is masked already and there is no projection. An unmasked g would make dgrad
+        and wgrad each read a third tensor, the mask; instead dz is written once and read twice.
         """
         pair, last, projection = self.pairs[i], self.kept.pairs[i], self.kept.pairs[-1]
         dy, sums = dout
@@ -101,15 +108,15 @@ class Backward:
         return dz, None, self.pairs[-1].dgrad(dz_proj, projection.w, None) if self.needs_x else None
 
     def _needed_below(self, i: int) -> bool:
-        """Whether anything before pair i's convolution wants a gradient."""
+        """Return whether anything before pair i's convolution requires a gradient."""
         return self.needs_x or any(self.needs[: 3 * i])
 
     def _needed_at(self, i: int) -> bool:
-        """Whether pair i's dgrad or wgrad is needed."""
+        """Return whether pair i's dgrad or wgrad is required."""
         return self._needed_below(i) or self.needs[3 * i]
 
     def _bn(self, i: int, partials: Tensor) -> BNBackward:
-        """Store dweight and dbias of BN i; return what makes dz of g."""
+        """Store dweight and dbias of BN i, if required; return the coefficients that turn g into dz."""
         pair, kept = self.pairs[i], self.kept.pairs[i]
         weight, count = self.parameters[3 * i + 1], pair.problem.pixels
         dweight, dbias, *coefficients = pair.passes.finish_backward(
@@ -133,7 +140,7 @@ class Backward:
         return like_parameter(dw, weight) if dw.dtype == weight.dtype else nchw(dw)
 
     def _into_input(self, dz: Tensor, bn: OnLoad, dout: Gradient, dx_proj: Tensor | None) -> Gradient:
-        """dx: the first convolution's share plus the shortcut's."""
+        """Return dx: the first convolution's share plus the shortcut's."""
         pair, w = self.pairs[0], self.kept.pairs[0].w
 
         def dgrad(joins: bool = True, **residual: Any) -> Gradient:

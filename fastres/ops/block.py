@@ -1,15 +1,17 @@
-"""Residual blocks, plain blocks and the stem as differentiable calls: the meaning is `reference`'s, the speed is here.
+"""Residual blocks, plain blocks and the stem as fused, differentiable functions; `reference` defines what they compute.
 
-Consecutive blocks, a stage or one alone, are one call with their borders fused. Forward, a block's end
-relu(BN(z) + shortcut) is left to the next block's first convolution, which may compute it while loading. Backward, the
-gradient that leaves a block may already be masked, and the sums of the end before it taken. A `Border` does the same
-between two stages, whose calls stay two: so a stage's tensors are given back, and its gradients are ready, before the
-backward of the stage before it begins.
+Consecutive blocks (one stage, or a single block) are one autograd node, fused across the blocks. In the forward, the
+end of a block, relu(BN(z) + shortcut), is left to the next block's first convolution, which may compute it on load. In
+the backward, the gradient that a block passes to the previous one may already be masked by that block's last ReLU, with
+the partial sums of its last BatchNorms computed. A `Border` does the same between two stages. Stages remain separate
+autograd nodes, so that a stage's saved tensors are freed and its gradients are ready before the backward of the
+previous stage begins.
 
-What is kept for backward stands in `ends.BlockKept` and `conv_bn.Kept`; `_Blocks.forward` saves it with the input as
-it was given, the parameters, the output where its end reads it, and a pool's taps. The activation between two
-convolutions, a = relu(scale z + shift), is computed from z again wherever it is read, unless the fusion
-`keep_activation` keeps it. With the fusion `recompute` so are the inputs of all blocks but the first, one pass each.
+`ends.BlockKept` and `conv_bn.Kept` list the tensors that are saved for backward. `_Blocks.forward` saves them together
+with the original input, the parameters, the output if the end's backward reads it, and a pool's taps. The activation
+between two convolutions, a = relu(scale z + shift), is recomputed from z wherever it is read, unless the fusion
+`keep_activation` saves it. With the fusion `recompute`, the inputs of all blocks but the first are recomputed, too, in
+one elementwise pass each.
 """
 
 from __future__ import annotations
@@ -31,33 +33,74 @@ from fastres.ops.layout import Geometry, cast_gradients, dense, krsc, nchw, nhwc
 from fastres.ops.reference import EndNorms
 
 Pair = tuple[Any, Any]  # (conv, norm): modules
-Block = tuple[Sequence[Pair], End]  # a projection's pair behind the others
+Block = tuple[Sequence[Pair], End]  # a projection's pair comes last
 
 
 def residual_block(x: Tensor, pairs: Sequence[Pair], shortcut: nn.Module | None) -> Tensor:
-    """relu(F(x) + shortcut(x)) with F the (conv, norm) `pairs`, ReLU between them. Equivalent to
-    `reference.residual_block`.
+    """Run a residual block, fused: relu(F(x) + shortcut(x)), where F is the conv-BN `pairs` with ReLU between them.
 
-    x [N, C, H, W] of a dtype that `eligibility.serves`; ask it first. shortcut: None, `Sequential(conv, norm)` or a
-    `PadShortcut`. Raises ValueError as `nn.BatchNorm2d` does where batch statistics would be taken of a single value.
+    x: [N, C, H, W]; call this only if `eligibility.serves` accepts the call. pairs: (`nn.Conv2d`, `nn.BatchNorm2d`) in
+    order. shortcut: None (the identity), `nn.Sequential(conv, norm)` (a projection) or a `PadShortcut` (option A).
+    Returns [N, K, P, Q], channels_last, in autocast's dtype if autocast is on, else in x's. In training mode this
+    updates the running statistics.
+
+    Equivalent to `reference.residual_block`:
+
+        y = nn.Sequential(*pairs[0])(x)
+        for conv, norm in pairs[1:]:
+            y = norm(conv(F.relu(y)))
+        y = F.relu(y + (x if shortcut is None else shortcut(x)))
+
+    Raises ValueError, as `nn.BatchNorm2d` does, if batch statistics would be computed from one value per channel, and
+    RuntimeError if a CUDA graph captures a BatchNorm with momentum=None in training.
+
+    Source: the ResNet paper, equations 1 and 2.
     """
     return _run(x, [_residual(pairs, shortcut)])
 
 
 def plain_block(x: Tensor, pairs: Sequence[Pair]) -> Tensor:
-    """relu(F(x)): the block of a net without shortcuts. Equivalent to `reference.plain_block`."""
+    """Run a block of a net without shortcuts, fused: relu(F(x)), where F is the conv-BN `pairs` with ReLU between them.
+
+    x, pairs, result and errors are those of `residual_block`.
+
+    Equivalent to `reference.plain_block`:
+
+        for conv, norm in pairs:
+            x = F.relu(norm(conv(x)))
+
+    Source: the ResNet paper, section 3.3 (plain network).
+    """
     return _run(x, [(pairs, Relu())])
 
 
 def stem(x: Tensor, conv: nn.Module, bn: nn.Module, pool: nn.Module) -> Tensor:
-    """maxpool(relu(bn(conv(x)))). Equivalent to `reference.stem`."""
+    """Run the stem of a net, fused: x [N, C, H, W] -> [N, K, U, V], channels_last; errors as `residual_block`.
+
+    If no kernel serves the sizes of `pool` (`eligibility.pool_sizes`), the modules run one by one.
+
+    Equivalent to `reference.stem`:
+
+        pool(F.relu(bn(conv(x))))
+
+    Source: the ResNet paper, Table 1 (conv1 and the max pool of conv2_x).
+    """
     sizes = eligibility.pool_sizes(pool)
     return reference.stem(x, conv, bn, pool) if sizes is None else _run(x, [([(conv, bn)], Pool(*sizes))])
 
 
 def stages(x: Tensor, of_stages: Sequence[Sequence[tuple[Sequence[Pair], nn.Module | None]]]) -> Tensor:
-    """Stages, each a list of blocks (pairs, shortcut) as `residual_block` takes them, one after the other on x
-    [N, C, H, W]; for a forward that needs gradients."""
+    """Run stages one after another on x [N, C, H, W], fused across their blocks, in a forward that needs gradients.
+
+    Each stage is a list of blocks (pairs, shortcut); a block's arguments, result and errors are those of
+    `residual_block`. Call this only for as many stages as `eligibility.serves_stages` returns.
+
+    Equivalent to:
+
+        for stage in of_stages:
+            for pairs, shortcut in stage:
+                x = residual_block(x, pairs, shortcut)
+    """
     before = None
     for i, blocks in enumerate(of_stages):
         after = Border() if i + 1 < len(of_stages) else None
@@ -75,10 +118,12 @@ def _residual(pairs: Sequence[Pair], shortcut: nn.Module | None) -> Block:
 
 @dataclass(frozen=True)
 class Call:
-    """One block's forward but for its tensors. Engines are bound already: autograd runs backward on threads that don't
-    see `dispatch`'s contexts."""
+    """Everything about one block's call except its input and parameters.
 
-    pairs: tuple[ConvBN, ...]  # a projection's behind the others
+    The engines are bound already, because autograd runs the backward on threads that don't see `dispatch`'s contexts.
+    """
+
+    pairs: tuple[ConvBN, ...]  # a projection's comes last
     buffers: tuple[Buffers, ...]
     end: End
 
@@ -88,25 +133,31 @@ class Call:
         return len(self.pairs) + self.end.last + 1
 
     def read(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """x [N, C, H, W] as the first convolution takes it, [N, H, W, C]: contiguous in `dtype`, or for a stem
-        that packs its images a view of x as it is."""
+        """Return x [N, C, H, W] as the first convolution reads it, [N, H, W, C].
+
+        It is contiguous in `dtype`. Exception: a stem that packs its images takes any strides and dtype, so for it this
+        is a view of x (a copy only if x's negative bit is set).
+        """
         packs = isinstance(self.end, Pool) and self.pairs[0].engines.fprop == "stem"
         return x.resolve_neg().permute(0, 2, 3, 1) if packs else dense(x, dtype)
 
     def pending(self, kept: BlockKept) -> Pending:
-        """The block's output, whose convolutions are done."""
+        """Return the block's output as a `Pending`, computable once the block's convolutions are done."""
         return self.end.pending(self.pairs, kept)
 
     @property
     def words(self) -> tuple[Any, ...]:
-        """The static arguments of the operator `conv_bn_act`."""
+        """The non-tensor arguments of the operator `conv_bn_act`: geometry, eps, momentum, training, end and sizes."""
         sizes = [size for pair in self.pairs for size in pair.geometry]
         eps, momentum = [pair.eps for pair in self.pairs], [each.momentum for each in self.buffers]
         training = [pair.batch_statistics for pair in self.pairs]
         return sizes, eps, momentum, training, self.end.word, list(self.end.sizes)
 
     def definition(self, x: Tensor, parameters: Sequence[Any]) -> Tensor:
-        """The block in plain PyTorch, as autograd sees it without this file; moves no running statistics."""
+        """Run the block in plain PyTorch, so that autograd can differentiate it any number of times.
+
+        x is [N, C, H, W]. Running statistics are not updated.
+        """
 
         def plain(i: int) -> reference.Pair:
             (filters, weight, bias), pair, buffers = parameters[3 * i : 3 * i + 3], self.pairs[i], self.buffers[i]
@@ -124,9 +175,12 @@ class Call:
 
 
 def bound(shape: Sequence[int], statics: Sequence[tuple[Any, ...]], end: End, *facts: Any) -> tuple[ConvBN, ...]:
-    """The pairs of a block on x of `shape` [N, C, H, W], bound to their engines. statics: for each pair the filters'
-    shape [K, C/groups, R, S], geometry, eps, and whether it takes the batch's statistics. facts: dtype, device and
-    `dispatch.choice`. Raises ValueError as `nn.BatchNorm2d` does where these would be taken of a single value."""
+    """Return the pairs of a block on x of `shape` [N, C, H, W], bound to their engines.
+
+    statics: for each pair (filter shape [K, C/groups, R, S], geometry, eps, whether it uses batch statistics). facts:
+    dtype, device and `dispatch.choice`. Raises ValueError, as `nn.BatchNorm2d` does, if batch statistics would be
+    computed from one value per channel.
+    """
     n, _, *first = shape
     pairs: list[ConvBN] = []
     for i, static in enumerate(statics):
@@ -140,8 +194,10 @@ def bound(shape: Sequence[int], statics: Sequence[tuple[Any, ...]], end: End, *f
 
 
 def _prepare(shape: Sequence[int], blocks: Sequence[Block], *facts: Any) -> tuple[tuple[Call, ...], list[Any]]:
-    """The calls on an x of `shape` [N, C, H, W], and their parameters: filters, BN weight, BN bias a pair. facts: as of
-    `bound`."""
+    """Return a `Call` for each block on x of `shape` [N, C, H, W], and the flat list of their parameters.
+
+    The list has (filters, BN weight, BN bias) for each pair. facts: as for `bound`.
+    """
     calls, parameters = [], []
     for modules, end in blocks:
         statics: list[tuple[Any, ...]] = []
@@ -170,7 +226,7 @@ def _run(x: Tensor, blocks: Sequence[Block], before: Border | None = None, after
     choice = dispatch.choice(dtype, x.device)
     calls, parameters = _prepare(x.shape, blocks, dtype, x.device, choice)
     with torch.autocast(x.device.type, enabled=False):
-        if torch._C._len_torch_dispatch_stack():  # a mode (FlopCounterMode) sees operators, not kernels
+        if torch._C._len_torch_dispatch_stack():  # a dispatch mode (FlopCounterMode) must see operators
             for call, own in zip(calls, _split(calls, parameters, 3), strict=True):
                 x = _by_operator(call, x.to(dtype), own)
             return x
@@ -183,7 +239,7 @@ def _run(x: Tensor, blocks: Sequence[Block], before: Border | None = None, after
 
 
 def _split(calls: Sequence[Call], tensors: Sequence[Any], per_pair: int) -> list[Sequence[Any]]:
-    """`tensors`, `per_pair` for every pair of every call, call by call."""
+    """Split `tensors`, which has `per_pair` entries for each pair, into one sequence for each call."""
     if len(calls) == 1:
         return [tensors]
     ends = [*accumulate((per_pair * len(call.pairs) for call in calls), initial=0)]
@@ -191,7 +247,7 @@ def _split(calls: Sequence[Call], tensors: Sequence[Any], per_pair: int) -> list
 
 
 def _by_operator(call: Call, x: Tensor, parameters: Sequence[Any]) -> Tensor:
-    """By the operator of `operators`, which leaves it to its caller to move running statistics."""
+    """Run one block as the operator `conv_bn_act`, then copy the new running statistics that it returns."""
     read = [b.moves or not pair.batch_statistics for pair, b in zip(call.pairs, call.buffers, strict=True)]
     running = [t if reads else None for b, reads in zip(call.buffers, read, strict=True) for t in (b.mean, b.var)]
     out, moved, _, _ = torch.ops.fastres.conv_bn_act(x, list(parameters), running, None, *call.words)
@@ -206,7 +262,11 @@ def _by_operator(call: Call, x: Tensor, parameters: Sequence[Any]) -> Tensor:
 
 
 def _infer(call: Call, x: Tensor, dtype: torch.dtype, parameters: Sequence[Any]) -> Tensor:
-    """Every BN by its running statistics, live: scale and shift act in the conv's epilogue, nothing is kept."""
+    """Run one block on x [N, H, W, C] with running statistics and without saving anything for backward.
+
+    Each BatchNorm becomes a scale and shift, computed from its current running statistics. Engines that can apply it in
+    the convolution's epilogue do so.
+    """
 
     def operands(i: int) -> tuple[Tensor, tuple[Any, ...]]:
         filters, weight, bias = parameters[3 * i : 3 * i + 3]
@@ -223,8 +283,11 @@ def _infer(call: Call, x: Tensor, dtype: torch.dtype, parameters: Sequence[Any])
 def forward(
     calls: Sequence[Call], x: Tensor | Pending, weights: Sequence[Tensor], parameters: Sequence[Any]
 ) -> list[BlockKept]:
-    """All convolutions of the calls, and the ends of all but the last. x: as `Call.read` gives it; a pending one is
-    computed with the first convolution. weights: of each pair, by `krsc`."""
+    """Run all convolutions of the calls and the ends of all blocks but the last; return the tensors saved for backward.
+
+    x: the first block's input as returned by `Call.read`, or a `Pending` to be computed with the first convolution.
+    weights: the filters of each pair as returned by `krsc`. parameters: (filters, BN weight, BN bias) for each pair.
+    """
     kept: list[BlockKept] = []
     for call, own_weights, own in zip(calls, _split(calls, weights, 1), _split(calls, parameters, 3), strict=True):
         if kept:
@@ -256,18 +319,19 @@ def _convolutions(call: Call, x: Tensor | Pending, weights: Sequence[Tensor], pa
 
 
 class Border:
-    """Where one stage's call hands over to the next one's.
+    """The boundary between two stages, which are separate autograd nodes.
 
-    Between the two autograd sees z, the result of the last convolution, in the place of the block's output y, which is
-    computed behind the border: z has its shape, and its gradient is taken for that of y. Nobody else may see either.
+    The output y of the first stage is computed by the second one. So the first node returns z, the result of its last
+    convolution, in place of y: z has y's shape, and autograd's gradient at z is understood as the gradient at y. No
+    other code may use z or its gradient.
     """
 
-    pending: Pending | None = None  # y, on its way forward
+    pending: Pending | None = None  # y, handed from the first stage's forward to the second's
     end_below: EndNorms | None = None
-    back: tuple[Gradient, Tensor] | None = None  # the gradient at y, and y, on their way back
+    back: tuple[Gradient, Tensor] | None = None  # the gradient at y, and y, handed from the second's backward
 
     def take(self) -> tuple[Pending, EndNorms]:
-        """y and the BatchNorms before its ReLU, as the forward of the stage before left them."""
+        """Return y, not computed yet, and the BatchNorms before its ReLU, and forget them."""
         pending, end_below = self.pending, self.end_below
         self.pending = self.end_below = None
         assert pending is not None
@@ -275,10 +339,12 @@ class Border:
         return pending, end_below
 
     def take_back(self, dy: Tensor) -> tuple[Tensor | None, Gradient]:
-        """y, if somebody has brought it, and the gradient there, of which autograd says that it is dy [N, H, W, C].
+        """Return y, if the second stage's backward handed it over, and the gradient at y.
 
-        In the backward of a gradient it is another one than was handed over. Whether that is masked already or not,
-        masking it again changes nothing.
+        dy [N, H, W, C] is the gradient that autograd passes. It may be another tensor than the second stage handed
+        over, for example if autograd has added gradients in a second-order backward. Then the partial sums that were
+        handed over don't belong to it. Whether dy is masked or not makes no difference, as masking it again changes
+        nothing.
         """
         if self.back is None:
             return None, Gradient(dy)
@@ -359,7 +425,7 @@ class _Blocks(torch.autograd.Function):
 
 
 class _InPlaceOf(torch.autograd.Function):
-    """`value`, which takes the place of x in the autograd graph: y behind a border, where x is z."""
+    """Returns `value` but sends its gradient to x. At a stage boundary, value is y and x is z (see `Border`)."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, value: Tensor) -> Tensor:
@@ -373,8 +439,10 @@ class _InPlaceOf(torch.autograd.Function):
 def _differentiable(
     calls: Sequence[Call], dtype: Any, x: Tensor, value: Any, parameters: Any, dy: Tensor, needs: Sequence[bool]
 ) -> list[Tensor | None]:
-    """The same gradients by autograd through the definition, so that they can be differentiated again. value: what the
-    first block reads, where x only stands for it."""
+    """Return the gradients of x and the parameters, computed by autograd through the definition with `create_graph`.
+
+    value: the first block's input, if x only stands for it (after a stage boundary), else None.
+    """
     with torch.enable_grad():
         out = x.to(dtype) if value is None else _InPlaceOf.apply(x, value)
         for call, own in zip(calls, _split(calls, parameters, 3), strict=True):

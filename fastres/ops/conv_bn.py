@@ -1,6 +1,7 @@
-"""One conv-BN pair of a block: what is known of it before its tensors are, bound to what computes each of its steps.
+"""One pair (a convolution with its BatchNorm) of a block: its static properties, and one callable for each step.
 
-`conv_bn` asks `dispatch` once for a shape and keeps the answer, bound; nobody behind it asks again.
+`conv_bn` asks `dispatch` once for each shape and caches the pair with its steps bound to engines, so later code makes
+no choice again.
 """
 
 from __future__ import annotations
@@ -24,37 +25,42 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class ConvBN(Facts):
-    """A conv-BN pair and its operations, on NHWC activations and KRSC filters w.
+    """A pair for one input shape, and its operations. Activations are NHWC, filters w are KRSC.
 
-    prologue: (s, t) where the convolution reads relu(s a + t), else None. partials: of z's statistics, None where these
-    are given. norm: running mean and variance, weight and bias. bn: where it is given, `dz` is g, and
-    dz = c_g g + c_z z + c_1 is computed on load.
+    Arguments and results that operations share:
+    prologue: (s, t), each [C], if the convolution's input is relu(s a + t); None if it is a.
+    partials: partial results of z's batch statistics (`reference.statistics`); None with running statistics.
+    norm: (running mean, running variance, weight, bias) of the BatchNorm.
+    bn: the coefficients of BatchNorm's backward, or None. With bn, the argument `dz` holds g, and the operation
+    computes dz = c_g g + c_z z + c_1.
     """
 
     # (x, w, scale, shift, residual=None, relu=True): [relu](scale conv(x) + shift + residual)
     infer: Callable[..., Tensor]
-    infer_live: Callable[..., Tensor]  # (x, w, norm, residual=None, relu=True): the same, by running statistics
+    infer_live: Callable[..., Tensor]  # (x, w, norm, residual=None, relu=True): `infer` with scale and shift of norm
     fprop: Callable[..., tuple[Tensor, Tensor | None]]  # (a, w, prologue): z, partials
-    # (z, affine, w, **addend): x, conv(x), partials for x = relu(scale z + shift + shortcut), the end of the block
-    # before; addend: `normalize`'s arguments about the shortcut
+    # (z, affine, w, **addend): (x, conv(x), partials), where x = relu(scale z + shift + shortcut) is the previous
+    # block's output. affine: (scale, shift); addend: the arguments of `reference.normalize` for the shortcut
     fprop_joined: Callable[..., tuple[Tensor, Tensor, Tensor | None]]
-    dgrad: Callable[..., Tensor]  # (dz, w, bn, residual=, residual_mask=): dx + residual [masked where the mask <= 0]
-    # (dz, w, bn, z, mean, affine): down to the BN below, whose input is z: dy, mask still to apply, partials of sum g
-    # and sum g (z - mean)
+    dgrad: Callable[..., Tensor]  # (dz, w, bn, residual=, residual_mask=): dx + residual, zero where residual_mask <= 0
+    # (dz, w, bn, z, mean, affine): the gradient at the output of the BN below, whose input is z, as (dy, the mask that
+    # is still to be applied or None, partials of sum g and sum g (z - mean))
     dgrad_masked: Callable[..., tuple[Tensor, reference.Affine | None, Tensor]]
-    # (dz, w, bn, out, end_below, **as dgrad): down to the end of the block before, whose output is out: (dx, None), or
-    # where one kernel does it all (dx where out > 0, partials as of `backward_reduce`)
+    # (dz, w, bn, out, end_below, residual=, residual_mask=): the gradient at `out`, the previous block's output, as
+    # (dx, None); or, if one kernel does both, as (dx masked to out > 0, partials as `reference.backward_reduce`)
     dgrad_joined: Callable[..., tuple[Tensor, Any]]
-    wgrad: Callable[..., Tensor]  # (dz, a, bn, prologue, dtype): dw KRSC, in dtype, or in dz's (library)
+    wgrad: Callable[..., Tensor]  # (dz, a, bn, prologue, dtype): dw KRSC in dtype; the library may return dz's dtype
 
     @property
     def out_size(self) -> tuple[int, int]:
-        """P and Q of z [N, K, P, Q]."""
+        """(P, Q): height and width of z."""
         return self.problem.P, self.problem.Q
 
     def statistics(self, partials: Tensor | None, weight: Tensor | None, bias: Tensor | None, buffers: Buffers) -> Any:
-        """(mean, rstd, scale, shift), each [K]: of the batch where there are partials, which moves the buffers; else
-        the running ones."""
+        """Return (mean, rstd, scale, shift), each [K], from partials if given, else from the running statistics.
+
+        With partials, this also updates the running statistics (if `buffers.moves`) and the batch counter in place.
+        """
         if partials is None:
             return self.passes.running_statistics(buffers.mean, buffers.var, weight, bias, self.eps)
         mean, var = (buffers.mean, buffers.var) if buffers.moves else (None, None)
@@ -62,14 +68,17 @@ class ConvBN(Facts):
         return self.passes.finish_statistics(partials, weight, bias, self.eps, **moved)
 
     def fuses(self, bn: reference.BNBackward) -> bool:
-        """Whether dgrad and wgrad take g with `bn` instead of dz."""
+        """Return whether dgrad and wgrad should take g and `bn` instead of a stored dz."""
         return self.engines.fuses_bn_backward(bn.c_z is not None)
 
 
 class Kept(NamedTuple):
-    """What a pair's forward leaves for its backward: z [N, P, Q, K]; four vectors [K]; the filters as the convolution
-    read them, KRSC, the parameter's own memory where that has the layout and dtype; and the activation before the
-    convolution, where `Engines.keeps_activation`."""
+    """The tensors that a pair's forward saves for its backward.
+
+    z is [N, P, Q, K]; mean, rstd, scale and shift are [K]. w: the filters KRSC in the compute dtype, which share the
+    parameter's memory if that has this layout and dtype. activation: the convolution's input, saved only with
+    `Engines.keeps_activation`.
+    """
 
     z: Tensor
     mean: Tensor
@@ -81,8 +90,11 @@ class Kept(NamedTuple):
 
 
 class Buffers(NamedTuple):
-    """A BatchNorm's buffers as one forward finds them. With `moves` it moves mean and var by momentum towards the
-    batch's statistics. counter [] goes up by one with them; None where the batch is counted already or not at all."""
+    """A BatchNorm's buffers during one forward.
+
+    moves: whether this forward updates mean and var in place, by momentum, with the batch's statistics. counter: an
+    integer [] that goes up by one with that update; None if the batch is counted already, or not at all.
+    """
 
     mean: Tensor | None
     var: Tensor | None
@@ -92,7 +104,7 @@ class Buffers(NamedTuple):
 
     @staticmethod
     def of(bn: nn.BatchNorm2d, device: torch.device) -> Buffers:
-        """Those of bn, which counts this batch where no kernel on `device` can."""
+        """Return the buffers of bn. This counts the batch here if no kernel on `device` can (see `counter`)."""
         mean, var, momentum, counter = bn.running_mean, bn.running_var, bn.momentum, None
         moves = bn.training and bn.track_running_stats
         if moves and (count := bn.num_batches_tracked) is not None:
@@ -107,19 +119,21 @@ class Buffers(NamedTuple):
 
 
 def refuse_capture(bn: nn.BatchNorm2d) -> None:
-    """Raises RuntimeError where bn averages over all batches, whose number the host reads, while a CUDA graph is being
-    captured."""
+    """Raise RuntimeError if bn has momentum=None in training while a CUDA graph is being captured.
+
+    Such a layer averages over all batches, and the host reads the number of batches in every forward.
+    """
     averages = bn.momentum is None and bn.training and bn.track_running_stats and bn.num_batches_tracked is not None
     if averages and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
-            f"BatchNorm2d({bn.num_features}, momentum=None) averages over all batches: the host reads their number in "
-            "every step, which a CUDA graph can't do. Give the layer a momentum, or don't capture the step"
+            f"BatchNorm2d({bn.num_features}, momentum=None) averages over all batches: the host reads the number of "
+            "batches in every step, which a CUDA graph can't do. Give the layer a momentum, or don't capture the step"
         )
 
 
 def bind(problem: ConvProblem, eps: float, batch_statistics: bool, engines: Engines) -> ConvBN:
-    """The pair by these engines: the one place where a block's engine becomes code."""
-    # oneDNN's fused primitives serve plans alone, whose weights are packed once: here the library does its passes.
+    """Return the pair with each operation bound to its engine; only this function maps a block's engines to code."""
+    # oneDNN's fused primitives serve only plans, which pack their weights once; in a block the library takes its steps.
     by: dict[str, type[Library]] = dict.fromkeys(("cudnn", "onednn", "aten"), Library)
     passes: Any = reference
     if {"triton", "stem"} & {engines.infer, engines.fprop, engines.dgrad, engines.wgrad, engines.passes}:
@@ -155,8 +169,12 @@ def conv_bn(
     device: torch.device,
     choice: tuple[Any, ...],
 ) -> ConvBN:
-    """The pair on x [N, H, W] (channels by w, [K, C/groups, R, S]) in `dtype`, by the engines of dispatch. choice:
-    `dispatch.choice`."""
+    """Return the pair for one input shape, bound to the engines that `dispatch` chooses; cached (LRU).
+
+    x_shape: (N, H, W); the number of channels follows from w_shape (K, C/groups, R, S) and the groups. dtype: of the
+    activations. choice: `dispatch.choice`, all further facts that the engines depend on; it only completes the cache
+    key.
+    """
     from fastres.kernels.problem import ConvProblem
 
     k, c, r, s = w_shape

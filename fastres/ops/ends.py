@@ -1,9 +1,12 @@
-"""How a block ends: what follows its last BatchNorm, what that means, how it runs forward and backward.
+"""The ends of blocks. An end is what follows a block's last BatchNorm, whose output is called y below.
 
-Relu, Linear         a ReLU; nothing
-Add, Project, Pad    relu(y + shortcut(x)) with the identity, a projection, option A
+Relu                 relu(y)
+Linear               y
+Add, Project, Pad    relu(y + shortcut(x)); the shortcut is the identity, a projection or option A (zero padding)
 Join                 relu(y + another tensor)
 Pool                 maxpool(relu(y))
+
+Each end is a class with its definition in plain PyTorch, its forward and its backward.
 """
 
 from __future__ import annotations
@@ -22,8 +25,10 @@ from fastres.ops.reference import Affine, EndNorms, Pair
 
 
 class BlockKept(NamedTuple):
-    """What a block's forward leaves for its backward: its input x as its first convolution read it, NHWC, and what its
-    pairs keep, a projection's last."""
+    """The tensors that a block's forward saves for its backward.
+
+    x: the block's input as its first convolution read it, NHWC. pairs: the tensors of each pair, a projection's last.
+    """
 
     x: Tensor
     pairs: Sequence[Kept]
@@ -31,8 +36,10 @@ class BlockKept(NamedTuple):
 
 @dataclass(frozen=True)
 class Pending:
-    """A block's output that is not computed yet: relu(scale z + shift + shortcut). addend: `reference.normalize`'s
-    arguments about the shortcut."""
+    """A block's output that is not computed yet: relu(scale z + shift + shortcut).
+
+    affine: (scale, shift). addend: the keyword arguments of `reference.normalize` for the ReLU and the shortcut.
+    """
 
     pair: ConvBN
     z: Tensor
@@ -40,12 +47,16 @@ class Pending:
     addend: dict[str, Any]
 
     def compute(self) -> Tensor:
+        """Return the output [N, P, Q, K]."""
         return self.pair.passes.normalize(self.z, *self.affine, **self.addend)
 
 
 class Gradient(NamedTuple):
-    """The gradient at a block's output, NHWC. With `sums` the mask of the block's last ReLU is applied, and they are
-    the partials of the BatchNorms before it (`reference.backward_reduce`)."""
+    """The gradient at a block's output, NHWC.
+
+    sums: None, or the partial sums of the BatchNorms before the block's last ReLU, as `reference.backward_reduce`
+    returns them. If they are given, `value` already has that ReLU's mask applied.
+    """
 
     value: Tensor
     sums: Any = None
@@ -53,76 +64,92 @@ class Gradient(NamedTuple):
 
 @dataclass(frozen=True)
 class End:
-    """A ReLU, and what all ends have in common. word and sizes stand for an end in the operators' schemas."""
+    """The base class of all ends; its own methods implement a plain ReLU.
+
+    word: the name of the end in the operators' schemas, where it stands for the end together with `sizes`.
+    """
 
     word: ClassVar[str] = "relu"
-    tail: ClassVar[str] = "-ReLU"  # of a pattern's name, behind conv-BN-ReLU-conv-BN
-    last: ClassVar[int] = -1  # where the main branch's last pair stands
-    reads_output: ClassVar[bool] = False  # backward takes the ReLU's mask from the block's output
+    tail: ClassVar[str] = "-ReLU"  # suffix of a pattern's name, as in conv-BN-ReLU-conv-BN-add-ReLU
+    last: ClassVar[int] = -1  # index of the main branch's last pair
+    reads_output: ClassVar[bool] = False  # whether backward reads the ReLU's mask from the block's output
 
     @property
     def sizes(self) -> tuple[int, int, int]:
+        """(kernel, stride, pad) of a pool or of option A's subsampling, for the operators' schemas."""
         return 0, 1, 0
 
     @property
     def projects(self) -> bool:
-        """Whether the last pair is the shortcut's."""
+        """Whether the last pair is a projection on the shortcut."""
         return self.last == -2
 
     def definition(self, x: Tensor, pairs: Sequence[Pair]) -> Tensor:
-        """The whole block in plain PyTorch: x [N, C, H, W] through `pairs`."""
+        """Run the whole block in plain PyTorch, differentiable, on x [N, C, H, W] with `pairs`."""
         return reference.plain_block(x, pairs)
 
     def addend(self, kept: BlockKept) -> dict[str, Any]:
-        """`reference.normalize`'s arguments about what follows the last BatchNorm."""
+        """Return the keyword arguments of `reference.normalize` for the ReLU and the addition after the last BatchNorm."""
         return {"relu": True, "residual": None}
 
     def pending(self, pairs: Sequence[ConvBN], kept: BlockKept) -> Pending:
-        """The output of a block whose convolutions are done."""
+        """Return the output of a block whose convolutions are done, without computing it."""
         last = kept.pairs[self.last]
         return Pending(pairs[self.last], last.z, (last.scale, last.shift), self.addend(kept))
 
     def finish(self, pairs: Sequence[ConvBN], kept: BlockKept) -> tuple[Tensor, Tensor | None]:
-        """The block's output [N, P, Q, K], and a pool's taps."""
+        """Compute the block's output [N, P, Q, K]; return it and a pool's taps, else None."""
         return self.pending(pairs, kept).compute(), None
 
     def added(self, x: Tensor, projected: Tensor | None) -> Tensor | None:
-        """What inference adds, of the block's input and its projection."""
+        """Return the tensor that inference adds before the ReLU: x, the projection's output or None."""
         return None
 
     def infer(self, pair: ConvBN, a: Tensor, w: Tensor, norm: Any, x: Tensor, projected: Tensor | None) -> Tensor:
-        """The last convolution and all that follows, by running statistics."""
+        """Run the last convolution and everything after it, with running statistics; return [N, P, Q, K].
+
+        a: the convolution's input, NHWC; norm: (running mean, running variance, weight, bias); x: the block's input;
+        projected: the projection's output, if there is one.
+        """
         return pair.infer_live(a, w, norm, self.added(x, projected))
 
     def gradient_arguments(self, out: Tensor | None, last: Kept, taps: Tensor | None) -> dict[str, Any]:
-        """`reference.gradient`'s arguments at the last BatchNorm, besides the gradient."""
-        return {"mask": (last.scale, last.shift)}  # z is read anyway and says the same as the output
+        """Return the keyword arguments of `reference.gradient` at the last BatchNorm: the ReLU's mask, and a pool."""
+        return {"mask": (last.scale, last.shift)}  # recomputed from z, which the backward reads anyway
 
     def residual(self, dout: Gradient, mask: Tensor | None, dx_proj: Tensor | None) -> dict[str, Any]:
-        """The shortcut's share of the gradient at the block's input, as `ConvBN.dgrad` adds it. mask: what dout is
-        still to be masked by; dx_proj: the gradient through a projection."""
+        """Return the shortcut's share of dx, as keyword arguments of `ConvBN.dgrad`, which adds it.
+
+        dout: the gradient at the block's output; mask: the tensor that dout is still to be masked by, or None; dx_proj:
+        the projection's share of dx, or None.
+        """
         return {}
 
     def backward(self, pair: ConvBN, dgrad: Callable[..., Gradient], *given: Any) -> Gradient:
-        """The gradient at the block's input: `dgrad(joins=True, **residual)` of its first convolution, which may reach
-        down into the block before where it `joins`. given: as of `residual`."""
+        """Return the gradient at the block's input.
+
+        dgrad(joins=True, **residual) runs the dgrad of the first convolution; if `joins`, it may also apply the mask
+        and compute the sums of the previous block's end. given: the arguments of `residual`.
+        """
         return dgrad(**self.residual(*given))
 
     def batch_norms(self, kept: BlockKept) -> EndNorms:
-        """(z, mean) of the last BatchNorm, and of a projection's or None."""
+        """Return (z, mean) of the last BatchNorm, and of the projection's BatchNorm or None."""
         last, projection = kept.pairs[self.last], kept.pairs[-1]
         return (last.z, last.mean), (projection.z, projection.mean) if self.projects else None
 
     def out_shape(self, z: Sequence[Any]) -> Sequence[Any]:
-        """[N, P, Q, K] of the block's output from that of the last convolution."""
+        """Return the shape of the block's output, given the shape [N, P, Q, K] of the last convolution's output."""
         return z
 
 
 class Relu(End):
-    """relu(y): nothing is added."""
+    """relu(y)."""
 
 
 class Linear(End):
+    """y, without a ReLU."""
+
     word, tail = "linear", ""
 
     def definition(self, x: Tensor, pairs: Sequence[Pair]) -> Tensor:
@@ -136,6 +163,8 @@ class Linear(End):
 
 
 class _Sum(End):
+    """A ReLU after an addition. Its mask comes from the output, because z alone doesn't determine it."""
+
     reads_output = True
 
     def gradient_arguments(self, out: Tensor | None, last: Kept, taps: Tensor | None) -> dict[str, Any]:
@@ -143,6 +172,8 @@ class _Sum(End):
 
 
 class Add(_Sum):
+    """relu(y + x)."""
+
     word, tail = "add", "-add-ReLU"
 
     def definition(self, x: Tensor, pairs: Sequence[Pair]) -> Tensor:
@@ -159,6 +190,8 @@ class Add(_Sum):
 
 
 class Project(_Sum):
+    """relu(y + projection(x)); the projection is the block's last pair."""
+
     word, tail, last = "project", "-project-ReLU", -2
 
     def definition(self, x: Tensor, pairs: Sequence[Pair]) -> Tensor:
@@ -177,6 +210,8 @@ class Project(_Sum):
 
 @dataclass(frozen=True)
 class Pad(_Sum):
+    """relu(y + pad_shortcut(x)): option A, x subsampled by `stride` with zero channels appended."""
+
     stride: int
     word, tail = "pad", "-pad-ReLU"
 
@@ -202,7 +237,9 @@ class Pad(_Sum):
 
 @dataclass(frozen=True)
 class Join(_Sum):
-    joined: Tensor | None = None  # [N, K, P, Q], in a forward
+    """relu(y + joined), where `joined` is a tensor from elsewhere in the net."""
+
+    joined: Tensor | None = None  # [N, K, P, Q]; None in a backward, which doesn't read it
     word, tail = "join", "-join-ReLU"
 
     def definition(self, x: Tensor, pairs: Sequence[Pair]) -> Tensor:
@@ -219,6 +256,8 @@ class Join(_Sum):
 
 @dataclass(frozen=True)
 class Pool(End):
+    """maxpool(relu(y)), the end of a stem."""
+
     kernel: int
     stride: int
     pad: int
@@ -251,7 +290,10 @@ class Pool(End):
 
 
 def of_words(word: str, sizes: Sequence[int], joined: Tensor | None = None) -> End:
-    """The end that stands as `word` and `sizes` in the operators' schemas; joined: what a `Join` adds."""
+    """Return the end that `word` and `sizes` name in the operators' schemas.
+
+    joined: the tensor [N, K, P, Q] that a `Join` adds. Raises ValueError for an unknown word.
+    """
     known: dict[str, Callable[[], End]] = {
         "relu": Relu,
         "linear": Linear,

@@ -1,7 +1,7 @@
-"""How tensors lie in memory inside the fused operations, and their way in and out.
+"""Memory layouts of tensors inside the fused operations, and conversions to and from them.
 
-A net's tensors are [N, C, H, W] and its filters [K, C/groups, R, S]; kernels take them as NHWC and KRSC, which is a
-view where the memory format is channels_last.
+A net's activations are [N, C, H, W] and its filters [K, C/groups, R, S]. Kernels take them as NHWC and KRSC, which is
+a view if the memory format is channels_last.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-_ALIGNED = 128  # bytes; TMA wants 16
+_ALIGNED = 128  # bytes, of each weight in a shared allocation; TMA requires 16
 
 
 class Geometry(NamedTuple):
-    """Stride, pad, dilation and groups of a convolution, the same in both directions of the image."""
+    """Stride, padding, dilation and groups of a convolution; each size applies to both height and width."""
 
     stride: int = 1
     pad: int = 0
@@ -26,45 +26,53 @@ class Geometry(NamedTuple):
 
     @property
     def both(self) -> tuple[list[int], list[int], list[int], int]:
-        """Stride, pad and dilation for either direction, and groups, as ATen's operators take them."""
+        """Stride, padding and dilation as [height, width] lists, and groups, in the form that ATen's operators take."""
         return [self.stride] * 2, [self.pad] * 2, [self.dilation] * 2, self.groups
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of statistics and per-channel vectors that accompany activations of `dtype`."""
+    """Return the dtype of statistics and per-channel vectors for activations of `dtype`: float32, or float64 for
+    float64."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def nchw(x: Tensor) -> Tensor:
-    """[N, H, W, C] -> [N, C, H, W], a view; also [K, R, S, C] -> [K, C, R, S]."""
+    """Return x [N, H, W, C] as a view [N, C, H, W], or filters [K, R, S, C] as a view [K, C, R, S]."""
     return x.permute(0, 3, 1, 2)
 
 
 def nhwc(x: Tensor) -> Tensor:
-    """[N, C, H, W] -> [N, H, W, C], contiguous: a view where x is channels_last."""
+    """Return x [N, C, H, W] as contiguous [N, H, W, C]: a view if x is channels_last, else a copy."""
     return x.permute(0, 2, 3, 1).contiguous()
 
 
 def dense(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x [N, C, H, W] as [N, H, W, C], contiguous, in `dtype`: a view where it is that already, else one pass over
-    memory."""
+    """Return x [N, C, H, W] as contiguous [N, H, W, C] in `dtype`: a view if x already is channels_last in `dtype`,
+    else one copy."""
     return nhwc(x if x.dtype == dtype else x.to(dtype, memory_format=torch.channels_last))
 
 
 def unaliased(out: Tensor) -> Tensor:
-    """`nchw(out)` that is no view to autograd: what a custom function returns must be open to in-place operations."""
+    """Return `nchw(out)` without marking it as a view for autograd.
+
+    Autograd forbids in-place operations on a view that a custom function returns; callers must be able to use them.
+    """
     with torch._C._AutoDispatchBelowADInplaceOrView():
         return nchw(out)
 
 
 def krsc(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """weight [K, C/groups, R, S] as [K, R, S, C/groups], contiguous, in `dtype`, without autograd."""
+    """Return weight [K, C/groups, R, S] as contiguous [K, R, S, C/groups] in `dtype`, detached from autograd."""
     return nhwc(weight.detach().to(dtype))
 
 
 def read_weights(weights: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """`krsc` of every weight; those that only change their dtype share one memory, and on a GPU a launch or few."""
-    first, device = weights[0].dtype, weights[0].device  # what is elsewhere is refused by the kernel that reads it
+    """Return `krsc` of every weight.
+
+    Weights that only change their dtype are cast together into one shared allocation, which takes one or a few launches
+    on a GPU instead of one for each weight.
+    """
+    first, device = weights[0].dtype, weights[0].device  # kernels raise an error for weights on another device
     alike = [w for w in weights if w.dtype == first != dtype and w.device == device]
     cast = [w for w in alike if w.permute(0, 2, 3, 1).is_contiguous()]
     if len(cast) < 2:
@@ -72,7 +80,7 @@ def read_weights(weights: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
     step = _ALIGNED // dtype.itemsize
     starts = [0, *accumulate(-(-w.numel() // step) * step for w in cast)]
     memory = torch.empty(starts[-1], dtype=dtype, device=cast[0].device)
-    # Strides like the weights', as one kernel copies only between such.
+    # Same strides as the weights: `_foreach_copy_` fuses copies only between tensors of equal strides.
     copies = [memory.as_strided(w.shape, w.stride(), start) for w, start in zip(cast, starts, strict=False)]
     torch._foreach_copy_(copies, [w.detach() for w in cast])
     found = {id(weight): copy for weight, copy in zip(cast, copies, strict=True)}
@@ -80,19 +88,23 @@ def read_weights(weights: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
 
 
 def like_parameter(dw: Tensor, weight: Tensor) -> Tensor:
-    """dw KRSC as a gradient [K, C, R, S] of weight's dtype with exactly its strides (DDP's buckets want that)."""
+    """Return dw [K, R, S, C/groups] as a gradient [K, C/groups, R, S] with weight's dtype and exactly its strides, as
+    DDP's gradient buckets require."""
     grad = nchw(dw)
     if grad.dtype == weight.dtype:
         if grad.stride() == weight.stride():
             return grad
         if all(n == 1 or a == b for n, a, b in zip(grad.shape, grad.stride(), weight.stride(), strict=True)):
-            return grad.as_strided(weight.shape, weight.stride())  # a 1x1 has two names for one order
+            return grad.as_strided(weight.shape, weight.stride())  # they differ only in dimensions of size 1
     return torch.empty_like(weight, memory_format=torch.preserve_format).copy_(grad)
 
 
 def cast_gradients(grads: list[Any], parameters: Sequence[Any]) -> list[Any]:
-    """The gradients of parameters (each a tensor or None), with their dtypes; those that change theirs get the
-    parameters' strides, too, and on a GPU a launch or few do it."""
+    """Cast each gradient in `grads` to its parameter's dtype; return the list, which is changed in place.
+
+    A gradient or a parameter may be None. Gradients that already have the right dtype stay as they are. The others also
+    get their parameter's strides, and are cast together, in one or a few launches on a GPU.
+    """
     cast: dict[tuple[torch.dtype, torch.dtype], list[int]] = {}
     for i, (grad, parameter) in enumerate(zip(grads, parameters, strict=True)):
         if grad is not None and grad.dtype != parameter.dtype:

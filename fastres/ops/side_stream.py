@@ -1,4 +1,4 @@
-"""A second CUDA stream for work whose result nobody needs at once."""
+"""A second CUDA stream for work whose result isn't needed immediately."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch import Tensor
 
 
 class SideStream:
-    """Calls on a second stream, beside what is launched on the current one meanwhile.
+    """Runs functions on a second stream, concurrently with later launches on the current stream.
 
-    A call comes after all that was launched before it. The current stream waits for it in the next call and in `join`,
-    before which nobody may use its result: so one call at a time is under way, and what it reads lives no longer than
-    that. In a CUDA graph the calls are a branch. Where `torch.backends.cudnn.benchmark` is on, algorithms that are
-    timed within a call are timed beside other work.
+    A call starts after everything that was launched on the current stream before it. The current stream waits for the
+    call in the next call or in `join`; its result must not be used earlier. So at most one call is in flight, and its
+    arguments are kept alive only until then. In a CUDA graph the calls become a parallel branch. With
+    `torch.backends.cudnn.benchmark`, cuDNN times the algorithms of a call while other work runs.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -26,20 +26,20 @@ class SideStream:
 
     @staticmethod
     def serves(device: torch.device) -> bool:
-        """True where there are streams."""
+        """Return whether `device` has streams, which means that it is a CUDA device."""
         return device.type == "cuda"
 
     def __call__(self, function: Callable[..., Tensor], *arguments: Any) -> Tensor:
         self.join()
-        self.read = arguments  # freed, their memory would at once be the current stream's to use again
+        self.read = arguments  # if they were freed, the current stream could reuse their memory during the call
         self.second.wait_stream(self.main)
         with torch.cuda.stream(self.second):
             result = function(*arguments)
-        result.record_stream(self.main)  # freed, its memory is the second stream's
+        result.record_stream(self.main)  # its memory belongs to the second stream's pool
         return result
 
     def join(self) -> None:
-        """What is launched on the current stream from here on comes after the calls."""
+        """Make the current stream wait for the call in flight, if any, and release its arguments."""
         if self.read is not None:
             self.main.wait_stream(self.second)
             self.read = None
@@ -47,7 +47,10 @@ class SideStream:
 
 @cache
 def _second(main: torch.cuda.Stream) -> torch.cuda.Stream:
-    """One for each stream: where that is captured, this one is, too. PyTorch takes streams in turn from a pool, where
-    `main` may be from."""
+    """Return the second stream that belongs to `main`, always the same one and never `main`.
+
+    Streams are not shared between main streams, because a capture of `main` also captures its second stream. PyTorch
+    hands out streams from a pool in turn, so a new stream may be `main` itself; two consecutive ones differ.
+    """
     one, other = torch.cuda.Stream(main.device), torch.cuda.Stream(main.device)
     return other if one == main else one
