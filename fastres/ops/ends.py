@@ -1,4 +1,4 @@
-"""The ends of blocks. An end is what follows a block's last BatchNorm, whose output is called y below.
+"""The ends of blocks. An end is what follows a block's last BatchNorm, whose output is y.
 
 Relu                 relu(y)
 Linear               y
@@ -89,7 +89,7 @@ class End:
         return reference.plain_block(x, pairs)
 
     def addend(self, kept: BlockKept) -> dict[str, Any]:
-        """Return the keyword arguments of `reference.normalize` for the ReLU and the addition after the last BatchNorm."""
+        """Return the keyword arguments of `reference.normalize` for what follows the last BatchNorm."""
         return {"relu": True, "residual": None}
 
     def pending(self, pairs: Sequence[ConvBN], kept: BlockKept) -> Pending:

@@ -1,16 +1,17 @@
-"""The fused calls as PyTorch operators: what `torch.compile`, FlopCounterMode and other dispatch modes see.
+"""The fused blocks as PyTorch operators, for `torch.compile`, FlopCounterMode and other dispatch modes.
 
-    conv_bn_act       conv-BN pairs with the end of their block, as `block` runs one; trains
-    conv_affine_act   [relu](scale conv(x, w) + shift + residual), one pair whose statistics are given; no gradient
+    conv_bn_act       a whole block, as `block` runs one: conv-BN pairs and the block's end; differentiable once
+    conv_affine_act   [relu](scale conv(x, w) + shift + residual), one pair in inference; not differentiable
 
-Bodies are those of the eager call, on every device. An operator that mutates can have no derivative, so `conv_bn_act`
-returns the moved running statistics and the caller copies them home. Inputs may have any strides; results, and the
-gradient for x, are channels_last. Casts of x under autocast are the caller's, so that they show in a graph; weights and
-BN vectors are taken in the dtype they are kept in, as the eager call takes them.
+On every device, an operator runs the same code as the eager call. PyTorch allows no autograd formula for an operator
+that mutates its inputs, so `conv_bn_act` returns the updated running statistics, and the caller copies them into the
+buffers. Inputs may have any strides; results and the gradient of x are channels_last. The caller casts x under
+autocast, so that the cast is visible in a graph. Weights and BatchNorm vectors are passed in their own dtype, as in the
+eager call.
 
-BN -> ReLU and add -> ReLU without a convolution are no operators: Inductor makes the same passes over memory of them
-(BN's two reductions and its two maps, each with its neighbours), and an opaque operator would only keep it from fusing
-those further.
+BN -> ReLU and add -> ReLU without a convolution have no operators: Inductor generates the same memory-bound kernels for
+them (two reductions and two elementwise kernels for a BatchNorm's forward and backward, fused with their neighbours),
+and an opaque operator would prevent it from fusing further.
 """
 
 from __future__ import annotations
@@ -32,15 +33,16 @@ from fastres.ops.layout import Geometry, cast_gradients, krsc, nchw, nhwc, unali
 
 _lib = torch.library.Library("fastres", "FRAGMENT")
 for _schema in (
-    # parameters: (weight, BN weight, BN bias) a layer; running: (mean, var) a layer; geometry: stride, pad, dilation,
-    # groups a layer; training: whether a layer takes the batch's statistics; end, sizes: the words of an `End`.
-    # moved: running mean and var of every layer that moves them, behind one another; statistics: mean, rstd, scale,
-    # shift a layer, behind one another; kept: every z, the pool's taps, every weight that had to be cast or laid out.
+    # Arguments, for each layer: parameters: (weight, BN weight, BN bias); running: (mean, var); geometry: stride, pad,
+    # dilation, groups; training: whether it uses batch statistics. end, sizes: `End.word` and `End.sizes`.
+    # Results: moved: the new running mean and var of each layer that updates them, concatenated; statistics: mean,
+    # rstd, scale and shift of each layer, concatenated; kept: every z, the pool's taps, and every weight that had to be
+    # copied for its dtype or layout.
     "conv_bn_act(Tensor x, Tensor?[] parameters, Tensor?[] running, Tensor? residual, int[] geometry, float[] eps,"
     " float[] momentum, bool[] training, str end, int[] sizes)"
     " -> (Tensor out, Tensor moved, Tensor statistics, Tensor[] kept)",
-    # The gradients that output_mask (x, then the parameters) asks for, in that order. out: where the ReLU's mask is
-    # read from it.
+    # Returns the gradients that output_mask (x, then the parameters) selects, in that order. out: the block's output
+    # if the ReLU's mask is read from it, else None.
     "conv_bn_act_backward(Tensor dy, Tensor x, Tensor? out, Tensor?[] parameters, Tensor statistics, Tensor[] kept,"
     " int[] geometry, bool[] training, str end, int[] sizes, bool[] output_mask) -> Tensor[]",
     "conv_affine_act(Tensor x, Tensor weight, Tensor scale, Tensor shift, Tensor? residual, int[] geometry, bool relu)"
@@ -58,11 +60,11 @@ def _pairs(tensors: Sequence[Any]) -> Iterator[tuple[Any, Any]]:
 
 
 def _is_copied(weight: Tensor, dtype: torch.dtype) -> bool:
-    """Whether `krsc` makes a new tensor of it."""
+    """Return whether `krsc` copies weight instead of returning a view."""
     return weight.dtype != dtype or not weight.permute(0, 2, 3, 1).is_contiguous()
 
 
-# Bodies.
+# Implementations.
 
 
 def _pairs_of(
@@ -71,12 +73,12 @@ def _pairs_of(
     shapes = [tuple(weight.shape) for weight in weights]
     geometries = [Geometry(*geometry[i : i + 4]) for i in range(0, len(geometry), 4)]
     statics = [*zip(shapes, geometries, eps, training, strict=True)]
-    with dispatch.fusions(keep_activation=False, overlap=False):  # the schema names what is kept
+    with dispatch.fusions(keep_activation=False, overlap=False):  # fixed by the schema
         return bound(x.shape, statics, end, x.dtype, x.device, dispatch.choice(x.dtype, x.device))
 
 
 def _moved(x: Tensor, running: Sequence[Any], training: Sequence[bool]) -> Tensor:
-    """The running statistics of the layers that move them, behind one another."""
+    """Return a copy of the running statistics of the layers that update them, concatenated: mean, var of each layer."""
     homes = [t for pair, moves in zip(_pairs(running), training, strict=True) for t in pair if moves and t is not None]
     return torch.cat(homes) if homes else x.new_empty(0, dtype=wide(x.dtype))
 
@@ -130,11 +132,11 @@ def _affine(
         return unaliased(pair.infer(nhwc(x), krsc(weight, x.dtype), scale, shift, added, relu))
 
 
-# Fake: shapes, strides and dtypes of the results.
+# Fake implementations: shapes, strides and dtypes of the results.
 
 
 def _conv_shape(x: Sequence[Any], weight: Tensor, geometry: Sequence[int]) -> tuple[Any, ...]:
-    """[N, P, Q, K] from [N, H, W, ...]."""
+    """Return the shape [N, P, Q, K] of a convolution's output, given its input's shape [N, H, W, ...]."""
     n, h, w = x[:3]
     k, _, r, s = weight.shape
     stride, pad, dilation, _ = geometry
@@ -177,8 +179,8 @@ def _affine_fake(
     return nchw(x.new_empty(_conv_shape((n, h, w), weight, geometry)))
 
 
-# Autograd. By hand on the Autograd key: `torch.library.register_autograd` takes no list that holds None, and it answers
-# forward-mode differentiation with zeros.
+# Autograd, registered by hand on the Autograd key: `torch.library.register_autograd` doesn't support lists that contain
+# None, and silently gives zero tangents in forward mode.
 
 
 class _Function(torch.autograd.Function):
@@ -197,8 +199,8 @@ class _Function(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Any, ...]:
         if torch.is_grad_enabled():
             raise NotImplementedError(
-                "fastres::conv_bn_act has no second derivative; differentiate twice outside torch.compile and dispatch "
-                "modes, where fastres's modules take the plain formulation"
+                "fastres::conv_bn_act has no second derivative. Compute second derivatives outside torch.compile and "
+                "dispatch modes: there, fastres's modules differentiate plain PyTorch instead"
             )
         x, out, statistics, *rest = ctx.saved_tensors
         parameters, kept = rest[: ctx.layers], rest[ctx.layers :]
@@ -219,14 +221,17 @@ class _Function(torch.autograd.Function):
 
 
 def _refuse_transforms(name: str, tensors: Sequence[Tensor | None]) -> None:
-    """Forward mode would get zero tangents, `torch.func` a graph of the wrong level."""
+    """Raise NotImplementedError in forward-mode AD and under `torch.func` transforms.
+
+    Without this check, forward mode would give zero tangents, and `torch.func` a graph of the wrong level.
+    """
     dual = forward_ad._current_level >= 0 and any(
         t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors
     )
     if dual or torch._C._are_functorch_transforms_active():
         raise NotImplementedError(
-            f"fastres::{name} serves reverse-mode autograd only; forward-mode differentiation and torch.func "
-            "transforms work on fastres's modules, which then take the plain path"
+            f"fastres::{name} supports reverse-mode autograd only. Use forward-mode differentiation and torch.func "
+            "transforms on fastres's modules, which then run plain PyTorch"
         )
 
 
@@ -251,7 +256,7 @@ def _affine_autograd(keyset: Any, x: Tensor, weight: Tensor, scale: Tensor, shif
     tensors = (x, weight, scale, shift, rest[0])
     _refuse_transforms("conv_affine_act", tensors)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        raise NotImplementedError("fastres::conv_affine_act has no derivative; fastres::conv_bn_act has one")
+        raise NotImplementedError("fastres::conv_affine_act has no derivative; use fastres::conv_bn_act")
     with torch._C._AutoDispatchBelowAutograd():
         after = keyset & torch._C._after_autograd_keyset
         return conv_affine_act.redispatch(after, x, weight, scale, shift, *rest)
@@ -268,11 +273,14 @@ _lib.impl(conv_bn_act, _forward_autograd, "Autograd", with_keyset=True)
 _lib.impl(conv_affine_act, _affine_autograd, "Autograd", with_keyset=True)
 
 
-# FLOPs, which `torch.utils.flop_counter` counts as nothing for an operator without a formula. Shapes stand for tensors.
+# FLOP formulas: `torch.utils.flop_counter` counts zero for an operator without one. It passes shapes for tensors.
 
 
 def _conv_flops(z: torch.Size, w: torch.Size) -> int:
-    """2 numel(z) numel(w) / K of a convolution with output z and filters w, K first: its fprop, dgrad or wgrad."""
+    """Return the FLOPs of a convolution's fprop, dgrad or wgrad: 2 numel(z) numel(w) / K.
+
+    z: shape of its output; w: shape of its filters, K first.
+    """
     return 2 * z.numel() * w[1:].numel()
 
 

@@ -1,17 +1,20 @@
-"""What every fused operation means, in plain PyTorch. Start here.
+"""The definition of every fused operation in plain PyTorch. Start reading here.
 
-    residual_block, plain_block, stem       the blocks of a net, over its modules
+    residual_block, plain_block, stem       the blocks of a net, which call its modules
     conv_bias_act, conv_quantised           a convolution of `optimize`'s plan, in floating point and in 8 bits
-    conv_fprop ... pad_shortcut_backward    the steps of a fused block and of its backward, as kernels compute them
+    conv_fprop ... pad_shortcut_backward    the steps of a fused block's forward and backward, as kernels compute them
 
-The functions are the oracle of the tests, the baseline of the benchmarks and what runs where no kernel serves. Those
-over modules take x [N, C, H, W] of any floating dtype, are differentiable and change nothing but what the modules
-change. The steps take what the kernel launchers in `fastres.kernels` take: activations are NHWC-contiguous
-[N, H, W, C], weights KRSC-contiguous [K, R, S, C/groups]; per-channel vectors [C] and partial sums are float32 (float64
-for float64 activations). Equations: paper section 3.4 and Ioffe & Szegedy (2015), with
+Tests compare kernels with these functions, benchmarks use them as a baseline, and they are the fallback where no kernel
+is available. The block functions take x [N, C, H, W] of any floating dtype and are differentiable; their only side
+effects are those of the modules. The steps take the same tensors as the kernel launchers in `fastres.kernels`:
+activations are contiguous NHWC [N, H, W, C], weights are contiguous KRSC [K, R, S, C/groups], and per-channel vectors
+[C] and partial sums are float32 (float64 for float64 activations). Source of the equations: section 3.4 of the ResNet
+paper, and Ioffe & Szegedy (2015), with
 
     z_hat = (z - mean) rstd,   a = relu(scale z + shift),   scale = weight rstd,   shift = bias - mean scale
     g = dy [a > 0],        dz = c_g g + c_z z + c_1 per channel
+
+z is the output of a convolution and the input of its BatchNorm; a is the activation after BatchNorm and ReLU.
 """
 
 from __future__ import annotations
@@ -28,14 +31,17 @@ from fastres.ops.layout import Geometry, nchw, nhwc, wide
 Function = Callable[[Tensor], Tensor]
 Pair = tuple[Function, Function]  # (conv, BatchNorm): modules, or functions of a tensor
 Affine = tuple[Tensor, Tensor]  # (scale, shift), each [C]
-Prologue = Affine | None  # where a convolution reads relu(scale a + shift)
+Prologue = Affine | None  # if given, a convolution reads relu(scale a + shift) instead of a
 EndNorms = tuple[
     tuple[Tensor, Tensor], tuple[Tensor, Tensor] | None
-]  # (z, mean) of a block's last BN, of a projection's
+]  # (z, mean) of a block's last BN; the same of its projection's BN, or None
 
 
 class BNBackward(NamedTuple):
-    """What makes dz = c_g g + c_z z + c_1 of g; c_z and c_1 are None for statistics that were given."""
+    """The coefficients of BatchNorm's backward, dz = c_g g + c_z z + c_1, each [K]; z is [N, P, Q, K].
+
+    With running statistics dz = c_g g, and c_z and c_1 are None.
+    """
 
     z: Tensor
     c_g: Tensor
@@ -43,12 +49,14 @@ class BNBackward(NamedTuple):
     c_1: Tensor | None
 
 
-OnLoad = BNBackward | None  # where it is given, what is called dz is g, and c_g g + c_z z + c_1 is meant
+OnLoad = BNBackward | None  # if given, the argument `dz` holds g, and the operation computes c_g g + c_z z + c_1
 
 
 def branch(x: Tensor, pairs: Sequence[Pair]) -> Tensor:
-    """F(x): conv-BN pairs with ReLU between them ("BN right after each convolution and before activation", section
-    3.4)."""
+    """Run F(x), the main branch of a block: conv-BN pairs with ReLU between them, and none after the last.
+
+    Source: section 3.4 of the paper ("BN right after each convolution and before activation").
+    """
     for conv, bn in pairs[:-1]:
         x = F.relu(bn(conv(x)))
     conv, bn = pairs[-1]
@@ -56,41 +64,44 @@ def branch(x: Tensor, pairs: Sequence[Pair]) -> Tensor:
 
 
 def residual_block(x: Tensor, pairs: Sequence[Pair], shortcut: Function | None = None) -> Tensor:
-    """relu(F(x) + shortcut(x)) (equations 1 and 2), F being `branch`.
+    """Run a residual block, relu(F(x) + shortcut(x)), where F is `branch`.
 
-    shortcut: None for the identity, else a projection `Sequential(conv, bn)` or an option-A module.
+    shortcut: None for the identity, else a projection `Sequential(conv, bn)` or an option-A module. Source: equations 1
+    and 2 of the paper.
     """
     return F.relu(branch(x, pairs) + (x if shortcut is None else shortcut(x)))
 
 
 def plain_block(x: Tensor, pairs: Sequence[Pair]) -> Tensor:
-    """relu(F(x)): the same layers without a shortcut (the plain nets of section 3.3)."""
+    """Run relu(F(x)), a block without a shortcut. Source: the plain nets of the paper, section 3.3."""
     return F.relu(branch(x, pairs))
 
 
 def stem(x: Tensor, conv: Function, bn: Function, pool: Function) -> Tensor:
-    """maxpool(relu(bn(conv(x)))): the net's 7x7 entrance (Table 1, conv1 and the pool of conv2_x)."""
+    """Run the stem of a net, maxpool(relu(bn(conv(x)))). Source: Table 1 of the paper, conv1 and conv2_x's pool."""
     return pool(F.relu(bn(conv(x))))
 
 
 def pad_shortcut(x: Tensor, stride: int, channels: int) -> Tensor:
-    """Option A (section 3.3): every `stride`-th pixel of x [N, C, H, W], zero channels appended.
+    """Return option A's shortcut: every `stride`-th pixel of x [N, C, H, W], with zero channels appended.
 
-    Returns [N, channels, ceil(H/stride), ceil(W/stride)].
+    The result is [N, channels, ceil(H/stride), ceil(W/stride)]. Source: section 3.3 of the paper.
     """
     return F.pad(x[:, :, ::stride, ::stride], (0, 0, 0, 0, 0, channels - x.shape[1]))
 
 
 def pad_shortcut_add_relu(y: Tensor, x: Tensor, stride: int) -> Tensor:
-    """relu(y + pad_shortcut(x)): the block's end with an option-A shortcut; y [N, K, P, Q]."""
+    """Return relu(y + pad_shortcut(x)) [N, K, P, Q], the end of a block with an option-A shortcut."""
     return F.relu(y + pad_shortcut(x, stride, y.shape[1]))
 
 
 def conv_bias_act(
     x: Tensor, residual: Any, *, w: Tensor, bias: Tensor | None, geometry: Geometry, relu: bool
 ) -> Tensor:
-    """[relu](conv(x, w) + bias + residual): a convolution of a plan, whose BatchNorm is folded into w [K, C/groups, R,
-    S] and bias; x [N, C, H, W]."""
+    """Return [relu](conv(x, w) + bias + residual), a convolution of a plan with its BatchNorm folded into w and bias.
+
+    x: [N, C, H, W]; w: [K, C/groups, R, S]; bias: [K] or None; residual and result: [N, K, P, Q].
+    """
     y = F.conv2d(x, w, bias, *geometry)
     y = y if residual is None else y + residual
     return F.relu(y) if relu else y
@@ -100,10 +111,12 @@ def conv_quantised(
     x: Tensor, residual: Tensor | None = None, *, weights: Any, geometry: Geometry, relu: bool, grids: Any,
     dtype: torch.dtype, wide: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    """[relu](scale conv(x, w) + shift + residual) of a plan in 8 bits: on the grid of the output, else in `dtype`;
-    computed in `wide`. weights: its `Folded`, grids: its `Quantised`.
+    """Return [relu](scale conv(x, w) + shift + residual), a convolution of an 8-bit plan, simulated in dtype `wide`.
 
-    Float8 products are exact in float32 (and in TF32), sums of whole numbers in float64. The residual may broadcast.
+    x: quantised, NHWC; residual: quantised, may broadcast, or None; weights: `folded.Folded`; grids:
+    `quantised.Quantised`, the quantisation grids of x, residual and output. The result is rounded to the output's grid,
+    or has dtype `dtype` if there is none. float8 products are exact in float32 (and TF32), and sums of int8 products
+    in float64.
     """
     y = nhwc(F.conv2d(nchw(grids.x.units(x, wide)), nchw(weights.w.to(wide)), None, *geometry)) * weights.scale
     if weights.shift is not None:
@@ -115,18 +128,18 @@ def conv_quantised(
 
 
 def conv_fprop(x: Tensor, w: Tensor, *, geometry: Geometry) -> Tensor:
-    """z [N, P, Q, K] = conv(x, w)."""
+    """Return z [N, P, Q, K] = conv(x, w) for x [N, H, W, C] and w [K, R, S, C/groups]."""
     return nhwc(F.conv2d(nchw(x), nchw(w), None, *geometry))
 
 
 def conv_dgrad(dy: Tensor, w: Tensor, x_shape: Sequence[int], *, geometry: Geometry) -> Tensor:
-    """dx [N, H, W, C] from dy [N, P, Q, K]."""
-    x = nchw(dy.new_empty(tuple(x_shape)))  # never read, but ATen computes in its layout
+    """Return dx [N, H, W, C] from dy [N, P, Q, K] and w [K, R, S, C/groups]."""
+    x = nchw(dy.new_empty(tuple(x_shape)))  # never read; its memory format tells ATen to compute in channels_last
     return nhwc(_conv_backward(nchw(dy), x, nchw(w), geometry, (True, False, False))[0])
 
 
 def conv_wgrad(dy: Tensor, x: Tensor, filter_shape: Sequence[int], *, geometry: Geometry) -> Tensor:
-    """dw [K, R, S, C/groups] from dy [N, P, Q, K] and x [N, H, W, C]."""
+    """Return dw [K, R, S, C/groups] from dy [N, P, Q, K] and x [N, H, W, C]."""
     k, r, s, c = filter_shape
     w = dy.new_empty(()).expand(k, c, r, s)
     return nhwc(_conv_backward(nchw(dy), nchw(x), w, geometry, (False, True, False))[1])
@@ -140,8 +153,11 @@ def _conv_backward(
 
 
 def statistics(z: Tensor) -> Tensor:
-    """Partials [tiles, 3, K] = (count, mean, M2 = sum of squared distances to that mean) of z [N, P, Q, K], of the
-    values as stored. Here one tile; kernels give one per program, to be merged by Chan's rule."""
+    """Return partial statistics [tiles, 3, K] of z [N, P, Q, K]: (count, mean, M2) for each tile and channel.
+
+    M2 is the sum of squared distances from the tile's mean. All three refer to the values as stored, that is, rounded
+    to z's dtype. This function returns one tile; kernels return one for each program. `finish_statistics` merges them.
+    """
     var, mean = torch.var_mean(z.to(wide(z.dtype)), (0, 1, 2), correction=0)
     count = z.numel() // z.shape[-1]
     return torch.stack([torch.full_like(mean, count), mean, var * count])[None]
@@ -158,8 +174,11 @@ def finish_statistics(
     momentum: float = 0.0,
     counter: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(mean, rstd, scale, shift), each [K], and running statistics moved towards mean and unbiased variance in place:
-    running = (1 - momentum) running + momentum new; one more in counter, an integer []."""
+    """Merge partials by Chan's rule; return (mean, rstd, scale, shift), each [K].
+
+    Running statistics, if given, are updated in place with the mean and the unbiased variance:
+    running = (1 - momentum) running + momentum new. counter, an integer [], goes up by one in place.
+    """
     if counter is not None:
         counter.add_(1)
     count, mean, m2 = partials[0]
@@ -178,13 +197,13 @@ def finish_statistics(
 def running_statistics(
     running_mean: Tensor, running_var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(mean, rstd, scale, shift) of a BatchNorm in eval mode, from its running statistics."""
+    """Return (mean, rstd, scale, shift), each [K], of a BatchNorm in eval mode, from its running statistics."""
     mean, rstd = running_mean.to(wide(running_mean.dtype)), (running_var.to(wide(running_var.dtype)) + eps).rsqrt()
     return mean, rstd, *affine(mean, rstd, weight, bias)
 
 
 def affine(mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """scale = weight rstd, shift = bias - mean scale."""
+    """Return (scale, shift), each [K]: scale = weight rstd, shift = bias - mean scale."""
     scale = rstd if weight is None else weight.to(rstd.dtype) * rstd
     shift = -mean * scale
     return scale, shift if bias is None else shift + bias.to(rstd.dtype)
@@ -201,10 +220,10 @@ def normalize(
     residual_shift: Tensor | None = None,
     residual_stride: int = 1,
 ) -> Tensor:
-    """[relu](scale z + shift [+ residual | + residual_scale residual + residual_shift]).
+    """Return [relu](scale z + shift [+ residual | + residual_scale residual + residual_shift]) in z's dtype.
 
-    A residual [N, H, W, C] with fewer channels or more pixels than z is option A's: read every `residual_stride`-th
-    pixel, absent channels as zero.
+    A residual [N, H, W, C] whose shape differs from z's is option A's: every `residual_stride`-th pixel is read, and
+    missing channels are zero.
     """
     y = z * scale + shift
     if residual is not None:
@@ -220,8 +239,11 @@ def normalize(
 def normalize_max_pool(
     z: Tensor, scale: Tensor, shift: Tensor, *, kernel: int, stride: int, pad: int, taps: bool = True
 ) -> tuple[Tensor, Tensor | None]:
-    """y = max_pool(relu(scale z + shift)) and, where `taps` are wanted, per value of y, which tap of its window it came
-    from (uint8, in scan order; the first of equals, NaN wins, as `torch.max_pool2d`)."""
+    """Return y = max_pool(relu(scale z + shift)) [N, U, V, K], and its taps, or None without `taps`.
+
+    The tap of a value is its position in the pooling window, row by row, as uint8 [N, U, V, K]. Among equal values it
+    is the first, and NaN counts as the largest, as in `torch.max_pool2d`.
+    """
     a = nchw(normalize(z, scale, shift, relu=True))
     if not taps:
         return nhwc(F.max_pool2d(a, kernel, stride, pad)), None
@@ -233,7 +255,7 @@ def normalize_max_pool(
 
 
 class Pool(NamedTuple):
-    """A max pool behind the ReLU: the taps that `normalize_max_pool` chose [N, U, V, K], and its sizes."""
+    """A max pool after the ReLU: the taps [N, U, V, K] that `normalize_max_pool` returned, and the pool's sizes."""
 
     tap: Tensor
     kernel: int
@@ -245,10 +267,10 @@ Mask = Tensor | tuple[Tensor, Tensor] | None
 
 
 def gradient(dy: Tensor, z: Tensor, mask: Mask, pool: Pool | None) -> Tensor:
-    """g: dy, behind a max pool sent back to the taps it came from, where the ReLU was open.
+    """Return g: dy, scattered back through the max pool if there is one, and zero where the ReLU's input is <= 0.
 
-    `mask` is the ReLU's saved output, or (scale, shift) to recompute its input from z. A NaN there lets the gradient
-    through, as in `torch.relu`.
+    mask: the ReLU's saved output, or (scale, shift), from which its input is recomputed as scale z + shift; None if dy
+    is masked already. A NaN there lets the gradient through, as in `torch.relu`.
     """
     return _masked(dy if pool is None else _unpooled(dy, z, pool), z, mask)
 
@@ -279,8 +301,10 @@ def backward_reduce(
     pool: Pool | None = None,
     projection: tuple[Tensor, Tensor] | None = None,
 ) -> Any:
-    """Partials [tiles, 2, K] = (sum g, sum g (z - mean)) over the pixels of a tile; with a projection, its z and mean,
-    a pair of partials, for its BatchNorm has the same g."""
+    """Return partial sums [tiles, 2, K] = (sum g, sum g (z - mean)) over the pixels of each tile; here one tile.
+
+    projection: (z, mean) of a projection's BatchNorm, which has the same g. With it, the result is a pair of partials.
+    """
     g = gradient(dy, z, mask, pool).to(mean.dtype)
     pairs = [(z, mean)] if projection is None else [(z, mean), projection]
     both = [torch.stack([g.sum((0, 1, 2)), (g * (t - m)).sum((0, 1, 2))])[None] for t, m in pairs]
@@ -290,10 +314,11 @@ def backward_reduce(
 def finish_backward(
     partials: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, count: int, *, batch_statistics: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """(dweight, dbias, c_g, c_z, c_1), each [K]: dz = c_g g + c_z z + c_1.
+    """Return (dweight, dbias, c_g, c_z, c_1), each [K], from the partials of `backward_reduce`.
 
-    With batch statistics dz = weight rstd (g - mean(g) - z_hat mean(g z_hat)); with given ones dz = weight rstd g, and
-    c_z and c_1 are None.
+    The coefficients give dz = c_g g + c_z z + c_1. With batch statistics this is
+    dz = weight rstd (g - mean(g) - z_hat mean(g z_hat)), where means are over `count` values per channel. With running
+    statistics dz = weight rstd g, and c_z and c_1 are None.
     """
     sum_g, sum_gz = partials.sum(0)
     dweight, c_g = sum_gz * rstd, rstd if weight is None else weight.to(rstd.dtype) * rstd
@@ -314,8 +339,10 @@ def backward_apply(
     pool: Pool | None = None,
     projection: tuple[Tensor, Tensor, Tensor | None, Tensor | None] | None = None,
 ) -> Any:
-    """dz = c_g g + c_z z + c_1, or c_g g where c_z and c_1 are None; with a projection, its z and coefficients, the
-    pair (dz, dz_proj)."""
+    """Return dz = c_g g + c_z z + c_1 in dy's dtype, or c_g g if c_z and c_1 are None.
+
+    projection: (z, c_g, c_z, c_1) of a projection's BatchNorm. With it, the result is the pair (dz, dz_proj).
+    """
     g = gradient(dy, z, mask, pool)
     batch_norms = [BNBackward(z, c_g, c_z, c_1)] + ([] if projection is None else [BNBackward(*projection)])
     both = [
@@ -326,8 +353,11 @@ def backward_apply(
 
 
 def pad_shortcut_backward(dx: Tensor, dy: Tensor, *, stride: int, mask: Tensor | None = None) -> Tensor:
-    """dx [N, H, W, C] with the shortcut's share of dy [N, P, Q, K], masked by the block's output, added in place:
-    option A's, or with stride 1 the identity's."""
+    """Add the shortcut's share of the gradient to dx [N, H, W, C] in place, and return dx.
+
+    The share is dy [N, P, Q, K], zero where `mask` (the block's output) is <= 0, through option A's shortcut; with
+    stride 1 and C = K, this is the identity.
+    """
     read = dx[:, ::stride, ::stride]
     read += _masked(dy, dy, mask)[..., : dx.shape[-1]]
     return dx
