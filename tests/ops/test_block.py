@@ -1,7 +1,7 @@
-"""A whole block as one call: outputs, gradients and running statistics against the modules, in float64 without kernels.
+"""Fused blocks against their modules, in float64 without kernels: outputs, gradients and running statistics.
 
-What kernels change is their speed and rounding; the algorithm (what is saved, how backward walks, which gradients are
-skipped) is held here to rounding.
+These tests check the algorithm (which tensors are saved, how the backward proceeds, which gradients are skipped) to
+rounding error. Kernels change only speed and rounding, and have their own tests.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def unit(c: int, k: int, r: int, stride: int = 1, groups: int = 1, dilation: int
 
 
 class Pad(nn.Module):
-    """Option A by its definition."""
+    """The option-A shortcut, computed by `reference`."""
 
     stride = 2
 
@@ -71,7 +71,7 @@ KINDS = ("basic", "bottleneck", "projection", "option-a", "grouped", "dilated", 
 
 
 def results(block: Block, x: Tensor, ops) -> dict[str, Tensor]:
-    """Output, every gradient and every buffer after one forward and backward."""
+    """Return the output, all gradients and all buffers after one forward and backward."""
     x = x.clone().requires_grad_()
     y = block(x, ops)
     y.backward(torch.linspace(-1, 1, y.numel(), dtype=y.dtype).reshape(y.shape))
@@ -94,8 +94,8 @@ def test_forward_backward_and_buffers_equal_the_definition(kind: str, training: 
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_gradients_end_past_an_infinite_activation_where_pytorchs_do(kind: str) -> None:
-    """Given statistics: dz = c_g g doesn't hang on z, so that what one pixel spoils ends where it does in PyTorch."""
+def test_an_infinite_activation_spoils_the_same_gradients_as_in_pytorch(kind: str) -> None:
+    """In eval mode dz = c_g g doesn't depend on z, so an infinite pixel must not spread further than in PyTorch."""
     block = Block(kind).double().eval()
     x = torch.randn(3, 6, 9, 8, dtype=torch.double)
     x[1, 2, 4, 4] = float("inf")
@@ -121,7 +121,7 @@ def test_outputs_and_buffers_without_gradients_equal_the_definition(kind: str, t
 
 
 @pytest.mark.parametrize("kind", ["basic", "projection", "option-a", "stem"])
-def test_a_blocks_first_and_second_derivatives_are_those_of_its_values(kind: str) -> None:
+def test_first_and_second_derivatives_of_a_block_pass_gradcheck(kind: str) -> None:
     block = Block(kind).double()
     x = torch.randn(2, 6, 5, 6, dtype=torch.double, requires_grad=True)
     names = [name for name, _ in block.named_parameters()]
@@ -152,7 +152,7 @@ def test_batch_norms_of_every_kind_equal_the_definition() -> None:
     [None, torch.zeros(1, dtype=torch.int64), torch.tensor(3, dtype=torch.int32), torch.tensor(1.5)],
     ids=["none", "a vector", "int32", "float"],
 )
-def test_unusual_counters_count_as_stock(counter: Tensor | None) -> None:
+def test_unusual_batch_counters_behave_as_in_pytorch(counter: Tensor | None) -> None:
     block, x = Block("projection").double(), torch.randn(2, 6, 5, 5, dtype=torch.double)
     block.layers[1][1].num_batches_tracked = counter
     other = copy.deepcopy(block)
@@ -165,7 +165,7 @@ def test_unusual_counters_count_as_stock(counter: Tensor | None) -> None:
 
 
 def test_a_batch_is_counted_when_its_statistics_are_finished(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in PyTorch: what raises before a BatchNorm leaves its count alone; a forward run again counts again."""
+    """As in PyTorch, an error before a BatchNorm leaves its count unchanged, and a checkpoint counts a batch twice."""
     block, x = Block("bottleneck").double(), torch.randn(2, 6, 5, 5, dtype=torch.double)
     norms = [layer[1] for layer in block.layers]
     convolve, calls = reference.conv_fprop, []
@@ -190,7 +190,7 @@ def test_a_batch_is_counted_when_its_statistics_are_finished(monkeypatch: pytest
 
 
 class Counting:
-    """Counts calls of the convolution steps."""
+    """Counts the calls of `reference`'s convolution steps."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.calls: dict[str, int] = {}
@@ -205,28 +205,29 @@ class Counting:
         return call
 
 
-def test_no_gradient_is_computed_that_nobody_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradients_that_are_not_required_are_not_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     counts = Counting(monkeypatch)
     block = Block("bottleneck").double()
     x = torch.randn(2, 6, 5, 5, dtype=torch.double)
 
-    block(x).sum().backward()  # x needs none: no dgrad of the first convolution
+    block(x).sum().backward()  # x requires no gradient: no dgrad of the first convolution
     assert counts.calls == {"conv_fprop": 3, "conv_wgrad": 3, "conv_dgrad": 2}
 
     counts.calls.clear()
     block.requires_grad_(False)
     block.layers[2][1].bias.requires_grad_()
-    block(x).sum().backward()  # only the last BN's bias: no convolution runs backward
+    block(x).sum().backward()  # only the last BN's bias requires one: no convolution runs backward
     assert counts.calls == {"conv_fprop": 3}
 
     counts.calls.clear()
-    block(x.requires_grad_()).sum().backward()  # frozen weights, gradients to the image
+    block(x.requires_grad_()).sum().backward()  # frozen weights, but x requires a gradient
     assert counts.calls == {"conv_fprop": 3, "conv_dgrad": 3}
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_activation_is_saved_once(kind: str) -> None:
-    """Kept for backward: the input, each raw conv output, the block's output, the pool's taps; nothing else of size."""
+    """A block saves at most its input, each convolution's output, its own output and the pool's taps, plus parameters
+    and per-channel vectors."""
     block = Block(kind).double()
     x = torch.randn(2, 6, 64, 64, dtype=torch.double).contiguous(memory_format=torch.channels_last)
     raw: list[int] = []
@@ -250,9 +251,11 @@ def test_each_activation_is_saved_once(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "stage"])
-def test_kept_activations_cost_their_bytes_and_save_a_pass(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The library's convolutions read activations stored: kept for the weight gradients that are wanted, each costs its
-    bytes and saves a pass; no bit changes."""
+def test_keep_activation_costs_the_activations_bytes_and_saves_a_pass(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The library's convolutions read stored activations. `keep_activation` saves each one whose weight gradient is
+    required, which costs its bytes and saves one elementwise pass. The results stay bit-identical."""
     blocks = [Block(name).double() for name in (("projection", "wide", "wide") if kind == "stage" else (kind,))]
     passes = Mock(wraps=reference.normalize)
     monkeypatch.setattr(reference, "normalize", passes)
@@ -274,7 +277,7 @@ def test_kept_activations_cost_their_bytes_and_save_a_pass(kind: str, monkeypatc
         grads = [p.grad for b in copies for p in b.parameters() if p.grad is not None]
         return [y, x_read.grad, *grads], kept, passes.call_count
 
-    def hold(inner: list[nn.Conv2d]) -> None:
+    def check(inner: list[nn.Conv2d]) -> None:
         (want, usual, before), (got, kept, after) = run(), run(keep_activation=True)
         assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
         sizes = [read[conv] for conv in inner]
@@ -287,14 +290,14 @@ def test_kept_activations_cost_their_bytes_and_save_a_pass(kind: str, monkeypatc
         z, a = a, b(a, reference)
         for layer in b.layers:
             read[layer[0]], z = z.nbytes, layer(z)
-    hold(inner)
+    check(inner)
     for conv in inner[:1]:
         conv.requires_grad_(False)
-    hold(inner[1:])
+    check(inner[1:])
 
 
 def saved_bytes(forward: Callable[[], Tensor]) -> tuple[int, Tensor]:
-    """Bytes of the distinct storages that a forward keeps for backward, and its output."""
+    """Return the total bytes of the distinct storages that a forward saves for backward, and its output."""
     storages: dict[int, int] = {}
 
     def pack(t: Tensor) -> Tensor:
@@ -313,8 +316,9 @@ def test_one_value_per_channel_is_refused_as_batch_norm_does() -> None:
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-def test_a_stage_is_its_blocks_and_may_forget_their_outputs(recompute: bool) -> None:
-    """Outputs, gradients and buffers have the bits of the blocks one by one; recomputed outputs are not kept."""
+def test_a_stage_equals_its_blocks_and_can_recompute_their_outputs(recompute: bool) -> None:
+    """Outputs, gradients and buffers equal those of single blocks bit for bit. With `recompute`, the three inner block
+    outputs are not saved."""
 
     class Stack(nn.Module):
         def __init__(self) -> None:
@@ -346,11 +350,11 @@ def test_a_stage_is_its_blocks_and_may_forget_their_outputs(recompute: bool) -> 
 
 
 @pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format], ids=str)
-@pytest.mark.parametrize("first", ["x", "first", "last"])  # that needs a gradient
-def test_a_stage_under_autocast_is_its_blocks(
+@pytest.mark.parametrize("first", ["x", "first", "last"])  # the first tensor that requires a gradient
+def test_a_stage_under_autocast_equals_its_blocks(
     memory_format: torch.memory_format, first: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """To the bit, as the weights and gradients that it casts together are those that each block casts for itself."""
+    """A stage casts its weights and gradients together, a single block its own. The results must be bit-identical."""
     one_by_one = nn.ModuleList([Block("projection"), Block("wide"), Block("wide")]).to(memory_format=memory_format)
     if first == "last":
         one_by_one[:2].requires_grad_(False)
@@ -372,13 +376,13 @@ def test_a_stage_under_autocast_is_its_blocks(
         assert got is want is None or torch.equal(got, want)
     for p in as_one.parameters():
         assert p.grad is None or (p.grad.dtype, p.grad.stride()) == (p.dtype, p.stride())
-    assert copied[1:] == [3 if first == "last" else 10]  # behind the weights
+    assert copied[1:] == [3 if first == "last" else 10]  # after the cast of the weights, one cast of all gradients
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("frozen", ["first", "both"])
-def test_stages_may_need_no_gradient(frozen: str, training: bool) -> None:
-    """A stage hands over to the next one whether or not it keeps anything."""
+def test_frozen_stages_equal_their_blocks(frozen: str, training: bool) -> None:
+    """A stage without gradients still hands its pending output to the next stage."""
     blocks = nn.ModuleList([Block("basic"), Block("bottleneck")]).double()
     blocks[0].requires_grad_(False).train(training)
     blocks[1].requires_grad_(frozen == "first").eval()
@@ -392,7 +396,7 @@ def test_stages_may_need_no_gradient(frozen: str, training: bool) -> None:
             assert relative_error(a, b) < EXACT_BLOCK
 
 
-def test_a_stages_first_and_second_derivatives_are_those_of_its_values() -> None:
+def test_first_and_second_derivatives_of_a_stage_pass_gradcheck() -> None:
     blocks = nn.ModuleList([Block("basic"), Block("basic")]).double()
     x = torch.randn(2, 6, 4, 5, dtype=torch.double, requires_grad=True)
 

@@ -1,6 +1,9 @@
-"""On a GPU, 20 runs from the same weights on the same images give the same bits: a training step's loss, gradients and
-running statistics, and the answers of `optimize`. By the engines of the tables, with cuDNN asked to be deterministic,
-and by fastres's kernels alone, which always are."""
+"""On a GPU, 20 runs from the same weights on the same images give bit-identical results.
+
+The results are a training step's loss, gradients and running statistics, and the outputs of `optimize`. They are
+checked with the engines that the tables choose, with deterministic cuDNN, and with fastres's kernels only, which are
+always deterministic.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +50,7 @@ def test_20_runs_of_a_step(graphed: bool, backend: str, deterministic: bool, mon
         for run in range(-WARM_UPS if graphed else 0, RUNS):
             net.load_state_dict(start)
             found = [t.detach().clone() for t in (*call(x, labels), *net.buffers())]
-            if run <= 0:  # a library may choose other algorithms while a graph records
+            if run <= 0:  # a library may choose other algorithms during graph capture
                 want = found
             differing = [i for i, (a, b) in enumerate(zip(found, want, strict=True)) if not torch.equal(a, b)]
             assert not differing, f"run {run}: {len(differing)} of {len(want)} tensors, the first {differing[0]}"

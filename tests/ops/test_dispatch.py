@@ -1,5 +1,7 @@
-"""Which engine computes a step: each is chosen for the reason that `dispatch` documents. `test_onednn_served` asks what
-oneDNN serves on a CPU. A GPU is feigned: nothing runs."""
+"""`dispatch` chooses each engine for the documented reason.
+
+The GPU is simulated, and nothing runs. test_onednn_served.py checks what oneDNN serves on a CPU.
+"""
 
 from __future__ import annotations
 
@@ -27,14 +29,17 @@ CPU, CUDA, META = torch.device("cpu"), torch.device("cuda", 0), torch.device("me
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 H100 = H200._replace(name="NVIDIA H100 80GB HBM3")
 SQUARE = ConvProblem(8, 14, 14, 64, 64, 3, 3, 1, 1)
-ARITHMETIC = ConvProblem(256, 15, 15, 256, 256, 3, 3, 1, 1)  # what bounds it; in no table
+ARITHMETIC = ConvProblem(256, 15, 15, 256, 256, 3, 3, 1, 1)  # compute-bound; in no table
 MEMORY = ConvProblem(256, 57, 57, 64, 64)
 STEM = ConvProblem(32, 224, 224, 3, 64, 7, 7, 2, 3)
 
 
 @pytest.fixture(autouse=True)
 def gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """An H200 with the shipped table alone, no interpreter, oneDNN for all dtypes. A call puts another GPU there."""
+    """Simulate an H200 with only the shipped table, no interpreter, and oneDNN for all dtypes.
+
+    Calling the fixture's value with a `Gpu` simulates that one instead.
+    """
     monkeypatch.setenv("FASTRES_CACHE_DIR", str(tmp_path))
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(dispatch, "has_triton", lambda: True)
@@ -93,7 +98,7 @@ def test_a_backend_holds_for_its_own_thread() -> None:
     assert answers == [False]
 
 
-def test_whatever_engines_depend_on_changes_the_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_setting_that_engines_depend_on_changes_the_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     choices = {dispatch.choice(FP32, CUDA)}
     for name in BACKENDS:
         with fastres.backend(name):
@@ -151,7 +156,7 @@ def test_there_are_kernels_for_three_dtypes_on_a_gpu() -> None:
 
 
 def test_dispatch_knows_the_dtypes_of_the_kernels() -> None:
-    """It names them itself, because importing it loads no kernel."""
+    """`dispatch` has its own list, because importing it must not load the kernels."""
     assert {*dispatch._DTYPES} == {*FLOATS}
 
 
@@ -163,7 +168,7 @@ def test_there_are_no_kernels_on_a_cpu_without_the_interpreter() -> None:
         dispatch.why_unfused(FP32, CPU)
 
 
-def test_the_interpreter_serves_whoever_asks_for_kernels(interpreter: None) -> None:
+def test_the_interpreter_serves_only_a_forced_triton_backend(interpreter: None) -> None:
     reason = "the kernels' interpreter serves only backend('triton')"
     assert dispatch.why_unfused(FP32, CPU) == reason
     assert dispatch.why_engine("fprop", SQUARE, FP32, CPU) == ("aten", reason)
@@ -188,7 +193,9 @@ def test_the_reference_serves_every_dtype_by_the_library(device: torch.device) -
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=str)
-def test_inference_on_a_cpu_is_onednns_where_it_serves(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_onednn_computes_inference_on_a_cpu_that_supports_it(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert dispatch.why_engine("infer", SQUARE, dtype, CPU) == ("onednn", "one primitive does all of it")
     assert dispatch.conv_engine("fprop", SQUARE, dtype, CPU) == "aten", "training"
     assert dispatch.optimizes_by_onednn(dtype, CPU)
@@ -198,7 +205,7 @@ def test_inference_on_a_cpu_is_onednns_where_it_serves(dtype: torch.dtype, monke
     assert not dispatch.optimizes_by_onednn(dtype, CPU)
 
 
-def test_int8_is_onednns_on_a_cpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_onednn_computes_int8_on_a_cpu_only(monkeypatch: pytest.MonkeyPatch) -> None:
     assert dispatch.why_no_int8(CPU) is None
     assert dispatch.why_engine("infer", SQUARE, torch.int8, CPU) == ("onednn", "8 bits")
     none = "there are no int8 convolutions for cuda"
@@ -208,7 +215,7 @@ def test_int8_is_onednns_on_a_cpu_alone(monkeypatch: pytest.MonkeyPatch) -> None
     assert dispatch.why_engine("infer", SQUARE, torch.int8, CPU) == ("aten", "no torch.int8")
 
 
-def test_float8_is_our_kernels_unless_they_are_refused() -> None:
+def test_our_kernels_compute_float8_unless_cudnn_is_forced() -> None:
     why = dispatch.why_engine("infer", ARITHMETIC, FLOAT8, CUDA)
     assert why == ("triton", "the library has no float8 convolution")
     with fastres.backend("cudnn"):
@@ -225,7 +232,7 @@ def test_a_forced_backend_wins_over_table_and_rule(pass_: Any) -> None:
             assert dispatch.why_engine(pass_, problem, BF16, CUDA) == ("cudnn", "backend('cudnn')")
 
 
-def test_the_unmeasured_is_ours_where_memory_bounds_it() -> None:
+def test_unmeasured_convolutions_use_our_kernels_if_memory_bound() -> None:
     grouped = replace(ARITHMETIC, groups=32)
     for problem, engine, rule in (
         (MEMORY, "triton", "memory-bound"),
@@ -234,7 +241,7 @@ def test_the_unmeasured_is_ours_where_memory_bounds_it() -> None:
         (replace(MEMORY, groups=2), "cudnn", "grouped"),
     ):
         assert dispatch.why_engine("fprop", problem, FP16, CUDA) == (engine, f"unmeasured: {rule}")
-    # 256 channels by 1x1 do 128 operations a byte in 16 bits, 512 do 256; in 32 bits half as many.
+    # A 1x1 convolution of 256 channels has 128 operations per byte in 16 bits, one of 512 has 256. In 32 bits these halve.
     deep = ConvProblem(1024, 14, 14, 512, 512)
     assert dispatch.conv_engine("fprop", replace(deep, C=256, K=256), FP16, CUDA) == "triton"
     assert dispatch.conv_engine("fprop", deep, FP16, CUDA) == "cudnn"
@@ -250,7 +257,7 @@ def test_a_measured_winner_wins_over_the_rule() -> None:
     assert dispatch.conv_engine("dgrad", MEMORY, BF16, CUDA) == "triton", "another pass"
 
 
-def test_tf32_is_the_librarys_whatever_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_library_computes_tf32_regardless_of_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
     table = {("fprop", ARITHMETIC, dtype): Measurement("triton", None) for dtype in (BF16, FP32)}
     tables.write_table(table, tables.table_file(H200.name), H200)  # type: ignore[arg-type]
     tables.forget_tables()
@@ -267,7 +274,7 @@ def test_tf32_is_the_librarys_whatever_was_measured(monkeypatch: pytest.MonkeyPa
         assert engines() == ["triton", "triton"]
 
 
-def test_float32_is_rounded_as_pytorchs_switch_for_convolutions_says(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_float32_precision_follows_pytorchs_switch_for_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
     assert dispatch.precision(FP32, CUDA) == "ieee"
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     assert dispatch.precision(FP32, CUDA) == "tf32"
@@ -276,8 +283,8 @@ def test_float32_is_rounded_as_pytorchs_switch_for_convolutions_says(monkeypatch
     assert dispatch.precision(FP32, CUDA) == "ieee", "without cuDNN nothing rounds to TF32"
 
 
-def test_who_computes_the_stem(gpu: Any) -> None:
-    """Its own kernels from Ampere on, in 16 bits and where nothing else was measured."""
+def test_which_engine_computes_the_stem(gpu: Any) -> None:
+    """The stem's own kernels compute it on Ampere and later, in 16 bits, unless another engine was measured faster."""
 
     def engines(problem: ConvProblem, dtype: torch.dtype = BF16) -> list[str]:
         return [dispatch.conv_engine(pass_, problem, dtype, CUDA) for pass_ in ("infer", "fprop", "wgrad")]
@@ -302,7 +309,7 @@ def test_who_computes_the_stem(gpu: Any) -> None:
     assert engines(STEM) == ["stem", "triton", "cudnn"]
 
 
-def test_the_reason_says_where_and_at_which_batch(gpu: Any) -> None:
+def test_the_reason_names_the_gpu_and_batch_size_of_the_measurement(gpu: Any) -> None:
     hung, one = (replace(SQUARE, H=H, W=H) for H in (16, 18))
     tile = Tile(64, 128, 64, 4, 2, (2, 8, 8))
     measured = {(pass_, SQUARE): Measurement("triton", tile) for pass_ in ("infer", "chain")}
@@ -325,7 +332,7 @@ def test_the_reason_says_where_and_at_which_batch(gpu: Any) -> None:
         assert why(one) == why(replace(hung, N=9)) == ("cudnn", "unmeasured: compute-bound")
 
 
-def test_a_chain_is_one_kernel_only_where_that_was_measured_faster() -> None:
+def test_a_chain_is_one_kernel_only_if_measured_faster() -> None:
     slower = replace(SQUARE, H=16)
     put({("chain", SQUARE): Measurement("triton", None), ("chain", slower): Measurement("cudnn", None)})
     assert dispatch.why_chained(SQUARE, BF16, CUDA) == "measured fastest on this GPU"
@@ -356,7 +363,7 @@ def test_which_table_is_in_force(gpu: Any) -> None:
     assert said(other).startswith("broken: ")
 
 
-def test_what_is_computed_on_load_is_what_was_measured() -> None:
+def test_computation_on_load_follows_the_measurements() -> None:
     put(
         {
             (pass_, SQUARE): Measurement("triton", None, on_load=pass_ == "dgrad")
@@ -385,7 +392,7 @@ def test_what_is_computed_on_load_is_what_was_measured() -> None:
         ({"groups": 2}, False),
     ],
 )
-def test_a_1x1_of_few_channels_computes_the_end_before_it(change: dict[str, int], joins: bool) -> None:
+def test_a_1x1_with_few_output_channels_computes_the_previous_end(change: dict[str, int], joins: bool) -> None:
     assert dispatch.joins(replace(MEMORY, **change)) == joins
 
 
@@ -402,7 +409,7 @@ OURS = Engines("triton", "triton", "triton", "triton", "triton", True, True, Tru
         ({"fusions": Fusions(block_end=False)}, False),
     ],
 )
-def test_a_block_end_is_joined_where_all_agree(change: dict[str, Any], joins: bool) -> None:
+def test_a_block_end_is_joined_only_if_all_conditions_hold(change: dict[str, Any], joins: bool) -> None:
     assert replace(OURS, **change).joins_block_end == joins
 
 
@@ -423,7 +430,7 @@ BY_LIBRARY = {"fprop": "cudnn", "wgrad": "cudnn"}
         ({"fusions": KEEP_STORED}, True),
     ],
 )
-def test_an_activation_is_kept_where_both_convolutions_read_it_stored(change: dict[str, Any], keeps: bool) -> None:
+def test_an_activation_is_kept_if_both_convolutions_read_it_stored(change: dict[str, Any], keeps: bool) -> None:
     assert replace(OURS, **change).keeps_activation == keeps
 
 
@@ -467,7 +474,7 @@ def folded(
     return dispatch.folded_engine(problem, dtype, device, **{"relu": True, "added": False} | how)
 
 
-def test_a_plans_convolution_is_our_kernels_where_they_win() -> None:
+def test_a_plan_uses_our_kernels_where_they_win() -> None:
     assert folded(problem=MEMORY) == ("triton", "unmeasured: memory-bound", None, (), None)
     assert folded(problem=STEM).engine == "stem"
     assert folded(problem=STEM, added=True).engine == "triton", "the stem's kernel adds nothing"
@@ -501,7 +508,7 @@ def test_cudnns_switches_forbid_its_fused_convolution(
     assert folded() == Candidate("cudnn + triton", f"unmeasured: compute-bound; not fused: {why}")
 
 
-def test_what_a_timing_depends_on_is_told_by_its_facts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_timings_are_keyed_by_everything_they_depend_on(monkeypatch: pytest.MonkeyPatch) -> None:
     put({("infer", ARITHMETIC): Measurement("cudnn", None)})
     facts = {
         folded().timed,
@@ -514,12 +521,12 @@ def test_what_a_timing_depends_on_is_told_by_its_facts(monkeypatch: pytest.Monke
     assert len(facts) == 5
 
 
-def test_onednns_convolution_falls_back_to_atens_with_the_error() -> None:
+def test_onednns_convolution_falls_back_to_aten_with_the_error() -> None:
     aten = Candidate("aten", "oneDNN: {error}")
     assert folded(device=CPU) == Candidate("onednn", "one primitive does all of it", aten)
 
 
-def test_an_int8_convolution_is_onednns_or_simulated(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_onednn_computes_an_int8_convolution_or_it_is_simulated(monkeypatch: pytest.MonkeyPatch) -> None:
     narrow = Candidate("aten", "oneDNN: {error}; int8 simulated in float32", wide=FP32)
     assert folded(torch.int8, CPU) == Candidate("onednn int8", "8 bits", narrow)
     other_shape = folded(torch.int8, CPU, added=True, alike=False)
@@ -552,7 +559,7 @@ NO_KERNEL = Candidate("aten", "no kernel of ours")
     ],
     ids=["NHWC", "float64", "3 dimensions", "strided", "no image", "no pixel"],
 )
-def test_a_max_pool_is_our_kernels_where_the_images_fit(change: Any, serves: bool, interpreter: None) -> None:
+def test_our_kernel_computes_a_max_pool_if_the_images_fit(change: Any, serves: bool, interpreter: None) -> None:
     x = change(torch.zeros(2, 6, 5, 8))
     with fastres.backend("triton"):
         found = dispatch.layer_engine(nn.MaxPool2d(3, 2, 1), (3, 2, 1), [x])
@@ -562,7 +569,7 @@ def test_a_max_pool_is_our_kernels_where_the_images_fit(change: Any, serves: boo
     assert dispatch.layer_engine(nn.MaxPool2d(3, 2, 1), (3, 2, 1), [x]) == NO_KERNEL
 
 
-def test_a_pool_of_8_bits_is_the_librarys_on_a_cpu() -> None:
+def test_the_library_computes_an_8_bit_pool_on_a_cpu() -> None:
     x = torch.quantize_per_tensor(torch.zeros(1, 4, 4, 8), 1.0, 0, torch.quint8)
     assert dispatch.layer_engine(nn.MaxPool2d(2), (2, 2, 0), [x]) == Candidate("aten", "8 bits")
     with fastres.backend("reference"):
@@ -593,14 +600,14 @@ def test_a_linear_layers_weights_are_packed_for_onednn(
         assert dispatch.layer_engine(layer, None, inputs) == NO_KERNEL
 
 
-def test_torchscript_is_used_where_it_rounds_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torchscript_is_used_if_it_rounds_the_same_way(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [dispatch.why_not_scripted(dtype) for dtype in (FP32, BF16, torch.int8)] == [None] * 3
     assert dispatch.why_not_scripted(FP16) == "it is not used for torch.float16"
     monkeypatch.setattr(torch.backends.mkldnn, "conv", SimpleNamespace(fp32_precision="bf16"))
     assert dispatch.why_not_scripted(FP32) == "it would not round float32 to bf16"
 
 
-def test_a_convolution_computes_in_autocasts_dtype_where_that_is_on() -> None:
+def test_a_convolution_computes_in_autocasts_dtype_if_autocast_is_on() -> None:
     x = torch.zeros(1)
     assert dispatch.compute_dtype(x) == FP32
     with torch.autocast("cpu", BF16):

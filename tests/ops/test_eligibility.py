@@ -1,4 +1,4 @@
-"""May this call run fused? Each thing that makes the fused path mean something else than the modules is found and
+"""Eligibility for the fused path: everything that would make it differ from running the modules is detected and
 named."""
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from fastres.ops.shortcut import PadShortcut
 
 @pytest.fixture(autouse=True)
 def _every_dtype_is_served() -> Any:
-    """What a device has kernels for is `dispatch`'s answer."""
+    """Make `dispatch` accept every dtype and device; whether kernels exist is not tested here."""
     with fastres.backend("reference"):
         yield
 
@@ -48,7 +48,7 @@ def test_a_block_of_exactly_its_modules_is_served() -> None:
 
 
 class Activation(nn.ReLU):
-    """A subclass may do anything."""
+    """A subclass, which may override `forward`, so it must not run fused."""
 
 
 class Marked(nn.Parameter):
@@ -125,13 +125,13 @@ def test_a_parameter_is_a_plain_tensor() -> None:
     assert why(nn.Parameter(images()), block()) is None
 
 
-def test_an_input_is_held_against_the_weights_in_autocasts_dtype() -> None:
+def test_input_and_weights_are_compared_in_autocasts_dtype() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         assert why(images().half(), block()) is None
         assert "torch.float64" in (why(images().double(), block()) or "served")
 
 
-def test_what_transforms_the_call_runs_plain() -> None:
+def test_transformed_calls_run_plain() -> None:
     served, x = block(), images()
     reasons = []
 
@@ -153,12 +153,12 @@ def test_what_transforms_the_call_runs_plain() -> None:
     ]
 
 
-def test_what_dispatch_has_no_kernels_for_runs_plain(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_calls_without_kernels_run_plain(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "why_unfused", lambda dtype, device: f"none for {dtype} on {device}")
     assert why(images(), block()) == "none for torch.float32 on cpu"
 
 
-def test_a_stem_wants_its_pool_and_idle_layers_idle() -> None:
+def test_a_stem_requires_a_max_pool_and_idle_optional_layers() -> None:
     conv, norm, relu, pool = nn.Conv2d(6, 8, 7, 2, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(3, 2, 1)
     assert eligibility.why_plain(images(), Parts([(conv, norm)], [relu], pool=pool)) is None
     assert eligibility.why_plain(images(), Parts([(conv, norm)], [relu], idle=[None, nn.Identity()])) is None
@@ -169,7 +169,7 @@ def test_a_stem_wants_its_pool_and_idle_layers_idle() -> None:
         assert named in (eligibility.why_plain(images(), parts) or "served")
 
 
-def test_dynamo_is_told_not_to_look(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_served_while_dynamo_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     assert not eligibility.serves(images(), block().parts())
     assert not eligibility.serves_pad_end(images(), nn.ReLU(), PadShortcut(2, 8))
@@ -178,7 +178,7 @@ def test_dynamo_is_told_not_to_look(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def fused_stages(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stages are asked for where kernels are; here there are none."""
+    """Pretend that fusion across blocks is in force, which needs kernels or `recompute`."""
     monkeypatch.setattr(dispatch, "wants_reference", lambda: False)
     monkeypatch.setattr(dispatch, "fuses_blocks", lambda: True)
 
@@ -187,7 +187,7 @@ def stages() -> list[list[Any]]:
     return [[block(), resnet.BasicBlock(8, 8)], [resnet.BasicBlock(8, 8)], [resnet.BasicBlock(8, 8)]]
 
 
-def test_stages_are_served_as_far_as_their_blocks_are(fused_stages: None) -> None:
+def test_stages_are_served_up_to_the_first_unserved_block(fused_stages: None) -> None:
     assert eligibility.serves_stages(images(), stages()) == 3
 
     class Other(resnet.BasicBlock):
@@ -207,7 +207,7 @@ def test_stages_are_served_as_far_as_their_blocks_are(fused_stages: None) -> Non
     assert eligibility.serves_stages(images(), [[], *stages()]) == 0
 
 
-def test_no_stage_is_served_where_no_backward_follows(fused_stages: None) -> None:
+def test_no_stage_is_served_without_a_backward(fused_stages: None) -> None:
     frozen = stages()
     for stage in frozen:
         for each in stage:
@@ -219,7 +219,7 @@ def test_no_stage_is_served_where_no_backward_follows(fused_stages: None) -> Non
         assert not eligibility.runs_stages()
 
 
-def test_no_stage_is_served_where_a_call_is_not(fused_stages: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_stage_is_served_if_the_call_is_not(fused_stages: None, monkeypatch: pytest.MonkeyPatch) -> None:
     assert eligibility.serves_stages(images()[:0], stages()) == 0
     assert eligibility.serves_stages(images(5), stages()) == 0
     x, served = images(), stages()
@@ -236,7 +236,7 @@ def test_no_stage_is_served_by_the_reference() -> None:
         assert eligibility.serves_stages(images(), stages()) == 0
 
 
-def test_option_a_ends_in_one_pass_where_its_modules_are_bare() -> None:
+def test_option_a_ends_in_one_pass_if_its_modules_are_bare() -> None:
     relu, shortcut = nn.ReLU(), PadShortcut(2, 8)
     assert eligibility.serves_pad_end(images(), relu, shortcut)
     assert not eligibility.serves_pad_end(images(), Activation(), shortcut)
@@ -246,7 +246,7 @@ def test_option_a_ends_in_one_pass_where_its_modules_are_bare() -> None:
     assert not eligibility.serves_pad_end(images(), relu, shortcut)
 
 
-def test_an_average_pool_is_a_mean_where_it_is_global_and_bare() -> None:
+def test_an_average_pool_is_a_mean_if_it_is_global_and_bare() -> None:
     x = images().contiguous(memory_format=torch.channels_last)
     for size, serves in ((1, True), ((1, 1), True), (2, False), ((1, None), False)):
         assert eligibility.serves_global_pool(x, nn.AdaptiveAvgPool2d(size)) == serves
@@ -274,7 +274,7 @@ def test_an_average_pool_is_a_mean_where_it_is_global_and_bare() -> None:
     ],
     ids=str,
 )
-def test_a_max_pool_has_sizes_where_a_kernel_serves_it(pool: nn.Module | None, sizes: tuple[int, ...] | None) -> None:
+def test_a_max_pool_has_sizes_if_a_kernel_serves_it(pool: nn.Module | None, sizes: tuple[int, ...] | None) -> None:
     assert eligibility.pool_sizes(pool) == sizes
 
 

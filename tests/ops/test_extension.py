@@ -1,5 +1,5 @@
-"""Building and loading csrc/: what happens without a compiler, when a build is killed, when two processes meet, when
-the cache can't be written; and that the CUDA source compiles for the GPUs it is meant for."""
+"""Building and loading csrc/: missing or failing compilers, killed builds, concurrent processes, damaged or read-only
+caches. Also checks that the CUDA source compiles for the supported GPUs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from fastres.ops import extension
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache folder, a process that has tried nothing yet, and no variable of the caller's."""
+    """Return a cache folder that doesn't exist yet, in a process without earlier outcomes or environment variables."""
     for name in ("FASTRES_CUDA_EXT", "CXX", "CUDA_HOME", "CUDA_PATH"):
         monkeypatch.delenv(name, raising=False)
     folder = tmp_path / "cache"
@@ -33,7 +33,10 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
-    """Makes CXX a script, run after its calls are logged; `$out` is the file it is asked for. Returns the log."""
+    """Return a function that sets CXX to a script with the given body and returns the log of its calls.
+
+    In the body, `$out` is the requested output file.
+    """
 
     def make(body: str) -> Path:
         log, script = tmp_path / "calls", tmp_path / "compiler with space"
@@ -47,6 +50,7 @@ def compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str],
 
 
 def built(cache: Path) -> list[str]:
+    """Return the sorted suffixes of the files in the cache."""
     return sorted(p.suffix for p in cache.iterdir())
 
 
@@ -80,7 +84,7 @@ def test_a_librarys_name_holds_sources_and_flags(cache: Path, monkeypatch: pytes
 
 
 def expect_aten(message: str) -> None:
-    """The load fails: one warning with cause and mend under auto, an error under 1, silence under 0."""
+    """Check that loading fails with `message`: FASTRES_CUDA_EXT=auto warns once, =1 raises, =0 doesn't try."""
     with pytest.warns(RuntimeWarning, match=message) as record:
         assert [extension.load("cpu") for _ in range(2)] == [False, False]
     assert len(record) == 1
@@ -126,8 +130,8 @@ def test_a_library_that_does_not_load_is_named(
 
 
 @pytest.mark.parametrize("damage", ["cut short", "empty", "foreign", "dangling link"])
-def test_a_damaged_library_is_built_anew(cache: Path, compiler: Callable[[str], Path], damage: str) -> None:
-    """Loading one that is cut short can end the process with a bus error; a foreign one registers no operator."""
+def test_a_damaged_library_is_built_again(cache: Path, compiler: Callable[[str], Path], damage: str) -> None:
+    """Loading a truncated library can kill the process with a bus error, and a foreign one registers no operators."""
     log = compiler("echo library > $out")
     library = extension.build("cpu")
     whole = library.read_bytes()
@@ -142,7 +146,7 @@ def test_a_damaged_library_is_built_anew(cache: Path, compiler: Callable[[str], 
     assert built(cache) == [".lock", ".so"]
 
 
-def test_a_compiler_that_makes_nothing_has_failed(
+def test_a_compiler_that_writes_nothing_has_failed(
     cache: Path, compiler: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FASTRES_CUDA_EXT", "auto")
@@ -165,7 +169,7 @@ def test_a_cache_may_have_a_name_that_is_not_utf8(
     expect_aten("doesn't load")
 
 
-def test_a_cache_that_cannot_be_written_is_named(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unwritable_cache_is_named(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache.write_text("a file where the folder should be")
     monkeypatch.setenv("FASTRES_CUDA_EXT", "auto")
     expect_aten("the cache folder .* can't be written .*; set FASTRES_CACHE_DIR")
@@ -233,8 +237,8 @@ def test_two_processes_build_once(cache: Path, compiler: Callable[[str], Path]) 
     assert built(cache) == [".lock", ".so"]
 
 
-def test_a_killed_build_leaves_no_lock(cache: Path, compiler: Callable[[str], Path]) -> None:
-    """SIGKILL in mid-build: the lock is free, the next build succeeds and clears away what was left."""
+def test_a_killed_build_leaves_no_lock_behind(cache: Path, compiler: Callable[[str], Path]) -> None:
+    """After SIGKILL during a build, the lock is free, and the next build succeeds and removes the remains."""
     log = compiler("echo half > $out; sleep 60")
     process = multiprocessing.get_context("fork").Process(target=extension.build, args=("cpu",))
     process.start()
@@ -264,7 +268,7 @@ def test_paths_may_hold_special_characters(
 ARCHS = ("80", "90", "100")
 
 
-@pytest.mark.extra  # torch's headers alone keep nvcc busy for ten seconds
+@pytest.mark.extra  # torch's headers alone take nvcc ten seconds
 def test_cuda_compiles(cache: Path) -> None:
     """nvcc builds the library for A100, H100 and B200; the binary uses 16-byte accesses and spills nothing."""
     try:
@@ -284,11 +288,11 @@ def test_cuda_compiles(cache: Path) -> None:
     usage = re.findall(r"REG:(\d+) STACK:(\d+).*?LOCAL:(\d+)", dump("--dump-resource-usage"))
     assert len(usage) >= len(ARCHS) * 50
     assert all(int(stack) == int(local) == 0 for _, stack, local in usage)
-    assert max(int(registers) for registers, _, _ in usage) <= 64  # 4 blocks of 256 threads a multiprocessor
+    assert max(int(registers) for registers, _, _ in usage) <= 64  # for 4 blocks of 256 threads per SM
     assembly = dump("-sass", "-arch", "sm_90")
     functions = re.split(r"Function : ", assembly)[1:]
     wide = [f for f in functions if re.search(r"LDG\.E\.128", f) and re.search(r"STG\.E\.128", f)]
-    assert len(wide) * 3 >= len(functions)  # of three variants (packed, single, 64-bit) one is packed
+    assert len(wide) * 3 >= len(functions)  # one of three variants (packed, single, 64-bit) is packed
 
 
 @pytest.mark.gpu

@@ -1,4 +1,4 @@
-"""How tensors lie in memory: what is a view stays one, and each conversion has the bits of PyTorch's own."""
+"""Memory layouts: conversions return views where possible, and copies equal PyTorch's own bit for bit."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_statistics_are_at_least_float32(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format], ids=str)
-def test_an_input_is_copied_only_for_its_layout_or_dtype(
+def test_an_input_is_copied_only_to_change_layout_or_dtype(
     memory_format: torch.memory_format, dtype: torch.dtype
 ) -> None:
     x = torch.randn(2, 6, 5, 4).contiguous(memory_format=memory_format)
@@ -34,8 +34,8 @@ def test_an_input_is_copied_only_for_its_layout_or_dtype(
     assert torch.equal(layout.nchw(got), x.to(dtype))
 
 
-def test_a_result_is_open_to_in_place_operations() -> None:
-    """A view that a custom function returns is not."""
+def test_a_result_allows_in_place_operations() -> None:
+    """Autograd forbids them on a view that a custom function returns, so the result must not be marked as a view."""
     out = torch.zeros(1, 2, 2, 3)
     assert layout.nchw(out)._is_view()
     result = layout.unaliased(out)
@@ -70,7 +70,8 @@ def test_a_gradient_is_copied_only_into_another_order(
 
 
 def test_weights_of_a_stage_are_cast_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the bits of `to`, apart from one another and where TMA can read them; others as they were."""
+    """The cast weights equal those of `to` bit for bit and are aligned for TMA. Weights that need more than a cast, or
+    none, are not cast together."""
     copied, copy_ = [], torch._foreach_copy_
     monkeypatch.setattr(torch, "_foreach_copy_", lambda to, given: copied.append(len(given)) or copy_(to, given))
     shapes = [(5, 3, 7, 7), (6, 5, 1, 1), (3, 2, 3, 3), (1, 1, 1, 1)]
@@ -91,15 +92,16 @@ def test_weights_of_a_stage_are_cast_together(monkeypatch: pytest.MonkeyPatch) -
         assert got.data_ptr() == w.data_ptr()
 
 
-def test_weights_elsewhere_are_not_fetched() -> None:
-    """The kernel that reads one refuses it, as PyTorch's convolution does."""
+def test_weights_on_other_devices_stay_there() -> None:
+    """The kernel that reads such a weight raises an error, as PyTorch's convolution does."""
     weights = [torch.randn(4, 4, 1, 1, device=device) for device in ("cpu", "cpu", "meta")]
     found = read_weights(weights, torch.bfloat16)
     assert [w.device.type for w in found] == ["cpu", "cpu", "meta"]
 
 
 def test_gradients_of_a_stage_are_cast_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By dtypes, into the parameters' strides; what has its parameter's dtype is handed over as it is."""
+    """One cast for each pair of dtypes gives the parameters' strides. Gradients that have the parameter's dtype are
+    returned unchanged."""
     copied, copy_ = [], torch._foreach_copy_
     monkeypatch.setattr(torch, "_foreach_copy_", lambda to, given: copied.append(len(given)) or copy_(to, given))
     shapes = [(5, 3, 7, 7), (6, 5, 1, 1), (3, 1, 3, 3), (1, 1, 1, 1), (4,)]

@@ -1,4 +1,4 @@
-"""`dispatch.why_no_onednn`: what a CPU is asked before oneDNN's convolutions are used on it."""
+"""`dispatch.why_no_onednn`: the conditions under which oneDNN's convolutions are used on a CPU."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _NARROW = (torch.bfloat16, torch.float16, torch.int8, torch.qint8, torch.quint8)
 
 @pytest.fixture
 def able(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A CPU that has everything."""
+    """Simulate a CPU that meets all conditions."""
     monkeypatch.setattr(platform, "machine", lambda: "x86_64")
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
     for name in ("_is_vnni_supported", "_is_avx512_bf16_supported", "_is_amx_tile_supported"):
@@ -38,7 +38,7 @@ def _lacks(*names: str) -> Callable[[pytest.MonkeyPatch], None]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *_NARROW], ids=str)
-def test_an_able_cpu_serves(able: None, dtype: torch.dtype) -> None:
+def test_a_cpu_with_everything_is_served(able: None, dtype: torch.dtype) -> None:
     assert dispatch.why_no_onednn(dtype) is None
 
 
@@ -86,13 +86,13 @@ def test_a_cpu_without_the_instructions_refuses_the_dtype(
 
 
 @pytest.mark.parametrize("has", ["_is_avx512_bf16_supported", "_is_amx_tile_supported"])
-def test_bf16_needs_one_of_two(able: None, monkeypatch: pytest.MonkeyPatch, has: str) -> None:
+def test_bf16_needs_avx512_bf16_or_amx(able: None, monkeypatch: pytest.MonkeyPatch, has: str) -> None:
     _lacks(*({"_is_avx512_bf16_supported", "_is_amx_tile_supported"} - {has}))(monkeypatch)
     assert dispatch.why_no_onednn(torch.bfloat16) is None
 
 
 @pytest.mark.parametrize("name", ["ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"])
-def test_a_limited_onednn_serves_float32_alone(able: None, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_a_limited_onednn_serves_float32_only(able: None, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setenv(name, "AVX2")
     assert dispatch.why_no_onednn(torch.float32) is None
     for dtype in _NARROW:
@@ -114,11 +114,11 @@ print(torch.ops.quantized.conv2d(x, packed, 576 / 255, 0).dequantize()[0, 0, 4, 
 
 @pytest.mark.skipif(dispatch.why_no_onednn(torch.int8) is not None, reason="needs a CPU that serves int8")
 def test_a_limited_onednn_sums_int8_wrongly() -> None:
-    """The largest sum of 576 products: right here, wrong where oneDNN may not use VNNI."""
+    """The largest possible sum of 576 products is exact with VNNI, and saturates if oneDNN may not use VNNI."""
 
     def result(**limit: str) -> float:
-        told = subprocess.run([sys.executable, "-c", _SUM], env=os.environ | limit, capture_output=True, text=True)
-        return float(told.stdout)
+        run = subprocess.run([sys.executable, "-c", _SUM], env=os.environ | limit, capture_output=True, text=True)
+        return float(run.stdout)
 
     assert result() == pytest.approx(576)
     assert result(ONEDNN_MAX_CPU_ISA="AVX2") < 400

@@ -1,4 +1,4 @@
-"""The operators behind torch.compile and dispatch modes: PyTorch's own checks of them, their layouts, their FLOPs."""
+"""The operators for torch.compile and dispatch modes: PyTorch's operator checks, layouts, results and FLOPs."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ LAYERS = {  # (C, K, side, stride, groups) of each conv
 
 
 def arguments(end: str, training: bool, dtype: torch.dtype = torch.float32, grad: bool = True) -> tuple[Any, ...]:
-    """Those of `operators.conv_bn_act` for a small chain; the second layer's BN, where there is one, has no weight."""
+    """Return arguments of `operators.conv_bn_act` for a small block; the second layer's BN, if any, has no weight and
+    bias."""
     parameters: list[Tensor | None] = []
     running: list[Tensor] = []
     geometry: list[int] = []
@@ -54,13 +55,13 @@ CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_
 
 
 @pytest.mark.parametrize("end", ENDS)
-def test_the_operator_keeps_pytorchs_rules(end: str) -> None:
+def test_the_operator_passes_opcheck(end: str) -> None:
     training = end != "join"
     torch.library.opcheck(operators.conv_bn_act, arguments(end, training), test_utils=CHECKS)
 
 
 @pytest.mark.parametrize("end", ENDS)
-def test_the_operators_backward_keeps_pytorchs_rules(end: str) -> None:
+def test_the_operators_backward_passes_opcheck(end: str) -> None:
     x, parameters, running, residual, geometry, eps, momentum, training, _, sizes = arguments(end, True, grad=False)
     given = (x, parameters, running, residual, geometry, eps, momentum, training, end, sizes)
     out, _, statistics, kept = operators.conv_bn_act(*given)
@@ -69,7 +70,7 @@ def test_the_operators_backward_keeps_pytorchs_rules(end: str) -> None:
     torch.library.opcheck(operators.conv_bn_act_backward, args, test_utils=("test_schema", "test_faketensor"))
 
 
-def test_the_operator_of_inference_keeps_pytorchs_rules() -> None:
+def test_the_inference_operator_passes_opcheck() -> None:
     x, scale, shift = torch.randn(N, C, H, W), torch.randn(8), torch.randn(8)
     for residual in (None, torch.randn(N, 8, H, W)):
         args = (x, torch.randn(8, 3, 3, 3), scale, shift, residual, [1, 1, 1, 2], True)
@@ -78,7 +79,7 @@ def test_the_operator_of_inference_keeps_pytorchs_rules() -> None:
 
 @pytest.mark.parametrize("end", ENDS)
 def test_fakes_have_the_strides_and_dtypes_of_the_results(end: str) -> None:
-    """Which `opcheck` does not compare on a CPU; low-precision x with fp32 parameters, as under autocast."""
+    """`opcheck` doesn't compare these on a CPU. x is bf16 and the parameters are fp32, as under autocast."""
     given = arguments(end, True, torch.bfloat16, grad=False)
     real = operators.conv_bn_act(*given)
     fake = operators._forward_fake(*given)
@@ -95,7 +96,7 @@ def test_fakes_have_the_strides_and_dtypes_of_the_results(end: str) -> None:
 
 
 def plain(end: str, args: tuple[Any, ...]) -> Tensor:
-    """The block by PyTorch's own functions; moves the running statistics."""
+    """Run the block with PyTorch's own functions; this updates the running statistics in place."""
     x, parameters, running, residual, geometry, eps, momentum, training, _, sizes = args
 
     def pair(a: Tensor, i: int) -> Tensor:
@@ -144,7 +145,7 @@ def test_the_operator_equals_the_definition(end: str, training: bool) -> None:
 
 
 @pytest.mark.parametrize("end", ENDS)
-def test_an_end_says_what_its_block_means(end: str) -> None:
+def test_an_ends_definition_computes_its_block(end: str) -> None:
     x, parameters, _, residual, geometry, eps, *_, sizes = args = arguments(end, True, grad=False)
 
     def pair(i: int) -> tuple[Any, Any]:
@@ -181,15 +182,15 @@ def test_only_the_wanted_gradients_are_computed(monkeypatch: pytest.MonkeyPatch)
     assert asked == [(False, [True, False, False, False, False, False])]
 
 
-def test_results_are_open_to_in_place_operations() -> None:
-    """Of the operator and of the eager call, which both make their result by a permutation."""
+def test_results_allow_in_place_operations() -> None:
+    """The operator and the eager call both return a permuted tensor, which must not be marked as a view."""
     args = arguments("linear", True)
     operators.conv_bn_act(*args)[0].relu_().sum().backward()
     unit = (nn.Conv2d(6, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6))
     fused.residual_block(args[0], [unit], None).add_(1)
 
 
-def test_what_cannot_be_differentiated_says_so() -> None:
+def test_unsupported_differentiation_raises_an_error() -> None:
     args = arguments("relu", True)
     out = operators.conv_bn_act(*args)[0]
     (dx,) = torch.autograd.grad(out.square().sum(), args[0], create_graph=False)
@@ -217,12 +218,12 @@ def test_flops_are_those_of_the_definition(end: str, input_grad: bool) -> None:
     args = arguments(end, True)
     args[0].requires_grad_(input_grad)
     want = flops_of(end, args, lambda a: plain(end, a))
-    if end == "relu":  # PyTorch's own formula for wgrad forgets the groups
+    if end == "relu":  # PyTorch's formula for wgrad ignores groups
         want = (2 + input_grad) * 2 * N * H * W * 4 * 3 * 9
     assert flops_of(end, args, lambda a: operators.conv_bn_act(*a)[0]) == want
 
 
-def test_flops_of_inference_are_those_of_the_convolution() -> None:
+def test_flops_in_inference_are_those_of_the_convolution() -> None:
     x, weight = torch.randn(N, C, H, W), torch.randn(8, 3, 3, 3)
     with FlopCounterMode(display=False) as counter:
         operators.conv_affine_act(x, weight, torch.ones(8), torch.ones(8), None, [2, 1, 1, 2], True)
@@ -230,7 +231,7 @@ def test_flops_of_inference_are_those_of_the_convolution() -> None:
 
 
 def test_a_dispatch_mode_sees_the_operator() -> None:
-    """An eager fused block under FlopCounterMode counts as its convolutions, and still moves its buffers."""
+    """Under FlopCounterMode, an eager fused block counts its convolutions' FLOPs and still updates its buffers."""
     convs = [nn.Conv2d(6, 6, 3, padding=1, bias=False) for _ in range(2)]
     pairs = [(conv, nn.BatchNorm2d(6)) for conv in convs]
     x = torch.randn(N, C, H, W, requires_grad=True)
@@ -253,7 +254,7 @@ def test_a_dispatch_mode_sees_the_operator() -> None:
 
 @pytest.mark.interpret
 @pytest.mark.parametrize("end", ENDS)
-def test_kernels_serve_the_operator(end: str) -> None:
+def test_the_operator_runs_on_kernels(end: str) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
 
     def there(value: Any) -> Any:

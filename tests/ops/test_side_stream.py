@@ -1,7 +1,8 @@
-"""Weight gradients on a second stream: no launch reads what isn't written yet or overwrites what is still read, memory
-is not used again while a launch of the other stream may touch it, and no bit changes.
+"""Weight gradients on a second stream: no data races between the streams, no early reuse of memory, and bit-identical
+results.
 
-Streams without a GPU: what is launched on them runs at once, but is known to the other stream only after it has waited.
+Most tests simulate streams without a GPU. A launch runs immediately, but counts as ordered before the launches of the
+other stream only after that stream has waited for it.
 """
 
 from __future__ import annotations
@@ -28,7 +29,10 @@ from fastres.ops.side_stream import SideStream
 
 
 class Stream:
-    """known: of each stream, how many of its launches come before what is launched here next."""
+    """A simulated CUDA stream.
+
+    known: for each stream, how many of its launches are ordered before the next launch on this stream.
+    """
 
     device = torch.device("cuda:0")
 
@@ -40,13 +44,18 @@ class Stream:
             self.known[stream] = max(self.known.get(stream, 0), count)
 
     def after(self, launch: tuple[Stream, int]) -> bool:
+        """Return whether the next launch on this stream is ordered after `launch`, a (stream, count) pair."""
         stream, count = launch
         return self.known.get(stream, 0) >= count
 
 
 @dataclass
 class Memory:
-    """owner: the stream whose later launches may have it when it is free."""
+    """The accesses to one storage.
+
+    owner: the stream whose later launches may reuse the memory once it is freed. written: the last launch that wrote
+    it. read: the launches that read it. recorded: the streams of its `record_stream` calls.
+    """
 
     owner: Stream
     written: tuple[Stream, int]
@@ -55,7 +64,7 @@ class Memory:
 
 
 class Races(TorchDispatchMode):
-    """Every launch on its stream and what it touches; `found`: what may go wrong, in words."""
+    """Tracks the stream of every launch and the memory that it accesses; `found` lists the races."""
 
     def __init__(self, main: Stream) -> None:
         super().__init__()
@@ -68,7 +77,7 @@ class Races(TorchDispatchMode):
         return self.memory.setdefault(StorageWeakRef(tensor.untyped_storage()), Memory(owner, (self.main, 0)))
 
     def free(self) -> None:
-        """What nobody holds any more may be used again."""
+        """Drop storages that have been freed, and report those that another stream may still access."""
         for at in [at for at in self.memory if at.expired()]:
             memory = self.memory.pop(at)
             for stream, count in (memory.written, *memory.read):
@@ -137,7 +146,7 @@ def unit(c: int, k: int, r: int) -> nn.Sequential:
 
 
 class Net(nn.Module):
-    """A block with a projection and one without; as a stage, or one by one."""
+    """A block with a projection and one without, run as one stage or as two calls."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -153,7 +162,7 @@ class Net(nn.Module):
 
 
 def backward(net: nn.Module, together: bool, within: Any = contextlib.nullcontext, **switches: bool) -> list[Tensor]:
-    """Gradients of the parameters and of x."""
+    """Return the gradients of x and of the parameters."""
     x = torch.linspace(-1, 1, 2 * 4 * 6 * 5, dtype=torch.double).reshape(2, 4, 6, 5).requires_grad_()
     with dispatch.fusions(**switches):
         y = net(x, together)
@@ -171,10 +180,10 @@ def test_streams_wait_for_each_other(together: bool, keep_activation: bool, race
     assert not races.launches
     got = backward(net, together, lambda: races, overlap=True, keep_activation=keep_activation)
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
-    assert races.launches.count(races.second) >= 7, "a weight gradient a convolution"
+    assert races.launches.count(races.second) >= 7, "one weight gradient for each convolution"
     assert races.launches.count(races.main) > 7
     done = (races.second, races.second.known[races.second])
-    assert races.main.after(done), "a gradient is handed out before it is there"
+    assert races.main.after(done), "a gradient is returned before it is computed"
     assert len([m for m in races.memory.values() if m.recorded == {races.main}]) >= 7
     net.zero_grad(set_to_none=True)
     got.clear()
@@ -182,7 +191,7 @@ def test_streams_wait_for_each_other(together: bool, keep_activation: bool, race
     assert not races.found
 
 
-def test_a_backward_that_fails_waits_as_well(races: Races, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failing_backward_also_waits_for_the_second_stream(races: Races, monkeypatch: pytest.MonkeyPatch) -> None:
     net, wgrad, calls = Net().double(), Library.wgrad, []
 
     def failing(self: Library, *operands: Any) -> Tensor:
@@ -204,7 +213,7 @@ def test_a_backward_that_fails_waits_as_well(races: Races, monkeypatch: pytest.M
 
 
 def test_one_call_at_a_time(races: Races) -> None:
-    """What a call reads is kept until the next one, and no longer."""
+    """The arguments of a call are kept alive until the next call or `join`, and no longer."""
     calls, kept = SideStream(torch.device("cuda")), []
     for _ in range(3):
         x = torch.ones(4)
@@ -223,8 +232,8 @@ def test_without_a_gpu_there_is_no_second_stream() -> None:
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
-def test_the_second_stream_is_another_than_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Even where the pool hands that one out; the same one every time."""
+def test_the_second_stream_differs_from_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This holds even if PyTorch's pool returns the current stream; repeated calls return the same second stream."""
     main = Stream()
     side_stream._second.cache_clear()
     pool = iter([main, Stream(), Stream()])
@@ -239,7 +248,7 @@ def test_the_second_stream_is_another_than_the_current_one(monkeypatch: pytest.M
 @pytest.mark.parametrize("graphed", [False, True], ids=["eager", "graph"])
 @pytest.mark.parametrize("backend", ["auto", "triton", "cudnn"])
 def test_no_bit_changes_on_a_gpu(backend: str, graphed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Twenty times, with memory that is freed and taken again between them."""
+    """20 overlapping steps, between which memory is freed and reused, equal a step without overlap."""
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     net = families.named("resnet50").cuda().to(memory_format=torch.channels_last)
     x = torch.randn(16, 3, 96, 96, device="cuda").contiguous(memory_format=torch.channels_last)
@@ -257,7 +266,7 @@ def test_no_bit_changes_on_a_gpu(backend: str, graphed: bool, monkeypatch: pytes
             call: Callable[..., tuple[Tensor, ...]] = step
             if graphed:
                 call = fastres.graphed(step, net)
-            for _ in range(20 if overlap else 4):  # recorded in the third call
+            for _ in range(20 if overlap else 4):  # `graphed` captures in the third call
                 yield call(x)
 
     *_, found = run(False)

@@ -1,6 +1,7 @@
 """Whole nets trained on the kernels follow stock PyTorch step by step: losses, gradients, running statistics.
 
-On a CPU the kernels run in Triton's interpreter, so nets and images are small; on a GPU the same tests run on it.
+On a GPU the tests run the compiled kernels. Without one, the kernels run in Triton's interpreter, so nets and images
+are small.
 """
 
 from __future__ import annotations
@@ -39,11 +40,14 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 class Narrow(ResNet):
-    """Every kind of step that ResNet-50 has, thin enough for the interpreter: the 7x7 stem and its pool, bottlenecks
-    with and without a projection, with and without a stride; stages that end either way."""
+    """A net with every kind of step that ResNet-50 has, narrow enough for the interpreter.
+
+    It has the 7x7 stem and its pool, bottlenecks with and without a projection and with and without a stride, and
+    stages that end in either kind of block.
+    """
 
     def __init__(self) -> None:
-        nn.Module.__init__(self)  # torchvision's own would build wider stages
+        nn.Module.__init__(self)  # torchvision's __init__ would build wider stages
 
         def projected(c: int, planes: int, stride: int) -> Bottleneck:
             projection = nn.Sequential(nn.Conv2d(c, 4 * planes, 1, stride, bias=False), nn.BatchNorm2d(4 * planes))
@@ -59,7 +63,7 @@ class Narrow(ResNet):
 
 
 def basic() -> nn.Module:
-    """Every kind of step that CIFAR's nets have: one block behind another, and option A's shortcuts."""
+    """Return a net with every kind of step that the CIFAR nets have: consecutive blocks and option-A shortcuts."""
     net = paper.cifar(14)
     del net.layer2[1], net.layer3[1]
     return net
@@ -73,8 +77,9 @@ NETS = {
     "plain-20": lambda: paper.cifar(20, residual=False),
     "bottleneck": Narrow,
 }
-# Passes of their own that a step still has: normalize where no 1x1 follows a block, backward_reduce where none does or
-# one with option A's shortcut; both behind the stem.
+# Launches of (normalize, backward_reduce) in one step, + those of the stem. normalize runs for each block that no 1x1
+# convolution follows. backward_reduce runs for each block that is followed by a block with option A's shortcut, or by
+# none that is fused with it. A stem with a pool has another kernel instead of normalize.
 PASSES = {
     "basic": (4 + 1, 3 + 1),
     "cifar-20": (9 + 1, 3 + 1),
@@ -100,7 +105,7 @@ def train(net: nn.Module, data: list[tuple[Tensor, Tensor]]) -> None:
 
 
 class Launches:
-    """Counts launches by kernel name, through Triton's own entry point."""
+    """Counts launches by kernel name, by wrapping the Triton functions in their modules."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         from fastres.kernels import batch_norm, dgrad, wgrad
@@ -119,7 +124,7 @@ class _Counted:
     def __getitem__(self, grid):
         def launch(*args, **kwargs):
             self.count[self.name] += 1
-            self.kernel[grid](*args, **kwargs)  # whose binary nobody gets: a launch that is replayed comes by again
+            self.kernel[grid](*args, **kwargs)  # returns no binary, so that repeated launches also come here
 
         return launch
 
@@ -128,17 +133,20 @@ class _Counted:
 
 
 def results(net: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    """Loss, gradients and buffers after one forward and backward pass."""
+    """Return the loss, gradients and buffers after one forward and backward pass."""
     net.zero_grad(set_to_none=True)
     loss = F.cross_entropy(net(images), labels)
     loss.backward()
     return {"loss": loss.detach(), **{n: p.grad for n, p in net.named_parameters()}, **dict(net.named_buffers())}
 
 
-def hold(net: nn.Module, data: list[tuple[Tensor, Tensor]], **fusions: bool) -> None:
-    """Our kernels' losses, gradients and running statistics are as near to float64 as PyTorch's, in the median over
-    steps: in any one of them a value within rounding of zero may open a ReLU here and not there, whose effect no
-    rounding bounds. Each step starts where SGD in float64 has come."""
+def check_against_stock(net: nn.Module, data: list[tuple[Tensor, Tensor]], **fusions: bool) -> None:
+    """Check that the kernels' losses, gradients and running statistics are about as close to float64 as PyTorch's.
+
+    Errors are compared by their median over steps. In a single step, rounding may change the sign of a value near zero
+    and so switch a ReLU on in only one of the nets, which changes results by more than rounding errors. Each step
+    starts from the weights that SGD in float64 has reached.
+    """
     stock, exact = copy.deepcopy(net), copy.deepcopy(net).double()
     optimizer = torch.optim.SGD(exact.parameters(), lr=0.02, momentum=0.9, weight_decay=1e-4)
     errors: dict[str, list[tuple[float, float]]] = defaultdict(list)
@@ -179,7 +187,7 @@ def test_training_follows_stock_step_by_step(name: str, steps: int, monkeypatch:
     torch.manual_seed(0)
     net = NETS[name]().to(DEVICE)
     launches = Launches(monkeypatch)
-    hold(net, batches(steps, 3, 32 if name == "bottleneck" else 8))
+    check_against_stock(net, batches(steps, 3, 32 if name == "bottleneck" else 8))
 
     convs = sum(isinstance(m, nn.Conv2d) for m in net.modules())
     count = launches.count
@@ -210,11 +218,11 @@ def test_each_fusion_can_be_switched(switch: str, size: int, monkeypatch: pytest
     net = Narrow().to(DEVICE)
     stages = Mock(wraps=resnet.stages)
     monkeypatch.setattr(resnet, "stages", stages)
-    hold(net, batches(3, 3, size), **{switch: not getattr(dispatch.Fusions(), switch)})
+    check_against_stock(net, batches(3, 3, size), **{switch: not getattr(dispatch.Fusions(), switch)})
     assert stages.call_count == 3 * (switch != "block_end")
 
 
-def test_kept_activations_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_keep_activation_gives_bit_identical_results(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     net, launches, found = Narrow().to(DEVICE), Launches(monkeypatch), []
     for keep in (False, True):
@@ -223,11 +231,11 @@ def test_kept_activations_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None
             found.append((results(copy.deepcopy(net), *batches(1, 3, 16)[0]), launches.count["normalize_kernel"]))
     (want, before), (got, after) = found
     assert all(torch.equal(got[name], value) for name, value in want.items())
-    assert before - after == 8, "two in each of four blocks"
+    assert before - after == 8, "two for each of four blocks"
 
 
 class Counted(resnet.BasicBlock):
-    """A user's block: what its `forward` does must happen, wherever it stands."""
+    """A user's block whose `forward` has a side effect, which a fused stage must not skip."""
 
     calls = 0
 
@@ -236,9 +244,9 @@ class Counted(resnet.BasicBlock):
         return super().forward(x)
 
 
-def test_a_stage_leaves_other_blocks_to_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks with hooks, compiled or with a forward of their own, nets and blocks without gradients: no stage, and the
-    same result; blocks that don't fit each other: PyTorch's own error."""
+def test_a_stage_excludes_blocks_that_it_cannot_fuse(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks with hooks, compiled blocks, blocks with a custom forward and blocks without gradients don't run in a
+    fused stage and give the same result. Blocks that don't fit each other raise PyTorch's own error."""
     torch.manual_seed(0)
     layer = nn.Sequential(resnet.BasicBlock(8, 8), resnet.BasicBlock(8, 8)).to(DEVICE).eval()
     x = torch.randn(2, 8, 4, 4, device=DEVICE)
@@ -246,13 +254,13 @@ def test_a_stage_leaves_other_blocks_to_themselves(monkeypatch: pytest.MonkeyPat
     with fastres.backend("reference"):
         usual = resnet.run_stages(x, layer)
 
-    def hold(out: Tensor) -> None:
+    def check(out: Tensor) -> None:
         assert_close_to_reference(out, exact, usual, factor=FUSED, lost=lost_in_sums(9 * 8, x))
 
     stages = Mock(wraps=resnet.stages)
     monkeypatch.setattr(resnet, "stages", stages)
     with fastres.backend("triton"):
-        hold(resnet.run_stages(x, layer))
+        check(resnet.run_stages(x, layer))
         assert stages.call_count == 1
 
         with torch.no_grad():
@@ -261,19 +269,19 @@ def test_a_stage_leaves_other_blocks_to_themselves(monkeypatch: pytest.MonkeyPat
 
         half = copy.deepcopy(layer)
         half[0].requires_grad_(False)
-        hold(resnet.run_stages(x, half))
+        check(resnet.run_stages(x, half))
         assert [len(*call.args[1]) for call in stages.call_args_list] == [2, 1]
         stages.reset_mock()
 
         seen: list[Tensor] = []
         handle = layer[1].register_forward_hook(lambda module, inputs, out: seen.append(out))
-        hold(resnet.run_stages(x, layer))
+        check(resnet.run_stages(x, layer))
         assert len(seen) == 1
         handle.remove()
 
         compiled: list[int] = []
         layer[1].compile(backend=lambda graph, inputs: compiled.append(1) or graph)
-        hold(resnet.run_stages(x, layer))
+        check(resnet.run_stages(x, layer))
         assert compiled
         layer[1]._compiled_call_impl = None
 
@@ -283,13 +291,13 @@ def test_a_stage_leaves_other_blocks_to_themselves(monkeypatch: pytest.MonkeyPat
                 resnet.run_stages(x, nn.Sequential(layer[0], other.to(DEVICE)))
 
         layer[0].__class__ = Counted
-        hold(resnet.run_stages(x, layer))
+        check(resnet.run_stages(x, layer))
         assert Counted.calls == 1
     assert not stages.called
 
 
 def test_autocast_keeps_master_weights_and_parameter_strides(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And behind the first convolution, whose output is in 16 bits, everything still runs on the kernels."""
+    """After the first convolution, activations have 16 bits, and everything still runs on the kernels."""
     torch.manual_seed(0)
     net = paper.cifar(8).to(DEVICE)
     images, labels = batches(1, 3, 8)[0]
@@ -331,8 +339,8 @@ def test_eval_with_frozen_statistics_trains_and_infers() -> None:
         assert relative_error(p.grad, true.grad) <= WHOLE_NETS * relative_error(stock.grad, true.grad) + SUMS, name
 
 
-def test_gradients_add_up_and_checkpoints_change_none() -> None:
-    """Two backward passes add up; a checkpointed block has the same gradients (and, as stock, moves BN twice)."""
+def test_gradients_accumulate_and_checkpoints_change_none() -> None:
+    """Two backward passes accumulate their gradients, and a checkpointed block has the same gradients as without."""
     torch.manual_seed(0)
     net = paper.cifar(8).to(DEVICE)
     images, labels = batches(1, 3, 8)[0]
@@ -354,9 +362,10 @@ def test_gradients_add_up_and_checkpoints_change_none() -> None:
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-def test_borders_between_stages_change_no_gradient(recompute: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stages that hand over to one another beside stages that don't: values, gradients, a second backward pass,
-    gradients of gradients. Where the next stage's dgrad is the library's, the gradient comes as it is."""
+def test_fusion_across_stage_boundaries_changes_no_gradient(recompute: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compares stages that are fused across their boundaries with stages that aren't: outputs, gradients, a repeated
+    backward pass and second-order gradients. If the library computes the next stage's dgrad, the gradient that it hands
+    over is not masked."""
     torch.manual_seed(0)
     net = Narrow().to(DEVICE)
     layers = net.layer1, net.layer2, net.layer3
@@ -387,14 +396,14 @@ def test_borders_between_stages_change_no_gradient(recompute: bool, monkeypatch:
 
 
 @pytest.mark.extra
-def test_borders_hold_where_what_is_saved_is_computed_again_or_moved() -> None:
-    """A checkpointed net, tensors saved elsewhere, a backward pass through a part of the net before the whole."""
+def test_stage_boundaries_work_with_checkpoints_and_saved_tensor_hooks() -> None:
+    """Each case also runs a backward pass through the last stage only, before the one through the whole net."""
     torch.manual_seed(0)
     net, (images, labels) = Narrow().to(DEVICE), batches(1, 3, 16)[0]
 
     def gradients(run: Callable[[nn.Module], Tensor]) -> list[Tensor]:
         one = copy.deepcopy(net)
-        with fastres.backend("triton" if DEVICE == "cpu" else "auto"):  # autograd's threads on a GPU see no other
+        with fastres.backend("triton" if DEVICE == "cpu" else "auto"):  # autograd's GPU threads see no context
             loss = F.cross_entropy(run(one), labels)
             torch.autograd.grad(loss, [*one.layer3.parameters()], retain_graph=True)
             loss.backward()
@@ -410,8 +419,9 @@ def test_borders_hold_where_what_is_saved_is_computed_again_or_moved() -> None:
             assert relative_error(a, b) < BORDERS
 
 
-def test_a_gradient_that_is_not_the_one_handed_over_is_masked_again() -> None:
-    """And gets sums of its own; where nothing was handed over, the output is computed again."""
+def test_a_gradient_other_than_the_one_handed_over_loses_its_sums() -> None:
+    """`Border.take_back` must not return the sums of another tensor. If nothing was handed over, it returns no output
+    either."""
     from fastres.ops.block import Border
     from fastres.ops.ends import Gradient
 
@@ -439,7 +449,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 def test_images_are_converted_once_at_most(
     packing: tuple[str, ...], mode: str, layout: str, half: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A pass that packs its images takes them as they come; any other wants them in NHWC."""
+    """Engines that pack images read them in any layout and dtype; all others share one conversion to NHWC."""
     monkeypatch.setattr(dispatch, "conv_engine", lambda pass_, *_: "stem" if pass_ in packing else "aten")
     monkeypatch.setattr(block, "conv_bn", conv_bn.conv_bn.__wrapped__)
     pools, launching = [], max_pool.launch
@@ -472,11 +482,12 @@ def test_images_are_converted_once_at_most(
     copies = sum(e.name == "aten::copy_" and e.input_shapes[0] in shapes for e in profiler.events())
     reading = {"fprop", "wgrad"} if gradients else {"fprop"}
     assert copies == (0 if (layout == "NHWC" and not half) or reading <= set(packing) else 1)
-    assert pools == [gradients], "taps are for a backward"
+    assert pools == [gradients], "only a backward needs taps"
 
 
-def test_images_whose_minus_sign_is_pending_are_read_as_they_mean() -> None:
-    """No kernel reads memory that stands for its negative, as the imaginary part of a conjugate does."""
+def test_images_with_the_negative_bit_are_read_with_their_sign() -> None:
+    """The imaginary part of a conjugate has PyTorch's negative bit: its memory holds the negated values. Kernels must
+    read the resolved values."""
     net = nn.ModuleList([nn.Conv2d(3, 8, 7, 2, 3, bias=False), nn.BatchNorm2d(8), nn.MaxPool2d(3, 2, 1)]).to(DEVICE)
     x = torch.randn(2, 3, 14, 16, device=DEVICE)
     negative = torch.complex(x, -x).conj().imag
@@ -494,8 +505,9 @@ def test_images_whose_minus_sign_is_pending_are_read_as_they_mean() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("depth", [18, 50])
-def test_a_whole_step_in_a_graph_takes_scaled_gradients(depth: int) -> None:
-    """`make_graphed_callables` replays what eager computes; fp16 gradients survive a GradScaler and fused SGD."""
+def test_graphed_callables_and_a_grad_scaler_work(depth: int) -> None:
+    """A net from `make_graphed_callables` gives the eager gradients, and three steps in fp16 with a GradScaler and
+    fused SGD give a finite loss."""
     torch.manual_seed(0)
     net = getattr(fastres, f"resnet{depth}")(num_classes=10).cuda().to(memory_format=torch.channels_last)
     twin = copy.deepcopy(net)
@@ -523,9 +535,12 @@ def test_a_whole_step_in_a_graph_takes_scaled_gradients(depth: int) -> None:
 @pytest.mark.parametrize(
     ("depth", "recompute", "most"), [(18, False, 0.72), (18, True, 0.65), (50, False, 0.85), (50, True, 0.65)]
 )
-def test_peak_memory_is_below_stocks(depth: int, recompute: bool, most: float) -> None:
-    """Of a whole step in bf16 autocast and channels_last, over torchvision's. What is kept for backward alone is
-    0.62, 0.56, 0.78 and 0.60 of stock's (bench/memory.py); weights, gradients and momentum are the same for both."""
+def test_peak_memory_is_below_torchvisions(depth: int, recompute: bool, most: float) -> None:
+    """`most` bounds the ratio of peak memory to torchvision's, for a whole step in bf16 autocast and channels_last.
+
+    The tensors saved for backward alone take 0.62, 0.56, 0.78 and 0.60 of torchvision's bytes (bench/memory.py);
+    weights, gradients and momentum take the same for both.
+    """
 
     def peak(models: Any) -> int:
         gc.collect()
@@ -552,8 +567,8 @@ def test_peak_memory_is_below_stocks(depth: int, recompute: bool, most: float) -
 @pytest.mark.gpu
 @pytest.mark.timeout(240)
 def test_resnet50_follows_stock_for_200_steps_on_photographs() -> None:
-    """bf16 autocast, the loss curves of ours and torchvision's within the spread of three stock runs: the same in
-    channels_last, contiguous, and from weights moved by as much as bf16 rounds them."""
+    """In bf16 autocast, our loss curve differs from torchvision's by at most about three times the spread of three
+    torchvision runs: in channels_last, in contiguous format, and from weights perturbed by bf16's rounding error."""
     from sklearn.datasets import load_sample_images
 
     photos = [torch.from_numpy(i.copy()).cuda().permute(2, 0, 1) / 255 for i in load_sample_images().images]
