@@ -42,7 +42,7 @@ class ConvBN(Facts):
     # (z, affine, w, **addend): (x, conv(x), partials), where x = relu(scale z + shift + shortcut) is the previous
     # block's output. affine: (scale, shift); addend: the arguments of `reference.normalize` for the shortcut
     fprop_joined: Callable[..., tuple[Tensor, Tensor, Tensor | None]]
-    dgrad: Callable[..., Tensor]  # (dz, w, bn, residual=, residual_mask=): dx + residual, zero where residual_mask <= 0
+    dgrad: Callable[..., Tensor]  # (dz, w, bn, residual=, residual_mask=): dx + residual [residual_mask > 0]
     # (dz, w, bn, z, mean, affine): the gradient at the output of the BN below, whose input is z, as (dy, the mask that
     # is still to be applied or None, partials of sum g and sum g (z - mean))
     dgrad_masked: Callable[..., tuple[Tensor, reference.Affine | None, Tensor]]
@@ -133,7 +133,7 @@ def refuse_capture(bn: nn.BatchNorm2d) -> None:
 
 def bind(problem: ConvProblem, eps: float, batch_statistics: bool, engines: Engines) -> ConvBN:
     """Return the pair with each operation bound to its engine; only this function maps a block's engines to code."""
-    # oneDNN's fused primitives serve only plans, which pack their weights once; in a block the library takes its steps.
+    # oneDNN's fused primitives serve only plans, which pack their weights once; in a block, ATen runs the steps.
     by: dict[str, type[Library]] = dict.fromkeys(("cudnn", "onednn", "aten"), Library)
     passes: Any = reference
     if {"triton", "stem"} & {engines.infer, engines.fprop, engines.dgrad, engines.wgrad, engines.passes}:

@@ -267,10 +267,10 @@ Mask = Tensor | tuple[Tensor, Tensor] | None
 
 
 def gradient(dy: Tensor, z: Tensor, mask: Mask, pool: Pool | None) -> Tensor:
-    """Return g: dy, scattered back through the max pool if there is one, and zero where the ReLU's input is <= 0.
+    """Return g: dy, scattered back through the max pool if there is one, and set to zero where the ReLU is off.
 
-    mask: the ReLU's saved output, or (scale, shift), from which its input is recomputed as scale z + shift; None if dy
-    is masked already. A NaN there lets the gradient through, as in `torch.relu`.
+    mask: the ReLU's saved output, or (scale, shift), from which its input is recomputed as scale z + shift; None if
+    there is no ReLU or dy is masked already. A NaN there lets the gradient through, as in `torch.relu`.
     """
     return _masked(dy if pool is None else _unpooled(dy, z, pool), z, mask)
 

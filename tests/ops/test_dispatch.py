@@ -241,7 +241,7 @@ def test_unmeasured_convolutions_use_our_kernels_if_memory_bound() -> None:
         (replace(MEMORY, groups=2), "cudnn", "grouped"),
     ):
         assert dispatch.why_engine("fprop", problem, FP16, CUDA) == (engine, f"unmeasured: {rule}")
-    # A 1x1 convolution of 256 channels has 128 operations per byte in 16 bits, one of 512 has 256. In 32 bits these halve.
+    # In 16 bits, a 1x1 convolution of 256 channels has 128 operations per byte, one of 512 has 256; in 32 bits half.
     deep = ConvProblem(1024, 14, 14, 512, 512)
     assert dispatch.conv_engine("fprop", replace(deep, C=256, K=256), FP16, CUDA) == "triton"
     assert dispatch.conv_engine("fprop", deep, FP16, CUDA) == "cudnn"
