@@ -1,21 +1,27 @@
-"""dgrad: the gradient of a convolution with respect to its input, with BatchNorm's backward around it.
+"""dgrad: the gradient of a convolution's input, fused with the backward passes of the BatchNorms around it.
 
-    dx[n, h, w, c] = sum over r, s, k of w[k, r, s, c] dz[n, p, q, k],   p stride = h + pad - r dilation, likewise q
+    dx[n, h, w, c] = sum over r, s, k of w[k, r, s, c] dz[n, p, q, k]
+        with p stride = h + pad - r dilation, and q likewise from the column w and s
 
-    on load    dz = c_g[k] dy + c_z[k] z + c_1[k]  (optional: BatchNorm's backward; zero outside the image although
-                     c_1 is not)
-    on store   dx += residual where residual_mask is > 0 (optional: the gradient that came along the shortcut)
-               dx  = dx where the ReLU below was open (optional): where relu_mask is > 0, its saved output, or where
-                     scale[c] z_below + shift[c] is; and then per tile of pixels the partial sums over dx and
-                     dx (z_below - mean[c]), from which the coefficients of the BatchNorm below follow, and the same for
-                     the BatchNorm of a projection that joins there
+Prologue, while loading: dz = c_g[k] dy + c_z[k] z + c_1[k], the backward pass of the BatchNorm after the convolution
+(see `dz`). Without it, dz = dy. Outside the image dz is 0, although c_1 is not.
 
-Layouts: activations [N, H, W, C] and [N, P, Q, K], filters [K, R, S, C/groups], all contiguous. GEMM view: channels c
-on GEMM_M, pixels on GEMM_N, (tap, k) on GEMM_K; so the operand that is computed on load stands second, where wgmma
-reads it from shared memory.
+Epilogue, before storing. Every part is optional:
 
-A strided convolution reaches the pixels (h, w) of each class (h % stride, w % stride) through taps of its own; within a
-class the problem has stride 1. Every class is one launch on the strided view dx[:, h::stride, w::stride].
+    1. dx += residual, the gradient that arrives through the shortcut; not where residual_mask is <= 0.
+    2. dx is masked by the ReLU whose output the convolution read (the ReLU below): dx = 0 where relu_mask, the saved
+       output of that ReLU, is <= 0, or where scale[c] z_below + shift[c], its recomputed input, is <= 0.
+    3. Each tile of pixels stores its partial sums of dx and of dx (z_below - mean[c]). `batch_norm.finish_backward`
+       computes the gradients and the coefficients of the BatchNorm below from them. If the output of a projection's
+       BatchNorm was added there, its partial sums, with z_proj and mean_proj, are stored as well.
+
+Layouts: activations [N, H, W, C] and [N, P, Q, K], filters [K, R, S, C/groups], all contiguous. As a GEMM: channels c
+are GEMM_M, pixels are GEMM_N, and the sum over (tap, k) is GEMM_K. This makes dz, which the prologue computes, the
+second operand of the product, which wgmma reads from shared memory.
+
+A strided convolution reads the input pixels (h, w) of each class (h % stride, w % stride) through a different subset of
+the filter's taps. Within a class, the problem has stride 1. So every class is one launch, which writes the strided view
+dx[:, h::stride, w::stride].
 """
 
 from __future__ import annotations
@@ -49,12 +55,20 @@ def dgrad_kernel(
     BK: tl.constexpr, TN: tl.constexpr, TH: tl.constexpr, TW: tl.constexpr, UNIFORM: tl.constexpr,
     PADDED: tl.constexpr, INT64: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One tile of BM channels of one group x BN pixels of one parity class, for all of its TAPS_R x TAPS_S taps.
+    """Compute one tile of dx per program: BM channels of one group and BN pixels of one class of pixels.
 
-    TMA (TN > 0): dy, z [N, P, Q, K], dx and what is like it [N, ROWS, COLS, C], w [K, R S C] are descriptors; a tile is
-    the box [TN, TH, TW]. Otherwise they are pointers and a tile is BN consecutive pixels; UNIFORM: a step of BK stays
-    within one tap. Tap a of TAPS_R reads row p = i + offset_h - a STEP_H with filter row
-    r = first_r + a SKIP_R.
+    The class has ROWS x COLS pixels (i, j) per image and TAPS_R x TAPS_S taps. Its tap a reads row
+    p = i + offset_h - a STEP_H of dz with row r = first_r + a SKIP_R of the filter; columns work likewise. If no tap
+    reaches the class, the sum is 0 and only the epilogue runs.
+
+    With TN > 0, the kernel uses TMA: dy and z [N, P, Q, K], w [K, R S C], dx and the tensors of dx's shape
+    [N, ROWS, COLS, C] are descriptors, and the pixels of a tile are the box [TN, TH, TW]. With TN = 0, all of these are
+    pointers, and the pixels of a tile are BN consecutive ones.
+
+    UNIFORM: every reduction step covers BK channels of one tap. Otherwise a step covers BK of all (tap, k), for groups
+    of fewer than BK channels. PADDED: dz must be masked outside the image. INT64: element offsets can exceed 2**31 - 1.
+
+    Consecutive programs compute different channels of the same pixels, so that L2 serves most of their loads of dz.
     """
     TMA: tl.constexpr = TN > 0
     TAPS: tl.constexpr = TAPS_R * TAPS_S
@@ -149,7 +163,10 @@ def dgrad_kernel(
 
 @triton.jit
 def load_across(tensor, n0, i0, j0, c0, at, writable, BM: tl.constexpr, BN: tl.constexpr, TMA: tl.constexpr):
-    """The tile [BM, BN] of a tensor like dx: by its box or by pointers."""
+    """Load the tile [BM channels, BN pixels] of a tensor with dx's shape.
+
+    TMA: from the box at (n0, i0, j0, c0). Otherwise from the offsets `at` [BM, BN] where `writable`, and 0 elsewhere.
+    """
     if TMA:
         return tensor.load([n0, i0, j0, c0]).reshape((BN, BM)).T
     else:
@@ -158,15 +175,22 @@ def load_across(tensor, n0, i0, j0, c0, at, writable, BM: tl.constexpr, BN: tl.c
 
 @triton.jit
 def store_sums(sums, total, stored, before, mean, channel, c_valid, C):
-    """sums[0], sums[C] = over pixels of dx (`total`), dx (z - mean), for dx as stored and z = before, [BM, BN]."""
+    """Store a tile's sums over pixels: of dx at sums[0] and of dx (z - mean) at sums[C], for BM channels each.
+
+    total: the sum of dx [BM], already reduced. stored: dx [BM, BN] rounded to its dtype, as fp32. before: z [BM, BN].
+    Subtracting the mean first keeps the second sum from cancelling.
+    """
     centre = tl.load(mean + channel, mask=c_valid, other=0.0)[:, None]
     tl.store(sums, total, mask=c_valid)
     tl.store(sums + C, tl.sum(stored * (before - centre), 1), mask=c_valid)
 
 
 class _Reach(NamedTuple):
-    """The filter taps of one axis that reach one class of input pixels h = phase + i stride, i < length: tap number a
-    of `count` is tap first + a skip of the filter and reads row p = i + offset - a step."""
+    """The filter taps along one axis that reach one class of input positions.
+
+    The class has the positions h = phase + i stride, 0 <= i < length. Its taps are numbered a = 0 ... count - 1. Tap a
+    is tap first + a skip of the filter, and reads position p = i + offset - a step of the convolution's output.
+    """
 
     phase: int
     length: int
@@ -178,7 +202,7 @@ class _Reach(NamedTuple):
 
 
 def _reach(size: int, taps: int, stride: int, pad: int, dilation: int) -> Iterator[_Reach]:
-    """One `_Reach` per parity class that has pixels at all."""
+    """Yield one `_Reach` per class along an axis of `size` positions; classes without positions are left out."""
     skip = stride // gcd(stride, dilation)
     for phase in range(min(stride, size)):
         firsts = [tap for tap in range(min(skip, taps)) if (phase + pad - tap * dilation) % stride == 0]
@@ -209,21 +233,41 @@ def conv_dgrad(
     precision: str = "ieee",
     tile: Tile | None = None,
 ) -> Tensor | tuple[Tensor, Any]:
-    """dx [N, H, W, C] of a convolution with filters w [K, R, S, C/groups], from dy [N, P, Q, K].
+    """Launch the input gradient of a convolution and return dx [N, H, W, C], with `below` the pair (dx, partial sums).
 
-    bn_backward (z, c_g, c_z, c_1): dy is the gradient of BatchNorm's output and z [N, P, Q, K] its input; the
-    coefficients are fp32 [K].
-    residual: a gradient like dx to add; residual_mask: a tensor like dx, only where it is > 0.
-    below (z_below, mean): dx is the gradient of the output of a BatchNorm, whose input z_below is like dx, mean fp32
-    [C]; dx is then returned with partial sums, fp32 [tiles, 2, C]: of dx and of dx (z_below - mean), dx as stored.
-    projection (z_proj, mean_proj): likewise for a second BatchNorm whose output was added to the first one's; then the
-    sums are a pair.
-    relu_mask: dx (residual included) is kept where this tensor like dx is > 0, or, for a pair (scale, shift) of fp32
-    [C], where scale z_below + shift > 0.
-    precision of fp32 products: "ieee" or "tf32". tile: by default from `tables`.
+    Equivalent to, with nchw = lambda t: t.permute(0, 3, 1, 2):
 
-    Activations of one dtype (bf16, fp16, fp32), contiguous. No atomics: equal inputs give equal bits.
-    Raises ValueError for shapes, dtypes, layouts or devices that do not fit together.
+        sizes = problem.stride, problem.pad, problem.dilation, problem.groups
+        dz = dy if bn_backward is None else c_g * dy + c_z * z + c_1  # [N, P, Q, K]
+        dx = torch.nn.grad.conv2d_input((N, C, H, W), nchw(w), nchw(dz), *sizes).permute(0, 2, 3, 1)
+        dx = dx + torch.where(residual_mask <= 0, 0, residual)  # optional
+        dx = torch.where(relu_mask <= 0, 0, dx)  # optional; for a pair, relu_mask = scale * z_below + shift
+        sums = dx.sum((0, 1, 2)), (dx * (z_below - mean)).sum((0, 1, 2))  # with below; likewise with projection
+
+    Prologue and epilogue compute in fp32; dz is rounded to dy's dtype before the product.
+
+    dy: [N, P, Q, K] in bfloat16, float16 or float32. Every other activation has the same dtype.
+    w: [K, R, S, C/groups] in dy's dtype.
+    bn_backward: (z, c_g, c_z, c_1). dy is then the gradient of a BatchNorm's output, z [N, P, Q, K] that BatchNorm's
+        input, and the coefficients are fp32 [K].
+    residual: [N, H, W, C], a gradient to add.
+    residual_mask: [N, H, W, C]. The residual counts as 0 where the mask is <= 0.
+    relu_mask: the saved output [N, H, W, C] of the ReLU below, or its pair (scale, shift) of fp32 [C], from which the
+        kernel recomputes the ReLU's input scale z_below + shift. dx, residual included, is set to 0 where it is <= 0.
+    below: (z_below, mean) of the BatchNorm whose output dx is the gradient of: its input z_below [N, H, W, C] and batch
+        mean, fp32 [C]. dx is then returned with partial sums, fp32 [tiles, 2, C]: for every tile of pixels and every
+        channel the sum of dx and the sum of dx (z_below - mean), for dx as stored.
+    projection: (z_proj, mean_proj), likewise, of a second BatchNorm whose output was added to the first one's. The
+        partial sums are then a pair, (below's, projection's).
+    precision: of fp32 products, "ieee" or "tf32".
+    tile: by default chosen from the measured tables or the heuristic (`tables.backward_tile`).
+
+    All tensors must be contiguous and on one device. There are no atomics, so equal inputs give equal bits.
+
+    Raises ValueError for a wrong shape, dtype, layout or device, for an option whose prerequisite is missing, and for a
+    tile that cannot serve.
+
+    Source: Ioffe and Szegedy (2015), section 3, for BatchNorm's backward pass; `batch_norm` has it in these symbols.
     """
     load = check_dz(dy, problem, bn_backward, precision)
     check_tensor("w", w, problem.w_shape, dy)
@@ -232,12 +276,12 @@ def conv_dgrad(
     z_below, mean = below or (None, None)
     z_proj, mean_proj = projection or (None, None)
     if residual is None and residual_mask is not None:
-        raise ValueError("residual_mask masks a residual; there is none")
+        raise ValueError("residual_mask requires a residual")
     if below is None and (recomputed or projection is not None):
         name = "relu_mask=(scale, shift)" if recomputed else "projection"
-        raise ValueError(f"{name} belongs to a BatchNorm below; below=(z_below, mean) is missing")
+        raise ValueError(f"{name} requires below=(z_below, mean)")
     if recomputed and (scale is None or shift is None):
-        raise ValueError("relu_mask must be a tensor like dx or the pair (scale, shift)")
+        raise ValueError("relu_mask must be a tensor of dx's shape or the pair (scale, shift), neither of them None")
     like_dx = {
         "residual": residual, "residual_mask": residual_mask, "z_below": z_below, "z_proj": z_proj,
         "relu_mask": None if recomputed else relu_mask,
@@ -271,11 +315,14 @@ def _launch_classes(
     like_dx: Mapping[str, Tensor | None],
     **rest: Any,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Launches `dgrad_kernel` for every class of input pixels, over tensors by the kernel's names; returns the partials
-    of the BatchNorm below and of the projection's, where there are any."""
+    """Launch `dgrad_kernel` once per class of input pixels and return (partials, partials_proj).
+
+    Each of these is None unless like_dx has z_below or z_proj. like_dy, like_dx: tensors of the shapes of dy and dx (dx
+    among them) by the kernel's argument names. rest: the kernel's other arguments.
+    """
     N, H, W, C, P, Q, K = *problem.x_shape, *problem.y_shape[1:]
     c_group, k_group, stride = C // problem.groups, K // problem.groups, problem.stride
-    if problem.pointwise:  # a plain GEMM: let all pixels lie in one row
+    if problem.pointwise:  # a plain GEMM: view all pixels as one row
         N, H, W, P, Q = 1, 1, N * H * W, 1, N * P * Q
         tile = replace(tile, box=tile.box and (1, 1, tile.BN))
     classes = [

@@ -1,9 +1,10 @@
-"""dz, the gradient at a convolution's output z, as dgrad and wgrad read it: stored, or computed while they load.
+"""dz, the gradient of a convolution's output z: the operand that dgrad and wgrad share.
 
-    dz[n, p, q, k] = c_g[k] dy + c_z[k] z + c_1[k]
+    dz[n, p, q, k] = c_g[k] dy[n, p, q, k] + c_z[k] z[n, p, q, k] + c_1[k]
 
-dy is then the gradient behind BatchNorm, and the coefficients follow from the sums of BatchNorm's backward
-(`batch_norm`). Without z, dz is dy.
+dgrad and wgrad either read dz from memory, or compute it by this equation while they load dy and z. In the second case
+dy is the gradient of the output of the BatchNorm after the convolution, and the coefficients come from the two sums of
+BatchNorm's backward pass (`batch_norm.finish_backward`). Without z, dz is dy.
 """
 
 from __future__ import annotations
@@ -26,12 +27,14 @@ def load_dz(
     dy, z, c_g, c_z, c_1, n0, row0, col0, k0, n, row, col, channel, channel_valid, inside, P, Q, K,
     BLOCK: tl.constexpr, TMA: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
-    """The tile dz [pixels, channels] in dy's dtype, of shape BLOCK, at the pixels (n, row, col), each [pixels, 1] or
-    like the tile; fp32 inside.
+    """Return the tile of dz [pixels, channels] with the shape BLOCK, computed in fp32 and rounded to dy's dtype.
 
-    TMA: dy, z are descriptors of [N, P, Q, K], read as the box with the corner (n0, row0, col0, k0), which is zero
-    where it leaves the tensor. Otherwise they are pointers, read where `inside`. PADDED: dz is zero where not inside,
-    which c_1 alone would not be.
+    n, row, col: the pixels, each of shape [pixels, 1] or BLOCK. channel, channel_valid: [channels]. inside: whether a
+    pixel is inside the image, of the same shape as the pixels.
+
+    TMA: dy and z are descriptors of [N, P, Q, K], and the tile is the box at (n0, row0, col0, k0). TMA returns zero
+    outside the tensor. Otherwise dy and z are pointers, read where `inside`.
+    PADDED: dz is set to zero where not `inside`. dy and z are zero there already, but c_1 is not.
     """
     at = ((n * P + row) * Q + col) * K + channel[None, :]
     readable = inside & channel_valid[None, :]
@@ -43,13 +46,13 @@ def load_dz(
         c_g = tl.load(c_g + channel, mask=channel_valid, other=0.0)[None, :]
         c_z = tl.load(c_z + channel, mask=channel_valid, other=0.0)[None, :]
         c_1 = tl.load(c_1 + channel, mask=channel_valid, other=0.0)[None, :]
-        if PADDED:  # dy and z are zero there already
+        if PADDED:
             c_1 = tl.where(inside, c_1, 0.0)
         return (c_g * dy_tile.to(tl.float32) + (c_z * z_tile.to(tl.float32) + c_1)).to(dy_tile.dtype)
 
 
 class DzOperands(NamedTuple):
-    """The tensors of dz, by `load_dz`'s names: z [N, P, Q, K], the coefficients fp32 [K]."""
+    """The operands of dz besides dy, all None if dz is dy: z [N, P, Q, K] and the coefficients, fp32 [K]."""
 
     z: Tensor | None = None
     c_g: Tensor | None = None
@@ -58,14 +61,17 @@ class DzOperands(NamedTuple):
 
     @property
     def operands(self) -> int:
-        """Tensors read for dz, dy among them."""
+        """The number of activations read to get dz: 1 (dy), or 2 (dy and z)."""
         return 1 + (self.z is not None)
 
 
 def check_dz(
     dy: Tensor, problem: ConvProblem, bn_backward: tuple[Tensor, Tensor, Tensor, Tensor] | None, precision: str
 ) -> DzOperands:
-    """What dz is computed from besides dy. ValueError where something doesn't fit."""
+    """Check dy [N, P, Q, K], bn_backward (z, c_g, c_z, c_1) and precision; return bn_backward as `DzOperands`.
+
+    Raises ValueError for a wrong shape, dtype, layout or device and for an unknown precision.
+    """
     if dy.dtype not in FLOATS:
         raise ValueError(f"dy must be bfloat16, float16 or float32, got {dy.dtype}")
     load = DzOperands(*(bn_backward or ()))
@@ -86,8 +92,12 @@ def choose_tile(
     operands: int,
     more: int,
 ) -> Tile:
-    """`tile` if it is given and can run, else the best known. more: the last argument of `tiles.dgrad_tiles` or
-    `wgrad_tiles`."""
+    """Return `tile` if given, otherwise the tile of the measured tables or the heuristic (`tables.backward_tile`).
+
+    like: a tensor with the dtype and device of the operands. refusal: why TMA cannot serve, or None. operands: the
+    number of tensors read for dz. more: the last argument of `tiles.dgrad_tiles` (epilogue) or `wgrad_tiles`
+    (prologue). Raises ValueError if the given tile has a box and TMA cannot serve.
+    """
     if tile is None:
         ieee = like.dtype == torch.float32 and precision == "ieee"
         tma = refusal is None and not ieee
@@ -98,7 +108,10 @@ def choose_tile(
 
 
 def tiles_along(box: tuple[int, int, int] | None, pixels: int, N: int, rows: int, cols: int) -> tuple[int, int, int]:
-    """Tiles along N, rows and columns; all along the first where a tile is `pixels` consecutive ones."""
+    """Return the number of tiles along images, rows and columns.
+
+    Without a box, a tile is `pixels` consecutive pixels and all tiles count along the first axis.
+    """
     if box is None:
         return cdiv(N * rows * cols, pixels), 1, 1
     return cdiv(N, box[0]), cdiv(rows, box[1]), cdiv(cols, box[2])

@@ -1,23 +1,29 @@
-"""fprop: a convolution with what stands before and behind it in a ResNet.
+"""fprop: the forward pass of a convolution, with a fused prologue and epilogue.
 
-    y[n, p, q, k] = [relu](scale[k] sum over r, s, c of w[k, r, s, c] a[n, h, w, c] + shift[k] + residual[n, p, q, k])
+    y[n, p, q, k] = out_scale [relu](scale[k] conv[n, p, q, k] + shift[k] + residual_scale residual[n, p, q, k])
+    conv[n, p, q, k] = sum over r, s, c of w[k, r, s, c] a[n, h, w, c]
+        with h = p stride + r dilation - pad, and the column w likewise from q and s
 
-    a = x, or relu(s[c] x + t[c]) (the prologue: BatchNorm and ReLU of the layer before, computed while loading; zero
-    outside the image), h = p stride + r dilation - pad, likewise w. Everything but the sum is optional, and so are the
-    per-tile statistics of y as stored.
+Prologue: what the kernel does to x while loading it. Without one, a = x. With one, a = relu(s[c] x + t[c]), which is
+the BatchNorm and ReLU of the previous layer, so that layer's activation need not be stored. Outside the image a is 0.
 
-    For a 1x1 convolution the prologue may be the end of the residual block before it: a = relu(s[c] x + t[c] +
-    shortcut), shortcut being the block's input or a projection s'[c] z' + t'[c] yet to be normalised. Then a is stored
-    too, because the next shortcut and the backward pass read it.
+Epilogue: what the kernel does to the sum before storing it. Every part of the first line besides conv is optional. The
+kernel can also store statistics of each tile of y, from which the next kernel computes batch mean and variance.
 
-Layouts: x [N, H, W, C], w [K, R, S, C/groups], y and residual [N, P, Q, K], all contiguous. GEMM view: channels k on
-GEMM_M, pixels on GEMM_N, (tap, c) on GEMM_K; so x, which the prologue computes on, stands second, where wgmma reads it
-from shared memory. Sums in fp32, no atomics: equal inputs give equal bits.
+Join: for a 1x1 convolution, the prologue can compute the end of the previous residual block, that is, everything after
+its last convolution: a = relu(s[c] x + t[c] + shortcut). The shortcut is either the block's input or s'[c] z' + t'[c],
+the BatchNorm of a projection's raw output z'. The kernel then stores a as well, because the next block's shortcut and
+the backward pass read it.
 
-Two kernels: one fetches boxes of pixels by TMA, whose zero fill outside a tensor is the padding; the other gathers by
-pointers and takes every shape. Where tiles are so few that multiprocessors idle, either may cut the sum over (tap, c)
-into splits, whose fp32 sums [splits, N, P, Q, K] a third kernel adds up in a fixed order; it then does all that stands
-behind the sum.
+Layouts: x [N, H, W, C], w [K, R, S, C/groups], y and residual [N, P, Q, K], all contiguous. As a GEMM: output channels
+k are GEMM_M, pixels are GEMM_N, and the sum over (tap, c) is GEMM_K. This makes a, which the prologue computes, the
+second operand of the product, which wgmma reads from shared memory. Sums are fp32. There are no atomics, so equal
+inputs give equal bits.
+
+Two kernels compute convolutions. `conv_fprop_tma_kernel` loads boxes of pixels by TMA; reads outside the tensor return
+zero, which serves as the padding. `conv_fprop_gather_kernel` loads by pointers and supports every shape. If there are
+too few tiles to keep all multiprocessors busy, both can cut the sum over (tap, c) into splits. They then store fp32
+sums [splits, N, P, Q, K], and `fprop_reduce_kernel` adds the splits in a fixed order and applies the epilogue.
 """
 
 from __future__ import annotations
@@ -64,12 +70,18 @@ def conv_fprop_tma_kernel(
     DILATION: tl.constexpr, FULL: tl.constexpr, RELU: tl.constexpr, PRECISION: tl.constexpr, TN: tl.constexpr,
     TH: tl.constexpr, TW: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """One tile [BM channels, TN x TH x TW pixels] per program; neighbours in the grid share their pixels.
+    """Compute one tile [BM channels, TN x TH x TW pixels] of y per program. Loads and stores go through TMA.
 
-    Descriptors: w [K, R S C]; y and residual [N, P, Q, K]; x, shortcut and joined (a, stored) [N, H, W, C]. For stride
-    2, x is [N, H/2, 2, W/2, 2 C], where a tap reads one parity of rows and of columns. A box of x must not leave its
-    tap's channels: BK divides C, unless there is one tap and stride 1 (then zero fill ends the sum). FULL: boxes end
-    where the image does. With steps_per_split, y is [splits, N, P, Q, K], where program_id(1) sums so many steps.
+    Consecutive programs compute different channels of the same pixels, so that L2 serves most of their loads of x.
+
+    Descriptors: w [K, R S C]; y and residual [N, P, Q, K]; x, shortcut and joined (where a is stored) [N, H, W, C]. For
+    stride 2, x is viewed as [N, H/2, 2, W/2, 2 C], so that a tap reads rows of one parity and columns of one parity.
+
+    BK must divide C, because a box must not reach into the channels of another tap or column. Exception: for a single
+    tap and stride 1 C may be any size, since TMA fills with zeros past C.
+
+    FULL: TN, TH and TW divide N, P and Q, so every tile is full and the statistics need no mask. With steps_per_split,
+    y is [splits, N, P, Q, K], and program_id(1) is the split, a sum over that many steps.
     """
     BN: tl.constexpr = TN * TH * TW
     tiles_k = tl.cdiv(K, BM)
@@ -84,14 +96,14 @@ def conv_fprop_tma_kernel(
         first = tl.program_id(1) * steps_per_split
         steps = tl.minimum(steps_per_split, steps - first)
     acc = tl.zeros((BM, BN), tl.float32)
-    tl.assume(steps > 0)  # else ptxas serialises wgmma (C7515)
+    tl.assume(steps > 0)  # without it ptxas serialises wgmma (warning C7515)
     for step in range(steps):
         r, s, block = filter_tap(first + step, S, R * S)
         c0 = block * BK
         if STRIDE == 1:
             a = x.load([n0, p0 + r * DILATION - PAD_H, q0 + s * DILATION - PAD_W, c0])
         else:
-            down, right = r * DILATION + PAD_H, s * DILATION + PAD_W  # 2 PAD more than the offset: not negative
+            down, right = r * DILATION + PAD_H, s * DILATION + PAD_W  # offset + 2 PAD: never negative
             a = x.load([n0, p0 + down // 2 - PAD_H, down % 2, q0 + right // 2 - PAD_W, right % 2 * C + c0])
         a = a.reshape((BN, BK))
         if shortcut is not None:
@@ -138,15 +150,20 @@ def conv_fprop_gather_kernel(
     FULL: tl.constexpr, ROW: tl.constexpr, INT64: tl.constexpr, RELU: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """One tile [BM channels of group program_id(1), BN consecutive pixels] per program.
+    """Compute one tile [BM channels, BN consecutive pixels] of y per program, with loads and stores by pointers.
 
-    A step reduces over BK channels of one tap; where ROW, then C_GROUP, is not 0, over BK of the S ROW values under one
-    row of the filter, so that few channels still fill a step. FULL: no tile ends early. INT64: offsets pass 2**31.
-    With steps_per_split, y is [splits, N, P, Q, K], where program_id(2) sums so many steps.
+    program_id(1) is the group that the channels belong to.
+
+    A reduction step covers BK channels of one filter tap. If there are too few channels to fill a step, the launcher
+    sets ROW = C_GROUP; a step then covers BK of the S ROW values under one row of the filter. Otherwise ROW is 0.
+
+    FULL: BN divides the number of pixels, so every tile is full and the statistics need no mask. INT64: element offsets
+    can exceed 2**31 - 1. With steps_per_split, y is [splits, N, P, Q, K], and program_id(2) is the split, a sum over
+    that many steps.
     """
     channels = C_GROUP
     if ROW > 0:
-        channels = ROW  # a constant: its divisors tell how wide a copy may be
+        channels = ROW  # a constexpr, whose divisors tell the compiler how wide the copies may be
     tiles_k = tl.cdiv(K_GROUP, BM)
     tile_k = tl.program_id(0) % tiles_k
     tile = tl.program_id(0) // tiles_k
@@ -226,8 +243,10 @@ def fprop_reduce_kernel(
     sums, y, residual, scale, shift, mean, var, eps, residual_scale, out_scale, pixels, K,
     RELU: tl.constexpr, SPLITS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """y [pixels, K] = what `finish` makes of sums [SPLITS, pixels, K] added up in their order, for BM channels of BN
-    pixels."""
+    """Add sums [SPLITS, pixels, K] in the order of the splits, apply the epilogue (`finish`) and store y [pixels, K].
+
+    One program computes a tile of BM channels and BN pixels.
+    """
     first = tl.program_id(0).to(tl.int64) * BN
     start = first * K
     pixel = tl.arange(0, BN)
@@ -248,9 +267,12 @@ def fprop_reduce_kernel(
 
 
 class Join(NamedTuple):
-    """What makes a prologue the end of a residual block: the shortcut [N, H, W, C] that is added; where that is a
-    projection's z, its scale and shift, fp32 [C] (else None); and `out` [N, H, W, C], where the sum behind its ReLU is
-    stored."""
+    """The shortcut that a prologue adds to compute the end of a residual block, and where to store the result.
+
+    shortcut: [N, H, W, C], the block's input or the raw output z of its projection.
+    scale, shift: for a projection, its BatchNorm as fp32 [C]; otherwise None.
+    out: [N, H, W, C], filled with relu(s x + t + shortcut), the output of the block.
+    """
 
     shortcut: Tensor
     scale: Tensor | None
@@ -259,7 +281,10 @@ class Join(NamedTuple):
 
 
 class RunningNorm(NamedTuple):
-    """A BatchNorm in eval mode: its statistics, weight and bias (or None), [K] of any floating dtype, and its eps."""
+    """A BatchNorm in eval mode: running statistics, weight and bias (either may be None), and eps.
+
+    All tensors are [K] in bfloat16, float16 or float32.
+    """
 
     mean: Tensor
     var: Tensor
@@ -289,22 +314,45 @@ def conv_fprop(
     precision: str = "ieee",
     tile: Tile | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """y [N, P, Q, K] of x [N, H, W, C] and filters w [K, R, S, C/groups]; with `statistics` also the partials, fp32
-    [tiles, 3, K]: number, mean and sum of squared distances from that mean of each tile's values (of all tiles of a
-    persistent program), as stored.
+    """Launch the forward pass of a convolution and return y [N, P, Q, K], with `statistics` the pair (y, partials).
 
-        y = out_scale [relu](scale conv([relu(s x + t)], w) + shift + residual_scale residual)
+    Equivalent to, with nchw = lambda t: t.permute(0, 3, 1, 2) and nhwc = lambda t: t.permute(0, 2, 3, 1):
 
-    prologue: (s, t), fp32 [C]; scale, shift: fp32 [K]; norm: gives both of them; residual: [N, P, Q, K] in x's or y's
-    dtype. x and w have one dtype: bfloat16, float16, float32 or, without a prologue, float8_e4m3fn; the two numbers are
-    for quantised tensors.
-    join: adds a residual block's shortcut in the prologue and fills `join.out`, once for every tile of channels, so
-    that it pays where one tile holds all K.
-    out: where to put y; out_dtype: y's dtype, by default x's, for fp8 bfloat16. precision of fp32 products: "ieee" or
-    "tf32". tile: from `tables` by default; one with a box asks for TMA, one without for pointers; one with splits takes
-    a second launch, and neither statistics nor join.
+        a = x if prologue is None else F.relu(s * x + t)  # [N, H, W, C]; with a join F.relu(s * x + t + shortcut)
+        z = nhwc(F.conv2d(nchw(a), nchw(w), None, problem.stride, problem.pad, problem.dilation, problem.groups))
+        z = scale * z + shift + residual_scale * residual  # [N, P, Q, K]; each part is optional
+        y = out_scale * (F.relu(z) if relu else z)
 
-    All tensors contiguous, on one device. Raises ValueError where something doesn't fit.
+    Prologue and epilogue compute in fp32. a is rounded to x's dtype before the product, and y to its own when stored.
+
+    x: [N, H, W, C] in bfloat16, float16, float32 or, without a prologue, float8_e4m3fn.
+    w: [K, R, S, C/groups] in x's dtype.
+    prologue: (s, t), each fp32 [C].
+    join: adds a residual block's shortcut inside the prologue and fills `join.out` with a. For 1x1 convolutions of
+        stride 1 without padding and groups. Every tile of channels computes and stores all of a again, so a join is
+        worthwhile if one tile covers all K.
+    scale, shift: fp32 [K].
+    norm: an eval-mode BatchNorm, from which the kernel computes scale and shift. Excludes those two.
+    residual: [N, P, Q, K] in x's or y's dtype.
+    statistics: also return partials, fp32 [tiles, 3, K]: for every tile of pixels and every channel the number of
+        values of y, their mean, and the sum of their squared distances from that mean, after rounding to y's dtype.
+        A persistent program accumulates all its tiles into one row.
+    residual_scale, out_scale: numbers, for quantised tensors.
+    out: where to store y. By default y is allocated.
+    out_dtype: y's dtype. By default that of `out` if given, otherwise bfloat16 for float8 x and x's dtype for all
+        others.
+    precision: of fp32 products, "ieee" or "tf32".
+    tile: by default chosen from the measured tables or the heuristic (`tables.fprop_tile`). A tile with a box is
+        loaded by TMA, one without by pointers. A tile with splits > 1 needs a second launch and excludes
+        `statistics` and `join`.
+
+    All tensors must be contiguous and on one device.
+
+    Raises ValueError for a wrong shape, dtype, layout or device, for options that exclude each other, and for a tile
+    that cannot serve.
+
+    Source: He et al. (2015), section 3.4 (BatchNorm after each convolution, before the ReLU), equations 1 and 2 (the
+    join); Chan, Golub and LeVeque (1979) for the partials.
     """
     shape, K = problem.y_shape, problem.K
     if x.dtype not in (*FLOATS, FP8):
@@ -319,7 +367,7 @@ def conv_fprop(
     if y_dtype not in (*FLOATS, FP8):
         raise ValueError(f"out_dtype must be bfloat16, float16, float32 or float8_e4m3fn, got {y_dtype}")
     if norm is not None and (scale is not None or shift is not None):
-        raise ValueError("norm gives scale and shift; they can't be given, too")
+        raise ValueError("norm already determines scale and shift: pass either norm or scale and shift")
     s, t = prologue or (None, None)
     mean, var, weight, bias, eps = norm or (None, None, scale, shift, None)
     shortcut, shortcut_scale, shortcut_shift, joined = join or (None, None, None, None)
@@ -369,15 +417,18 @@ def conv_fprop(
 
 
 def fprop_tma_refusal(problem: ConvProblem, *tensors: Tensor | None) -> str | None:
-    """Why `conv_fprop_tma_kernel` can't serve, or None where it can. The first tensor is x."""
+    """Return the reason why `conv_fprop_tma_kernel` cannot serve, or None if it can.
+
+    tensors: all that the kernel would access, x first.
+    """
     if not problem.pointwise:
         least = 32 if tensors[0] is not None and tensors[0].dtype == FP8 else 16
         if problem.C % least:
-            return f"C={problem.C} is no multiple of {least}, the shortest reduction step"
+            return f"C={problem.C} is not a multiple of {least}, the shortest reduction step"
         if problem.stride > 2:
-            return f"stride={problem.stride}"
+            return f"stride={problem.stride} is greater than 2"
         if problem.stride == 2 and (problem.H % 2 or problem.W % 2):
-            return f"stride 2 over an odd image {problem.H}x{problem.W}"
+            return f"stride 2 requires even H and W, got {problem.H}x{problem.W}"
     return tma_refusal(problem, *tensors)
 
 
@@ -403,19 +454,23 @@ def _choose(
     if refusal is not None:
         raise ValueError(f"a tile with a box is fetched by TMA, which is impossible here: {refusal}")
     if math.prod(tile.box) != tile.BN or (problem.pointwise and tile.box[:2] != (1, 1)):
-        raise ValueError(f"{tile}: the box must hold BN pixels, for a pointwise convolution as (1, 1, BN)")
+        raise ValueError(f"{tile}: the box must contain BN pixels, for a pointwise convolution as (1, 1, BN)")
     if not problem.pointwise and problem.C % tile.BK:
-        raise ValueError(f"BK={tile.BK} must divide C={problem.C} where a filter has several taps or a stride")
+        raise ValueError(
+            f"BK={tile.BK} must divide C={problem.C} unless the convolution is 1x1 with stride 1 and no padding"
+        )
     return tile
 
 
 def _splits(problem: ConvProblem, tile: Tile, join: Join | None, statistics: bool) -> int:
-    """Into how many parts the steps are cut: as many as the tile wants, but none that is empty."""
+    """Return the number of splits: `tile.splits`, or fewer if the last ones would have no step to sum."""
     if tile.splits < 1:
         raise ValueError(f"splits must be >= 1, got {tile.splits}")
     if tile.splits > 1 and (join is not None or statistics):
         asked = "join" if join is not None else "statistics"
-        raise ValueError(f"splits={tile.splits}: only without {asked}, which needs splits=1")
+        raise ValueError(
+            f"splits={tile.splits}: {asked} requires splits=1, because a split computes only a part of the sum"
+        )
     steps = reduction_steps(problem, tile)
     return cdiv(steps, cdiv(steps, tile.splits))
 
@@ -447,8 +502,12 @@ def launch_boxes(
     joined: Tensor | None = None,
     **rest: Any,
 ) -> None:
-    """Launches `conv_fprop_tma_kernel` over x in the view that the kernel reads, y and residual [N, P, Q, K];
-    shortcut and joined are like x. Splits' sums for y are [splits, N, P, Q, K]."""
+    """Launch `conv_fprop_tma_kernel`.
+
+    x is in the view that the kernel reads: 4-D [N, H, W, C], or 5-D for stride 2. shortcut and joined have the shape
+    of x. y and residual are [N, P, Q, K]; for splits, y is their fp32 sums [splits, N, P, Q, K]. rest: the kernel's
+    other arguments.
+    """
     assert tile.box is not None
     TN, TH, TW = tile.box
     *splits, N, P, Q, K = y.shape
@@ -456,7 +515,7 @@ def launch_boxes(
     out_box = [TN, TH, TW, tile.BM]
     x_box = [TN, TH, TW, tile.BK] if x.dim() == 4 else [TN, TH, 1, TW, tile.BK]
 
-    def boxes(tensor: Tensor | None, box: list[int]) -> Any:  # as a view, for strides of single pixels may be anything
+    def boxes(tensor: Tensor | None, box: list[int]) -> Any:  # viewed, because an axis of size 1 may have any stride
         return None if tensor is None else view(tensor, tensor.shape, box)
 
     launch(
@@ -488,14 +547,17 @@ def _launch_gather(
 
 
 def _steps(problem: ConvProblem, tile: Tile, y: Tensor) -> dict[str, int | None]:
-    """The steps of the sum and, where y is the splits' sums [splits, N, P, Q, K], of each split."""
+    """Return the number of reduction steps and, if y is the splits' sums [splits, N, P, Q, K], of steps per split."""
     steps = reduction_steps(problem, tile)
     return {"steps": steps, "steps_per_split": None if y.dim() == 4 else cdiv(steps, y.shape[0])}
 
 
 def _launch_reduce(sums: Tensor, y: Tensor, residual: Tensor | None, **epilogue: Any) -> None:
-    """Launches `fprop_reduce_kernel` by single warps: many programs even at batch 1, and registers enough for ptxas to
-    let the loads of 8 splits fly at once; of two warps it has 3 fly."""
+    """Launch `fprop_reduce_kernel` with one warp per program.
+
+    Small programs are numerous even at batch 1. With one warp, ptxas has enough registers to keep the loads of 8
+    splits in flight at the same time; with two warps it keeps 3.
+    """
     splits, N, P, Q, K = sums.shape
     BM = min(64, triton.next_power_of_2(K))
     BN = 128 // BM

@@ -1,9 +1,11 @@
-"""1x1 convolutions of few reduction steps by programs that stay: fprop and dgrad, as `fprop` and `dgrad` define them.
+"""Persistent kernels for 1x1 convolutions with short reductions: fprop and dgrad, with the fusions of those modules.
 
-Where a whole sum fits a few steps, a program per tile is a chain of waits: for its operands, its product, its store. A
-program of these kernels keeps one tile of channels and goes through every n-th tile of pixels. The filters are loaded
-once; what the next tiles need is on its way by TMA while this one is finished; statistics and sums stay in registers,
-so that partials have one row a program.
+If a whole sum takes only a few steps, a program that computes a single tile spends its time waiting: for its operands,
+for its product, for its store. A persistent program keeps one tile of channels and loops over many tiles of pixels:
+
+- It loads the filters once.
+- While it finishes one tile, TMA loads the operands of the next tiles.
+- Statistics and sums stay in registers, so the partials have one row per program instead of one per tile.
 
 Operands are matrices: activations [pixels, channels], filters [K, C].
 """
@@ -26,30 +28,36 @@ from .tiles import Tile
 
 
 def check(tile: Tile, problem: ConvProblem, dtype: torch.dtype) -> None:
-    """ValueError where `tile` asks for persistent programs that can't serve."""
+    """Raise ValueError if `tile` asks for persistent programs and they don't support the problem, dtype or tile."""
     if not tile.persistent:
         return
     if not problem.pointwise or problem.groups > 1 or dtype.itemsize != 2:
         raise ValueError(
-            f"{tile} is persistent, for 16-bit 1x1 convolutions of stride 1 without padding and groups; got {dtype}, "
-            f"{problem}"
+            f"{tile} is persistent, which requires a 16-bit 1x1 convolution of stride 1 without padding and groups; "
+            f"got {dtype}, {problem}"
         )
     if tile.box != (1, 1, tile.BN) or tile.splits != 1:
-        raise ValueError(f"{tile} is persistent and needs the box (1, 1, {tile.BN}) and splits=1")
+        raise ValueError(f"{tile} is persistent, which requires the box (1, 1, {tile.BN}) and splits=1")
 
 
 def programs(pixels: int, channels: int, tile: Tile, device: torch.device) -> int:
-    """Programs per tile of channels: as many as `tile.persistent` on each multiprocessor, none without a tile."""
+    """Return the number of programs per tile of channels.
+
+    All tiles of channels together get `tile.persistent` programs per multiprocessor, rounded down. A tile of channels
+    gets at least one program, and at most one per tile of pixels, so that no program is idle.
+    """
     resident = gpu_of(device).sms * tile.persistent
     return min(cdiv(pixels, tile.BN), max(1, resident // cdiv(channels, tile.BM)))
 
 
 @triton.jit
 def load_beside(operand, tensor, row, column):
-    """(`operand` of a dot, a box of `tensor` that is needed behind that dot); without a tensor the operand twice.
+    """Return (operand, box): a dot's operand, unchanged, and a box of `tensor` that is used only after that dot.
 
-    Triton loads for the next tiles only what a dot's operands come from. To no instruction at all the operand is given
-    the box to read, where one fits the other's registers; elsewhere the load stays behind the dot.
+    The purpose is that the box is loaded ahead, too. Triton's pipeliner loads ahead only what a dot's operands depend
+    on. So an inline assembly of no instructions takes both values and returns the operand: this costs nothing, but
+    makes the operand depend on the box. It requires equal shapes and element widths; otherwise, and in the interpreter,
+    the box is loaded after the dot. Without a tensor, the operand is returned twice.
     """
     box = operand
     if tensor is not None:
@@ -66,8 +74,15 @@ def pointwise_fprop_kernel(
     STEPS: tl.constexpr, FULL: tl.constexpr, RELU: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """`conv_fprop`'s arguments, its activations as descriptors. Neighbours in the grid share their pixels; partials is
-    [programs, 3, K]. FULL: no tile ends early."""
+    """Compute y for one tile of BM output channels and, of the tiles of BN pixels, for every n-th.
+
+    n is the number of programs per tile of channels; program i of each stores its channels of row i of partials
+    [n, 3, K]. The other arguments are those of `fprop.conv_fprop_tma_kernel`. Descriptors: x, shortcut and joined
+    [pixels, C]; y and residual [pixels, K]; w [K, C].
+
+    STEPS BK covers C. FULL: BN divides the number of pixels. Consecutive programs compute different channels of the
+    same pixels.
+    """
     tiles_k = tl.cdiv(K, BM)
     k0 = tl.program_id(0) % tiles_k * BM
     first = tl.program_id(0) // tiles_k
@@ -99,7 +114,7 @@ def pointwise_fprop_kernel(
             if step == 0:
                 a, res = load_beside(a, residual, pixel, k0)
             acc = tl.dot(filters[step], a.T, acc, input_precision=PRECISION)
-        acc = wait_for_wgmma(acc, COMPILED)  # or the product would start from what is added to it (C7519)
+        acc = wait_for_wgmma(acc, COMPILED)  # else the product starts from the epilogue's addend (ptxas: C7519)
         met = None
         if residual is not None:
             met = res.T
@@ -127,8 +142,15 @@ def pointwise_dgrad_kernel(
     STEPS: tl.constexpr, FULL: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     BK: tl.constexpr,
 ):  # fmt: skip
-    """`dgrad_kernel`'s arguments, its activations as descriptors. Neighbours in the grid share their pixels; partials
-    is [programs, 2, C]. FULL: no tile ends early."""
+    """Compute dx for one tile of BM input channels and, of the tiles of BN pixels, for every n-th.
+
+    n is the number of programs per tile of channels; program i of each stores its channels of row i of partials and
+    partials_proj [n, 2, C]. The other arguments are those of `dgrad.dgrad_kernel`. Descriptors: dy and z [pixels, K];
+    dx and the tensors of its shape [pixels, C]; w [K, C].
+
+    STEPS BK covers K. FULL: BN divides the number of pixels. Consecutive programs compute different channels of the
+    same pixels.
+    """
     tiles_c = tl.cdiv(C, BM)
     c0 = tl.program_id(0) % tiles_c * BM
     first = tl.program_id(0) // tiles_c
@@ -201,7 +223,10 @@ def pointwise_dgrad_kernel(
 def launch_fprop(
     problem: ConvProblem, tile: Tile, x: Tensor, w: Tensor, y: Tensor, *same_shape: Tensor | None, **rest: Any
 ) -> None:
-    """Launches `pointwise_fprop_kernel` over the tensors that `conv_fprop` takes."""
+    """Launch `pointwise_fprop_kernel` over the tensors of `conv_fprop`, with activations [N, H, W, channels].
+
+    same_shape: residual, shortcut and joined, each of them or None. rest: the kernel's other arguments.
+    """
     residual, shortcut, joined = same_shape
     C, K = problem.C, problem.K
     of_x, of_y = ((-1, C), (tile.BN, tile.BK)), ((-1, K), (tile.BN, tile.BM))
@@ -221,8 +246,11 @@ def launch_dgrad(
     like_dx: Mapping[str, Tensor | None],
     **rest: Any,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Launches `pointwise_dgrad_kernel` over the tensors of `conv_dgrad`, given by the kernel's names, dx among them;
-    returns the partials of the BatchNorm below and of the projection's, where there are any."""
+    """Launch `pointwise_dgrad_kernel` and return (partials, partials_proj), each fp32 [programs, 2, C] or None.
+
+    There are partials if like_dx has z_below, and partials_proj if it has z_proj. like_dy, like_dx: tensors of the
+    shapes of dy and dx (dx among them) by the kernel's argument names. rest: the kernel's other arguments.
+    """
     C, K, count = problem.C, problem.K, programs(problem.pixels, problem.C, tile, w.device)
     partials, partials_proj = (
         None if z is None else empty((count, 2, C), torch.float32, w.device)
@@ -240,7 +268,7 @@ def launch_dgrad(
 
 
 def _sizes(problem: ConvProblem, tile: Tile) -> dict[str, Any]:
-    """What both kernels are told of their pixels and their tile."""
+    """Return the arguments of both kernels that describe the pixels and the tile."""
     return {
         "pixels": problem.pixels, "tiles": cdiv(problem.pixels, tile.BN), "FULL": problem.pixels % tile.BN == 0,
         "BM": tile.BM, "BN": tile.BN, "BK": tile.BK, "num_warps": tile.warps, "num_stages": tile.stages,

@@ -1,7 +1,7 @@
-"""One convolution, seen as the three GEMMs of training: what it computes, what it moves, how long it must take.
+"""The sizes of one convolution, the GEMMs of its three passes, and their memory traffic and roofline.
 
-Vocabulary as in CUTLASS: x [N, H, W, C], w [K, R, S, C/groups], y [N, P, Q, K]; fprop y = conv(x, w), dgrad
-dx = conv_transpose(dy, w), wgrad dw = corr(x, dy). All sizes in elements, times in microseconds.
+Names follow CUTLASS: x [N, H, W, C], w [K, R, S, C/groups], y [N, P, Q, K]. The passes are fprop, y = conv(x, w);
+dgrad, dx = conv_transpose(dy, w); and wgrad, dw = corr(x, dy). Sizes are in elements and times in microseconds.
 """
 
 from __future__ import annotations
@@ -14,20 +14,28 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-# "infer": fprop with BatchNorm, residual and ReLU behind it; "chain": `chain`'s three convolutions, by its 3x3.
+# "infer": fprop of inference, with BatchNorm, residual and ReLU in its epilogue. "chain": the three convolutions of the
+# kernel in `chain`; their problem is that of the 3x3.
 Pass = Literal["infer", "fprop", "dgrad", "wgrad", "chain"]
 
 
 def cdiv(a: int, b: int) -> int:
-    """a / b, rounded up. Triton's own takes 2 us on the host, and a training step asks a thousand times."""
+    """Return a / b, rounded up.
+
+    triton.cdiv takes 2 us on the host, and a training step needs this a thousand times.
+    """
     return -(-a // b)
 
 
-FLOATS = (torch.bfloat16, torch.float16, torch.float32)  # of the operands, but for `chain` and `persistent`: 16 bits
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)  # of operands; `chain` and `persistent` support 16 bits only
 
 
 class Gemm(NamedTuple):
-    """Channels stand on GEMM_M, pixels on GEMM_N (fprop, dgrad); wgrad reduces over pixels."""
+    """The sizes of a GEMM, [m, k] by [k, n].
+
+    fprop and dgrad: m output channels of the pass, n pixels, k (tap, channel) pairs. wgrad: m filters, n (tap, channel)
+    pairs, k pixels.
+    """
 
     m: int
     n: int
@@ -36,7 +44,7 @@ class Gemm(NamedTuple):
 
 @dataclass(frozen=True)
 class Device:
-    """Ceilings of one GPU: bytes/s to memory, 16-bit tensor FLOP/s, both as measured or specified."""
+    """The peak rates of a GPU, measured or specified: memory bandwidth in bytes/s and 16-bit tensor-core FLOP/s."""
 
     name: str
     bandwidth: float
@@ -48,7 +56,10 @@ H200 = Device("NVIDIA H200", bandwidth=4.3e12, flops_16bit=790e12)
 
 @dataclass(frozen=True)
 class ConvProblem:
-    """A square-strided, zero-padded 2-D convolution. Raises ValueError for sizes that describe none."""
+    """The sizes of a 2-D convolution with zero padding.
+
+    Stride, padding and dilation are the same along H and W. Raises ValueError if no convolution has these sizes.
+    """
 
     N: int
     H: int
@@ -80,22 +91,27 @@ class ConvProblem:
         return self._hash
 
     @cached_property
-    def _hash(self) -> int:  # of a problem that every call of a launcher looks up
+    def _hash(self) -> int:  # cached, because every call of a launcher looks up its problem
         return hash(tuple(getattr(self, field.name) for field in fields(self)))
 
     @staticmethod
     @lru_cache(maxsize=4096, typed=True)
     def of(x_shape: tuple[int, ...], w_shape: tuple[int, ...], *geometry: int, **named: int) -> ConvProblem:
-        """Filters w [K, R, S, C/groups] on x [N, H, W, C]. geometry: stride, pad, dilation and groups, in this order or
-        by name. Raises ValueError where they don't fit."""
+        """Return the problem of filters w [K, R, S, C/groups] on x [N, H, W, C].
+
+        geometry: stride, pad, dilation and groups, in this order or by name. Raises ValueError if the shapes and the
+        geometry do not fit together.
+        """
         if len(x_shape) != 4 or len(w_shape) != 4:
-            expected = "x [N, H, W, C] and w [K, R, S, C/groups] expected"
+            expected = "x must be [N, H, W, C] and w [K, R, S, C/groups]"
             raise ValueError(f"{expected}, got {list(x_shape)} and {list(w_shape)}")
         (*images, C), (K, R, S, channels) = x_shape, w_shape
         problem = ConvProblem(*images, C, K, R, S, *geometry, **named)
         if channels * problem.groups != C:
             wanted = channels * problem.groups
-            raise ValueError(f"w {list(w_shape)} with groups={problem.groups} takes {wanted} channels, x has {C}")
+            raise ValueError(
+                f"w {list(w_shape)} with groups={problem.groups} requires x with {wanted} channels, got {C}"
+            )
         return problem
 
     @cached_property
@@ -120,16 +136,16 @@ class ConvProblem:
 
     @cached_property
     def pixels(self) -> int:
-        """N P Q: the number of values behind each channel's statistics."""
+        """N P Q, the number of output pixels, that is, of values per channel in BatchNorm's statistics."""
         return self.N * self.P * self.Q
 
     @property
     def pointwise(self) -> bool:
-        """True for a 1x1 convolution that reads every pixel once: a plain GEMM."""
+        """Whether this is a 1x1 convolution with stride 1 and no padding: a plain GEMM, except for groups."""
         return self.R == self.S == self.stride == 1 and self.pad == 0
 
     def gemm(self, pass_: Pass) -> Gemm:
-        """GEMM sizes of one group."""
+        """Return the GEMM sizes of one group."""
         c, k = self.C // self.groups, self.K // self.groups
         taps = self.R * self.S
         if pass_ in ("infer", "fprop"):
@@ -140,7 +156,7 @@ class ConvProblem:
 
     @property
     def multiply_adds(self) -> int:
-        """The same for every pass."""
+        """The number of multiply-adds, which is the same for every pass."""
         return self.pixels * self.K * self.R * self.S * (self.C // self.groups)
 
     @property
@@ -156,35 +172,46 @@ class ConvProblem:
         return self.K * self.R * self.S * (self.C // self.groups)
 
     def min_bytes(self, itemsize: int, residual: bool = False) -> int:
-        """Each operand of a pass moved once (the same for every pass: two are read, the third is written), and the
-        residual read once more where there is one."""
+        """Return the bytes that a pass must move: x, y and w once each, and a residual [N, P, Q, K] if there is one.
+
+        This is the same for every pass: it reads two of the three tensors and writes the third.
+        """
         return itemsize * (self.x_numel + self.y_numel * (2 if residual else 1) + self.w_numel)
 
     def roofline_us(self, itemsize: int, device: Device = H200, residual: bool = False) -> float:
-        """No implementation runs faster: the longer of compute time and memory time. FLOP/s halve per doubling of
-        itemsize beyond 2 (TF32), double at 1 (FP8)."""
+        """Return the roofline time in microseconds, the longer of compute time and memory time.
+
+        The FLOP/s of `device` apply to 16 bits. They are doubled for an itemsize of 1 (FP8) and halved for 4 (TF32).
+        """
         compute = 2 * self.multiply_adds / (device.flops_16bit * 2 / itemsize)
         return 1e6 * max(compute, self.min_bytes(itemsize, residual) / device.bandwidth)
 
     @property
     def int32_safe(self) -> bool:
-        """False where an element offset can pass 2**31 - 1 and kernels must widen to int64."""
+        """Whether all element offsets fit into int32. Otherwise kernels must compute them in int64."""
         return max(self.x_numel, self.y_numel, self.w_numel) < 2**31
 
 
 def pool_refusal(kernel: int, stride: int, pad: int) -> str | None:
-    """Why no kernel serves a max pool of kernel x kernel windows, or None where one does. Taps are bytes; the backward
-    is unrolled over stride x stride pixels."""
+    """Return the reason why no kernel serves a max pool of kernel x kernel windows, or None if one does.
+
+    A tap, the index of the maximum within its window, is stored in a byte. The backward kernel is unrolled over
+    stride x stride pixels.
+    """
     if 1 <= kernel <= 15 and 1 <= stride <= 4 and 0 <= 2 * pad <= kernel:
         return None
     return (
-        f"1 <= kernel <= 15, 1 <= stride <= 4 and 0 <= pad <= kernel / 2 are needed, got {kernel}, {stride} and {pad}"
+        "a max pool requires 1 <= kernel <= 15, 1 <= stride <= 4 and 0 <= pad <= kernel / 2, "
+        f"got kernel={kernel}, stride={stride} and pad={pad}"
     )
 
 
 def model_problems(model: nn.Module, shape: tuple[int, int, int, int]) -> Counter[ConvProblem]:
-    """The convolutions that `model` runs on an input of `shape` [N, C, H, W], in order, and how often each. Computes
-    nothing where the model is on the meta device. Raises ValueError for one that is not square or pads unequally."""
+    """Return the convolutions that `model` runs on an input of `shape` [N, C, H, W], in order, with their counts.
+
+    Runs a forward pass, which computes nothing if the model is on the meta device. Raises ValueError for a convolution
+    whose stride, padding or dilation differs between the axes, or whose padding is a string.
+    """
     problems: Counter[ConvProblem] = Counter()
 
     def count(conv: nn.Conv2d, inputs: tuple[Tensor, ...]) -> None:
@@ -192,7 +219,9 @@ def model_problems(model: nn.Module, shape: tuple[int, int, int, int]) -> Counte
         if isinstance(conv.padding, str) or any(
             len({*pair}) > 1 for pair in (conv.stride, conv.padding, conv.dilation)
         ):
-            raise ValueError(f"no ConvProblem describes {conv}")
+            raise ValueError(
+                f"stride, padding and dilation must be numbers that are the same along both axes, got {conv}"
+            )
         R, S = conv.kernel_size
         sizes = conv.stride[0], conv.padding[0], conv.dilation[0], conv.groups
         problems[ConvProblem(N, H, W, C, conv.out_channels, R, S, *sizes)] += 1

@@ -1,8 +1,10 @@
-"""Measured tables of tiles, one file per GPU, and the tile that a launcher takes.
+"""Tables of measured tiles, one file per GPU, and the choice of a launcher's tile.
 
-A table (`tables/<gpu>.json`, written by `bench/tune.py`) wins over the model of `tiles`. It serves more than was
-measured: a problem that differs from a measured one in N alone, and a GPU without a table that is like the measured
-one. Nothing here times anything: autotuning inside a CUDA-graph capture would kill the capture.
+A table (`tables/<gpu>.json`, written by `bench/tune.py`) takes precedence over the model of `tiles`. It also serves
+problems that differ from a measured one only in the batch size N, and GPUs without a table that have the same compute
+capability and number of multiprocessors.
+
+Nothing in this module times a kernel, because autotuning during a CUDA-graph capture would invalidate the capture.
 """
 
 from __future__ import annotations
@@ -25,10 +27,13 @@ from .tiles import H200, Gpu, Tile, dgrad_tiles, fprop_tiles, stem_tiles, stem_w
 
 
 class Measurement(NamedTuple):
-    """What won for one problem, "triton", "stem" or "cudnn", the tile with which ours ran best, and whether its kernel
-    there computed what it reads while it loads (`fastres.ops.dispatch.on_load`).
+    """The result of measuring one problem.
 
-    note: empty if the problem was measured; else why it was not ("unfinished", "hung", "died", ...), and cuDNN runs it.
+    winner: the fastest engine, "triton", "stem" or "cudnn".
+    tile: the fastest tile of fastres's own kernel, if there is one.
+    on_load: whether that kernel, with that tile, computed its operands while loading them (`fastres.ops.dispatch`).
+    note: empty if the problem was measured. Otherwise the reason why not ("unfinished", "hung", "died", ...); cuDNN
+        then runs it.
     """
 
     winner: str
@@ -37,14 +42,14 @@ class Measurement(NamedTuple):
     note: str = ""
 
 
-UNFINISHED = "unfinished"  # the note of a problem that is being measured, or was when its run was stopped
+UNFINISHED = "unfinished"  # note of a problem whose measurement is running, or was interrupted
 
 Key = tuple[Pass, ConvProblem, torch.dtype]
 Table = dict[Key, Measurement]
 
 
 class Found(NamedTuple):
-    """A measurement on record, the batch and the GPU for which it was made."""
+    """A measurement from a table, with the batch size and the name of the GPU for which it was made."""
 
     measurement: Measurement
     N: int
@@ -52,7 +57,10 @@ class Found(NamedTuple):
 
 
 class Entries(NamedTuple):
-    """What was measured on the GPU of that name, and what of it has no note by batch, under the key with N=1."""
+    """The table of one GPU, and the same measurements indexed by batch size.
+
+    by_batch: for a key whose problem has N = 1, the measurements without a note by their actual N.
+    """
 
     gpu: str
     table: Table
@@ -72,8 +80,11 @@ def fprop_tile(
     computed: int = 0,
     pass_: Literal["infer", "fprop"] = "fprop",
 ) -> Tile:
-    """The measured tile where the tables have one that fits what else the kernel does, else the first of
-    `fprop_tiles`. tma: whether TMA can serve; what was measured may have been faster by pointers."""
+    """Return the tile of `conv_fprop`: the measured one if it is a candidate, otherwise the first of `fprop_tiles`.
+
+    tma: whether TMA can serve. If it can, tiles for pointers are candidates, too, because they may have been faster.
+    The other arguments are those of `fprop_tiles`; for "infer", tiles with splits are candidates.
+    """
     candidates = fprop_tiles(problem, dtype.itemsize, tma, gpu, ieee, computed, pass_ == "infer")
     if tma:
         candidates += fprop_tiles(problem, dtype.itemsize, False, gpu, ieee, computed, pass_ == "infer")
@@ -90,15 +101,17 @@ def stem_tile(
     ieee: bool,
     pass_: Literal["infer", "fprop"],
 ) -> Tile:
-    """For `conv_stem` of `problem`, which convolves as `columns` does: the measured tile, else the first of
-    `stem_tiles`."""
+    """Return the tile of `conv_stem`: the measured one if it is a candidate, otherwise the first of `stem_tiles`.
+
+    columns: the convolution that `conv_stem` computes for `problem` (`stem.stem_columns`).
+    """
     candidates = stem_tiles(columns, dtype.itemsize, tma, gpu, ieee)
     return _measured_tile(pass_, problem, dtype, gpu, candidates, by_stem=True)
 
 
 @lru_cache(maxsize=4096)
 def stem_wgrad_tile(problem: ConvProblem, dtype: torch.dtype, gpu: Gpu, ieee: bool) -> Tile:
-    """The measured tile of `conv_stem_wgrad`, else the first of `stem_wgrad_tiles`."""
+    """Return the tile of `conv_stem_wgrad`: the measured one if it is a candidate, else the first candidate."""
     candidates = stem_wgrad_tiles(problem, dtype.itemsize, gpu, ieee)
     return _measured_tile("wgrad", problem, dtype, gpu, candidates, by_stem=True)
 
@@ -114,8 +127,10 @@ def backward_tile(
     operands: int,
     more: int,
 ) -> Tile:
-    """The measured tile where the tables have one that fits what else the kernel does, else the first of `dgrad_tiles`
-    or `wgrad_tiles` (more: their last argument)."""
+    """Return the tile of `conv_dgrad` or `conv_wgrad`: the measured one if it is a candidate, otherwise the first one.
+
+    The candidates are those of `dgrad_tiles` or `wgrad_tiles`. more: their last argument, epilogue or prologue.
+    """
     tiles = dgrad_tiles if pass_ == "dgrad" else wgrad_tiles
     candidates = tiles(problem, dtype.itemsize, tma, gpu, ieee, operands, more)
     return _measured_tile(pass_, problem, dtype, gpu, candidates)
@@ -124,12 +139,17 @@ def backward_tile(
 def _measured_tile(
     pass_: Pass, problem: ConvProblem, dtype: torch.dtype, gpu: Gpu, candidates: list[Tile], by_stem: bool = False
 ) -> Tile:
-    """The measured tile if it fits: of this very problem as it was measured; of the nearest batch the first candidate
-    like it, whose box, splits and stages are this problem's own. Else the first candidate. by_stem: whose tile it is,
-    for the kernels over packed images have some in common with the others.
+    """Return the measured tile if it fits one of the candidates, otherwise the first candidate.
 
-    It has no splits where no candidate has any; nor for inference where none were measured, because they lost or were
-    never tried.
+    A tile measured for the same problem fits if a candidate needs the same registers and shared memory; it is returned
+    as measured. For a tile measured at the nearest batch size, the first such candidate is returned; its box, splits
+    and stages are this problem's own.
+
+    Splits: if no candidate has splits, the measured tile loses its own. For inference, a tile measured without splits
+    matches only candidates without them, because splits were slower or never tried.
+
+    by_stem: whether the caller is a kernel for packed images (`stem`). A measured tile is used only by the kind of
+    kernel that it was measured with, because the two kinds have candidates in common.
     """
     found = measured(pass_, problem, dtype, gpu)
     wanted = None if found is None else found.measurement.tile
@@ -147,14 +167,17 @@ def _measured_tile(
 
 
 def _same_program(a: Tile, b: Tile) -> bool:
-    """Whether two tiles need the same registers and shared memory."""
+    """Return whether two tiles need the same registers and shared memory: at most splits and box sizes differ."""
     return replace(a, box=None, splits=1) == replace(b, box=None, splits=1) and (a.box is None) == (b.box is None)
 
 
 @lru_cache(maxsize=4096)
 def measured(pass_: Pass, problem: ConvProblem, dtype: torch.dtype, gpu: Gpu) -> Found | None:
-    """The measurement of this problem, else of the one nearest in batch size, by ratio (of two equal ones the larger).
-    Of either kind the GPU's own come before those that another lends. None if there is neither."""
+    """Return the measurement of this problem, or of the same problem at the nearest batch size, or None.
+
+    An exact match comes first. Nearness is the ratio of batch sizes; of two equally near ones the larger is taken. In
+    both cases the GPU's own table takes precedence over that of a similar GPU (`serving`).
+    """
     wanted = max(problem.N, 1)
     for entries in serving(gpu):
         exact = entries.table.get((pass_, problem, dtype))
@@ -170,8 +193,10 @@ def measured(pass_: Pass, problem: ConvProblem, dtype: torch.dtype, gpu: Gpu) ->
 
 @lru_cache
 def serving(gpu: Gpu) -> tuple[Entries, ...]:
-    """The GPU's own entries, if any, then those that another GPU lends for the rest. Raises ValueError for a broken
-    table of its own."""
+    """Return the GPU's own table, if any, then that of a similar GPU for the problems that the GPU's own lacks.
+
+    Raises ValueError if the GPU's own table is broken.
+    """
     own = _finished(read_table(table_file(gpu.name, SHIPPED))) | _finished(read_table(table_file(gpu.name)))
     lender, lent = _lender(gpu)
     found = []
@@ -185,13 +210,16 @@ def serving(gpu: Gpu) -> tuple[Entries, ...]:
 
 
 def _finished(table: Table) -> Table:
-    """Without what a stopped run of bench/tune.py was measuring."""
+    """Return the table without the problems that an interrupted run of bench/tune.py was measuring."""
     return {key: found for key, found in table.items() if found.note != UNFINISHED}
 
 
 def _lender(gpu: Gpu) -> tuple[str, Table]:
-    """Of the other GPUs with the same compute capability and number of multiprocessors, the one with the largest table:
-    its name and that table, the user's entries before the package's. A broken file costs a warning."""
+    """Return the name and the table of the similar GPU with the largest table, or ("", {}).
+
+    Similar means another name with the same compute capability and number of multiprocessors. The user's entries take
+    precedence over the package's. A broken file is skipped with a warning.
+    """
     found: dict[str, Table] = {}
     for path in (*sorted(SHIPPED.glob("*.json")), *sorted(_users_folder().glob("*.json"))):
         if path.name == table_file(gpu.name).name:
@@ -207,8 +235,10 @@ def _lender(gpu: Gpu) -> tuple[str, Table]:
 
 
 def table_file(gpu: str, folder: Path | None = None) -> Path:
-    """Where the table of the GPU of that name (`torch.cuda.get_device_name`) lies in `folder`; by default in the user's
-    own, which wins over what the package ships: `cache_folder`'s."""
+    """Return the path of the table of the GPU named `gpu` (`torch.cuda.get_device_name`).
+
+    folder: by default the user's, in `cache_folder()`. Its entries take precedence over those shipped with the package.
+    """
     return (folder or _users_folder()) / (re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-") + ".json")
 
 
@@ -217,12 +247,14 @@ def _users_folder() -> Path:
 
 
 def write_table(table: Mapping[Key, Measurement], path: Path, gpu: Gpu) -> None:
-    """Writes the file of a table measured on `gpu`, one line per problem. A running process sees it after
-    `forget_tables`."""
+    """Write a table measured on `gpu` to `path`, one line per problem.
+
+    A running process that has read its tables already sees the new file only after `forget_tables`.
+    """
     lines = [json.dumps(_row(*key, found)) for key, found in table.items()]
     head = f'{{\n"gpu": {json.dumps(gpu._asdict())},\n"problems": [\n'
     path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_suffix(".new")  # a run that is stopped never leaves half a table
+    fresh = path.with_suffix(".new")  # replaced at the end, so an interrupted run leaves no partial table
     fresh.write_text(head + ",\n".join(lines) + "\n]\n}\n")
     fresh.replace(path)
 
@@ -240,19 +272,19 @@ def _row(pass_: Pass, problem: ConvProblem, dtype: torch.dtype, found: Measureme
 
 
 def read_table(path: Path) -> Table:
-    """The table in a file, empty where there is no file. Raises ValueError for a file that holds none."""
+    """Return the table in a file, empty if the file does not exist. Raises ValueError if it is not a table."""
     return read_table_of(path)[1] if path.exists() else {}
 
 
 def read_table_of(path: Path) -> tuple[Gpu, Table]:
-    """The GPU and the table in a file. Raises ValueError for a file that holds none."""
+    """Return the GPU and the table in a file. Raises ValueError if it is not a table."""
     try:
         content = json.loads(path.read_text())
         gpu = Gpu(**{**content["gpu"], "capability": tuple(content["gpu"]["capability"])})
         return gpu, dict(map(_entry, content["problems"]))
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(
-            f"{path} is no table of tiles ({error!r}); remove it and write it again with bench/tune.py"
+            f"{path} is not a table of tiles ({error!r}); remove it and write it again with bench/tune.py"
         ) from error
 
 
@@ -265,7 +297,7 @@ def _entry(row: Mapping[str, Any]) -> tuple[Key, Measurement]:
 
 
 def forget_tables() -> None:
-    """Tables are read once per process; after this, once more."""
+    """Clear all caches of tables and launches, so that the next launch reads the tables again."""
     for cached in (serving, measured, fprop_tile, stem_tile, stem_wgrad_tile, backward_tile):
         cached.cache_clear()
     launcher.forget()

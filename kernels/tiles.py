@@ -1,4 +1,4 @@
-"""Tiles: what one is, which ones a kernel may run with, and a small analytical model that puts them in order."""
+"""Tiles: the class, the candidates for each kernel, and a small analytical model that ranks the candidates."""
 
 from __future__ import annotations
 
@@ -14,19 +14,20 @@ from .problem import ConvProblem
 
 @dataclass(frozen=True)
 class Tile:
-    """One specialisation of a conv kernel.
+    """The compile-time sizes of a convolution kernel.
 
-    BM: channels per tile, BN: pixels per tile, BK: reduction step, all in elements; `warps` per program, `stages` of
-    the software pipeline; box: how BN pixels are cut out of [N, P, Q] as (TN, TH, TW), or None for the gather kernel,
-    which takes BN consecutive pixels.
+    BM: channels per tile. BN: pixels per tile. BK: elements of the reduction per step.
+    warps: warps per program. stages: stages of the software pipeline.
+    box: (TN, TH, TW), the box of images, rows and columns that the pixels of a tile form, for kernels that load by TMA;
+        TN TH TW = BN. None for kernels that load by pointers, where the pixels are consecutive.
+    splits: the number of parts that the reduction is cut into. Different programs sum different parts. fprop and wgrad
+        only.
+    taps: wgrad only, neighbouring filter taps per program (1 or 3).
+    persistent: 1x1 convolutions only, in fprop and dgrad: programs per multiprocessor, which loop over tiles
+        (`kernels.persistent`). 0 stands for one program per tile.
 
-    splits: parts that the reduction is cut into, each summed by programs of its own; fprop and wgrad alone have them.
-
-    wgrad: BM filters, BN channels of one filter tap, BK pixels per step and in a box; taps: neighbouring filter taps
-    per program. The stem's: BN of a filter's values per product, all of them per program.
-
-    persistent, fprop and dgrad of 1x1: programs per multiprocessor that go through the tiles (`kernels.persistent`); 0:
-    one program a tile.
+    For wgrad, BM are filters, BN channels of one filter tap, and BK pixels per step, which form the box. For the stem's
+    wgrad, BN are values of a filter per product; a program computes all values.
     """
 
     BM: int
@@ -41,8 +42,10 @@ class Tile:
 
 
 class Gpu(NamedTuple):
-    """What the choice of a tile knows of a GPU: its name, multiprocessors, bytes of shared memory one program may take,
-    compute capability."""
+    """The properties of a GPU that the choice of a tile depends on.
+
+    sms: multiprocessors. shared: bytes of shared memory available to one program. capability: compute capability.
+    """
 
     name: str
     sms: int
@@ -54,16 +57,16 @@ H200 = Gpu("NVIDIA H200", 132, 232448, (9, 0))
 
 STEM_WINDOW = 32  # values of one row of the stem's filter: 8 pixels of 4 channels
 
-# Per multiprocessor and cycle, on Hopper: 16-bit multiply-adds of wgmma, of the older mma (tiles of less than 64
-# channels), of fp32 FMA; bytes from L2; bytes from and to memory. Per program: cycles of waiting for its first load and
-# last store, as fitted to an H200's times by bench/predict.py, and of work that other programs can't hide.
+# Rates per multiprocessor and cycle, on Hopper: 16-bit multiply-adds of wgmma, of the older mma (tiles of fewer than 64
+# channels) and of fp32 FMA; bytes from L2; bytes from and to memory. Cycles per program: LATENCY, waiting for the first
+# load and last store, fitted to an H200's times by bench/predict.py; OVERHEAD, work that other programs can't hide.
 WGMMA, MMA, FMA, L2, MEMORY, LATENCY, OVERHEAD = 2048, 1024, 128, 48, 18, 9500, 200
 
-# Cycles that the small kernel behind a split sum adds: assumed, two microseconds. Parts that fprop's sum is cut into.
+# REDUCE: cycles of the kernel that adds up the splits, assumed to be two microseconds. SPLITS: candidates for fprop.
 REDUCE, SPLITS = 4000, (1, 2, 4, 8, 16)
 
-# Instructions of a thread per element of dz computed on load, per element of fprop's activation, as compiled; such
-# instructions issued per cycle; bytes of shared memory for vectors and barriers.
+# Instructions per element computed on load, from compiled code: COMPUTED for dz, AFFINE for fprop's activation. ISSUE:
+# such instructions per multiprocessor and cycle. SMALL: bytes of shared memory for vectors and barriers.
 COMPUTED, AFFINE, ISSUE, SMALL = 10, 6, 128, 4096
 
 
@@ -76,13 +79,16 @@ def fprop_tiles(
     computed: int = 0,
     split: bool = False,
 ) -> list[Tile]:
-    """Tiles for `conv_fprop`, the most promising first: BM output channels, BN output pixels.
+    """Return the candidate tiles for `conv_fprop`, the most promising first: BM output channels, BN output pixels.
 
-    Ordered by a model: programs run in waves, a wave takes the longest of tensor-core, L2 and memory time. ieee: fp32
-    products on the FMA units, which hold their operands in registers and so want small tiles. computed: tensors that
-    the activation is computed from on load, which takes instructions and registers; 2 where it is the end of a block
-    and stored as well. split: also tiles with splits, where there are fewer programs than multiprocessors; their sums
-    are written and read once, by a second launch.
+    A model ranks them: programs run in waves, and a wave takes the longest of its tensor-core, L2 and memory times.
+
+    tma: for the TMA kernel, otherwise for the gather kernel.
+    ieee: for fp32 products on FMA units, which keep their operands in registers and therefore require small tiles.
+    computed: the number of tensors that a prologue computes the activation from: 0 without one; 1 for x; 2 for x and a
+        shortcut (a join), where the activation is stored, too. Computing takes instructions and registers.
+    split: also return tiles with splits, where whole sums would give fewer programs than multiprocessors. Splits' sums
+        are written and read once more, by a second launch.
     """
     channels, outputs = problem.C // problem.groups, problem.K // problem.groups
     if ieee:
@@ -96,7 +102,7 @@ def fprop_tiles(
     else:
         BK = max(32 if itemsize == 1 else 16, min(64, _power_of_2(problem.S * row_channels(problem) or channels)))
         shapes = [(64, 64, 4), (64, 32, 4), (128, 64, 4)]
-        # Addresses of pixels take registers: the widest tiles hold them only without a prologue on top of groups.
+        # The addresses of pixels take registers: with groups and a prologue, there are too few for the widest tiles.
         shapes += [] if computed and problem.groups > 1 else [(64, 128, 8 if computed else 4), (128, 128, 8)]
     if not ieee:
         widths = (128, 64, 256) if tma else (64,) if computed else (128, 64)
@@ -109,14 +115,15 @@ def fprop_tiles(
         steps = math.ceil(in_all / parts)
         splits = math.ceil(in_all / steps)
         step_bytes = (BM + max(computed, 1) * BN) * BK * itemsize
-        shared = gpu.shared - computed * BN * BK * itemsize - SMALL  # the result, and where its store starts from
+        # Without the computed activation and, for a join, the buffer from which TMA stores it.
+        shared = gpu.shared - computed * BN * BK * itemsize - SMALL
         tiles = math.ceil(outputs / BM) * problem.groups * pixel_tiles(problem, BN, box)
         programs = tiles * splits
         if parts > 1 and (steps < 2 or tiles >= gpu.sms or programs > 2 * gpu.sms):
             continue
-        # Alone on a multiprocessor, a program hides its loads by itself.
+        # A program that is alone on its multiprocessor needs a deeper pipeline to hide its loads.
         depth = 3 if programs > gpu.sms else 4 if computed and not tma else 6
-        least = 2 if tma else 3  # with 1 operands load one after the other; with 2 the gather kernel spills
+        least = 2 if tma else 3  # with 1, the operands are loaded one after the other; with 2, the gather kernel spills
         stages = min(depth, max(least, steps), shared // step_bytes)
         if stages < max(least, min(3, steps)) and BM * BN > 64 * 64:
             continue
@@ -136,30 +143,33 @@ def fprop_tiles(
         timed.append((_cycles(programs, resident, busy, gpu) + reduce, Tile(BM, BN, BK, warps, stages, box, splits)))
     found = [tile for _, tile in sorted(timed, key=lambda pair: pair[0])]
     if tma and problem.pointwise and itemsize == 2 and gpu.capability[0] == 9:
-        met = int(not computed)  # a residual, perhaps
-        found += persistent_tiles(problem, channels, outputs, max(computed, 1), met, computed * AFFINE, 4, gpu)
+        residuals = int(not computed)  # the epilogue may add one
+        found += persistent_tiles(problem, channels, outputs, max(computed, 1), residuals, computed * AFFINE, 4, gpu)
     return found
 
 
 def stem_tiles(columns: ConvProblem, itemsize: int, tma: bool, gpu: Gpu = H200, ieee: bool = False) -> list[Tile]:
-    """Tiles for `conv_stem`, which convolves as `columns` does, the most promising first: by TMA where that serves,
-    then by pointers, which take one row of the filter at a step or two. Every program reads all filters: the widest
-    tile does it for the most pixels."""
+    """Return the candidate tiles for `conv_stem`, the most promising first.
+
+    columns: the convolution that the kernel computes (`stem.stem_columns`). The tiles for TMA come first, if it can
+    serve. The tiles for pointers follow; their steps cover one or two rows of the filter. Every program reads all
+    filters, so these include a wide tile of 256 pixels, which reads them for the most pixels.
+    """
     by_pointers = fprop_tiles(columns, itemsize, False, gpu, ieee)
     if itemsize == 2:
         pairs = [replace(tile, BK=2 * tile.BK, stages=3) for tile in by_pointers]
-        if gpu.capability < TMA:  # 64 pixels of one row spill 8 bytes there, at 80 registers
+        if gpu.capability < TMA:  # tiles of 64 pixels and one row spill 8 bytes there, at 80 registers
             by_pointers = [tile for tile in by_pointers if tile.BN != 64]
         by_pointers += [Tile(64, 256, STEM_WINDOW, 8, 3), *pairs]
     return (fprop_tiles(columns, itemsize, True, gpu, ieee) if tma else []) + by_pointers
 
 
 def stem_wgrad_tiles(problem: ConvProblem, itemsize: int, gpu: Gpu = H200, ieee: bool = False) -> list[Tile]:
-    """Tiles for `conv_stem_wgrad`, the most promising first: BM filters, BN of their values a product, BK pixels at a
-    step, for the splits that fill one to three waves.
+    """Return the candidate tiles for `conv_stem_wgrad`, the most promising first, with splits for one to three waves.
 
-    By the instructions as compiled: one row of the filter a product takes the fewest, and neighbouring windows then
-    stand in one request, which L2 answers once. wgmma holds no operand in registers and so takes longer steps.
+    A tile has BM filters, BN of a filter's values per product and BK pixels per step. The order follows the compiled
+    instructions: a product of one row of the filter (BN = 32) takes the fewest. Its neighbouring windows also share a
+    request, which L2 answers once. wgmma keeps no operand in registers, which allows longer steps.
     """
     BM = max(16, min(64, _power_of_2(problem.K)))
     if ieee or itemsize > 2:
@@ -172,7 +182,7 @@ def stem_wgrad_tiles(problem: ConvProblem, itemsize: int, gpu: Gpu = H200, ieee:
     for waves in (1, 2, 3):
         for BN, BK, warps, stages in shapes:
             values = math.ceil(problem.R * STEM_WINDOW / BN) * BN
-            buffers = stages if gpu.capability >= TMA else stages - 1  # mma's operands leave shared memory first
+            buffers = stages if gpu.capability >= TMA else stages - 1  # mma first copies operands to registers
             shared = buffers * (BM + values) * BK * itemsize + SMALL
             if shared > gpu.shared:
                 continue
@@ -184,29 +194,35 @@ def stem_wgrad_tiles(problem: ConvProblem, itemsize: int, gpu: Gpu = H200, ieee:
 
 
 def row_channels(problem: ConvProblem) -> int:
-    """C/groups where they are so few that a row of the filter makes a better reduction step than one tap; else 0."""
+    """Return C/groups if a reduction step of the gather kernel covers a row of the filter, else 0 (one tap).
+
+    With fewer than 16 channels per group, a single tap would not fill a step.
+    """
     channels = problem.C // problem.groups
     return channels if problem.S > 1 and channels < 16 else 0
 
 
 def reduction_steps(problem: ConvProblem, tile: Tile) -> int:
-    """Steps of BK that `conv_fprop` sums over."""
+    """Return the number of steps of BK that `conv_fprop` sums over."""
     if tile.box is None and row_channels(problem):
         return problem.R * math.ceil(problem.S * row_channels(problem) / tile.BK)
     return problem.R * problem.S * math.ceil(problem.C // problem.groups / tile.BK)
 
 
 def best_box(problem: ConvProblem, pixels: int) -> tuple[int, int, int]:
-    """The box of `pixels` output pixels."""
-    if problem.pointwise:  # the pixels stand in one row
+    """Return the best box (TN, TH, TW) of `pixels` output pixels."""
+    if problem.pointwise:  # a plain GEMM, whose pixels are viewed as one row
         return (1, 1, pixels)
     return cover(problem.N, problem.P, problem.Q, pixels)
 
 
 @lru_cache(maxsize=4096)
 def cover(N: int, P: int, Q: int, pixels: int) -> tuple[int, int, int]:
-    """(TN, TH, TW), powers of two with product `pixels`, that cover [N, P, Q] with the least waste; among equals one
-    with few images and a square of at most 8 x 8 pixels, because neighbours' windows overlap."""
+    """Return the box (TN, TH, TW), powers of two with product `pixels`, that covers [N, P, Q] with the fewest boxes.
+
+    Among equals, prefer sides of at most 8 pixels, then few images, then a square, because the windows of neighbouring
+    pixels overlap.
+    """
     sides = [2**i for i in range(pixels.bit_length())]
     shapes = [(pixels // (h * w), h, w) for h in sides for w in sides if h * w <= pixels]
 
@@ -217,12 +233,12 @@ def cover(N: int, P: int, Q: int, pixels: int) -> tuple[int, int, int]:
 
 
 def boxes(N: int, P: int, Q: int, box: tuple[int, int, int]) -> int:
-    """How many boxes cover [N, P, Q]."""
+    """Return the number of boxes that cover [N, P, Q]."""
     return math.ceil(N / box[0]) * math.ceil(P / box[1]) * math.ceil(Q / box[2])
 
 
 def pixel_tiles(problem: ConvProblem, BN: int, box: tuple[int, int, int] | None) -> int:
-    """How many tiles of BN output pixels a problem has."""
+    """Return the number of tiles of BN output pixels that cover a problem."""
     if box is None or problem.pointwise:
         return math.ceil(problem.pixels / BN)
     return boxes(problem.N, problem.P, problem.Q, box)
@@ -241,17 +257,18 @@ def dgrad_tiles(
     operands: int = 1,
     epilogue: int = 0,
 ) -> list[Tile]:
-    """Tiles for `conv_dgrad`, the most promising first: BM input channels, BN input pixels of one class.
+    """Return the candidate tiles for `conv_dgrad`, the most promising first: BM input channels, BN pixels of one class.
 
-    operands: tensors read for dz, more than dy where dz is computed; epilogue: tensors that dx meets before it is
-    stored. Either takes registers and so excludes the largest tiles. Ordered by the model of `fprop_tiles`.
+    operands: the number of tensors read for dz, 1 (dy) or 2 (dy and z, so dz is computed). epilogue: the number of
+    tensors of dx's shape that the epilogue reads. Both take registers and so exclude the largest tiles. The model of
+    `fprop_tiles` ranks the tiles.
     """
     channels, outputs = problem.K // problem.groups, problem.C // problem.groups
     rows, cols = math.ceil(problem.H / problem.stride), math.ceil(problem.W / problem.stride)
     BK = 128 // itemsize if tma else 16 if ieee else 32
     if ieee:
         shapes = [(64, 32, 4), (32, 64, 4)]
-    elif not tma and channels < BK:  # a step goes through several taps, whose addresses take registers
+    elif not tma and channels < BK:  # a step covers several taps, whose addresses take registers
         shapes = [(64, 64, 4)]
     else:
         shapes = [(64, 128, 4), (64, 64, 4), (128, 128, 8)]
@@ -267,7 +284,7 @@ def dgrad_tiles(
         else:
             box = cover(problem.N, rows, cols, BN)
             pixels = boxes(problem.N, rows, cols, box) if tma else math.ceil(problem.N * rows * cols / BN)
-        for stages in range(max(2, min(3, steps)), 0, -1):  # no more than there are steps: memory for other programs
+        for stages in range(max(2, min(3, steps)), 0, -1):  # at most one per step, to leave memory
             shared = (stages * BM + buffered(stages, operands) * BN) * BK * itemsize + SMALL
             if max(shared, BM * BN * itemsize) <= gpu.shared:
                 break
@@ -288,7 +305,7 @@ def dgrad_tiles(
     return found
 
 
-# BM, BN, BK, warps of persistent programs.
+# Candidate (BM, BN, BK, warps) of persistent programs.
 PERSISTENT = [(64, 128, 64, 4), (64, 128, 64, 8), (64, 64, 64, 4), (64, 32, 64, 4), (128, 128, 64, 8)]
 PERSISTENT += [(128, 128, 128, 8), (128, 64, 128, 8), (128, 32, 128, 4), (256, 64, 64, 8)]
 
@@ -296,20 +313,24 @@ PERSISTENT += [(128, 128, 128, 8), (128, 64, 128, 8), (128, 32, 128, 4), (256, 6
 def persistent_tiles(
     problem: ConvProblem, reduced: int, outputs: int, operands: int, met: int, instructions: int, width: int, gpu: Gpu
 ) -> list[Tile]:
-    """The four most promising tiles for the programs of `kernels.persistent`: fprop and dgrad of a 1x1 convolution in
-    16 bits, where `reduced` channels, a few steps, make `outputs`. Hopper's: Triton 3.6 compiles not all for Blackwell.
+    """Return the four most promising tiles for `kernels.persistent`: fprop and dgrad of a 1x1 convolution in 16 bits.
 
-    operands: tensors that the second operand is made of, by `instructions` an element; met: tensors that the result
-    meets before it is stored, which come ahead only where a step is as wide as a tile; width: bytes of a value stored,
-    at most.
+    For Hopper only, because Triton 3.6 does not compile all of them for Blackwell.
+
+    reduced: channels that are summed over. At most 256, so that a sum takes a few steps.
+    outputs: channels of the result.
+    operands: the number of tensors that the second operand is read or computed from.
+    instructions: instructions per element to compute it, 0 if it is only read.
+    met: the number of tensors that the epilogue reads. They are loaded ahead only if BM = BK (`load_beside`).
+    width: the largest size in bytes of a stored value.
     """
     timed = []
     for BM, BN, BK, warps in PERSISTENT:
         if reduced > 256 or max(64, outputs) < BM or max(64, reduced) < BK or (met and BM != BK):
             continue
         steps, tiles_k, tiles = math.ceil(reduced / BK), math.ceil(outputs / BM), math.ceil(problem.pixels / BN)
-        # In bytes. Of all that is read there are two, for the tiles ahead; then a step of wgmma's operand if it is
-        # computed, else a third of it; the result, the filters.
+        # Shared memory in bytes: two buffers of all that is read per tile; for wgmma's operand, one step if it is
+        # computed and a third buffer if not; the result; the filters.
         operand, result, sums = 2 * BN * BK * steps, 2 * BN * BM, BM * BN // (32 * warps)
         shared = 2 * (operands * operand + met * result) + (2 * BN * BK if instructions else operand)
         shared += result + 2 * BM * BK * steps + 1024
@@ -317,13 +338,13 @@ def persistent_tiles(
         resident = min((gpu.shared + 1024) // (shared + 1024), 65536 // (32 * warps * registers))
         if shared + (width - 2) * BN * BM > gpu.shared or registers > 255:
             continue
-        rounds = math.ceil(tiles / max(1, gpu.sms * resident // tiles_k))
-        if rounds == 1:
+        tiles_each = math.ceil(tiles / max(1, gpu.sms * resident // tiles_k))
+        if tiles_each == 1:
             continue
         compute = BM * BN * BK * steps / WGMMA + instructions * BN * BK * steps / ISSUE
         memory = (1 + met) * result + operands * operand * min(1, BM / outputs)
         busy = max(compute, (operands * operand + (1 + met) * result) / L2, memory / MEMORY)
-        cycles = rounds * resident * (busy + OVERHEAD) + LATENCY  # only the first tile is waited for
+        cycles = tiles_each * resident * (busy + OVERHEAD) + LATENCY  # only the first tile waits for its loads
         timed.append((cycles, Tile(BM, BN, BK, warps, 3, (1, 1, BN), persistent=resident)))
     return [tile for _, tile in sorted(timed, key=lambda pair: pair[0])][:4]
 
@@ -337,12 +358,14 @@ def wgrad_tiles(
     operands: int = 1,
     prologue: bool = False,
 ) -> list[Tile]:
-    """Tiles for `conv_wgrad`, the most promising first: BM filters, BN channels, BK pixels at a step.
+    """Return the candidate tiles for `conv_wgrad`, the most promising first: BM filters, BN channels, BK pixels a step.
 
-    operands: tensors read for dz; prologue: whether the activation is computed. Ordered by the model of `fprop_tiles`
-    for the splits that fill one to four waves, whose partial sums are written and read once. It knows nothing of
-    stages: where both operands are plain and registers keep a program alone on its multiprocessor, a fourth is tried
-    (of two tiles that fetch as much with the one of more channels).
+    operands: the number of tensors read for dz, 1 (dy) or 2 (dy and z). prologue: whether the activation is computed.
+
+    The model of `fprop_tiles` ranks the tiles, each with the splits that fill one to four waves; the partial sums of
+    splits are written and read once. The model does not depend on the number of stages. If neither operand is computed
+    and a program needs more than half of the registers, a tile with one more stage is a candidate, too. Of the shapes
+    128 x 256 and 256 x 128, which load the same number of bytes, only the one with more channels gets it.
     """
     channels, outputs = problem.C // problem.groups, problem.K // problem.groups
     taps = problem.R * problem.S
@@ -367,8 +390,10 @@ def wgrad_tiles(
         columns = math.ceil(channels / BN) * taps // row if one_tap else math.ceil(channels * taps / BN)
         tiles = math.ceil(outputs / BM) * columns * problem.groups
         computed = (BM if operands > 1 else 0) + (BN if prologue else 0)
-        of_dz, of_a = (row, 1) if prologue and operands == 1 else (1, row)  # tiles per step; the computed one stays
-        for stages in (3, 2, 1) if tma or operands < 3 else (2, 1):  # addresses of a third tensor take registers
+        of_dz, of_a = (
+            (row, 1) if prologue and operands == 1 else (1, row)
+        )  # tiles loaded per step: the computed operand stays in place
+        for stages in (3, 2, 1) if tma or operands < 3 else (2, 1):  # a third tensor's addresses take registers
             buffers = buffered(stages, operands) * of_dz * BM + stages * of_a * BN
             shared = buffers * BK * itemsize + SMALL
             if shared <= gpu.shared:
@@ -389,16 +414,25 @@ def wgrad_tiles(
             cycles = _cycles(tiles * splits, resident, busy, gpu) + reduce
             for depth in (stages, stages + 1) if deeper else (stages,):
                 timed.append((cycles, Tile(BM, BN, BK, warps, depth, box if tma else None, splits, row)))
-    return [*dict.fromkeys(tile for _, tile in sorted(timed, key=lambda pair: pair[0]))]  # few steps: equal splits
+    return [
+        *dict.fromkeys(tile for _, tile in sorted(timed, key=lambda pair: pair[0]))
+    ]  # if steps are few, splits can be equal
 
 
 def buffered(stages: int, operands: int) -> int:
-    """Tiles of dz in shared memory: what it is computed from is held a stage less, and then the result."""
+    """Return the number of buffers for tiles of dz in shared memory.
+
+    If dz is only read (operands = 1), that is one per stage. If it is computed, each of its operands needs stages - 1
+    buffers, and the result needs one.
+    """
     return (stages - 1) * operands + 1 if operands > 1 else stages
 
 
 def _cycles(programs: int, resident: int, busy: float, gpu: Gpu) -> float:
-    """For programs that are busy so long, at most `resident` at a time on a multiprocessor."""
+    """Return the estimated cycles of a launch of `programs` programs that take `busy` cycles of a multiprocessor each.
+
+    At most `resident` programs share a multiprocessor. Up to eight waves are rounded up to whole waves.
+    """
     resident = max(1, min(resident, math.ceil(programs / gpu.sms)))
     waves = programs / (gpu.sms * resident)
     waves = waves if waves > 8 else math.ceil(waves)

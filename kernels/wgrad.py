@@ -1,14 +1,22 @@
-"""wgrad: the gradient of a convolution with respect to its filters.
+"""wgrad: the gradient of a convolution's filters.
 
-    dw[k, r, s, c] = sum over n, p, q of dz[n, p, q, k] a[n, h, w, c],   h = p stride - pad + r dilation, likewise w
+    dw[k, r, s, c] = sum over n, p, q of dz[n, p, q, k] a[n, h, w, c]
+        with h = p stride - pad + r dilation, and the column w likewise from q and s
 
-    on load    dz = c_g[k] dy + c_z[k] z + c_1[k]  (optional: BatchNorm's backward)
-               a  = relu(scale[c] x + shift[c])  (optional: the activation, which is never stored; its padding is zero)
+Both operands can be computed while the kernel loads them, so that neither has to be stored:
 
-Layouts: activations [N, H, W, C] and [N, P, Q, K], filters [K, R, S, C/groups], all contiguous. GEMM_K runs over pixels
-and is cut into splits, whose fp32 partial sums [splits, K, R, S, C/groups] a second kernel adds up in a fixed order.
-The operand that is computed on load stands second, where wgmma reads it from shared memory: filters k are on GEMM_M,
-or on GEMM_N where dz is computed. Where both are, wgmma takes a from registers and each product is waited for.
+    dz = c_g[k] dy + c_z[k] z + c_1[k]   the backward pass of the BatchNorm after the convolution (see `dz`), else dy
+    a = relu(scale[c] x + shift[c])      the convolution's input, padded with zeros, else x
+
+Layouts: activations [N, H, W, C] and [N, P, Q, K], filters [K, R, S, C/groups], all contiguous.
+
+The sum runs over pixels (GEMM_K). It is cut into splits, so that there are enough programs to fill the GPU.
+`wgrad_kernel` stores fp32 partial sums [splits, K, R, S, C/groups], and `wgrad_reduce_kernel` adds them in a fixed
+order.
+
+A computed operand should be the second one of the product, which wgmma reads from shared memory. So filters k are
+GEMM_N if dz is computed, and GEMM_M otherwise. If both operands are computed, wgmma reads a, the first one, from
+registers, and the kernel waits for every product to finish (see `device_functions.wait_for_wgmma`).
 """
 
 from __future__ import annotations
@@ -39,14 +47,23 @@ def wgrad_kernel(
     PADDED_DZ: tl.constexpr, PADDED_A: tl.constexpr, WAIT: tl.constexpr, INT64: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """BM filters x BN channels of TAPS neighbouring filter taps, summed over one split of the pixels, BK at a step.
+    """Sum one tile of dw over one split of the pixels: BM filters, BN channels, and TAPS (1 or 3) taps of a filter row.
 
-    The pixels of a step are the box [TN, TH, TW], or BK consecutive ones for TN = 0. TMA_DZ: dy, z are
-    descriptors of [N, P, Q, K], TMA_A: x is one of [N, H, W, C] (STRIDE 2: [N, H/2, 2, W/2, 2C]); otherwise pointers.
-    UNIFORM: columns are the channels of one tap; otherwise BN of all the (r, s, c).
-    SHIFT_DZ (stride 1): a step is a tile of x, read and computed once for all its taps, and dz moves; otherwise the
-    other way round. PADDED_DZ, PADDED_A: that operand is not zero by itself where it must be.
-    dw: [splits, K, R, S, C/groups] of any dtype.
+    program_id(0) selects the tile of dw and its group, program_id(1) the split. dw is [splits, K, R, S, C/groups] in
+    any floating-point dtype.
+
+    A step reduces over BK pixels: the box [TN, TH, TW], or BK consecutive pixels if TN = 0. TMA_DZ: dy and z are
+    descriptors of [N, P, Q, K]. TMA_A: x is a descriptor of [N, H, W, C], for STRIDE 2 of [N, H/2, 2, W/2, 2 C].
+    Otherwise they are pointers.
+
+    UNIFORM: the BN columns of a tile are channels of one tap (TAPS tiles, one per tap). Otherwise they are any BN of
+    the R S C/groups pairs (tap, c), and TAPS is 1.
+
+    SHIFT_DZ (STRIDE 1): the pixels of a step are those of x. Its tile a is loaded and computed once for all TAPS taps,
+    and dz is loaded once per tap, at pixels shifted by the tap. Otherwise dz stays in place and a is shifted.
+
+    PADDED_DZ, PADDED_A: where the pixel is outside the image, that operand must be set to zero if it is computed.
+    WAIT: wait for each product before overwriting its operands. INT64: element offsets can exceed 2**31 - 1.
     """
     TMA: tl.constexpr = TN > 0
     SWAP: tl.constexpr = z is not None
@@ -139,7 +156,7 @@ def wgrad_kernel(
                     a = tl.load(x + at, mask=inside & c_valid[None, :], other=0.0)
                 elif STRIDE == 1:
                     a = x.load([n0, i0 - PAD + down, j0 - PAD + right, c0]).reshape((BK, BN))
-                else:  # 2 i - PAD + down as a pair of rows and a row of the pair, likewise for columns
+                else:  # row 2 i - PAD + down as (pair of rows, row within the pair); columns likewise
                     h2 = i0 + (PAD + down) // 2 - PAD
                     w2 = j0 + (PAD + right) // 2 - PAD
                     a = x.load([n0, h2, (PAD + down) % 2, w2, (PAD + right) % 2 * C + c0]).reshape((BK, BN))
@@ -168,13 +185,16 @@ def wgrad_kernel(
 
 @triton.jit
 def wgrad_dot(dz, a, acc, SWAP: tl.constexpr, PRECISION: tl.constexpr):
-    """acc + dz^T a [BM, BN], or its transpose for SWAP."""
+    """Return acc + dz^T a, [BM, BN]; for SWAP its transpose acc + a^T dz, [BN, BM]. dz is [BK, BM], a [BK, BN]."""
     return tl.dot(a.T, dz, acc, input_precision=PRECISION) if SWAP else tl.dot(dz.T, a, acc, input_precision=PRECISION)
 
 
 @triton.jit
 def wgrad_reduce_kernel(partials, dw, numel, splits, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """dw [numel] = the sum of partials [splits, numel], ROWS of them at a time, always in the same order."""
+    """Store the sum of partials [splits, numel] over the splits in dw [numel], BLOCK values per program.
+
+    Every iteration adds ROWS splits. The order depends on the sizes only, so equal inputs give equal bits.
+    """
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
     for first in range(0, splits, ROWS):
@@ -196,13 +216,29 @@ def conv_wgrad(
     out_dtype: torch.dtype = torch.float32,
     tile: Tile | None = None,
 ) -> Tensor:
-    """dw [K, R, S, C/groups], contiguous, of `out_dtype`, from dy [N, P, Q, K] and x [N, H, W, C].
+    """Launch the filter gradient of a convolution and return dw [K, R, S, C/groups], contiguous, in `out_dtype`.
 
-    bn_backward: as for `conv_dgrad`. prologue (scale, shift), fp32 [C]: the convolution's input was
-    relu(scale x + shift), zero-padded. precision of fp32 products: "ieee" or "tf32". tile: by default from `tables`.
+    Equivalent to, with nchw = lambda t: t.permute(0, 3, 1, 2):
 
-    Activations of one dtype (bf16, fp16, fp32), contiguous; sums in fp32. No atomics: equal inputs give equal bits.
-    Raises ValueError for shapes, dtypes, layouts or devices that do not fit together.
+        sizes = problem.stride, problem.pad, problem.dilation, problem.groups
+        dz = dy if bn_backward is None else c_g * dy + c_z * z + c_1  # [N, P, Q, K]
+        a = x if prologue is None else F.relu(scale * x + shift)  # [N, H, W, C]
+        dw = torch.nn.grad.conv2d_weight(nchw(a), (K, C // groups, R, S), nchw(dz), *sizes).permute(0, 2, 3, 1)
+
+    dz and a are computed in fp32 and rounded to dy's dtype before the product. Sums are fp32.
+
+    dy: [N, P, Q, K] in bfloat16, float16 or float32.
+    x: [N, H, W, C] in dy's dtype.
+    bn_backward: (z, c_g, c_z, c_1). dy is then the gradient of a BatchNorm's output, z [N, P, Q, K] that BatchNorm's
+        input, and the coefficients are fp32 [K].
+    prologue: (scale, shift), each fp32 [C]. The convolution's input was then relu(scale x + shift), padded with zeros.
+    precision: of fp32 products, "ieee" or "tf32".
+    out_dtype: any floating-point dtype.
+    tile: by default chosen from the measured tables or the heuristic (`tables.backward_tile`).
+
+    All tensors must be contiguous and on one device. There are no atomics, so equal inputs give equal bits.
+
+    Raises ValueError for a wrong shape, dtype, layout or device, and for a tile that cannot serve.
     """
     load = check_dz(dy, problem, bn_backward, precision)
     check_tensor("x", x, problem.x_shape, dy)
@@ -214,12 +250,14 @@ def conv_wgrad(
         return torch.zeros(problem.w_shape, dtype=out_dtype, device=dy.device)
     refusal, stride = tma_refusal(problem, dy, load.z, x), problem.stride
     if stride > 2 or (stride == 2 and (problem.H % 2 or problem.W % 2)):
-        refusal = refusal or f"stride {stride} on {problem.H}x{problem.W} has no view as pairs of rows and columns"
+        refusal = (
+            refusal or f"stride {stride} on {problem.H}x{problem.W}; only 1, and 2 with even H and W, are supported"
+        )
     tile = choose_tile(tile, "wgrad", problem, dy, refusal, precision, load.operands, prologue is not None)
     if tile.splits < 1:
         raise ValueError(f"splits must be >= 1, got {tile.splits}")
     if tile.taps != 1 and (tile.taps != 3 or problem.S != 3 or tile.box is None):
-        raise ValueError(f"taps={tile.taps}: a program takes 1 filter tap, or the 3 of a row of a 3-wide filter by TMA")
+        raise ValueError(f"taps must be 1, or 3 for a filter of width 3 and a tile with a box, got {tile.taps}")
 
     seen = _view(problem, tile, load.operands > 1, prologue is not None)
     dw = empty(problem.w_shape, out_dtype, dy.device)
@@ -232,8 +270,11 @@ def conv_wgrad(
 
 
 class _View(NamedTuple):
-    """How the kernel sees its operands: x [N, H, W, C], dy and z [N, P, Q, K]; the box of a step; which of the two
-    comes in boxes; whether dz moves from tap to tap (else a); steps along images, rows, columns; and their splits."""
+    """How `wgrad_kernel` reads its operands: x as [N, H, W, C], dy and z as [N, P, Q, K].
+
+    box: the pixels of a step, or None for consecutive ones. tma_dz, tma_a: which operands are loaded by TMA. shift_dz:
+    whether dz is shifted from tap to tap, or a. steps: along images, rows and columns.
+    """
 
     N: int
     H: int
@@ -251,9 +292,10 @@ class _View(NamedTuple):
 
 def _view(problem: ConvProblem, tile: Tile, computes_dz: bool, computes_a: bool) -> _View:
     N, H, W, P, Q, box = problem.N, problem.H, problem.W, problem.P, problem.Q, tile.box
-    if problem.pointwise:  # a plain GEMM: let all pixels lie in one row
+    if problem.pointwise:  # a plain GEMM: view all pixels as one row
         N, H, W, P, Q, box = 1, 1, N * H * W, 1, N * P * Q, box and (1, 1, tile.BK)
-    # wgmma would read its first operand from registers if that were a reshaped box, so that one comes through pointers.
+    # If the first operand were a reshaped box, wgmma would read it from registers. So it is loaded by pointers, except
+    # where boxes need no reshaping beyond a matrix (pointwise) or the product waits anyway (both operands computed).
     flat = problem.pointwise or (computes_dz and computes_a)
     shift_dz = box is not None and not problem.pointwise and problem.stride == 1 and computes_a and not computes_dz
     tma_dz, tma_a = (box is not None and (flat or needed) for needed in (computes_dz, not computes_dz))
@@ -271,7 +313,8 @@ def _launch_splits(
     c_group, k_group = C // problem.groups, K // problem.groups
     uniform = box is not None or c_group >= tile.BN
     columns = R * S // tile.taps * cdiv(c_group, tile.BN) if uniform else cdiv(R * S * c_group, tile.BN)
-    # Where boxes fit, whatever leaves the images has a plain operand, read as zero, on one side of the product.
+    # If boxes divide the images, then at each position outside of them one operand is loaded as zero without being
+    # computed, and the other one needs no mask.
     rows, cols = (H, W) if shift_dz else (P, Q)
     boxes_fit = box is not None and rows % TH == 0 and cols % TW == 0
     of_x = (N, H, W, C), (TN, TH, TW, tile.BN) if tma_a else None
@@ -292,7 +335,10 @@ def _launch_splits(
 
 
 def reduce_splits(partials: Tensor, dw: Tensor) -> Tensor:
-    """dw = the sum of partials [splits, *dw.shape] in a fixed order; nothing to do where they are dw. Returns dw."""
+    """Launch `wgrad_reduce_kernel` to sum partials [splits, *dw.shape] into dw, in a fixed order, and return dw.
+
+    If partials is dw itself, nothing is launched.
+    """
     if partials is not dw:
         numel, splits = dw.numel(), partials.shape[0]
         launch(

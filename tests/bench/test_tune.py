@@ -829,7 +829,7 @@ def test_merging_loses_no_entry(
     brought.write_text("[]")
     with pytest.raises(SystemExit):
         tune.main(["--merge", str(brought)])
-    assert "brought.json is no table of tiles" in capsys.readouterr().err
+    assert "brought.json is not a table of tiles" in capsys.readouterr().err
 
 
 def test_the_heuristic_beside_what_an_h200_measured(

@@ -586,12 +586,12 @@ REFUSING, GROUPED = (ConvProblem(3, 6, 7, 8, 24, 3, 3, 1, 1, groups=groups) for 
         ({"w": torch.zeros(24, 3, 3)}, r"w must have shape \[24, 3, 3, 8\], got \[24, 3, 3\]"),
         ({"precision": "bf16"}, "precision must be 'ieee' or 'tf32'"),
         ({"residual": torch.zeros(3, 6, 7, 9)}, "residual must have shape"),
-        ({"residual_mask": torch.zeros(3, 6, 7, 8)}, "there is none"),
+        ({"residual_mask": torch.zeros(3, 6, 7, 8)}, "residual_mask requires a residual"),
         ({"bn_backward": (torch.zeros(3, 6, 7, 24), *torch.zeros(3, 23))}, r"c_g must have shape \[24\]"),
         ({"relu_mask": torch.zeros(2, 8)}, r"relu_mask must have shape \[3, 6, 7, 8\]"),
         (
             {"relu_mask": (torch.zeros(8), torch.zeros(8))},
-            "belongs to a BatchNorm below; below=\\(z_below, mean\\) is missing",
+            r"relu_mask=\(scale, shift\) requires below=\(z_below, mean\)",
         ),
         (
             {"relu_mask": tuple(torch.zeros(2, 8).half()), "below": (torch.zeros(3, 6, 7, 8), torch.zeros(8))},
@@ -599,9 +599,9 @@ REFUSING, GROUPED = (ConvProblem(3, 6, 7, 8, 24, 3, 3, 1, 1, groups=groups) for 
         ),
         (
             {"relu_mask": (None, torch.zeros(8)), "below": (torch.zeros(3, 6, 7, 8), torch.zeros(8))},
-            r"relu_mask must be a tensor like dx or the pair \(scale, shift\)",
+            r"relu_mask must be a tensor of dx's shape or the pair \(scale, shift\)",
         ),
-        ({"projection": (torch.zeros(3, 6, 7, 8), torch.zeros(8))}, r"below=\(z_below, mean\) is missing"),
+        ({"projection": (torch.zeros(3, 6, 7, 8), torch.zeros(8))}, r"projection requires below=\(z_below, mean\)"),
         (
             {"problem": GROUPED, "w": torch.zeros(24, 3, 3, 4), "tile": BOXES},
             "TMA, which is impossible here: groups=2",
@@ -620,7 +620,7 @@ def test_dgrad_says_what_is_wrong(change: dict[str, Any], message: str) -> None:
         ({"x": torch.zeros(3, 6, 7, 8).half()}, "x must be torch.float32, got torch.float16"),
         ({"prologue": (torch.zeros(8), torch.zeros(9))}, r"shift must have shape \[8\]"),
         ({"out_dtype": torch.int32}, "out_dtype must be a floating-point dtype"),
-        ({"tile": dataclasses.replace(WGRAD_GATHER, taps=3)}, "taps=3"),
+        ({"tile": dataclasses.replace(WGRAD_GATHER, taps=3)}, "taps must be 1, or 3 .*, got 3"),
         ({"tile": dataclasses.replace(WGRAD_BOXES, splits=0)}, "splits"),
         (
             {"problem": ConvProblem(3, 6, 7, 8, 24, 3, 3, 3), "dy": torch.zeros(3, 2, 2, 24), "tile": WGRAD_BOXES},

@@ -393,20 +393,20 @@ def test_bad_arguments_are_named() -> None:
     refused("residual must be torch.float32", residual=torch.zeros(2, 7, 6, 24, dtype=torch.int32, device=DEVICE))
     refused("out must be torch.float16", out=torch.empty(2, 7, 6, 24, device=DEVICE), out_dtype=torch.float16)
     refused("precision must be", precision="high")
-    refused("norm gives scale and shift", norm=RunningNorm(*[vector] * 4, 1e-5), shift=vector)
+    refused("norm already determines scale and shift", norm=RunningNorm(*[vector] * 4, 1e-5), shift=vector)
     refused(r"norm.var must have shape .24., got .5.", norm=RunningNorm(vector, vector[:5], None, None, 1e-5))
     refused("join needs a prologue and a 1x1", join=Join(x, None, None, x))
     for wrong in (tma, gather):
         refused("splits must be >= 1, got 0", tile=replace(wrong, splits=0))
-        refused("splits=2: only without statistics", tile=replace(wrong, splits=2), statistics=True)
+        refused("splits=2: statistics requires splits=1", tile=replace(wrong, splits=2), statistics=True)
     ones, split, pointwise = torch.ones(32, device=DEVICE), replace(gather, splits=2), ConvProblem(2, 7, 6, 32, 24)
     joined = {"prologue": (ones, ones), "join": Join(x, None, None, x.clone())}
-    refused("splits=2: only without join", w=w[:, :1, :1].contiguous(), problem=pointwise, **joined, tile=split)
+    refused("splits=2: join requires splits=1", w=w[:, :1, :1].contiguous(), problem=pointwise, **joined, tile=split)
     refused("BK=64 must divide C=32", tile=Tile(16, 32, 64, 4, 2, tma.box))
-    refused("the box must hold BN pixels", tile=Tile(16, 64, 32, 4, 2, tma.box))
-    refused("impossible here: stride 2 over an odd image 7x6", problem=replace(problem, stride=2), tile=tma)
+    refused("the box must contain BN pixels", tile=Tile(16, 64, 32, 4, 2, tma.box))
+    refused("impossible here: stride 2 requires even H and W, got 7x6", problem=replace(problem, stride=2), tile=tma)
     narrow = {"x": x[..., :8].contiguous(), "w": w[..., :8].contiguous(), "problem": replace(problem, C=8)}
-    refused("impossible here: C=8 is no multiple of 16", **narrow, tile=tma)
+    refused("impossible here: C=8 is not a multiple of 16", **narrow, tile=tma)
 
 
 @pytest.mark.gpu

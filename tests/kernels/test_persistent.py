@@ -158,9 +158,9 @@ def test_what_they_cannot_serve_is_named() -> None:
         with pytest.raises(ValueError, match=message):
             conv_dgrad(torch.zeros(problem.y_shape).to(x), w, problem, tile=tile)
 
-    refused("16-bit 1x1 convolutions of stride 1 .* got torch.float32", dtype=torch.float32)
-    refused("16-bit 1x1 convolutions of stride 1 .* R=3", R=3)
-    refused("16-bit 1x1 convolutions of stride 1 .* stride=2", stride=2)
-    refused("16-bit 1x1 convolutions of stride 1 .* pad=1", pad=1)
-    refused("needs the box .1, 1, 32.", tile=Tile(16, 32, 32, 4, 3, persistent=1))
-    refused("needs the box .1, 1, 32.", tile=Tile(16, 32, 32, 4, 3, (2, 4, 4), persistent=1))
+    refused("16-bit 1x1 convolution of stride 1 .* got torch.float32", dtype=torch.float32)
+    refused("16-bit 1x1 convolution of stride 1 .* R=3", R=3)
+    refused("16-bit 1x1 convolution of stride 1 .* stride=2", stride=2)
+    refused("16-bit 1x1 convolution of stride 1 .* pad=1", pad=1)
+    refused("requires the box .1, 1, 32.", tile=Tile(16, 32, 32, 4, 3, persistent=1))
+    refused("requires the box .1, 1, 32.", tile=Tile(16, 32, 32, 4, 3, (2, 4, 4), persistent=1))

@@ -1,4 +1,4 @@
-"""`ConvProblem`: which convolutions it describes, and what it refuses."""
+"""`ConvProblem`: the sizes that it derives, and the errors that it raises."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ def test_geometry_is_given_in_order_or_by_name() -> None:
 @pytest.mark.parametrize(
     ("message", "changes"),
     [
-        (r"x \[N, H, W, C\] and w \[K, R, S, C/groups\] expected, got \[7, 6, 32\]", {"x_shape": (7, 6, 32)}),
-        (r"expected, got .* and \[24, 3, 32\]", {"w_shape": (24, 3, 32)}),
-        ("with groups=2 takes 64 channels, x has 32", {"groups": 2}),
-        ("takes 16 channels, x has 32", {"w_shape": (24, 3, 3, 16)}),
+        (r"x must be \[N, H, W, C\] and w \[K, R, S, C/groups\], got \[7, 6, 32\]", {"x_shape": (7, 6, 32)}),
+        (r"x must be .*, got .* and \[24, 3, 32\]", {"w_shape": (24, 3, 32)}),
+        ("with groups=2 requires x with 64 channels, got 32", {"groups": 2}),
+        ("requires x with 16 channels, got 32", {"w_shape": (24, 3, 3, 16)}),
         ("the 3x3 filter is larger than the padded input", {"x_shape": (2, 1, 6, 32)}),
         ("stride must be >= 1, got 0", {"stride": 0}),
         ("pad must be >= 0, got -1", {"pad": -1}),
     ],
 )
-def test_what_is_no_convolution_is_refused(message: str, changes: dict[str, Any]) -> None:
+def test_impossible_sizes_are_refused(message: str, changes: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=message):
         ConvProblem.of(**{"x_shape": (2, 7, 6, 32), "w_shape": (24, 3, 3, 32), **changes})

@@ -97,7 +97,7 @@ def test_a_table_file_is_named_after_its_gpu(tmp_path: Path) -> None:
 def test_a_broken_table_is_named(text: str, tmp_path: Path) -> None:
     path = tmp_path / "broken.json"
     path.write_text(text)
-    with pytest.raises(ValueError, match=r"broken\.json is no table of tiles .* write it again with bench/tune\.py"):
+    with pytest.raises(ValueError, match=r"broken\.json is not a table of tiles .* write it again with bench/tune\.py"):
         tables.read_table(path)
 
 
@@ -332,11 +332,11 @@ def test_a_broken_table_of_another_gpu_costs_a_warning() -> None:
     folder.mkdir(parents=True)
     (folder / "nvidia-a100.json").write_text("[]")
     for gpu in (H200, H100):
-        with pytest.warns(UserWarning, match=r"nvidia-a100\.json is no table of tiles"):
+        with pytest.warns(UserWarning, match=r"nvidia-a100\.json is not a table of tiles"):
             assert [entries.gpu for entries in tables.serving(gpu)] == [H200.name]
     tables.table_file(H100.name).write_text("[]")
     tables.forget_tables()
-    with pytest.raises(ValueError, match="is no table of tiles"):
+    with pytest.raises(ValueError, match="is not a table of tiles"):
         tables.serving(H100)
 
 
