@@ -1,5 +1,8 @@
-"""dgrad and wgrad as a ResNet's training step launches them, compiled without a GPU: no spills, the expected matrix and
-copy instructions, wgmma neither serialised nor in danger of its registers."""
+"""dgrad and wgrad, with the arguments of a ResNet's training step, compiled without a GPU.
+
+The binaries must have no register spills and the expected matrix and copy instructions. wgmma must not be serialised,
+and it must read both operands from shared memory unless the kernel waits for each product.
+"""
 
 from __future__ import annotations
 
@@ -27,15 +30,17 @@ GPUS = {
 }
 MATRIX = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
 
-# What the step does around a conv: between two BatchNorms, at the start of a block with a projection, at the start of
-# one with an identity (the stage's last or not; behind another block or a projection), with dz materialised.
+# What a training step fuses with dgrad. "bn": dz is computed on load; otherwise it is stored. "relu": the mask and sums
+# of the BatchNorm below, within a block. "residual": for a block's first convolution, the gradient through the
+# shortcut, which needs a mask ("out") if no kernel has applied it yet. "end": mask and sums of the end of the previous
+# block, and the sums of its projection's BatchNorm ("projection").
 STARTS = [f"residual{out}{end}" for out in ("", " out") for end in ("", " end", " end projection")]
 DGRAD = [*(bn + rest for bn in ("", "bn ") for rest in ("relu", *STARTS)), ""]
 WGRAD = ("bn activation", "bn", "", "activation")
 
 
 def layers(depth: int) -> list[ConvProblem]:
-    """The distinct convolutions of torchvision's ResNets at 256 images of 224 x 224, without the stem."""
+    """Return the distinct convolutions of a torchvision ResNet for 256 images of 224 x 224, without the stem."""
     expansion, kind = (1, "basic") if depth < 50 else (4, "bottleneck")
     found: dict[ConvProblem, None] = {}
     channels, size = 64, 56
@@ -97,7 +102,7 @@ def launches(pass_: str, n: ConvProblem, features: str, tile: Tile | None, dtype
     return recorded
 
 
-MET = {"residual": 1, "out": 1, "relu": 1, "end": 2, "projection": 1}  # tensors in dgrad's epilogue
+MET = {"residual": 1, "out": 1, "relu": 1, "end": 2, "projection": 1}  # tensors that dgrad's epilogue reads
 
 
 def best(pass_: str, n: ConvProblem, features: str, tma: bool, sm: int, itemsize: int = 2) -> Tile:
@@ -109,7 +114,7 @@ def best(pass_: str, n: ConvProblem, features: str, tma: bool, sm: int, itemsize
 
 
 def distinct(recorded: Iterable[Launch]) -> Iterator[Launch]:
-    """One launch of each specialisation: Triton tells integers apart by divisibility, tensors by dtype."""
+    """Yield one launch per specialisation: Triton specialises by an integer's divisibility and a tensor's dtype."""
 
     def kind(launch: Launch, name: str) -> Any:
         value = launch.kwargs[name]
@@ -129,20 +134,20 @@ def distinct(recorded: Iterable[Launch]) -> Iterator[Launch]:
 
 
 def verify(launch: Launch, sm: int) -> None:
-    """What is promised of every kernel, by what it was launched with."""
+    """Compile a launch for `sm` and check its instructions, registers and shared memory."""
     binary = launch.compile(sm)
     given = launch.kwargs
     if "partials" in given and "splits" in given:
         check(binary, matrix="")
         return
     boxes = given["TN"] > 0
-    idle = given.get("TAPS_R") == 0 or given.get("TAPS_S") == 0  # pixels that no filter tap reaches: no product
+    idle = given.get("TAPS_R") == 0 or given.get("TAPS_S") == 0  # no filter tap reaches these pixels: no product
     present = ["UTMASTG"] if boxes and "dx" in given else []
     absent = []
     if given["UNIFORM"] and not idle:
         present.append("UTMALDG" if boxes else "LDGSTS")
-        # The filters of 3 image channels come word by word; mma's transposed first operand (wgrad on sm_80) can't come
-        # asynchronously.
+        # Only asynchronous copies are allowed, with two exceptions: filters over 3 image channels are loaded word by
+        # word, and mma's transposed first operand (wgrad on sm_80) can't be copied asynchronously.
         if given["C_GROUP"] % 8 == 0 and (sm >= 90 or "dx" in given):
             absent.append("LDG")
     narrow = min(given["BM"], 64 if "dx" in given else given["BN"]) < 64
@@ -180,7 +185,7 @@ def test_boxes(pass_: str, problem: ConvProblem, features: str, sm: int) -> None
 @pytest.mark.parametrize("problem", [LATE, extra(STRIDED)])
 @pytest.mark.parametrize("sm", [90, extra(100)])
 def test_large_tiles_of_plain_operands(problem: ConvProblem, sm: int) -> None:
-    """Three taps of 128 x 128, which fill an H200 with one wave; a fourth stage."""
+    """wgrad tiles with three taps of 128 x 128, which fill an H200 in one wave, and tiles with four stages."""
     tiles = wgrad_tiles(problem, 2, True, GPUS[sm])[: 6 if sm == 90 else None]
     three = [tile for tile in tiles if (tile.BM, tile.BN, tile.taps) == (128, 128, 3)]
     deep = [tile for tile in tiles if tile.stages == 4]
@@ -236,7 +241,7 @@ def test_every_layer_of_resnet_18_to_152(pass_: str, sm: int, dtype: torch.dtype
         try:
             verify(launch, sm)
         except AssertionError as error:
-            # Triton deals out the registers of an sm_100 program by its warps' roles: one role of one wgrad lacks two.
+            # For sm_100, Triton divides a program's registers among warp roles. In one wgrad, one role is two short.
             if pass_ == "wgrad" and str(error).endswith("for sm_100: 8 B spilled, 8 B of stack"):
                 continue
             wrong.append(f"{error} with {launch.kwargs}")

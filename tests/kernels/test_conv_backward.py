@@ -1,7 +1,7 @@
-"""dgrad and wgrad against float64, with everything that can stand before and behind them.
+"""dgrad and wgrad against float64, with every prologue and epilogue.
 
-On a CPU the kernels are interpreted, in float32 and float16 (the interpreter cannot multiply bfloat16); on a GPU the
-same tests run compiled, and bfloat16 joins in, as do the layers of ResNet-50.
+On a CPU the kernels run in the interpreter, in float32 and float16, because the interpreter multiplies bfloat16
+wrongly. On a GPU the same tests run compiled, in bfloat16, too, and there are tests of the layers of ResNet-50.
 """
 
 from __future__ import annotations
@@ -78,8 +78,10 @@ FEATURES = {
 
 @dataclass
 class Operands:
-    """Tensors of one backward step. Signs are decided by dyadic numbers that every dtype holds exactly, so that no
-    rounding can flip a mask."""
+    """The tensors of one backward step.
+
+    Masks depend on the signs of dyadic numbers, which every dtype represents exactly, so no rounding can flip a mask.
+    """
 
     problem: ConvProblem
     dy: Tensor
@@ -94,7 +96,7 @@ class Operands:
     scale: Tensor  # [C], of the previous layer
     shift: Tensor
     mean: Tensor
-    below: Tensor  # like x: the output of the block before, its projection's input of BatchNorm
+    below: Tensor  # output of the previous block [N, H, W, C]; z_proj: input of its projection's BatchNorm
     z_proj: Tensor
     mean_proj: Tensor
 
@@ -146,12 +148,12 @@ def nhwc(t: Tensor) -> Tensor:
 
 
 def where_positive(sign: Tensor, g: Tensor) -> Tensor:
-    """As torch's backward of ReLU: zero where sign <= 0, so that NaN passes."""
+    """Return g, zeroed where sign <= 0. A NaN in sign lets g pass, as in PyTorch's backward of ReLU."""
     return torch.where(sign <= 0, torch.zeros_like(g), g)
 
 
 def dz_of(o: Operands, features: str) -> Tensor:
-    """By definition, in o.dy's dtype; what lies between in c_g's."""
+    """Return dz, computed in c_g's dtype and rounded to dy's, with "bn"; otherwise dy."""
     wide = o.c_g.dtype
     return (o.c_g * o.dy.to(wide) + o.c_z * o.z.to(wide) + o.c_1).to(o.dy.dtype) if "bn" in features else o.dy
 
@@ -161,7 +163,7 @@ def conv_args(problem: ConvProblem) -> dict[str, int]:
 
 
 def reference_dgrad(o: Operands, features: str) -> tuple[Tensor, Tensor | None]:
-    """dx and, with "relu" or "end", the sums [2, C] of dx as stored."""
+    """Return dx and, with "relu" or "end", the sums [2, C] of the BatchNorm below, otherwise None."""
     n, wide = o.problem, o.c_g.dtype
     shape, dz = (n.N, n.C, n.H, n.W), dz_of(o, features)
     dx = nhwc(by_library(conv2d_input, shape, nchw(o.w), nchw(dz), padding=n.pad, **conv_args(n)))
@@ -177,7 +179,7 @@ def reference_dgrad(o: Operands, features: str) -> tuple[Tensor, Tensor | None]:
 
 
 def reference_wgrad(o: Operands, features: str, dtype: torch.dtype | None = None) -> Tensor:
-    """dw, summed in `dtype` (default: that of the operands)."""
+    """Return dw, computed in `dtype` (default: x's)."""
     n, wide, dtype = o.problem, o.c_g.dtype, dtype or o.x.dtype
     a = F.relu(o.scale * o.x.to(wide) + o.shift).to(o.x.dtype) if "activation" in features else o.x
     shape = (n.K, n.C // n.groups, n.R, n.S)
@@ -213,7 +215,10 @@ def run_wgrad(o: Operands, features: str, tile: Tile | None, **options: Any) -> 
 
 
 def check_dgrad(o: Operands, features: str, tile: Tile | None, **options: Any) -> None:
-    """Allowed: a few times the error of PyTorch's own kernels in the same dtype, on the same numbers."""
+    """Check dx and its sums against float64.
+
+    The error may be a few times that of PyTorch's own kernels in the same dtype on the same operands.
+    """
     dx, partials = run_dgrad(o, features, tile, **options)
     want, _ = reference_dgrad(o.map(Tensor.double), features)
     torch_dx, _ = reference_dgrad(o, features)
@@ -284,7 +289,7 @@ def test_wgrad_features(problem: ConvProblem, features: str, dtype: torch.dtype)
     precision=["ieee", "tf32"],
 )
 def test_tiles_by_default(name: str, precision: str) -> None:
-    """Larger than these problems, so that almost all of a tile is tail; float16 comes in boxes where it can."""
+    """The default tiles are larger than these problems, so most of each tile is masked. float16 uses TMA if it can."""
     dtype = torch.float32 if precision == "ieee" else torch.float16
     o = make(SHAPES[name], dtype)
     check_dgrad(o, "bn relu residual", None, precision=precision)
@@ -300,11 +305,11 @@ def test_wgrad_splits_and_output_dtype(splits: int) -> None:
 
 
 def test_training_chain_against_autograd() -> None:
-    """relu(bn(conv(relu(bn(x))))): every gradient of the conv between two BatchNorms, by autograd in float64."""
+    """Compare the gradients of the convolution in relu(bn(conv(relu(bn(x))))) with autograd's in float64."""
     o = make(ConvProblem(N=2, H=8, W=6, C=16, K=8, R=3, S=3, stride=2, pad=1), torch.float32)
 
     def chain(dtype: torch.dtype) -> list[Tensor]:
-        """g behind the last ReLU, z, and the gradients behind the first ReLU and of w; [N, H, W, C]."""
+        """Return y's gradient g, z, and the gradients of the first ReLU's input and of w, channels last."""
         weight = torch.ones(16, dtype=dtype, device=DEVICE)
         x, w, bias = nchw(o.x).to(dtype), nchw(o.w).to(dtype).requires_grad_(), o.shift.to(dtype)
         before = F.batch_norm(x, None, None, weight, bias, training=True).requires_grad_()
@@ -341,16 +346,19 @@ def test_training_chain_against_autograd() -> None:
 
 
 def double_on_cpu(t: Tensor) -> Tensor:
-    """There a convolution is a sum of products: a GPU's library may transform, round integers and spread a NaN."""
+    """Return t on the CPU, in float64, where a convolution is computed as a plain sum of products.
+
+    cuDNN may use transforms, which round integers and spread a NaN.
+    """
     return t.double().cpu()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("problem", [ODD, STRIDED, SHAPES["groups"]], ids=["odd", "stride 2", "groups"])
 def test_integers_are_exact(problem: ConvProblem, dtype: torch.dtype) -> None:
-    """Small integers: no product or sum of them is rounded, so nothing may be off by a bit."""
+    """With small integers, no product and no sum is rounded, so results must be exactly equal."""
     o = make(problem, dtype).map(lambda t: t.float().round().clamp(-1, 1).to(t.dtype))
-    o.w = torch.randint_like(o.w, -1, 2)  # rounded, almost all would be zero
+    o.w = torch.randint_like(o.w, -1, 2)  # rounding w itself would give almost only zeros
     exact = o.map(double_on_cpu)
     for tile in tiles_of_dgrad(problem):
         dx, partials = run_dgrad(o, FEATURES["all"], tile)
@@ -404,7 +412,7 @@ def test_equal_inputs_give_equal_bits(problem: ConvProblem) -> None:
 
 @pytest.mark.parametrize("problem", [ODD, STRIDED], ids=["odd", "stride 2"])
 def test_64_bit_offsets_change_nothing(problem: ConvProblem, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In any result; partial sums a compiler may order anew, so they are held against their terms."""
+    """dx and dw must not change by a bit. The compiler may reorder partial sums, so they are checked by tolerance."""
     o = make(problem, torch.float32)
 
     def results() -> list[Tensor]:
@@ -421,7 +429,7 @@ def test_64_bit_offsets_change_nothing(problem: ConvProblem, monkeypatch: pytest
 
 @pytest.mark.parametrize("precision", ["ieee", "tf32"])
 def test_precision(precision: str) -> None:
-    """TF32 keeps 10 bits of each factor."""
+    """With "ieee", products have full fp32 precision; with "tf32", each factor keeps 10 mantissa bits."""
     o = make(SQUARE, torch.float32)
     dx, _ = run_dgrad(o, "bn", GATHER, precision=precision)
     dw = run_wgrad(o, "bn", WGRAD_GATHER, precision=precision)
@@ -482,7 +490,7 @@ def test_fuzz(seed: int) -> None:
         check_wgrad(o, wgrad_features, tile)
 
 
-LAYERS = [  # of ResNet-50 at 8 images of 224 x 224: H = W, C, K, R = S, stride
+LAYERS = [  # layers of ResNet-50 for images of 224 x 224: H = W, C, K, R = S, stride
     (56, 64, 64, 3, 1),
     (56, 256, 64, 1, 1),
     (56, 256, 128, 1, 1),
@@ -553,7 +561,7 @@ def test_more_than_2_31_elements() -> None:
 
 
 def test_a_mask_to_recompute_may_be_any_pair() -> None:
-    """A list as well: taken for no mask it would leave dx, and the sums, unmasked."""
+    """relu_mask may also be a list. If a list were ignored, dx and the sums would silently stay unmasked."""
     o = make(SHAPES["3x3"], torch.float32)
     pair = torch.ones_like(o.scale), torch.full_like(o.shift, -1e9)
     for mask in (pair, [*pair]):
@@ -608,7 +616,7 @@ REFUSING, GROUPED = (ConvProblem(3, 6, 7, 8, 24, 3, 3, 1, 1, groups=groups) for 
         ),
     ],
 )
-def test_dgrad_says_what_is_wrong(change: dict[str, Any], message: str) -> None:
+def test_dgrad_rejects_bad_arguments(change: dict[str, Any], message: str) -> None:
     arguments = {"dy": torch.zeros(3, 6, 7, 24), "w": torch.zeros(24, 3, 3, 8), "problem": REFUSING}
     with pytest.raises(ValueError, match=message):
         conv_dgrad(**{**arguments, **change})
@@ -628,7 +636,7 @@ def test_dgrad_says_what_is_wrong(change: dict[str, Any], message: str) -> None:
         ),
     ],
 )
-def test_wgrad_says_what_is_wrong(change: dict[str, Any], message: str) -> None:
+def test_wgrad_rejects_bad_arguments(change: dict[str, Any], message: str) -> None:
     arguments = {"dy": torch.zeros(3, 6, 7, 24), "x": torch.zeros(3, 6, 7, 8), "problem": REFUSING}
     with pytest.raises(ValueError, match=message):
         conv_wgrad(**{**arguments, **change})

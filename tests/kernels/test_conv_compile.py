@@ -1,5 +1,8 @@
-"""conv_fprop and the stem as the nets launch them, compiled without a GPU: no spills, the expected matrix and copy
-instructions, wgmma neither serialised nor in danger of its registers."""
+"""conv_fprop and the stem's kernels, with the arguments that the nets pass, compiled without a GPU.
+
+The binaries must have no register spills and the expected matrix and copy instructions. wgmma must not be serialised,
+and it must read both operands from shared memory.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,7 @@ GPUS = {
 }
 MATRIX = {80: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
 
-# What a net asks of a conv: folded or live BatchNorm at inference; statistics when training; the bare conv.
+# The fusions that nets use: a folded or an eval-mode BatchNorm at inference, statistics in training, or none.
 USES = (
     "shift relu",
     "scale shift residual relu",
@@ -45,7 +48,7 @@ USES = (
 
 
 def launches(n: ConvProblem, use: str, tile: Tile | None, dtype: torch.dtype = torch.bfloat16) -> list[Launch]:
-    """The launches of one conv_fprop; without a tile that of an H200."""
+    """Return the launches of one conv_fprop. By default the tile is that of an H200."""
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -73,7 +76,10 @@ def launches(n: ConvProblem, use: str, tile: Tile | None, dtype: torch.dtype = t
 def stem_launches(
     n: ConvProblem, use: str, dtype: torch.dtype = torch.bfloat16, tile: Tile | None = None
 ) -> list[Launch]:
-    """Forward, or for "wgrad" backward; without a tile with that of an H200."""
+    """Return the launches of the stem's forward pass or, for use "wgrad", of its filter gradient.
+
+    By default the tile is that of an H200.
+    """
     filters = pack_filters(torch.empty(n.K, n.R, n.S, n.C, dtype=dtype, device="meta"))
     vector = torch.empty(n.K, device="meta") if "shift" in use else None
     with record() as recorded:
@@ -94,7 +100,7 @@ def best(n: ConvProblem, use: str, sm: int, tma: bool, itemsize: int = 2) -> Til
 
 
 def verify(launch: Launch, sm: int) -> None:
-    """What is promised of every kernel, by what it was launched with."""
+    """Compile a launch for `sm` and check its instructions, registers and shared memory."""
     binary = launch.compile(sm)
     given = launch.kwargs
     if launch.fn.__name__ in ("pack_images_kernel", "wgrad_reduce_kernel"):
@@ -104,13 +110,13 @@ def verify(launch: Launch, sm: int) -> None:
         check(binary, registers=128, matrix="", present=("LDG.128",) if given["K"] % 16 == 0 else (), absent=("BAR",))
         return
     matrix: str | None = MATRIX[sm]
-    if given["BM"] < 64 and sm >= 90:  # less than one wgmma
+    if given["BM"] < 64 and sm >= 90:  # too few rows for wgmma
         matrix = "HMMA" if sm == 90 else None
     shared = GPUS[sm].shared
     if "TN" in given:
         check(binary, matrix=matrix, present=("UTMALDG", "UTMASTG"), loop_absent=("LDG", "STG"), shared=shared)
     else:
-        copies = not given["ROW"] % 2  # 2 bytes are no asynchronous copy
+        copies = not given["ROW"] % 2  # an asynchronous copy has at least 4 bytes
         loop = (("LDG",) if copies else ()) + (("STG",) if given["joined"] is None else ())
         check(binary, matrix=matrix, present=("LDGSTS",) if copies else (), loop_absent=loop, shared=shared)
     if matrix == "HGMMA":
@@ -118,7 +124,7 @@ def verify(launch: Launch, sm: int) -> None:
 
 
 def distinct(recorded: Iterable[Launch], sm: int) -> Iterator[Launch]:
-    """One launch of each binary."""
+    """Yield one launch per binary."""
     found = {repr(launch.specialization(sm)): launch for launch in recorded}
     yield from found.values()
 
@@ -197,7 +203,7 @@ def test_pointers(problem: ConvProblem, use: str, sm: int) -> None:
     ],
 )
 def test_splits(problem: ConvProblem, use: str, sm: int, tma: bool) -> None:
-    """A launch that sums in parts, none of them empty, and one that adds them up."""
+    """Splits take two launches: one for the partial sums, with no empty split, and one that adds them up."""
     for dtype in (torch.bfloat16, torch.float16) if use == "" else (torch.bfloat16,):
         tile = replace(best(problem, use, sm, tma), splits=7)
         convolve, reduce = launches(problem, use, tile, dtype)
@@ -209,7 +215,7 @@ def test_splits(problem: ConvProblem, use: str, sm: int, tma: bool) -> None:
             verify(launch, sm)
 
 
-def test_the_loads_of_8_splits_fly_at_once() -> None:
+def test_the_loads_of_8_splits_are_in_flight_together() -> None:
     _, reduce = launches(SINGLE, "shift residual relu", replace(best(SINGLE, "", 90, tma=True), splits=8))
     binary = reduce.compile(90)
     assert binary.count("LDG.128") == 8
@@ -233,7 +239,7 @@ def test_stem(use: str) -> None:
     ],
 )
 def test_stem_by_pointers(use: str, sm: int, most: int) -> None:
-    """Windows and dz are copied 16 bytes at a time, past the registers, by every tile that may be chosen."""
+    """Every candidate tile copies windows and dz asynchronously into shared memory, 16 bytes at a time."""
     for tile in stem_tiles_of(STEM, use, sm, itemsize=2)[:most]:
         (launch,) = (one for one in stem_launches(STEM, use, tile=tile) if one.fn.__name__.startswith("stem_"))
         binary = launch.compile(sm)
@@ -244,7 +250,7 @@ def test_stem_by_pointers(use: str, sm: int, most: int) -> None:
 
 
 def stem_tiles_of(n: ConvProblem, use: str, sm: int, itemsize: int) -> list[Tile]:
-    """By pointers, one of each program."""
+    """Return the candidate tiles for pointers, one per program (tiles that differ only in splits share one)."""
     gpu = GPUS[sm]
     if use == "wgrad":
         tiles = stem_wgrad_tiles(n, itemsize, gpu)
@@ -254,7 +260,7 @@ def stem_tiles_of(n: ConvProblem, use: str, sm: int, itemsize: int) -> list[Tile
 
 
 def test_the_stems_wgrad_reads_its_gradient_once() -> None:
-    """Per thread and step of 32 pixels, 2 copies of dz's 4 KB and 7 of the 14 KB of windows; and 14 wgmma."""
+    """A thread and step of 32 pixels has 2 copies for dz (4 KB), 7 for the windows (14 KB), and 14 wgmma."""
     launch = stem_launches(STEM, "wgrad")[1]
     assert (launch.fn.__name__, launch.grid) == ("stem_wgrad_kernel", (1, 264))
     binary = launch.compile(90)
@@ -267,7 +273,7 @@ def test_the_stems_wgrad_reads_its_gradient_once() -> None:
 @pytest.mark.parametrize("K", [16, 32, 96])
 @pytest.mark.parametrize("use", ["statistics", "wgrad"])
 def test_other_stems(use: str, K: int) -> None:
-    """Widths other than 64, filters of 3x3 over one channel, odd sizes, float32."""
+    """Filter counts other than 64, 3x3 filters, images of one channel, odd sizes, float32."""
     problem = ConvProblem(3, 97, 85, 3 if K > 16 else 1, K, 3, 3, 2, 1)
     for sm in (80, 90):
         for dtype in (torch.float16, torch.float32):
@@ -291,7 +297,7 @@ def test_tf32_and_fp8() -> None:
 
 
 def test_statistics_of_fp16_sums() -> None:
-    """Rounded and widened again, they are no reason to serialise wgmma."""
+    """Rounding sums to fp16 and upcasting them again for the statistics must not make ptxas serialise wgmma."""
     (launch,) = launches(SINGLE, "statistics", best(SINGLE, "statistics", 90, tma=False), torch.float16)
     verify(launch, 90)
 
@@ -311,7 +317,7 @@ def test_cpu_tensors_are_refused() -> None:
         conv_fprop(torch.zeros(1, 4, 4, 16), torch.zeros(16, 1, 1, 16), ConvProblem.of((1, 4, 4, 16), (16, 1, 1, 16)))
 
 
-NETS = ["resnet18", "resnet50", "resnext50_32x4d", "wide_resnet50_2"]  # 34, 101 and 152 have no layer of their own
+NETS = ["resnet18", "resnet50", "resnext50_32x4d", "wide_resnet50_2"]  # 34, 101 and 152 have no other layers
 
 
 @pytest.mark.slow
@@ -322,7 +328,7 @@ def test_everything_the_nets_launch(sm: int, dtype: torch.dtype) -> None:
     for problem in {p for name in NETS for batch in (256, 32, 1) for p in net_problems(name, batch)}:
         tma = sm >= 90 and fprop_tma_refusal(problem, torch.empty(0, dtype=dtype, device="meta")) is None
         for use in USES:
-            # No BatchNorm stands before the images; a block's end is joined by a 1x1 alone.
+            # The first convolution has no prologue, and only a 1x1 can compute the end of the previous block.
             if ("prologue" not in use or problem.C > 3) and ("join" not in use or dispatch.joins(problem)):
                 recorded += launches(problem, use, best(problem, use, sm, tma), dtype)
             if problem.N == 1 and "statistics" not in use and "prologue" not in use:

@@ -1,7 +1,8 @@
-"""conv_fprop against float64, by TMA boxes and by pointers.
+"""conv_fprop against float64, with tiles for TMA and for pointers.
 
-On a CPU the kernels are interpreted, in float32 and float16 (its bfloat16 products are wrong) and at small
-shapes; on a GPU the same tests run in bfloat16 too, and every tile at every layer of the nets.
+On a CPU the kernels run in the interpreter, at small shapes, in float32 and float16, because the interpreter multiplies
+bfloat16 wrongly. On a GPU the same tests run compiled, in bfloat16, too, and so does every tile at every layer of the
+nets.
 """
 
 from __future__ import annotations
@@ -38,14 +39,14 @@ dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removepre
 
 
 def small_tile(problem: ConvProblem, boxed: bool) -> Tile:
-    """A tile that cuts a small problem into several programs and steps with tails."""
+    """Return a tile that cuts a small problem into several programs and steps, some of them partly masked."""
     BK = 32 if not boxed or problem.C % 32 == 0 or problem.pointwise else 16
     box = None if not boxed else (1, 1, 32) if problem.pointwise else (1, 4, 8) if problem.N == 1 else (2, 4, 4)
     return Tile(16, 32, BK, 4, 2, box)
 
 
 def operands(p: ConvProblem, dtype: torch.dtype, integers: bool = False) -> tuple[Tensor, Tensor]:
-    """x and w whose products sum to about 1; or small integers, whose sums any order gives exactly."""
+    """Return random x and w for which y is about 1; or small integers, whose sums are exact in any order."""
     x_shape, w_shape = (p.N, p.H, p.W, p.C), (p.K, p.R, p.S, p.C // p.groups)
     if integers:
         x, w = (torch.randint(-2, 3, shape).to(dtype) for shape in (x_shape, w_shape))
@@ -56,7 +57,7 @@ def operands(p: ConvProblem, dtype: torch.dtype, integers: bool = False) -> tupl
 
 
 def extras(p: ConvProblem, dtype: torch.dtype, *names: str) -> dict[str, Any]:
-    """The optional arguments of `conv_fprop` that are named."""
+    """Return random values for the optional arguments `names` of `conv_fprop`."""
     made: dict[str, Any] = {
         "prologue": (torch.rand(p.C, device=DEVICE) + 0.5, torch.randn(p.C, device=DEVICE)),
         "scale": torch.randn(p.K, device=DEVICE),
@@ -70,7 +71,7 @@ def extras(p: ConvProblem, dtype: torch.dtype, *names: str) -> dict[str, Any]:
 
 
 def hold(p: ConvProblem, y: Any, x: Tensor, w: Tensor, tile: Tile | None = None, **given: Any) -> None:
-    """y against what it means, with PyTorch's own error as the measure."""
+    """Check y against float64, with a tolerance relative to PyTorch's own error in the same dtype."""
     assert isinstance(y, Tensor)
     assert y.dtype == x.dtype
     ref64, baseline = reference(p, x, w, **given), reference(p, x, w, x.dtype, **given)
@@ -101,7 +102,7 @@ def test_every_problem(route: tuple[ConvProblem, bool], dtype: torch.dtype) -> N
     dtype={str(d).removeprefix("torch."): d for d in DTYPES},
 )
 def test_splits(route: tuple[ConvProblem, bool], dtype: torch.dtype) -> None:
-    """Into two, into single steps, and into more than there are."""
+    """Cut the sum into two splits, into one split per step, and into more splits than there are steps."""
     problem, boxed = route
     tile = small_tile(problem, boxed)
     steps = reduction_steps(problem, tile)
@@ -122,7 +123,7 @@ def test_splits_give_exact_sums_and_equal_bits(problem: ConvProblem, boxed: bool
 
 
 @pytest.mark.parametrize("boxed", [False, True], ids=["gather", "TMA"])
-def test_splits_that_are_left_out_show(boxed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_split_fails(boxed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     problem = BOXED["3x3"]
     tile = replace(small_tile(problem, boxed), splits=3)
     check(problem, torch.float32, tile)
@@ -158,7 +159,7 @@ def check_block_end(problem: ConvProblem, dtype: torch.dtype, projection: bool, 
 @pytest.mark.parametrize("projection", [False, True], ids=["identity", "projection"])
 @pytest.mark.parametrize("boxed", [False, True], ids=["gather", "TMA"])
 def test_end_of_the_block_before(boxed: bool, projection: bool, dtype: torch.dtype) -> None:
-    """Channels and pixels with tails, one tile of output channels and several, which store the same."""
+    """The join, with masked channels and pixels, and with one or more tiles of channels, which store equal values."""
     problem = ConvProblem(2, 5, 7, 40, 24)
     check_block_end(problem, dtype, projection, small_tile(problem, boxed), None)
 
@@ -185,7 +186,7 @@ def test_every_prologue_with_every_epilogue(
 def test_integers_are_exact(problem: ConvProblem, boxed: bool) -> None:
     x, w = operands(problem, torch.float16, integers=True)
     y = conv_fprop(x, w, problem, tile=small_tile(problem, boxed))
-    assert torch.equal(y.double(), reference(problem, x, w).round())  # a library may transform what it convolves
+    assert torch.equal(y.double(), reference(problem, x, w).round())  # round: the library may use a transform
 
 
 @pytest.mark.parametrize(("problem", "boxed"), CASES[::2] if DEVICE == "cpu" else CASES)
@@ -209,8 +210,8 @@ def test_statistics_survive_a_mean_far_from_zero(boxed: bool) -> None:
 
 
 @pytest.mark.parametrize("boxed", [False, True], ids=["gather", "TMA"])
-def test_padding_is_zero_behind_the_prologue(boxed: bool) -> None:
-    """x = 0 and shift = 1 make every pixel 1, the padding 0: y counts the taps inside the image, exactly."""
+def test_padding_is_zero_after_the_prologue(boxed: bool) -> None:
+    """x = 0 and shift = 1 make every pixel 1 and the padding 0, so y counts the taps inside the image."""
     problem = ConvProblem(1, 6, 6, 16, 16, 3, 3, 1, 1)
     x, w = torch.zeros(1, 6, 6, 16, device=DEVICE), torch.ones(16, 3, 3, 16, device=DEVICE)
     for slope in (1.0, -1.0):
@@ -246,7 +247,7 @@ def test_equal_inputs_give_equal_bits(problem: ConvProblem, boxed: bool) -> None
 
 @pytest.mark.parametrize("problem", GATHERED.values(), ids=GATHERED)
 def test_wide_offsets(problem: ConvProblem, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The int64 variant, forced: it is taken by itself where an offset passes 2**31."""
+    """Force int64 offsets, which are otherwise used only if an offset can exceed 2**31 - 1."""
     monkeypatch.setattr(ConvProblem, "int32_safe", False)
     for splits in (1, 2):
         check(problem, torch.float32, replace(small_tile(problem, False), splits=splits), "prologue", "residual")
@@ -254,7 +255,7 @@ def test_wide_offsets(problem: ConvProblem, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize("problem", (*GATHERED.values(), *BOXED.values())[:: 3 if DEVICE == "cpu" else 1], ids=str)
 def test_tiles_of_the_heuristic(problem: ConvProblem) -> None:
-    """What runs when nobody chooses."""
+    """Check the tiles that run by default."""
     check(problem, torch.float16, None, "shift", "relu")
 
 
@@ -273,7 +274,7 @@ def test_out_and_empty() -> None:
 
 
 def test_single_pixels_of_any_strides() -> None:
-    """What PyTorch calls contiguous may have any stride along an axis of length 1; TMA wants multiples of 16 bytes."""
+    """A contiguous tensor may have any stride along an axis of length 1, but TMA requires multiples of 16 bytes."""
     problem = ConvProblem(3, 1, 1, 32, 16, 3, 3, 1, 1)
     x, w = operands(problem, torch.float32)
     x = x.as_strided(x.shape, (32, 1, 1, 1))
@@ -303,7 +304,7 @@ def test_other_output_dtype() -> None:
 @pytest.mark.parametrize("splits", [1, 3])
 @pytest.mark.parametrize("boxed", [False, True], ids=["gather", "TMA"])
 def test_fp8(boxed: bool, splits: int) -> None:
-    """e4m3 in and out: products exact in fp32, dequantised by `scale`, stored at `out_scale`, saturated at 448."""
+    """e4m3 operands, with sums dequantised by `scale`; and an e4m3 result, scaled by `out_scale`, saturated at 448."""
     if DEVICE == "cuda" and torch.cuda.get_device_capability() < (8, 9):
         pytest.skip("fp8 needs compute capability 8.9")
     problem = ConvProblem(2, 6, 4, 32, 16, 3, 3, 1, 1)
@@ -319,7 +320,7 @@ def test_fp8(boxed: bool, splits: int) -> None:
     assert y.dtype == torch.bfloat16
     assert_close_to_reference(y, wide)
     if DEVICE == "cpu":
-        return  # it rounds to e4m3 without carrying: 31.85 becomes 16
+        return  # the interpreter rounds to e4m3 without a carry: 31.85 becomes 16
     options |= {"residual": residual, "residual_scale": 0.25}
     y = conv_fprop(
         x,
@@ -370,7 +371,7 @@ def test_a_wrong_kernel_fails(monkeypatch: pytest.MonkeyPatch) -> None:
             check(problem, torch.float32, small_tile(problem, boxed))
 
 
-def test_bad_arguments_are_named() -> None:
+def test_bad_arguments_raise() -> None:
     problem = BOXED["3x3"]
     x, w = operands(problem, torch.float32)
     vector = torch.ones(24, device=DEVICE)
@@ -415,8 +416,7 @@ def test_bad_arguments_are_named() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", ["resnet18", "resnet50", "resnext50_32x4d"])
 def test_every_tile_at_every_layer(name: str, dtype: torch.dtype, names: tuple[str, ...], part: int) -> None:
-    """On real images' sizes, against float64: every tile that the heuristic can choose, plain and with everything; in
-    parts that processes share."""
+    """Check every candidate tile at the nets' own sizes, plain and with all fusions, split into parts for xdist."""
     for problem in net_problems(name, 16)[part::12]:
         x, w = operands(problem, dtype)
         given = extras(problem, dtype, *names)
@@ -433,7 +433,7 @@ def test_every_tile_at_every_layer(name: str, dtype: torch.dtype, names: tuple[s
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", ["resnet18", "resnet50", "resnext50_32x4d"])
 def test_every_split_tile_at_every_layer(name: str, dtype: torch.dtype, names: tuple[str, ...]) -> None:
-    """Of a single image."""
+    """Check every candidate tile with splits, at the layers of a single image."""
     for problem in net_problems(name, 1):
         x, w = operands(problem, dtype)
         given = extras(problem, dtype, *names)

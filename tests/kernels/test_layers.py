@@ -1,9 +1,10 @@
-"""Every convolution of the nets, launched as they launch it, against float64: with the tiles that the heuristic and the
-tables choose and those that tuning tries.
+"""Every convolution of the nets against float64, with the arguments that the nets pass.
 
-On a GPU at the nets' own sizes: `-k "resnet50 and bfloat16"` is what ResNet-50 runs. In the interpreter the same checks
-at small images, in float32 and float16. With neither, launches are compiled and handed to a driver that runs nothing;
-all of them are `slow`.
+The tiles are those that the heuristic and the tables choose, and those that tuning tries.
+
+On a GPU the tests run at the nets' own sizes; `-k "resnet50 and bfloat16"` selects the launches of ResNet-50. In the
+interpreter the same checks run on small images, in float32 and float16. With neither, kernels are compiled and launched
+on a stub driver, which runs nothing; the complete list of these is `slow`.
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ from fastres.kernels.tiles import H200
 
 BENCH = Path(__file__).resolve().parents[2] / "bench"
 PASSES = ("infer", "fprop", "dgrad", "wgrad")
-NETS = {"resnet50": (50,), "resnet34": (18, 34)}  # the deeper ones launch what ResNet-50 does
-TILES = 6  # that tuning tries
+NETS = {"resnet50": (50,), "resnet34": (18, 34)}  # deeper nets have the launches of ResNet-50
+TILES = 6  # the number of tiles that tuning tries
 
 dtypes = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 interpreted = pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="for the interpreter")
@@ -59,7 +60,7 @@ def tune(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 def cases(net: str, batch: int, size: int, *passes: str) -> Iterator[Any]:
-    """(net, batch, pass, problem) of every distinct convolution; no net asks its stem for the image's gradient."""
+    """Yield (net, batch, pass, problem) of every distinct convolution, but no dgrad of the stem: nets don't need it."""
     for pass_ in passes:
         for p in net_problems(net, batch, size):
             if pass_ != "dgrad" or p.C > 3:
@@ -77,8 +78,11 @@ def of_problem(tune: ModuleType, net: str, batch: int, size: int, pass_: str, pr
 
 
 def check(tune: ModuleType, call: Call, dtype: torch.dtype, device: torch.device, most: int) -> None:
-    """Every result has a few times PyTorch's own error in the same dtype at most, and its sums are those of its own
-    values."""
+    """Check the results of a call, and its sums or statistics.
+
+    A result may have a few times PyTorch's own error in the same dtype. Sums and statistics are compared with those of
+    the kernel's own stored result.
+    """
     given = drawn(call, dtype, device)
     exact, usual = by_pytorch(call, given, torch.float64), by_pytorch(call, given, dtype)
     lost = lost_in_sums(call.problem.gemm(call.pass_).k, exact[0].new_empty(0, dtype=dtype))  # type: ignore[arg-type]
@@ -123,14 +127,20 @@ def test_every_chain(dtype: torch.dtype, batch: int, size: int, channels: int) -
 
 
 def shown(p: ConvProblem) -> tuple[Any, ...]:
-    """What a convolution stands for: a block's reduction may begin with the end of the block before, an expansion may
-    end with an addition."""
+    """Return the traits of a convolution that select its fusions and code paths.
+
+    They include whether it reduces or expands channels: a block's reduction may compute the end of the previous block,
+    and an expansion may end with an addition.
+    """
     return *traits(p), (p.C > p.K) - (p.C < p.K)
 
 
 def small_cases() -> Iterator[Any]:
-    """At 2 images of 16 x 16, without the two last stages, whose more channels change nothing but the time it takes.
-    `make test` has a covering choice, float32 no more than that."""
+    """Yield the cases at 2 images of 16 x 16.
+
+    The last two stages are left out, because more channels only take more time. `make test` runs a covering choice,
+    and float32 is limited to that choice.
+    """
     found = [case for net in NETS for case in cases(net, 2, 16, *PASSES)]
     found = [case for case in found if case.values[3].K < 256 or case.values[3].C < 128]
     picked = chosen([{(pass_, trait) for trait in enumerate(shown(p))} for _, _, pass_, p in (c.values for c in found)])
@@ -166,7 +176,7 @@ def test_every_small_launch(
     ids=str,
 )
 def test_every_small_launch_by_splits(problem: ConvProblem, tune: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a GPU whose multiprocessors are more than the tiles; `interpreter` has but one."""
+    """Pretend that the interpreter has the multiprocessors of an H200, not one, so that splits are chosen."""
     monkeypatch.setattr(checks, "INTERPRETER", H200._replace(name="interpreter"))
     added = Counted(fprop.fprop_reduce_kernel)
     monkeypatch.setattr(fprop, "fprop_reduce_kernel", added)
@@ -188,7 +198,7 @@ class Counted:
 
 
 def first(tune: ModuleType, pass_: str, problem: ConvProblem, *names: str) -> Call:
-    """The call of ResNet-50 at 2 images of 16 x 16 that is given all of `names`."""
+    """Return the first call of ResNet-50 at images of 16 x 16 that passes all arguments `names`."""
     found = of_problem(tune, "resnet50", problem.N, 16, pass_, problem)
     return next(call for call in found if all(call.given[name] is not None for name in names))
 
@@ -233,10 +243,10 @@ def test_a_wrong_kernel_fails(
 @pytest.mark.parametrize(
     ("wanted", "module", "outputs"), [(FOLDED, fprop, 1), (JOINED, fprop, 3), (INTO_TWO, dgrad, 3), (WEIGHTS, wgrad, 1)]
 )
-def test_every_output_is_looked_at(
+def test_every_output_is_checked(
     wanted: Any, module: ModuleType, outputs: int, tune: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An error in the last value of any output is found."""
+    """An error in the last value of any output makes the check fail."""
     call = first(tune, *wanted)
     right = getattr(module, call.launcher)
     for at in range(outputs):
@@ -255,8 +265,8 @@ def test_every_output_is_looked_at(
 @pytest.mark.interpret
 @interpreted
 @pytest.mark.parametrize("wanted", [FOLDED, JOINED, INTO_TWO, WEIGHTS], ids=str)
-def test_pieces_are_the_whole(wanted: Any, tune: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    """References image by image, sums channel by channel, as large tensors are taken."""
+def test_references_in_pieces_equal_the_whole(wanted: Any, tune: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """References of large tensors are computed image by image, and sums channel by channel. The results are equal."""
     call = first(tune, *wanted)
     given = drawn(call, torch.float16, torch.device("cpu"))
     whole = by_pytorch(call, given, torch.float64)
@@ -267,10 +277,13 @@ def test_pieces_are_the_whole(wanted: Any, tune: ModuleType, monkeypatch: pytest
 
 
 @pytest.mark.parametrize("pass_", PASSES)
-def test_tensor_cores_and_boxes_of_hopper_are_among_them(pass_: str, tune: ModuleType) -> None:
-    """Most launches of ResNet-50 have tiles that wgmma takes, 64 rows and a group of warps, by boxes. Some boxes are
-    wider than the 128 bytes of a message, and where pixels are no steps of the sum, some have 128 of them or more. The
-    tiles that a table names are launched, too."""
+def test_launches_include_wgmma_and_large_boxes(pass_: str, tune: ModuleType) -> None:
+    """The launches of ResNet-50 cover the cases that matter on Hopper.
+
+    Most have tiles for TMA that wgmma supports: at least 64 rows, and warps in groups of 4. Some boxes are wider than
+    the 128 bytes of a TMA message. In fprop and dgrad, some boxes have 128 or more pixels. The tables' tiles are
+    launched, too.
+    """
     counts: Counter[str] = Counter()
     table = tables.read_table(tables.table_file(H200.name, tables.SHIPPED))
     for call in (call for call in calls(tune, (50,), 256) if call.pass_ == pass_):
@@ -295,8 +308,8 @@ def test_tensor_cores_and_boxes_of_hopper_are_among_them(pass_: str, tune: Modul
     assert pass_ == "wgrad" or counts["128 pixels"] > 20, counts
 
 
-def test_splits_are_among_those_of_a_single_image(tune: ModuleType) -> None:
-    """Of every layer whose tiles are few and whose sums are long; never in training."""
+def test_launches_of_a_single_image_include_splits(tune: ModuleType) -> None:
+    """Every layer with few tiles and long sums is tried with splits, but only for inference."""
     split: Counter[str] = Counter()
     for call in calls(tune, (50,), 1):
         with record() as launches:
@@ -312,8 +325,11 @@ def test_splits_are_among_those_of_a_single_image(tune: ModuleType) -> None:
     assert split["launches"] > 150, split
 
 
-def test_ends_of_blocks_are_among_them(tune: ModuleType) -> None:
-    """Behind the first block of a stage a projection's BatchNorm, in the last one a gradient that isn't masked yet."""
+def test_calls_include_ends_of_blocks(tune: ModuleType) -> None:
+    """The calls of dgrad cover the ends of blocks in a stage.
+
+    After the first block, there is a projection's BatchNorm. In the last block, the residual is not masked yet.
+    """
     found = calls(tune, (50,), 2, 64)
     ends = [c.given for c in found if c.launcher == "conv_dgrad" and isinstance(c.given["relu_mask"], torch.Tensor)]
     seen = {(given["projection"] is not None, given["residual_mask"] is not None) for given in ends}
@@ -329,7 +345,7 @@ def test_deeper_nets_launch_nothing_else(tune: ModuleType) -> None:
 
 
 def without_gpu(test: Any) -> Any:
-    """For tests whose launches a driver takes that runs nothing."""
+    """Mark a test that launches on a stub driver: skip it on a GPU, or if the stub can't be built."""
     for reason in ("a GPU has a driver" if torch.cuda.is_available() else None, stub_cuda.unbuildable()):
         test = pytest.mark.skipif(reason is not None, reason=str(reason))(test)
     return test
@@ -337,14 +353,14 @@ def without_gpu(test: Any) -> Any:
 
 @pytest.fixture
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Launchers take CPU tensors for memory of an H200."""
+    """Make launchers treat CPU tensors as memory of an H200."""
     monkeypatch.setattr(checks, "INTERPRETER", H200)
     for module in (fprop, stem):
         monkeypatch.setattr(module, "check_device", lambda *_: None)
 
 
 def driver_cases() -> Iterator[Any]:
-    """What ResNet-50 runs; `make test-all` has a covering choice."""
+    """Yield the cases of ResNet-50. A covering choice is `extra` (`make test-all`), and the rest is `slow`."""
     found = CASES["resnet50"]
     picked = chosen([{(pass_, trait) for trait in enumerate(shown(p))} for _, _, pass_, p in (c.values for c in found)])
     for i, case in enumerate(found):
@@ -354,10 +370,10 @@ def driver_cases() -> Iterator[Any]:
 
 @without_gpu
 @pytest.mark.parametrize(("net", "batch", "pass_", "problem"), [*driver_cases()])
-def test_every_launch_as_far_as_the_driver(
+def test_every_launch_on_a_stub_driver(
     net: str, batch: int, pass_: str, problem: ConvProblem, tune: ModuleType, as_on_a_gpu: None
 ) -> None:
-    """Compiled for Hopper, bound, its tensor maps accepted."""
+    """Every launch compiles for Hopper, its arguments are bound, and the driver accepts its TMA descriptors."""
     with stub_cuda.driver() as accepted:
         for call in of_problem(tune, net, batch, 224, pass_, problem):
             before = len(accepted)
@@ -368,7 +384,7 @@ def test_every_launch_as_far_as_the_driver(
 @without_gpu
 @pytest.mark.slow
 @chains
-def test_every_chain_as_far_as_the_driver(size: int, channels: int, as_on_a_gpu: None) -> None:
+def test_every_chain_on_a_stub_driver(size: int, channels: int, as_on_a_gpu: None) -> None:
     given = test_chain.operands(256, size, size, channels, torch.bfloat16, "meta")
     with stub_cuda.driver() as accepted:
         test_chain.bottleneck_chain(*(torch.empty_like(t, device="cpu") for t in given))

@@ -1,5 +1,7 @@
-"""Persistent programs of fprop and dgrad against float64, in float16: one program and several, more tiles than programs
-and fewer, with tails."""
+"""Persistent kernels for fprop and dgrad against float64, in float16.
+
+There are one or several programs, more or fewer tiles than programs, and partly masked tiles.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,7 @@ pytestmark = [pytest.mark.interpret, pytest.mark.usefixtures("poisoned")]
 
 DEVICE, HALF = forward.DEVICE, torch.float16
 ONE_STEP = Tile(16, 32, 32, 4, 3, (1, 1, 32), persistent=1)
-STEPS = Tile(16, 16, 16, 4, 3, (1, 1, 16), persistent=1)  # as wide as a tile: what the result meets comes ahead
+STEPS = Tile(16, 16, 16, 4, 3, (1, 1, 16), persistent=1)  # BM = BK: the epilogue's tensors are loaded ahead
 TILES = {"one step": ONE_STEP, "several steps": STEPS}
 PROBLEMS = {
     "tails everywhere": ConvProblem(2, 7, 5, 24, 40),
@@ -46,7 +48,7 @@ tiles = pytest.mark.parametrize("tile", TILES.values(), ids=TILES)
 @problems
 @tiles
 def test_fprop(problem: ConvProblem, tile: Tile, sms: int) -> None:
-    """As in training, and with every epilogue."""
+    """A prologue with statistics, as in training, and all epilogues."""
     x, w = forward.operands(problem, HALF)
     given = forward.extras(problem, HALF, "prologue")
     y, partials = conv_fprop(x, w, ConvProblem.of(x.shape, w.shape), **given, statistics=True, tile=tile)
@@ -84,7 +86,7 @@ def test_dgrad(problem: ConvProblem, tile: Tile, features: str, sms: int) -> Non
 
 
 def test_statistics_survive_a_mean_far_from_zero(sms: int) -> None:
-    """A mean of 50 standard deviations, over many tiles of one program."""
+    """The mean is 50 standard deviations, and a program merges the statistics of many tiles."""
     problem = ConvProblem(8, 16, 16, 16, 16)
     x, w = forward.operands(problem, HALF)
     shift = torch.full((16,), 50.0, device=DEVICE)
@@ -94,7 +96,7 @@ def test_statistics_survive_a_mean_far_from_zero(sms: int) -> None:
     check_statistics(partials, y)
 
 
-def test_bits_do_not_change(sms: int) -> None:
+def test_equal_inputs_give_equal_bits(sms: int) -> None:
     problem = PROBLEMS["tails everywhere"]
     x, w = forward.operands(problem, HALF)
     first, again = (
@@ -115,7 +117,7 @@ def test_without_pixels() -> None:
     assert (dx.shape, sums.shape) == ((0, 8, 8, 32), (0, 2, 32))
 
 
-def wrong_ones() -> Iterator[Any]:
+def wrong_arguments() -> Iterator[Any]:
     for name, kernel, wrong in (
         ("a tile forgotten", "fprop", {"tiles": 1}),
         ("a step forgotten", "fprop", {"STEPS": 1}),
@@ -127,7 +129,7 @@ def wrong_ones() -> Iterator[Any]:
         yield pytest.param(kernel, wrong, id=f"{kernel}, {name}")
 
 
-@pytest.mark.parametrize(("kernel", "wrong"), [*wrong_ones()])
+@pytest.mark.parametrize(("kernel", "wrong"), [*wrong_arguments()])
 def test_a_wrong_kernel_fails(kernel: str, wrong: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     name, problem = f"pointwise_{kernel}_kernel", PROBLEMS["tails everywhere"]
 
@@ -149,7 +151,7 @@ def test_a_wrong_kernel_fails(kernel: str, wrong: dict[str, Any], monkeypatch: p
             check()
 
 
-def test_what_they_cannot_serve_is_named() -> None:
+def test_unsupported_problems_raise() -> None:
     def refused(message: str, tile: Tile = ONE_STEP, dtype: torch.dtype = HALF, R: int = 1, **geometry: int) -> None:
         x, w = torch.zeros(1, 8, 8, 16, device=DEVICE).to(dtype), torch.zeros(16, R, R, 16, device=DEVICE).to(dtype)
         problem = ConvProblem.of(x.shape, w.shape, **geometry)

@@ -1,5 +1,8 @@
-"""Persistent programs as tuning tries them at ResNet-50's layers, compiled without a GPU: as many fit a multiprocessor
-as the tile says, wgmma reads shared memory, and the next tile's boxes come while this one is finished."""
+"""Persistent kernels with the tiles that tuning tries at ResNet-50's layers, compiled without a GPU.
+
+As many programs fit a multiprocessor as the tile says, wgmma reads both operands from shared memory, and the boxes of
+the next tiles are loaded while a tile is finished.
+"""
 
 from __future__ import annotations
 
@@ -77,7 +80,7 @@ def test_candidates(pass_: str, problem: ConvProblem, use: str) -> None:
     for tile in tiles:
         one = launched(pass_, problem, use, tile)
         binary = one.compile(90)
-        room = (H200.shared + 1024) // tile.persistent - 1024  # 1 KiB a program is the driver's
+        room = (H200.shared + 1024) // tile.persistent - 1024  # the driver takes 1 KiB per program
         registers = min(255, 65536 // (32 * tile.warps * tile.persistent) // 8 * 8)
         vectors = () if {"scale", "shift", "norm", "join"} & {*use.split()} else ("LDG",)
         check(
@@ -89,8 +92,11 @@ def test_candidates(pass_: str, problem: ConvProblem, use: str) -> None:
 
 
 def assert_ahead(one: Launch) -> None:
-    """All that a tile reads, Triton asks for behind the dot of a tile before: in the loop no box is awaited before the
-    last one is asked for, and the filters are loaded outside."""
+    """Check in Triton's TTGIR that all loads of a tile are issued after the dot of an earlier tile.
+
+    After the last dot of the loop's body, every box is requested before any is waited for. Filters are loaded outside
+    the loop.
+    """
     fn, types, constexprs, attrs, options = one.specialization(90)
     source = ASTSource(fn, signature=types, constexprs=dict(constexprs), attrs=attrs)
     text = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ttgir"]
@@ -119,8 +125,8 @@ def test_float16() -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has a driver")
 @pytest.mark.skipif(stub_cuda.unbuildable() is not None, reason=str(stub_cuda.unbuildable()))
-def test_the_driver_takes_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Bound and launched: as many programs as fit, each with tiles of its own."""
+def test_the_driver_accepts_the_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The grid has as many programs as fit on the GPU."""
     monkeypatch.setattr(checks, "INTERPRETER", H200)
     monkeypatch.setattr(fprop, "check_device", lambda *_: None)
     x, w = torch.empty(16, 56, 56, 64, dtype=torch.bfloat16), torch.empty(256, 1, 1, 64, dtype=torch.bfloat16)
@@ -139,8 +145,8 @@ def test_the_driver_takes_them(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [one.grid for one in accepted] == [(396, 1, 1), (396, 1, 1)]
 
 
-def test_none_where_they_do_not_pay() -> None:
-    """More than a few steps, less than two tiles a program, other dtypes, other convolutions."""
+def test_unsuitable_problems_have_no_persistent_tiles() -> None:
+    """Long reductions, fewer than two tiles per program, other dtypes, other convolutions, pointers, other GPUs."""
     for problem, itemsize in (
         (ConvProblem(256, 14, 14, 1024, 256), 2),
         (ConvProblem(1, 14, 14, 64, 256), 2),

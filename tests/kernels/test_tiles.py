@@ -1,4 +1,4 @@
-"""Tiles: the tables that are read and written, and what the heuristics promise of every problem of the nets."""
+"""Reading, writing and choosing from tables of tiles, and the properties of the heuristics' candidates."""
 
 from __future__ import annotations
 
@@ -59,15 +59,15 @@ def test_the_measured_tile_wins_over_the_heuristic(monkeypatch: pytest.MonkeyPat
     assert fprop_tile(PROBLEM, torch.bfloat16, True) == heuristic, "tables are read once"
     tables.forget_tables()
     assert fprop_tile(PROBLEM, torch.bfloat16, True) == slower
-    assert fprop_tile(PROBLEM, torch.float16, True) == heuristic, "of another dtype nothing is known"
+    assert fprop_tile(PROBLEM, torch.float16, True) == heuristic, "nothing was measured for another dtype"
     assert fprop_tile(PROBLEM, torch.bfloat16, True, H200._replace(name="another", sms=114)) == heuristic
-    assert fprop_tile(PROBLEM, torch.bfloat16, False).box is None, "a tile for TMA is no tile for pointers"
+    assert fprop_tile(PROBLEM, torch.bfloat16, False).box is None, "a tile for TMA cannot be used with pointers"
     assert tables.measured("fprop", PROBLEM, torch.bfloat16, H200) == (Measurement("triton", slower), 8, H200.name)
     assert tables.measured("dgrad", PROBLEM, torch.bfloat16, H200) is None
 
 
 def test_a_persistent_tile_runs_only_where_it_was_measured() -> None:
-    """It is the heuristic's last choice, its programs are another kernel's, and a table from before it has none."""
+    """The heuristic ranks persistent tiles last. An old table without the field `persistent` has none."""
     problem = ConvProblem(256, 56, 56, 64, 256)
     first, *others = fprop_tiles(problem, 2, True)
     assert not first.persistent
@@ -77,7 +77,7 @@ def test_a_persistent_tile_runs_only_where_it_was_measured() -> None:
     tables.forget_tables()
     assert fprop_tile(problem, BF16, True) == wanted
     assert fprop_tile(replace(problem, N=128), BF16, True) == wanted
-    assert fprop_tile(replace(problem, N=1), BF16, True).persistent == 0, "less than two tiles a program"
+    assert fprop_tile(replace(problem, N=1), BF16, True).persistent == 0, "fewer than two tiles per program"
     path = tables.table_file(H200.name)
     path.write_text(re.sub(r', "persistent": \d', "", path.read_text()))
     tables.forget_tables()
@@ -94,7 +94,7 @@ def test_a_table_file_is_named_after_its_gpu(tmp_path: Path) -> None:
     "text",
     ["", "{", "[]", '[{"pass": 1}]', "{}", '{"gpu": {}, "problems": []}', json.dumps(HEAD | {"problems": [1]})],
 )
-def test_a_broken_table_is_named(text: str, tmp_path: Path) -> None:
+def test_the_error_names_a_broken_table(text: str, tmp_path: Path) -> None:
     path = tmp_path / "broken.json"
     path.write_text(text)
     with pytest.raises(ValueError, match=r"broken\.json is not a table of tiles .* write it again with bench/tune\.py"):
@@ -113,8 +113,8 @@ def test_tiles_keep_the_rules_of_the_kernels(itemsize: int, tma: bool, prologue:
             found = fprop_tiles(problem, itemsize, tma, gpu, computed=int(prologue))
             assert found, problem
             for tile in found:
-                held = (tile.BM + tile.BN) * tile.BK * itemsize * tile.stages
-                assert held <= gpu.shared, (problem, tile)
+                buffers = (tile.BM + tile.BN) * tile.BK * itemsize * tile.stages
+                assert buffers <= gpu.shared, (problem, tile)
                 assert 128 * 32 * tile.warps >= tile.BM * tile.BN, "accumulators take at most half of the registers"
                 assert (32 if itemsize == 1 else 16) <= tile.BK
                 assert (tile.box is not None) == tma
@@ -132,9 +132,11 @@ def programs(problem: ConvProblem, tile: Tile) -> int:
 
 
 @pytest.mark.parametrize("tma", [False, True])
-def test_splits_fill_a_gpu_that_tiles_do_not(tma: bool) -> None:
-    """Only where there are fewer tiles than multiprocessors, in at most two waves; nobody sums less than two steps, and
-    no split is empty."""
+def test_splits_fill_the_gpu_if_tiles_are_few(tma: bool) -> None:
+    """There are splits only if there are fewer tiles than multiprocessors.
+
+    They make at most two programs per multiprocessor. Every split has at least two steps, and none is empty.
+    """
     small = Gpu("small", 58, 101376, (8, 9))
     for gpu, name, batch in ((H200, "resnet50", 1), (small, "resnext50_32x4d", 1), (H200, "resnet50", 8)):
         cut = 0
@@ -142,7 +144,7 @@ def test_splits_fill_a_gpu_that_tiles_do_not(tma: bool) -> None:
             if tma and (problem.groups > 1 or problem.C % 16):
                 continue
             whole, found = (fprop_tiles(problem, 2, tma, gpu, split=split) for split in (False, True))
-            assert [tile for tile in found if tile.splits == 1] == whole, "as without splits, and in that order"
+            assert [tile for tile in found if tile.splits == 1] == whole, "the tiles without splits keep their order"
             for tile in set(found) - set(whole):
                 steps = tiles.reduction_steps(problem, tile)
                 each = math.ceil(steps / tile.splits)
@@ -158,14 +160,14 @@ def test_splits_fill_a_gpu_that_tiles_do_not(tma: bool) -> None:
             assert all(tile.splits == 1 for tile in fprop_tiles(problem, 2, tma, split=True)[:6]), problem
 
 
-def test_unmeasured_a_single_image_is_split_where_most_of_the_gpu_idles() -> None:
-    """ResNet-50's layers whose best tiles leave at least three quarters of an H200 without a program."""
+def test_without_a_table_layers_of_a_single_image_are_split() -> None:
+    """The heuristic splits those layers of ResNet-50 whose best tile leaves three quarters of an H200 idle."""
     chosen = {}
     for problem in net_problems("resnet50", 1):
         if problem.C > 3:
             whole = fprop_tile(problem, torch.float16, True, pass_="fprop")
             tile = fprop_tile(problem, torch.float16, True, pass_="infer")
-            assert whole.splits == 1, "there is no table for float16, and in training none is split"
+            assert whole.splits == 1, "there is no table for float16, and training has no splits"
             if tile.splits > 1:
                 sizes = problem.H, problem.C, problem.K, problem.R, problem.stride
                 chosen[sizes] = programs(problem, whole), programs(problem, tile)
@@ -186,21 +188,21 @@ def test_splits_are_taken_where_they_were_measured(monkeypatch: pytest.MonkeyPat
     assert tables.read_table(tables.table_file(H200.name))["infer", LAST, BF16].tile == split
     assert chosen(1) == split
     assert chosen(2) in [tile for tile in fprop_tiles(replace(LAST, N=2), 2, True, split=True) if tile.splits > 1]
-    assert chosen(2).splits <= 8, "as many as its own tiles leave multiprocessors for"
+    assert chosen(2).splits <= 8, "the number of splits depends on its own tiles"
     for N in (64, 256):
         assert chosen(N).splits == 1
     for N in (1, 2, 256):
-        assert chosen(N, "fprop").splits == 1, "statistics take whole sums, whatever a table says"
+        assert chosen(N, "fprop").splits == 1, "statistics require whole sums, even if a table has splits"
     put({("infer", LAST): Measurement("triton", whole)})
     assert chosen(1) == whole
-    assert [chosen(N).splits for N in (2, 4, 8)] == [1, 1, 1], "not even a smaller grid was faster with them"
+    assert [chosen(N).splits for N in (2, 4, 8)] == [1, 1, 1], "splits were not even faster with fewer programs"
     monkeypatch.setattr(tables, "SHIPPED", Path("none"))
     put({})
     assert chosen(1).splits > 1
 
 
-def test_a_tile_by_pointers_is_taken_where_it_was_measured() -> None:
-    """Also where TMA could serve."""
+def test_a_measured_tile_for_pointers_is_used() -> None:
+    """A table may choose a tile for pointers although TMA could serve."""
     found = fprop_tiles(LAST, 2, False, split=True)
     for pass_, tile in (("infer", found[0]), ("infer", found[-1]), ("fprop", found[-1])):
         tile = tile if pass_ == "infer" else replace(tile, splits=1)
@@ -220,7 +222,10 @@ def test_the_shipped_table_holds_what_was_measured() -> None:
 
 @pytest.mark.parametrize("pass_", ["infer", "fprop", "dgrad", "wgrad", "chain"])
 def test_the_nearest_batch_decides(pass_: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By its factor, of two such the larger; nothing but N may differ, and a note is no measurement."""
+    """Nearness is the ratio of batch sizes; of two equally near ones, the larger is taken.
+
+    Only N may differ, and an entry with a note is used for its own batch size only.
+    """
     at = {N: replace(PROBLEM, N=N) for N in (1, 8, 64, 512)}
     found = {N: Measurement("triton", replace(TILE, warps=N)) for N in at}
     found[512] = Measurement("cudnn", None, note="hung")
@@ -234,7 +239,7 @@ def test_the_nearest_batch_decides(pass_: str, monkeypatch: pytest.MonkeyPatch) 
     asked = {0: 1, 1: 1, 2: 1, 3: 8, 8: 8, 22: 8, 23: 64, 64: 64, 511: 64, 512: 512, 4096: 64}
     assert {N: batch(N) for N in asked} == asked
     put({(pass_, at[N]): found[N] for N in (1, 64)})
-    assert batch(8) == 64, "eight times either"
+    assert batch(8) == 64, "the ratio is eight for both"
     for size in ("H", "C", "K", "stride", "pad"):
         assert batch(8, **{size: 2 * asdict(PROBLEM)[size]}) is None, size
     assert tables.measured(pass_, PROBLEM, torch.float16, H200) is None  # type: ignore[arg-type]
@@ -242,8 +247,8 @@ def test_the_nearest_batch_decides(pass_: str, monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize("pass_", ["infer", "fprop", "dgrad", "wgrad"])
 @pytest.mark.parametrize("tma", [False, True])
-def test_another_batch_gets_the_measured_program_cut_anew(pass_: str, tma: bool) -> None:
-    """Every measured tile at every batch: box, splits and stages are those of a candidate for the problem itself."""
+def test_another_batch_gets_the_measured_program_with_its_own_sizes(pass_: str, tma: bool) -> None:
+    """For another batch size, box, splits and stages are those of a candidate for the problem itself."""
 
     def candidates(problem: ConvProblem) -> list[Tile]:
         if pass_ in ("infer", "fprop"):
@@ -265,14 +270,17 @@ def test_another_batch_gets_the_measured_program_cut_anew(pass_: str, tma: bool)
         for N in (1, 7, 32, 300):
             problem = replace(wide, N=N)
             of_this = candidates(problem)
-            alike = [one for one in of_this if program(one) == program(tile)]
+            alike = [candidate for candidate in of_this if program(candidate) == program(tile)]
             assert chosen(problem) == (alike or of_this)[0]
     put({(pass_, wide): Measurement("triton", Tile(512, 512, 64, 8, 2, (1, 1, 512) if tma else None))})
     assert chosen(replace(wide, N=8)) == candidates(replace(wide, N=8))[0], "no such program"
 
 
-def test_a_gpu_of_the_same_kind_lends_its_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The largest of those with the same capability and multiprocessors, for what a GPU has not measured itself."""
+def test_the_table_of_a_similar_gpu_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For problems that a GPU's own table lacks, the largest table of a similar GPU is used.
+
+    Similar GPUs have the same compute capability and number of multiprocessors.
+    """
     monkeypatch.setattr(tables, "SHIPPED", tmp_path / "shipped")
     small = H200._replace(name="NVIDIA H100 PCIe", sms=114)
     newer = H200._replace(name="NVIDIA H300", capability=(10, 0))
@@ -291,9 +299,9 @@ def test_a_gpu_of_the_same_kind_lends_its_table(tmp_path: Path, monkeypatch: pyt
     put({("fprop", PROBLEM): Measurement("cudnn", None)}, H200, tables.SHIPPED)
     assert lent() == (like.name, 2)
     put({("fprop", others[0]): Measurement("cudnn", None)}, H200)
-    assert lent() == (like.name, 2), "as large, and first by name"
+    assert lent() == (like.name, 2), "of equally large tables, the first by name"
     put({("fprop", problem): Measurement("triton", TILE) for problem in others}, H200)
-    assert lent() == (H200.name, 4), "the package's and the user's"
+    assert lent() == (H200.name, 4), "the package's and the user's entries count together"
     assert tables.measured("fprop", others[0], BF16, H100) == (Measurement("triton", TILE), 8, H200.name)
     assert lent(small) == (small.name, 3)
     hung, mine = Measurement("cudnn", None, note="hung"), Measurement("cudnn", TILE)
@@ -302,12 +310,16 @@ def test_a_gpu_of_the_same_kind_lends_its_table(tmp_path: Path, monkeypatch: pyt
     assert tables.measured("fprop", others[0], BF16, H100) == (hung, 8, H100.name)
     assert tables.measured("fprop", others[1], BF16, H100) == (Measurement("triton", TILE), 8, H200.name)
     put({("fprop", replace(others[1], N=2)): mine}, H100)
-    assert tables.measured("fprop", others[1], BF16, H100) == (Measurement("triton", TILE), 8, H200.name), "exact first"
-    assert tables.measured("fprop", replace(others[1], N=9), BF16, H100) == (mine, 2, H100.name), "then its own"
+    assert tables.measured("fprop", others[1], BF16, H100) == (Measurement("triton", TILE), 8, H200.name), (
+        "an exact match of a similar GPU comes before a near one of its own"
+    )
+    assert tables.measured("fprop", replace(others[1], N=9), BF16, H100) == (mine, 2, H100.name), (
+        "of two near ones, its own comes first"
+    )
     assert tables.measured("fprop", others[2], BF16, H100) == (Measurement("triton", TILE), 8, H200.name)
 
 
-def test_what_a_stopped_run_left_hides_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unfinished_entries_are_ignored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tables, "SHIPPED", tmp_path / "shipped")
     put({("fprop", PROBLEM): Measurement("triton", TILE)}, folder=tables.SHIPPED)
     for note, found in ((tables.UNFINISHED, Measurement("triton", TILE)), ("hung", None)):
@@ -316,8 +328,8 @@ def test_what_a_stopped_run_left_hides_nothing(tmp_path: Path, monkeypatch: pyte
         assert tables.measured("fprop", PROBLEM, BF16, H200) == (found or entry, 8, H200.name)
 
 
-def test_a_lent_tile_serves_where_it_is_a_candidate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where a program may take less shared memory, the candidates are other ones."""
+def test_a_similar_gpus_tile_must_be_a_candidate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU with less shared memory has other candidates, so a tile of a similar GPU may not fit."""
     monkeypatch.setattr(tables, "SHIPPED", tmp_path / "shipped")
     narrow = H200._replace(name="narrow", shared=65536)
     ours, theirs = (fprop_tiles(PROBLEM, 2, True, gpu) for gpu in (narrow, H200))
@@ -327,7 +339,7 @@ def test_a_lent_tile_serves_where_it_is_a_candidate(tmp_path: Path, monkeypatch:
         assert fprop_tile(PROBLEM, BF16, True, narrow) == chosen
 
 
-def test_a_broken_table_of_another_gpu_costs_a_warning() -> None:
+def test_a_broken_table_of_another_gpu_gives_a_warning() -> None:
     folder = tables.table_file(H200.name).parent
     folder.mkdir(parents=True)
     (folder / "nvidia-a100.json").write_text("[]")
@@ -348,8 +360,8 @@ def test_boxes_waste_no_pixel_of_a_large_batch() -> None:
             assert tiles.boxes(256, side, side, box) * pixels == 256 * side * side
 
 
-def test_the_stems_tile_is_the_tables(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the pass that was measured; where the gather kernel won, or nothing was measured, the first candidate."""
+def test_the_stems_tile_comes_from_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tile of the same pass is used. If the gather kernel won or nothing was measured, the first candidate is."""
     monkeypatch.setattr(tables, "SHIPPED", Path("none"))
     problem, dtype = ConvProblem(24, 224, 224, 3, 64, 7, 7, 2, 3), torch.bfloat16
     columns = stem_columns(problem)
@@ -375,7 +387,7 @@ def test_the_stems_tile_is_the_tables(monkeypatch: pytest.MonkeyPatch) -> None:
     assert tables.stem_wgrad_tile(problem, torch.float16, H200, False) == tiles.stem_wgrad_tiles(problem, 2)[0]
     table["fprop", problem, dtype] = Measurement("triton", by_pointers)
     tables.write_table(table, tables.table_file(H200.name), H200)  # type: ignore[arg-type]
-    assert chosen() == [wanted, candidates[0]], "another kernel's tile"
+    assert chosen() == [wanted, candidates[0]], "the tile belongs to another kernel"
     measured, problem = problem, replace(problem, N=48)
     columns = stem_columns(problem)
     candidates = tiles.fprop_tiles(columns, 2, True, H200)
