@@ -8,7 +8,7 @@ Prologue: what the kernel does to x while loading it. Without one, a = x. With o
 the BatchNorm and ReLU of the previous layer, so that layer's activation need not be stored. Outside the image a is 0.
 
 Epilogue: what the kernel does to the sum before storing it. Every part of the first line besides conv is optional. The
-kernel can also store statistics of each tile of y, from which the next kernel computes batch mean and variance.
+kernel can also store statistics of each tile of y, which `batch_norm.finish_statistics` merges into batch statistics.
 
 Join: for a 1x1 convolution, the prologue can compute the end of the previous residual block, that is, everything after
 its last convolution: a = relu(s[c] x + t[c] + shortcut). The shortcut is either the block's input or s'[c] z' + t'[c],
