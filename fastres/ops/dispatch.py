@@ -1,9 +1,9 @@
-"""Which engine computes a step. The only place that decides it, once, when a call is prepared.
+"""Chooses the engine that computes each step. No other module makes this choice, and callers cache the answer.
 
-`engines` answers for a convolution in a block, `folded_engine` and `layer_engine` for a step of `optimize`'s plan;
-`why_engine` and `why_unfused` give reasons in words. `backend` forces one choice everywhere, `fusions` switches single
-ones on or off so that each one's worth can be measured. Whether a call may run fused at all is the question of
-`eligibility`.
+`engines` chooses for a convolution in a block; `folded_engine` and `layer_engine` choose for a step of `optimize`'s
+plan. `why_engine` and `why_unfused` also give the reason as text. `backend` forces one implementation for every call.
+`fusions` switches single fusions on or off, so that the gain of each can be measured. Whether a call may run fused at
+all is decided in `eligibility`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Engine = Literal["triton", "stem", "cudnn", "onednn", "aten"]
 BACKENDS = {
     "auto": "the fastest implementation known for each call",
     "triton": "fastres's own kernels for every step",
-    "cudnn": "the library's convolutions, fastres's kernels around them",
+    "cudnn": "the library's convolutions, fastres's kernels for everything else",
     "reference": "plain PyTorch through the same entry points as the fused kernels",
 }
 
@@ -44,17 +44,23 @@ _ISA_LIMITS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")
 
 @dataclass(frozen=True)
 class Fusions:
-    """The fusions of a training step, each of which can be turned on or off.
+    """Switches for the fusions of a training step.
 
-    statistics: BN statistics in the conv's epilogue, not in a pass of their own. prologue: normalise + ReLU while the
-    next conv loads. bn_backward: dz = c_g g + c_z z + c_1 while dgrad and wgrad load. relu_mask: the ReLU mask and both
-    BN sums in dgrad's epilogue. block_end: a block's end within its successor's first convolution; forward it is
-    computed while a 1x1 loads, backward its mask and sums stand in dgrad's epilogue. Off unless asked for: recompute
-    (it saves memory, not time): the outputs of a stage's blocks are not kept for backward but computed again.
-    keep_activation (it takes memory): an activation that a convolution and its weight gradient both read stored is kept
-    from one to the other, not computed twice. overlap (an H200 gained less than runs differ): on a GPU a weight
-    gradient runs on a second stream, beside the rest of its block's backward, and what it reads is kept until it is
-    done.
+    statistics: the convolution's epilogue computes the BN statistics, instead of a separate pass.
+    prologue: the next convolution applies BN and ReLU to its input while loading it.
+    bn_backward: dgrad and wgrad compute dz = c_g g + c_z z + c_1 while loading.
+    relu_mask: dgrad's epilogue applies the ReLU mask and computes both BN sums.
+    block_end: the end of a block, relu(BN(z) + shortcut), is fused with the next block's first convolution. In forward
+        a 1x1 convolution computes it while loading; in backward dgrad's epilogue computes its mask and BN sums.
+
+    The others are off by default.
+
+    recompute: backward recomputes the outputs of a stage's blocks instead of saving them. Saves memory, not time.
+    keep_activation: if a convolution and its weight gradient both read the activation from memory, it is saved instead
+        of computed twice. Costs memory.
+    overlap: on a GPU, weight gradients run on a second stream, concurrently with the rest of their block's backward.
+        Their operands stay allocated until they finish. On an H200 the gain was smaller than the variation between
+        runs.
     """
 
     statistics: bool = True
@@ -68,7 +74,7 @@ class Fusions:
 
     @cached_property
     def key(self) -> tuple[bool, ...]:
-        """All of them: a hash that costs less than the dataclass's own."""
+        """The values of all switches: cheaper to hash than the dataclass."""
         return tuple(vars(self).values())
 
 
@@ -80,10 +86,17 @@ _fusions: ContextVar[Fusions] = ContextVar("fastres_fusions", default=_ALL_ON)
 
 @contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Within this context every fusable call runs on the implementation `name`, a key of `BACKENDS`.
+    """Force every fusable call in this context to run on the implementation `name`.
 
-    Holds for the current thread (or async task) only; a backward pass keeps what its forward was given. Raises
-    ValueError for an unknown name.
+    name: "auto" (the default), "triton", "cudnn" or "reference"; `BACKENDS` describes them. Results agree up to
+    rounding error. The choice applies to the current thread or async task only. A backward pass uses the choice of its
+    forward. Example:
+
+        with fastres.backend("reference"):
+            y = model(x)  # plain PyTorch
+
+    Raises ValueError for an unknown name. Inside the context, a fusable call raises RuntimeError if "triton" or "cudnn"
+    is forced where fastres's kernels can't run.
     """
     if name not in BACKENDS:
         raise ValueError(f"unknown backend {name!r}; accepted: {', '.join(map(repr, BACKENDS))}")
@@ -96,7 +109,7 @@ def backend(name: str) -> Iterator[None]:
 
 @contextmanager
 def fusions(**switches: bool) -> Iterator[None]:
-    """Within this context the named fields of `Fusions` are on or off. Raises ValueError for an unknown field."""
+    """Switch the named fields of `Fusions` on or off within this context. Raises ValueError for an unknown field."""
     known = [field.name for field in fields(Fusions)]
     if unknown := sorted(switches.keys() - set(known)):
         raise ValueError(f"unknown fusion {', '.join(unknown)}; accepted: {', '.join(known)}")
@@ -108,13 +121,16 @@ def fusions(**switches: bool) -> Iterator[None]:
 
 
 def fuses_blocks() -> bool:
-    """True where a fusion across blocks is in force: `recompute`, or `block_end` with kernels to do it."""
+    """Return True if a fusion across blocks is on: `recompute`, or `block_end` with a backend that uses our kernels."""
     wanted = _fusions.get()
     return wanted.recompute or (wanted.block_end and _forced.get() in ("auto", "triton"))
 
 
 def why_unfused(dtype: torch.dtype, device: torch.device) -> str | None:
-    """Why no fused path serves `dtype` on `device`, in words; None where one does."""
+    """Return the reason why no fused path supports `dtype` on `device`; None if one does.
+
+    Raises RuntimeError if `backend` forces kernels that can't run there.
+    """
     if _forced.get() == "reference":
         return None
     reason = _kernel_less(device)
@@ -124,7 +140,10 @@ def why_unfused(dtype: torch.dtype, device: torch.device) -> str | None:
 
 
 def _kernel_less(device: torch.device) -> str | None:
-    """Why no kernel runs on `device`. Raises RuntimeError where `backend` forces kernels that cannot run there."""
+    """Return the reason why no fused kernel runs on `device`; None if they run.
+
+    Raises RuntimeError instead if `backend` forces them.
+    """
     forced = _forced.get()
     if device.type == "cuda":
         capability = torch.cuda.get_device_capability(device)
@@ -132,7 +151,7 @@ def _kernel_less(device: torch.device) -> str | None:
         if capability < LEAST:
             reason = f"compute capability {spelt(capability)} is below {spelt(LEAST)}"
     elif interpreting():
-        reason = "the kernels' interpreter serves only backend('triton')" if forced == "auto" else None
+        reason = "Triton's interpreter is used only under backend('triton')" if forced == "auto" else None
     else:
         reason = f"there are no fused kernels for {device.type}"
     if reason is not None and forced != "auto":
@@ -141,8 +160,11 @@ def _kernel_less(device: torch.device) -> str | None:
 
 
 def _uninterpreted(dtype: torch.dtype, device: torch.device) -> str | None:
-    """Why Triton's interpreter, where it runs the kernels, must not multiply `dtype`: `tl.dot` is wrong there in
-    bfloat16. Raises RuntimeError where `backend` forces it."""
+    """Return the reason why the kernels can't run in `dtype` under Triton's interpreter; None if they can or if the
+    interpreter is off.
+
+    `tl.dot` gives wrong results there in bfloat16. Raises RuntimeError instead if `backend` forces the kernels.
+    """
     if not interpreting() or dtype != torch.bfloat16 or device.type == "meta":
         return None
     reason = "Triton's interpreter multiplies bfloat16 wrongly"
@@ -153,22 +175,23 @@ def _uninterpreted(dtype: torch.dtype, device: torch.device) -> str | None:
 
 @cache
 def has_triton() -> bool:
-    """Whether Triton, in which the kernels are written, is installed. PyTorch brings it on Linux only."""
+    """Return whether Triton is installed. The kernels need it; PyTorch installs it on Linux only."""
     return importlib.util.find_spec("triton") is not None
 
 
 def why_no_int8(device: torch.device) -> str | None:
-    """Why no engine has int8 convolutions on `device`, in words; None where one has."""
+    """Return the reason why no engine has int8 convolutions on `device`; None if one has."""
     if device.type != "cpu":
         return f"there are no int8 convolutions for {device.type}"
     return why_no_onednn(torch.int8)
 
 
 def why_no_onednn(dtype: torch.dtype) -> str | None:
-    """Why oneDNN's fused convolutions don't serve `dtype` on this CPU, in words; None where they do.
+    """Return the reason why oneDNN's fused convolutions aren't used for `dtype` on this CPU; None if they are.
 
-    qint8 and quint8 mean what int8 does: uint8 activations by int8 weights. oneDNN would compute more than is let
-    pass: bfloat16 by emulation, which is slow, and int8 by instructions that saturate in 16 bits, which is wrong.
+    int8, qint8 and quint8 all stand for uint8 activations with int8 weights. Some cases that oneDNN accepts are
+    refused: bfloat16 without native instructions, which it emulates slowly, and int8 with instructions that saturate in
+    16 bits, which gives wrong sums.
     """
     if not torch.backends.mkldnn.is_available():
         return "this PyTorch is built without oneDNN"
@@ -182,7 +205,7 @@ def why_no_onednn(dtype: torch.dtype) -> str | None:
         return f"oneDNN has no fused convolution in {dtype}"
     for name in _ISA_LIMITS:
         if os.environ.get(name):
-            return f"{name}={os.environ[name]} keeps oneDNN from this CPU's instructions"
+            return f"{name}={os.environ[name]} may keep oneDNN from using this CPU's instructions"
     if dtype == torch.bfloat16:
         served = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
         return None if served else "this CPU has neither AVX512-BF16 nor AMX"
@@ -197,17 +220,17 @@ def why_no_onednn(dtype: torch.dtype) -> str | None:
 
 
 def wants_reference() -> bool:
-    """True where `backend("reference")` is in force."""
+    """Return True inside `backend("reference")`."""
     return _forced.get() == "reference"
 
 
 def interpreting() -> bool:
-    """True where Triton kernels run in its interpreter, on CPU tensors."""
+    """Return True if Triton kernels run in its interpreter, on CPU tensors."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype in which a convolution takes its operand x: autocast's where it is on, else x's own."""
+    """Return the dtype in which a convolution reads x: autocast's dtype where autocast applies, else x's dtype."""
     kind = x.device.type
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind) if x.is_floating_point() and x.dtype != torch.float64 else x.dtype
@@ -215,13 +238,20 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 
 def conv_engine(pass_: Pass, problem: ConvProblem, dtype: torch.dtype, device: torch.device) -> Engine:
-    """What computes one convolution: "triton", "stem" (Triton too, over packed images of few channels), "cudnn" (ATen
-    on a CUDA device), "onednn" (with all that follows as one primitive: inference on a CPU) or "aten" (ATen there)."""
+    """Return the engine of one convolution.
+
+    "triton": our kernels for all shapes. "stem": our kernels for packed images of few channels. "cudnn": ATen on a CUDA
+    device. "onednn": one fused primitive for the convolution and what follows it, in inference on a CPU. "aten": ATen
+    on any other device.
+    """
     return why_engine(pass_, problem, dtype, device)[0]
 
 
 def why_engine(pass_: Pass, problem: ConvProblem, dtype: torch.dtype, device: torch.device) -> tuple[Engine, str]:
-    """`conv_engine`'s answer and the reason for it, in words."""
+    """Return `conv_engine`'s choice and the reason for it.
+
+    Raises RuntimeError if `backend` forces kernels that can't run on `device` or in `dtype`.
+    """
     library: Engine = "cudnn" if device.type == "cuda" else "aten"
     forced = _forced.get()
     if forced == "reference":
@@ -231,7 +261,7 @@ def why_engine(pass_: Pass, problem: ConvProblem, dtype: torch.dtype, device: to
         return ("onednn", "8 bits") if reason is None else (library, reason)
     if pass_ == "infer" and forced == "auto" and device.type == "cpu":
         reason = why_no_onednn(dtype)
-        return ("onednn", "one primitive does all of it") if reason is None else ("aten", reason)
+        return ("onednn", "one fused primitive") if reason is None else ("aten", reason)
     unknown = None if dtype in (*_DTYPES, quantised.FLOAT8) else f"there are no fused kernels for {dtype}"
     reason = _kernel_less(device) or unknown or _uninterpreted(dtype, device)
     if reason is not None or forced == "cudnn":
@@ -240,15 +270,15 @@ def why_engine(pass_: Pass, problem: ConvProblem, dtype: torch.dtype, device: to
         return "stem" if _over_packed_images(pass_, problem, dtype) else "triton", "backend('triton')"
     if dtype == quantised.FLOAT8:
         return "triton", "the library has no float8 convolution"
-    if precision(dtype, device) == "tf32":  # as accurate as PyTorch, whatever was faster
-        return library, "TF32: the library rounds to it what our kernels cut off"
+    if precision(dtype, device) == "tf32":  # accuracy first, even where our kernel was measured faster
+        return library, "TF32: the library rounds its operands, our kernels would truncate them"
     found = _measured(pass_, problem, dtype, device)
     if found is not None:
         winner: Any = found.measurement.winner
         return (winner if winner in ("triton", "stem") else library), _how_measured(found, problem, device)
     if _over_packed_images(pass_, problem, dtype):
         return "stem", "unmeasured: few channels, packed"
-    # Unmeasured: memory-bound shapes gain from a fused epilogue, compute-bound ones are cuDNN's until measured.
+    # Memory-bound shapes gain from a fused epilogue. Compute-bound shapes run on cuDNN until they have been measured.
     if problem.groups > 1:
         return library, "unmeasured: grouped"
     if 2 * problem.multiply_adds / problem.min_bytes(dtype.itemsize) < 150:
@@ -257,10 +287,10 @@ def why_engine(pass_: Pass, problem: ConvProblem, dtype: torch.dtype, device: to
 
 
 def _over_packed_images(pass_: Pass, problem: ConvProblem, dtype: torch.dtype) -> bool:
-    """Whether kernels/stem.py computes a pass where that isn't measured.
+    """Return whether the stem's kernels (kernels/stem.py) compute a convolution that has not been measured.
 
-    It copies 16 bytes at a time where the kernels for all shapes load one value; float32 was never measured, nor is it
-    what a net is trained in.
+    They copy 16 bytes at a time, where the kernels for all shapes load single values. They are not used in float32,
+    in which they were never measured.
     """
     from fastres.kernels.stem import stem_refusal
 
@@ -269,9 +299,12 @@ def _over_packed_images(pass_: Pass, problem: ConvProblem, dtype: torch.dtype) -
 
 
 def on_load(pass_: Pass, problem: ConvProblem, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether our kernel computes what it reads while it loads, instead of one pass that stores it before: in "fprop"
-    and "wgrad" the activation (of a block's first pair: the end of the block before), in "dgrad" dz, for
-    wgrad as well. As measured, else by rule."""
+    """Return whether our kernel computes its operand while loading, instead of reading it from memory, where a separate
+    pass would have to store it first.
+
+    The operand is the activation in "fprop" and "wgrad" (for a block's first pair: the end of the block before it), and
+    dz in "dgrad"; the answer for "dgrad" applies to wgrad's dz too. Measurements decide; a rule decides without them.
+    """
     found = _measured(pass_, problem, dtype, device)
     if found is not None and not found.measurement.note:
         return found.measurement.on_load
@@ -279,25 +312,28 @@ def on_load(pass_: Pass, problem: ConvProblem, dtype: torch.dtype, device: torch
 
 
 def bn_backward_on_load(problem: ConvProblem) -> bool:
-    """Whether dgrad and wgrad compute dz on load where that isn't measured.
+    """Return whether dgrad and wgrad compute dz while loading, for a convolution that has not been measured.
 
-    Where a filter has several taps, every dz would be computed once a tap: by the compiled instruction counts that
-    costs more than the pass.
+    A filter with several taps loads every dz once per tap, so it would compute every dz once per tap. By the compiled
+    instruction counts that costs more than one pass that stores dz.
     """
     return problem.R == problem.S == 1
 
 
 def optimizes_by_onednn(dtype: torch.dtype, device: torch.device) -> bool:
-    """True where `optimize` runs a plan in `dtype` by oneDNN's fused operators."""
+    """Return True if `optimize` runs a plan in `dtype` on oneDNN's fused operators."""
     return _forced.get() == "auto" and device.type == "cpu" and why_no_onednn(dtype) is None
 
 
 class Candidate(NamedTuple):
-    """What computes a step of a plan: the engine as tables name it, and the reason in words.
+    """The engine chosen for a step of a plan, and the reason as text.
 
-    otherwise: what computes it where this one raises RuntimeError; the error's first line stands for "{error}" in the
-    other's reason. timed: where this one serves, it is timed against the other, once for all steps with these facts.
-    wide: the dtype in which an engine without 8 bits simulates them.
+    engine: its name as tables print it.
+    otherwise: the fallback if this engine raises RuntimeError. The first line of the error replaces "{error}" in the
+        fallback's reason.
+    timed: if not empty and this engine works, it is timed against `otherwise`; steps with equal `timed` share the
+        result.
+    wide: the dtype in which an engine without 8-bit arithmetic simulates it; None where nothing is simulated.
     """
 
     engine: str
@@ -310,14 +346,17 @@ class Candidate(NamedTuple):
 def folded_engine(
     problem: ConvProblem, dtype: torch.dtype, device: torch.device, *, relu: bool, added: bool, alike: bool = True
 ) -> Candidate:
-    """What computes [relu](conv(x, w) + shift + residual) in a plan. dtype: of w, float8_e4m3fn and int8 included;
-    added: whether there is a residual; alike: whether it has the output's shape, without which only int8 is served."""
+    """Return the engine for [relu](conv(x, w) + shift + residual) in a plan.
+
+    dtype: of w; may be float8_e4m3fn or int8. relu: whether the step ends with a ReLU. added: whether there is a
+    residual. alike: whether the residual has the output's shape; False is accepted for int8 only.
+    """
     engine, why = why_engine("infer", problem, dtype, device)
     if dtype == torch.int8:
         if engine != "onednn":
             return _simulated(engine, f"{why}; int8", torch.float64)
         if not alike:
-            return _simulated("aten", "what is added has another shape; int8")
+            return _simulated("aten", "the residual has another shape; int8")
         return Candidate("onednn int8", why, _simulated("aten", "oneDNN: {error}; int8"))
     if engine == "onednn":
         return Candidate(engine, why, Candidate("aten", "oneDNN: {error}"))
@@ -332,19 +371,22 @@ def folded_engine(
     if not cudnn.enabled:
         return Candidate(apart, f"{why}; not fused: cudnn.enabled is off")
     if cudnn.deterministic or torch.are_deterministic_algorithms_enabled():
-        return Candidate(apart, f"{why}; not fused: the fused op can't promise to be deterministic")
+        return Candidate(apart, f"{why}; not fused: the fused op is not guaranteed to be deterministic")
     facts = problem, dtype, device, added, apart, precision(dtype, device), cudnn.benchmark
     return Candidate("cudnn fused", why, Candidate(apart, f"{why}; not fused: cuDNN: {{error}}"), facts)
 
 
-def _simulated(engine: str, said: str, wide: torch.dtype = torch.float32) -> Candidate:
-    return Candidate(engine, f"{said} simulated in {str(wide).removeprefix('torch.')}", wide=wide)
+def _simulated(engine: str, why: str, wide: torch.dtype = torch.float32) -> Candidate:
+    return Candidate(engine, f"{why} simulated in {str(wide).removeprefix('torch.')}", wide=wide)
 
 
 def layer_engine(layer: Any, pool: tuple[int, int, int] | None, inputs: Sequence[Any]) -> Candidate:
-    """What computes a library operation of a plan on `inputs`, images in NHWC. layer: the module, None where a function
-    is called; pool: (kernel, stride, pad) of a max pool for which there is a kernel."""
-    library = Candidate("aten", "no kernel of ours")
+    """Return the engine for a step of a plan that is not a convolution.
+
+    layer: its module, or None if the step calls a function. pool: (kernel, stride, pad) of a max pool that our kernel
+    supports, else None. inputs: the operands; images are [N, H, W, C].
+    """
+    library = Candidate("aten", "no fused kernel")
     x = inputs[0] if len(inputs) == 1 else None
     if not isinstance(x, Tensor):
         return library
@@ -352,7 +394,7 @@ def layer_engine(layer: Any, pool: tuple[int, int, int] | None, inputs: Sequence
         fits = min(x.shape[1:3]) + 2 * pool[2] >= pool[0] and why_unfused(x.dtype, x.device) is None
         if fits and passes_engine(x.dtype, x.device) == "triton":
             return Candidate("triton", "writes no indices")
-    if x.is_quantized:  # only max pools work in 8 bits
+    if x.is_quantized:  # max pools are the only steps besides convolutions that run in 8 bits
         simulates = wants_reference() or x.device.type != "cpu"
         return _simulated("aten", "int8") if simulates else Candidate("aten", "8 bits")
     packs = type(layer) is nn.Linear and x.dim() == 2 and x.numel() > 0 and x.dtype == layer.weight.dtype
@@ -362,7 +404,7 @@ def layer_engine(layer: Any, pool: tuple[int, int, int] | None, inputs: Sequence
 
 
 def why_not_scripted(dtype: torch.dtype) -> str | None:
-    """Why a plan that oneDNN's operators run on a CPU does not go through TorchScript, in words; None where it may."""
+    """Return the reason why TorchScript isn't used for a plan on oneDNN's operators on a CPU; None if it may be."""
     if dtype not in (torch.float32, torch.bfloat16, torch.int8):
         return f"it is not used for {dtype}"
     mkldnn: Any = torch.backends.mkldnn
@@ -371,14 +413,20 @@ def why_not_scripted(dtype: torch.dtype) -> str | None:
 
 
 def joins(problem: ConvProblem) -> bool:
-    """Whether a convolution computes the end of the block before it while it loads: a 1x1 that reads every pixel once,
-    with so few output channels that one tile holds them or two, each of which computes it; see `on_load`, too."""
+    """Return whether the shape of a convolution lets it compute the end of the block before it while loading.
+
+    It must be a 1x1 that reads every pixel, with at most 256 output channels. These fit into one or two tiles, and
+    every tile of output channels computes the block's end again. `on_load` must agree as well.
+    """
     return problem.pointwise and problem.groups == 1 and problem.K <= 256
 
 
 def why_chained(problem: ConvProblem, dtype: torch.dtype, device: torch.device) -> str | None:
-    """Why one kernel (`bottleneck_chain`) does the 3x3 convolution `problem`, the 1x1 expansion and the next block's
-    1x1 reduction, in words: where that was measured faster than three. Else None."""
+    """Return the reason why one kernel, `bottleneck_chain`, computes the 3x3 convolution `problem`, the 1x1 expansion
+    and the next block's 1x1 reduction.
+
+    None unless it was measured faster than three kernels.
+    """
     if _forced.get() not in ("auto", "triton"):
         return None
     found = _measured("chain", problem, dtype, device)
@@ -396,7 +444,7 @@ def _measured(pass_: Pass, problem: ConvProblem, dtype: torch.dtype, device: tor
 
 
 def _how_measured(found: Found, problem: ConvProblem, device: torch.device) -> str:
-    """The reason for a choice by `found`."""
+    """Return the reason for a choice made by the measurement `found`."""
     from fastres.kernels import checks
 
     where = "this GPU" if found.gpu == checks.gpu_of(device).name else f"{found.gpu} ({_ALIKE})"
@@ -406,7 +454,7 @@ def _how_measured(found: Found, problem: ConvProblem, device: torch.device) -> s
 
 
 def table_in_force(device: torch.device) -> str:
-    """The measurements by which engines and tiles are chosen on a GPU, in words."""
+    """Describe the measurements that choose engines and tiles on a GPU."""
     from fastres.kernels import checks, tables
 
     gpu = checks.gpu_of(device)
@@ -414,18 +462,18 @@ def table_in_force(device: torch.device) -> str:
         found = tables.serving(gpu)
     except ValueError as error:
         return f"broken: {error}"
-    said = []
+    texts = []
     for name, table, _ in found:
         failed = sum(bool(measurement.note) for measurement in table.values())
         whose = "this GPU's own" if name == gpu.name else f"{name}'s ({_ALIKE})"
-        said.append(f"{whose}, measured problems: {len(table) - failed}" + (f", failed: {failed}" if failed else ""))
-    if not said:
+        texts.append(f"{whose}, measured problems: {len(table) - failed}" + (f", failed: {failed}" if failed else ""))
+    if not texts:
         return "none: heuristics choose engines and tiles until bench/tune.py has measured"
-    return "; for others ".join(said)
+    return "; for others ".join(texts)
 
 
 def passes_engine(dtype: torch.dtype, device: torch.device) -> Engine:
-    """What computes the passes between convolutions: "triton" or "aten"."""
+    """Return the engine of the memory-bound steps between convolutions: "triton" or "aten"."""
     if _forced.get() == "reference" or dtype not in _DTYPES:
         return "aten"
     if device.type == "cuda":
@@ -435,41 +483,47 @@ def passes_engine(dtype: torch.dtype, device: torch.device) -> Engine:
 
 @dataclass(frozen=True)
 class Engines:
-    """What computes each pass of one convolution and what stands around it, and what our kernels fuse."""
+    """The engines of one convolution's passes and of the memory-bound steps around it, and what our kernels fuse."""
 
     infer: Engine
     fprop: Engine
     dgrad: Engine
     wgrad: Engine
     passes: Engine
-    fprop_on_load: bool  # of the activation; see `on_load`
-    wgrad_on_load: bool
-    dz_on_load: bool
-    joins: bool  # by its shape
+    fprop_on_load: bool  # fprop computes the activation while loading; see `on_load`
+    wgrad_on_load: bool  # wgrad does
+    dz_on_load: bool  # dgrad and wgrad compute dz while loading
+    joins: bool  # the shape lets fprop compute the end of the block before it; see `joins`
     fusions: Fusions
     precision: Literal["ieee", "tf32"]
 
     @property
     def joins_block_end(self) -> bool:
-        """Whether the convolution computes the end of the block before it while it loads."""
+        """Whether the convolution computes the end of the block before it while loading."""
         return self.fusions.block_end and self.joins and self.fprop_on_load and self.fprop == "triton"
 
     @property
     def keeps_activation(self) -> bool:
-        """Whether `keep_activation` keeps relu(s x + t) for the weight gradient: both convolutions read it stored."""
+        """Whether `keep_activation` saves the activation relu(scale z + shift) for the weight gradient.
+
+        True only if fprop and wgrad both read it from memory.
+        """
         on_load = self.fprop in ("triton", "stem") and self.fprop_on_load
         on_load |= self.wgrad in ("triton", "stem") and self.wgrad_on_load
         return self.fusions.keep_activation and not (self.fusions.prologue and on_load)
 
     def fuses_bn_backward(self, batch_statistics: bool) -> bool:
-        """Whether dgrad and wgrad take dz as c_g g + c_z z + c_1: on load, or, without c_z and c_1, by filters scaled
-        with c_g."""
+        """Whether dgrad and wgrad read g and compute dz = c_g g + c_z z + c_1 themselves.
+
+        They do it while loading. With running statistics dz = c_g g, which needs no work on load: dgrad scales its
+        filters by c_g, wgrad its result.
+        """
         on_load = self.dz_on_load and self.dgrad == self.wgrad == "triton"
         return self.fusions.bn_backward and (on_load or not batch_statistics)
 
 
 def engines(problem: ConvProblem, dtype: torch.dtype, device: torch.device) -> Engines:
-    """The engines of a convolution in a block: asked once, when a call is prepared."""
+    """Return the engines of a convolution in a block; callers cache the result per call shape and `choice`."""
     return Engines(
         infer=conv_engine("infer", problem, dtype, device),
         fprop=conv_engine("fprop", problem, dtype, device),
@@ -486,13 +540,14 @@ def engines(problem: ConvProblem, dtype: torch.dtype, device: torch.device) -> E
 
 
 def choice(dtype: torch.dtype, device: torch.device) -> tuple[Any, ...]:
-    """What engines depend on besides problem, dtype and device: whoever caches them must key them by this, too."""
+    """Return the settings on which `engines` depends besides problem, dtype and device: add it to any cache key."""
     return _forced.get(), _fusions.get().key, precision(dtype, device)
 
 
 def precision(dtype: torch.dtype, device: torch.device) -> Literal["ieee", "tf32"]:
-    """How a float32 product is rounded, by PyTorch's own switch for convolutions."""
+    """Return the precision of convolutions: "tf32" for float32 on CUDA if PyTorch's switch for cuDNN's convolutions
+    allows it, else "ieee"."""
     if dtype != torch.float32 or device.type != "cuda":
         return "ieee"
-    cudnn: Any = torch.backends.cudnn  # whose allow_tf32 raises where convolutions and RNNs differ
+    cudnn: Any = torch.backends.cudnn  # not cudnn.allow_tf32: it raises where convolutions and RNNs differ
     return "tf32" if cudnn.conv.fp32_precision == "tf32" and cudnn.enabled else "ieee"

@@ -1,8 +1,10 @@
-"""May this call run fused? `serves` answers for a block or the stem, `serves_stages` for stages, `why_plain` in words.
+"""Decides whether a call may run fused: `serves` for a block or the stem, `serves_stages` for whole stages.
 
-The fused path takes a call only where it means the same as the modules called one by one: exactly the modules that each
-role wants, no hook, no tracing, a plain tensor that the weights fit. Whether kernels exist for its dtype and device is
-`dispatch`'s answer.
+`why_plain` gives the reason when it may not.
+
+A call may run fused only if the result is the same as calling its modules one by one. So every module must have exactly
+the type that its role requires and carry no hooks, nothing may trace or transform the call, and the input must be a
+plain tensor that fits the weights. Whether kernels exist for a dtype and device is decided in `dispatch`.
 """
 
 from __future__ import annotations
@@ -20,35 +22,39 @@ from fastres.ops.shortcut import PadShortcut, is_traced
 
 
 class Parts(NamedTuple):
-    """The modules of one fusable call, by the role they play in it.
+    """The modules of one block or stem, by role.
 
-    Roles matter: users replace submodules (`maxpool = nn.Identity()`, a conv by two of lower rank), and the fused path
-    may only take what means the same.
+    Users may replace any submodule (`maxpool = nn.Identity()`, one convolution by two of lower rank). The role says
+    which module types the fused path accepts in that place.
     """
 
-    pairs: Sequence[tuple[nn.Module, nn.Module]]  # (conv, norm) in order
-    acts: Sequence[nn.Module]  # where ReLU stands
-    shortcut: nn.Module | None = None  # None: identity
-    pool: nn.Module | None = None  # the stem's
+    pairs: Sequence[tuple[nn.Module, nn.Module]]  # (conv, norm) in order of execution
+    acts: Sequence[nn.Module]  # the activations, which must be ReLU
+    shortcut: nn.Module | None = None  # None for the identity
+    pool: nn.Module | None = None  # the stem's max pool
     idle: Sequence[nn.Module | None] = ()  # optional layers that must be absent or nn.Identity
 
 
 def serves(x: Tensor, parts: Parts) -> bool:
-    """True where the fused path takes the call that `parts` would otherwise do one by one on x [N, C, H, W]."""
+    """Return True if the modules of `parts` may run fused on x [N, C, H, W] instead of one by one."""
     if torch.compiler.is_compiling():  # Dynamo folds this: no guard, no graph break
         return False
     return why_plain(x, parts) is None
 
 
 def why_plain(x: Tensor, parts: Parts) -> str | None:
-    """The reason, in words, why `parts` run one by one on x; None where the fused path takes the call."""
+    """Return the reason why the modules of `parts` must run one by one on x [N, C, H, W]; None if they may run fused.
+
+    Raises RuntimeError if `dispatch.backend` forces kernels that can't run on x's device or in its dtype.
+    """
     if (reason := _unfusable_call(x)) is not None:
         return reason
     dtype = dispatch.compute_dtype(x)
     reason = dispatch.why_unfused(dtype, x.device) or foreign(parts) or _watched(parts)
     if reason is not None:
         return reason
-    device, own, channels = _wanted(parts)  # what the modules themselves refuse in PyTorch's own words
+    # For the inputs refused below the modules themselves raise PyTorch's errors.
+    device, own, channels = _wanted(parts)
     if x.device != device:
         return f"the input is on {x.device}, the weights are on {device}"
     if dtype != own:
@@ -57,17 +63,20 @@ def why_plain(x: Tensor, parts: Parts) -> str | None:
 
 
 def runs_stages() -> bool:
-    """True where a fusion across the blocks of a stage may be in force: then ask `serves_stages`."""
+    """Return True if a fusion across blocks may apply, so that `serves_stages` is worth calling.
+
+    False under `torch.compile`, while tracing, without gradients, and where those fusions are off.
+    """
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or not torch.is_grad_enabled():
         return False
     return dispatch.fuses_blocks()
 
 
 def serves_stages(x: Tensor, stages: Sequence[Sequence[Any]]) -> int:
-    """How many of `stages`, lists of blocks, counted from the first, `block.stages` may run one after the other on x. 0
-    where no backward pass follows.
+    """Return how many of the leading `stages` (lists of blocks) `block.stages` may run in sequence on x [N, C, H, W].
 
-    Only blocks whose `forward` is this package's: a subclass with its own may do anything.
+    0 if no backward pass can follow. A stage counts only if all of its blocks may run fused and take their `forward`
+    from this package: an overridden `forward` may compute something else.
     """
     if not runs_stages() or dispatch.wants_reference() or torch._C._len_torch_dispatch_stack():
         return 0
@@ -91,7 +100,7 @@ def serves_stages(x: Tensor, stages: Sequence[Sequence[Any]]) -> int:
 
 
 def wants_gradients(x: Tensor, modules: Sequence[nn.Module]) -> bool:
-    """True where a backward pass through `modules`, run on x, has anything to do."""
+    """Return True if x or any parameter of `modules` requires a gradient."""
     return x.requires_grad or any(p.requires_grad for module in modules for p in module.parameters())
 
 
@@ -100,7 +109,8 @@ def _is_ours(block: nn.Module) -> bool:
 
 
 def foreign(parts: Parts) -> str | None:
-    """The reason why no call of `parts` can run fused: one of them isn't exactly what its role wants. Else None."""
+    """Return the reason why `parts` can never run fused, whatever the input: a module of the wrong type or with
+    unsupported settings. None if every module fits its role."""
     wanted: list[tuple[nn.Module, tuple[type[nn.Module], ...]]] = []
     for conv, norm in parts.pairs:
         wanted += [(conv, (nn.Conv2d,)), (norm, (nn.BatchNorm2d,))]
@@ -110,7 +120,7 @@ def foreign(parts: Parts) -> str | None:
         wanted.append((parts.pool, (nn.MaxPool2d,)))
     for module, kinds in wanted:
         if type(module) not in kinds:
-            return f"it contains {type(module).__name__} where {' or '.join(kind.__name__ for kind in kinds)} is served"
+            return f"it contains {type(module).__name__} where {' or '.join(k.__name__ for k in kinds)} is expected"
         if isinstance(module, nn.Conv2d) and (reason := _foreign_conv(module)):
             return reason
     return None if parts.shortcut is None else _foreign_shortcut(parts.shortcut)
@@ -127,7 +137,7 @@ def _foreign_shortcut(shortcut: nn.Module) -> str | None:
 
 def _foreign_conv(conv: nn.Conv2d) -> str | None:
     if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
-        return f"its convolution pads {conv.padding!r} with {conv.padding_mode!r}"
+        return f"its convolution has padding={conv.padding!r}, padding_mode={conv.padding_mode!r}"
     if conv.bias is not None:
         return "its convolution has a bias before the BatchNorm"
     for name in ("stride", "padding", "dilation"):
@@ -137,7 +147,7 @@ def _foreign_conv(conv: nn.Conv2d) -> str | None:
 
 
 def _wanted(parts: Parts) -> tuple[Any, ...]:
-    """The device, compute dtype and channels that the first convolution wants of its input."""
+    """Return the device, compute dtype and number of channels that the first convolution requires of its input."""
     conv: Any = parts.pairs[0][0]
     return conv.weight.device, dispatch.compute_dtype(conv.weight), conv.in_channels
 
@@ -157,27 +167,31 @@ def _unfusable_call(x: Tensor) -> str | None:
 
 
 def serves_pad_end(x: Tensor, relu: nn.Module, shortcut: nn.Module) -> bool:
-    """True where a block that runs module by module ends in one pass, relu(y + pad_shortcut(x))."""
+    """Return True if a block that runs module by module may end in one fused operator, relu(y + pad_shortcut(x)).
+
+    x [N, C, H, W]: the block's input. relu, shortcut: the block's last activation and its shortcut module.
+    """
     if torch.compiler.is_compiling() or type(shortcut) is not PadShortcut or type(relu) is not nn.ReLU:
         return False
     return (_unfusable_call(x) or _watched(Parts((), [relu], shortcut))) is None
 
 
 def serves_global_pool(x: Tensor, avgpool: nn.Module) -> bool:
-    """True where a mean over the pixels of a channels_last x is all that calling `avgpool` does."""
+    """Return True if `avgpool(x)` is only a mean over the pixels of x [N, C, H, W], and x is channels_last."""
     whole = type(avgpool) is nn.AdaptiveAvgPool2d and avgpool.output_size in (1, (1, 1))
     alone = whole and is_bare(avgpool) and not nn_module._has_any_global_hook()
     return alone and _unfusable_call(x) is None and x.is_contiguous(memory_format=torch.channels_last)
 
 
 def _watched(parts: Parts) -> str | None:
-    """Why calling the modules would do more than their class's `forward`, or on other than plain parameters."""
+    """Return why calling the modules would run more than their class's `forward`, or which parameter is not a plain
+    tensor; None if neither applies."""
     if nn_module._has_any_global_hook():
         return "a global module hook is registered"
     roots = [*(m for pair in parts.pairs for m in pair), *parts.acts, parts.shortcut, parts.pool, *parts.idle]
     for module in (m for root in roots if root is not None for m in root.modules()):
         if has_hooks(module):
-            return f"a {type(module).__name__} in it carries a hook or a forward of its own"
+            return f"a {type(module).__name__} in it has a hook or an overridden forward"
         for parameter in module._parameters.values():
             if parameter is not None and type(parameter) not in (Tensor, nn.Parameter):
                 return f"a {type(module).__name__} in it has a {type(parameter).__name__} as a parameter"
@@ -185,7 +199,10 @@ def _watched(parts: Parts) -> str | None:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """True if calling `module` would run anything besides its class's `forward`."""
+    """Return True if `module` has hooks, or a `forward` set on the instance.
+
+    In both cases calling it runs more than, or something other than, its class's `forward`.
+    """
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks
@@ -196,7 +213,7 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 def pool_sizes(pool: nn.Module | None) -> tuple[int, int, int] | None:
-    """(kernel, stride, pad) of a max pool that a kernel serves; None for any other module."""
+    """Return (kernel, stride, pad) of `pool` if it is a max pool that our kernels support, else None."""
     from fastres.kernels.problem import pool_refusal
 
     if type(pool) is not nn.MaxPool2d or pool.dilation != 1 or pool.ceil_mode or pool.return_indices:
@@ -208,5 +225,5 @@ def pool_sizes(pool: nn.Module | None) -> tuple[int, int, int] | None:
 
 
 def is_bare(module: nn.Module) -> bool:
-    """True if calling `module` runs its class's `forward` and that alone, not compiled by `module.compile()`."""
+    """Return True if calling `module` runs its class's `forward` and nothing else: no hooks, no `module.compile()`."""
     return not has_hooks(module) and module._compiled_call_impl is None

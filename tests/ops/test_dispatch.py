@@ -169,7 +169,7 @@ def test_there_are_no_kernels_on_a_cpu_without_the_interpreter() -> None:
 
 
 def test_the_interpreter_serves_only_a_forced_triton_backend(interpreter: None) -> None:
-    reason = "the kernels' interpreter serves only backend('triton')"
+    reason = "Triton's interpreter is used only under backend('triton')"
     assert dispatch.why_unfused(FP32, CPU) == reason
     assert dispatch.why_engine("fprop", SQUARE, FP32, CPU) == ("aten", reason)
     with fastres.backend("triton"):
@@ -196,7 +196,7 @@ def test_the_reference_serves_every_dtype_by_the_library(device: torch.device) -
 def test_onednn_computes_inference_on_a_cpu_that_supports_it(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert dispatch.why_engine("infer", SQUARE, dtype, CPU) == ("onednn", "one primitive does all of it")
+    assert dispatch.why_engine("infer", SQUARE, dtype, CPU) == ("onednn", "one fused primitive")
     assert dispatch.conv_engine("fprop", SQUARE, dtype, CPU) == "aten", "training"
     assert dispatch.optimizes_by_onednn(dtype, CPU)
     assert not dispatch.optimizes_by_onednn(dtype, CUDA)
@@ -498,7 +498,7 @@ def test_cudnns_fused_convolution_is_timed_against_its_steps() -> None:
     ("switch", "value", "why"),
     [
         ("enabled", False, "cudnn.enabled is off"),
-        ("deterministic", True, "the fused op can't promise to be deterministic"),
+        ("deterministic", True, "the fused op is not guaranteed to be deterministic"),
     ],
 )
 def test_cudnns_switches_forbid_its_fused_convolution(
@@ -523,14 +523,14 @@ def test_timings_are_keyed_by_everything_they_depend_on(monkeypatch: pytest.Monk
 
 def test_onednns_convolution_falls_back_to_aten_with_the_error() -> None:
     aten = Candidate("aten", "oneDNN: {error}")
-    assert folded(device=CPU) == Candidate("onednn", "one primitive does all of it", aten)
+    assert folded(device=CPU) == Candidate("onednn", "one fused primitive", aten)
 
 
 def test_onednn_computes_an_int8_convolution_or_it_is_simulated(monkeypatch: pytest.MonkeyPatch) -> None:
     narrow = Candidate("aten", "oneDNN: {error}; int8 simulated in float32", wide=FP32)
     assert folded(torch.int8, CPU) == Candidate("onednn int8", "8 bits", narrow)
     other_shape = folded(torch.int8, CPU, added=True, alike=False)
-    assert other_shape == Candidate("aten", "what is added has another shape; int8 simulated in float32", wide=FP32)
+    assert other_shape == Candidate("aten", "the residual has another shape; int8 simulated in float32", wide=FP32)
     none = "there are no int8 convolutions for cuda; int8 simulated in float64"
     assert folded(torch.int8) == Candidate("cudnn", none, wide=torch.float64)
     with fastres.backend("reference"):
@@ -544,7 +544,7 @@ def test_a_float8_convolution_without_our_kernels_is_simulated() -> None:
         assert folded(FLOAT8) == Candidate("cudnn", "backend('cudnn'); float8 simulated in float32", wide=FP32)
 
 
-NO_KERNEL = Candidate("aten", "no kernel of ours")
+NO_KERNEL = Candidate("aten", "no fused kernel")
 
 
 @pytest.mark.parametrize(

@@ -60,14 +60,17 @@ def change(path: str, module: Callable[[], nn.Module]) -> Callable[[Any], Any]:
 
 
 CHANGES = {
-    "another norm": (change("bn1", lambda: nn.SyncBatchNorm(8)), "contains SyncBatchNorm where BatchNorm2d is served"),
-    "another convolution": (change("conv2", nn.Identity), "contains Identity where Conv2d is served"),
-    "a subclass": (change("relu", Activation), "contains Activation where ReLU is served"),
+    "another norm": (
+        change("bn1", lambda: nn.SyncBatchNorm(8)),
+        "contains SyncBatchNorm where BatchNorm2d is expected",
+    ),
+    "another convolution": (change("conv2", nn.Identity), "contains Identity where Conv2d is expected"),
+    "a subclass": (change("relu", Activation), "contains Activation where ReLU is expected"),
     "reflected padding": (
         change("conv2", lambda: nn.Conv2d(8, 8, 3, padding=1, bias=False, padding_mode="reflect")),
-        "pads (1, 1) with 'reflect'",
+        "padding=(1, 1), padding_mode='reflect'",
     ),
-    "padding in words": (change("conv2", lambda: nn.Conv2d(8, 8, 3, padding="same", bias=False)), "pads 'same'"),
+    "padding in words": (change("conv2", lambda: nn.Conv2d(8, 8, 3, padding="same", bias=False)), "padding='same'"),
     "a bias": (change("conv1", lambda: nn.Conv2d(6, 8, 3, 2, 1)), "has a bias before the BatchNorm"),
     "two strides": (change("conv1", lambda: nn.Conv2d(6, 8, 3, (1, 2), 1, bias=False)), "has stride (1, 2)"),
     "two dilations": (
@@ -76,20 +79,20 @@ CHANGES = {
     ),
     "another shortcut": (change("downsample", nn.Identity), "its shortcut is ['Identity'], not a Conv2d and a Batch"),
     "a projection with a bias": (change("downsample.0", lambda: nn.Conv2d(6, 8, 1, 2)), "has a bias before the Batch"),
-    "a forward hook": (lambda block: block.relu.register_forward_hook(lambda *_: None), "a ReLU in it carries a hook"),
+    "a forward hook": (lambda block: block.relu.register_forward_hook(lambda *_: None), "a ReLU in it has a hook"),
     "a hook before forward": (
         lambda block: block.conv1.register_forward_pre_hook(lambda *_: None),
-        "a Conv2d in it carries a hook",
+        "a Conv2d in it has a hook",
     ),
     "a backward hook": (
         lambda block: block.bn2.register_full_backward_hook(lambda *_: None),
-        "a BatchNorm2d in it carries a hook",
+        "a BatchNorm2d in it has a hook",
     ),
     "a hook on the shortcut": (
         lambda block: block.downsample[1].register_forward_hook(lambda *_: None),
-        "a BatchNorm2d in it carries a hook",
+        "a BatchNorm2d in it has a hook",
     ),
-    "a forward of its own": (lambda block: setattr(block.conv2, "forward", torch.relu), "or a forward of its own"),
+    "a forward of its own": (lambda block: setattr(block.conv2, "forward", torch.relu), "or an overridden forward"),
     "another parameter": (
         lambda block: setattr(block.bn1, "weight", Marked(torch.ones(8))),
         "a BatchNorm2d in it has a Marked as a parameter",
