@@ -1,14 +1,16 @@
 """Builds and loads csrc/: the CPU and the CUDA kernels of the option-A shortcut, one shared library each.
 
-A library is built by ninja when an operator first meets a tensor of its device, in seconds (stable ABI, no Python, no
-torch/extension.h), and kept in the cache folder (`fastres.paths`) under a name that holds a hash of
-sources, flags and torch version. Who builds holds a file lock, which the system takes back when a process dies, builds
-in a folder of its own and renames the result into place: a killed build or a second process leaves nothing half done.
-A library ends with the SHA-256 of all before it. One that a full disk or a power failure has cut short, which would end
-the process with a bus error, is built again.
+ninja builds a library at the first call of an operator with a tensor of its device. This takes seconds, because the
+sources use torch's stable ABI without Python and torch/extension.h. The library is stored in the cache folder
+(`fastres.paths`); its name contains a hash of sources, flags and torch version.
 
-`FASTRES_CUDA_EXT` governs both libraries: `0` never builds nor loads; `1` raises `BuildError` where a device's library
-can't be had; `auto` (the default) then warns once, and the ATen formulation serves.
+The building process holds a file lock, which the system releases when the process dies. It builds in a temporary folder
+and renames the result into place, so neither a killed build nor a second process leaves a partial library. The file
+ends with the SHA-256 of everything before it. Loading a file that a full disk or a power failure has truncated could
+end the process with a bus error: such a file fails the check and is built again.
+
+`FASTRES_CUDA_EXT` controls both libraries. `0`: never build or load. `1`: raise `BuildError` if a library can't be
+built or loaded. `auto` (the default): warn once in that case, and use the ATen implementation.
 """
 
 from __future__ import annotations
@@ -37,17 +39,18 @@ from fastres.paths import cache_folder
 DEVICES = ("cpu", "cuda")
 _TORCH = Path(torch.__file__).parent
 _MODES = ("0", "1", "auto")
-_DIGEST = 64  # bytes at a library's end: SHA-256 in hexadecimal
-_TORCH_ABI = "0x020a000000000000"  # 2.10: the oldest stable ABI with all that csrc/ uses (parallel_for, empty)
+_DIGEST = 64  # bytes at the end of a library: its SHA-256 in hexadecimal
+_TORCH_ABI = "0x020a000000000000"  # 2.10: the oldest stable ABI that has everything csrc/ uses (parallel_for, empty)
 
 
 class BuildError(RuntimeError):
-    """The library of a device can't be built or loaded; the message says why and what mends it."""
+    """The library of a device can't be built or loaded. The message gives the cause and the remedy."""
 
 
 @dataclass(frozen=True)
 class Status:
-    """`cpu`, `cuda`: that device's kernels are loaded, or built and loaded at their first use; `reason`: in words."""
+    """The state of both libraries. cpu, cuda: whether that device's kernels are loaded, or built already and loaded at
+    first use. reason: the state of both, as text."""
 
     cpu: bool
     cuda: bool
@@ -55,9 +58,10 @@ class Status:
 
 
 def load(device: str) -> bool:
-    """True if the kernels for tensors of `device` ("cpu", "cuda", ...) are loaded; builds and loads them if need be.
+    """Build and load the kernels for tensors of `device` if necessary; return True if they are loaded.
 
-    Tries once per process. Raises BuildError under `FASTRES_CUDA_EXT=1`, ValueError for a value that doesn't exist.
+    device: a type such as "cpu" or "cuda"; other devices have no library. Tries once per process. Raises BuildError if
+    this fails under `FASTRES_CUDA_EXT=1`, and ValueError for an unknown value of `FASTRES_CUDA_EXT`.
     """
     if device in _outcome:
         return _outcome[device] is None
@@ -70,7 +74,7 @@ def load(device: str) -> bool:
 
 
 def status(build: bool = False) -> Status:
-    """What the shortcut runs on, and why. Builds and loads nothing unless `build`."""
+    """Return what the shortcut runs on, and why. build: build and load both libraries first; by default neither."""
     if build:
         for device in DEVICES:
             load(device)
@@ -78,7 +82,7 @@ def status(build: bool = False) -> Status:
     return Status(cpu, cuda, f"shortcut on the CPU: {cpu_reason}; on CUDA: {cuda_reason}")
 
 
-# None: loaded. Else the reason why it isn't, after which ATen serves for the rest of the process.
+# By device: None if its library is loaded, else the reason why not. ATen then serves for the rest of the process.
 _outcome: dict[str, str | None] = {}
 _lock = threading.Lock()
 
@@ -98,7 +102,7 @@ def _try_load(device: str) -> str | None:
         library = build(device)
         try:
             torch.ops.load_library(str(library))
-        except (OSError, UnicodeError) as error:  # UnicodeError: of a folder whose name is not UTF-8
+        except (OSError, UnicodeError) as error:  # UnicodeError: the folder's name is not UTF-8
             cause = error.__cause__ or error
             raise BuildError(f"{library} doesn't load ({cause}); delete it to have it built again") from error
     except BuildError as error:
@@ -129,12 +133,9 @@ def _describe(device: str) -> tuple[bool, str]:
     return False, "own kernel, not built yet, builds at first use"
 
 
-# Building.
-
-
 @dataclass(frozen=True)
 class _Recipe:
-    """`command` and `libraries`, with the result's and the source's place between them, make the library."""
+    """How to build a library: run `command -o RESULT SOURCE libraries`. key: the hash in the library's name."""
 
     device: str
     source: Path
@@ -152,10 +153,10 @@ class _Recipe:
 
 
 def build(device: str, archs: tuple[str, ...] | None = None) -> Path:
-    """The library of `device` ("cpu" or "cuda"), built if the cache hasn't got it whole. Loads nothing.
+    """Return the path of the library of `device` ("cpu" or "cuda"); build it unless the cache has it intact.
 
-    archs: for cuda, compute capabilities such as ("80", "90"); by default those of the GPUs that are present.
-    Raises BuildError, which names the cause and the mend.
+    Loads nothing. archs: compute capabilities to build for on cuda, such as ("80", "90"); by default those of the GPUs
+    that are present. Raises BuildError, which gives the cause and the remedy.
     """
     recipe = _recipe(device, archs)
     if _is_whole(recipe.library):
@@ -168,13 +169,13 @@ def build(device: str, archs: tuple[str, ...] | None = None) -> Path:
     except OSError as error:
         raise BuildError(
             f"the cache folder {recipe.library.parent} can't be written ({error.strerror}); "
-            "set FASTRES_CACHE_DIR to one that can"
+            "set FASTRES_CACHE_DIR to a folder that can be written"
         ) from error
     return recipe.library
 
 
 def _run(recipe: _Recipe) -> None:
-    """Builds in a folder of its own and moves the result into place; called under the lock."""
+    """Build in a temporary folder and move the result into place. The caller holds the lock."""
     library = recipe.library
     for abandoned in library.parent.glob(f"{library.stem}.*.build"):
         shutil.rmtree(abandoned, ignore_errors=True)
@@ -190,7 +191,7 @@ def _run(recipe: _Recipe) -> None:
             cause = "\n".join((done.stdout + done.stderr).strip().splitlines()[-20:])
             raise BuildError(f"building {recipe.source.name} failed:\n{cause}\n")
         digest = _digest(product.read_bytes())
-        with product.open("ab") as file:  # loaders don't mind what follows an ELF file
+        with product.open("ab") as file:  # loaders ignore bytes after the end of an ELF file
             file.write(digest)
         os.replace(product, library)
     finally:
@@ -198,7 +199,7 @@ def _run(recipe: _Recipe) -> None:
 
 
 def _is_whole(library: Path) -> bool:
-    """True if the file is there and as it was built."""
+    """Return True if the file exists and its digest is correct."""
     try:
         content = library.read_bytes()
     except OSError:
@@ -212,7 +213,7 @@ def _digest(content: bytes) -> bytes:
 
 @contextmanager
 def _file_lock(path: Path) -> Iterator[None]:
-    import fcntl  # POSIX only, as is everything that is built here
+    import fcntl  # POSIX only, and so are the builds
 
     with open(path, "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -248,8 +249,10 @@ def _recipe(device: str, archs: tuple[str, ...] | None = None) -> _Recipe:
 
 
 def _instruction_set() -> list[str]:
-    """What ATen found this CPU to have, so that ours is no slower; being part of the key, it keeps a cache shared by
-    different machines right."""
+    """Return compiler flags for the instruction set that ATen uses on this CPU, so that our kernels are not slower.
+
+    The flags are part of the library's key, so machines with different CPUs can share a cache folder.
+    """
     avx2 = ["-mavx2", "-mfma", "-mf16c", "-mbmi", "-mbmi2"]
     avx512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
     if platform.machine() != "x86_64":
@@ -258,30 +261,34 @@ def _instruction_set() -> list[str]:
 
 
 def _gencode(archs: tuple[str, ...] | None) -> list[str]:
-    """One binary per compute capability. The list is ours: torch's own builder can't make one without a GPU."""
+    """Return nvcc's flags for one binary per compute capability; archs: by default those of the GPUs that are present.
+
+    torch's own extension builder can't make this list without a GPU.
+    """
     if archs is None:
         if not torch.cuda.is_available():
             raise BuildError("no CUDA GPU is present")
-        found = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
-        archs = tuple(f"{major}{minor}" for major, minor in sorted(found))
+        capabilities = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+        archs = tuple(f"{major}{minor}" for major, minor in sorted(capabilities))
     return [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
 
 
 def _cxx() -> list[str]:
-    given = os.environ.get("CXX", "")
+    cxx = os.environ.get("CXX", "")
     try:
-        named = shlex.split(given)
+        named = shlex.split(cxx)
     except ValueError as error:
-        raise BuildError(f"CXX is {given!r}, which is no command ({error}); set it to g++ or clang++") from error
+        raise BuildError(f"CXX is {cxx!r}, which is not a valid command ({error}); set it to g++ or clang++") from error
     for command in [named] if named else [["c++"], ["g++"], ["clang++"]]:
         if shutil.which(command[0]):
             return command
-    missing = f"CXX names {named[0]!r}, which isn't there" if named else "there is no C++ compiler"
+    missing = f"CXX names {named[0]!r}, which was not found" if named else "no C++ compiler was found"
     raise BuildError(f"{missing}; install g++ or clang++, or set CXX to one")
 
 
 def _nvcc() -> str:
-    """nvcc of CUDA_HOME, of CUDA_PATH, on PATH (a wrapper script serves as well) or of /usr/local/cuda."""
+    """Return the path of the first nvcc found in CUDA_HOME, CUDA_PATH, PATH (it may be a wrapper script) and
+    /usr/local/cuda. Its major version must be that of torch's CUDA."""
     wanted = torch.version.cuda
     if wanted is None:
         raise BuildError("this torch is built without CUDA")
@@ -296,13 +303,15 @@ def _nvcc() -> str:
         major = wanted.split(".")[0]
         if version is None or version[1] != major:
             found = f"CUDA {version[1]}" if version else "an unknown CUDA"
-            raise BuildError(f"{nvcc} is of {found}, torch of CUDA {wanted}; point CUDA_HOME to a CUDA {major} toolkit")
+            raise BuildError(
+                f"{nvcc} is from {found}, torch is built for CUDA {wanted}; point CUDA_HOME to a CUDA {major} toolkit"
+            )
         return nvcc
-    raise BuildError("there is no nvcc; install the CUDA toolkit or point CUDA_HOME to it")
+    raise BuildError("nvcc was not found; install the CUDA toolkit or point CUDA_HOME to it")
 
 
 def _ninja() -> str:
-    """The `ninja` package's binary, which need not be on PATH; else the system's."""
+    """Return the path of the `ninja` package's binary, which need not be on PATH; else that of the system's ninja."""
     try:
         import ninja
 
@@ -310,4 +319,4 @@ def _ninja() -> str:
     except ImportError:
         if found := shutil.which("ninja"):
             return found
-    raise BuildError("there is no ninja; pip install ninja")
+    raise BuildError("ninja was not found; pip install ninja")

@@ -1,7 +1,8 @@
-"""Convolution with its BatchNorm folded in, for inference: the folding, and one function per engine that runs it.
+"""Convolutions with folded BatchNorm, for inference: `fold`, `pack`, and one function per engine that runs them.
 
 With scale = weight / sqrt(running_var + eps) per channel, bn(conv(x, w) + b) = conv(x, scale w) + shift where
-shift = bias + (b - running_mean) scale. Activations NHWC-contiguous [N, H, W, C], weights KRSC-contiguous.
+shift = bias + (b - running_mean) scale. Activations are NHWC-contiguous [N, H, W, C], weights KRSC-contiguous
+[K, R, S, C/groups]. A residual has the output's shape [N, P, Q, K].
 """
 
 from __future__ import annotations
@@ -17,8 +18,12 @@ from fastres.ops.layout import Geometry, nchw, nhwc, wide
 
 
 class Folded(NamedTuple):
-    """w: KRSC. shift [K]: float32 (float64 for float64 weights), `bias` the same rounded to w's dtype, as ATen wants
-    it; None where nothing is added. scale [K], for a w of 8 bits only: w stands for scale w."""
+    """The weights of a convolution with folded BatchNorm.
+
+    w [K, R, S, C/groups]: in the dtype of the computation. shift [K]: float32 (float64 for float64 weights).
+    bias [K]: shift rounded to w's dtype, as ATen requires it. Both are None if nothing is added. For w in 8 bits, bias
+    is None and scale [K] is float32: the weights are scale w, and scale includes that of the input.
+    """
 
     w: Tensor
     shift: Tensor | None
@@ -27,9 +32,10 @@ class Folded(NamedTuple):
 
 
 def fold(conv: nn.Conv2d, norm: Any, layer: str) -> tuple[Tensor, Tensor]:
-    """(scale w [K, C/groups, R, S], shift [K]) in float64; norm: a BatchNorm2d with running statistics, or None.
+    """Return the folded weight scale w [K, C/groups, R, S] and shift [K], both float64.
 
-    Raises ValueError naming `layer` if a scale, a weight or a shift isn't finite.
+    norm: a BatchNorm2d with running statistics, or None. layer: the name that the error message gives. Raises
+    ValueError if a scale, weight or shift is not finite.
     """
     w = conv.weight.detach().double()
     shift = w.new_zeros(w.shape[0]) if conv.bias is None else conv.bias.detach().double()
@@ -48,7 +54,11 @@ def fold(conv: nn.Conv2d, norm: Any, layer: str) -> tuple[Tensor, Tensor]:
 
 
 def pack(w: Tensor, shift: Tensor | None, dtype: torch.dtype, layer: str) -> Folded:
-    """`fold`'s result in `dtype`. Raises ValueError naming `layer` if it leaves dtype's range."""
+    """Return `fold`'s result as `Folded`, with w and bias in the floating-point `dtype`.
+
+    shift may be None. layer: the name that the error message gives. Raises ValueError if a value is not finite in
+    `dtype`.
+    """
     bias = None if shift is None else shift.to(dtype)
     krsc = nhwc(w.to(dtype))
     for tensor, what in ((krsc, "weight"), (bias, "shift")):
@@ -65,7 +75,7 @@ def _require_finite(tensor: Tensor, layer: str, what: str) -> None:
 
 
 def by_library(x: Tensor, residual: Tensor | None = None, *, weights: Folded, geometry: Geometry, relu: bool) -> Tensor:
-    """[relu](conv(x, w) + shift + residual) by ATen, one pass after the other."""
+    """Return [relu](conv(x, w) + shift + residual) [N, P, Q, K], by separate ATen operators."""
     y = nhwc(F.conv2d(nchw(x), nchw(weights.w), weights.bias, *geometry))
     if residual is not None:
         y = y.add_(residual)
@@ -75,7 +85,10 @@ def by_library(x: Tensor, residual: Tensor | None = None, *, weights: Folded, ge
 def by_library_and_kernel(
     x: Tensor, residual: Tensor | None = None, *, weights: Folded, ones: Tensor, geometry: Geometry, relu: bool
 ) -> Tensor:
-    """[relu](conv(x, w) + shift + residual): the convolution by ATen, the rest by our kernel in one pass; ones [K]."""
+    """Return [relu](conv(x, w) + shift + residual) [N, P, Q, K]: ATen convolves, one kernel of ours does the rest.
+
+    ones [K]: the scale that this kernel, which applies scale and shift, takes.
+    """
     from fastres.kernels.batch_norm import normalize
 
     z = nhwc(F.conv2d(nchw(x), nchw(weights.w), None, *geometry))
@@ -85,7 +98,7 @@ def by_library_and_kernel(
 
 
 def by_cudnn(x: Tensor, residual: Tensor | None = None, *, weights: Folded, geometry: Geometry) -> Tensor:
-    """relu(conv(x, w) + shift + residual) by cuDNN's fused convolution."""
+    """Return relu(conv(x, w) + shift + residual) [N, P, Q, K], by cuDNN's fused convolution."""
     sizes = geometry.both
     if residual is None:
         return nhwc(torch.cudnn_convolution_relu(nchw(x), nchw(weights.w), weights.bias, *sizes))
@@ -95,19 +108,21 @@ def by_cudnn(x: Tensor, residual: Tensor | None = None, *, weights: Folded, geom
 def by_triton(
     x: Tensor, residual: Tensor | None = None, *, weights: Folded, geometry: Geometry, **epilogue: Any
 ) -> Tensor:
-    """out_scale [relu](scale conv(x, w) + shift + residual_scale residual) by our kernel, whose further arguments
-    `epilogue` is."""
+    """Return out_scale [relu](scale conv(x, w) + shift + residual_scale residual) [N, P, Q, K], by our kernel.
+
+    epilogue: further arguments of `kernels.fprop.conv_fprop` (relu, precision, out_scale, residual_scale, out_dtype).
+    """
     from fastres.kernels.fprop import conv_fprop
     from fastres.kernels.problem import ConvProblem
 
     terms = {"scale": weights.scale, "shift": weights.shift, "residual": residual}
     y = conv_fprop(x, weights.w, ConvProblem.of(x.shape, weights.w.shape, *geometry), **terms, **epilogue)
-    assert isinstance(y, Tensor)  # a pair only where statistics are asked for
+    assert isinstance(y, Tensor)  # (z, partials) only with statistics=True
     return y
 
 
 def by_stem(x: Tensor, *, weights: Folded, geometry: Geometry, relu: bool, precision: Any) -> Tensor:
-    """[relu](conv(x, w) + shift) of images of few channels by our kernel over packed images."""
+    """Return [relu](conv(x, w) + shift) [N, P, Q, K] for images x of few channels, by our kernel for packed images."""
     from fastres.kernels.problem import ConvProblem
     from fastres.kernels.stem import conv_stem, pack_filters, pack_images
 
@@ -119,8 +134,11 @@ def by_stem(x: Tensor, *, weights: Folded, geometry: Geometry, relu: bool, preci
 
 
 def by_chain(x: Tensor, residual: Tensor, *, weights: Sequence[Folded]) -> tuple[Tensor, Tensor]:
-    """A block's 3x3, its 1x1 expansion with residual, and the next block's 1x1 reduction, each with ReLU, by one
-    kernel: (the block's output, the reduction)."""
+    """Run a block's 3x3 convolution, its 1x1 expansion and the next block's 1x1 reduction in one kernel.
+
+    Each is followed by a ReLU; the residual is added before that of the expansion. x: the 3x3's input. weights: of the
+    three convolutions, in this order. Returns (the block's output, the reduction's output).
+    """
     from fastres.kernels.chain import bottleneck_chain
 
     spatial, expand, reduce = weights
@@ -129,8 +147,10 @@ def by_chain(x: Tensor, residual: Tensor, *, weights: Sequence[Folded]) -> tuple
 
 
 def by_pool(x: Tensor, *, sizes: tuple[int, int, int]) -> Tensor:
-    """max_pool(x) by our kernel: the library's writes the index of every maximum, too, eight bytes each; sizes: kernel,
-    stride and pad."""
+    """Return max_pool(x) [N, U, V, C], by our kernel. sizes: kernel, stride and pad.
+
+    The library's max pool also writes the index of every maximum, 8 bytes each.
+    """
     from fastres.kernels.max_pool import max_pool
 
     kernel, stride, pad = sizes

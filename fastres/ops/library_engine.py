@@ -1,5 +1,6 @@
-"""A conv-BN pair by the library: ATen on a CPU, through it cuDNN on a GPU. What stands around a convolution takes
-passes of its own; `triton_engine` fuses it.
+"""Runs a conv-BN pair on the library: ATen on a CPU, cuDNN through ATen on a GPU.
+
+BatchNorm, ReLU and additions run as separate passes over the activations. `triton_engine` fuses them into convolutions.
 """
 
 from __future__ import annotations
@@ -22,8 +23,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Facts:
-    """What is known of a conv-BN pair before its tensors are. passes: what computes the steps between convolutions,
-    under the names and with the signatures of `reference`."""
+    """Everything about a conv-BN pair that does not depend on the values of its tensors.
+
+    problem: the convolution's sizes. eps: BatchNorm's. batch_statistics: whether BN uses the batch's statistics or the
+    running ones. passes: a namespace with the memory-bound steps between convolutions (`normalize`, `statistics`, ...),
+    with the names and signatures that they have in `reference`.
+    """
 
     problem: ConvProblem
     eps: float
@@ -38,7 +43,11 @@ class Facts:
 
 
 class Library(Facts):
-    """`ConvBN` says what each method computes."""
+    """The steps of a conv-BN pair on ATen and cuDNN.
+
+    The fields of `conv_bn.ConvBN` with the same names document what each method computes. Activations are NHWC, filters
+    KRSC. This class is also the fallback of the classes in `triton_engine`, which override what they can fuse.
+    """
 
     def infer(
         self, x: Tensor, w: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None = None, relu: bool = True
@@ -82,7 +91,7 @@ class Library(Facts):
         return self.dgrad(dz, w, bn, **residual), None
 
     def wgrad(self, dz: Tensor, a: Tensor, bn: OnLoad, prologue: Prologue, dtype: torch.dtype) -> Tensor:
-        if bn is not None and bn.c_z is None:  # each filter's gradient is that of c_g g
+        if bn is not None and bn.c_z is None:  # dz = c_g g: compute dw from g, then scale each filter's by c_g
             c_g = bn.c_g[:, None, None, None]
             return (c_g * self.filter_gradient(dz, a, None, prologue, c_g.dtype)).to(dtype)
         return self.filter_gradient(dz, a, bn, prologue, dtype)
@@ -93,17 +102,23 @@ class Library(Facts):
         return reference.conv_wgrad(self.stored(dz, bn), a, self.problem.w_shape, geometry=self.geometry)
 
     def stored(self, g: Tensor, bn: OnLoad) -> Tensor:
-        """dz, of which only g exists where there is a bn."""
+        """Return dz in memory: g itself if bn is None, else c_g g + c_z z + c_1, computed in a separate pass."""
         return g if bn is None else self.passes.backward_apply(g, *bn)
 
 
 def scaled(w: Tensor, bn: OnLoad) -> tuple[Tensor, OnLoad]:
-    """(w, bn), or where dz is c_g g the filters c_g w, by which g gives the same dx, and None."""
+    """Return (w, bn) for dgrad; if dz = c_g g, return (c_g w, None).
+
+    In that case g with the scaled filters gives the same dx as dz with w, so no scaling of g is needed.
+    """
     if bn is None or bn.c_z is not None:
         return w, bn
     return (w * bn.c_g[:, None, None, None]).to(w.dtype), None
 
 
 def read_again(a: Tensor, dtype: torch.dtype) -> Tensor:
-    """a as all passes read it but a stem's fprop, which packs it and takes any strides and dtype."""
+    """Return a [N, H, W, C] contiguous in `dtype`.
+
+    Only a stem's activation may arrive in another layout or dtype: its fprop packs the images and accepts any.
+    """
     return a if a.dtype == dtype and a.is_contiguous() else dense(nchw(a), dtype)

@@ -1,7 +1,7 @@
-"""oneDNN on a CPU: a convolution with bias, addition and ReLU as one primitive, and a whole plan as one graph.
+"""Inference on a CPU with oneDNN: fused convolutions (bias, residual, ReLU), linear layers, and whole plans as a graph.
 
-The operators are those that PyTorch's Inductor calls. They are internal to PyTorch, so
-tests/inference/test_onednn.py pins what is used of them. oneDNN's ReLU makes 0 of NaN: give it finite inputs only.
+These are the operators that PyTorch's Inductor calls. They are internal to PyTorch, so tests/inference/test_onednn.py
+pins the behaviour that this file relies on. oneDNN's ReLU turns NaN into 0, so inputs must be finite.
 """
 
 from __future__ import annotations
@@ -18,32 +18,33 @@ from torch import Tensor, nn
 
 from fastres.ops.layout import Geometry, nchw, nhwc
 
-_OVERFLOWS = (torch.float16,)  # activations of real nets leave their range: ReLU stays PyTorch's, which keeps NaN
-_FUSION = threading.Lock()  # held while TorchScript's fusion by oneDNN, which all threads share, is switched
-HEAP_BLOCK = 2**25 - 2**16  # bytes: almost the largest block that glibc may serve from its heap, 32 MiB
+_OVERFLOWS = (torch.float16,)  # real nets' activations can overflow: use PyTorch's ReLU, which keeps NaN
+_FUSION = threading.Lock()  # protects TorchScript's switch for oneDNN fusion, which is global to the process
+HEAP_BLOCK = 2**25 - 2**16  # bytes: just below 32 MiB, the largest block that glibc can allocate from its heap
 
 
 class Packings:
-    """The weights of one net in the formats that oneDNN wants, one copy a format.
+    """A cache of one net's weights in oneDNN's packed formats, with one copy per layer and format.
 
-    The format depends on the layer, the size of its input, the number of threads and whether there are several images.
+    The format depends on the layer, the size of its input, the number of threads, and on whether the batch has one
+    image or more.
     """
 
     def __init__(self) -> None:
         self._by_call: dict[Any, Tensor] = {}
         self._by_format: dict[Any, Tensor] = {}
-        # Convolutions in int8, by layer and the size of its input, while a plan uses them.
+        # `quantised.ByOneDNN` by layer and size of its input; weak, so that each lives as long as a plan uses it.
         self.int8: WeakValueDictionary[Any, Any] = WeakValueDictionary()
 
     def conv(self, name: str, w: Tensor, geometry: Geometry, x: Tensor) -> Tensor:
-        """The filters w [K, R, S, C/groups] of layer `name` for x [N, H, W, C], opaque."""
+        """Return the filters w [K, R, S, C/groups] of layer `name`, packed for x [N, H, W, C], as an opaque tensor."""
         stride, pad, dilation, groups = geometry.both
         shape = list(nchw(x).shape)
         pack = torch.ops.mkldnn._reorder_convolution_weight
         return self._packed((name, *shape[1:], len(x) > 1), lambda: pack(nchw(w), pad, stride, dilation, groups, shape))
 
     def linear(self, name: str, w: Tensor, x: Tensor) -> Tensor:
-        """The weights w [classes, features] of layer `name` for x [N, features], opaque."""
+        """Return the weights w [classes, features] of layer `name`, packed for x [N, features], as an opaque tensor."""
         return self._packed((name, len(x) > 1), lambda: torch.ops.mkldnn._reorder_linear_weight(w, len(x)))
 
     def _packed(self, call: tuple[Any, ...], pack: Callable[[], Tensor]) -> Tensor:
@@ -58,8 +59,10 @@ class Packings:
 def conv(
     x: Tensor, residual: Any = None, *, w: Tensor, bias: Any, geometry: Geometry, relu: bool, overwrite: bool = False
 ) -> Tensor:
-    """[relu](conv(x, w) + bias + residual), NHWC; w from `Packings.conv`. overwrite: the result may take the residual's
-    memory."""
+    """Return [relu](conv(x, w) + bias + residual) [N, P, Q, K], as one oneDNN primitive (float16's ReLU is separate).
+
+    x, residual: NHWC. w: from `Packings.conv`. bias [K] or None. overwrite: a residual's memory takes the result.
+    """
     stride, pad, dilation, groups = geometry.both
     terms, unary = (w, bias, pad, stride, dilation, groups), "relu" if relu and x.dtype not in _OVERFLOWS else None
     if residual is None:
@@ -72,26 +75,28 @@ def conv(
 
 
 def linear(x: Tensor, *, w: Tensor, bias: Tensor | None) -> Tensor:
-    """x w^T + bias [N, classes]; w from `Packings.linear`."""
+    """Return x w^T + bias [N, classes] for x [N, features]; w: from `Packings.linear`."""
     return torch.ops.mkldnn._linear_pointwise.default(x, w, bias, "none", [], "")
 
 
 @cache
 def keep_heap() -> None:
-    """Have the C library reuse the memory of tensors that die; once a process is enough.
+    """Make the C library reuse the memory of freed tensors. It acts once per process; further calls do nothing.
 
-    glibc maps each large block again and unmaps it when it is freed, which costs a page fault for every 4 KiB written.
-    Freeing a mapped block raises the limit of what counts as large to its size, up to 32 MiB: so one is freed here.
+    glibc maps every large block separately and unmaps it when it is freed, so each new block costs a page fault per
+    4 KiB written. Freeing a mapped block raises the size limit for large blocks to its own size, up to 32 MiB. So this
+    function allocates and frees one block of that size.
     """
     torch.empty(HEAP_BLOCK, dtype=torch.uint8)
 
 
 def graph(function: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[Tensor], Tensor]:
-    """`function`, PyTorch's operations on x [N, C, H, W], as TorchScript in which one oneDNN graph, or a few, compute
-    the convolutions and what follows them. It takes inputs of x's shape and strides only.
+    """Trace `function` on x [N, C, H, W] and compile it with oneDNN's graph compiler, through TorchScript.
 
-    It is faster than single primitives: each part of the graph is compiled once instead of being looked up per call,
-    and values between the parts keep oneDNN's own layouts. Raises RuntimeError where oneDNN took no part of it.
+    Returns a function that accepts inputs with x's shape and strides only. One or more oneDNN graph partitions compute
+    the convolutions and what follows them. This is faster than single primitives: each partition is compiled once
+    instead of looked up per call, and values between partitions keep oneDNN's own layouts. Raises RuntimeError if
+    oneDNN's graph compiler accepts no part of `function`.
     """
     with _FUSION:
         before = torch.jit.onednn_fusion_enabled()
@@ -101,15 +106,17 @@ def graph(function: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[Tensor],
         finally:
             torch.jit.enable_onednn_fusion(before)
     if "oneDNNFusionGroup" not in str(torch.jit.last_executed_optimized_graph()):
-        raise RuntimeError("TorchScript found nothing that oneDNN's graph compiler takes")
+        raise RuntimeError("oneDNN's graph compiler accepted no part of the net")
     return traced
 
 
 def script(function: Callable[[Tensor], Tensor], x: Tensor, held: Sequence[Any] = ()) -> Callable[[Tensor], Tensor]:
-    """`function`, PyTorch's operations on x, as TorchScript, which calls them without Python. held: the packed weights
-    that the operations take. TorchScript holds no tensor in a layout of oneDNN's own."""
+    """Trace `function` on x and return it as TorchScript, which runs its operations without Python.
 
-    class Net(nn.Module):  # a function may not refer to packed weights, a module may own them
+    held: the packed int8 weights that the operations use. TorchScript can't store tensors in oneDNN's own layouts.
+    """
+
+    class Net(nn.Module):  # a traced function can't refer to packed weights; a module can own them
         def __init__(self) -> None:
             super().__init__()
             for i, each in enumerate(held):
@@ -119,12 +126,12 @@ def script(function: Callable[[Tensor], Tensor], x: Tensor, held: Sequence[Any] 
             return function(x)
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that shapes become constants: here they are
+        warnings.simplefilter("ignore")  # the tracer warns that shapes become constants, which is intended
         if held:
             traced: Callable[[Tensor], Tensor] = torch.jit.trace(Net().eval(), (x,), check_trace=False)
-        else:  # not by `trace`, whose unit keeps what it compiled, with the weights, for as long as the process lives
+        else:  # not `trace`: its compilation unit keeps the compiled code and the weights until the process ends
             recorded, _ = torch._C._create_graph_by_tracing(function, (x,), lambda _: "", True, False)
             traced = torch._C._create_function_from_graph("net", recorded)
-        for _ in range(2):  # the first call is profiled, the second compiles for the shape that was found
+        for _ in range(2):  # the first call profiles, the second compiles for the profiled shape
             traced(x)
     return traced

@@ -1,8 +1,8 @@
-"""Convolutions in 8 bits, float8 on GPUs and int8 on CPUs: how numbers are stored, and what computes with them.
+"""Convolutions in 8 bits, float8 on GPUs and int8 on CPUs: how numbers are stored, and the int8 engine, oneDNN.
 
-Activations are NHWC-contiguous [N, H, W, C]. Weights are KRSC-contiguous, with one scale per output channel and no zero
-point. In int8 weights are whole numbers from -127 to 127, activations whole numbers from 0 to 255 in tensors of dtype
-quint8, which carry their scale and zero point.
+Activations are NHWC-contiguous [N, H, W, C]. Weights are KRSC-contiguous [K, R, S, C/groups], with one scale per output
+channel and no zero point. In int8, weights are integers from -127 to 127. Activations are integers from 0 to 255, in
+tensors of dtype quint8, which carry their scale and zero point.
 """
 
 from __future__ import annotations
@@ -21,34 +21,36 @@ from fastres.ops.layout import Geometry, nchw, nhwc
 
 FLOAT8 = torch.float8_e4m3fn
 FLOAT8_MAX = torch.finfo(FLOAT8).max
-_LEAST_RANGE = 1e-28  # a range below it is none: its scale would leave float32
+_LEAST_RANGE = 1e-28  # a smaller range counts as empty: its scale would underflow in float32
 
 
 @dataclass(frozen=True)
 class Grid:
-    """The numbers that 8 bits can stand for: a stored q means scale (q - zero). dtype: float8_e4m3fn (zero is 0) or
-    quint8."""
+    """A quantisation grid: a stored 8-bit number q represents scale (q - zero).
+
+    dtype: quint8, or float8_e4m3fn, for which zero is 0.
+    """
 
     scale: float
     zero: int
     dtype: torch.dtype
 
     def store(self, x: Tensor) -> Tensor:
-        """x rounded to the grid, what lies beyond its ends at the nearest of them."""
+        """Return x in the grid's dtype: rounded to the grid, and clamped to its range."""
         if self.dtype == FLOAT8:
             return to_float8(x.float() / self.scale)
         return torch.quantize_per_tensor(x.float(), self.scale, self.zero, self.dtype)
 
     def load(self, q: Tensor, dtype: torch.dtype) -> Tensor:
-        """What q stands for, computed in float32."""
+        """Return the values that q represents, computed in float32 and rounded to `dtype`."""
         return ((q.float() * self.scale) if self.dtype == FLOAT8 else q.dequantize()).to(dtype)
 
     def units(self, q: Tensor, dtype: torch.dtype) -> Tensor:
-        """q - zero: what q stands for, divided by the scale."""
+        """Return q - zero in `dtype`: the values that q represents, divided by the scale."""
         return q.to(dtype) if self.dtype == FLOAT8 else q.int_repr().to(dtype) - self.zero
 
     def nearest(self, units: Tensor) -> Tensor:
-        """The tensor that stores the numbers nearest to units, which are as of `units`."""
+        """Return the inverse of the method `units`: a tensor of the grid's dtype, rounded and clamped to its range."""
         return (
             to_float8(units) if self.dtype == FLOAT8 else as_quint8((units + self.zero).round_().clamp_(0, 255), self)
         )
@@ -56,7 +58,10 @@ class Grid:
 
 @dataclass(frozen=True)
 class Quantised:
-    """How a convolution of 8 bits finds its tensors and leaves its output; `out` None: in the net's own dtype."""
+    """The quantisation grids of an 8-bit convolution's tensors.
+
+    residual: None without a residual. out: None if the output is in the net's floating-point dtype.
+    """
 
     x: Grid
     residual: Grid | None
@@ -64,7 +69,10 @@ class Quantised:
 
 
 def grid(low: float, high: float, dtype: torch.dtype) -> Grid:
-    """The grid of `dtype`, float8_e4m3fn or int8, that spans 0 and all from `low` to `high`."""
+    """Return the quantisation grid that covers 0 and the range from `low` to `high`.
+
+    dtype: float8_e4m3fn or int8; activations in int8 are stored as quint8.
+    """
     if dtype == FLOAT8:
         largest = max(-low, high)
         return Grid(largest / FLOAT8_MAX if largest > 0 else 1.0, 0, FLOAT8)
@@ -74,7 +82,10 @@ def grid(low: float, high: float, dtype: torch.dtype) -> Grid:
 
 
 def pack(w: Tensor, shift: Tensor | None, x: Grid) -> Folded:
-    """`fold`'s result with w in 8 bits, for inputs on the grid x, whose scale goes into that of w."""
+    """Return `fold`'s result as `Folded` with w in 8 bits, int8 if x's grid is quint8, else float8_e4m3fn.
+
+    w [K, C/groups, R, S], shift [K] or None. x: the quantisation grid of the input; its scale is multiplied into w's.
+    """
     whole = x.dtype == torch.quint8
     largest = w.abs().amax((1, 2, 3))
     scale = torch.where(largest > 0, largest / (127 if whole else FLOAT8_MAX), 1.0)
@@ -84,25 +95,26 @@ def pack(w: Tensor, shift: Tensor | None, x: Grid) -> Folded:
 
 
 def to_float8(x: Tensor) -> Tensor:
-    """x in float8, what exceeds its range at its largest number (a plain cast would give NaN)."""
+    """Return x in float8_e4m3fn, clamped to its range: a plain cast turns larger values into NaN."""
     return x.clamp(-FLOAT8_MAX, FLOAT8_MAX).to(FLOAT8)
 
 
 def as_quint8(q: Tensor, grid: Grid) -> Tensor:
-    """The tensor that stores q, whole numbers from 0 to 255 in any dtype."""
+    """Return q, integers from 0 to 255 in any dtype, as a quint8 tensor with the scale and zero point of `grid`."""
     return torch._make_per_tensor_quantized_tensor(q.to(torch.uint8), grid.scale, grid.zero)
 
 
 class ByOneDNN:
-    """Computes [relu](scale conv(x, w) + shift + residual) as one primitive of oneDNN.
+    """An int8 convolution [relu](scale conv(x, w) + shift + residual) as one oneDNN primitive.
 
-    It may run in several threads at once. The operator writes the sum over the residual; where `keep`, over a copy of
-    it. Raises RuntimeError, here or when it is called, where oneDNN doesn't serve it.
+    Calling it takes x and the residual as quint8 NHWC tensors, and returns a tuple with the output, quint8 NHWC.
+    Several threads may call it at the same time. The operator overwrites the residual with the output; with `keep`, it
+    overwrites a copy. The constructor or a call raises RuntimeError if oneDNN does not support the convolution.
 
-    The packed weights belong to this convolution alone. PyTorch keeps the primitive of the first call in them; another
-    operator would use it wrongly. A call with another shape looks its own primitive up, and packs the weights each time
-    if that primitive wants another format. `another` packs once more, for a first call of its own; packing takes
-    longer than several calls.
+    The packed weights must not be shared with another convolution: PyTorch stores the primitive of the first call in
+    them, and another operator would use that primitive wrongly. A call with another shape looks up its own primitive,
+    and packs the weights again each time if that primitive needs another format. For such a shape `another` creates a
+    new instance, whose first call may have that shape. Packing takes longer than several calls.
     """
 
     def __init__(self, weights: Folded, *, geometry: Geometry, relu: bool, grids: Quantised, keep: bool) -> None:
@@ -125,13 +137,16 @@ class ByOneDNN:
         if residual is None:
             return (nhwc(self.alone(nchw(x), self.packed, *self.out)),)
         total = nchw(residual.clone() if self.copies else residual)
-        with ENGINE:  # which these two operators ask for when they are called, too
+        with ENGINE:  # these two operators check the engine when they are called, not only when they are packed
             return (nhwc(self.added(nchw(x), total, self.packed, *self.out)),)
 
 
 class _Engine:
-    """A context in which PyTorch's quantised engine, which all threads share, is oneDNN: from the first thread that
-    enters to the last that leaves."""
+    """A context in which PyTorch's quantised engine is oneDNN.
+
+    The engine is a global setting of the process. It is switched when the first thread enters, and restored when the
+    last one leaves.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -156,15 +171,17 @@ ENGINE = _Engine()
 
 
 def by_pool(pool: Callable[..., tuple[Tensor]], x: Tensor) -> tuple[Tensor]:
-    """A max pool of a quint8 tensor by one of float32."""
+    """Return a tuple with the max pool of x, a quint8 tensor, computed by `pool` in float32."""
     (y,) = pool(x.int_repr().float())
     return (as_quint8(y, Grid(x.q_scale(), x.q_zero_point(), x.dtype)),)
 
 
 @cache
 def saturates() -> bool:
-    """Whether oneDNN's int8 convolution on this CPU loses sums of two products that leave 16 bits, as its code for CPUs
-    without VNNI does."""
+    """Return whether oneDNN's int8 convolution on this CPU saturates sums of two products at 16 bits.
+
+    Its code for CPUs without VNNI does, which gives wrong results.
+    """
     weights = Folded(torch.full((16, 1, 1, 64), 127, dtype=torch.int8), None, None, torch.ones(16))
     whole, out = Grid(1.0, 0, torch.quint8), Grid(127.0 * 64, 0, torch.quint8)
     call = ByOneDNN(weights, geometry=Geometry(), relu=False, grids=Quantised(whole, None, out), keep=False)

@@ -1,12 +1,13 @@
-"""The zero-padded identity shortcut (option A; paper, section 3.3), alone and fused with the block's end.
+"""The zero-padded identity shortcut (option A; paper, section 3.3), alone and fused with the block's addition and ReLU.
 
-    pad_shortcut(x, stride, channels)      every `stride`-th pixel of x, zero channels appended
-    pad_shortcut_add_relu(y, x, stride)    relu(y + pad_shortcut(x, stride, K))
+    pad_shortcut(x, stride, channels)      every `stride`-th pixel of x, with zero channels appended
+    pad_shortcut_add_relu(y, x, stride)    relu(y + pad_shortcut(x, stride, K)), y [N, K, P, Q]
 
-Schemas, fake implementations, autograd, vmap and an ATen body stand here, so both are ordinary operators on every
-device from the import on. csrc/ holds CPU and CUDA kernels over the ATen bodies; `extension` builds and loads them when
-a body first meets a tensor of that device. Derivatives of every order and forward-mode AD work: each backward is itself
-an operator with a derivative, and jvp is the forward on the tangents.
+Both are PyTorch operators. This file defines their schemas, fake implementations, autograd, vmap and an implementation
+in ATen operators, which works on every device. csrc/ has faster CPU and CUDA kernels, which replace the ATen
+implementation: `extension` builds and loads them at the first call with a tensor of that device. Derivatives of every
+order and forward-mode AD work: each backward is itself an operator with a derivative, and the jvp is the forward
+applied to the tangents.
 """
 
 from __future__ import annotations
@@ -38,35 +39,46 @@ _pad = torch.ops.fastres.pad_shortcut.default
 _pad_backward = torch.ops.fastres.pad_shortcut_backward.default
 _add_relu = torch.ops.fastres.pad_shortcut_add_relu.default
 _add_relu_backward = torch.ops.fastres.pad_shortcut_add_relu_backward.default
-_mask = torch.ops.aten.threshold_backward.default  # (grad, out, 0): grad where relu passed it
+_mask = torch.ops.aten.threshold_backward.default  # (grad, out, 0): grad, but 0 where out <= 0
 
 
 def pad_shortcut(x: Tensor, stride: int, channels: int) -> Tensor:
-    """Option A: x[:, :, ::stride, ::stride] with zero channels appended.
+    """Return the option-A shortcut of x: every `stride`-th pixel, with zero channels appended.
 
-    x [N, C, H, W] of float64, float32, bfloat16 or float16, any strides; channels >= C, stride >= 1. Returns
-    [N, channels, ceil(H/stride), ceil(W/stride)] in x's memory format. Equivalent to `reference.pad_shortcut`.
-    Raises TypeError for another dtype, ValueError for a wrong shape or number.
+    x [N, C, H, W] of float64, float32, bfloat16 or float16, any strides; stride >= 1; channels >= C. Returns
+    [N, channels, ceil(H/stride), ceil(W/stride)] in x's dtype and memory format. Equivalent to:
+
+        x = x[:, :, ::stride, ::stride]
+        return F.pad(x, (0, 0, 0, 0, 0, channels - x.shape[1]))
+
+    Raises TypeError for another dtype, and ValueError for a wrong shape, stride or number of channels. Source: paper,
+    section 3.3.
     """
     _check(x, stride, channels)
     return _call(_pad, _PadFunction, x, stride, channels)
 
 
 def pad_shortcut_add_relu(y: Tensor, x: Tensor, stride: int) -> Tensor:
-    """relu(y + pad_shortcut(x, stride, K)) in one pass; the backward, too, is one pass and saves only the output.
+    """Return relu(y + pad_shortcut(x, stride, K)), computed in one pass over memory.
 
-    y [N, K, ceil(H/stride), ceil(W/stride)] and x [N, C, H, W] of one dtype (as for `pad_shortcut`) and device, any
-    strides; K >= C. Returns y's shape in y's memory format. Equivalent to `reference.pad_shortcut_add_relu`.
-    Raises TypeError for another dtype or two of them, ValueError for a wrong shape, number or device.
+    The backward is one pass too, and needs only the output saved. y [N, K, ceil(H/stride), ceil(W/stride)] and
+    x [N, C, H, W] have the same dtype (float64, float32, bfloat16 or float16) and device, and any strides; K >= C.
+    Returns a tensor with y's shape, dtype and memory format. Equivalent to:
+
+        return F.relu(y + pad_shortcut(x, stride, y.shape[1]))
+
+    Raises TypeError for another dtype or different dtypes, and ValueError for a wrong shape, stride or device. Source:
+    paper, equation 1 and section 3.3.
     """
     _check_pair(y, x, stride)
     return _call(_add_relu, _AddReluFunction, y, x, stride)
 
 
 class PadShortcut(nn.Module):
-    """Option A as a block's shortcut: `pad_shortcut` without parameters. [N, C, H, W] -> [N, channels, P, Q].
+    """Option A as the shortcut module of a block: `pad_shortcut`, [N, C, H, W] -> [N, channels, P, Q]. No parameters.
 
-    Under scripting, tracing, `fx` and `torch.export` it is its ATen formulation, so such graphs run anywhere.
+    Under scripting, tracing, `fx` and `torch.export` it runs in plain ATen operators, so that such graphs run without
+    fastres.
     """
 
     def __init__(self, stride: int, channels: int) -> None:
@@ -77,7 +89,7 @@ class PadShortcut(nn.Module):
         self.channels = channels
 
     def forward(self, x: Tensor) -> Tensor:
-        if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript skips it only as a statement of its own
+        if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript skips only a separate statement
             if not is_traced(x):
                 return pad_shortcut(x, self.stride, self.channels)
         return reference.pad_shortcut(x, self.stride, self.channels)
@@ -87,7 +99,7 @@ class PadShortcut(nn.Module):
 
 
 def is_traced(x: Any) -> bool:
-    """True while the call is recorded by fx, `jit.trace` or `torch.export`: recordings hold ATen ops only."""
+    """Return True if fx, `jit.trace` or `torch.export` is recording the call: recordings must contain ATen ops only."""
     return isinstance(x, fx.Proxy) or torch.jit.is_tracing() or torch.compiler.is_exporting()
 
 
@@ -107,9 +119,9 @@ def _check_pair(y: Tensor, x: Tensor, stride: int) -> None:
     if y.dim() != 4:
         raise ValueError(f"y must have 4 dimensions [N, K, P, Q], got {tuple(y.shape)}")
     if y.dtype != x.dtype:
-        raise TypeError(f"y and x must have one dtype, got {y.dtype} and {x.dtype}")
+        raise TypeError(f"y and x must have the same dtype, got {y.dtype} and {x.dtype}")
     if y.device != x.device:
-        raise ValueError(f"y and x must be on one device, got {y.device} and {x.device}")
+        raise ValueError(f"y and x must be on the same device, got {y.device} and {x.device}")
     _check(x, stride, y.shape[1])
     N, _, H, W = x.shape
     expected = (N, y.shape[1], _ceil_div(H, stride), _ceil_div(W, stride))
@@ -122,7 +134,7 @@ def _ceil_div(size: int, stride: int) -> int:
 
 
 def _memory_format(x: Tensor) -> torch.memory_format:
-    """ATen's `suggest_memory_format`, as csrc/shortcut.h has it too."""
+    """Return ATen's `suggest_memory_format` of x, as csrc/shortcut.h does too: the results' strides must agree."""
     sizes, strides = x.shape, x.stride()
     if strides[1] == 0:
         return torch.contiguous_format
@@ -138,7 +150,7 @@ def _empty(like: Tensor, *sizes: int) -> Tensor:
     return torch.empty(sizes, dtype=like.dtype, device=like.device, memory_format=_memory_format(like))
 
 
-# Fake: shapes and strides of the results.
+# Fake implementations: they give the shapes and strides of the results.
 
 
 @torch.library.register_fake("fastres::pad_shortcut", lib=_lib)
@@ -164,7 +176,8 @@ def _add_relu_backward_fake(grad: Tensor, out: Tensor, stride: int, C: int, H: i
     return _empty(out, *out.shape), _empty(out, out.shape[0], C, H, W)
 
 
-# The ATen bodies. On their first call with a CPU or CUDA tensor the kernel, where there is one, takes their place.
+# The ATen implementations. The first call with a CPU or CUDA tensor tries to load that device's kernel. If that
+# succeeds, the dispatcher calls the kernel from then on.
 
 
 def _pad_aten(x: Tensor, stride: int, channels: int) -> Tensor:
@@ -203,8 +216,8 @@ def _add_relu_backward_aten(grad: Tensor, out: Tensor, stride: int, C: int, H: i
     return dy, dx
 
 
-# Autograd. Registered on the Autograd key by hand, because `torch.library.register_autograd` knows no jvp: an operator
-# made with it gives zero tangents without a word.
+# Autograd is registered on the Autograd key directly. `torch.library.register_autograd` does not support jvp: with it,
+# an operator silently gives zero tangents.
 
 
 class _PadFunction(_SingleLevelFunction):
@@ -260,7 +273,8 @@ class _AddReluFunction(_SingleLevelFunction):
 
 
 class _AddReluBackwardFunction(_SingleLevelFunction):
-    """Linear in grad; its derivative in `out`, a step, is zero wherever it exists."""
+    """The backward of `pad_shortcut_add_relu`. It is linear in grad; its derivative with respect to `out`, which only
+    selects elements, is zero."""
 
     @staticmethod
     def forward(
@@ -284,7 +298,10 @@ class _AddReluBackwardFunction(_SingleLevelFunction):
 
 
 def _autograd(op: Any, function: Any) -> Callable[..., Any]:
-    """The kernel of `op` for the Autograd key: `function` where a derivative is wanted, else straight on."""
+    """Return the kernel of `op` for the Autograd key.
+
+    It applies `function` if a derivative is needed; otherwise it calls the next dispatch key directly.
+    """
 
     def kernel(keyset: Any, *args: Any) -> Any:
         def below(*args: Any) -> Any:
@@ -292,12 +309,12 @@ def _autograd(op: Any, function: Any) -> Callable[..., Any]:
                 return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
         def below_this_level(*args: Any) -> Any:
-            with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):  # `apply` switched them off for all
+            with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):  # `apply` disabled both, for all levels
                 return below(*args)
 
         if forward_ad._current_level < 0 and not (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
             return below(*args)
-        if torch._C._are_functorch_transforms_active():  # this level only; the levels below differentiate on their own
+        if torch._C._are_functorch_transforms_active():  # for this level only: the levels below have their own
             with enable_single_level_autograd_function():
                 return function.apply(below_this_level, *args)
         return function.apply(below, *args)
@@ -306,8 +323,10 @@ def _autograd(op: Any, function: Any) -> Callable[..., Any]:
 
 
 def _call(op: Any, function: Any, *args: Any) -> Any:
-    """op(*args), by a way past the dispatcher's Python autograd kernel where the tensors are plain: it costs as much as
-    a small shortcut."""
+    """Return op(*args), without going through the dispatcher's Python autograd kernel if the tensors are plain.
+
+    That kernel takes as long as a small shortcut.
+    """
     if (
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()
@@ -327,7 +346,7 @@ def _call(op: Any, function: Any, *args: Any) -> Any:
     return below(*args)
 
 
-# vmap: the mapped dimension joins the batch.
+# vmap: the mapped dimension is folded into the batch dimension.
 
 
 def _fold(size: int, t: Tensor, dim: int | None) -> Tensor:

@@ -1,4 +1,4 @@
-"""A conv-BN pair by our kernels, each with what `dispatch` lets it fuse. Importing this imports Triton."""
+"""Runs a conv-BN pair on our kernels, with the fusions that `dispatch` allows. Importing this module imports Triton."""
 
 from __future__ import annotations
 
@@ -14,12 +14,16 @@ from fastres.ops.layout import nchw
 from fastres.ops.library_engine import Library, read_again, scaled
 from fastres.ops.reference import Affine, EndNorms, OnLoad, Prologue
 
-# The kernels between convolutions, by the names that `reference` gives them.
+# Launchers of the memory-bound kernels between convolutions, under the names that these steps have in `reference`.
 passes = SimpleNamespace(**{**vars(max_pool), **vars(pad_shortcut), **vars(batch_norm)})
 
 
 class Kernels(Library):
-    """By the kernels for all shapes. Launchers are looked up in their modules, where tuning replaces them."""
+    """The steps of a conv-BN pair on the kernels for all shapes.
+
+    The fields of `conv_bn.ConvBN` with the same names document what each method computes. Convolutions are called as
+    attributes of their modules (`fprop.conv_fprop`), because tuning replaces them there.
+    """
 
     def _fprop(self, x: Tensor, w: Tensor, **around: Any) -> Any:
         return fprop.conv_fprop(x, w, self.problem, precision=self.engines.precision, **around)
@@ -47,13 +51,18 @@ class Kernels(Library):
 
     @property
     def _sums(self) -> bool:
-        """Whether the kernel takes the statistics."""
+        """Whether fprop's epilogue computes the BN statistics."""
         return self.batch_statistics and self.engines.fusions.statistics
 
-    def _epilogue(self, found: Any) -> Any:
-        return found if self._sums else self.with_partials(found)
+    def _epilogue(self, result: Any) -> Any:
+        """Return (z, partials) from fprop's result, which is already that tuple if the kernel computed the statistics.
+
+        Otherwise the result is z alone.
+        """
+        return result if self._sums else self.with_partials(result)
 
     def _prologue(self, a: Tensor, prologue: Prologue, on_load: bool) -> tuple[Tensor, Affine | None]:
+        """Return (a, prologue) if the kernel applies the prologue while loading, else (the activation, None)."""
         if prologue is None or (self.engines.fusions.prologue and on_load):
             return a, prologue
         return self.passes.normalize(a, *prologue, relu=True), None
@@ -82,7 +91,10 @@ class Kernels(Library):
 
 
 class Stem(Kernels):
-    """By the kernels over packed images of few channels, where nothing has to be computed on load or added."""
+    """The steps of a conv-BN pair on the kernels for packed images of few channels.
+
+    These kernels have no prologue and add no residual. Calls that need either run on `Kernels` or `Library`.
+    """
 
     infer_live = Library.infer_live
     fprop_joined = Library.fprop_joined
@@ -106,6 +118,6 @@ class Stem(Kernels):
         return stem.conv_stem_wgrad(dz, images, self.problem, precision=self.engines.precision, out_dtype=dtype)
 
     def _packed(self, x: Tensor, w: Tensor, **epilogue: Any) -> Any:
-        """x may have any strides and dtype: packing converts it to that of w."""
+        """Launch the stem's convolution on x [N, H, W, C]. Packing accepts any strides, and converts to w's dtype."""
         images, filters = stem.pack_images(nchw(x), self.problem, w.dtype), stem.pack_filters(w)
         return stem.conv_stem(images, filters, self.problem, precision=self.engines.precision, **epilogue)

@@ -103,13 +103,13 @@ def expect_aten(message: str) -> None:
 def test_without_a_compiler_aten_serves(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FASTRES_CUDA_EXT", "auto")
     monkeypatch.setenv("PATH", "")
-    expect_aten(r"there is no C\+\+ compiler; install")
+    expect_aten(r"no C\+\+ compiler was found; install")
 
 
 def test_a_named_compiler_that_is_missing_is_named(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FASTRES_CUDA_EXT", "auto")
     monkeypatch.setenv("CXX", "no-such-compiler -v")
-    expect_aten("CXX names 'no-such-compiler', which isn't there")
+    expect_aten("CXX names 'no-such-compiler', which was not found")
 
 
 def test_a_compiler_that_fails_is_quoted(
@@ -157,7 +157,7 @@ def test_a_compiler_that_writes_nothing_has_failed(
 def test_a_named_compiler_that_is_no_command_is_refused(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FASTRES_CUDA_EXT", "auto")
     monkeypatch.setenv("CXX", "g++ '-O2")
-    expect_aten("CXX is .*, which is no command")
+    expect_aten("CXX is .*, which is not a valid command")
 
 
 def test_a_cache_may_have_a_name_that_is_not_utf8(
@@ -206,7 +206,7 @@ def test_an_unknown_mode_is_refused_and_other_devices_have_no_library(
 def test_cuda_without_gpu_or_toolkit_says_what_to_install(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(shutil, "which", lambda name: None)
-    with pytest.raises(extension.BuildError, match=r"there is no nvcc; install the CUDA toolkit|built without CUDA"):
+    with pytest.raises(extension.BuildError, match=r"nvcc was not found; install the CUDA toolkit|built without CUDA"):
         extension.build("cuda")
     assert not extension.status().cuda
 
@@ -220,7 +220,9 @@ def test_a_toolkit_of_another_major_version_is_refused(
     nvcc.chmod(0o755)
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    with pytest.raises(extension.BuildError, match=r"is of CUDA 7, torch of CUDA 13\.0; point CUDA_HOME to a CUDA 13"):
+    with pytest.raises(
+        extension.BuildError, match=r"is from CUDA 7, torch is built for CUDA 13\.0; point CUDA_HOME to a CUDA 13"
+    ):
         extension.build("cuda", ("90",))
 
 
