@@ -1,1 +1,1 @@
-"""C++ and CUDA sources of the option-A shortcut; `fastres.ops.shortcut` builds and loads them."""
+"""C++ and CUDA sources of the option-A shortcut; `fastres.ops.extension` builds and loads them."""

@@ -1,6 +1,7 @@
-// Option-A shortcut on the CPU, parallel over planes (NCHW) or rows of pixels (NHWC). A task moves its elements, a few
-// KB, in short rows without arithmetic, and does the arithmetic in one long loop while they are in the first cache.
-// All loops are plain and branch-free, for the compiler to vectorise; the builder names the machine's instruction set.
+// Option-A shortcut on the CPU, parallel over planes (NCHW) or rows of pixels (NHWC). A task first copies its elements,
+// a few KB, in short rows. Then it does the arithmetic in one long loop, while they are still in the L1 cache. All
+// loops are plain and free of branches, so that the compiler can vectorise them for the instruction set that the build
+// selects.
 
 #include "shortcut.h"
 
@@ -16,13 +17,14 @@ void parallel_rows(int64_t rows, int64_t row_size, const F& f) {
   torch::stable::parallel_for(0, rows, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, row_size)), f);
 }
 
-// x[2 i] and x[2 i + 1] as one integer, x[2 i] in its lower half: what subsamples by two, and what zeroes between, is
-// then a truncation and a zero extension, for which there are vector instructions.
+// x[2 i] and x[2 i + 1] as one integer, with x[2 i] in its lower half. Subsampling by two is then a truncation, and
+// inserting zeros is a zero extension. Both have vector instructions.
 static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__);
 template <class B>
 using Pair = std::conditional_t<sizeof(B) == 2, uint32_t, uint64_t>;
 
-// `count` elements of x at distance two, and back with zeros between: vectors, where count is a constant.
+// narrow: out[i] = x[2 i] for i < count. widen is the transpose: dx[2 i] = grad[i], dx[2 i + 1] = 0. The compiler
+// vectorises them because count is a constant.
 template <int count, class B>
 inline void narrow(B* out, const B* x) {
   Pair<B> pairs[count];
@@ -41,8 +43,8 @@ inline void widen(B* dx, const B* grad) {
   std::memcpy(dx, pairs, sizeof(pairs));
 }
 
-// f(i, integral constant) for blocks that cover [0, size). Rows are short (7, 8, 14, 16, 28 pixels), so the last block
-// overlaps the one before rather than leave a remainder.
+// Calls f(i, block) for blocks [i, i + block) that cover [0, size); block is an integral constant. Rows are short (7,
+// 8, 14, 16, 28 pixels), so instead of leaving a remainder the last block overlaps the previous one.
 template <class F>
 inline void in_blocks(int64_t size, const F& f) {
   const auto cover = [&](auto count) {
@@ -59,7 +61,7 @@ inline void in_blocks(int64_t size, const F& f) {
   }
 }
 
-// memcpy and memset of a pixel's few channels: a call costs more than the work.
+// memcpy and memset for the few channels of a pixel, for which a library call takes longer than the work itself.
 template <class B>
 inline void copy(B* __restrict out, const B* __restrict x, int64_t size) {
   constexpr int64_t block = 32 / sizeof(B);
@@ -80,7 +82,7 @@ inline void clear(B* out, int64_t size) {
   }
 }
 
-// out[i] = x[i * step]. `in_pairs`: x[size * 2 - 1] is there to be read, too.
+// out[i] = x[i * step]. in_pairs: step is 2 and x[2 * size - 1] may be read too.
 template <class B>
 inline void gather_row(B* __restrict out, const B* __restrict x, int64_t step, int64_t size, bool in_pairs) {
   if (step == 1) return copy(out, x, size);
@@ -90,7 +92,7 @@ inline void gather_row(B* __restrict out, const B* __restrict x, int64_t step, i
   for (int64_t i = 0; i < size; ++i) out[i] = x[i * step];
 }
 
-// A row of W elements of dx: grad at every `stride`-th, zeros between.
+// Fills a row of W elements of dx: grad at every `stride`-th element, zeros between them.
 template <class B>
 inline void scatter_row(const B* __restrict grad, B* __restrict dx, int64_t stride, int64_t W) {
   if (stride == 1) return copy(dx, grad, W);
@@ -105,7 +107,7 @@ inline void scatter_row(const B* __restrict grad, B* __restrict dx, int64_t stri
   for (int64_t i = 0, w = 0; w < W; ++i, w += stride) dx[w] = grad[i];
 }
 
-// out[i] = relu(y[i] + x[i]); x may be out.
+// out[i] = relu(y[i] + x[i]); x and out may be the same row.
 template <class T>
 inline void add_relu_row(Bits<T>* out, const Bits<T>* y, const Bits<T>* x, int64_t size) {
 #pragma GCC ivdep
@@ -118,14 +120,15 @@ inline void relu_row(Bits<T>* __restrict out, const Bits<T>* __restrict y, int64
   for (int64_t i = 0; i < size; ++i) out[i] = relu<T>(y[i]);
 }
 
-// dy[i] = grad[i] where out[i] passed the relu, else 0
+// dy[i] = grad[i] where the relu passed out[i], else 0.
 template <class T>
 inline void mask_row(Bits<T>* __restrict dy, const Bits<T>* __restrict grad, const Bits<T>* __restrict out,
                       int64_t size) {
   for (int64_t i = 0; i < size; ++i) dy[i] = masked<T>(grad[i], out[i]);
 }
 
-// The planes [begin, end) of the N * K, all of one image's x or all of its appended channels: f(plane, planes, n, k).
+// Calls f(plane, planes, n, k) for ranges that cover the planes [begin, end) of all N * K. A range is one plane of x's
+// channels, or consecutive planes of one image's appended channels; (n, k) is its first plane.
 template <class F>
 void for_planes(const Problem& s, int64_t begin, int64_t end, const F& f) {
   while (begin < end) {
@@ -177,7 +180,7 @@ struct Cpu {
     }
   }
 
-  // dx is dense, in the order of the other tensors.
+  // dx is dense, in the same memory order as the other tensors.
   template <class T, bool fused>
   static void scatter(const Problem& s, const Tensor&, const Bits<T>* grad, const Bits<T>* out, Bits<T>* dy,
                       Bits<T>* dx) {

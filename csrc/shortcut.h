@@ -1,9 +1,9 @@
-// The host side that the CPU and the CUDA implementation of the option-A shortcut share: checks, layouts, allocation.
+// Host code shared by the CPU and CUDA implementations of the option-A shortcut: checks, layouts, allocation.
 //
 //   shortcut(x)[n, k, p, q] = k < C ? x[n, k, p * stride, q * stride] : 0
 //
-// x and dx [N, C, H, W] are read and written through their strides. Everything of the output's shape [N, K, P, Q] is
-// dense, in NCHW or NHWC order. A device gives `gather` (forward) and `scatter` (backward, the transpose of gather).
+// x and dx [N, C, H, W] are accessed through their strides. All tensors of the output's shape [N, K, P, Q] are dense, in
+// NCHW or NHWC order. A device implements `gather` (forward) and `scatter` (backward, the transpose of gather).
 
 #pragma once
 
@@ -42,7 +42,7 @@ struct Problem {
   bool channels_last;      // order of the dense [N, K, P, Q] tensors
 };
 
-// Elements travel as bits, because copies need no more and plain integers vectorise.
+// Elements are handled as integers of the same size: copies need nothing else, and integer loops vectorise well.
 template <class T>
 using Bits = std::conditional_t<sizeof(T) == 8, uint64_t, std::conditional_t<sizeof(T) == 4, uint32_t, uint16_t>>;
 
@@ -54,8 +54,9 @@ FASTRES_HD inline To bits_as(From from) {
   return to;
 }
 
-// Where relu passes its gradient, as torch's threshold_backward has it: everything but out <= 0, so NaN too. Read as
-// integers, positive numbers and positive NaNs are above 0 and negative NaNs above negative infinity.
+// Whether relu passes the gradient at an output with the bits `out`. As in torch's threshold_backward this is true
+// unless out <= 0, so it is true for NaN. As a signed integer, a positive number or positive NaN is greater than 0. As
+// an unsigned integer, a negative NaN is greater than negative infinity.
 template <class T>
 FASTRES_HD constexpr bool passes(Bits<T> out) {
   constexpr int mantissa = sizeof(T) == 8 ? 52 : sizeof(T) == 4 ? 23 : std::is_same_v<T, Half> ? 10 : 7;
@@ -63,7 +64,7 @@ FASTRES_HD constexpr bool passes(Bits<T> out) {
   return static_cast<std::make_signed_t<Bits<T>>>(out) > 0 || out > negative_infinity;
 }
 
-// value where relu passes `out`, else +0; no branch.
+// value where relu passes `out`, else +0; without a branch.
 template <class T>
 FASTRES_HD constexpr Bits<T> masked(Bits<T> value, Bits<T> out) {
   return static_cast<Bits<T>>(value & -static_cast<Bits<T>>(passes<T>(out)));
@@ -74,7 +75,7 @@ FASTRES_HD constexpr Bits<T> relu(Bits<T> y) {
   return masked<T>(y, y);
 }
 
-// relu(y + x): 16-bit types are added in float and rounded once.
+// relu(y + x). 16-bit types are added in float and rounded once.
 template <class T>
 FASTRES_HD inline Bits<T> add_relu(Bits<T> y, Bits<T> x) {
   if constexpr (std::is_same_v<T, BFloat16>) {
@@ -90,7 +91,7 @@ FASTRES_HD inline Bits<T> add_relu(Bits<T> y, Bits<T> x) {
   }
 }
 
-// ATen's suggest_memory_format() == channels_last.
+// Whether ATen's suggest_memory_format() is channels_last.
 inline bool is_channels_last(const Tensor& t) {
   const auto sizes = t.sizes(), strides = t.strides();
   if (strides[1] == 0) return false;
@@ -141,7 +142,7 @@ inline Problem problem(int64_t N, int64_t C, int64_t H, int64_t W, int64_t K, in
   STD_TORCH_CHECK(K >= C, "channels must be at least x's ", C, ", got ", K);
   Problem s{};
   s.N = N, s.C = C, s.H = H, s.W = W, s.K = K;
-  s.stride = std::min(stride, std::max<int64_t>({H, W, 1}));  // a longer one does the same, but might overflow
+  s.stride = std::min(stride, std::max<int64_t>({H, W, 1}));  // a larger one has the same result but could overflow
   s.P = (H + s.stride - 1) / s.stride;
   s.Q = (W + s.stride - 1) / s.stride;
   return s;
@@ -158,7 +159,7 @@ inline Problem problem_of(const Tensor& x, int64_t channels, int64_t stride) {
   return s;
 }
 
-// Calls f with a null pointer of the tensor's element type, which it only looks at.
+// Calls f with a null pointer to the tensor's element type; f uses only its type.
 template <class F>
 void for_dtype(const Tensor& t, F f) {
   switch (t.scalar_type()) {
@@ -224,7 +225,7 @@ Tensor pad_shortcut_backward(const Tensor& grad, int64_t stride, int64_t C, int6
   return dx;
 }
 
-// (dy [N, K, P, Q], dx [N, C, H, W]) from grad and the saved output, in the output's memory format.
+// (dy [N, K, P, Q], dx [N, C, H, W]) from grad and the saved output, both in the output's memory format.
 template <class Device>
 std::tuple<Tensor, Tensor> pad_shortcut_add_relu_backward(const Tensor& grad, const Tensor& out, int64_t stride,
                                                           int64_t C, int64_t H, int64_t W) {
@@ -249,7 +250,7 @@ std::tuple<Tensor, Tensor> pad_shortcut_add_relu_backward(const Tensor& grad, co
   return {dy, dx};
 }
 
-// The Python side (fastres/ops/shortcut.py) defines the schemas, fake, autograd and the ATen body.
+// fastres/ops/shortcut.py defines the schemas, fake implementations, autograd and the ATen implementation.
 template <class Device>
 void implement(torch::stable::detail::StableLibrary& m) {
   m.impl("pad_shortcut", TORCH_BOX(&pad_shortcut<Device>));

@@ -1,5 +1,6 @@
-// Option-A shortcut on CUDA: one pass over memory. A thread moves `V` neighbouring elements of the [N, K, P, Q] side,
-// as one access of up to 16 bytes: V channels of a pixel in NHWC order, V pixels of a row in NCHW order.
+// Option-A shortcut on CUDA, in one pass over memory. A thread processes packs of V adjacent elements of the dense
+// [N, K, P, Q] tensors, each by one access of up to 16 bytes: V channels of a pixel in NHWC order, V pixels of a row in
+// NCHW order.
 
 #include "shortcut.h"
 
@@ -12,22 +13,22 @@ namespace fastres {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kBlocksPerSM = 16;  // enough threads to fill an SM twice; the grid-stride loop takes the rest
+constexpr int kBlocksPerSM = 16;  // enough threads to fill an SM twice; a grid-stride loop covers the rest
 
 template <class B, int V>
 struct alignas(sizeof(B) * V) Pack {
   B at[V];
 };
 
-// The problem in the kernels' own integer type, with what they need of x (or dx) alone.
+// The sizes and strides that the kernels need, in their integer type I.
 template <class I>
 struct Shape {
-  I items;  // packs of the [N, K, P, Q] side
+  I items;  // number of packs of a [N, K, P, Q] tensor
   I C, H, W, K, P, Q, stride;
   I sN, sC, sH, sW;
 };
 
-// Pack `item` covers the elements item * V ... of the dense side; its first one is (n, k, p, q).
+// The indices of a pack's first element.
 template <class I>
 struct Position {
   I n, k, p, q;
@@ -49,8 +50,9 @@ __device__ __forceinline__ Position<I> position(const Shape<I>& s, I item) {
   }
 }
 
-// A pack's elements of x: V channels next to each other, or V pixels at distance `stride` in a row. With V > 1 the host
-// has made sure (see `packs`) that the accesses are aligned and within the row, and that stride is 1 or 2 in NCHW.
+// Loads the V elements of x that belong to a pack: adjacent channels in NHWC, every `stride`-th pixel of a row in NCHW.
+// For V > 1 the host has checked with `packs` that the accesses are aligned and stay within the row, and that stride is
+// 1 or 2 in NCHW.
 template <class B, int V, bool channels_last, class I>
 __device__ __forceinline__ Pack<B, V> load_x(const B* __restrict__ x, const Shape<I>& s) {
   if constexpr (V == 1) {
@@ -89,8 +91,8 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// Writes a pack's block of dx: the gradient at the pixels that the shortcut reads, zeros up to the next ones, and no
-// further than the image. Blocks tile dx, so every element is written once.
+// Writes the block of dx that belongs to a pack: the gradient at the pixels that the shortcut reads, and zeros from
+// there to the next such pixels or the edge of the image. The blocks tile dx, so every element is written exactly once.
 template <class B, int V, bool channels_last, class I>
 __device__ __forceinline__ void store_dx(B* __restrict__ dx, const Shape<I>& s, const Position<I>& at,
                                          const Pack<B, V>& value) {
@@ -140,8 +142,8 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// Whether packs of V elements fit: no pack straddles a pixel's channels, the C boundary or a row, and every pack of
-// every tensor is aligned to its size (the dense side is allocated by torch, but may be a view that starts anywhere).
+// Whether packs of V elements can be used. No pack may cross the end of a pixel's channels, of x's C channels or of a
+// row, and all packs must be aligned to their size. This includes the dense tensors: a view may start at any element.
 template <class B>
 bool packs(const Problem& s, int V, std::initializer_list<const B*> pointers) {
   for (const B* pointer : pointers) {
@@ -155,11 +157,11 @@ bool packs(const Problem& s, int V, std::initializer_list<const B*> pointers) {
          strided(s.C, s.sC) && strided(s.H, s.sH);
 }
 
-// The farthest element of x or dx from its first one, and the number of those on the dense side, decide the integer.
+// Whether 32-bit integers can hold all offsets: those of x or dx from its first element, and those in a dense tensor.
 bool fits_int32(const Problem& s) {
   const auto reach = [](int64_t size, int64_t stride) { return std::max<int64_t>(size - 1, 0) * stride; };
   const int64_t far = reach(s.N, s.sN) + reach(s.C, s.sC) + reach(s.H, s.sH) + reach(s.W, s.sW);
-  // The grid-stride loop steps once past the end; 2^30 leaves room for any grid.
+  // The grid-stride loop takes one step past the end. The bound 2^30 leaves room for it with any launch grid.
   return std::max(far, s.N * s.K * s.P * s.Q) < (int64_t{1} << 30);
 }
 
@@ -167,8 +169,8 @@ void check(cudaError_t error) {
   STD_TORCH_CHECK(error == cudaSuccess, "the option-A shortcut's CUDA kernel failed: ", cudaGetErrorString(error));
 }
 
-// Calls launch(V, channels_last, I{}), the first two as integral constants: the widest packs that fit, 32-bit integers
-// wherever they reach. Beyond, 64-bit divisions cost more than the accesses, so single elements do.
+// Calls launch(V, channels_last, I{}), where V and channels_last are integral constants. Uses the widest packs and
+// 32-bit integers where possible. With 64-bit integers V is 1: their divisions take longer than the memory accesses.
 template <class B, class F>
 void specialise(const Problem& s, std::initializer_list<const B*> pointers, F launch) {
   constexpr std::integral_constant<int, 16 / sizeof(B)> widest;
@@ -189,7 +191,8 @@ void specialise(const Problem& s, std::initializer_list<const B*> pointers, F la
   }
 }
 
-// Moving elements only needs their size, so the two 16-bit types share the kernels that do no more.
+// The element type with which kernels are instantiated. Kernels that only move elements depend on the size alone, so
+// the two 16-bit types share them.
 template <class T, bool fused>
 using Element = std::conditional_t<!fused && sizeof(T) == 2, Half, T>;
 
@@ -200,7 +203,7 @@ Shape<I> shape(const Problem& s, int V) {
           narrow(s.Q),  narrow(s.stride),    narrow(s.sN), narrow(s.sC), narrow(s.sH), narrow(s.sW)};
 }
 
-// Launches `kernel` over `items` on the tensor's device and torch's current stream there.
+// Launches `kernel` for `items` packs on the tensor's device, on torch's current stream there.
 template <class... Parameters, class... Arguments>
 void launch_on(const Tensor& tensor, int64_t items, void (*kernel)(Parameters...), Arguments... arguments) {
   const int32_t device = tensor.get_device_index();
