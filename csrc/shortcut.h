@@ -2,8 +2,8 @@
 //
 //   shortcut(x)[n, k, p, q] = k < C ? x[n, k, p * stride, q * stride] : 0
 //
-// x and dx [N, C, H, W] are accessed through their strides. All tensors of the output's shape [N, K, P, Q] are dense, in
-// NCHW or NHWC order. A device implements `gather` (forward) and `scatter` (backward, the transpose of gather).
+// x and dx [N, C, H, W] are accessed through their strides. All tensors of the output's shape [N, K, P, Q] are dense,
+// in NCHW or NHWC order. A device implements `gather` (forward) and `scatter` (backward, the transpose of gather).
 
 #pragma once
 

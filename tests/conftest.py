@@ -1,13 +1,14 @@
-"""Fixed seeds and thread count for every test, poisoned memory on request; what can't run here is left out and counted.
+"""Fixed seeds and thread count for every test, poisoned memory on request, and counts of the tests that can't run here.
 
-Triton decides when a kernel is defined whether it is interpreted or compiled, so one process does one of the two and
+Triton decides when a kernel is defined whether it is interpreted or compiled. A process can do only one of the two, so
 `make test` runs pytest twice:
 
-    pytest                       everything but the interpreter's tests; kernels are compiled, ahead of time
+    pytest                       all tests except the interpreter's; kernels are compiled ahead of time
     TRITON_INTERPRET=1 pytest    the tests that run kernels, on CPU tensors
 
-On a GPU the first run has both. Tests that run kernels carry `@pytest.mark.interpret`, tests that compile them without
-running them `@pytest.mark.compiles`. Neither run has the tests marked `extra` or `slow`, unless -m says so.
+On a GPU the first run includes both. Tests that run kernels have the marker `interpret`, tests that compile kernels
+without running them the marker `compiles`. Neither run includes the tests marked `extra` or `slow`, unless -m selects
+them.
 """
 
 from __future__ import annotations
@@ -37,19 +38,20 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_report_header() -> str:
-    """Where and on what the tests run, as `bench/pytest_logs.py` reads it from a log."""
+    """Return a header line with the date, hardware, versions and commit; `bench/pytest_logs.py` reads it from logs."""
     where = {"date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "device": "CPU"}
-    if torch.cuda.is_available():  # nvidia-smi knows the name without starting CUDA in xdist's own process
-        said = _said("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader").partition("\n")[0]
-        where["device"], _, where["driver"] = said.partition(", ")
+    if torch.cuda.is_available():  # nvidia-smi: it does not start CUDA in xdist's own process
+        line = _output("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader").partition("\n")[0]
+        where["device"], _, where["driver"] = line.partition(", ")
     where |= {"python": platform.python_version(), "numpy": np.__version__, "torch": torch.__version__}
     where |= {"torchvision": torchvision.__version__, "triton": triton.__version__}
     where["cuDNN"] = str(torch.backends.cudnn.version())
-    where["commit"] = os.environ.get("FASTRES_COMMIT") or _said("git", "rev-parse", "HEAD")
+    where["commit"] = os.environ.get("FASTRES_COMMIT") or _output("git", "rev-parse", "HEAD")
     return f"tested on: {json.dumps(where)}"
 
 
-def _said(*command: str) -> str:
+def _output(*command: str) -> str:
+    """Return what a command prints, or "unknown" if it fails."""
     try:
         here = Path(__file__).parent
         return subprocess.run(command, capture_output=True, text=True, check=True, cwd=here).stdout.strip()
@@ -57,17 +59,17 @@ def _said(*command: str) -> str:
         return "unknown"
 
 
-LEFT_OUT = pytest.StashKey[dict[str, int]]()  # why -> how many tests
-IN_FILES = pytest.StashKey[Counter[str]]()  # file -> how many tests it holds, run or not
+LEFT_OUT = pytest.StashKey[dict[str, int]]()  # number of deselected tests by reason
+IN_FILES = pytest.StashKey[Counter[str]]()  # number of collected tests by file, whether they run or not
 
 
 def impossible(markers: set[str]) -> str | None:
-    """Why no test with these markers can run in this process, in the words of the summary."""
+    """Return the reason why tests with these markers can't run in this process, as the summary prints it; else None."""
     interpreting, gpu = triton.knobs.runtime.interpret, torch.cuda.is_available()
     if "gpu" in markers and not gpu:
-        return "for want of a CUDA GPU (make gpu)"
+        return "that need a CUDA GPU (make gpu)"
     if interpreting and ("gpu" in markers or "interpret" not in markers):
-        return "that aren't for the interpreter (pytest without TRITON_INTERPRET)"
+        return "that don't run in the interpreter (pytest without TRITON_INTERPRET)"
     if interpreting and np.lib.NumpyVersion(np.__version__) >= "2.4.0":
         return f"because Triton {triton.__version__}'s interpreter fails under numpy {np.__version__}"
     if "interpret" in markers and not (interpreting or gpu):
@@ -76,9 +78,9 @@ def impossible(markers: set[str]) -> str | None:
 
 
 def postponed(markers: set[str]) -> str | None:
-    """Why `make test` leaves out a test with these markers."""
+    """Return the reason why `make test` leaves out tests with these markers; None if it runs them."""
     if "slow" in markers:
-        return "of the full sweeps (make test-slow)"
+        return "that belong to the full sweeps (make test-slow)"
     return "beyond the covering choice (make test-all)" if "extra" in markers else None
 
 
@@ -90,7 +92,7 @@ def pytest_itemcollected(item: pytest.Item) -> None:
     item.config.stash.setdefault(IN_FILES, Counter())[item.nodeid.partition("::")[0]] += 1
 
 
-@pytest.hookimpl(trylast=True)  # behind -k and -m: counted is what was asked for
+@pytest.hookimpl(trylast=True)  # after -k and -m, so that only selected tests are counted
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if left_out := [item for item in items if impossible(markers_of(item))]:
         config.hook.pytest_deselected(items=left_out)
@@ -103,8 +105,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_deselected(items: list[pytest.Item]) -> None:
-    """Counts what is left out here. A -k, or a -m that leaves out tests which `make test` has, is the caller's own
-    choice and needs no explanation."""
+    """Count the tests that are left out, by reason.
+
+    A deselection that includes tests without a reason comes from the caller's own -k or -m, and is not counted.
+    """
     reasons = [impossible(markers) or postponed(markers) for markers in map(markers_of, items)]
     if None not in reasons:
         config = items[0].config
@@ -115,16 +119,19 @@ def pytest_deselected(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any) -> None:
-    """All workers of pytest-xdist collect the same tests, so one report is enough; fallbacks are added up."""
-    said = getattr(node, "workeroutput", {})
+    """Collect the counts from a worker of pytest-xdist.
+
+    All workers collect the same tests, so those counts are taken from any of them. Fallbacks are summed.
+    """
+    output = getattr(node, "workeroutput", {})
     for key, name in ((LEFT_OUT, "left_out"), (IN_FILES, "in_files")):
-        if name in said:
-            node.config.stash[key] = said[name]
-    FALLBACKS.update(said.get("fallbacks", {}))
+        if name in output:
+            node.config.stash[key] = output[name]
+    FALLBACKS.update(output.get("fallbacks", {}))
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
-    """Where all that was asked for can't run here, nothing has failed: the summary says why."""
+    """Succeed if all selected tests were left out: the summary gives the reasons."""
     config = session.config
     left_out = config.stash.get(LEFT_OUT, {})
     if exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED and left_out:
@@ -149,25 +156,29 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
 
 
 def pytest_runtest_logfinish(nodeid: str) -> None:
-    """A kernel that broke the CUDA context fails its own test, not the hundreds after it: the process ends here, and
-    under pytest-xdist another one takes its place."""
+    """End the process if a test's kernel broke the CUDA context, so that later tests don't fail because of it.
+
+    Under pytest-xdist another process takes its place.
+    """
     try:
         _wait_for_gpu()
     except Exception as error:
         if "PYTEST_XDIST_WORKER" in os.environ:
             os._exit(1)
-        pytest.exit(f"the CUDA context is lost since {nodeid}: {error}", returncode=1)
+        pytest.exit(f"{nodeid} broke the CUDA context: {error}", returncode=1)
 
 
 def _wait_for_gpu() -> None:
-    if torch.cuda.is_initialized() and torch.cuda.is_available():  # unless a test pretends that there is no GPU
+    if torch.cuda.is_initialized() and torch.cuda.is_available():  # a test may simulate a machine without a GPU
         torch.cuda.synchronize()
 
 
 @pytest.fixture(autouse=True)
 def _settled() -> Iterator[None]:
-    """What a test's kernels do wrong shows in that test, not in the next one that looks at the GPU; and its memory is
-    there for the other processes' tests."""
+    """Wait for the GPU after every test, and free its cached memory.
+
+    So an error in a kernel appears in the test that launched it, and other processes can use the memory.
+    """
     yield
     _wait_for_gpu()
     if torch.cuda.is_initialized():
@@ -177,14 +188,13 @@ def _settled() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     random.seed(0)
-    np.random.seed(0)  # noqa: NPY002 - the global state is what has to be fixed
+    np.random.seed(0)  # noqa: NPY002 - code under test may use the global state
     torch.manual_seed(0)
 
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
-    """For nets and images so small that threads only wait for each other; and runs that are compared have the same
-    number."""
+    """Run with one thread: faster for tiny nets and images, and the same number for all runs that are compared."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -193,13 +203,13 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture
 def compiled_afresh(one_thread: None) -> None:
-    """What Dynamo has compiled before this test is forgotten."""
+    """Clear what Dynamo has compiled before this test."""
     torch._dynamo.reset()
 
 
 @pytest.fixture(autouse=True)
 def _nothing_remembered() -> None:
-    """A test's first call of a launcher decides everything itself, by what the test has put in place."""
+    """Clear the launchers' caches, so that a test's patches apply to its first call."""
     from fastres.kernels import launcher
 
     launcher.forget()
@@ -207,13 +217,13 @@ def _nothing_remembered() -> None:
 
 @pytest.fixture(autouse=True)
 def _same_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tests in float32 mean it; those of TF32 ask for it. What a training has set for itself ends with its test."""
+    """Switch off TF32, benchmarking and deterministic mode of cuDNN, and undo a test's changes to these switches."""
     for switch in ("allow_tf32", "benchmark", "deterministic"):
         monkeypatch.setattr(torch.backends.cudnn, switch, False)
 
 
 def poison(tensor: Tensor) -> Tensor:
-    """Overwrites a tensor with what no computation yields by chance: NaN, or the dtype's largest integer."""
+    """Fill a tensor with NaN, or with the dtype's largest integer: values that no computation gives by chance."""
     if tensor.is_floating_point() or tensor.is_complex():
         return tensor.fill_(float("nan"))
     return tensor.fill_(True if tensor.dtype == torch.bool else torch.iinfo(tensor.dtype).max)
@@ -221,12 +231,12 @@ def poison(tensor: Tensor) -> Tensor:
 
 @pytest.fixture
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Uninitialised memory allocated from Python is poisoned: an output element nobody wrote shows as NaN."""
+    """Poison memory that Python code allocates uninitialised, so that elements which are never written show as NaN."""
 
     def poisoning(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return lambda *args, **kwargs: poison(allocate(*args, **kwargs))
 
-    with torch.device("meta"):  # which functions heed this is looked up once: by what they are before they are replaced
+    with torch.device("meta"):  # torch caches which functions a device context affects: do it before they are replaced
         torch.empty(0)
     sources: list[tuple[Any, str]] = [(torch, name) for name in ("empty", "empty_like", "empty_strided")]
     sources += [(Tensor, "new_empty"), (Tensor, "new_empty_strided")]

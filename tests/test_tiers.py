@@ -89,7 +89,7 @@ def said(config: Any) -> list[str]:
     ("interpreting", "numpy", "stays", "line"),
     [
         (False, "2.3.0", ["", "compiles"], "2 that run kernels in the interpreter (TRITON_INTERPRET=1)"),
-        (True, "2.3.0", ["interpret"] * 2, "2 that aren't for the interpreter (pytest without TRITON_INTERPRET)"),
+        (True, "2.3.0", ["interpret"] * 2, "2 that don't run in the interpreter (pytest without TRITON_INTERPRET)"),
         (True, "2.4.0", [], "2 because Triton"),
     ],
 )
@@ -104,7 +104,7 @@ def test_what_cannot_run_here_is_left_out_and_counted(
     conftest.pytest_collection_modifyitems(config, items)
     assert [" ".join(item.markers) for item in items] == stays
     assert any(one.startswith(line) for one in said(config))
-    assert "1 for want of a CUDA GPU (make gpu)" in said(config)
+    assert "1 that need a CUDA GPU (make gpu)" in said(config)
 
 
 def test_what_is_postponed_is_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,7 +118,11 @@ def test_what_is_postponed_is_counted_once(monkeypatch: pytest.MonkeyPatch) -> N
     for _ in range(2):
         conftest.pytest_testnodedown(SimpleNamespace(config=main, workeroutput=worker.workeroutput))
     conftest.pytest_testnodedown(SimpleNamespace(config=main))  # of a worker that crashed
-    want = ["not run", "2 beyond the covering choice (make test-all)", "1 of the full sweeps (make test-slow)"]
+    want = [
+        "not run",
+        "2 beyond the covering choice (make test-all)",
+        "1 that belong to the full sweeps (make test-slow)",
+    ]
     assert said(main) == want
     assert said(session()) == [], "nothing was left out"
 

@@ -1,12 +1,13 @@
-"""Compile a Triton kernel ahead of time, without a GPU, and read what the binary says about its speed.
+"""Compiles Triton kernels ahead of time, without a GPU, and checks properties of the binary that determine its speed.
 
     with record() as launches:                    # launchers called here launch nothing
-        normalize(z, scale, shift, relu=True)     # meta tensors do
+        normalize(z, scale, shift, relu=True)     # meta tensors are enough
     binary = launches[0].compile(sm=90)           # or compile_kernel(fn, signature, constexprs, sm=90)
     check(binary, absent=("LDL",), registers=64)
 
-Works only where TRITON_INTERPRET is unset: the decorator decides whether a kernel can be compiled at all. Triton caches
-what it compiles on disk; registers and spills come from ptxas' log, instructions from the disassembly (`sass`).
+TRITON_INTERPRET must be unset when the kernels are defined: their decorator decides whether they can be compiled.
+Triton caches compiled kernels on disk. Registers and spills are read from ptxas' log, instructions from the disassembly
+(`sass`).
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 
 @dataclass(frozen=True)
 class Binary:
-    """What one compiled kernel needs and does. Sizes in bytes, registers per thread, shared memory per program."""
+    """A compiled kernel: its resources and instructions. Sizes are in bytes, registers per thread, shared memory per
+    program."""
 
     name: str
     sm: int
@@ -41,13 +43,16 @@ class Binary:
     stack: int
     spill: int  # bytes stored and loaded
     shared: int
-    warnings: tuple[str, ...]  # of ptxas: C7515 and its kin say that wgmma was serialised
-    hazards: tuple[str, ...] = field(repr=False)  # registers that wgmma may still be reading when they are written
+    warnings: tuple[str, ...]  # ptxas' performance warnings: C7515 and similar ones report that wgmma was serialised
+    hazards: tuple[str, ...] = field(repr=False)  # writes to registers that wgmma may still be reading
     code: tuple[sass.Instruction, ...] = field(repr=False)
-    loop: tuple[sass.Instruction, ...] = field(repr=False)  # the main loop, () without one
+    loop: tuple[sass.Instruction, ...] = field(repr=False)  # the main loop; () without one
 
     def count(self, opcode: str, *, loop: bool = False) -> int:
-        """Instructions whose opcode is `opcode` or refines it: "LDG", "LDG.128" (modifiers in any order)."""
+        """Count the instructions with this base opcode and at least these modifiers, in any order.
+
+        "LDG" counts all global loads, "LDG.128" those with the modifier 128. loop: count in the main loop only.
+        """
         base, *modifiers = opcode.split(".")
         code = self.loop if loop else self.code
         return sum(i.base == base and set(modifiers) <= set(i.opcode.split(".")) for i in code)
@@ -57,7 +62,10 @@ class Binary:
 
     @property
     def matrix(self) -> dict[str, int]:
-        """Tensor-core instructions by shape and, for wgmma, home of the first operand: {"HGMMA.64x128x16 SS": 4}."""
+        """The number of tensor-core instructions by opcode and shape, such as {"HGMMA.64x128x16 SS": 4}.
+
+        For wgmma, "SS" or "RS" says whether the first operand is in shared memory or in registers.
+        """
         return dict(Counter(sass.matrix_name(i) for i in self.code if i.base in sass.MATRIX))
 
 
@@ -73,14 +81,16 @@ def compile_kernel(
 ) -> Binary:
     """Compile `fn` for compute capability `sm` (80, 89, 90, 100, 120).
 
-    signature: Triton type of every runtime argument ("*bf16", "i32", "tensordesc<bf16[64, 64]>"); constexprs: value of
-    every other argument (also of those that are None or the integer 1); divisible: the arguments known to be multiples
-    of 16, by default every pointer. Raises ValueError for an argument that is in neither or in both.
+    signature: the Triton type of every runtime argument ("*bf16", "i32", "tensordesc<bf16[64, 64]>").
+    constexprs: the value of every other argument, including those that are None or the integer 1.
+    divisible: the arguments known to be multiples of 16; by default all pointers.
+
+    Raises ValueError if an argument of `fn` is missing from both mappings or in both of them.
     """
     names = fn.arg_names
-    given = [*signature, *constexprs]
-    if sorted(given) != sorted(names):
-        raise ValueError(f"{fn.__name__} takes {names}; signature and constexprs name {given}")
+    passed = [*signature, *constexprs]
+    if sorted(passed) != sorted(names):
+        raise ValueError(f"{fn.__name__} takes the arguments {names}, but signature and constexprs have {passed}")
     if divisible is None:
         divisible = [name for name, kind in signature.items() if kind.startswith("*")]
     attrs = {(names.index(name),): [["tt.divisibility", 16]] for name in divisible}
@@ -98,8 +108,10 @@ class Launch:
     kwargs: dict[str, Any]
 
     def specialization(self, sm: int = 90) -> tuple[Any, ...]:
-        """(kernel, types, constexprs, attributes, options): what Triton would compile for capability `sm`. Launches
-        whose specialisations have the same `repr` share one binary."""
+        """Return (kernel, types, constexprs, attributes, options): what Triton would compile for capability `sm`.
+
+        Launches share a binary if their specialisations have the same `repr`.
+        """
         backend = make_backend(GPUTarget("cuda", sm, 32))
         bind = create_function_from_signature(self.fn.signature, self.fn.params, backend)
         bound, specialization, options = bind(*self.args, **self.kwargs)
@@ -107,13 +119,16 @@ class Launch:
         return self.fn, types, constexprs, attrs, options
 
     def compile(self, sm: int = 90) -> Binary:
-        """The very specialisation that this launch would compile on a GPU of compute capability `sm`."""
+        """Compile the specialisation that this launch would use on a GPU of compute capability `sm`."""
         return _compile(*self.specialization(sm), sm)
 
 
 @contextmanager
 def record() -> Iterator[list[Launch]]:
-    """Within, `fn[grid](...)` launches nothing and is appended to the list. Tensors may be on the meta device."""
+    """Record kernel launches instead of running them; the context's value is the list of launches.
+
+    Tensors may be on the meta device.
+    """
     launches: list[Launch] = []
 
     def run(self: JITFunction[Any], *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
@@ -133,11 +148,14 @@ def check(
     absent: Sequence[str] = (),
     loop_absent: Sequence[str] = (),
 ) -> None:
-    """Raises AssertionError that lists every promise `binary` breaks.
+    """Raise AssertionError that lists every requirement which `binary` does not meet.
 
-    Always: no spills, no stack, no ptxas performance warning, no wgmma register hazard. On request: at most `registers`
-    per thread and `shared` bytes; `matrix`, the only tensor-core opcode ("HGMMA"; "" for none); opcodes that must
-    occur, that must not, and that must not in the main loop, each as `Binary.count` takes it.
+    These always apply: no spills, no stack, no performance warning of ptxas, no wgmma register hazard.
+
+    registers: the largest number per thread. shared: the largest number of bytes.
+    matrix: the only tensor-core opcode that may and must occur ("HGMMA"), or "" for none.
+    present, absent, loop_absent: opcodes, as `Binary.count` takes them, that must occur, must not occur, and must not
+    occur in the main loop.
     """
     wrong = []
     if binary.spill or binary.stack:
@@ -184,7 +202,7 @@ def _compile(fn: Any, types: dict[str, str], constexprs: Any, attrs: Any, option
 
 
 def _number(pattern: str, log: str) -> int:
-    """The largest over the functions that ptxas reports."""
+    """Return the largest number that `pattern` finds: ptxas reports one per function."""
     return max(map(int, re.findall(pattern, log)))
 
 

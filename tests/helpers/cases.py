@@ -1,4 +1,4 @@
-"""What tests share: above all, one way to hold a result against a reference."""
+"""Helpers that many tests share, such as the comparison of a result with a float64 reference."""
 
 from __future__ import annotations
 
@@ -11,17 +11,20 @@ import torch
 from tolerances import TOLERANCES, TWICE
 from torch import Tensor
 
-PIECE = 2**24  # elements that are looked at in float64 at a time, however many a tensor has
+PIECE = 2**24  # the most elements that are compared in float64 at a time, to limit memory
 
 
 def pieces(length: int, row: int) -> list[slice]:
-    """`length` rows of `row` elements each, in parts of at most `PIECE` elements, or of one row."""
+    """Return slices that split `length` rows of `row` elements into parts of at most `PIECE` elements.
+
+    A part has at least one row.
+    """
     step = max(1, PIECE // max(1, row))
     return [slice(start, start + step) for start in range(0, length, step)]
 
 
 def relative_error(actual: Tensor, ref64: Tensor) -> float:
-    """max |actual - ref64| / max |ref64|; NaN where actual has one that ref64 hasn't."""
+    """Return max |actual - ref64| / max |ref64|, or max |actual - ref64| if ref64 is zero. NaN if either has a NaN."""
     if actual.numel() == 0:
         return 0.0
     differences, scales = [], []
@@ -42,10 +45,11 @@ def assert_close_to_reference(
     what: str = "result",
     lost: float = 0.0,
 ) -> None:
-    """Holds `actual` against `ref64`, the same computation in float64.
+    """Assert that `actual` is close to `ref64`, the same computation in float64.
 
-    Allowed is `factor` x the error that `baseline`, PyTorch's result in actual's dtype, has itself, plus the dtype's
-    entry in `TOLERANCES` plus `lost`. Without a baseline only these: for results meant to be exact to rounding.
+    The relative error may be at most factor * (the error of baseline) + TOLERANCES[dtype] + lost. baseline: PyTorch's
+    result in actual's dtype; without it the first term is 0, for results that should be exact up to rounding. what: the
+    name that the error message gives. lost: see `tolerances.lost_in_sums`.
     """
     assert actual.shape == ref64.shape, f"{what}: shape {tuple(actual.shape)}, reference {tuple(ref64.shape)}"
     allowed = TOLERANCES[actual.dtype] + lost
@@ -57,8 +61,10 @@ def assert_close_to_reference(
 
 
 def check_statistics(partials: Tensor, y: Tensor) -> None:
-    """Partials against the float64 moments of y as stored. Allowed is what fp32 sums of so many terms round: a few of
-    its epsilon of the terms' sizes."""
+    """Assert that the partials [tiles, 3, K] match the float64 moments of y [N, P, Q, K] as stored.
+
+    The tolerance is the rounding error of float32 sums with that many terms: a few epsilons of the terms' sizes.
+    """
     for channels in pieces(y.shape[-1], y.shape[:-1].numel()):
         _check_statistics(partials[..., channels], y[..., channels])
 
@@ -71,17 +77,19 @@ def _check_statistics(partials: Tensor, y: Tensor) -> None:
     merged = (m2 + count * (mean - total) ** 2).sum(0)
     eps, distances = torch.finfo(torch.float32).eps, values - values.mean(0)
     assert ((total - values.mean(0)).abs() <= 4 * eps * values.abs().mean(0)).all()
-    # A tile's own mean is rounded, too, and with it every distance from it. A thread adds up a fourth of a tile's
-    # squares one after the other, each time rounding a sum that only grows by up to eps / 2; behind a ReLU one tile may
-    # hold nearly all of a channel, and then no other tile's errors meet its own.
+    # The mean of a tile is rounded, and so is every distance from it. A thread adds a quarter of a tile's squares one
+    # after the other, and each addition rounds the growing sum by up to eps / 2. After a ReLU, one tile may have nearly
+    # all of a channel's sum, so the errors of other tiles do not average its own out.
     slack = eps * values.abs().mean(0) * distances.abs().sum(0)
     rounded = max(8.0, (float(count.max()) / 4 + 4) / 2) * eps if y.is_cuda else 8 * eps
     assert ((merged - (distances**2).sum(0)).abs() <= rounded * (distances**2).sum(0) + slack).all()
 
 
 def check_sums(partials: Tensor, dx: Tensor, z: Tensor, mean: Tensor) -> None:
-    """Partials [tiles, 2, C] against the float64 sums of dx and dx (z - mean), dx as stored. What is allowed grows with
-    the terms, not with their sum."""
+    """Assert that the partials [tiles, 2, C] match the float64 sums of dx and dx (z - mean), with dx as stored.
+
+    dx, z: [N, H, W, C]. The tolerance is proportional to the sum of the terms' absolute values.
+    """
     assert partials.dtype == torch.float32
     for channels in pieces(dx.shape[-1], dx.shape[:-1].numel()):
         terms = terms_of(dx[..., channels], z[..., channels], mean[channels])
@@ -91,12 +99,12 @@ def check_sums(partials: Tensor, dx: Tensor, z: Tensor, mean: Tensor) -> None:
 
 
 def terms_of(dx: Tensor, z: Tensor, mean: Tensor) -> Tensor:
-    """[2, N, H, W, C], float64: what the partial sums of a BatchNorm are sums of."""
+    """Return the terms of a BatchNorm's two partial sums, dx and dx (z - mean), as float64 [2, N, H, W, C]."""
     return torch.stack((dx.double(), dx.double() * (z.double() - mean.double())))
 
 
 class Broken:
-    """A kernel launched with some of its arguments replaced."""
+    """A kernel that replaces some of its arguments in every launch, to test that tests notice it."""
 
     def __init__(self, kernel: Any, **wrong: Any) -> None:
         self.kernel, self.wrong = kernel, wrong
@@ -107,23 +115,28 @@ class Broken:
 
 
 def preload_children() -> None:
-    """Processes of multiprocessing's start method "forkserver" begin with what takes long to import: the first one
-    says it for all."""
+    """Preload slow imports into processes of multiprocessing's start method "forkserver".
+
+    The list applies to the whole test process once its first child starts, so all tests use the same one.
+    """
     slow = ["torch._dynamo", "torchvision", "fastres.train.loop", "sklearn.datasets", "matplotlib.backends.backend_agg"]
     multiprocessing.get_context("forkserver").set_forkserver_preload([*slow, "pytest"])
 
 
-FALLBACKS: Counter[str] = Counter()  # what cuDNN had no engine for -> how often
+FALLBACKS: Counter[str] = Counter()  # how often cuDNN had no engine, by function, dtypes and error
 
 
 def by_library(convolve: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """convolve(*args, **kwargs), by PyTorch's own loops where cuDNN has no engine for it (float64 with groups, a
-    padding wider than the filter, ...). That is counted: the summary of a run tells how often and for what."""
+    """Return convolve(*args, **kwargs); fall back to PyTorch's own loops if cuDNN has no engine for it.
+
+    Examples are float64 with groups, and a padding wider than the filter. Fallbacks are counted in `FALLBACKS`, and the
+    summary of a test run lists them.
+    """
     try:
         return convolve(*args, **kwargs)
     except RuntimeError as error:
         refusals = ("unable to find an engine", "CUDNN_STATUS_NOT_SUPPORTED")
-        refusal = next((said for said in refusals if said in str(error)), None)
+        refusal = next((text for text in refusals if text in str(error)), None)
         if refusal is None:
             raise
     dtypes = {str(arg.dtype).removeprefix("torch.") for arg in args if isinstance(arg, Tensor)}

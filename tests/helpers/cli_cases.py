@@ -1,4 +1,4 @@
-"""Small nets in files, what `eval` and `predict` should find on photographs, and commands that are refused."""
+"""Helpers for tests of the command line: small nets in files, expected scores on photographs, rejected commands."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def saved(path: Path, content: Any) -> str:
 
 
 def images_of(folder: Path) -> list[tuple[Path, Tensor]]:
-    """Path and pixels, classes and files in alphabetical order."""
+    """Return the path and pixels [3, H, W] of every PNG below `folder`, in alphabetical order."""
     paths = sorted(folder.rglob("*.png"))
     return [(path, torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1)) for path in paths]
 
@@ -40,7 +40,7 @@ def scores_of(models: list[nn.Module], views: Views, folder: Path, preprocess: n
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    """An image folder val/<class>/<n>.png of crops of scikit-learn's two photographs, four of each."""
+    """An image folder val/<class>/<n>.png with four crops of each of scikit-learn's two photographs."""
     temple, flower = pytest.importorskip("sklearn.datasets").load_sample_images().images
     for name, photo in (("temple", temple), ("flower", flower)):
         folder = tmp_path / "photos" / "val" / name
@@ -54,7 +54,7 @@ def photos(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def scored(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
-    """The scores of all batches that a command computes; what it prints of them is the likeliest class."""
+    """The scores of every batch that a command computes. The command itself prints only the top class."""
     batches: list[Tensor] = []
     call = Predictor.__call__
 
@@ -67,7 +67,7 @@ def scored(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
 
 
 def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """The message with which the arguments are refused, exit code 2."""
+    """Assert that the command line rejects the arguments with exit code 2; return the last line of the message."""
     with pytest.raises(SystemExit) as stopped:
         main(arguments)
     assert stopped.value.code == 2

@@ -1,4 +1,4 @@
-"""Small nets, what the compile backend's rewriting makes of them, and a check that it means the same."""
+"""Helpers for tests of the compile backend: small nets, their rewritten graphs, and a comparison with eager mode."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def tiny(block: type[nn.Module] = BasicBlock, net: Any = torchvision.models.ResN
 
 
 class Case(nn.Module):
-    """One conv-BN or two and a body that uses them."""
+    """A module with a few conv-BN pairs and a `body(x, *pairs)` that uses them."""
 
     def __init__(self, body: Callable[..., Tensor], *pairs: nn.Module) -> None:
         super().__init__()
@@ -48,9 +48,9 @@ class Case(nn.Module):
 def rewritten(module: nn.Module, *inputs: Tensor, always: bool = True) -> tuple[fx.Graph, list[Finding]]:
     kept: list[Any] = []
 
-    def record(gm: fx.GraphModule, given: list[Any]) -> Any:
+    def record(gm: fx.GraphModule, examples: list[Any]) -> Any:
         run = fx.GraphModule(gm, copy.deepcopy(gm.graph)).forward
-        kept.append((gm.graph, rewrite_graph(gm, given, always=always)))
+        kept.append((gm.graph, rewrite_graph(gm, examples, always=always)))
         return run
 
     torch.compile(copy.deepcopy(module), backend=record, fullgraph=True)(*inputs)
@@ -58,7 +58,10 @@ def rewritten(module: nn.Module, *inputs: Tensor, always: bool = True) -> tuple[
 
 
 def outcome(model: Callable[..., Tensor], module: nn.Module, *inputs: Tensor) -> dict[str, Any]:
-    """Output, gradients and buffers after one forward and backward."""
+    """Return the output, gradients and buffers after one forward and backward of `module`, by name.
+
+    model: the module itself, or a compiled form of it.
+    """
     inputs = tuple(x.clone().requires_grad_(x.is_floating_point()) for x in inputs)
     y = model(*inputs)
     if y.requires_grad:
@@ -76,8 +79,11 @@ def check(
     zero: Sequence[str] = (),
     **kwargs: Any,
 ) -> nn.Module:
-    """The compiled module does what the module does, strides included; the gradients `zero`, of which the module gives
-    what rounding leaves, are zero. Returns the module that was compiled."""
+    """Assert that the compiled module has the same results, gradients, buffers and strides as the module.
+
+    zero: names of gradients that are exactly zero in the compiled module and only rounding error in eager mode. Returns
+    the module that was compiled.
+    """
     module.train(train)
     twin = copy.deepcopy(module)
     want = outcome(module, module, *inputs)

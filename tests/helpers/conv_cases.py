@@ -1,5 +1,5 @@
-"""The convolutions that kernels are tested on: small ones for the interpreter, every distinct one of the nets; and what
-one means, with all that may stand around it."""
+"""The convolutions on which kernels are tested (small ones for the interpreter, all of the nets) and their reference,
+with any prologue and epilogue."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from fastres.kernels.problem import ConvProblem, model_problems
 from fastres.kernels.tables import Measurement
 from fastres.kernels.tiles import H200, Gpu
 
-# By pointers: anything. By TMA: C a multiple of 16, or of 8 for a 1x1; even images for stride 2.
+# GATHERED: any shape, loaded by pointers. BOXED: loaded by TMA, which requires C to be a multiple of 16 (of 8 for a
+# 1x1) and an even image for stride 2.
 GATHERED = {
     "odd everything": ConvProblem(1, 9, 8, 5, 7, 3, 3, 1, 1),
     "1x1": ConvProblem(2, 5, 4, 24, 12),
@@ -47,14 +48,17 @@ BOXED = {
 
 
 def traits(problem: ConvProblem) -> tuple[Hashable, ...]:
-    """What a kernel may take another way for: filter, stride, dilation, groups, channels that fill no vector."""
+    """Return the properties for which a kernel may have a separate code path.
+
+    They are the filter, stride, dilation and groups, and whether C is not a multiple of a vector.
+    """
     filters = "1x1" if problem.R == problem.S == 1 else "3x3" if problem.R == problem.S == 3 else "other"
     return filters, problem.stride, problem.dilation > 1, problem.groups > 1, problem.C % 8 > 0
 
 
 @lru_cache
 def net_problems(name: str, batch: int, size: int = 224) -> tuple[ConvProblem, ...]:
-    """The distinct convolutions of a torchvision net."""
+    """Return the distinct convolutions of a torchvision net on images [batch, 3, size, size]."""
     with torch.device("meta"):
         model = getattr(torchvision.models, name)().eval()
     return tuple(model_problems(model, (batch, 3, size, size)))
@@ -77,7 +81,11 @@ def reference(
     residual: Tensor | None = None,
     relu: bool = False,
 ) -> Tensor:
-    """The same by PyTorch: activations and products in `dtype`, the rest in float32 or wider."""
+    """Return [relu](scale conv([relu(s x + t)], w) + shift + residual) [N, P, Q, K], computed by PyTorch.
+
+    prologue: (s, t). norm: an eval-mode BatchNorm in place of scale and shift. Activations and products are in `dtype`,
+    everything else in float32 or wider.
+    """
     wide = torch.promote_types(dtype, torch.float32)
     x, w = x.to(dtype), w.to(dtype)
     if prologue is not None:
@@ -94,7 +102,7 @@ def reference(
 
 
 def put(entries: dict[tuple[str, ConvProblem], Measurement], gpu: Gpu = H200, folder: Path | None = None) -> None:
-    """Writes a table of measurements in bfloat16, and forgets what was read before."""
+    """Write a table of measurements in bfloat16, and clear the cache of tables read before."""
     table = {(pass_, problem, torch.bfloat16): found for (pass_, problem), found in entries.items()}
     tables.write_table(table, tables.table_file(gpu.name, folder), gpu)  # type: ignore[arg-type]
     tables.forget_tables()

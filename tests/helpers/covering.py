@@ -1,7 +1,7 @@
-"""Which cases of a parametrization `make test` runs: enough that nothing a case stands for goes untried.
+"""Chooses the cases of a parametrization that `make test` runs.
 
-What a case stands for: each of its parameters, and each pair of its features. The cases that add nothing are marked
-`extra` and run by `make test-all`, as CI does.
+A case covers its parameters' values and the pairs of its features. Together, the chosen cases cover
+everything that all cases cover. The others are marked `extra`; `make test-all` runs them, and so does CI.
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ import pytest
 
 
 def chosen(shown: list[set[Hashable]]) -> set[int]:
-    """Indices of sets that hold together what all of them hold: the one that adds most, over and over, the first among
-    equals."""
+    """Return indices of sets whose union is the union of all sets.
+
+    A greedy choice: always the set that adds most, and the first of several that add equally.
+    """
     left: set[Hashable] = set().union(*shown)
     picked = set()
     while left:
@@ -31,14 +33,14 @@ def covered(
     indirect: Sequence[str] = (),
     **parameters: Iterable[Any] | Mapping[str, Any],
 ) -> pytest.MarkDecorator:
-    """`pytest.mark.parametrize` over all combinations of the parameters' values, of which a covering choice is not
-    `extra`. A mapping names its values; other values are named as str() does.
+    """Parametrize a test over all combinations of the parameters' values; mark those beyond the choice `extra`.
 
-    by: gives the features of a case, called with its parameters; without it they are the parameters themselves.
-    indirect: the parameters that go to the fixture of their name.
+    parameters: the values of each, or a mapping from names to values. Values without a name are named by str().
+    by: a function that returns a case's features, given its parameters; by default they are the parameters themselves.
+    indirect: as in `pytest.mark.parametrize`.
     """
     values = [
-        list(v.items()) if isinstance(v, Mapping) else [(str(one), one) for one in v] for v in parameters.values()
+        list(v.items()) if isinstance(v, Mapping) else [(str(value), value) for value in v] for v in parameters.values()
     ]
     cases = list(itertools.product(*values))
 
@@ -64,15 +66,15 @@ def covered(
 
 
 def each(*_: Any) -> tuple[()]:
-    """For `by`: each value of each parameter is tried, in whatever company."""
+    """Return no features; as `by` of `covered`, it asks for each value of each parameter, but not for pairs."""
     return ()
 
 
 def extra(*values: Any) -> Any:
-    """A case of a list made by hand that isn't in its covering choice."""
+    """Return a case marked `extra`, for lists of cases written by hand."""
     return pytest.param(*values, marks=pytest.mark.extra)
 
 
 def some_seeds(count: int) -> list[Any]:
-    """range(count), of which all but a few are `extra`."""
+    """Return range(count) as cases, all but the first four marked `extra`."""
     return [seed if seed < 4 else extra(seed) for seed in range(count)]

@@ -1,7 +1,8 @@
-"""CUDA streams and graphs without a GPU: a capture records which operators ran on which tensors, a replay repeats them.
+"""Simulates CUDA streams and graphs without a GPU: a capture records the operators and their tensors, a replay repeats
+them.
 
-As on a GPU, a capture leaves all values as they were, what it has allocated holds nothing yet (here NaN), numbers that
-Python read are constants, and nothing may wait for the device.
+As on a GPU, a capture does not change any existing value, and the tensors that it allocates are uninitialised (here
+NaN). Numbers that Python read during the capture are constants. Waiting for the device during a capture is an error.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ def address(tensor: Tensor) -> int:
 
 
 class Tape(TorchDispatchMode):
-    """torch.cuda.CUDAGraph's stand-in."""
+    """A substitute for torch.cuda.CUDAGraph that records operators on CPU tensors."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -60,7 +61,7 @@ class Tape(TorchDispatchMode):
                 tensor.fill_(float("nan"))
 
     @torch.no_grad()
-    @torch.autocast("cpu", enabled=False)  # its casts are among the calls
+    @torch.autocast("cpu", enabled=False)  # the recorded calls include autocast's casts
     def replay(self) -> None:
         for func, args, kwargs, results in self.calls:
             for again, recorded in zip(tensors(func(*args, **kwargs)), results, strict=True):
@@ -69,7 +70,7 @@ class Tape(TorchDispatchMode):
 
 
 class FakeCuda:
-    """What torch.cuda has, for tensors on the CPU. modes: the captures', as far as there have been any."""
+    """Replaces functions and classes of torch.cuda for tensors on the CPU. modes: the error mode of every capture."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.stream: Any = self
@@ -102,7 +103,7 @@ class FakeCuda:
 
     @contextlib.contextmanager
     def capture(self, graph: Tape, pool: Any, stream: Any, capture_error_mode: str = "global") -> Iterator[None]:
-        """Like torch's, it stays on its stream where it fails."""
+        """Capture into `graph`. If the capture fails, its stream stays current, as in torch."""
         self.modes.append(capture_error_mode)
         before, self.stream, self.capturing = self.stream, stream, True
         try:

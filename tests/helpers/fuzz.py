@@ -1,12 +1,12 @@
-"""Random small nets: eager PyTorch beside `optimize` and beside torch.compile's backend "fastres".
+"""Random small nets: compares `optimize` and torch.compile's backend "fastres" with eager PyTorch.
 
     python tests/helpers/fuzz.py --nets 5000                 # seeds 0 to 4999
-    python tests/helpers/fuzz.py --first 123 --nets 1 --show # one net again, with its source
+    python tests/helpers/fuzz.py --first 123 --nets 1 --show # repeat one net and print its source
 
-A net is grown line by line: conv, BatchNorm, ReLU in every spelling, additions, pools, views, modules used twice,
-values changed in place and read again under another name. Each line is run as it is written, and kept only if PyTorch
-takes it. In float64, where a rewriting that means the same is exact to rounding; on a CPU, where the fused operators
-run PyTorch's own functions, so that what is compared is the rewriting.
+A net is written line by line: convolutions, BatchNorm, all ways to write a ReLU, additions, pools, views, modules used
+twice, values changed in place and read again under another name. Each line runs as soon as it is written, and is kept
+only if PyTorch accepts it. The nets run in float64, in which a correct rewriting agrees up to rounding error, and on a
+CPU, where the fused operators call PyTorch's own functions. So the test is of the rewriting, not of the kernels.
 """
 
 from __future__ import annotations
@@ -49,12 +49,12 @@ from fastres.ops.shortcut import PadShortcut
 
 
 class Net(nn.Module):
-    """Where lines are tried: modules are added as they are written."""
+    """The net on which lines are tried; modules are added to it while they are written."""
 
 
 @dataclass
 class Program:
-    """A net as source: `modules` by name, the body of `forward`, what it returns."""
+    """A net as source code: its `modules` by name, the lines of `forward`, and the names of its outputs."""
 
     seed: int
     channels_last: bool
@@ -63,7 +63,7 @@ class Program:
     outputs: list[str] = field(default_factory=list)
 
     def source(self, output: int | None = None) -> str:
-        """`output`: the only one that is returned."""
+        """Return the source of the class `Net`. output: the index of the only output to return; by default all."""
         returned = self.outputs if output is None else [self.outputs[output]]
         init = [f"        self.{name} = {module}" for name, module in self.modules.items()]
         body = [f"        {line}" for line in self.lines]
@@ -92,7 +92,7 @@ def images(seed: int, channels_last: bool) -> Tensor:
 
 
 def settled(module: nn.Module, seed: int) -> nn.Module:
-    """In float64, with parameters and statistics from `seed` that no value leaves at zero by chance."""
+    """Convert `module` to float64 and draw its parameters and statistics from `seed`; return it."""
     module.double()
     chance = torch.Generator().manual_seed(seed)
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
@@ -105,7 +105,8 @@ def settled(module: nn.Module, seed: int) -> nn.Module:
 
 
 class Writer:
-    """Grows a program. `chance` decides everything; `plain` leaves out what `optimize` has no step for."""
+    """Writes a random program. `chance` makes all choices. With `plain` the program has no operation that `optimize`
+    can't run."""
 
     def __init__(self, seed: int) -> None:
         self.chance = chance = random.Random(seed)
@@ -145,10 +146,10 @@ class Writer:
         program.modules = {m: made for m, made in program.modules.items() if re.search(rf"self\.{m}\b", body)}
         return program
 
-    # What a line may be about.
+    # Choice of operands.
 
     def recent(self, names: Sequence[str]) -> str:
-        """The latest more often than not, an older one often enough."""
+        """Return the latest name with a probability of a half or more, else any of them."""
         return names[-1] if self.chance.random() < 0.5 else self.chance.choice(names)
 
     def any(self) -> str:
@@ -165,10 +166,10 @@ class Writer:
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self.scope[name].shape)
 
-    # Lines.
+    # Writing of lines.
 
     def module(self, kind: str, constructor: str, again: float = 0.2) -> str:
-        """The name of a module made by `constructor`: now and then of one that is there."""
+        """Return the name of a module made by `constructor`, sometimes an existing one. again: the probability."""
         same = [name for name, made in self.program.modules.items() if made == constructor]
         if same and self.chance.random() < again:
             return self.chance.choice(same)
@@ -178,7 +179,7 @@ class Writer:
         return name
 
     def say(self, expression: str) -> str | None:
-        """`name = expression`: the name, where PyTorch takes it."""
+        """Write the line `name = expression` and return the new name; None if PyTorch rejects it."""
         name = f"v{len(self.names)}"
         if not self.run(f"{name} = {expression}"):
             return None
@@ -186,11 +187,16 @@ class Writer:
         return name
 
     def run(self, line: str) -> bool:
+        """Run a line and add it to the program; return False if PyTorch rejects it."""
         if not self.plain and self.chance.random() < 0.03:
             line = f"with torch.no_grad(): {line}"
         try:
             exec(line, self.scope)
-        except (RuntimeError, ValueError, IndexError):  # such as shapes that don't fit, a view that would be a copy
+        except (
+            RuntimeError,
+            ValueError,
+            IndexError,
+        ):  # for example mismatched shapes, or a view that would need a copy
             return False
         self.program.lines.append(line)
         return True
@@ -206,7 +212,7 @@ class Writer:
 
     def normalise(self, x: str) -> str | None:
         n, c, *size = self.shape(x)
-        if n * size[0] * size[1] < 12:  # so few values nearly agree now and then, which makes rounding large
+        if n * size[0] * size[1] < 12:  # few values are sometimes nearly equal, and then rounding errors are large
             return None
         affine = "" if self.chance.random() < 0.9 else ", affine=False"
         return self.say(f"self.{self.module('bn', f'nn.BatchNorm2d({c}{affine})', again=0.3)}({x})")
@@ -219,7 +225,7 @@ class Writer:
         return y
 
     def block(self) -> None:
-        """A block's two branches and their sum; in eager PyTorch's spellings."""
+        """Write a residual block: two branches and their sum."""
         x = self.image()
         y = self.pair(x)
         z = None if y is None else self.convolve(y)
@@ -248,7 +254,7 @@ class Writer:
         return self.written(self.chance.choice(writing))
 
     def written(self, expression: str) -> str | None:
-        """What changes its operand: as a statement or under a new name."""
+        """Write an expression that changes its operand in place, as a statement or assigned to a new name."""
         if self.chance.random() < 0.5:
             self.run(expression)
             return None
@@ -286,7 +292,7 @@ class Writer:
         return self.say(self.chance.choice(served if self.plain else served + others))
 
     def keep(self) -> str | None:
-        """A value, a view of it, a change of either, and the other read."""
+        """Write a view of a value, a change of the value or the view, and a read of the other one."""
         x = self.any()
         y = self.view(x)
         if y is None:
@@ -296,12 +302,12 @@ class Writer:
         return self.say(f"{y} * 2.0")
 
     def now_and_then_change(self, x: str) -> None:
-        """What a block reads at its beginning and at its end."""
+        """Sometimes change x in place: a block's input, which is read at its beginning and at its end."""
         if self.chance.random() < 0.25:
             self.change(x)
 
     def change(self, x: str | None = None) -> str | None:
-        """A value changed in place, by a number or by what lies elsewhere."""
+        """Write a change of a value in place, by a number or another tensor."""
         x = x or self.any()
         y = self.like(x)
         served = [f"{x}.add_(1.0)", f"{x}.mul_(0.5)", f"{x}.mul_(torch.sigmoid({y}))"]
@@ -329,7 +335,7 @@ class Writer:
         return self.say(self.chance.choice(pools))
 
     def gate(self) -> str | None:
-        """Attention over channels, or over everything: a product with a shape of its own."""
+        """Write an attention gate over channels, or over all elements: the product broadcasts in the first case."""
         x = self.image()
         c = self.shape(x)[1]
         mean = self.chance.choice([f"{x}.mean((2, 3), keepdim=True)", f"F.adaptive_avg_pool2d({x}, 1)", x])
@@ -337,7 +343,7 @@ class Writer:
         return self.say(f"{x} * torch.sigmoid(self.{conv}({mean}))")
 
     def shortcut(self) -> str | None:
-        """Option A."""
+        """Write a block's end with an option-A shortcut."""
         x = self.image()
         c = self.shape(x)[1]
         if c > 8:
@@ -357,7 +363,7 @@ class Writer:
         return None if total is None else self.relu(total)
 
     def statistics(self) -> str | None:
-        """A BatchNorm's own tensors read, between its calls."""
+        """Write a read of a BatchNorm's parameter or buffer between its calls."""
         x = self.image()
         norms = [
             m for m, made in self.program.modules.items() if made.startswith(f"nn.BatchNorm2d({self.shape(x)[1]})")
@@ -383,25 +389,23 @@ class Writer:
         return chosen
 
 
-# Holding one against the other.
-
-
 @dataclass
 class Outcome:
-    """What a call left behind: results, gradients, buffers, the input; and what shares memory with what."""
+    """The results, gradients, buffers and input after a call, by name, and the pairs of them that share memory."""
 
     values: dict[str, Tensor | None]
     shared: set[tuple[str, str]]
 
 
 def outcome(run: Callable[..., Any], module: nn.Module, x: Tensor, gradients: bool) -> Outcome:
+    """Call `run`, which is `module` or a compiled form of it, on a copy of x; with `gradients`, run backward too."""
     leaf = x.clone().requires_grad_(gradients)
     given = leaf.clone()
     with torch.set_grad_enabled(gradients):
         results = run(given)
     results = results if isinstance(results, tuple) else (results,)
     values: dict[str, Tensor | None] = {f"output {i}": y.detach().clone() for i, y in enumerate(results)}
-    sizes = [list(zip(y.shape, y.stride(), strict=True)) for y in results]  # a stride over one element says nothing
+    sizes = [list(zip(y.shape, y.stride(), strict=True)) for y in results]  # a stride over one element is arbitrary
     strides = {f"strides of output {i}": torch.tensor([t for s, t in pairs if s > 1]) for i, pairs in enumerate(sizes)}
     tensors = {"input": given, **{f"output {i}": y for i, y in enumerate(results)}}
     shared = {
@@ -421,10 +425,10 @@ def outcome(run: Callable[..., Any], module: nn.Module, x: Tensor, gradients: bo
 
 
 def differences(got: Outcome, want: Outcome, sharing: bool = True) -> list[str]:
-    """sharing: whether what shares memory counts."""
+    """Return descriptions of all differences. sharing: whether differences in shared memory count."""
     found = []
     if sharing and got.shared != want.shared:
-        found.append(f"what shares memory: {sorted(got.shared)}, eager {sorted(want.shared)}")
+        found.append(f"tensors that share memory: {sorted(got.shared)}, eager {sorted(want.shared)}")
     for name, value in want.values.items():
         other = got.values[name]
         if value is None or other is None:
@@ -446,7 +450,7 @@ def differences(got: Outcome, want: Outcome, sharing: bool = True) -> list[str]:
 
 @dataclass
 class Verdict:
-    """What our side did differently, and how often what was looked at."""
+    """The differences from eager PyTorch, and the numbers of comparisons by kind."""
 
     faults: list[str] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
@@ -458,7 +462,10 @@ class Verdict:
 
 
 def examine(seed: int, inner: str | None = None) -> Verdict:
-    """The net of `seed` in every form. inner: the backend behind the rewriting; by default Inductor now and then."""
+    """Compare the net of `seed` in all modes, compiled and optimized.
+
+    inner: the backend that compiles the rewritten graph; by default "aot_eager", and Inductor for every 50th seed.
+    """
     program = Writer(seed).write()
     inner = inner or ("inductor" if seed % INDUCTOR_EVERY == INDUCTOR_EVERY - 1 else "aot_eager")
     verdict = Verdict()
@@ -470,8 +477,10 @@ def examine(seed: int, inner: str | None = None) -> Verdict:
 
 
 def compiled(build: Callable[[], nn.Module], x: Tensor, mode: str, inner: str = "aot_eager") -> Verdict:
-    """The net under torch.compile with our backend, `inner` behind it, beside eager. Where `inner` alone differs from
-    eager as well, PyTorch's compiler differs."""
+    """Compare the net under torch.compile, with our backend and `inner`, with eager PyTorch.
+
+    If `inner` alone differs from eager too, the difference is counted as PyTorch's, not ours.
+    """
     verdict, gradients = Verdict(), mode != "eval"
 
     def form(compile: Callable[[nn.Module], Callable[..., Any]] | None) -> Outcome:
@@ -481,11 +490,11 @@ def compiled(build: Callable[[], nn.Module], x: Tensor, mode: str, inner: str = 
 
     try:
         want = form(None)
-    except RuntimeError:  # autograd refuses what was changed in place
+    except RuntimeError:  # autograd rejects some changes in place
         verdict.counts[f"{mode}: eager refuses"] += 1
         return verdict
     options = {"fastres.rewrite": "always", "fastres.inner": inner}
-    sharing = gradients or inner != "inductor"  # which, without gradients, gives a value twice as it sees fit
+    sharing = gradients or inner != "inductor"  # Inductor without gradients may or may not alias equal outputs
     with rewritten(verdict.counts):
         found = attempt(lambda: form(lambda m: torch.compile(m, backend="fastres", options=options)), want, sharing)
     if found and attempt(lambda: form(lambda m: torch.compile(m, backend=inner)), want, sharing):
@@ -498,7 +507,7 @@ def compiled(build: Callable[[], nn.Module], x: Tensor, mode: str, inner: str = 
 
 @contextmanager
 def rewritten(counts: Counter[str]) -> Iterator[None]:
-    """Counts the matches that are rewritten meanwhile: the backend logs them."""
+    """Count the matches that the backend rewrites within this context, from its log."""
 
     class Counting(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
@@ -519,16 +528,16 @@ def rewritten(counts: Counter[str]) -> Iterator[None]:
 def attempt(form: Callable[[], Outcome], want: Outcome, sharing: bool) -> list[str]:
     try:
         return differences(form(), want, sharing)
-    except Exception as error:  # whatever a compiler raises is a finding
-        return [said(error)]
+    except Exception as error:  # any exception of a compiler counts as a difference
+        return [one_line(error)]
 
 
-def said(error: Exception) -> str:
+def one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def optimized(model: nn.Module, x: Tensor) -> Verdict:
-    """`optimize(model)` beside the model: the same answer, an input as it was, or a refusal."""
+    """Compare `optimize(model)` with the model: equal results and an unchanged input, unless `optimize` rejects it."""
     model.eval()
     with torch.no_grad():
         want = model(x.clone())
@@ -539,8 +548,8 @@ def optimized(model: nn.Module, x: Tensor) -> Verdict:
     given = x.clone()
     try:
         got = net(given)
-    except Exception as error:  # its own comparison's word among them: the plan is wrong all the same
-        return Verdict([f"optimize: {said(error)}"])
+    except Exception as error:  # also an error of optimize's own comparison: then the plan is wrong
+        return Verdict([f"optimize: {one_line(error)}"])
     found = differences(Outcome({"output": got, "input": given}, set()), Outcome({"output": want, "input": x}, set()))
     verdict = Verdict([f"optimize: {line}" for line in found], Counter(optimized=1))
     verdict.faults += in_single_precision(model, x, want)
@@ -548,8 +557,11 @@ def optimized(model: nn.Module, x: Tensor) -> Verdict:
 
 
 def in_single_precision(model: nn.Module, x: Tensor, want: Tensor) -> list[str]:
-    """`optimize(model, dtype=torch.float32)`, by oneDNN's primitives, image by image where that may be: as near to
-    `want`, which float64 gave, as eager PyTorch in float32 comes."""
+    """Compare `optimize(model)` in float32, on oneDNN's primitives, with the float64 result `want`.
+
+    The batch is split into single images where the plan allows it. The error may be a few times that of eager PyTorch
+    in float32.
+    """
     eager = copy.deepcopy(model).float()
     with (
         torch.no_grad(),
@@ -560,19 +572,19 @@ def in_single_precision(model: nn.Module, x: Tensor, want: Tensor) -> list[str]:
         try:
             ours = fastres.optimize(eager)(x.float())
         except Exception as error:
-            return [f"optimize in float32: {said(error)}"]
+            return [f"optimize in float32: {one_line(error)}"]
     allowed = WHOLE_NETS * float((theirs - want).abs().max()) + ROUNDING * (1 + float(want.abs().max()))
     error = float((ours - want).abs().max())
     return [] if error <= allowed else [f"optimize in float32: off by {error:.2g}, {allowed:.2g} is allowed"]
 
 
 def command(seed: int) -> str:
-    """Shows the net of `seed`, and what is wrong with it."""
+    """Return the command that shows the net of `seed` and its differences."""
     return f"python tests/helpers/fuzz.py --show --nets 1 --first {seed}"
 
 
 def examined(seeds: Sequence[int], jobs: int) -> Iterator[Verdict]:
-    torch.set_num_threads(1)  # tensors are tiny: threads would only wait for each other
+    torch.set_num_threads(1)  # the tensors are tiny, so more threads would be slower
     if jobs == 1:
         yield from map(examine, seeds)
         return
@@ -582,9 +594,9 @@ def examined(seeds: Sequence[int], jobs: int) -> Iterator[Verdict]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("--nets", type=int, default=100, help="how many (%(default)s)")
-    parser.add_argument("--first", type=int, default=0, help="the first net's seed (%(default)s)")
-    parser.add_argument("--jobs", type=int, default=1, help="processes; 0 for one per core (%(default)s)")
+    parser.add_argument("--nets", type=int, default=100, help="number of nets (%(default)s)")
+    parser.add_argument("--first", type=int, default=0, help="seed of the first net (%(default)s)")
+    parser.add_argument("--jobs", type=int, default=1, help="number of processes, 0 for one per core (%(default)s)")
     parser.add_argument("--show", action="store_true", help="print each net's source")
     args = parser.parse_args(argv)
     counts: Counter[str] = Counter()

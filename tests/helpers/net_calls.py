@@ -1,5 +1,6 @@
-"""The convolutions of a net as it launches them: what their launchers are called with in training and inference, found
-by running the net on tensors without memory; random operands for such a call, and what it means in PyTorch.
+"""The convolution launches of whole nets: their arguments, random operands for them, and a reference in PyTorch.
+
+The arguments are recorded by running the net on the meta device, in training and inference.
 
     for call in calls(tune, (50,), batch=256):
         given = drawn(call, torch.bfloat16, device)
@@ -34,14 +35,18 @@ from fastres.ops import conv_bn, dispatch
 from fastres.ops.layout import nchw, nhwc
 
 META, BF16 = torch.device("meta"), torch.bfloat16
-USERS_TABLES = tables.table_file("any").parent  # before a test has a cache folder of its own
+USERS_TABLES = tables.table_file("any").parent  # read before a test sets its own cache folder
 MODULES = {"conv_fprop": fprop, "conv_dgrad": dgrad, "conv_wgrad": wgrad}
 
 
 @dataclass(frozen=True)
 class Call:
-    """given: the launcher's arguments by name, all of them, with 16-bit tensors on the meta device. by_rule: whether
-    what is computed on load is that which the rules have, and not what only a table may ask for."""
+    """A call of a convolution's launcher.
+
+    given: all arguments by name, except the tile; activations and filters are bfloat16, and all tensors are on the meta
+    device. pass_: "infer", "fprop", "dgrad" or "wgrad". by_rule: whether `dispatch`'s rules choose what is computed on
+    load, rather than a measured table.
+    """
 
     launcher: str
     problem: ConvProblem
@@ -51,26 +56,32 @@ class Call:
 
     @property
     def facts(self) -> tuple[str, str]:
-        """What makes two calls the same."""
+        """The launcher and its arguments, with tensors by shape and dtype: equal for equal calls."""
         return self.launcher, str(_mapped(lambda name, i, t: (tuple(t.shape), t.dtype), self.given))
 
 
 def _mapped(function: Callable[[str, int, Tensor], Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """`given` with function(name, place, tensor) for every tensor, alone or in a tuple."""
+    """Return `given` with every tensor replaced by function(name, index, tensor).
 
-    def one(name: str, value: Any, i: int = 0) -> Any:
+    index: the tensor's position in a tuple, or 0 for a tensor that is not in one.
+    """
+
+    def mapped(name: str, value: Any, i: int = 0) -> Any:
         if isinstance(value, tuple):
-            inner = [one(name, each, j) for j, each in enumerate(value)]
+            inner = [mapped(name, each, j) for j, each in enumerate(value)]
             return type(value)(*inner) if hasattr(value, "_fields") else tuple(inner)
         return function(name, i, value) if isinstance(value, Tensor) else value
 
-    return {name: one(name, value) for name, value in given.items()}
+    return {name: mapped(name, value) for name, value in given.items()}
 
 
 @lru_cache
 def calls(tune: ModuleType, depths: tuple[int, ...], batch: int, size: int = 224) -> tuple[Call, ...]:
-    """Every distinct call of torchvision's ResNets of these depths: in a training step, in eval mode, in `optimize`;
-    where a choice is measured, whether to compute on load or store first, either way."""
+    """Return the distinct calls of ResNets of these depths in a training step, in eval mode and in `optimize`.
+
+    Training runs both ways where measurements may choose whether an operand is computed on load or stored first.
+    batch, size: the images are [batch, 3, size, size]. tune: the module bench/tune.py.
+    """
     found: dict[tuple[str, str], Call] = {}
     for depth in depths:
         for flipped in ((), ("fprop", "wgrad"), ("dgrad",), ("fprop", "dgrad", "wgrad")):
@@ -98,14 +109,16 @@ def _images(batch: int, size: int) -> Tensor:
 
 
 def _train(net: nn.Module, batch: int, size: int) -> None:
-    """Weights in float32, as under autocast."""
+    """Run forward and backward, with weights in float32 as under autocast."""
     net(_images(batch, size)).float().sum().backward()
 
 
 @contextmanager
 def _noting(found: dict[tuple[str, str], Call], flipped: tuple[str, ...] = ()) -> Iterator[None]:
-    """Within, tensors without memory take the path of tensors on a GPU as far as the launchers of convolutions, whose
-    calls are added to `found`. flipped: the passes that compute on load what the rule has stored, and the reverse."""
+    """Make meta tensors take the path of GPU tensors, up to the convolutions' launchers; add their calls to `found`.
+
+    flipped: the passes in which an operand is computed on load where the rule stores it, and stored where it does not.
+    """
 
     def on_load(pass_: str, problem: ConvProblem, *_: Any) -> bool:
         return (pass_ != "dgrad" or dispatch.bn_backward_on_load(problem)) != (pass_ in flipped)
@@ -121,7 +134,7 @@ def _noting(found: dict[tuple[str, str], Call], flipped: tuple[str, ...] = ()) -
         stack.callback(conv_bn.conv_bn.cache_clear)
         for name, function in replaced.items():
             stack.enter_context(patch.object(dispatch, name, function))
-        stack.enter_context(patch.object(torch, "autocast", lambda *_, **__: nullcontext()))  # there is none for meta
+        stack.enter_context(patch.object(torch, "autocast", lambda *_, **__: nullcontext()))  # meta has no autocast
         for name, module in MODULES.items():
             stack.enter_context(patch.object(module, name, _noted(getattr(module, name), found, not flipped)))
         conv_bn.conv_bn.cache_clear()
@@ -152,9 +165,12 @@ def _noted(launcher: Callable[..., Any], found: dict[tuple[str, str], Call], by_
 
 
 def drawn(call: Call, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-    """Random operands in `dtype`, whose sums are about 1. No rounding decides a ReLU's mask: what is multiplied by a
-    power of two is still exact, and a sum has its sign. c_1 is as small as a mean of the gradient is, or in wgrad's
-    sums it would hide all else."""
+    """Return random operands for a call, with bfloat16 tensors in `dtype`, such that its results are about 1.
+
+    A ReLU's mask never depends on rounding: the mask's scale is a power of two, by which the product is exact, so that
+    the sum with the shift has the right sign. c_1 is as small as a mean of gradients: a larger one would dominate
+    wgrad's sums.
+    """
 
     def draw(name: str, i: int, like: Tensor) -> Tensor:
         t = torch.randn(like.shape, dtype=dtype if like.dtype == BF16 else like.dtype, device=device)
@@ -172,16 +188,19 @@ def drawn(call: Call, dtype: torch.dtype, device: torch.device) -> dict[str, Any
 
 
 def untouched(call: Call) -> dict[str, Any]:
-    """Operands on the CPU whose memory nobody has touched, so that they take none."""
+    """Return uninitialised operands on the CPU; the system assigns no memory to pages that are never touched."""
     return _mapped(lambda name, i, like: torch.empty_like(like, device="cpu"), call.given)
 
 
-Launched = tuple[str, list[Tensor], list[Tensor]]  # how, in words; the tensors that a call is made for; partial sums
+Launched = tuple[str, list[Tensor], list[Tensor]]  # how it was launched, the results, partial sums
 
 
 def launched(tune: ModuleType, call: Call, given: Mapping[str, Any], most: int) -> Iterator[Launched]:
-    """The call with every tile that may serve it: what is chosen where nobody asks, by the tables in force and by each
-    that is shipped or the user's; the `most` that tuning tries; and the stem by its own kernel."""
+    """Launch the call with every tile that may be used for it.
+
+    They are the default, the choices of all shipped tables and the user's, and up to `most` of the tiles that tuning
+    tries. A stem's convolution also runs on the stem's kernel.
+    """
     like = given["dy" if "dy" in given else "x"]
     most = tune.numbers(call.pass_, most)[not call.by_rule]
     tables.forget_tables()
@@ -199,7 +218,7 @@ def launched(tune: ModuleType, call: Call, given: Mapping[str, Any], most: int) 
     ):
         yield f"stem {tile}", *_launch_stem(call, given, tile)
     own = tables.table_file(gpu_of(like.device).name)
-    assert not own.exists(), "tests have a folder of their own for tables"
+    assert not own.exists(), "tests must use a separate folder for tables"
     own.parent.mkdir(parents=True, exist_ok=True)
     for table in (*sorted(tables.SHIPPED.glob("*.json")), *sorted(USERS_TABLES.glob("*.json"))):
         shutil.copy(table, own)
@@ -213,7 +232,7 @@ def launched(tune: ModuleType, call: Call, given: Mapping[str, Any], most: int) 
 
 @contextmanager
 def _asking() -> Iterator[list[tuple[Callable[..., list[Tile]], tuple[Any, ...]]]]:
-    """Within, which function of `tiles` is asked for tiles, and with which arguments."""
+    """Record calls of the functions of `tiles` that list tiles: (function, arguments)."""
     asked = []
 
     def watched(tiles: Callable[..., list[Tile]]) -> Callable[..., list[Tile]]:
@@ -246,8 +265,11 @@ def _launch_stem(call: Call, given: Mapping[str, Any], tile: Tile | None) -> tup
 
 
 def by_pytorch(call: Call, given: Mapping[str, Any], dtype: torch.dtype) -> list[Tensor]:
-    """The tensors that the call is made for: products and what is stored in `dtype`, the rest in float32 or wider.
-    A few images at a time; of 16-bit operands float64 results are kept in float32, which is exact enough for them."""
+    """Return the call's results, computed by PyTorch.
+
+    Products and stored values are in `dtype`, everything else in float32 or wider. To save memory it computes a few
+    images at a time, and stores float64 results of 16-bit operands in float32, which is accurate enough for them.
+    """
     p = call.problem
     large = call.pass_ != "wgrad" and given["w"].itemsize == 2
     kept = torch.float32 if large and dtype == torch.float64 else None

@@ -1,4 +1,4 @@
-"""Nets, small and of the family, that `optimize` is tested with, and images for them."""
+"""Nets for the tests of `optimize`, small ones and all families of ResNets, and images for them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ needs_kernels = pytest.mark.skipif(
 
 
 def lived_in(model: nn.Module) -> nn.Module:
-    """`model` in eval mode with BN statistics and parameters unlike those of a fresh net."""
+    """Put `model` into eval mode, with random BN statistics and parameters, as after some training; return it."""
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.running_mean, -0.3, 0.3)
@@ -37,7 +37,7 @@ def lived_in(model: nn.Module) -> nn.Module:
 
 
 def tiny() -> nn.Module:
-    """A stem, bottlenecks with and without a projection, one of them grouped, a basic block and a head; 10 classes."""
+    """Return a small net of 10 classes: a stem, bottlenecks, one with a projection and one grouped, and a basic block."""
     projection = nn.Sequential(conv1x1(16, 32, stride=2), nn.BatchNorm2d(32))
     model = nn.Sequential(
         *(nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU(), nn.MaxPool2d(3, 2, 1)),
@@ -82,7 +82,7 @@ NETS: dict[str, Callable[[], nn.Module]] = {
 
 
 class Adds(nn.Module):
-    """A number or what broadcasts, added to a convolution's output or the other way round."""
+    """relu(what(x, self)), for functions `what` that add a number or a broadcast tensor to a convolution's output."""
 
     def __init__(self, what: Callable[[Tensor, Any], Any]) -> None:
         super().__init__()
@@ -94,7 +94,7 @@ class Adds(nn.Module):
 
 
 class Asks(nn.Module):
-    """The model's own code looks at what it is given."""
+    """A model with a user-defined body, forward arguments, buffers and attributes, for tests of tracing."""
 
     def __init__(self, body: Callable[..., Tensor]) -> None:
         super().__init__()
@@ -113,7 +113,7 @@ class Asks(nn.Module):
 
 
 class Unread(nn.Module):
-    """Returns the features; nobody reads the scores, which it computes afterwards."""
+    """Returns its features, and then computes scores that nothing reads."""
 
     def __init__(self) -> None:
         super().__init__()

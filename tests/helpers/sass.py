@@ -1,4 +1,4 @@
-"""Read a kernel's disassembly (nvdisasm -c): its instructions, its main loop, registers wgmma may still be reading."""
+"""Reads a kernel's disassembly (nvdisasm -c): its instructions, its main loop, and register hazards with wgmma."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ MATRIX = ("HMMA", "QMMA", "IMMA", "HGMMA", "QGMMA", "IGMMA", "UTCHMMA", "UTCQMMA
 
 
 class Instruction(NamedTuple):
-    """`opcode` in full (LDG.E.128), its operands, and whether a predicate guards it."""
+    """An instruction: its full opcode (LDG.E.128), its operands, and whether it has a predicate."""
 
     opcode: str
     operands: str
@@ -28,7 +28,7 @@ _LABEL = re.compile(r"^(\.L_x_\d+):")
 
 
 def parse(sass: str) -> tuple[list[Instruction], dict[str, int]]:
-    """Instructions in order, and the index that each label stands before."""
+    """Return the instructions in order, and for each label the index of the instruction that follows it."""
     code: list[Instruction] = []
     labels: dict[str, int] = {}
     for line in sass.splitlines():
@@ -40,17 +40,17 @@ def parse(sass: str) -> tuple[list[Instruction], dict[str, int]]:
 
 
 def _target(instruction: Instruction, labels: Mapping[str, int]) -> int | None:
-    """Where a branch goes; None for any other instruction."""
+    """Return the index of a branch's target; None for any other instruction."""
     match = re.search(r"\.L_x_\d+", instruction.operands) if instruction.base == "BRA" else None
     return labels[match.group()] if match else None
 
 
 def main_loop(code: Sequence[Instruction], labels: Mapping[str, int]) -> tuple[Instruction, ...]:
-    """The innermost loop with the most tensor-core instructions (where no loop has any: simply the longest)."""
+    """Return the innermost loop with the most tensor-core instructions; if no loop has any, the longest one."""
     loops = []
     for end, instruction in enumerate(code):
         start = _target(instruction, labels)
-        # Retry loops of mbarrier waits stand behind EXIT and jump far back: no loops of the program.
+        # The retry loops of mbarrier waits are placed after EXIT and jump far back: they are no loops of the program.
         if start is not None and start < end and not any(i.base == "EXIT" for i in code[start:end]):
             loops.append((start, end, sum(i.base in MATRIX for i in code[start:end])))
     loops = [loop for loop in loops if loop[2]] or loops
@@ -69,13 +69,13 @@ def matrix_name(instruction: Instruction) -> str:
 
 
 def _fragment(wgmma: Instruction) -> frozenset[int]:
-    """The four registers that hold the first operand of an RS wgmma; empty where it lies in shared memory (SS)."""
+    """Return the four registers of an RS wgmma's first operand; empty if it is in shared memory (SS)."""
     match = re.match(r"R\d+, R(\d+), gdesc", wgmma.operands)
     return frozenset(range(int(match.group(1)), int(match.group(1)) + 4)) if match else frozenset()
 
 
 def _written(instruction: Instruction) -> range:
-    """The vector registers an instruction writes (its first operand, behind predicates)."""
+    """Return the vector registers that an instruction writes: its first operand, after any predicates."""
     match = re.match(r"(?:P\d,\s*|PT,\s*)?R(\d+)", instruction.operands)
     if not match or instruction.base in ("BAR", "RET", "BRX", "WARPSYNC", "NANOSLEEP"):
         return range(0)
@@ -91,16 +91,17 @@ def _written(instruction: Instruction) -> range:
 
 
 def hazards(code: Sequence[Instruction], labels: Mapping[str, int]) -> tuple[str, ...]:
-    """Writes to first-operand registers of a wgmma that may still be in flight, on any path through the program.
+    """Return descriptions of writes to a wgmma's first-operand registers while it may still be in flight.
 
-    wgmma runs asynchronously: `gsb0` closes a group, `WARPGROUP.DEPBAR.LE gsb0, n` waits until at most n groups are in
-    flight. What is known on a path are the fragments of each group that may fly, oldest first, the open one last.
+    All paths through the program are followed. wgmma is asynchronous: `gsb0` closes a group of them, and
+    `WARPGROUP.DEPBAR.LE gsb0, n` waits until at most n groups are in flight. The state on a path is the set of fragment
+    registers of each group that may be in flight, oldest first, with the open group last.
     """
     if not any(i.base.endswith("GMMA") and _fragment(i) for i in code):
         return ()
     nothing: frozenset[int] = frozenset()
     found: dict[int, str] = {}
-    todo: list[tuple[int, tuple[frozenset[int], ...]]] = [(0, (nothing,))]  # where to go on; open group last
+    todo: list[tuple[int, tuple[frozenset[int], ...]]] = [(0, (nothing,))]  # where to continue, and the groups
     seen, joins = set(), set(labels.values())
     while todo:
         at, groups = todo.pop()
@@ -114,7 +115,7 @@ def hazards(code: Sequence[Instruction], labels: Mapping[str, int]) -> tuple[str
             if i.base.endswith("GMMA"):
                 groups = (*closed, current | _fragment(i))
                 if "gsb0" in i.operands:
-                    groups = (*groups[-8:], nothing)  # nobody lets more than 8 fly
+                    groups = (*groups[-8:], nothing)  # kernels have at most 8 in flight
             elif i.opcode.startswith("WARPGROUP.DEPBAR"):
                 left = int(i.operands.rsplit(",", 1)[1], 16)
                 groups = (*closed[max(len(closed) - left, 0) :], current)

@@ -1,5 +1,5 @@
-// A CUDA driver for a machine without a GPU: what Triton's host side calls of libcuda.so.1. It loads nothing and runs
-// nothing; a launch is handed to `on_launch`, and a tensor map that the real driver would refuse is refused.
+// A stub CUDA driver for a machine without a GPU: the functions of libcuda.so.1 that Triton's host side calls. It loads
+// and executes nothing. Launches are passed to `on_launch`. Tensor maps that the real driver rejects are rejected.
 #include <cuda.h>
 #include <string.h>
 
@@ -7,10 +7,10 @@ typedef void (*launch_callback)(void *function, unsigned x, unsigned y, unsigned
 static launch_callback on_launch;
 static unsigned long long handles = 16;
 
-// NULL: nobody is told of launches.
+// Sets the function that is called for every launch; NULL for none.
 void stub_on_launch(launch_callback callback) { on_launch = callback; }
 
-// What a tensor map says, in the 128 bytes that a kernel gets.
+// The contents of a tensor map, written into its 128 bytes.
 typedef struct {
   unsigned long long address, dims[5], strides[4];
   unsigned box[5];

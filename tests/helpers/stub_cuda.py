@@ -1,11 +1,11 @@
-"""Triton's whole host side on a machine without a GPU: a launch is compiled, bound, packed and handed to a driver that
-runs nothing.
+"""Runs Triton's complete host side without a GPU: launches are compiled, bound, packed, and sent to a stub driver.
 
     with driver() as launches:
         normalize(z, scale, shift, relu=True)     # on CPU tensors
-    launches[0].arguments                         # what the GPU would have read
+    launches[0].arguments                         # the bytes that the GPU would read
 
-`stub_cuda.c` is the driver: a libcuda.so.1 that refuses tensor maps as the real one does.
+The stub driver, `stub_cuda.c`, is a libcuda.so.1 that executes nothing. It rejects the tensor maps that the real driver
+rejects.
 """
 
 from __future__ import annotations
@@ -38,8 +38,11 @@ Callback = ctypes.CFUNCTYPE(None, ctypes.c_void_p, *[ctypes.c_uint] * 4, ctypes.
 
 @dataclass(frozen=True)
 class Launch:
-    """What the driver was handed. Arguments in the order of the compiled kernel's parameters, a tensor map as the 104
-    bytes that `stub_cuda.c` makes of it."""
+    """A launch as the driver received it.
+
+    arguments: bytes, in the order of the compiled kernel's parameters. A tensor map begins with the struct `Map` that
+    `stub_cuda.c` writes into it.
+    """
 
     name: str
     grid: tuple[int, int, int]
@@ -48,7 +51,7 @@ class Launch:
 
 
 def unbuildable() -> str | None:
-    """Why the stub and Triton's launchers can't be built here, None where they can."""
+    """Return the reason why the stub and Triton's launchers can't be built here; None if they can."""
     if os.environ.get("CC") is None and shutil.which("gcc") is None and shutil.which("clang") is None:
         return "there is no C compiler"
     header = Path(sysconfig.get_paths()["include"], "Python.h")
@@ -57,9 +60,9 @@ def unbuildable() -> str | None:
 
 @cache
 def library() -> ctypes.CDLL:
-    """The stub, loaded under the name by which Triton's modules ask for the driver."""
+    """Build the stub and load it under the driver's name, libcuda.so.1, which Triton's modules look up."""
     folder = Path(tempfile.mkdtemp(prefix="stub-cuda-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)  # till then launchers are linked against it
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)  # not earlier: launchers are linked against it
     built, source = folder / "libcuda.so.1", Path(__file__).with_name("stub_cuda.c")
     command = [os.environ.get("CC") or shutil.which("gcc") or "clang", "-Wall", "-Wextra", "-Werror", "-O1", "-shared"]
     command += ["-fPIC", *(f"-I{path}" for path in nvidia.include_dirs), str(source), "-o", str(built)]
@@ -69,7 +72,7 @@ def library() -> ctypes.CDLL:
 
 
 class Driver(nvidia.CudaDriver):
-    """Triton's driver for NVIDIA GPUs, but for the questions it has PyTorch answer."""
+    """Triton's driver for NVIDIA GPUs, with fixed answers where the original calls PyTorch."""
 
     def __init__(self, sm: int) -> None:
         super().__init__()
@@ -83,8 +86,10 @@ class Driver(nvidia.CudaDriver):
 
 @contextmanager
 def driver(sm: int = 90) -> Iterator[list[Launch]]:
-    """Within, kernels are launched as on a GPU of compute capability `sm`, with CPU tensors for its memory, and every
-    launch is appended to the list. Only where kernels are not interpreted and torch sees no GPU."""
+    """Launch kernels as on a GPU of compute capability `sm`, with CPU tensors; the context's value lists the launches.
+
+    Requires that kernels are not interpreted and that torch has no GPU.
+    """
     assert not triton.knobs.runtime.interpret
     assert not torch.cuda.is_available()
     stub, load = library(), CompiledKernel._init_handles
@@ -110,12 +115,12 @@ def driver(sm: int = 90) -> Iterator[list[Launch]]:
             yield launches
     finally:
         runtime._active = before
-        for kernel in kernels.values():  # what was loaded into the stub serves nobody else
+        for kernel in kernels.values():  # handles from the stub are useless after this context
             kernel.src.fn.device_caches.clear()
 
 
 def parameter_bytes(ptx: str) -> list[int]:
-    """Sizes of a kernel's parameters."""
+    """Return the sizes of a kernel's parameters in bytes, as its PTX declares them."""
     declared = re.search(r"\.entry [^(]*\((.*?)\n\)", ptx, re.DOTALL)
     assert declared is not None
     sizes = []

@@ -1,7 +1,8 @@
-"""How far a result may be from what it should be: per dtype, what sums lose, and each exception by its name.
+"""The tolerances of all tests: one per dtype, the rounding error of sums on a GPU, and names for special cases.
 
-`cases.assert_close_to_reference` takes the table, `test_house.py` finds a tolerance that a test keeps to itself. Errors
-are relative to the reference's largest value unless a line says otherwise. None may be widened to make a test pass.
+`cases.assert_close_to_reference` uses the table. `test_house.py` finds tolerances that are defined anywhere else.
+Errors are relative to the reference's largest value unless a comment says otherwise. Never widen one to make a test
+pass.
 """
 
 from __future__ import annotations
@@ -9,10 +10,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-EXACT = 1e-11  # float64: what sums in another order cost a deep net
+EXACT = 1e-11  # float64: the effect of another order of summation on a deep net
 
-# Per dtype, the error allowed over and above PyTorch's own: the result's last rounding, which a baseline that happens
-# to be exact doesn't show.
+# The error allowed in addition to that of PyTorch's own result, per dtype. It covers the result's last rounding, in
+# case the baseline happens to be exact.
 TOLERANCES = {
     torch.float64: EXACT,
     torch.float32: torch.finfo(torch.float32).eps,
@@ -23,15 +24,18 @@ TOLERANCES = {
 
 
 def lost_in_sums(summed: int, operands: Tensor) -> float:
-    """What a sum of `summed` products may lose on a GPU beyond the baseline's error, relative to its largest value.
+    """Return the error that a sum of `summed` products may have on a GPU in addition to the baseline's.
 
-    float32: the products are added one after the other and each sum is rounded, a walk that takes the worst of some
-    thousand results about sqrt(summed) / 4 epsilons away (simulated); a library may add in blocks, and so round less.
-    16 bits: tensor cores align 16 products at a time to the sum so far and cut them off in fp32, without rounding (Fasi
-    et al. 2021, "Numerical behavior of NVIDIA tensor cores"). PyTorch's own sums in the operands' dtype lose as much,
-    but their last rounding hides it.
-    8 bits: on Hopper they are cut off 13 bits below the largest, 32 at a time (DeepSeek-V3's report, section 3.3.2):
-    each by less than 2^-13, of deviation 2^-13 / sqrt(3); four deviations, and half a step of the sum each time.
+    It is relative to the largest value, and 0 on a CPU. operands: a tensor with the products' dtype and device.
+
+    float32: the products are added one after the other, and each sum is rounded. In a simulation this random walk takes
+    the worst of some thousand results about sqrt(summed) / 4 epsilons away. A library may sum in blocks and round less.
+    16 bits: tensor cores align 16 products at a time to the sum so far and truncate them in fp32 (Fasi et al. 2021,
+    "Numerical behavior of NVIDIA tensor cores"). PyTorch's own sums in the operands' dtype lose as much, but their last
+    rounding hides it.
+    8 bits: Hopper aligns 32 products at a time and truncates them 13 bits below the largest (DeepSeek-V3's report,
+    section 3.3.2). Each product loses less than 2^-13, with a standard deviation of 2^-13 / sqrt(3). Allowed are four
+    standard deviations, plus half a step of the sum for every 32 products.
     """
     if not operands.is_cuda:
         return 0.0
@@ -45,75 +49,75 @@ def lost_in_sums(summed: int, operands: Tensor) -> float:
     return 0.0
 
 
-# Factors of the error that PyTorch's own result in the same dtype has.
-TWICE = 2.0  # the same number of roundings, which fell otherwise
-FUSED = 3.0  # a convolution with what is fused around it: roundings stand elsewhere than in the steps one by one
-GRADIENTS = 4.0  # dgrad and wgrad behind a BatchNorm's backward, whose differences cancel
-ONEDNN_GRAPH = 4.0  # a whole net as oneDNN's compiler fused it
-WHOLE_NETS = 8.0  # gradients and weights of whole nets: layers amplify what the first ones round
+# Factors of the error of PyTorch's own result in the same dtype.
+TWICE = 2.0  # the same number of roundings, at other places
+FUSED = 3.0  # a convolution with fused steps: values are rounded at other places than in separate steps
+GRADIENTS = 4.0  # dgrad and wgrad after BatchNorm's backward, in which differences cancel
+ONEDNN_GRAPH = 4.0  # a whole net, fused by oneDNN's graph compiler
+WHOLE_NETS = 8.0  # gradients and weights of whole nets: later layers amplify the rounding error of the first ones
 
-# float64, in which a fault of meaning is of order 1 and rounding of order 1e-14.
-SLIDING = 1e-13  # scores in [0, 1], of crops beside windows of one image
+# float64, in which a wrong formula gives an error of order 1 and rounding one of order 1e-14.
+SLIDING = 1e-13  # scores in [0, 1] of separate crops, compared with windows of one image
 EXACT_BLOCK = 1e-12  # a block, or a net of few layers
-EXACT_BLOCK_GRADIENTS = 1e-10  # of a block, by its operator's backward
-EXACT_GRADIENTS = 1e-9  # of a whole net, through each of its BatchNorms
-EXACT_ANY_NET = 1e-8  # random nets, and torchvision's deepest in training
-QUOTIENTS = 1e-12  # Python's floats, divided in another order
-SCHEDULE = 1e-9  # a learning rate by its formula beside PyTorch's recurrence over 600 epochs
-SCHEDULE_END = 1e-12  # the same where it ends near zero; absolute
-AVERAGES = 1e-9  # of losses, added in another order
-COUNTS = 1e-6  # of FLOPs, which launches hold as shares
+EXACT_BLOCK_GRADIENTS = 1e-10  # gradients of a block, from its operator's backward
+EXACT_GRADIENTS = 1e-9  # gradients of a whole net, through all of its BatchNorms
+EXACT_ANY_NET = 1e-8  # random nets, and torchvision's deepest ones in training
+QUOTIENTS = 1e-12  # Python floats, divided in another order
+SCHEDULE = 1e-9  # a learning rate from its formula, compared with PyTorch's recurrence over 600 epochs
+SCHEDULE_END = 1e-12  # the same at the end of the schedule, near zero; absolute
+AVERAGES = 1e-9  # averages of losses, summed in another order
+COUNTS = 1e-6  # FLOPs, which launches store as fractions of a total
 
 # float32
-RATE = 1e-7  # weights near 0, by a learning rate that a graph holds in float32, an eager step in float64; absolute
-MEANS = 3e-7  # a channel's mean, beside a deviation far smaller than it
-ROUNDING = 1e-6  # an operation or few, some epsilons; absolute, too, for pixels, scores and weights of about 1 or less
-SCORES = 2e-6  # scores in [0, 1] after some ten layers, and as a table prints them; absolute
+RATE = 1e-7  # weights near 0: a graph stores the learning rate in float32, an eager step in float64; absolute
+MEANS = 3e-7  # the mean of a channel whose standard deviation is far smaller
+ROUNDING = 1e-6  # a few operations, some epsilons; also absolute, for pixels, scores and weights of about 1 or less
+SCORES = 2e-6  # scores in [0, 1] after about ten layers, and as a table prints them; absolute
 COLOURS = 2e-6  # pixels in [0, 1], shifted along the eigenvectors of their colours; absolute
-MOMENTS = 5e-6  # variances beside a mean far larger; formulas that cancel are off by `CANCELLED`
-CANCELLED = 1e-4  # at least, by the naive formula of the variance
-SUMS = 1e-5  # some hundred products or a shallow net, in another order; absolute, too, where a net's weights are near 1
-SERVED = 2e-5  # scores in [0, 1] from batches that requests happen to share; absolute
-BORDERS = 1e-4  # stages that hand over to one another, with second derivatives; a lost mask or sum is off by tenths
-NETS = 1e-4  # a whole net that something else runs, folds or compiles
-PRODUCTS = 2.0**-20  # by the kernels' own products of float32
-PRODUCTS_TF32 = 2.0**-9  # the same of factors cut to 10 bits
-REPLAYED = 1e-3  # some steps from a graph, which amplify that a library chooses otherwise while a graph records
+MOMENTS = 5e-6  # moments of a channel whose mean is far larger than its deviation; formulas that cancel are off by `CANCELLED`
+CANCELLED = 1e-4  # a lower bound: the error of the naive formula for the variance
+SUMS = 1e-5  # about a hundred products or a shallow net, in another order; also absolute, for weights near 1
+SERVED = 2e-5  # scores in [0, 1] from a batch that several requests share; absolute
+BORDERS = 1e-4  # consecutive stages, with second derivatives; a missing mask or sum gives an error of tenths
+NETS = 1e-4  # a whole net in another implementation, folded or compiled
+PRODUCTS = 2.0**-20  # float32 products of our kernels
+PRODUCTS_TF32 = 2.0**-9  # the same with operands truncated to 10 bits
+REPLAYED = 1e-3  # some steps from a graph: they amplify the effect of other algorithms, chosen during its capture
 REPLAYED_16 = 2e-2  # the same in bfloat16 and float16
-VALIDATION = 1e-3  # a loss behind steps whose sums have another order
-KERNELS = 2e-3  # a block by kernels beside the same in float32, not in float64
+VALIDATION = 1e-3  # a loss after steps whose sums have another order
+KERNELS = 2e-3  # a block on our kernels, compared with float32 instead of float64
 KERNELS_GRADIENTS = 1e-2  # the same for gradients
-GPU_TRAINED = 1e-2  # weights after four steps on a GPU, beside a CPU's: steps amplify what sums round
-GPU_TRAINED_ZERO = 1e-3  # those near zero; absolute
+GPU_TRAINED = 1e-2  # weights after four steps on a GPU, compared with a CPU: steps amplify rounding errors
+GPU_TRAINED_ZERO = 1e-3  # the same for weights near zero; absolute
 
-# 16 bits and 8
-GPU_HALF = 1e-2  # float16, a small net on a GPU beside the CPU
-AUTOCAST = 0.05  # bfloat16: a small net, compiled beside eager
-AUTOCAST_GRADIENTS = 0.02  # at least, where eager's own happen to be nearer
+# 16 bits and 8 bits.
+GPU_HALF = 1e-2  # float16: a small net on a GPU, compared with the CPU
+AUTOCAST = 0.05  # bfloat16: a small net, compiled, compared with eager
+AUTOCAST_GRADIENTS = 0.02  # the smallest tolerance for its gradients, in case eager's happen to be more accurate
 HALF_SCORES = 0.05  # bfloat16: scores in [0, 1]; absolute
-CURVES = 0.02  # bfloat16: mean losses of 20 steps, beyond what stock differs from itself; absolute
-INT8 = 0.03  # a few layers in 8 bits, beside float32
-INT8_SIMULATED = 0.02  # a small net whose sums are oneDNN's or simulated
-INT8_STEPS = 0.025  # two steps of a grid over [-1, 2]: one each on the way in and out; absolute
-INT8_TOP1 = 0.005  # share of images that a trained net classifies right
-HALF_STEP = 0.5001  # of a grid's step, and what float32 makes of it
-TIES = 1e-3  # how far from a tie of two grid points rounding may fall to the other side, in steps; and how often
+CURVES = 0.02  # bfloat16: mean losses of 20 steps, in addition to the difference between two stock runs; absolute
+INT8 = 0.03  # a few layers in 8 bits, compared with float32
+INT8_SIMULATED = 0.02  # a small net in int8, simulated compared with oneDNN
+INT8_STEPS = 0.025  # two steps of a quantisation grid over [-1, 2], for the input and the output; absolute
+INT8_TOP1 = 0.005  # the top-1 accuracy of a trained net
+HALF_STEP = 0.5001  # half a step of a quantisation grid, plus float32's rounding error
+TIES = 1e-3  # largest distance from a tie, in steps, at which the neighbour may result; and how often it may
 
-# Pictures and random draws; absolute
-NEAR_A_PIXEL = 1e-3  # of a window's edges, in pixels
-GREY_LEVELS = 0.01  # mean over a picture where some pixels round to the next grey level
-RARELY = 1e-3  # share of pixels more than a grey level away
-PILLOW = 2e-3  # scores, where training's pictures are resized by Pillow
-DRAWN = 0.01  # the mean of 20,000 draws between 0 and 1; its deviation is 0.002
-COLOUR_MEANS = 0.003  # the mean of 20,000 draws of deviation 0.1; its deviation is 0.0007
-COLOUR_DEVIATIONS = 0.002  # and how far theirs is from 0.1
-MIXED_AREA = 0.02  # the share of a picture that a rectangle of whole pixels covers
+# Pictures and random draws; absolute.
+NEAR_A_PIXEL = 1e-3  # the edges of a window, in pixels
+GREY_LEVELS = 0.01  # the mean difference of pixels from 0 to 255, where some are rounded to the next value
+RARELY = 1e-3  # the fraction of pixels that differ by more than 1/255
+PILLOW = 2e-3  # scores, where Pillow resizes training's pictures
+DRAWN = 0.01  # the mean of 20,000 draws between 0 and 1, whose standard deviation is 0.002
+COLOUR_MEANS = 0.003  # the mean of 20,000 draws with a standard deviation of 0.1; that of the mean is 0.0007
+COLOUR_DEVIATIONS = 0.002  # the difference between these draws' standard deviation and 0.1
+MIXED_AREA = 0.02  # the fraction of a picture that a rectangle of whole pixels covers
 
-# Figures that somebody rounded, and models of them
-PAPER = 0.02  # FLOPs in the paper's table: two digits
-TILED = 0.02  # what tiles multiply, which hang over the last pixel
-WINDOWED = 0.01  # the same of the stem's rows
-RECORDED = 0.05  # the model beside the record, each ratio given with two digits; absolute
-PRINTED = 0.06  # microseconds with one digit; absolute
-PRINTED_2 = 0.02  # a difference of two figures with two digits each; absolute
-PERCENT = 0.01  # a figure with two digits; absolute
+# Rounded figures, and models of them.
+PAPER = 0.02  # FLOPs in the paper's table, which have two digits
+TILED = 0.02  # the products that tiles compute, including those beyond the last pixel
+WINDOWED = 0.01  # the same for the rows of the stem's kernels
+RECORDED = 0.05  # ratios of predicted to measured times, given with two digits; absolute
+PRINTED = 0.06  # microseconds with one decimal; absolute
+PRINTED_2 = 0.02  # a difference of two figures with two decimals each; absolute
+PERCENT = 0.01  # a figure with two decimals; absolute

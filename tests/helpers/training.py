@@ -1,4 +1,4 @@
-"""Short trainings on digits, and processes of their own that run them."""
+"""Helpers for tests of training: short runs on the digits data set, in this process or in child processes."""
 
 from __future__ import annotations
 
@@ -76,18 +76,18 @@ def start(target: Callable[..., None], *args: Any, **environment: str) -> tuple[
 
 
 def ends(target: Callable[..., None], *args: Any) -> int:
-    """The exit code of `target(*args)` in a process of its own."""
+    """Run `target(*args)` in a child process and return its exit code; fail if it raised an exception."""
     process, outcome = start(target, *args)
     process.join(120)
-    said = outcome.read_text()
+    error = outcome.read_text()
     outcome.unlink()
-    assert not said, said
+    assert not error, error
     assert process.exitcode is not None
     return process.exitcode
 
 
 def ranks(target: Callable[..., None], *args: Any) -> list[tuple[int | None, str]]:
-    """Exit code and last words of two processes of one gloo group."""
+    """Run `target(*args)` in two processes of one gloo group; return the exit code and error message of each rank."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -121,7 +121,7 @@ def signalled(out: Path, number: int, iteration: int, validating: bool) -> None:
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of `SHORT` that nothing happened to."""
+    """The output folder of an uninterrupted run of `SHORT`."""
     out = tmp_path_factory.mktemp("undisturbed")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
