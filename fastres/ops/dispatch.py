@@ -299,8 +299,7 @@ def _over_packed_images(pass_: Pass, problem: ConvProblem, dtype: torch.dtype) -
 
 
 def on_load(pass_: Pass, problem: ConvProblem, dtype: torch.dtype, device: torch.device) -> bool:
-    """Return whether our kernel computes its operand while loading, instead of reading it from memory, where a separate
-    pass would have to store it first.
+    """Return whether our kernel computes its operand while loading it; otherwise a separate pass stores it first.
 
     The operand is the activation in "fprop" and "wgrad" (for a block's first pair: the end of the block before it), and
     dz in "dgrad"; the answer for "dgrad" applies to wgrad's dz too. Measurements decide; a rule decides without them.

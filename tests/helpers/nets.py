@@ -37,7 +37,7 @@ def lived_in(model: nn.Module) -> nn.Module:
 
 
 def tiny() -> nn.Module:
-    """Return a small net of 10 classes: a stem, bottlenecks, one with a projection and one grouped, and a basic block."""
+    """Return a small net of 10 classes: a stem, three bottlenecks (one projects, one is grouped), a basic block."""
     projection = nn.Sequential(conv1x1(16, 32, stride=2), nn.BatchNorm2d(32))
     model = nn.Sequential(
         *(nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU(), nn.MaxPool2d(3, 2, 1)),

@@ -115,7 +115,7 @@ def test_limits() -> None:
 
 
 def test_arguments_are_named_once() -> None:
-    with pytest.raises(ValueError, match=r"scale_kernel takes .*'factor'.* name"):
+    with pytest.raises(ValueError, match=r"scale_kernel takes .*'factor'.* but"):
         compile_kernel(scale_kernel, {"x_ptr": "*fp32", "y_ptr": "*fp32", "size": "i32"}, {"BLOCK": 1024})
 
 
