@@ -109,8 +109,10 @@ def _is_ours(block: nn.Module) -> bool:
 
 
 def foreign(parts: Parts) -> str | None:
-    """Return the reason why `parts` can never run fused, whatever the input: a module of the wrong type or with
-    unsupported settings. None if every module fits its role."""
+    """Return the reason why no input can run fused through `parts`: a module has a wrong type or unsupported settings.
+
+    None if every module fits its role. Hooks are not checked here.
+    """
     wanted: list[tuple[nn.Module, tuple[type[nn.Module], ...]]] = []
     for conv, norm in parts.pairs:
         wanted += [(conv, (nn.Conv2d,)), (norm, (nn.BatchNorm2d,))]
