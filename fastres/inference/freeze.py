@@ -1,4 +1,4 @@
-"""`optimize`: what it accepts, and the way from a model to an `Optimized`."""
+"""`optimize`: check a model, trace it, and build an `Optimized` from it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from fastres.ops import dispatch, eligibility
 from fastres.ops.quantised import FLOAT8
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-_QUANTISED = {FLOAT8: torch.bfloat16, torch.int8: torch.float32}  # of convolutions -> of all else and of the answer
+# dtype of the convolutions -> dtype of all other steps and of the result
+_QUANTISED = {FLOAT8: torch.bfloat16, torch.int8: torch.float32}
 
 
 @torch.inference_mode(False)
@@ -34,56 +35,68 @@ def optimize(
     calibration: Iterable[Any] | None = None,
     percentile: float | None = None,
 ) -> Optimized:
-    """Freeze `model`, a ResNet in eval mode, for inference. The model itself stays untouched.
+    """Return a copy of `model`, a ResNet in eval mode, that is frozen for fast inference.
 
-    Accepts fastres's nets, torchvision's and timm's ResNets, and what else consists of the operations that the error
-    for an unknown one lists. The result is called as the model is and answers as `model.to(dtype)` would, in `dtype`,
-    for input [N, C, H, W] of any floating dtype in any memory format; no gradient flows. The input is never changed,
-    even where the model would work in it in place. Returned tensors are the caller's own: no later call, thread or
-    stream changes them.
+    model: one of fastres's nets, a ResNet of torchvision or timm, or any model that takes one tensor, returns one
+    tensor and consists of supported operations (the error for an unsupported operation lists them). It is not changed.
 
-    example: input whose shape is made ready now, not at the first call, as by `ready`: engines are chosen, kernels
-    compiled, a graph is captured. dtype: bfloat16, float16, float32 or float64; float8_e4m3fn on GPUs of compute
-    capability 8.9 and above; int8 on CPUs with AVX512-VNNI. The default is that of the model's convolutions.
-    cuda_graph: on a GPU, replay a CUDA graph per input shape (the last 8 shapes are kept).
+    The returned module takes x [N, C, H, W] of any floating dtype, in any memory format, on the device of the weights,
+    and returns a tensor in `dtype`. Equivalent to, up to rounding:
 
-    On an x86-64 CPU the convolutions are oneDNN's, each with its bias, addition and ReLU in one call: in float32, in
-    int8 and, where the CPU has the instructions, in bfloat16 and float16. An image with NaN or infinity is answered as
-    by PyTorch, in int8 by NaN. One difference remains in float32 and bfloat16: where an activation overflows inside
-    the net, a NaN may follow, and oneDNN's ReLU makes 0 of it.
+        frozen = copy.deepcopy(model).to(dtype)
+        with torch.no_grad():
+            y = frozen(x.to(dtype))
 
-    torchscript: on a CPU, have TorchScript compile the plan for an input shape after ten calls with it, or at once for
-    `example` and `ready`. The result is used where it is faster than the steps one by one. In float32 and bfloat16 it
-    is a oneDNN graph, whose answers may differ from those of the steps in the last bits; in int8 it has the same steps
-    and answers. Where `torch.use_deterministic_algorithms` is on, nothing is compiled.
+    It never writes into x, even if the model does. The caller owns the returned tensors: no later call, thread or
+    stream changes them. `torch.autocast` inside the model is ignored.
 
-    calibration: for float8 and int8 only, batches (or (batch, ...) tuples) that represent the real input. Their numbers
-    set the range of each activation; what lies beyond it later is clamped. percentile: above 0 and up to 100, the
-    default. This share of an activation's numbers, in percent, lies below the upper end of its range, and as many above
-    the lower end; 100 is the extremes. Weights have one scale per output channel. In float8 the first convolution,
-    grouped ones and the classifier stay in bfloat16, and the result is in it. In int8 weights are whole numbers from
-    -127 to 127, activations from 0 to 255 with a zero point; max pools between convolutions work in 8 bits. The
-    classifier, all else and the result are in float32. Under `backend("reference")` either dtype is simulated on any
-    device.
+    example: an input whose shape is prepared immediately instead of at the first call, as with `ready`: engines are
+        chosen, kernels are compiled, and on a GPU a CUDA graph is captured.
+    dtype: bfloat16, float16, float32 or float64; float8_e4m3fn on GPUs of compute capability 8.9 and above; int8 on
+        x86-64 CPUs with AVX512-VNNI. Default: the dtype of the model's convolutions.
+    cuda_graph: on a GPU, replay one CUDA graph per input shape. The last 8 shapes are kept.
+    torchscript: on a CPU, let TorchScript compile the plan for an input shape after ten calls with that shape, or
+        immediately for `example` and `ready`. The compiled plan is used if it is faster than running step by step. In
+        float32 and bfloat16 it is a oneDNN graph, whose results may differ from those of the steps in the last bits. In
+        int8 it consists of the same steps and gives the same results. Nothing is compiled while
+        `torch.use_deterministic_algorithms` is on.
+    calibration: required for float8 and int8, not accepted otherwise. Batches, or (batch, ...) tuples, that represent
+        the real input. They set the range of each activation; later values outside the range are clamped.
+    percentile: above 0 and at most 100, the default; only with `calibration`. This percentage of an activation's values
+        lies below the upper end of its range, and the same percentage above the lower end. 100 takes the minimum and
+        maximum.
 
-    Raises TypeError or ValueError, saying what is accepted, for a model in training mode or with hooks, for an
-    operation without a step, for one in place whose effect may show under another name, for folded weights that aren't
-    finite, for a dtype or device that can't be served. The first call (here, where `example` is given) takes longer: it
-    also holds plan and model against each other, both in float64 on the CPU, on random images of its size, and raises
-    ValueError if they differ, as where the model's code asks `type(x)`, which a trace can't see. What `torch.autocast`
-    does inside a model is left out.
+    In float8 and int8, weights have one scale per output channel. In float8, the first convolution, grouped
+    convolutions, the classifier and all other steps run in bfloat16, and the result is bfloat16. In int8, weights are
+    integers from -127 to 127 and activations are integers from 0 to 255 with a zero point; max pools between
+    convolutions run in 8 bits, and the classifier, all other steps and the result are in float32. Under
+    `backend("reference")` both dtypes are simulated on any device.
+
+    On an x86-64 CPU, oneDNN computes each convolution with its bias, addition and ReLU in one call: in float32, in int8
+    and, if the CPU has the instructions, in bfloat16 and float16. Images with NaN or infinity give the same result as
+    in PyTorch, except that in int8 their result is NaN. In float32 and bfloat16 one difference remains: if an
+    activation overflows inside the net and becomes NaN, oneDNN's ReLU turns the NaN into 0.
+
+    The first call of the net (`optimize` itself, if `example` is given) also compares the plan with the model, both in
+    float64 on the CPU, on random images of the input's size. A float8 or int8 net is compared before it is quantised.
+    The comparison finds, for example, code that checks `type(x)`, which behaves differently during tracing.
+
+    Raises TypeError for something that is not a plain `nn.Module`, such as a compiled or optimized model. Raises
+    ValueError if the model is in training mode, has hooks, uses an unsupported operation, changes a tensor in place
+    and later reads a view of it, or differs from its plan; if folded weights are not finite; or if the dtype or the
+    device is not supported. Raises RuntimeError if `backend` forces kernels that cannot run on the device.
     """
     refuse_wrapper(model, "optimize")
     if any(isinstance(module, Optimized) for module in model.modules()):
-        raise TypeError("this net is optimized already, or a part of it is; optimize() takes the original")
+        raise TypeError("the model is already optimized, or contains an optimized net; pass the original to optimize()")
     if dtype is not None and dtype not in (*_DTYPES, *_QUANTISED):
-        raise ValueError(f"dtype={dtype} isn't served; accepted: {', '.join(map(str, (*_DTYPES, *_QUANTISED)))}")
+        raise ValueError(f"dtype={dtype} is not supported; accepted: {', '.join(map(str, (*_DTYPES, *_QUANTISED)))}")
     if (dtype in _QUANTISED) != (calibration is not None):
         raise ValueError(
-            "float8_e4m3fn and int8 need calibration=, an iterable of input batches, and no other dtype takes it"
+            "float8_e4m3fn and int8 need calibration=, an iterable of input batches; no other dtype accepts it"
         )
     if percentile is not None and calibration is None:
-        raise ValueError("percentile= says how calibration sets ranges; give it with float8_e4m3fn or int8")
+        raise ValueError("percentile= is accepted only with calibration=, for float8_e4m3fn or int8")
     ranges = Ranges(100.0 if percentile is None else percentile)
     model = _with_traceable_normalize(model)
     steps, output = trace(copy.deepcopy(model))
@@ -95,7 +108,7 @@ def optimize(
     if calibration is not None:
         assert dtype is not None
         _require_engine(dtype, device)
-        # This net is compared with the model; one of 8 bits is too coarse to be.
+        # Compare this net with the model: after quantisation the two would differ too much.
         wide = Optimized(model, steps, output, _QUANTISED[dtype], cuda_graph=False, compared=True)
         for x in batch_inputs(calibration):
             wide.observed(x, ranges.include)
@@ -109,7 +122,7 @@ def optimize(
 
 
 class _Normalize(nn.Module):
-    """torchvision's Normalize as arithmetic that a trace can read: x [N, C, H, W] -> (x - mean) / std."""
+    """torchvision's Normalize written so that torch.fx can trace it: x [N, C, H, W] -> (x - mean) / std."""
 
     mean: Tensor
     std: Tensor
@@ -124,7 +137,10 @@ class _Normalize(nn.Module):
 
 
 def _with_traceable_normalize(model: nn.Module) -> nn.Module:
-    """A copy of `model` with `_Normalize` for torchvision's Normalize layers; the model itself where it has none."""
+    """Return a copy of `model` in which `_Normalize` replaces torchvision's Normalize layers.
+
+    Returns the model itself if it has no such layer.
+    """
     layers = {path: module for path, module in model.named_modules() if path and _is_normalize(module)}
     if not layers:
         return model
@@ -138,7 +154,10 @@ def _with_traceable_normalize(model: nn.Module) -> nn.Module:
 
 
 def _is_normalize(module: nn.Module) -> bool:
-    """Whether it is one, of transforms or transforms.v2, whose call does no more than the arithmetic."""
+    """Return whether `module` is a Normalize of transforms or transforms.v2 that `_Normalize` can replace.
+
+    A Normalize that works in place, has hooks or has a zero in std does more than (x - mean) / std.
+    """
     kind = type(module)
     named = kind.__name__ == "Normalize" and kind.__module__.startswith("torchvision.transforms.")
     return named and not module.inplace and not eligibility.has_hooks(module) and 0 not in module.std  # type: ignore
@@ -148,30 +167,30 @@ def _device(model: nn.Module) -> torch.device:
     devices = {t.device for t in (*model.parameters(), *model.buffers())}
     if len(devices) != 1 or torch.device("meta") in devices:
         names = ", ".join(sorted(map(str, devices)))
-        raise ValueError(f"optimize() takes a model whose parameters and buffers lie on one device, got {names}")
+        raise ValueError(f"optimize() requires all parameters and buffers on one device, got {names}")
     return devices.pop()
 
 
 def _dtype(model: nn.Module, steps: Iterable[Step]) -> torch.dtype:
     dtypes = {model.get_submodule(conv.name).weight.dtype for step in steps for conv in convs(step)}
     if len(dtypes) != 1 or not dtypes <= set(_DTYPES):
-        raise ValueError(f"the model's convolutions are in {', '.join(sorted(map(str, dtypes)))}; give one dtype")
+        raise ValueError(f"the model's convolutions are in {', '.join(sorted(map(str, dtypes)))}; pass dtype=")
     return dtypes.pop()  # type: ignore[return-value]
 
 
 def _require_engine(dtype: torch.dtype, device: torch.device) -> None:
-    """Raises ValueError where nothing computes convolutions in `dtype`, float8_e4m3fn or int8, on `device`."""
+    """Raise ValueError if no engine computes convolutions in `dtype`, float8_e4m3fn or int8, on `device`."""
     if dispatch.wants_reference():
         return
     reason = None
     if dtype == FLOAT8 and device.type != "cuda":
-        reason = f"float8_e4m3fn needs a CUDA GPU, the model is on {device}"
+        reason = f"float8_e4m3fn needs a CUDA GPU, but the model is on {device}"
     elif dtype == FLOAT8 and (found := torch.cuda.get_device_capability(device)) < capability.FLOAT8:
         needed, name = capability.spelt(capability.FLOAT8), torch.cuda.get_device_name(device)
-        reason = f"float8_e4m3fn needs compute capability {needed} or above, {name} has {capability.spelt(found)}"
+        reason = f"float8_e4m3fn needs compute capability {needed} or above, but {name} has {capability.spelt(found)}"
     elif dtype == torch.int8 and device.type != "cpu":
-        reason = f"int8 needs a CPU, the model is on {device}; there is float8_e4m3fn for GPUs"
+        reason = f"int8 needs a CPU, but the model is on {device}; use float8_e4m3fn on a GPU"
     elif dtype == torch.int8 and (why := dispatch.why_no_int8(device)) is not None:
-        reason = f"int8 isn't served: {why}"
+        reason = f"int8 is not supported: {why}"
     if reason is not None:
         raise ValueError(f"{reason}; backend('reference') simulates {str(dtype).removeprefix('torch.')}")

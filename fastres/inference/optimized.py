@@ -1,7 +1,8 @@
-"""`Optimized`: the module that `optimize` returns. It keeps the folded weights, and a bound program per input shape.
+"""`Optimized`: the module that `optimize` returns. It stores the folded weights and one bound program per input shape.
 
-BatchNorm is folded into the weights once, in float64. For each input shape the plan's steps are bound to engines
-(`fastres.ops.dispatch` chooses) and, on a GPU, captured in a CUDA graph that later calls of that shape replay.
+BatchNorm is folded into the weights once, in float64. For each input shape, the steps of the plan are bound to the
+engines that `fastres.ops.dispatch` chooses. On a GPU the bound program is then captured as a CUDA graph, which later
+calls with that shape replay.
 """
 
 from __future__ import annotations
@@ -23,27 +24,32 @@ from fastres.ops import dispatch, folded, onednn, quantised
 from fastres.ops.layout import nhwc
 from fastres.ops.quantised import FLOAT8
 
-MAX_SHAPES = 8  # bound plans kept per net, least recently used dropped first
-SPECIALISED_AFTER = 10  # calls of one shape on a CPU, then compiling it is worth the time
-MAX_ALIVE_BYTES = 32 * 2**20  # of values at once on a CPU: what a large cache holds, and glibc's heap keeps
-FIRST_SLICE = 4  # images of a new size, to see how many bytes they take
-_MAX_COMPARED = 16  # images, where a net asks for its number of them
+MAX_SHAPES = 8  # bound programs kept per net (LRU)
+SPECIALISED_AFTER = 10  # calls with one shape on a CPU, after which it is worth compiling for that shape
+# Limit on the values alive at the same time on a CPU: about a large cache, and the most that glibc's heap reuses.
+MAX_ALIVE_BYTES = 32 * 2**20
+FIRST_SLICE = 4  # images in the first slice of a new image size, which shows how many bytes one image takes
+_MAX_COMPARED = 16  # most images in the comparison with the model, if the model accepts only its caller's batch size
+# Attributes that are rebuilt after a copy or an unpickling instead of being stored.
 _DERIVED = {"_lock", "_programs", "_image_bytes", "_folded", "_packings", "_layers", "_unbound", "_weight"}
 _DERIVED |= {"_last_use", "_graph_memory"}  # on a GPU
 
 
 def batch_inputs(batches: Iterable[Any]) -> Iterator[Tensor]:
-    """The input of each batch: a tensor, or the first of a tuple."""
+    """Yield the input of each batch: the batch itself if it is a tensor, else its first item."""
     for batch in batches:
         yield batch if isinstance(batch, Tensor) else batch[0]
 
 
 class Optimized(nn.Module):
-    """What `optimize` returns. Its submodules, parameters, buffers and `state_dict` are a copy of the original's.
+    """The module that `optimize` returns. It has a copy of the model's submodules, parameters and buffers.
 
-    Loading a state_dict of the original folds again, and so does moving to another device; loading into a part of it,
-    or writing into its weights, doesn't. deepcopy and pickle work.
-    Plans are kept per input shape, `backend` in force and numerical switches of PyTorch's (TF32, cuDNN, deterministic).
+    Its `state_dict` therefore has the model's names and shapes. Loading a whole state dict of the model folds the
+    weights again, and so does moving the net to another device. Loading into a submodule or writing into a weight has
+    no effect on the results. deepcopy and pickle work.
+
+    A bound program is cached per input shape, `backend` in force and numerical switches of PyTorch (TF32, cuDNN,
+    deterministic algorithms; on a CPU also oneDNN and the number of threads).
     """
 
     dtype: torch.dtype
@@ -59,9 +65,13 @@ class Optimized(nn.Module):
         *,
         compared: bool = False,
     ) -> None:
-        """model: whose modules become the net's. compared: whether the first call holds its answer against model's."""
+        """Take over the modules, parameters and buffers of `model` and fold the weights of `steps`.
+
+        output: the name of the value that the plan returns. dtype: of all steps that are not quantised, and of the
+        result. compared: whether the first call compares the plan with `model`.
+        """
         super().__init__()
-        self._uncompared = (model if compared else None,)  # in a tuple, or it would become a submodule
+        self._uncompared = (model if compared else None,)  # in a tuple, so that it does not become a submodule
         for name in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set"):
             setattr(self, name, getattr(model, name))
         self.requires_grad_(False)
@@ -76,7 +86,11 @@ class Optimized(nn.Module):
         self._reset()
 
     def forward(self, x: Tensor) -> Tensor:
-        """The original's answer in `dtype` to x [N, C, H, W]: x in any floating dtype, on the weights' device."""
+        """Return the model's output for x [N, C, H, W] in `self.dtype`.
+
+        x has any floating dtype and memory format and is on the device of the weights. Raises TypeError for another
+        dtype, ValueError for another number of dimensions or another device.
+        """
         x = self._checked(x)
         if _is_being_recorded(x):
             return self._run_recorded(x)
@@ -84,32 +98,37 @@ class Optimized(nn.Module):
             return self._on_cuda(x) if x.is_cuda else self._on_cpu(x)
 
     def ready(self, example: Tensor) -> None:
-        """Make what calls with inputs of `example`'s shape need: engines, kernels, a CUDA graph, or TorchScript on a
-        CPU, without waiting for ten calls."""
+        """Prepare the net for inputs of `example`'s shape, so that the next call with this shape runs at full speed.
+
+        Engines are chosen and kernels compiled. On a GPU a CUDA graph is captured; on a CPU TorchScript compiles the
+        plan now instead of after ten calls.
+        """
         self(example)
         if not example.is_cuda:
             with _plain_mode(example):
                 self._on_cpu(self._checked(example), specialises_after=0)
 
     def explain(self, shape: Sequence[int] | None = None) -> str:
-        """Each step's layer, output shape and engine, and why that engine, as a table.
+        """Return a table of the plan's steps: layer, output shape, engine, and the reason for that engine.
 
-        Of the plan for input of `shape` [N, C, H, W], by default the one used last. Raises ValueError if there's none.
+        shape: describe the plan for inputs of this shape [N, C, H, W]; by default, the plan that was used last. Raises
+        ValueError if there is no such plan yet.
         """
         with self._lock:
             programs = [p for key, p in self._programs.items() if shape is None or key[0] == tuple(shape)]
         if not programs:
             known = ", ".join(str(list(key[0])) for key in self._programs)
-            wanted = f" for shape {list(shape)} (there are: {known})" if shape and known else ""
-            raise ValueError(f"no plan yet{wanted}; call it on a batch first")
+            wanted = f" for shape {list(shape)} (known shapes: {known})" if shape and known else ""
+            raise ValueError(f"no plan yet{wanted}; call the net on a batch first")
         small = self._small_dtype()
         convolutions = f" with {small} convolutions" if small else ""
         return f"{self._model_name} in {self.dtype}{convolutions}, {programs[-1].how_it_runs()}\n{programs[-1].table()}"
 
     def agreement(self, model: Callable[[Tensor], Tensor], batches: Iterable[Any]) -> float:
-        """The share of images in `batches` (tensors or (tensor, ...) tuples) with the same top-1 class as `model`'s.
+        """Return the share of images, from 0 to 1, for which the net and `model` have the same top-1 class.
 
-        `model` is given each batch in the dtype and on the device of its own parameters, if it has any.
+        batches: tensors [N, C, H, W] or (tensor, ...) tuples. `model` gets each batch in the dtype and on the device of
+        its parameters, if it has any. Raises ValueError if there are no images.
         """
         same = total = 0
         for x in batch_inputs(batches):
@@ -120,11 +139,11 @@ class Optimized(nn.Module):
             same += int((ours == theirs.to(ours.device)).sum())
             total += len(x)
         if not total:
-            raise ValueError("no images to compare on")
+            raise ValueError("batches contain no images to compare on")
         return same / total
 
     def train(self, mode: bool = True) -> Optimized:
-        """Raises RuntimeError for mode=True; `eval()` changes nothing."""
+        """Raise RuntimeError for mode=True; mode=False, as in `eval()`, does nothing."""
         if mode:
             raise RuntimeError("an optimized net is frozen for inference; train the original and optimize it again")
         return self
@@ -133,7 +152,10 @@ class Optimized(nn.Module):
         return f"optimized {self._model_name}, dtype={self.dtype}"
 
     def observed(self, x: Tensor, observer: Callable[[str, Any], None]) -> Tensor:
-        """forward(x) without a graph; `observer` is shown every value by name, which later steps may overwrite."""
+        """Return `forward(x)`, run without a CUDA graph, and call `observer(name, value)` for every value of the plan.
+
+        Later steps may overwrite a value in place, so the observer must copy what it keeps.
+        """
         x = self._checked(x)
         with _plain_mode(x), self._lock:
             return self._program_for(x)[0].run(self._nhwc(x), observer)
@@ -141,14 +163,14 @@ class Optimized(nn.Module):
     def _reset(self) -> None:
         self._lock = threading.RLock()
         self._programs: OrderedDict[Any, Program] = OrderedDict()
-        self._image_bytes: dict[Any, float] = {}  # what an image of a size adds to the bytes alive at once
+        self._image_bytes: dict[Any, float] = {}  # image size (C, H, W) -> peak bytes of values alive, per image
         self._fold()
 
     def _fold(self) -> None:
         self._drop_programs()
         self._folded: dict[str, folded.Folded] = {}
         self._packings = onednn.Packings()
-        self._layers: dict[str, Any] = {}  # modules and tensors of ATen steps in `dtype`
+        self._layers: dict[str, Any] = {}  # path -> module or tensor that an ATen step uses, in `dtype`
         for step in self._steps:
             if isinstance(step, Aten):
                 self._convert(step)
@@ -157,7 +179,8 @@ class Optimized(nn.Module):
         self._unbound = self._new_program()
         self._weight = next(iter(self._folded.values())).w
         if self._weight.is_cuda:
-            self._last_use = torch.cuda.Event()  # the last use of weights or static buffers that a stream must wait for
+            # The last use of the weights or of a graph's static buffers; every call waits for it on its own stream.
+            self._last_use = torch.cuda.Event()
             self._last_use.record(torch.cuda.current_stream(self._weight.device))
             self._graph_memory = _new_graph_memory(self._weight.device)
 
@@ -188,7 +211,7 @@ class Optimized(nn.Module):
 
     def _drop_programs(self) -> None:
         if any(program.graph is not None for program in self._programs.values()):
-            torch.cuda.synchronize(self._weight.device)  # a stream may still read what is freed now
+            torch.cuda.synchronize(self._weight.device)  # a replay on some stream may still use the memory freed here
         self._programs.clear()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Optimized:
@@ -203,12 +226,12 @@ class Optimized(nn.Module):
         if small := self._small_dtype():
             raise RuntimeError(
                 f"the activation scales of this {small} net belong to the weights they were calibrated with; "
-                "load the state_dict into the original and optimize it again"
+                "load the state_dict into the original model and optimize it again"
             )
         super()._load_from_state_dict(*args, **kwargs)
 
     def _small_dtype(self) -> str | None:
-        """The name of the 8-bit dtype that convolutions are in; None where there is none."""
+        """Return "float8" or "int8" if the plan has convolutions in that dtype, else None."""
         grids = (conv.quantised.x for step in self._steps for conv in convs(step) if conv.quantised is not None)
         return next(("float8" if grid.dtype == FLOAT8 else "int8" for grid in grids), None)
 
@@ -220,23 +243,24 @@ class Optimized(nn.Module):
         self._reset()
 
     def _checked(self, x: Tensor) -> Tensor:
-        """x as a plain tensor, where it is fit for the net."""
+        """Return x as a plain tensor. Raise TypeError or ValueError if the net can't take it."""
         if not isinstance(x, Tensor) or not x.is_floating_point():
-            raise TypeError(f"input [N, C, H, W] of a floating dtype expected, got {getattr(x, 'dtype', type(x))}")
+            raise TypeError(f"the input must have a floating dtype, got {getattr(x, 'dtype', type(x))}")
         if x.dim() != 4:
-            raise ValueError(f"input [N, C, H, W] expected, got shape {list(x.shape)}")
+            raise ValueError(f"the input must be [N, C, H, W], got shape {list(x.shape)}")
         if x.device != self._weight.device:
-            raise ValueError(f"the net is on {self._weight.device}, the input on {x.device}")
-        # A class that only carries more with it, as a torchvision.tv_tensors.Image; one that computes stays what it is.
+            raise ValueError(f"the net is on {self._weight.device}, but the input is on {x.device}")
+        # Unwrap a subclass that only carries metadata, such as torchvision.tv_tensors.Image. Keep one that changes what
+        # operations do.
         carries = type(x) is not Tensor and type(x).__torch_dispatch__ is Tensor.__torch_dispatch__
         return x.as_subclass(Tensor) if carries else x
 
     def _run_recorded(self, x: Tensor) -> Tensor:
-        """The answer in PyTorch's operations on x [N, C, H, W], whose sizes may be symbols."""
+        """Return the output for x [N, C, H, W], computed by PyTorch operations only. The sizes of x may be symbolic."""
         if small := self._small_dtype():
             raise RuntimeError(
-                f"this {small} net can't be traced, exported, compiled or transformed; for that, optimize the original "
-                "in a floating dtype"
+                f"this {small} net can't be traced, exported, compiled or transformed; to do so, optimize the original "
+                "model in a 16-, 32- or 64-bit dtype"
             )
         with torch.no_grad(), _without_autocast(x):
             return self._unbound.definition(x.to(self.dtype))
@@ -245,7 +269,10 @@ class Optimized(nn.Module):
         return nhwc(x.to(self.dtype, memory_format=torch.channels_last))
 
     def _program_for(self, x: Tensor) -> tuple[Program, Tensor | None]:
-        """The plan bound for inputs like x, and its answer to x if it had to be bound now. Under the lock."""
+        """Return the bound program for inputs like x, and its output for x if it was bound in this call (else None).
+
+        The caller must hold the lock.
+        """
         self._compare(x)
         if x.is_cuda:
             cudnn = torch.backends.cudnn
@@ -273,9 +300,12 @@ class Optimized(nn.Module):
         return Program(self._steps, self._output, self._folded, self._layers, self.dtype, self._packings)
 
     def _compare(self, x: Tensor) -> None:
-        """Once: whether the plan answers as the original does, to two random images of x's size, or to as many as in x
-        (16 at most) where it doesn't take two; both on the CPU in float64, where all that differs is rounding. Raises
-        ValueError if it doesn't. Where the original can't run so, nothing is compared."""
+        """Raise ValueError if the plan and the original model give different outputs.
+
+        Both run on the CPU in float64, where only rounding may differ, on random images of x's size: two images (one if
+        x has one), or as many as in x (16 at most) if the model does not accept two. Nothing is compared if the model
+        cannot run that way. Once a comparison has passed, later calls skip it.
+        """
         (original,) = self._uncompared
         if original is None or not _is_plain(x):
             return
@@ -288,30 +318,30 @@ class Optimized(nn.Module):
             try:
                 with _plain_mode(images), dispatch.backend("reference"):
                     want = model(images.clone())
-            except Exception:  # of another number of images, or whatever the model has on a GPU alone
+            except Exception:  # the model needs another batch size, or an operation that only a GPU has
                 continue
             with dispatch.backend("reference"):
                 got = plan(images)
             if (difference := _difference(got, want)) is not None:
                 name = self._model_name
                 raise ValueError(
-                    f"the plan of {name} doesn't answer as {name} does ({difference}). Its code may take another way "
-                    "on a tensor than on the stand-in it was traced with; otherwise please report this. A ResNet "
-                    "inside it runs fused after fastres.convert(model)"
+                    f"the plan of {name} gives other results than {name} ({difference}). Its code may behave "
+                    "differently on a tensor than on the proxy it was traced with; if not, please report this. To run "
+                    "a ResNet inside the model on fused kernels, use fastres.convert(model)"
                 )
             break
         self._uncompared = (None,)
 
     def _on_cpu(self, x: Tensor, specialises_after: int = SPECIALISED_AFTER) -> Tensor:
-        """specialises_after: so many calls of a shape before TorchScript compiles it."""
+        """Return the output for x on a CPU. specialises_after: calls with a shape before TorchScript compiles it."""
         plain, fused = _is_plain(x), dispatch.optimizes_by_onednn(self.dtype, x.device)
-        x = x.to(self.dtype)  # in which a finite number may be infinite
+        x = x.to(self.dtype)  # may overflow to infinity, so check afterwards
         finite = not plain or bool(x.sum(dtype=torch.float32).isfinite())
         if not finite and self._small_dtype() == "int8":
             return self._with_nan_for_broken(x)
         if not fused:
             return self._on_steps(x)
-        if not (plain and finite):  # oneDNN's ReLU makes 0 of NaN, and infinity becomes NaN in a sum
+        if not (plain and finite):  # infinity can become NaN in a sum, and oneDNN's ReLU turns NaN into 0
             with dispatch.backend("reference"):
                 return self._on_steps(x)
         onednn.keep_heap()
@@ -319,7 +349,10 @@ class Optimized(nn.Module):
         return answers[0] if len(answers) == 1 else torch.cat(answers)
 
     def _with_nan_for_broken(self, x: Tensor) -> Tensor:
-        """The answer to x in int8, NaN for images that aren't finite; for all, where they may depend on each other."""
+        """Return the int8 output for x, with NaN for every image that is not finite.
+
+        If the plan may mix the images of a batch, the output is NaN for all of them.
+        """
         broken = ~x.isfinite().flatten(1).all(1)
         y = self._on_steps(x.nan_to_num(0.0, 0.0, 0.0))
         return y.index_fill_(0, broken.nonzero().flatten(), math.nan) if self._by_image else y.fill_(math.nan)
@@ -335,8 +368,10 @@ class Optimized(nn.Module):
         return program.run(self._nhwc(x)) if answer is None else answer
 
     def _slices(self, x: Tensor) -> Iterator[Tensor]:
-        """x [N, C, H, W] in slices of so many images that what is alive at once stays within `MAX_ALIVE_BYTES`, where
-        the plan treats each image by itself."""
+        """Split x [N, C, H, W] along N, so that the values alive at the same time stay within `MAX_ALIVE_BYTES`.
+
+        x stays whole if the plan may mix the images of a batch.
+        """
         if not self._by_image:
             yield x
             return
@@ -350,7 +385,7 @@ class Optimized(nn.Module):
 
     def _on_cuda(self, x: Tensor) -> Tensor:
         stream = torch.cuda.current_stream()
-        in_a_capture = torch.cuda.is_current_stream_capturing()  # somebody else's graph takes the steps one by one
+        in_a_capture = torch.cuda.is_current_stream_capturing()  # the caller's graph records the single steps
         with self._lock:
             if not in_a_capture:
                 stream.wait_event(self._last_use)
@@ -366,32 +401,32 @@ class Optimized(nn.Module):
     def _capture(self, program: Program, x: Tensor) -> None:
         try:
             program.capture(self._nhwc(x), *self._graph_memory)
-        except BaseException:  # torch never ends recording into the pool of a capture that failed
+        except BaseException:  # PyTorch never stops recording into the pool of a failed capture: use a new pool
             self._graph_memory = _new_graph_memory(x.device)
             raise
 
 
 def _is_being_recorded(x: Tensor) -> bool:
-    """Whether something records, traces or transforms what is done with x."""
+    """Return whether operations on x are being traced, compiled, transformed or otherwise intercepted."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(x) is not Tensor:
         return True
     return torch._C._len_torch_dispatch_stack() > 0 or torch._C._are_functorch_transforms_active()
 
 
 def _is_plain(x: Tensor) -> bool:
-    """Whether a call is no more than that: of at least one image, and not in somebody's CUDA graph."""
+    """Return whether a call with x is ordinary: x is not empty, and the caller is not capturing a CUDA graph."""
     return x.numel() > 0 and not (x.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def _in_float64(tensor: Tensor) -> Tensor:
-    """A parameter or buffer, on the CPU, in float64 if it is floating."""
+    """Return a parameter or buffer detached and on the CPU, in float64 if it has a floating dtype."""
     copied = tensor.detach().cpu()
     copied = copied.double() if copied.is_floating_point() else copied.clone()
     return nn.Parameter(copied, requires_grad=False) if isinstance(tensor, nn.Parameter) else copied
 
 
 def _difference(got: Tensor, want: Any) -> str | None:
-    """In what the answers differ, beyond rounding in float64; None in nothing."""
+    """Describe how the outputs differ by more than rounding in float64; None if they do not."""
     if not isinstance(want, Tensor) or (got.shape, got.dtype) != (want.shape, want.dtype):
         wanted = f"{list(want.shape)} in {want.dtype}" if isinstance(want, Tensor) else type(want).__name__
         return f"{list(got.shape)} in {got.dtype} instead of {wanted}"
@@ -402,7 +437,7 @@ def _difference(got: Tensor, want: Any) -> str | None:
 
 
 def _new_graph_memory(device: torch.device) -> tuple[Any, torch.cuda.Stream]:
-    """The pool that graphs share, and the stream they are all captured on."""
+    """Return the memory pool that the net's graphs share, and the stream on which all of them are captured."""
     return torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
 
 
@@ -412,8 +447,10 @@ def _refold(net: Optimized, incompatible: Any) -> None:
 
 @contextmanager
 def _plain_mode(x: Tensor) -> Iterator[None]:
-    """On x's device, with no gradients, no autocast and no inference mode (buffers kept between calls must be ordinary
-    tensors)."""
+    """Run on x's device without gradients, autocast and inference mode.
+
+    Inference mode is off because buffers that are kept between calls must be ordinary tensors.
+    """
     off = nullcontext()
     inference = torch.inference_mode(False) if torch.is_inference_mode_enabled() else off
     device = torch.cuda.device_of(x) if x.is_cuda else off
@@ -422,6 +459,9 @@ def _plain_mode(x: Tensor) -> Iterator[None]:
 
 
 def _without_autocast(x: Tensor) -> Any:
-    """A context in which no library call casts to a dtype of its own. Where none would, a tracer sees no change."""
+    """Return a context without autocast.
+
+    If autocast is off already, the context does nothing, so that a tracer records nothing for it.
+    """
     kind = x.device.type
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()

@@ -1,9 +1,10 @@
-"""The static plan of a net for inference: its steps, and how they are merged and quantised.
+"""The static plan of a net for inference: its steps, and the passes that merge and quantise them.
 
-`fuse` merges conv, BN, residual and ReLU into one step; `quantise` puts 8 bits between the convolutions; `fuse_chains`
-marks where three convolutions of a bottleneck may run as one. Every step names the values it reads and writes; each
-value is written once (what works in place in the model writes a new value here), so steps may move freely between their
-inputs and their first reader.
+`fuse` merges a convolution with the BatchNorm, the addition of a residual and the ReLU after it. `quantise` makes
+convolutions read and write 8 bits. `fuse_chains` merges three convolutions of a bottleneck that one kernel may compute.
+
+Every step names the values that it reads and writes. Each value is written once: an in-place operation of the model
+writes a new value here. A step may therefore move anywhere between its inputs and the first step that reads its output.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d)
 _BY_PIXELS = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.ZeroPad2d, PadShortcut)
 _POINTWISE = (nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SiLU, nn.GELU, nn.Sigmoid, nn.Tanh, nn.Hardswish, nn.Hardsigmoid)
 LAYERS = (*_BY_PIXELS, *_POINTWISE, nn.Linear, nn.BatchNorm1d, nn.Conv1d, nn.Flatten, nn.Softmax, nn.GroupNorm)
-# The functions and methods a traced net may call: name here -> (what computes it on NCHW values, its spellings).
+# Functions and methods that a traced net may call: name in a plan -> (function on NCHW values, targets of fx nodes).
 _TABLE: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
     "relu": (lambda input, inplace=False: F.relu(input), (F.relu, torch.relu, torch.relu_, "relu", "relu_")),
     "add": (operator.add, (operator.add, operator.iadd, torch.add, "add", "add_")),
@@ -58,19 +59,19 @@ _TABLE: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
 FUNCTIONS = {name: function for name, (function, _) in _TABLE.items()}
 SPELLINGS = {spelling: name for name, (_, spellings) in _TABLE.items() for spelling in spellings}
 ARITHMETIC = ("add", "mul", "sub", "div")
-VIEWS = ("flatten", "squeeze", "reshape", "expand_as", "getitem")  # may give a view of what they read
+VIEWS = ("flatten", "squeeze", "reshape", "expand_as", "getitem")  # may return a view of their input
 
 
 @dataclass(frozen=True)
 class Value:
-    """A step's argument that another step wrote."""
+    """An argument of a step: the value `name`, which another step writes."""
 
     name: str
 
 
 @dataclass(frozen=True)
 class ModelTensor:
-    """A step's argument that is a tensor of the model, by its path."""
+    """An argument of a step: a parameter or buffer of the model, given by its path."""
 
     path: str
 
@@ -92,14 +93,14 @@ class _WritesOne:
 
 @dataclass(frozen=True)
 class Aten(_WritesOne):
-    """A step done by the library, on NCHW views: the module `name`, or a key of `FUNCTIONS`."""
+    """A step that PyTorch computes on NCHW views, by a module or a function."""
 
-    name: str
-    kind: str  # "module", "norm" (a BN that follows no convolution), or the key of FUNCTIONS
+    name: str  # the module's path, or the name of the function's node
+    kind: str  # "module", "norm" (a BatchNorm not folded into a convolution), or a key of FUNCTIONS
     args: tuple[Any, ...]
     out: str
     kwargs: Mapping[str, Any] = field(default_factory=dict)
-    selects: bool = False  # a max pool: each number of its output is one of its input's
+    selects: bool = False  # a max pool: every output element is an input element, so 8-bit values pass unchanged
 
     @property
     def reads(self) -> tuple[str, ...]:
@@ -108,7 +109,7 @@ class Aten(_WritesOne):
 
 @dataclass(frozen=True)
 class Pair:
-    """A convolution and the BN folded into it (None: none), as paths in the model."""
+    """The paths in the model of a convolution and of the BatchNorm that is folded into it (None if there is none)."""
 
     conv: str
     norm: str | None = None
@@ -116,10 +117,11 @@ class Pair:
 
 @dataclass(frozen=True)
 class Conv(_WritesOne):
-    """out = [relu](conv(x, w) + shift + residual), w and shift as folded from `pair`.
+    """out = [relu](conv(x, w) + shift + residual), with w and shift folded from `pair`.
 
-    absorbed: the projection on the residual whose shift is added here, so that there it needs no pass of its own
-    (`bare`).
+    absorbed: the projection on the residual whose shift is added here. The projection (`bare`) then adds no shift,
+        which saves a pass over its output.
+    quantised: how x, residual and out are stored, if the convolution is float8 or int8.
     """
 
     pair: Pair
@@ -144,7 +146,7 @@ class Conv(_WritesOne):
 
 @dataclass(frozen=True)
 class Convert(_WritesOne):
-    """out = x stored on `grid`, or what x stored there means where `back`."""
+    """out = x rounded to the 8-bit `grid`; with `back`, out = the numbers that x, stored on `grid`, stands for."""
 
     x: str
     out: str
@@ -162,8 +164,10 @@ class Convert(_WritesOne):
 
 @dataclass(frozen=True)
 class Chain:
-    """Three convolutions that one kernel may do: 3x3 -> 1x1 expand + residual -> the next block's 1x1 reduce, each with
-    ReLU. Its meaning is the three steps in order."""
+    """Three convolutions that one kernel may compute: 3x3 -> 1x1 expand + residual -> the next block's 1x1 reduce.
+
+    Each is followed by a ReLU. Equivalent to the three steps in order.
+    """
 
     spatial: Conv
     expand: Conv
@@ -191,17 +195,17 @@ Step = Aten | Conv | Convert | Chain
 
 
 def convs(step: Step) -> tuple[Conv, ...]:
-    """The convolutions that `step` does."""
+    """Return the convolutions that `step` computes."""
     return step.convs if isinstance(step, Chain) else (step,) if isinstance(step, Conv) else ()
 
 
 def unchained(steps: Iterable[Step]) -> list[Step]:
-    """`steps` with the three convolutions of each chain one by one."""
+    """Return `steps` with each chain replaced by its three convolutions."""
     return [single for step in steps for single in convs(step) or (step,)]
 
 
 def mapped(tree: Any, function: Callable[[Any], Any]) -> Any:
-    """`tree` with `function` applied to its leaves."""
+    """Return `tree`, nested tuples, lists, dicts and slices, with `function` applied to its leaves."""
     if isinstance(tree, (tuple, list)):
         return (tuple if isinstance(tree, tuple) else list)(mapped(item, function) for item in tree)
     if isinstance(tree, Mapping):
@@ -212,22 +216,25 @@ def mapped(tree: Any, function: Callable[[Any], Any]) -> Any:
 
 
 def leaves(tree: Any) -> list[Any]:
-    """The leaves of nested tuples, lists, dicts and slices."""
+    """Return the leaves of nested tuples, lists, dicts and slices."""
     collected: list[Any] = []
     mapped(tree, collected.append)
     return collected
 
 
 def readers(steps: Iterable[Step], output: str) -> Counter[str]:
-    """How many steps read each value; the caller reads the output."""
+    """Count the readers of each value: the steps that read it and, for the output, the caller."""
     count = Counter(name for step in steps for name in step.reads)
     count[output] += 1
     return count
 
 
 def overwritable(steps: Sequence[Step], output: str) -> set[str]:
-    """The convolutions, by what they write, that may write it over their residual: a step wrote that which always
-    takes memory of its own, nothing may share it, and nobody reads it afterwards."""
+    """Return the outputs that a convolution may write in place, over its residual.
+
+    That is safe if the residual was written by a step that always allocates its output, if no other value may alias
+    it, and if no later step or caller reads it.
+    """
     owned = {step.out for step in steps if not isinstance(step, Chain) and not _may_share(step)} - {output}
     for step in steps:
         if _may_share(step):
@@ -238,17 +245,18 @@ def overwritable(steps: Sequence[Step], output: str) -> set[str]:
 
 
 def _may_share(step: Step) -> bool:
-    """Whether what `step` writes may share the memory of what it reads."""
+    """Return whether the output of `step` may share memory with one of its inputs."""
     return isinstance(step, Aten) and step.kind in (*VIEWS, "module") and not step.selects
 
 
 def by_image(steps: Iterable[Step], model: nn.Module) -> bool:
-    """Whether every step is known to treat each image of a batch by itself, so that a batch may be cut."""
-    flat: set[str] = set()  # values that may have lost dimensions: then a number of one no longer tells which it is
+    """Return whether every step is known to process each image independently, so that a batch may be split."""
+    # Values that may have lost dimensions. For these a dimension's index no longer says whether it is the batch.
+    flat: set[str] = set()
     for step in steps:
         reads_flat = bool(flat & set(step.reads))
         if not isinstance(step, Aten):
-            if reads_flat:  # a residual that broadcasts
+            if reads_flat:  # a residual that may broadcast over the batch
                 return False
             continue
         layer = model.get_submodule(step.name) if step.kind in ("module", "norm") else None
@@ -261,7 +269,7 @@ def by_image(steps: Iterable[Step], model: nn.Module) -> bool:
 
 def _aten_by_image(step: Aten, model: nn.Module, layer: nn.Module | None, reads_flat: bool) -> bool:
     held = [leaf for leaf in leaves((step.args, step.kwargs)) if isinstance(leaf, ModelTensor)]
-    # Of a tensor of the model alone there is one, however many images.
+    # A step that reads only model tensors gives one result, whatever the batch size.
     if held and not (step.kind in ARITHMETIC and step.reads and all(_is_one_for_all(t, model) for t in held)):
         return False
     rest, named = step.args[1:], step.kwargs
@@ -282,13 +290,13 @@ def _aten_by_image(step: Aten, model: nn.Module, layer: nn.Module | None, reads_
 
 
 def _is_one_for_all(held: ModelTensor, model: nn.Module) -> bool:
-    """Whether a tensor of the model, met by a batch of images, is the same for each of them."""
+    """Return whether a model tensor has no batch dimension, so that it broadcasts over the images."""
     tensor = held.of(model)
     return tensor.dim() < 4 or (tensor.dim() == 4 and len(tensor) == 1)
 
 
 def borrows(steps: Iterable[Step], output: str) -> bool:
-    """Whether `output` may be a view of the input or of a tensor of the model, with nothing computed on the way."""
+    """Return whether `output` may be a view of the input or of a model tensor instead of a newly computed tensor."""
     borrowed = {INPUT}
     for step in steps:
         if isinstance(step, Aten) and step.kind in (*VIEWS, "module"):
@@ -299,10 +307,11 @@ def borrows(steps: Iterable[Step], output: str) -> bool:
 
 
 def fuse(steps: Sequence[Step], output: str, *, absorb: bool = True) -> list[Step]:
-    """Merge BN, the addition of a residual and ReLU into the convolution before them, where nobody else reads it.
+    """Merge BatchNorm, the addition of a residual and ReLU into the convolution before them.
 
-    absorb: the shift of a projection is added by the convolution that adds the projection. That saves a pass, but
-    widens the range of what the projection writes.
+    A step is merged only if it is the only reader of the convolution's output. absorb: let the convolution that adds a
+    projection also add the projection's shift. That saves a pass, but without its shift the projection's output may
+    have a wider range, which matters for int8.
     """
     uses = readers(steps, output)
     plan: dict[str, Step] = {}
@@ -311,12 +320,12 @@ def fuse(steps: Sequence[Step], output: str, *, absorb: bool = True) -> list[Ste
             del plan[unwritten]
             step = merged
             break
-        plan[step.writes[0]] = step  # a merged convolution moves to where its last part stood
+        plan[step.writes[0]] = step  # a merged convolution takes the place of the last step merged into it
     return _absorb_shifts(list(plan.values()), output) if absorb else list(plan.values())
 
 
 def _merges(step: Aten, plan: Mapping[str, Step], uses: Counter[str]) -> Iterator[tuple[str, Conv]]:
-    """The ways to merge `step`: (the value no longer written, the merged convolution)."""
+    """Yield each way to merge `step` into a convolution: (the value that is no longer written, the new convolution)."""
     if step.kind not in ("norm", "relu", "add"):
         return
     for i, arg in enumerate(step.args):
@@ -333,21 +342,27 @@ def _merges(step: Aten, plan: Mapping[str, Step], uses: Counter[str]) -> Iterato
 
 
 def _absorb_shifts(steps: list[Step], output: str) -> list[Step]:
-    """conv(x) + b, added to another convolution's output as its residual: that one adds b, along with its own shift."""
+    """Move the shift of each projection to the convolution that adds the projection as its residual.
+
+    Projections that have another reader, a ReLU or a residual keep their shift, and so do those that broadcast.
+    """
     uses, plan = readers(steps, output), {step.writes[0]: step for step in steps}
     for step in steps:
         if isinstance(step, Conv) and step.residual is not None and uses[step.residual] == 1:
             projection = plan.get(step.residual)
             if isinstance(projection, Conv) and not projection.relu and projection.residual is None:
                 if projection.filter[0] != step.filter[0]:
-                    continue  # one of them broadcasts
+                    continue  # one of the two broadcasts
                 plan[projection.out] = replace(projection, bare=True)
                 plan[step.out] = replace(step, absorbed=projection.pair)
     return list(plan.values())
 
 
 def fuse_chains(steps: Sequence[Step], output: str) -> list[Step]:
-    """Merge 3x3 -> 1x1 expand + residual -> next 1x1 reduce into a `Chain` wherever the three follow each other."""
+    """Merge each 3x3 -> 1x1 expand + residual -> next block's 1x1 reduce into a `Chain`.
+
+    The 3x3's output must have no other reader.
+    """
     uses = readers(steps, output)
     plan = {step.writes[0]: step for step in steps}
     for reduce in steps:
@@ -357,7 +372,7 @@ def fuse_chains(steps: Sequence[Step], output: str) -> list[Step]:
             continue
         if uses[spatial.out] == 1 and _is_chain(spatial, expand, reduce):
             del plan[spatial.out], plan[reduce.out]
-            plan[expand.out] = Chain(spatial, expand, reduce)  # where the expansion stood: its residual is there
+            plan[expand.out] = Chain(spatial, expand, reduce)  # at the place of `expand`: its residual exists there
     return list(plan.values())
 
 
@@ -377,11 +392,13 @@ def _is_chain(spatial: Conv, expand: Conv, reduce: Conv) -> bool:
 def quantise(
     steps: Sequence[Step], output: str, ranges: Mapping[str, tuple[float, float]], dtype: torch.dtype
 ) -> tuple[list[Step], str]:
-    """The plan with convolutions in `dtype`, float8_e4m3fn or int8, and the name of its output.
+    """Return the plan with convolutions in `dtype`, float8_e4m3fn or int8, and the name of its output.
 
-    In int8 every convolution reads and writes 8 bits, and a max pool between two of them passes them on. In float8
-    every ungrouped convolution but the net's first reads float8 and writes it where one reads it next. All else stays
-    as it was, with a `Convert` between. ranges: the ends between which the numbers of each value lie.
+    In int8 every convolution reads and writes 8 bits, and a max pool between two of them stays in 8 bits. In float8
+    every ungrouped convolution except the net's first reads float8, and it writes float8 if another such convolution
+    reads its output. All other steps keep their dtype. `Convert` steps are inserted between the two kinds.
+
+    ranges: the range (lower, upper) of each value. A convolution that reads a value without a range stays as it is.
     """
     grids = {name: grid(*ends, dtype) for name, ends in ranges.items()}
     first = next(step for step in steps if isinstance(step, Conv))
@@ -389,14 +406,14 @@ def quantise(
         step.out
         for step in steps
         if isinstance(step, Conv) and (dtype != FLOAT8 or (step is not first and step.geometry.groups == 1))
-        # what has no range is a number, or not an image, that broadcasts
+        # a value without a range is a number or a tensor that is not an image, added by broadcasting
         if all(name in grids for name in step.reads)
     }
-    read = {name for step in steps if step.writes[0] in eligible for name in step.reads}  # in 8 bits
-    written = read & eligible if dtype == FLOAT8 else set(eligible)  # in 8 bits, by what computes them
+    read = {name for step in steps if step.writes[0] in eligible for name in step.reads}  # values read in 8 bits
+    written = read & eligible if dtype == FLOAT8 else set(eligible)  # values that their own step writes in 8 bits
     for step in steps:
         passes_on = isinstance(step, Aten) and step.selects and dtype != FLOAT8
-        # one of a tensor of the model reads nothing
+        # `reads` is empty for a pool of a model tensor
         if passes_on and step.reads and {*step.reads} <= written and step.writes[0] in read:
             written.add(step.writes[0])
             grids[step.writes[0]] = grids[step.reads[0]]

@@ -1,5 +1,7 @@
-"""A plan bound to engines for one input shape, and how it runs: step by step, replayed as a CUDA graph, or compiled by
-TorchScript."""
+"""Bind a plan to engines for one input shape, and run it: step by step, as a CUDA graph, or compiled by TorchScript.
+
+An engine is the implementation that computes a step: one of fastres's kernels, cuDNN, oneDNN or ATen.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,7 @@ from fastres.ops.layout import nchw, nhwc
 from fastres.ops.quantised import FLOAT8, Quantised
 from fastres.ops.shortcut import PadShortcut
 
-# How far the answer of a oneDNN graph may be from that of the steps, relative: roundings, no more.
+# Largest relative difference allowed between a oneDNN graph and the single steps: only rounding errors.
 _GRAPH_DIFFERENCE = {torch.float32: 1e-4, torch.bfloat16: 2**-5}
 _GRAPH_LAYERS = (nn.MaxPool2d, nn.AdaptiveAvgPool2d, nn.Flatten, nn.Linear, PadShortcut)
 _GRAPH_FUNCTIONS = ("relu", "flatten", "mean", "max_pool2d", "adaptive_avg_pool2d")
@@ -41,35 +43,35 @@ _GRAPH_FUNCTIONS = ("relu", "flatten", "mean", "max_pool2d", "adaptive_avg_pool2
 
 @dataclass
 class Bound:
-    """A step with what computes it. call: the values it reads -> those it writes; shape and bytes are of the first of
-    these; dies: values nobody reads later."""
+    """A step bound to an engine."""
 
     step: Step
     engine: str
-    why: str
-    call: Callable[..., Sequence[Any]]
-    shape: tuple[int, ...] = ()
-    bytes: int = 0
-    dies: tuple[str, ...] = ()
+    why: str  # the reason for the engine
+    call: Callable[..., Sequence[Any]]  # the values that the step reads -> the values that it writes
+    shape: tuple[int, ...] = ()  # of the first value written, as NCHW
+    bytes: int = 0  # of the first value written
+    dies: tuple[str, ...] = ()  # values that no later step reads
 
     def __post_init__(self) -> None:
-        self.reads, self.writes = self.step.reads, self.step.writes  # which a step computes each time
+        self.reads, self.writes = self.step.reads, self.step.writes  # stored, because a step's property recomputes them
 
 
 class Compiled(NamedTuple):
-    """The first `steps` steps of a program as TorchScript: x [N, H, W, C] -> the value `writes`."""
+    """The first `steps` steps of a program, compiled by TorchScript: x [N, H, W, C] -> the value `writes`."""
 
     call: Callable[[Tensor], Tensor]
     steps: int
     writes: str
-    form: str
+    form: str  # for `Program.how_it_runs`
 
 
 class Program:
-    """A plan bound to engines for one input shape; on a GPU also its CUDA graph with the static input and output, on a
-    CPU also what TorchScript compiled of it.
+    """A plan bound to engines for one input shape.
 
-    `run` keeps nothing between calls and may run in several threads at once; `replay` may not.
+    On a GPU it may also have a CUDA graph with a static input and output, on a CPU a version that TorchScript compiled.
+    Several threads may call `run` at the same time, because it stores nothing between calls. Calls of `replay` must not
+    overlap, because they share the static input and output.
     """
 
     def __init__(
@@ -81,7 +83,11 @@ class Program:
         dtype: torch.dtype,
         packings: onednn.Packings | None = None,
     ) -> None:
-        """packings: what programs of the same weights share."""
+        """weights: the folded weights of each convolution, by the name of its output.
+
+        layers: the modules and model tensors of ATen steps, by path. dtype: of all values that are not quantised.
+        packings: oneDNN's packed weights, which all programs with the same weights share.
+        """
         self.steps, self.output, self.dtype = steps, output, dtype
         self.weights, self.layers, self.packings = weights, layers, packings or onednn.Packings()
         self.unchained = unchained(steps)
@@ -92,10 +98,10 @@ class Program:
         self.compiled: Compiled | None = None
         self.why_not_compiled: str | None = None
         self.calls, self.specialised = 0, False
-        self.shares_packings = False  # of int8 weights, made for another number of images
+        self.shares_packings = False  # whether int8 weights were packed by a program for another batch size
 
     def bind(self, x: Tensor) -> Tensor:
-        """Choose every step's engine while computing the answer to x [N, H, W, C]."""
+        """Choose an engine for every step while computing the output for x [N, H, W, C]. Return that output as NCHW."""
         unread = readers(self.unchained, self.output)
         values: dict[str, Any] = {INPUT: x}
         for step in self.steps:
@@ -109,8 +115,11 @@ class Program:
         return self._answer(values[self.output])
 
     def run(self, x: Tensor, observer: Callable[[str, Any], None] | None = None) -> Tensor:
-        """The answer to x [N, H, W, C]. observer: shown every value by name, while steps compute them one by one; later
-        ones may overwrite it."""
+        """Return the output for x [N, H, W, C], as NCHW if it has four dimensions.
+
+        observer: called as observer(name, value) for every value. The program then runs step by step. A later step may
+        overwrite a value that the observer has seen.
+        """
         if self.compiled is not None and observer is None:
             return self._run_compiled(self.compiled, x)
         if observer is not None:
@@ -124,7 +133,7 @@ class Program:
         wanted: str,
         observer: Callable[[str, Any], None] | None = None,
     ) -> Any:
-        """The value `wanted`, from `values` by `steps`."""
+        """Run `steps` on `values` and return the value `wanted`. Values are dropped after their last use."""
         for bound in steps:
             for name, value in zip(bound.writes, bound.call(*map(values.get, bound.reads)), strict=True):
                 values[name] = value
@@ -135,7 +144,7 @@ class Program:
         return values[wanted]
 
     def most_bytes(self) -> int:
-        """What the values that are alive at once occupy at most, the input left out."""
+        """Return the peak size in bytes of the values that are alive at the same time, without the input."""
         alive: dict[str, int] = {}
         most = 0
         for bound in self.bound:
@@ -146,14 +155,18 @@ class Program:
         return most
 
     def _answer(self, value: Any) -> Tensor:
-        """`value` [N, H, W, C] as the caller's own, [N, C, H, W]: what the caller writes into it must reach neither the
-        input nor the model's tensors."""
+        """Return `value` as the caller gets it: [N, H, W, C] as an [N, C, H, W] view, other shapes as they are.
+
+        It is cloned if it may be a view of the input or of a model tensor, because the caller may write into it.
+        """
         answer = nchw(value) if value.dim() == 4 else value
         return answer.clone() if self.borrows else answer
 
     def specialise(self, x: Tensor, script: bool) -> None:
-        """Do once what pays off only for a shape that comes back, that of x [N, H, W, C]: pack int8 weights for it
-        alone, and let TorchScript compile the steps where `script`."""
+        """Do the work that pays off only for a shape that is used often: that of x [N, H, W, C].
+
+        Pack int8 weights for this shape alone. With `script`, also let TorchScript compile the steps.
+        """
         self.specialised = True
         if self.shares_packings:
             for bound in self.bound:
@@ -164,22 +177,25 @@ class Program:
             self._compile(x)
 
     def _compile(self, x: Tensor) -> None:
-        """Have later calls of `run` go through TorchScript, as a oneDNN graph or, in int8, step after step. It is used
-        only if it answers x [N, H, W, C] as the steps do and is faster than they are."""
+        """Compile the steps by TorchScript, as a oneDNN graph or, in int8, as the same steps.
+
+        Later calls of `run` use the result, if for x [N, H, W, C] it gives the same output as the steps (up to
+        `_GRAPH_DIFFERENCE`) and is at least as fast. Otherwise `why_not_compiled` is set to the reason.
+        """
         int8 = [bound.call for bound in self.bound if isinstance(bound.call, quantised.ByOneDNN)]
         refusal = dispatch.why_not_scripted(torch.int8 if int8 else self.dtype)
         if refusal is None and any(not bound.engine.startswith(("onednn", "aten")) for bound in self.bound):
-            refusal = "other engines are in the plan"
+            refusal = "the plan uses engines other than oneDNN and ATen"
         if refusal is None and not int8:
             refusal = next((why for step in self.unchained if (why := self._why_no_graph(step)) is not None), None)
-        if any(conv.copies for conv in int8):  # TorchScript isn't told that a copy will be written to
-            refusal = "a residual is read again"
+        if any(conv.copies for conv in int8):  # TorchScript does not know that the operator writes into the copy
+            refusal = "a convolution must not overwrite its residual"
         if refusal is None:
             want = self.run(x)
             try:
                 compiled = self._script_steps(x, int8) if int8 else self._script_graph(x)
                 refusal = self._why_steps_serve(compiled, x, want, 0.0 if int8 else _GRAPH_DIFFERENCE[self.dtype])
-            except Exception as error:  # whatever a compiler raises, the steps serve
+            except Exception as error:  # whatever the compiler raises, running step by step still works
                 refusal = f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), 'no message')}"
         if refusal is None:
             self.compiled = compiled
@@ -187,14 +203,17 @@ class Program:
             self.why_not_compiled = refusal
 
     def _why_no_graph(self, step: Step) -> str | None:
-        """The graph compiler gets what ResNets consist of and nothing else: of y + bn(y), where y is a convolution's
-        output, it never returns."""
+        """Return why `step` must not go to oneDNN's graph compiler; None if it may.
+
+        The compiler gets only operations that ResNets use. On others it may hang: for y + bn(y), where y is the output
+        of a convolution, it never returns.
+        """
         layer = self._layer(step)
         if isinstance(step, Conv) or (layer is not None and type(layer) in _GRAPH_LAYERS):
             return None
         if isinstance(step, Aten) and layer is None and step.kind in _GRAPH_FUNCTIONS:
             return None
-        return f"{step.name!r} is none of the steps that oneDNN's graph compiler is given"
+        return f"{step.name!r} is not a step that oneDNN's graph compiler may take"
 
     def _script_graph(self, x: Tensor) -> Compiled:
         def on_nhwc(x: Tensor) -> Tensor:
@@ -205,13 +224,17 @@ class Program:
         return Compiled(lambda x: graph(_canonical(nchw(x))), len(self.bound), self.output, "as a oneDNN graph")
 
     def _script_steps(self, x: Tensor, int8: Sequence[quantised.ByOneDNN]) -> Compiled:
-        """All steps before the first of oneDNN's in floating point: the layout of its weights is not TorchScript's."""
+        """Compile the steps before the first floating-point step of oneDNN.
+
+        TorchScript can't hold the weights of such a step, because they have oneDNN's own layout. Raises ValueError if
+        the rest needs more than the last value of the compiled steps.
+        """
         steps = next((i for i, bound in enumerate(self.bound) if bound.engine == "onednn"), len(self.bound))
         head, rest = self.bound[:steps], self.bound[steps:]
         last = head[-1].writes[0]
         computed = {last, *(name for bound in rest for name in bound.writes)}
         if self.output not in computed or any(set(bound.reads) - computed for bound in rest):
-            raise ValueError("more than one value goes from int8 to the rest")
+            raise ValueError("the steps after the int8 part read more than one of its values")
         packed = [conv.packed for conv in int8]
         with quantised.ENGINE:
             script = onednn.script(lambda x: self._run_steps({INPUT: x}, head, last), x, packed)
@@ -220,25 +243,31 @@ class Program:
             with quantised.ENGINE:
                 return script(x)
 
-        return Compiled(with_engine, steps, last, "step after step")
+        return Compiled(with_engine, steps, last, "step by step")
 
     def _why_steps_serve(self, compiled: Compiled, x: Tensor, want: Tensor, allowed: float) -> str | None:
-        """Why the steps are better than `compiled`; None where they aren't."""
+        """Return why running step by step is better than `compiled`; None if it is not.
+
+        want: the output of the steps for x. allowed: the largest relative difference of the two outputs.
+        """
         difference = _relative_distance(self._run_compiled(compiled, x), want)
         if not difference <= allowed:
-            return f"its answer is {difference:.1e} from that of the steps"
+            return f"its output differs from that of the steps by {difference:.1e}"
         together, one_by_one = _seconds([lambda: self._run_compiled(compiled, x), lambda: self.run(x)])
         if together <= one_by_one:
             return None
-        return f"measured: {1e3 * together:.1f} ms, step by step {1e3 * one_by_one:.1f} ms"
+        return f"measured {1e3 * together:.1f} ms, step by step {1e3 * one_by_one:.1f} ms"
 
     def _run_compiled(self, compiled: Compiled, x: Tensor) -> Tensor:
         values = {compiled.writes: compiled.call(x)}
         return self._answer(self._run_steps(values, self.bound[compiled.steps :], self.output))
 
     def definition(self, x: Tensor) -> Tensor:
-        """The answer to x [N, C, H, W] in PyTorch's operations alone, which a tracer can record for any size: nothing
-        is bound or kept. Not for plans with 8 bits."""
+        """Return the output for x [N, C, H, W], computed by PyTorch operations only.
+
+        Nothing is bound or stored, so a tracer can record it for any input size. Plans with 8-bit convolutions are not
+        supported.
+        """
         values: dict[str, Any] = {INPUT: x}
         for step in self.unchained:
             inputs = [values[name] for name in step.reads]
@@ -255,10 +284,10 @@ class Program:
         return y.clone() if self.borrows else y
 
     def capture(self, x: Tensor, pool: Any, side: torch.cuda.Stream) -> None:
-        """Record `run` as a CUDA graph, after warming up on the stream `side`.
+        """Capture `run(x)`, x [N, H, W, C], as a CUDA graph, after a warm-up on the side stream `side`.
 
-        Graphs may share `pool` (their intermediates then lie in the same memory) where all are captured on the same
-        stream and each replay ends before the next begins.
+        Graphs may share `pool`, so that their intermediate values use the same memory, if all are captured on the same
+        stream and each replay ends before the next one begins.
         """
         self.x = x.clone()
         side.wait_stream(torch.cuda.current_stream())
@@ -272,7 +301,7 @@ class Program:
         self.graph = graph
 
     def replay(self, x: Tensor) -> Tensor:
-        """The graph's answer to x [N, C, H, W], in memory of its own."""
+        """Replay the graph on x [N, C, H, W] and return a copy of its output."""
         assert self.graph is not None
         self.x.copy_(x.permute(0, 2, 3, 1))
         self.graph.replay()
@@ -284,10 +313,10 @@ class Program:
         if self.compiled is not None:
             return f"by TorchScript, {self.compiled.form}"
         why = f" (not by TorchScript: {self.why_not_compiled})" if self.why_not_compiled else ""
-        return f"one step after the other{why}"
+        return f"step by step{why}"
 
     def table(self) -> str:
-        rows = [("step", "layer", "what", "output", "engine", "why")]
+        rows = [("step", "layer", "operation", "output", "engine", "why")]
         for i, bound in enumerate(self.bound):
             layer = self._layer(bound.step)
             what = _description(bound.step) if layer is None else type(layer).__name__
@@ -297,7 +326,7 @@ class Program:
         return "\n".join(line.rstrip() for line in lines)
 
     def _layer(self, step: Step) -> Any:
-        """The module that `step` calls; None where it calls a function, whatever that is named."""
+        """Return the module that `step` calls; None if it calls a function, even one with the name of a module."""
         return self.layers[step.name] if isinstance(step, Aten) and step.kind in ("module", "norm") else None
 
     def _function(self, step: Aten) -> Callable[..., Any]:
@@ -305,7 +334,10 @@ class Program:
         return layer if layer is not None else FUNCTIONS[step.kind]
 
     def _bind(self, step: Step, values: dict[str, Any]) -> Iterator[Bound]:
-        """`step`, or the three of a chain that doesn't run as one, bound and done: `values` holds their results."""
+        """Bind and run `step`, adding its results to `values`. Yield the bound step.
+
+        A chain that is not to run as one kernel is bound as its three convolutions.
+        """
         why = self._why_chained(step, *(values[name] for name in step.reads)) if isinstance(step, Chain) else None
         for single in unchained([step]) if why is None else (step,):
             bound, results = self._bind_step(single, *(values[name] for name in single.reads))
@@ -316,10 +348,12 @@ class Program:
             yield bound
 
     def _why_chained(self, step: Chain, x: Tensor, residual: Any) -> str | None:
+        """Return the reason for running the chain as one kernel; None if it runs as three convolutions."""
         fits = isinstance(residual, Tensor) and residual.shape == (*x.shape[:3], step.expand.filter[0])
         return dispatch.why_chained(_problem(step.spatial, x), self.dtype, x.device) if fits else None
 
     def _bind_step(self, step: Step, *inputs: Any) -> tuple[Bound, Sequence[Any]]:
+        """Return `step` bound to an engine, and its results for `inputs`."""
         if isinstance(step, Conv):
             return self._bind_conv(step, *inputs)
         if isinstance(step, Aten):
@@ -376,7 +410,7 @@ class Program:
         return _bind_candidate(step, candidate, engines, (x, residual) if added else (x,))
 
     def _scales(self, grids: Quantised | None) -> dict[str, Any]:
-        """What our kernel is told of the grids that a convolution in float8 has."""
+        """Return the arguments of fastres's kernel that describe the quantisation grids of a float8 convolution."""
         if grids is None:
             return {}
         out = (1.0, self.dtype) if grids.out is None else (1 / grids.out.scale, FLOAT8)
@@ -404,11 +438,12 @@ class Program:
         return call
 
     def _bind_broadcasting(self, step: Conv, x: Tensor, residual: Any) -> tuple[Bound, Sequence[Tensor]]:
-        """A convolution to which a number is added, or what has another shape than its output: in three passes."""
+        """Bind a convolution whose residual is a number or has another shape than its output.
+
+        The convolution, the addition and the ReLU run as three passes. Raises ValueError in float8.
+        """
         if step.quantised is not None:
-            raise ValueError(
-                f"layer {step.name!r}: in float8, what is added to its output must have the output's shape"
-            )
+            raise ValueError(f"layer {step.name!r}: in float8, the residual must have the shape of the layer's output")
         alone, _ = self._bind_conv(replace(step, residual=None, relu=False), x)
 
         def call(x: Tensor, residual: Any) -> Sequence[Tensor]:
@@ -416,7 +451,7 @@ class Program:
             y = nchw(z) + (nchw(residual) if isinstance(residual, Tensor) and residual.dim() == 4 else residual)
             return (nhwc(y.relu_() if step.relu else y),)
 
-        bound = Bound(step, f"{alone.engine} + aten", f"{alone.why}; what is added has another shape", call)
+        bound = Bound(step, f"{alone.engine} + aten", f"{alone.why}; the residual has another shape", call)
         return bound, call(x, residual)
 
 
@@ -426,7 +461,9 @@ def _problem(conv: Conv, x: Tensor) -> Any:
     (k, r, s, c), (stride, pad, dilation, groups) = conv.filter, conv.geometry
     if x.dim() != 4 or x.shape[3] != c * groups:
         shape = list(nchw(x).shape if x.dim() == 4 else x.shape)
-        raise ValueError(f"layer {conv.name!r} takes {c * groups} channels [N, {c * groups}, H, W], got {shape}")
+        raise ValueError(
+            f"layer {conv.name!r} requires an input with {c * groups} channels [N, {c * groups}, H, W], got {shape}"
+        )
     try:
         return ConvProblem(*x.shape, k, r, s, stride, pad, dilation, groups)
     except ValueError as error:
@@ -436,8 +473,11 @@ def _problem(conv: Conv, x: Tensor) -> Any:
 def _bind_candidate(
     step: Step, candidate: dispatch.Candidate, engines: Mapping[Any, Callable[[], Any]], inputs: Sequence[Any]
 ) -> tuple[Bound, Sequence[Any]]:
-    """`step` bound to `candidate` or to what serves otherwise, and its results. engines: what makes the call, by the
-    engine's name or the dtype in which it simulates 8 bits."""
+    """Return `step` bound to `candidate` or to one of its fallbacks, and its results for `inputs`.
+
+    A fallback is taken if the candidate raises RuntimeError, or if it is timed and found slower. Out-of-memory errors
+    are not caught. engines: builds the call, by the engine's name or by the dtype in which 8 bits are simulated.
+    """
     error = ""
     while True:
         otherwise = candidate.otherwise
@@ -459,31 +499,37 @@ def _bind_candidate(
     return Bound(step, candidate.engine, why, call), results
 
 
-_fused_times: dict[Any, list[float]] = {}  # what the two of `_faster_fused` took, by all that it may hang on
+_fused_times: dict[Any, list[float]] = {}  # facts of `_faster_fused` -> microseconds of (fused, separate)
 
 
 def _faster_fused(
     facts: tuple[Any, ...], fused: Callable[..., Any], separate: Callable[..., Any], inputs: Sequence[Tensor]
 ) -> tuple[bool, str]:
-    """Whether cuDNN's fused convolution, which serves, is as fast as the convolution and our pass, and what was
-    measured, for the log. Measured once per process and `facts`; never in a capture, where the fused one is taken."""
+    """Return whether cuDNN's fused convolution is at least as fast as separate passes, and the measured times as text.
+
+    The two are timed once per process and `facts`, all that the times may depend on. Nothing is timed during a capture
+    or for an empty input, or if the separate passes fail: then the fused convolution is used.
+    """
     if facts not in _fused_times:
         if torch.cuda.is_current_stream_capturing() or not inputs[0].numel():
             return True, ""
         try:
-            separate(*inputs)  # compiles, and has cuDNN choose
+            separate(*inputs)  # compile the kernel and let cuDNN choose its algorithm before the timing
             _fused_times[facts] = _microseconds([partial(fused, *inputs), partial(separate, *inputs)], inputs[0].device)
-        except (RuntimeError, ValueError) as error:  # of memory for one more tensor, too
-            return True, f"; apart: {str(error).splitlines()[0]}"
+        except (RuntimeError, ValueError) as error:  # also if memory for one more tensor is missing
+            return True, f"; separate: {str(error).splitlines()[0]}"
     fused_us, separate_us = _fused_times[facts]
-    return fused_us <= separate_us, f"; measured: fused {fused_us:.0f} us, apart {separate_us:.0f} us"
+    return fused_us <= separate_us, f"; measured: fused {fused_us:.0f} us, separate {separate_us:.0f} us"
 
 
 def _microseconds(calls: Sequence[Callable[[], Any]], device: torch.device) -> list[float]:
-    """What each call takes the GPU, the fastest of three, in turn. All have run before."""
+    """Return the GPU time of each call in microseconds: the fastest of three runs, with the calls interleaved.
+
+    All calls must have run before.
+    """
     spans: list[list[tuple[torch.cuda.Event, torch.cuda.Event]]] = [[] for _ in calls]
     with torch.cuda.device(device):
-        torch.cuda._sleep(10**6)  # half a millisecond, in which the host gets ahead: its time is not measured
+        torch.cuda._sleep(10**6)  # about half a millisecond, so that the host runs ahead and its time is not measured
         for _ in range(3):
             for call, own in zip(calls, spans, strict=True):
                 own.append((torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)))
@@ -495,18 +541,19 @@ def _microseconds(calls: Sequence[Callable[[], Any]], device: torch.device) -> l
 
 
 def _as_values(call: Callable[..., Tensor], *inputs: Tensor, **static: Any) -> tuple[Tensor]:
+    """Return the result of `call` as the tuple of values that a bound step returns."""
     return (call(*inputs, **static),)
 
 
 def _run_aten(step: Aten, function: Callable[..., Any], layers: Mapping[str, Any], *inputs: Any) -> tuple[Any]:
-    """A library operation on NCHW views of the values it reads."""
+    """Run a PyTorch operation on NCHW views of 4-D inputs and return its result with 4-D results as NHWC."""
     views = [nchw(value) if isinstance(value, Tensor) and value.dim() == 4 else value for value in inputs]
     result = _call_aten(step, function, layers, views)
     return (nhwc(result) if isinstance(result, Tensor) and result.dim() == 4 else result,)
 
 
 def _call_aten(step: Aten, function: Callable[..., Any], layers: Mapping[str, Any], inputs: Sequence[Any]) -> Any:
-    """`function` with the arguments of `step`, the values it reads being `inputs`, NCHW where they are images."""
+    """Call `function` with the arguments of `step`. inputs: the values that it reads, images as NCHW."""
     values = dict(zip(step.reads, inputs, strict=True))
 
     def argument(leaf: Any) -> Any:
@@ -518,19 +565,24 @@ def _call_aten(step: Aten, function: Callable[..., Any], layers: Mapping[str, An
 
 
 def _canonical(x: Tensor) -> Tensor:
-    """x [N, C, H, W], channels_last, with the strides that its shape gives: of a dimension of one they may be others,
-    and a compiled graph would take them for another layout."""
+    """Return a view of x [N, C, H, W], channels_last, with exactly the strides that follow from its shape.
+
+    Where a dimension has size 1 its stride is arbitrary, and a compiled graph would treat that as another layout.
+    """
     _, c, h, w = x.shape
     return x.as_strided(x.shape, (h * w * c, 1, w * c, c))
 
 
 def _relative_distance(y: Tensor, want: Tensor) -> float:
-    """The distance of the two over the length of `want`."""
+    """Return |y - want| / |want| in the Euclidean norm, computed in float64."""
     return float((y.double() - want.double()).norm() / want.double().norm().clamp(min=1e-30))
 
 
 def _seconds(calls: Sequence[Callable[[], Any]]) -> list[float]:
-    """What each call takes on a CPU, the faster of two, in turn. All have run before."""
+    """Return the wall time of each call on a CPU in seconds: the faster of two runs, with the calls interleaved.
+
+    All calls must have run before.
+    """
     spans: list[list[float]] = [[] for _ in calls]
     for _ in range(2):
         for call, own in zip(calls, spans, strict=True):
@@ -541,6 +593,7 @@ def _seconds(calls: Sequence[Callable[[], Any]]) -> list[float]:
 
 
 def _description(step: Step) -> str:
+    """Return the text of the column "operation" in `Program.table`."""
     if isinstance(step, Chain):
         return "chain: " + " -> ".join(_description(single) for single in step.convs)
     if not isinstance(step, Conv):

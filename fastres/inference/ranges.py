@@ -1,4 +1,4 @@
-"""Calibration: between which ends the numbers of each value lie, gathered batch by batch."""
+"""Calibration: collect the range of each value of a plan, batch by batch."""
 
 from __future__ import annotations
 
@@ -8,26 +8,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_BINS = 8192  # of a histogram, on either side of 0
+_BINS = 8192  # histogram bins on each side of 0
 
 
 class Ranges:
-    """The ends between which each named value's numbers lie: the extremes, or all but the outermost.
+    """The range of each named value: its minimum and maximum, or a range that leaves out the outermost elements.
 
-    percentile: that share of the numbers, in percent, is not above the upper end, and as many not below the lower one.
-    Below 100 the numbers are counted in bins: an end is off by at most a 4096th of the largest magnitude, outwards.
-    Raises ValueError if it isn't above 0 and up to 100.
+    percentile: this percentage of the elements is at most the upper end, and the same percentage is at least the lower
+    end. 100 gives the minimum and maximum. Below 100 the ends come from a histogram and are edges of its bins, which
+    are at most 1/4096 of the largest magnitude wide, so a range is too wide by at most that much at each end. Raises
+    ValueError if percentile is not above 0 and at most 100.
     """
 
     def __init__(self, percentile: float) -> None:
         if isinstance(percentile, bool) or not isinstance(percentile, (int, float)) or not 0 < percentile <= 100:
-            raise ValueError(f"percentile={percentile!r}: a number above 0 and up to 100 is accepted")
+            raise ValueError(f"percentile must be a number above 0 and at most 100, got {percentile!r}")
         self.percentile = float(percentile)
-        self._extremes: dict[str, Tensor] = {}  # [2]
+        self._extremes: dict[str, Tensor] = {}  # [2]: minimum and maximum
         self._histograms: dict[str, _Histogram] = {}
 
     def include(self, name: str, value: Any) -> None:
-        """Take a batch's numbers of the value `name` into account, if it is an image [N, H, W, C]."""
+        """Add one batch of the value `name` to its range. Anything but a non-empty [N, H, W, C] tensor is ignored."""
         if not (isinstance(value, Tensor) and value.dim() == 4 and value.numel()):
             return
         low, high = (end.float() for end in value.aminmax())
@@ -38,14 +39,17 @@ class Ranges:
             self._histograms.setdefault(name, _Histogram()).add(value.float(), float(self._extremes[name].abs().max()))
 
     def ends(self) -> dict[str, tuple[float, float]]:
-        """(lower, upper) end of each value. Raises ValueError if nothing was included or an extreme isn't finite."""
+        """Return the range (lower, upper) of each value.
+
+        Raises ValueError if nothing was included, or if a minimum or maximum is not finite.
+        """
         if not self._extremes:
-            raise ValueError("calibration is empty; give at least one non-empty input batch")
+            raise ValueError("calibration is empty; pass at least one non-empty input batch")
         extremes: dict[str, tuple[float, float]] = {
             name: (float(ends[0]), float(ends[1])) for name, ends in self._extremes.items()
         }
         if bad := [name for name, ends in extremes.items() if not all(map(math.isfinite, ends))]:
-            raise ValueError(f"calibration: the values written by {', '.join(bad[:5])} aren't finite")
+            raise ValueError(f"calibration: the outputs of {', '.join(bad[:5])} are not finite")
         if self.percentile == 100:
             return extremes
         return {
@@ -58,14 +62,14 @@ class Ranges:
 
 
 class _Histogram:
-    """Counts of numbers in 2 `_BINS` bins of equal width about 0, which double their width where numbers lie beyond."""
+    """A histogram of 2 `_BINS` bins of equal width, centred on 0. The width doubles when a larger element comes."""
 
     def __init__(self) -> None:
-        self.reach = 0.0  # the outer edge of the last bin; a power of two, so that edges are exact
+        self.reach = 0.0  # outer edge of the last bin; a power of two, so that all edges are exact
         self.counts = torch.zeros(2 * _BINS, dtype=torch.float64)
 
     def add(self, x: Tensor, largest: float) -> None:
-        """x in float32; largest: a bound of its magnitudes and of those before."""
+        """Count the elements of x (float32). largest: an upper bound on |x| here and in all earlier calls."""
         if largest == 0:  # the bins have no width yet
             self.counts[_BINS] += x.numel()
             return
@@ -78,7 +82,10 @@ class _Histogram:
         self.counts += torch.histc(x, 2 * _BINS, -self.reach, self.reach).double().cpu()
 
     def end(self, percentile: float, side: int) -> float:
-        """The edge of a bin that `percentile` % of the numbers lie within; side: 1 the upper end, -1 the lower."""
+        """Return the bin edge that at least `percentile` % of the elements do not exceed on one side.
+
+        side: 1 for the upper end of the range, -1 for the lower end.
+        """
         counts = self.counts if side > 0 else self.counts.flip(0)
         inside = counts.cumsum(0)
         bins = int((inside < inside[-1] * (percentile / 100)).sum()) + 1

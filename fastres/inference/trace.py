@@ -1,4 +1,4 @@
-"""`trace`: a model's graph, read by torch.fx, as the steps of a plan, one by one."""
+"""`trace`: turn a model into the steps of a plan, from the graph that torch.fx records."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from fastres.ops import eligibility
 from fastres.ops.layout import Geometry
 from fastres.ops.shortcut import PadShortcut
 
-_ABSENT = (nn.Identity, _DropoutNd)  # in eval mode
+_ABSENT = (nn.Identity, _DropoutNd)  # layers that do nothing in eval mode
 _IN_PLACE = (
     *("relu_", "add_", "mul_", "sub_", "div_"),
     *(operator.iadd, operator.imul, operator.isub, operator.itruediv, torch.relu_),
@@ -54,14 +54,14 @@ def _in_place(function: Callable[..., Any]) -> Callable[[fx.Proxy, Any], fx.Prox
 
 
 class _Proxy(fx.Proxy):
-    """fx writes x += y as x = x + y; here it stays what it is, because other names may stand for x."""
+    """A proxy that records x += y as in-place. torch.fx would record x = x + y, which is wrong if x has an alias."""
 
     __iadd__, __imul__ = _in_place(operator.iadd), _in_place(operator.imul)
     __isub__, __itruediv__ = _in_place(operator.isub), _in_place(operator.itruediv)
 
 
 class _Tracer(fx.Tracer):
-    proxy_buffer_attributes = True  # or what is computed of buffers, or written into them, is done once, in tracing
+    proxy_buffer_attributes = True  # record operations on buffers; otherwise they would run once, during the trace
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)
@@ -71,12 +71,13 @@ class _Tracer(fx.Tracer):
 
 
 def trace(model: nn.Module) -> tuple[list[Step], str]:
-    """The steps of `model` in eval mode, one by one, and the name of the value it returns.
+    """Return the unmerged steps of `model`, which must be in eval mode, and the name of the value that it returns.
 
-    The model's code is run without gradients, on a stand-in for its first argument and the defaults of the others; what
-    it keeps stays with it, so give a copy. Raises ValueError, naming the node or layer, for what a plan can't hold:
-    hooks, training mode, control flow that depends on tensors, an operation that isn't listed, more than one input or
-    output, numbers and strings that a call changes, tensors that are neither parameters nor buffers.
+    The model's code runs without gradients, with a proxy as its first argument and the defaults of all other arguments.
+    It may store proxies in the model, so pass a copy. Raises ValueError, with the name of the node or layer, for
+    anything that a plan can't represent: hooks, training mode, control flow that depends on tensors, an unsupported
+    operation, more than one input or output, number or string attributes that a call changes, and tensors that are
+    neither parameters nor buffers.
     """
     _refuse_training(model)
     _refuse_hooks(model)
@@ -87,24 +88,27 @@ def trace(model: nn.Module) -> tuple[list[Step], str]:
             raise TypeError(f"forward takes *{image.name}")
         defaults = {each.name: each.default for each in options if each.default is not each.empty}
         with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of defaults that fx can't write assertions for
+            warnings.simplefilter("ignore")  # fx warns about defaults for which it can't write assertions
             graph = _Tracer().trace(model, concrete_args=defaults)
-    except Exception as error:  # whatever the model's own code raises on proxies
-        reason = str(error).split(". ")[0]  # torch.fx goes on about its proxies
+    except Exception as error:  # the model's own code may raise anything on proxies
+        reason = str(error).split(". ")[0]  # the first sentence; torch.fx adds long advice about proxies
         raise ValueError(
-            f"optimize() takes a model of one tensor to one tensor that torch.fx can trace, {type(model).__name__} is "
-            f"none ({reason}); a ResNet inside it, as a detector's backbone, runs fused after fastres.convert(model)"
+            "optimize() requires a model with one input tensor and one output tensor that torch.fx can trace; tracing "
+            f"{type(model).__name__} failed ({reason}). To run a ResNet inside it on fused kernels, such as a "
+            "detector's backbone, use fastres.convert(model)"
         ) from error
     if changed := before.items() - _plain_attributes(model).items():
         (path, name), _ = min(changed, key=repr)
-        raise ValueError(f"{_layer(path)} changes its attribute {name!r} when it is called; a plan would not")
+        raise ValueError(f"{_layer(path)} changes its attribute {name!r} when it is called; a plan can't do that")
     _erase_assertions(graph)
     translation = _Translation(model, graph)
     for node in graph.nodes:
         translation.translate(node)
     output = translation.meaning[next(node for node in graph.nodes if node.op == "output")]
     if not isinstance(output, Value):
-        raise ValueError(f"optimize() takes a model that returns one tensor, {type(model).__name__} returns {output!r}")
+        raise ValueError(
+            f"optimize() requires a model that returns a tensor, {type(model).__name__} returns {output!r}"
+        )
     return translation.steps, output.name
 
 
@@ -118,8 +122,8 @@ def _refuse_training(model: nn.Module) -> None:
         path, module = next((p for p in training if isinstance(p[1], _BatchNorm)), training[0])
         raise ValueError(
             f"optimize() freezes a net for inference, but {_layer(path)} ({type(module).__name__}) is in training "
-            "mode; call model.eval() after the last change: what is added later, parametrizations too, starts in "
-            "training mode"
+            "mode; call model.eval() after the last change to the model: modules that are added later start in "
+            "training mode, parametrizations too"
         )
 
 
@@ -127,19 +131,19 @@ def _refuse_hooks(model: nn.Module) -> None:
     for path, module in model.named_modules():
         if eligibility.has_hooks(module):
             raise ValueError(
-                f"{_layer(path)} carries a hook or a forward of its own, which a plan would never call; remove it first"
+                f"{_layer(path)} has a hook or a replaced forward, which a plan would never call; remove it first"
             )
         if type(module).__call__ is not nn.Module.__call__ and not isinstance(module, fx.GraphModule):
             raise ValueError(
-                f"{_layer(path)} ({type(module).__name__}) has a __call__ of its own, which a plan would never call; "
-                "let forward do it"
+                f"{_layer(path)} ({type(module).__name__}) overrides __call__, which a plan would never call; "
+                "move its code to forward"
             )
     if nn.modules.module._has_any_global_hook():
-        raise ValueError("a hook for all modules is registered, which a plan would never call; remove it first")
+        raise ValueError("a global hook for all modules is registered, which a plan would never call; remove it first")
 
 
 def _plain_attributes(model: nn.Module) -> dict[tuple[str, str], Any]:
-    """The numbers and strings that the modules hold, by the module's path and the attribute's name."""
+    """Return the number and string attributes of all modules, keyed by (path of the module, attribute name)."""
     return {
         (path, name): value
         for path, module in model.named_modules()
@@ -149,7 +153,7 @@ def _plain_attributes(model: nn.Module) -> dict[tuple[str, str], Any]:
 
 
 def _erase_assertions(graph: fx.Graph) -> None:
-    """fx asserts that arguments with a default are given it; an optimized net takes none."""
+    """Erase fx's assertions that arguments have their default values: an optimized net has one argument only."""
     for node in reversed(graph.nodes):
         if node.target in (torch._assert, fx._symbolic_trace._assert_is_none):
             compared = node.args[0]
@@ -159,29 +163,30 @@ def _erase_assertions(graph: fx.Graph) -> None:
 
 
 def _unsupported(node: fx.Node, what: str) -> ValueError:
-    return ValueError(f"optimize() has no step for {what} (node {node.name!r}); it accepts {_ACCEPTED}")
+    return ValueError(f"optimize() does not support {what} (node {node.name!r}); it accepts {_ACCEPTED}")
 
 
 class _Translation:
-    """A graph's nodes as steps, in order.
+    """Translates the nodes of a graph to steps, in order.
 
-    Steps write new values, so what a net changes in place is followed by name: every name of the tensor stands for the
-    new value from there on. What only shares its memory (a view, or what may be one: whether `reshape` copies depends
-    on the memory format) would go on standing for the old one, so nobody may read it later.
+    A step always writes a new value, so in-place operations are translated by renaming: from there on, all nodes that
+    are the changed tensor itself mean the new value. A node that only shares memory with the tensor, as a view does,
+    still means the old value, so it is an error if such a node is read later. `reshape` counts as a view, because
+    whether it copies depends on the memory format.
     """
 
     def __init__(self, model: nn.Module, graph: fx.Graph) -> None:
         self.model = model
         self.steps: list[Step] = []
-        self.meaning: dict[fx.Node, Any] = {}  # of a node: the value, tensor of the model or number it stands for
+        self.meaning: dict[fx.Node, Any] = {}  # node -> the Value, ModelTensor or number that it means
         tensors = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
         self._tensors = {name for name, _ in tensors}
         self._position = {node: i for i, node in enumerate(graph.nodes)}
-        self._names: dict[fx.Node, set[fx.Node]] = {}  # the nodes that are the same tensor; numbers have none
-        self._memory: dict[fx.Node, set[fx.Node]] = {}  # the nodes that may share its memory
+        self._names: dict[fx.Node, set[fx.Node]] = {}  # node -> nodes that are the same tensor; no entry for numbers
+        self._memory: dict[fx.Node, set[fx.Node]] = {}  # node -> nodes that may share its memory
 
     def translate(self, node: fx.Node) -> None:
-        """Append the step of `node`, if it needs one, and enter what it stands for in `meaning`."""
+        """Append the step of `node`, if it needs one, and set its entry in `meaning`."""
         args, kwargs = (
             mapped(tree, lambda v: self.meaning[v] if isinstance(v, fx.Node) else v)
             for tree in (node.args, node.kwargs)
@@ -192,12 +197,12 @@ class _Translation:
             if Value(INPUT) not in self.meaning.values():
                 self.meaning[node] = Value(INPUT)
             elif node.users:
-                raise ValueError(f"optimize() takes a model with one input, this one also reads {node.target!r}")
+                raise ValueError(f"optimize() requires a model with one input, this model also reads {node.target!r}")
             self._is_new(node)
         elif node.op == "get_attr":
             if node.target not in self._tensors:
                 raise _unsupported(
-                    node, "a tensor that is neither a parameter nor a buffer; see Module.register_buffer"
+                    node, "a tensor that is neither a parameter nor a buffer (see Module.register_buffer)"
                 )
             self.meaning[node] = ModelTensor(str(node.target))
             self._is_new(node)
@@ -241,6 +246,10 @@ class _Translation:
         self._memory |= dict.fromkeys(memory, memory)
 
     def _write_into(self, node: fx.Node, operand: fx.Node) -> None:
+        """Record that `node` changes `operand` in place.
+
+        Raises ValueError if that also changes a tensor of the model, or a view that is read later.
+        """
         for sharer in self._memory[operand]:
             if sharer.op == "get_attr":
                 raise _unsupported(node, f"{_label(node)}() that writes into the model's own {sharer.target!r}")
@@ -253,9 +262,10 @@ class _Translation:
 
 
 def _of_module(node: fx.Node, module: nn.Module, args: Any, kwargs: Any) -> tuple[Step | None, bool]:
+    """Return the step of a call of `module` (None if it does nothing) and whether it works in place."""
     kind, path, out = type_before_parametrizations(module), str(node.target), node.name
     if not args:
-        raise _unsupported(node, f"layer {path!r} called with keywords only")
+        raise _unsupported(node, f"layer {path!r} called with keyword arguments only")
     if issubclass(kind, _ABSENT):
         return None, False
     if kind is nn.Conv2d:
@@ -268,7 +278,7 @@ def _of_module(node: fx.Node, module: nn.Module, args: Any, kwargs: Any) -> tupl
     if kind is nn.ReLU:
         return Aten(path, "relu", args, out), in_place
     if kind in (*NORMS, nn.BatchNorm1d) and module.running_mean is None:
-        raise ValueError(f"layer {path!r} takes its statistics from the batch; optimize() needs running statistics")
+        raise ValueError(f"layer {path!r} uses batch statistics; optimize() requires running statistics")
     if kind in NORMS:
         return Aten(path, "norm", args, out), False
     if kind in LAYERS:
@@ -278,6 +288,7 @@ def _of_module(node: fx.Node, module: nn.Module, args: Any, kwargs: Any) -> tupl
 
 
 def _of_function(node: fx.Node, args: Any, kwargs: Any) -> tuple[Step | None, bool]:
+    """Return the step of a call of a function or method (None if it does nothing) and whether it works in place."""
     target, label = node.target, _label(node)
     if target == "contiguous" or (target is F.dropout and _dropout_is_off(args, kwargs)):
         return None, False
@@ -303,7 +314,7 @@ def _geometry(node: fx.Node, conv: nn.Conv2d) -> Geometry:
     sizes = [conv.stride, conv.padding, conv.dilation]
     if conv.padding_mode != "zeros" or any(isinstance(v, str) or len(set(v)) != 1 for v in sizes):
         raise ValueError(
-            f"layer {str(node.target)!r} (node {node.name!r}): optimize() takes convolutions whose stride, zero "
+            f"layer {str(node.target)!r} (node {node.name!r}): optimize() requires convolutions whose stride, zero "
             f"padding and dilation are the same number for height and width, got {conv}"
         )
     stride, pad, dilation = (int(v[0]) for v in sizes)

@@ -117,18 +117,18 @@ def test_agreement_is_the_share_of_equal_classes(simulated: None) -> None:
 
 def test_float8_is_refused_where_nothing_computes_it(monkeypatch: pytest.MonkeyPatch) -> None:
     if not torch.cuda.is_available():
-        with pytest.raises(ValueError, match="needs a CUDA GPU, the model is on cpu"):
+        with pytest.raises(ValueError, match="needs a CUDA GPU, but the model is on cpu"):
             optimize(tiny(), dtype=FLOAT8, calibration=[images()])
     from fastres.inference import freeze
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 6))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "an older GPU")
-    with pytest.raises(ValueError, match=r"8\.9 or above, an older GPU has 8\.6"):
+    with pytest.raises(ValueError, match=r"8\.9 or above, but an older GPU has 8\.6"):
         freeze._require_engine(FLOAT8, torch.device("cuda"))
     with fastres.backend("reference"):
         with pytest.raises(ValueError, match="calibration is empty"):
             optimize(tiny(), dtype=FLOAT8, calibration=[])
-        with pytest.raises(ValueError, match=r"calibration: .* aren't finite"):
+        with pytest.raises(ValueError, match=r"calibration: .* are not finite"):
             optimize(tiny(), dtype=FLOAT8, calibration=[images() * float("inf")])
 
 

@@ -220,7 +220,7 @@ def test_the_fused_convolution_is_taken_where_it_is_faster(
     clock, model, x = Clock(monkeypatch, takes), tiny(), images()
     net = optimize(model, x)
     rows = [line for line in net.explain().splitlines() if "+ relu" in line]
-    said = f"said so; measured: fused {takes[0]:.0f} us, apart 55 us"
+    said = f"said so; measured: fused {takes[0]:.0f} us, separate 55 us"
     assert rows
     assert all(f"  {taken}  " in row and row.endswith(said) for row in rows)
     clock.fused.clear()
@@ -239,8 +239,8 @@ def test_equal_layers_are_timed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert clock.asked == 1
     net(torch.randn(3, 8, 6, 6))
     assert clock.asked == 2, "another size has times of its own"
-    assert "measured: fused 2 us, apart 1 us" in net.explain()
-    assert "measured: fused 1 us, apart 2 us" in net.explain((2, 8, 6, 6))
+    assert "measured: fused 2 us, separate 1 us" in net.explain()
+    assert "measured: fused 1 us, separate 2 us" in net.explain((2, 8, 6, 6))
     optimize(model, torch.randn(2, 8, 6, 6), dtype=torch.bfloat16)
     assert clock.asked == 3
 
@@ -262,7 +262,7 @@ def test_nothing_is_timed_in_a_capture_or_beside_what_fails(monkeypatch: pytest.
     with monkeypatch.context() as within:
         within.setattr(program, "_microseconds", fails)
         net = optimize(model, x)
-    assert "cudnn fused  said so; apart: out of memory\n" in net.explain() + "\n"
+    assert "cudnn fused  said so; separate: out of memory\n" in net.explain() + "\n"
 
 
 def test_the_clock_takes_the_fastest_of_three_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
