@@ -1,12 +1,14 @@
-"""`torch.compile(model, backend="fastres")`, and `explain(model, example)`: what that backend makes of a net.
+"""The backend of `torch.compile(model, backend="fastres")`, and `explain`, which shows what the backend rewrites.
 
-In Dynamo's torch-level graph, where `conv2d`, `batch_norm` and `relu` are still whole, matches of the pattern
+The backend works on Dynamo's torch-level graph, where `conv2d`, `batch_norm` and `relu` are still single nodes. Matches
+of the pattern
 
     conv -> BN [-> ReLU -> conv -> BN]... [-> + residual] [-> ReLU] [-> max pool]
 
-and option-A shortcuts become the operators of `fastres.ops.operators` and `fastres.ops.shortcut`; the rest goes to
-Inductor. Only operators are inserted, so that AOTAutograd's and Inductor's caches know the graph. What can't be matched
-stays as it is, and `explain` gives the reason. BN -> ReLU and add -> ReLU alone are Inductor's (`operators` says why).
+become operators of `fastres.ops.operators`, and option-A shortcuts become operators of `fastres.ops.shortcut`. All
+other nodes go to Inductor unchanged, and `explain` gives the reason. BN -> ReLU and add -> ReLU without a convolution
+also stay, because Inductor makes the same passes over memory. Only registered operators are inserted, so that
+AOTAutograd and Inductor can cache the compiled graph.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ __all__ = ["REWRITES", "Explanation", "Finding", "backend", "explain"]
 _log = logging.getLogger(__name__)
 
 REWRITES = {
-    "auto": "where fastres's kernels run: on GPUs they serve, or what `fastres.backend` forces while compiling",
+    "auto": "where fastres's kernels run: on supported GPUs, or as `fastres.backend` forces while compiling",
     "always": "on every device; without kernels the operators run PyTorch's own functions",
     "never": "nowhere: plain Inductor",
 }
@@ -40,11 +42,16 @@ def backend(
     mode: str | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> Callable[..., Any]:
-    """What `torch.compile(..., backend="fastres")` calls for each graph.
+    """Rewrite one graph of Dynamo and compile it. `torch.compile(..., backend="fastres")` calls this for each graph.
 
-    `mode` and `options` are Inductor's. Two options more: "fastres.rewrite", a key of `REWRITES` ("auto"), and
-    "fastres.inner", the name of the backend that compiles the rewritten graph ("inductor"; another takes neither mode
-    nor options). Raises ValueError for an unknown value or another option "fastres.*".
+    Returns the compiled function. It computes what `gm` computes, up to rounding.
+
+    mode, options: as for Inductor, with two more options. "fastres.rewrite" is a key of `REWRITES` (default "auto").
+    "fastres.inner" is the name of the backend that compiles the rewritten graph (default "inductor"); another backend
+    accepts neither mode nor options.
+
+    Raises ValueError for an unknown value of "fastres.rewrite", for any other option "fastres.*", and for mode or
+    options with another inner backend.
     """
     options = dict(options or {})
     when, inner = options.pop("fastres.rewrite", "auto"), options.pop("fastres.inner", "inductor")
@@ -53,7 +60,7 @@ def backend(
         accepted = f"fastres.rewrite ({', '.join(REWRITES)}), fastres.inner (the name of a backend)"
         raise ValueError(f"unknown option {', '.join(unknown) or f'fastres.rewrite={when!r}'}; accepted: {accepted}")
     if inner != "inductor" and (options or mode not in (None, "default")):
-        raise ValueError(f"mode and options are Inductor's; fastres.inner={inner!r} takes neither")
+        raise ValueError(f"mode and options are for Inductor only; fastres.inner={inner!r} accepts neither")
     if when != "never":
         _log.info("%s", Explanation(tuple(rewrite_graph(gm, example_inputs, always=when == "always")), 1))
     if inner == "inductor":

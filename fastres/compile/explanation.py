@@ -1,4 +1,4 @@
-"""`explain`: what the backend would make of a net, without compiling it."""
+"""`explain`: report what the compile backend would rewrite in a model, without compiling it."""
 
 from __future__ import annotations
 
@@ -19,19 +19,21 @@ from fastres.ops import dispatch
 
 @dataclass(frozen=True)
 class Explanation:
-    """What backend "fastres" makes of a net; `str()` of it is a table."""
+    """What the backend "fastres" rewrites in a model and what it leaves. `str()` gives a table."""
 
     findings: tuple[Finding, ...]
-    graphs: int
-    graph_breaks: Mapping[str, int] = field(default_factory=dict)  # reason -> how often
-    here: str | None = None  # why the rewriting is left out on this device; None where it is done
+    graphs: int  # number of graphs that Dynamo makes of the model
+    graph_breaks: Mapping[str, int] = field(default_factory=dict)  # reason -> number of breaks
+    here: str | None = None  # why nothing is rewritten on this device; None if the backend does rewrite here
 
     @property
     def hits(self) -> tuple[Finding, ...]:
+        """The findings that are rewritten."""
         return tuple(finding for finding in self.findings if finding.hit)
 
     @property
     def misses(self) -> tuple[Finding, ...]:
+        """The findings that stay as they are."""
         return tuple(finding for finding in self.findings if not finding.hit)
 
     def __str__(self) -> str:
@@ -47,26 +49,32 @@ class Explanation:
 
 
 def explain(model: nn.Module, *example: Any, **kwargs: Any) -> Explanation:
-    """What `torch.compile(model, backend="fastres")` would rewrite in `model(*example, **kwargs)`, what not, and why.
+    """Return what `torch.compile(model, backend="fastres")` would rewrite, what it would leave, and why.
 
-    Runs a copy of the model once, uncompiled, in its present mode and in the caller's grad and autocast modes; the
-    model stays untouched. Raises TypeError if `model` is no `nn.Module`.
+    example, kwargs: the arguments of one call of the model, for example images [N, C, H, W]. A copy of the model runs
+    once with them, uncompiled, in the model's present mode (training or eval) and in the caller's grad and autocast
+    modes. The model is not changed.
+
+    `print(explain(model, images))` shows a table with one line for each match or layer. The matches are those of
+    "fastres.rewrite"="always"; `here` says why the default "auto" rewrites none of them on this device.
+
+    Raises TypeError if `model` is not an `nn.Module` or is sharded by FSDP.
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(f"explain takes an nn.Module, not {type(model).__name__}")
+        raise TypeError(f"explain() takes an nn.Module, got {type(model).__name__}")
     refuse_sharded(model, "explain")
     twin = copy.deepcopy(model)
 
     def call(*args: Any, **kwargs: Any) -> Any:
         return twin(*args, **kwargs)
 
-    # Dynamo keeps what it compiled with the code object: one of its own makes each explanation the first.
+    # Dynamo caches compiled code by code object. With a new code object nothing is cached from an earlier explanation.
     call.__code__ = call.__code__.replace()
     from torch._dynamo.utils import counters
 
     graphs: list[fx.GraphModule] = []
     findings: list[Finding] = []
-    refusals: list[str | None] = []  # one a graph that computes in floating point
+    refusals: list[str | None] = []  # one for each graph that computes in floating point
 
     def record(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         graphs.append(gm)

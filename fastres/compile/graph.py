@@ -1,4 +1,4 @@
-"""Reading Dynamo's graph: what its nodes call, with which arguments, what they write, and whose memory is whose."""
+"""Query Dynamo's graph: what a node calls, with which arguments, what it writes, and which nodes share memory."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from torch.utils._pytree import tree_leaves
 CONV = (torch.conv2d, F.conv2d)
 RELU = (F.relu, torch.relu, F.relu_, torch.relu_, "relu", "relu_")
 ADD = (operator.add, operator.iadd, torch.add, "add", "add_")
-# Modules whose functions write into nothing but what their names (`relu_`) or arguments (`inplace`, `out`) tell; and
-# names of the exceptions, which move statistics, renormalise a table, observe or draw noise.
+# In these modules a function's name (`relu_`) or arguments (`inplace`, `out`) show which tensors it writes into. The
+# functions in `_SILENT` are exceptions: they update statistics, renormalise an embedding, observe, or draw noise.
 _TELLING_MODULES = r"torch(\.functional|\.nn\.functional|\._C\._(nn|linalg|fft|special))?|_operator|builtins|math"
 _SILENT = "batch_norm|instance_norm|embedding|fake_quant|moving_avg|rrelu_with_noise|_cum(max|min)_helper|^_fused|^_amp"
-_IN_PLACE = {  # how names tell it
+_IN_PLACE = {  # patterns of the names of in-place operations
     "call_function": r".*[^_]_",
     "call_method": r".*[^_]_|__i(?!nvert|ndex|nt)\w+__|__setitem__",
     "operator": "i(add|sub|mul|truediv|floordiv|mod|pow|matmul|and|or|xor|[lr]shift|concat)|(set|del)item",
@@ -29,7 +29,7 @@ _IN_PLACE = {  # how names tell it
 
 
 def defaults(function: Callable[..., Any]) -> dict[str, Any]:
-    """The names of its parameters, each with its default."""
+    """Return the parameter names of `function` in order, each with its default."""
     return {parameter.name: parameter.default for parameter in inspect.signature(function).parameters.values()}
 
 
@@ -37,24 +37,30 @@ BN_ARGUMENTS = defaults(F.batch_norm)
 
 
 def value(node: Any) -> Any:
-    """What `node` gave when the graph was traced; None where that isn't known, or `node` is none."""
+    """Return the result of `node` when the graph was traced; None if that is unknown or `node` is not an fx.Node."""
     return node.meta.get("example_value") if isinstance(node, fx.Node) else None
 
 
 def arguments(node: fx.Node, parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """What `node` gives its function's parameters. parameters: their names in order, each with its default."""
+    """Return the argument that `node` passes for each parameter, or its default.
+
+    parameters: the parameter names of the node's function in order, each with its default.
+    """
     return {**parameters, **dict(zip(parameters, node.args, strict=False)), **node.kwargs}
 
 
 def argument(node: fx.Node, name: str) -> Any:
-    """What `node` gives the parameter `name` of a Python function; None where that is left to its default."""
+    """Return the argument that `node` passes for the parameter `name`.
+
+    None if the node passes none, or if it does not call a Python function.
+    """
     if not inspect.isfunction(node.target):
         return None
     return arguments(node, dict.fromkeys(inspect.signature(node.target).parameters)).get(name)
 
 
 def calls(node: Any, *targets: Any) -> bool:
-    """Whether `node` calls one of them: functions, or methods by their names."""
+    """Return whether `node` calls one of `targets`: functions, or names of methods."""
     return isinstance(node, fx.Node) and node.op in ("call_function", "call_method") and node.target in targets
 
 
@@ -63,7 +69,7 @@ def is_relu(node: Any) -> bool:
 
 
 def addends(node: Any) -> tuple[fx.Node, fx.Node] | None:
-    """The two tensors that `node` adds, if it does and nothing else."""
+    """Return the two tensors that `node` adds; None if it is not a plain addition of two tensors."""
     if not calls(node, *ADD) or len(node.args) != 2 or node.kwargs:
         return None
     a, b = node.args
@@ -71,7 +77,7 @@ def addends(node: Any) -> tuple[fx.Node, fx.Node] | None:
 
 
 def only_user(node: Any) -> Any:
-    """The only node that reads `node`; None where there are more or none."""
+    """Return the only node that reads `node`; None if there are more or none."""
     return next(iter(node.users)) if isinstance(node, fx.Node) and len(node.users) == 1 else None
 
 
@@ -80,7 +86,7 @@ def target_name(node: fx.Node) -> str:
 
 
 def module_name(node: fx.Node) -> str:
-    """The module that `node` comes from, as the model names it; where there is none, the node's own name."""
+    """Return the path in the model of the module that `node` comes from; the node's name if there is no such module."""
     stack = node.meta.get("nn_module_stack")
     if not stack:
         return node.name
@@ -89,15 +95,18 @@ def module_name(node: fx.Node) -> str:
 
 
 def nodes_in(tree: Any) -> list[fx.Node]:
-    """The nodes in nested arguments."""
+    """Return the nodes in nested arguments."""
     nodes: list[fx.Node] = []
     fx.node.map_arg(tree, nodes.append)
     return nodes
 
 
 def written_by(node: fx.Node) -> list[fx.Node]:
-    """The tensors that `node` may write into. PyTorch's own functions say so by name, argument or schema; of anything
-    else (higher-order operators, functions that a graph was allowed to hold) it is presumed of all it is given."""
+    """Return the nodes whose tensors `node` may write into.
+
+    For PyTorch's own functions this follows from the name, an argument or the schema. Any other function, such as a
+    higher-order operator or one allowed in the graph by the user, is assumed to write into all of its inputs.
+    """
     target, name = node.target, target_name(node)
     if node.op in ("placeholder", "get_attr", "output") or not node.all_input_nodes:
         return []
@@ -119,16 +128,16 @@ def written_by(node: fx.Node) -> list[fx.Node]:
 
 
 def storages(node: fx.Node) -> set[int] | None:
-    """The memory of the tensors that `node` stands for; None where it isn't known."""
+    """Return the ids of the storages of the tensors in the result of `node`; None if they are unknown."""
     try:
         tensors = [each for each in tree_leaves(node.meta["example_value"]) if isinstance(each, Tensor)]
         return {tensor.untyped_storage()._cdata for tensor in tensors}
-    except (KeyError, NotImplementedError):  # not traced; or such as a sparse tensor
+    except (KeyError, NotImplementedError):  # no traced value, or a tensor without storage, such as a sparse one
         return None
 
 
 def storage(node: Any) -> int | None:
-    """The memory of a tensor; None where it has none of its own, or isn't known."""
+    """Return the id of the storage of a tensor node; None if it is unknown or the node is not a single tensor."""
     memory = storages(node) if isinstance(value(node), Tensor) else None
     return memory.pop() if memory else None
 
@@ -138,7 +147,7 @@ def is_channels_last(tensor: Tensor) -> bool:
 
 
 class Memory:
-    """What of a graph's memory is written into, and what the caller gets of it."""
+    """Which storages of a graph are written into, and which are returned to the caller."""
 
     def __init__(self, graph: fx.Graph) -> None:
         targets = [storages(target) for node in graph.nodes for target in written_by(node)]
@@ -148,6 +157,9 @@ class Memory:
         self._returned = Counter(map(storage, output.all_input_nodes))
 
     def is_observed(self, node: fx.Node) -> bool:
-        """Whether it can be told from outside, or by a later reader, who shares the memory of `node`."""
+        """Return whether it matters which nodes share the memory of `node`.
+
+        It does if that memory, or unknown memory, is written into, or if more than one result of the graph uses it.
+        """
         memory = storage(node)
         return self._unknown or memory in self._written or self._returned[memory] > 1

@@ -1,5 +1,9 @@
-"""Memory formats. The operators give channels_last where the graph was traced with another: harmless to most of what
-follows, but not to `view`, to `as_strided`, to the caller of the model, or to what is changed in place."""
+"""Handle the memory formats of rewritten values.
+
+fastres's operators return channels_last tensors where the traced graph may have had another memory format. Most nodes
+that follow accept any format. A copy in the traced format is needed before `view` and `as_strided`, for results that
+the caller gets, and for tensors that are changed in place.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +19,7 @@ from fastres.ops.operators import conv_affine_act, conv_bn_act
 _aten = torch.ops.aten
 _fastres = torch.ops.fastres
 _OPERATORS = (conv_bn_act, conv_affine_act)
-# What means the same in any memory format of a 4-D operand. Its 4-D result follows that format or may.
+# Functions whose result does not depend on the memory format of a 4-D operand. A 4-D result may follow that format.
 _ANY_FORMAT = (
     *CONV, *RELU, *ADD, operator.mul, operator.imul, torch.mul, F.batch_norm, F.max_pool2d, torch.max_pool2d,
     F.avg_pool2d, F.adaptive_avg_pool2d, F.adaptive_max_pool2d, F.silu, F.gelu, F.hardswish, F.hardtanh, F.leaky_relu,
@@ -29,20 +33,23 @@ def _channels_last(graph: fx.Graph, node: fx.Node) -> fx.Node:
 
 
 class Layout:
-    """What replaced which node of a graph, and which nodes are channels_last where they were not when it was traced."""
+    """Tracks the nodes that were replaced, and the nodes that are channels_last now but were not when traced."""
 
     def __init__(self, graph: fx.Graph) -> None:
         self._graph = graph
         self._replacements: dict[fx.Node, fx.Node] = {}
-        self._results: set[fx.Node] = set()  # of operators that give channels_last
-        self._changed: set[fx.Node] = set()
+        self._results: set[fx.Node] = set()  # results of operators, always channels_last
+        self._changed: set[fx.Node] = set()  # nodes whose memory format may differ from the traced one
 
     def current(self, node: fx.Node) -> fx.Node:
-        """`node`, or what stands in its place."""
+        """Return the replacement of `node`, or `node` itself if it was not replaced."""
         return self._replacements.get(node, node)
 
     def operand(self, node: fx.Node, dtype: torch.dtype) -> fx.Node:
-        """`node` in `dtype` and channels_last: at most one copy, kept for backward."""
+        """Return `node` in `dtype` and channels_last, inserting a cast or a copy if needed.
+
+        At most one copy of the value is made; it is also the tensor that the operator saves for backward.
+        """
         node = self.current(node)
         if value(node).dtype != dtype:
             node = self._graph.call_function(_aten.to.dtype, (node, dtype))
@@ -51,28 +58,25 @@ class Layout:
         return _channels_last(self._graph, node)
 
     def replace(self, node: fx.Node, result: fx.Node) -> None:
-        """`result` instead of `node`, with the value that was traced."""
+        """Replace all uses of `node` by `result`, which inherits the metadata of `node` (its traced value)."""
         result.meta = dict(node.meta)
         node.replace_all_uses_with(result)
         self._replacements[node] = result
 
     def gives_channels_last(self, result: fx.Node) -> None:
+        """Register `result` as an operator's output, which is channels_last whatever its traced format was."""
         self._results.add(result)
         _, c, h, w = value(result).shape
-        if value(result).stride() != (
-            h * w * c,
-            1,
-            w * c,
-            c,
-        ):  # one channel or pixel has both formats, but not both strides
+        # Compare strides: a tensor with one channel or one pixel has both memory formats, but not both strides.
+        if value(result).stride() != (h * w * c, 1, w * c, c):
             self._changed.add(result)
 
     def restore_where_it_matters(self) -> None:
-        """Give the traced layout back to whatever might depend on it.
+        """Insert copies in the traced memory format before all nodes that may depend on it.
 
-        What gives it back is a copy. While nothing writes into a value, a copy and the value are the same to all who
-        read them. Where something does, or where two results share its memory, all readers must have the one or all
-        the other.
+        As long as nothing writes into a value, its readers can't distinguish it from a copy, so only the dependent
+        readers get one. If something does write into the value, or if two results of the graph share its memory, either
+        all readers must use the copy or none.
         """
         memory = Memory(self._graph)
         for node in list(self._graph.nodes):
@@ -80,9 +84,12 @@ class Layout:
                 self._restore(node, memory.is_observed(node))
 
     def _restore(self, root: fx.Node, observed: bool) -> None:
-        """`root`: the first name of its memory. observed: whether it matters who shares that memory."""
-        names, followers = [root], []
-        dependents: dict[fx.Node, fx.Node] = {}  # each with the name that it reads
+        """Insert a copy after `root`, a result whose format changed, if a reader depends on the traced format.
+
+        observed: whether it matters which nodes share the memory of `root` (`Memory.is_observed`).
+        """
+        names, followers = [root], []  # names: all nodes that share the memory of `root`
+        dependents: dict[fx.Node, fx.Node] = {}  # dependent node -> the name that it reads
         for name in names:
             for user in name.users:
                 reading = "ends" if user in self._results else _reading(user, root, observed)
@@ -98,44 +105,46 @@ class Layout:
         if not dependents:
             return
         readers = list(root.users if all_or_none else dependents)
-        with self._graph.inserting_after(root):  # `contiguous` would leave what one channel or pixel has for strides
+        with self._graph.inserting_after(root):  # not `contiguous`: it keeps the strides of a single channel or pixel
             copy = self._graph.call_function(_aten.clone.default, (root,), {"memory_format": torch.contiguous_format})
         copy.meta = dict(root.meta)
         for user in readers:
             operand = copy
-            if calls(user, *_OPERATORS):  # reads what it read, in the format it works in
+            if calls(user, *_OPERATORS):  # gets the same values in channels_last, which it requires
                 with self._graph.inserting_before(user):
                     operand = _channels_last(self._graph, copy)
             user.replace_input_with(root, operand)
 
 
 def _reading(user: fx.Node, root: fx.Node, observed: bool) -> str:
-    """How `user` takes a value of `root`'s memory, which has another memory format than the graph was traced with:
+    """Return how `user` reacts to a value in the memory of `root`, whose memory format differs from the traced one.
 
-    "names": gives the same memory another name, whatever the format; "follows": gives new memory, whose format may
-    differ too; "ends": gives what is the same either way; "depends": anything else, and what isn't known.
+    - "names": its result shares the memory of `root` and is correct in any format.
+    - "follows": its result is a new tensor that may follow the new format.
+    - "ends": its result is the same in either format.
+    - "depends": anything else, or unknown.
     """
     result = value(user)
     put_in = "example_value" not in user.meta and calls(user, _aten.contiguous.default, _aten.to.dtype)
     if put_in or calls(user, *_OPERATORS):
-        return "ends"  # the operators, and what prepares for them, give channels_last from any format
+        return "ends"  # operators, and the casts and copies inserted for them, return channels_last for any format
     if calls(user, getattr, "size", "dim"):
         return "depends" if isinstance(result, Tensor) else "ends"
     if not isinstance(result, Tensor) or isinstance(user.kwargs.get("out"), fx.Node):
         return "depends"
     shares = storage(user) == storage(root)
     if calls(user, torch.flatten, "flatten", "reshape"):
-        whole = result.dim() == 2 and result.shape[0] == value(root).shape[0]  # [N, C H W]: rows in the traced order
+        whole = result.dim() == 2 and result.shape[0] == value(root).shape[0]  # [N, C H W]: the order is always NCHW
         return "ends" if whole and not (shares and observed) else "depends"
     if calls(user, operator.getitem):
         return "names" if result.dim() == 4 and shares else "depends"
     idle = calls(user, F.dropout) and (argument(user, "training") is False or argument(user, "p") == 0)
     if not (idle or calls(user, *_ANY_FORMAT)):
-        return "depends"  # a dropout at work as well: chance goes by the order in memory
+        return "depends"  # also an active dropout: its random mask follows the order in memory
     if shares:
         return "names"
     if any(storage(user) == storage(node) for node in written_by(user)):
-        return "ends"  # written into other memory, whose format stays
+        return "ends"  # it writes into other memory, whose format does not change
     if calls(user, torch.mean, torch.sum, "mean", "sum"):
-        return "ends"  # reductions give contiguous results
+        return "ends"  # reductions return contiguous results
     return "follows" if result.dim() == 4 and result.is_contiguous() else "depends"

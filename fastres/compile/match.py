@@ -1,4 +1,7 @@
-"""What of a graph the operators can take: conv-BN pairs, the pattern that they match, and why others stay."""
+"""Find the parts of a graph that fastres's operators can replace, and the reasons why other layers stay.
+
+A pair is a convolution and its BatchNorm. A match is one or more pairs in a row with what follows the last of them.
+"""
 
 from __future__ import annotations
 
@@ -34,18 +37,18 @@ from fastres.ops import dispatch, ends
 _CONV_ARGUMENTS = {"input": ..., "weight": ..., "bias": None, "stride": 1, "padding": 0, "dilation": 1, "groups": 1}
 _POOL_ARGUMENTS, _PAD_ARGUMENTS = defaults(F.max_pool2d_with_indices), defaults(F.pad)
 _MODE_SWITCH = "_(enter|exit)_(autocast|inference_mode)|_set_grad_enabled"
-# What changes a tensor's sizes, strides or place in the autograd graph: a graph records of it what it is at the end.
+# In-place changes of a tensor's sizes, strides or autograd state. Its traced value shows only the state after them.
 _RESHAPES = "(resize|resize_as|set|as_strided|(un)?squeeze|transpose|swapaxes|swapdims|t|detach|requires_grad)_"
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One match or layer of a graph and what became of it."""
+    """One match or layer of a graph, and whether it is rewritten."""
 
-    layer: str  # its first convolution's (or other operation's) module, by name where that is known
-    pattern: str
-    operator: str | None  # what it was rewritten to; None: it stays
-    reason: str = ""  # why it stays
+    layer: str  # path of the module of its first convolution (or other operation); else the node's name
+    pattern: str  # for example "conv-BN-ReLU"
+    operator: str | None  # the operator that replaces it; None if it stays as it is
+    reason: str = ""  # why it stays as it is
 
     @property
     def hit(self) -> bool:
@@ -54,7 +57,7 @@ class Finding:
 
 @dataclass(eq=False)
 class Pair:
-    """conv -> BN: its nodes, the tensors it reads and its static sizes."""
+    """conv -> BN: the two nodes, the tensors that they read, and their constant arguments."""
 
     conv: fx.Node
     bn: fx.Node
@@ -64,26 +67,26 @@ class Pair:
     bn_weight: fx.Node | None
     bn_bias: fx.Node | None
     running: tuple[fx.Node | None, fx.Node | None]  # mean, var
-    geometry: list[int]
+    geometry: list[int]  # stride, padding, dilation, groups
     training: bool
     momentum: float
     eps: float
 
     @property
     def statistics(self) -> set[int | None]:
-        """The memory of its running statistics."""
+        """The storages of the running statistics."""
         return {storage(t) for t in self.running if t is not None}
 
 
 @dataclass(eq=False)
 class Match:
-    """Pairs (a projection's last), what ends them, and all nodes that an operator replaces; `last` gives the result."""
+    """Nodes that operators replace: pairs in a row and the end, i.e. what follows the last BatchNorm."""
 
-    pairs: list[Pair]
-    nodes: list[fx.Node]
+    pairs: list[Pair]  # in order; a projection's pair is the last
+    nodes: list[fx.Node]  # all nodes that are replaced; the last one has the result
     end: ends.End = field(default_factory=ends.Linear)
-    residual: fx.Node | None = None
-    shortcut: list[fx.Node] = field(default_factory=list)  # what may be left without users
+    residual: fx.Node | None = None  # for `ends.Join`: the other addend
+    shortcut: list[fx.Node] = field(default_factory=list)  # option A's nodes, erased if nothing else reads them
 
     @property
     def first(self) -> fx.Node:
@@ -99,12 +102,12 @@ class Match:
 
     @property
     def moves(self) -> set[int | None]:
-        """The memory of the running statistics that it moves."""
+        """The storages of the running statistics that the match updates."""
         return set().union(*(pair.statistics for pair in self.pairs if pair.training))
 
     @property
     def trains(self) -> bool:
-        """Whether batches' statistics or gradients are wanted."""
+        """Whether it uses batch statistics or needs gradients."""
         return any(pair.training for pair in self.pairs) or value(self.last).requires_grad
 
     @property
@@ -117,7 +120,7 @@ class Match:
 
 
 class PaddedSum(NamedTuple):
-    """relu(y + option A's shortcut of x), the end of a block whose y no match gives."""
+    """relu(y + option A's shortcut of x), where y is not the result of a match."""
 
     y: fx.Node
     x: fx.Node
@@ -130,10 +133,13 @@ class PaddedSum(NamedTuple):
 def search(
     graph: fx.Graph, example_inputs: Sequence[Any], *, always: bool
 ) -> tuple[list[Match], list[PaddedSum], list[Finding]]:
-    """What the operators take of `graph`, and what there is to say of its layers, in the graph's order; with `always`
-    on devices without kernels, too. Placeholders without an example value are given theirs of `example_inputs`."""
+    """Return what fastres's operators can replace in `graph`, and a finding for each match or layer in graph order.
+
+    always: also match on devices without kernels. Placeholders without an example value get theirs from
+    `example_inputs`.
+    """
     for node, example in zip(graph.find_nodes(op="placeholder"), example_inputs, strict=False):
-        node.meta.setdefault("example_value", example)  # DDP's parts of a graph come without
+        node.meta.setdefault("example_value", example)  # missing in the parts of a graph that DDP has split
     order = {node: at for at, node in enumerate(graph.nodes)}
     findings: dict[fx.Node, Finding] = {}
 
@@ -153,7 +159,7 @@ def search(
         elif pair:
             tell(bn, "conv-BN", None, pair)
         elif any(map(is_relu, bn.users)):
-            tell(bn, "BN-ReLU", None, "no convolution before it: Inductor makes the same passes")
+            tell(bn, "BN-ReLU", None, "no convolution before it: Inductor makes the same passes over memory")
         else:
             tell(bn, "BN", None, "no convolution before it")
     matches = []
@@ -165,9 +171,10 @@ def search(
     while sharing := _sharing_statistics(graph, matches):
         matches = [match for match in matches if match not in sharing]
         for match in sharing:
-            tell(match.first, match.pattern, None, "its running statistics are read or written elsewhere, too")
+            tell(match.first, match.pattern, None, "its running statistics are also read or written elsewhere")
     for match in matches:
-        if isinstance(match.end, ends.Pool) and not match.trains:  # it reads what the epilogue wrote, either way
+        # In inference the pool is a pass over the epilogue's output in any case, so it stays a node.
+        if isinstance(match.end, ends.Pool) and not match.trains:
             match.nodes.pop()
             match.end = ends.Relu()
         tell(match.first, match.pattern, match.operator)
@@ -177,39 +184,40 @@ def search(
         tell(padded.relu, "pad-add-ReLU", "pad_shortcut_add_relu")
     for node in graph.nodes:
         if calls(node, *CONV) and node not in normed:
-            tell(node, "conv", None, "no BatchNorm behind it")
+            tell(node, "conv", None, "no BatchNorm after it")
         if is_relu(node) and node not in inside and node not in findings and addends(node.args[0]):
-            tell(node, "add-ReLU", None, "outside a match: Inductor makes the same pass")
+            tell(node, "add-ReLU", None, "outside a match: Inductor makes the same pass over memory")
     return matches, sums, [findings[node] for node in order if node in findings]
 
 
 def _why_nothing(graph: fx.Graph) -> str | None:
-    """Why nothing in the graph can be rewritten; None where there is no reason."""
+    """Return why nothing in the graph may be rewritten; None if there is no such reason."""
     modules = (getattr(node.target, "__module__", None) or "" for node in graph.nodes if node.op == "call_function")
     transforms = ("torch._functorch", "torch._C._functorch", "torch.autograd.forward")
     if any(module.startswith(transforms) for module in modules):
-        return "the graph holds a torch.func transform or forward-mode differentiation"
+        return "the graph contains a torch.func transform or forward-mode differentiation"
     for node in graph.nodes:
         if node.op.startswith("call_") and re.match(rf"({_RESHAPES}|swap_tensors)(\.|$)", target_name(node)):
-            return f"{node.name} changes in place what is known of a tensor"
+            return f"{node.name} changes a tensor's sizes, strides or autograd state in place"
     return None
 
 
 def _why_unserved(z: Tensor, always: bool) -> str | None:
+    """Return why a convolution with output z is not rewritten; None if it may be."""
     if z.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         return f"it computes in {z.dtype}"
     return None if always else dispatch.why_unfused(z.dtype, z.device)
 
 
 def _number(sizes: Any) -> int | None:
-    """The one int of a size given as an int or for both directions; None where it isn't one."""
+    """Return the int of a size that is given once or for height and width; None if the two differ or are no ints."""
     values = set(sizes) if isinstance(sizes, (tuple, list)) else {sizes}
     number = values.pop()
     return number if not values and isinstance(number, int) else None
 
 
 def _pair(bn: fx.Node) -> Pair | str:
-    """The pair that ends with `bn`, or why there is none."""
+    """Return the pair that ends with `bn`, or the reason why it can't be one ("" if no convolution precedes `bn`)."""
     norm = arguments(bn, BN_ARGUMENTS)
     if not calls(norm["input"], *CONV):
         return ""
@@ -218,18 +226,18 @@ def _pair(bn: fx.Node) -> Pair | str:
     if not all(isinstance(t, Tensor) for t in (z, y, x, weight)):
         return "its shapes are unknown"
     if len(norm["input"].users) > 1:
-        return "the convolution's output is used beside the BatchNorm"
+        return "the convolution's output has readers other than the BatchNorm"
     if z.dim() != 4:
-        return "the input is no batch [N, C, H, W]"
+        return "the input is not a batch [N, C, H, W]"
     if any(isinstance(size, int) and size == 0 for size in z.shape):
         return "the batch is empty"
     sizes = ("stride", "padding", "dilation", "groups")
     geometry = [size for size in (_number(conv[name]) for name in sizes) if size is not None]
     if len(geometry) < len(sizes):
         words = ", ".join(f"{name} {conv[name]}" for name in sizes[:3])
-        return f"the convolution has {words}; served: one number for both directions"
+        return f"the convolution has {words}; supported: one number for both directions"
     if z.dtype != y.dtype:
-        return f"the BatchNorm turns {z.dtype} into {y.dtype}"
+        return f"the BatchNorm converts {z.dtype} to {y.dtype}"
     training, momentum, eps = norm["training"], norm["momentum"], norm["eps"]
     if not (isinstance(training, bool) and isinstance(momentum, (int, float)) and isinstance(eps, float)):
         return "the BatchNorm's momentum or mode is computed in the graph"
@@ -241,12 +249,15 @@ def _pair(bn: fx.Node) -> Pair | str:
 
 
 def _share_statistics(pairs: Sequence[Pair], another: Pair) -> bool:
-    """Whether one BN moves running statistics that another reads or moves: in one call the order would be lost."""
+    """Return whether one BatchNorm updates running statistics that another reads or updates.
+
+    Such pairs can't be in one match, because one operator call does not keep the order of the two accesses.
+    """
     return any((pair.training or another.training) and pair.statistics & another.statistics for pair in pairs)
 
 
 def _open_matches(pairs: Sequence[Pair]) -> list[Match]:
-    """Pairs with nothing but a ReLU from one to the next; what follows the last is left open."""
+    """Join pairs with nothing but a ReLU between them to matches. Their ends are set by `_with_ends`."""
     matches = []
     by_result: dict[Any, Match] = {}
     for pair in pairs:
@@ -264,7 +275,11 @@ def _open_matches(pairs: Sequence[Pair]) -> list[Match]:
 
 
 def _with_ends(matches: list[Match]) -> list[Match]:
-    """Each match with what follows its last BN. Of two that meet in one addition the longer takes it."""
+    """Add to each match what follows its last BatchNorm: ReLU, pool, or an addition and ReLU.
+
+    If the results of two matches are added, the addition belongs to the match with more pairs. The other one becomes
+    its projection, if it is a single pair with the same input.
+    """
     by_result = {match.last: match for match in matches}
     projections: set[Match] = set()
     taken: set[fx.Node] = set()  # additions
@@ -310,7 +325,7 @@ def _with_ends(matches: list[Match]) -> list[Match]:
 
 
 def _pool_sizes(node: Any) -> tuple[int, int, int] | None:
-    """(kernel, stride, pad) of a max pool that the stem's kernel does."""
+    """Return (kernel, stride, pad) if `node` is a max pool that the stem's kernel can compute, else None."""
     from fastres.kernels.problem import pool_refusal
 
     if not calls(node, F.max_pool2d, torch.max_pool2d):
@@ -324,7 +339,10 @@ def _pool_sizes(node: Any) -> tuple[int, int, int] | None:
 
 
 def _padded(node: Any) -> tuple[fx.Node, int, list[fx.Node]] | None:
-    """(x, stride, nodes) of an option-A shortcut `node`: fastres's operator, or x[:, :, ::s, ::s] padded behind."""
+    """Return (x, stride, nodes) if `node` is an option-A shortcut, else None.
+
+    That is fastres's operator, or x[:, :, ::stride, ::stride] with zero channels appended by F.pad.
+    """
     if calls(node, torch.ops.fastres.pad_shortcut.default):
         return node.args[0], node.args[1], [node]
     if not calls(node, F.pad, torch._C._nn.pad):
@@ -343,7 +361,7 @@ def _padded(node: Any) -> tuple[fx.Node, int, list[fx.Node]] | None:
 
 
 def _padded_sums(graph: fx.Graph, inside: set[fx.Node], order: Mapping[fx.Node, int], always: bool) -> list[PaddedSum]:
-    """The graph's, but for those `inside` matches."""
+    """Return the `PaddedSum`s of the graph whose ReLU is not `inside` a match."""
     sums = []
     for relu in graph.nodes:
         add = relu.args[0] if is_relu(relu) and relu not in inside else None
@@ -355,7 +373,7 @@ def _padded_sums(graph: fx.Graph, inside: set[fx.Node], order: Mapping[fx.Node, 
             if padded is None or a.shape != b.shape or a.dtype != b.dtype:
                 continue
             if a.stride() != value(relu).stride():
-                continue  # the operator's result is laid out as y
+                continue  # the operator's result has the layout of y
             x, stride, shortcut = padded
             served = always or dispatch.why_unfused(a.dtype, a.device) is None
             if served and _obstacle([add, relu], shortcut, set(), order) is None and _is_its_own(graph, add):
@@ -365,7 +383,10 @@ def _padded_sums(graph: fx.Graph, inside: set[fx.Node], order: Mapping[fx.Node, 
 
 
 def _is_its_own(graph: fx.Graph, add: fx.Node) -> bool:
-    """Whether `add` may go although it works in place: nothing but itself and its ReLU reads the memory it writes."""
+    """Return whether `add` may be removed even if it works in place.
+
+    It may if only `add` and its ReLU read the memory that it writes into.
+    """
     written = written_by(add)
     alone = {*written, add, *add.users}
     return all(node.op in ("call_function", "call_method") and len(node.users) == 1 for node in written) and all(
@@ -376,30 +397,36 @@ def _is_its_own(graph: fx.Graph, add: fx.Node) -> bool:
 def _obstacle(
     nodes: Sequence[fx.Node], shortcut: Sequence[fx.Node], moves: set[int | None], order: Mapping[fx.Node, int]
 ) -> str | None:
-    """Why `nodes` and `shortcut` can't become one where the last of `nodes` stands, such as a write in between into
-    what they read; None where they can. moves: the memory of running statistics that they move."""
+    """Return why `nodes` and `shortcut` can't be replaced by one call at the place of the last of `nodes`.
+
+    None if they can. A write in between into one of their inputs is such a reason. moves: the storages of the running
+    statistics that they update.
+    """
     result, all_nodes = value(nodes[-1]), [*nodes, *shortcut]
     if not (result.is_contiguous() or is_channels_last(result)):
-        return "its result has strides of its own"
+        return "its result is neither contiguous nor channels_last"
     reads = {storage(read) for node in all_nodes for read in node.all_input_nodes if read not in nodes}
     first, *_, last = sorted(order[node] for node in all_nodes)
     for node, at in order.items():
         if not first < at < last or node in all_nodes:
             continue
         if node.op == "call_function" and re.fullmatch(_MODE_SWITCH, target_name(node)):
-            return "autocast or grad mode changes within it"
+            return "autocast or grad mode changes within the match"
         written = [storages(target) for target in written_by(node)]
         if any(memory is None or memory & reads for memory in written):
-            return f"{node.name} writes into what it reads"
+            return f"{node.name} writes into an input of the match"
         if any(storage(t) in moves for t in node.all_input_nodes):
-            return f"{node.name} reads running statistics that it moves"
+            return f"{node.name} reads running statistics that the match updates"
     return None
 
 
 def _sharing_statistics(graph: fx.Graph, matches: Sequence[Match]) -> list[Match]:
-    """Those whose running statistics something else uses. A BatchNorm outside all matches keeps them for its backward,
-    and autograd refuses that a match then moves them; where something else writes into them, eager's backward reads
-    what was written."""
+    """Return the matches that update running statistics read outside all matches, or use ones written there.
+
+    A BatchNorm outside the matches saves its running statistics for backward, and autograd raises an error if a match
+    then updates them in place. If a node outside the matches writes into them, eager's backward reads the written
+    values, but the match's backward would not.
+    """
     inside = {node for match in matches for node in match.nodes}
     staying = [node for node in graph.nodes if node not in inside]
     read = {storage(each) for node in staying for each in node.all_input_nodes}

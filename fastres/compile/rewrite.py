@@ -1,4 +1,4 @@
-"""Putting the operators into the graph, in place of what `match` found."""
+"""Replace the matches of `match` in a graph by fastres's operators."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _pad_shortcut_add_relu = torch.ops.fastres.pad_shortcut_add_relu.default
 
 
 def rewrite_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], *, always: bool) -> list[Finding]:
-    """Rewrite `gm` in place; returns what there is to say of its layers, in the graph's order."""
+    """Rewrite `gm` in place. Return the findings about its matches and layers, in graph order."""
     graph, layout = gm.graph, Layout(gm.graph)
     matches, sums, findings = search(graph, example_inputs, always=always)
     for match in matches:
@@ -49,14 +49,17 @@ def _put_operators(graph: fx.Graph, match: Match, layout: Layout) -> None:
 
 
 def _erase(graph: fx.Graph, nodes: Sequence[fx.Node]) -> None:
-    """Those that nothing reads any more. (No general dead-code elimination: in-place nodes look dead.)"""
+    """Erase those of `nodes` that have no users any more.
+
+    General dead-code elimination would not do, because it also removes in-place nodes without users.
+    """
     for node in nodes:
         if not node.users:
             graph.erase_node(node)
 
 
 def _trained(graph: fx.Graph, match: Match, x: fx.Node, residual: fx.Node | None) -> fx.Node:
-    """One operator for all pairs; the running statistics that it moved are copied home."""
+    """Insert one `conv_bn_act` for all pairs, and copy the running statistics that it returns into the model's."""
     pairs = match.pairs
     geometry = [size for pair in pairs for size in pair.geometry]
     eps, momenta = [pair.eps for pair in pairs], [float(pair.momentum) for pair in pairs]
@@ -74,7 +77,7 @@ def _trained(graph: fx.Graph, match: Match, x: fx.Node, residual: fx.Node | None
                 continue
             size = value(statistic).numel()
             new = graph.call_function(_aten.slice.Tensor, (moved, 0, at, at + size))
-            if bias is not None:  # the operator saw the batch's mean without it
+            if bias is not None:  # the operator's batch mean does not include the convolution's bias
                 bias = graph.call_function(_aten.detach.default, (bias,))
                 new = graph.call_function(_aten.add.Tensor, (new, bias), {"alpha": pair.momentum})
             graph.call_function(_aten.copy_.default, (statistic, new))
@@ -83,10 +86,10 @@ def _trained(graph: fx.Graph, match: Match, x: fx.Node, residual: fx.Node | None
 
 
 def _joint_bias(graph: fx.Graph, pair: Pair) -> fx.Node | None:
-    """BN's bias with the convolution's, b, in it: bias + scale b.
+    """Return the BatchNorm's bias with the convolution's bias b folded in: bias + scale b.
 
-    A batch's mean takes b away again: there scale is 0, which gives b the gradient 0 (eager's is rounding around it)
-    and lets b's NaN or infinity through.
+    With batch statistics b cancels, because the batch mean contains it. Then scale is 0. Adding 0 b gives b a gradient
+    of exactly 0 (in eager it is rounding error around 0) and still propagates a NaN or infinity in b.
     """
     if pair.bias is None:
         return pair.bn_bias
@@ -96,7 +99,10 @@ def _joint_bias(graph: fx.Graph, pair: Pair) -> fx.Node | None:
 
 
 def _inferred(graph: fx.Graph, match: Match, x: fx.Node, residual: fx.Node | None) -> fx.Node:
-    """Every BN as scale and shift in its convolution's epilogue: constants where Inductor freezes the weights."""
+    """Insert one `conv_affine_act` for each pair, with the BatchNorm as scale and shift in the epilogue.
+
+    Scale and shift are computed in the graph. They become constants if Inductor freezes the weights.
+    """
 
     def step(pair: Pair, a: fx.Node, added: fx.Node | None, relu: bool) -> fx.Node:
         scale, shift = _scale_shift(graph, pair)
@@ -116,12 +122,13 @@ def _inferred(graph: fx.Graph, match: Match, x: fx.Node, residual: fx.Node | Non
 
 
 def _widened(graph: fx.Graph, pair: Pair, node: Any) -> fx.Node:
+    """Return `node` upcast to float32 (float64 for a float64 convolution)."""
     dtype = wide(value(pair.conv).dtype)
     return node if value(node).dtype == dtype else graph.call_function(_aten.to.dtype, (node, dtype))
 
 
 def _scale(graph: fx.Graph, pair: Pair) -> fx.Node:
-    """scale = weight rstd of the running statistics, in fp32 (fp64 for fp64)."""
+    """Return scale = weight / sqrt(running_var + eps) in float32 (float64 for a float64 convolution)."""
     shifted = graph.call_function(_aten.add.Scalar, (_widened(graph, pair, pair.running[1]), pair.eps))
     rstd = graph.call_function(_aten.rsqrt.default, (shifted,))
     if pair.bn_weight is None:
@@ -130,7 +137,7 @@ def _scale(graph: fx.Graph, pair: Pair) -> fx.Node:
 
 
 def _scale_shift(graph: fx.Graph, pair: Pair) -> tuple[fx.Node, fx.Node]:
-    """`_scale` and shift = bias - (mean - conv's bias) scale."""
+    """Return `_scale` and shift = bias - (running_mean - conv's bias) scale."""
     scale, mean = _scale(graph, pair), _widened(graph, pair, pair.running[0])
     if pair.bias is not None:
         mean = graph.call_function(_aten.sub.Tensor, (mean, _widened(graph, pair, pair.bias)))

@@ -24,7 +24,7 @@ def test_explain_is_a_table_and_leaves_the_model_alone() -> None:
     ]
     text = str(explanation)
     assert text.splitlines()[0].startswith("1 rewritten, 1 left, in 1 graph(s)")
-    assert "stays: no BatchNorm behind it" in text
+    assert "stays: no BatchNorm after it" in text
     if not torch.cuda.is_available():
         assert "not on this device: there are no fused kernels for cpu" in text
     for name, value in model.state_dict().items():

@@ -180,7 +180,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], list[str], list[str]]] = {
     "one behind the other": (lambda: nn.Sequential(conv_bn(6, 8), nn.ReLU(), conv_bn(8, 8), nn.ReLU(True)), ["conv-BN-ReLU-conv-BN-ReLU"], []),  # noqa: E501
     "grouped": (lambda: nn.Sequential(conv_bn(6, 8, groups=2), nn.ReLU6()), ["conv-BN"], []),
     "two users": (lambda: Case(lambda x, a: a(x).relu() + x.mean() * a[0](x), conv_bn(6, 6)), ["conv-BN-ReLU"], ["no BatchNorm"]),  # noqa: E501
-    "conv read twice": (lambda: Case(lambda x, a: a[1](z := a[0](x)) + z, conv_bn(6, 6)), [], ["used beside"]),
+    "conv read twice": (lambda: Case(lambda x, a: a[1](z := a[0](x)) + z, conv_bn(6, 6)), [], ["readers other"]),
     "other residual": (lambda: Case(lambda x, a: (x.sigmoid() + a(x)).relu(), conv_bn(6, 6)), ["conv-BN-join-ReLU"], []),  # noqa: E501
     "two branches": (
         lambda: Case(lambda x, a, b: (a(x) + b(x.sigmoid())).relu(), conv_bn(6, 8), conv_bn(6, 8)),
