@@ -1,4 +1,4 @@
-"""The backend as `torch.compile` calls it, before Inductor too; and PyTorch's own backends on our nets."""
+"""Test the backend through `torch.compile`, also with Inductor, and PyTorch's own backends on fastres's nets."""
 
 from __future__ import annotations
 
@@ -69,9 +69,9 @@ def small() -> nn.Module:
     return body
 
 
-@pytest.mark.extra  # a quarter of a minute of the C++ compiler
+@pytest.mark.extra  # the C++ compiler takes about 15 seconds
 def test_the_second_compilation_comes_from_the_cache() -> None:
-    """The second compilation of the same net comes from AOTAutograd's cache."""
+    """AOTAutograd's cache serves the second compilation of the same net."""
     from torch._inductor.utils import fresh_cache
 
     x = torch.randn(2, 4, 10, 9)
@@ -104,7 +104,10 @@ def our_net(kind: str) -> nn.Module:
 
 
 def backend_called(name: str) -> Callable[..., Any]:
-    """The backend `name`; "fastres" rewrites on every device, before AOTAutograd alone or before Inductor."""
+    """Return the backend `name`.
+
+    "fastres" rewrites on every device and then compiles by AOTAutograd alone, "fastres-inductor" by Inductor.
+    """
     if name.startswith("fastres"):
         options = INDUCTOR if name == "fastres-inductor" else ALWAYS
         return functools.partial(backend, options=options)
@@ -133,15 +136,18 @@ def same_outcome(compiled: Callable[..., Tensor], twin: nn.Module, model: nn.Mod
             for kind, backends in {
                 "BasicBlock": ("aot_eager", "fastres"),
                 "Bottleneck": ("aot_eager", "fastres"),
-                "cifar": ("inductor", "fastres-inductor"),  # of sizes left open Inductor thinks for minutes
+                "cifar": ("inductor", "fastres-inductor"),  # Inductor takes minutes for dynamic sizes
             }.items()
             for backend in backends
         ),
     ],
 )
 def test_one_graph_serves_eight_sizes(backend: str, kind: str, train: bool) -> None:
-    """Multi-scale testing and training: no graph break, no recompilation; outputs, gradients, statistics as eager's."""
-    # Where Inductor's forward picks another layout than eager's, its backward is compiled for the first sizes alone.
+    """One dynamic graph serves all image sizes, as multi-scale training and testing require.
+
+    There is no graph break and no recompilation. Outputs, gradients and statistics are those of eager.
+    """
+    # If Inductor's forward picks another layout than eager, its backward is compiled for the first sizes only.
     layout = torch.channels_last if backend == "inductor" else torch.contiguous_format
     model = our_net(kind).train(train).to(memory_format=layout)
     twin, called, graphs = copy.deepcopy(model), backend_called(backend), 0
@@ -169,7 +175,7 @@ def test_one_graph_serves_eight_sizes(backend: str, kind: str, train: bool) -> N
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead", "max-autotune"])
 @pytest.mark.parametrize("backend", ["inductor", "fastres-inductor"])
 def test_inductor_compiles_our_nets(backend: str, mode: str) -> None:
-    """In float64, where no ReLU falls on the other side of zero for rounding."""
+    """Inductor's outcome is that of eager. In float64 rounding does not move values across a ReLU's zero."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = our_net("BasicBlock").to(device)
     twin = copy.deepcopy(model)
@@ -214,7 +220,7 @@ assert not any(name.startswith("fastres") for name in sys.modules)
 
 @pytest.mark.interpret
 def test_kernels_serve_a_compiled_net() -> None:
-    """Forward and backward of a rewritten net on kernels, at shapes for Triton's interpreter."""
+    """A rewritten net runs forward and backward on kernels. The shapes are small enough for Triton's interpreter."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = nn.Sequential(conv_bn(8, 16, bias=True), nn.ReLU(), conv_bn(16, 16, 1), nn.ReLU()).to(device)
     x = torch.randn(2, 8, 6, 6, device=device)

@@ -1,4 +1,4 @@
-"""`explain` tells what is rewritten and why the rest stays."""
+"""Test that `explain` reports what is rewritten and why the rest stays."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Random nets (`fuzz.py`) mean what eager PyTorch means; and the fuzzer finds each fault that is put back."""
+"""Compare random nets (`fuzz.py`) with eager PyTorch, and check that the fuzzer finds known faults put back."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NETS = 100
 
 
 @pytest.mark.parametrize("first", range(0, NETS, 10))
-def test_random_nets_mean_what_eager_means(first: int) -> None:
+def test_random_nets_give_eagers_results(first: int) -> None:
     verdict, wrong = fuzz.Verdict(), []
     for seed in range(first, first + 10):
         of_net = fuzz.examine(seed)
@@ -30,8 +30,8 @@ def test_random_nets_mean_what_eager_means(first: int) -> None:
     assert verdict.counts["optimized"] >= 5
 
 
-def test_the_nets_have_what_goes_wrong() -> None:
-    """Of the nets above: in-place statements, views, second names, modules used twice, results that share memory."""
+def test_the_nets_contain_difficult_code() -> None:
+    """The nets contain in-place operations, views, aliases, modules used twice, and results that share memory."""
     programs = [fuzz.Writer(seed).write() for seed in range(NETS)]
     sources = [program.source() for program in programs]
 
@@ -49,7 +49,7 @@ def test_the_nets_have_what_goes_wrong() -> None:
 
 
 def compiled(mode: str) -> Callable[[int], fuzz.Verdict]:
-    """The net of a seed, compiled."""
+    """Return a function that compiles the net of a seed and compares it with eager."""
 
     def form(seed: int) -> fuzz.Verdict:
         program = fuzz.Writer(seed).write()
@@ -71,10 +71,10 @@ def _reading(user: Any, root: Any, observed: bool) -> str:
 
 
 MENDS: dict[str, tuple[Any, str, Any, Callable[[int], fuzz.Verdict], int]] = {
-    # mend: (owner and name of the function that makes it, what replaces it, the form that shows it, from which seed)
+    # fix: (owner and name of the function that has the fix, a replacement without it, the form that fails, first seed)
     "memory that is written into has one format": (graph.Memory, "is_observed", lambda *_: False, compiled("eval"), 0),
     "a write is known by any spelling": (graph, "nodes_in", lambda tree: [], compiled("eval"), 0),
-    "what depends on the format gets the traced one": (layout, "_reading", _reading, compiled("eval"), 0),
+    "dependent readers get the traced format": (layout, "_reading", _reading, compiled("eval"), 0),
     "nothing moves past a write": (match, "_obstacle", lambda *_: None, compiled("eval"), 25),
     "BatchNorms that share statistics go together": (
         match, "_sharing_statistics", lambda *_: [], compiled("train"), 120,
@@ -88,8 +88,8 @@ MENDS: dict[str, tuple[Any, str, Any, Callable[[int], fuzz.Verdict], int]] = {
 
 
 @pytest.mark.parametrize("mend", MENDS)
-def test_the_fuzzer_finds_what_is_put_back(mend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first seed that is tried saves time only: any of 300 will do."""
+def test_the_fuzzer_finds_faults_put_back(mend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a fix removed, at least one of 300 nets fails. Each case starts at a seed that fails soon, to save time."""
     owner, name, instead, form, first = MENDS[mend]
     monkeypatch.setattr(owner, name, instead)
     assert any(form(seed).faults for seed in range(first, first + 300))

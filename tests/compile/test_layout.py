@@ -1,4 +1,4 @@
-"""What is changed in place, and who else reads it: memory formats that the rewriting changes show nowhere."""
+"""Test that changed memory formats are never visible, also with in-place operations and shared memory."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("compiled_afresh")
 
 
 def then(change: Callable[[Tensor], Any], kept: Callable[[Tensor], Tensor] = lambda y: y) -> Callable[..., Any]:
-    """A pair's result, what is kept of it, a change of the result, and what was kept returned."""
+    """Return a net that calls `kept` on a pair's result, changes the result in place, and returns `kept`'s result."""
 
     def body(x: Tensor, a: nn.Module) -> Tensor:
         y = a(x)
@@ -32,7 +32,7 @@ def then(change: Callable[[Tensor], Any], kept: Callable[[Tensor], Tensor] = lam
 
 
 def later(value: Callable[[Tensor], Tensor], change: Callable[[Tensor], Any]) -> Callable[..., Any]:
-    """A value made of a pair's result, changed."""
+    """Return a net that computes `value` of a pair's result, applies the other layers, and changes the outcome."""
 
     def body(x: Tensor, a: nn.Module, *rest: nn.Module) -> Tensor:
         y = value(a(x))
@@ -84,7 +84,7 @@ def other_shape(x: Tensor, a: nn.Module, b: nn.Module) -> Tensor:
 
 
 def statistics_of_another_mode(x: Tensor, a: nn.Module) -> Tensor:
-    """The second call reads running statistics that the first one moves."""
+    """The second call reads running statistics that the first one updates."""
     conv, norm = a
     y = F.relu(norm(conv(x)))
     return F.relu(F.batch_norm(conv(y), norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0.1, 1e-5))
@@ -104,7 +104,7 @@ def changed_by_name(x: Tensor, a: nn.Module) -> Tensor:
 
 
 def statistics_without_batch_norm(x: Tensor, a: nn.Module) -> Tensor:
-    """ATen's own function moves them, and says so nowhere."""
+    """An ATen function updates the running statistics, though neither its name nor its schema says so."""
     conv, norm = a
     y = conv(x)
     with torch.no_grad():
@@ -129,7 +129,7 @@ def moved_away(x: Tensor, a: nn.Module) -> Tensor:
 
 _INPLACE = nn.ReLU(inplace=True)
 SHARED: dict[str, tuple[Callable[..., Any], Callable[[], list[nn.Module]]]] = {
-    # name: (body, its pairs on [3, 4, 8, 6]); each was, or might have been, wrong without a word
+    # name: (body, its pairs on [3, 4, 8, 6]); each was, or could have been, silently wrong
     **{
         f"{name} before return": (then(change), lambda: [conv_bn(4, 4)])
         for name, change in {
@@ -189,7 +189,7 @@ SHARED: dict[str, tuple[Callable[..., Any], Callable[[], list[nn.Module]]]] = {
 }  # fmt: skip
 
 
-# A convolution of channels_last to one channel has other strides on a CPU than PyTorch's own tracing says.
+# On a CPU, a channels_last convolution with one output channel has other strides than PyTorch's tracing assumes.
 NCHW_ONLY = ("one channel", "one pixel")
 
 
@@ -204,8 +204,8 @@ NCHW_ONLY = ("one channel", "one pixel")
         ),
     ],
 )
-def test_what_changes_in_place_is_seen_by_all_who_read_it(name: str, channels_last: bool) -> None:
-    """Results, gradients, statistics, the input and what shares memory are eager's."""
+def test_in_place_changes_reach_all_readers(name: str, channels_last: bool) -> None:
+    """Results, gradients, statistics, the input and all aliases are those of eager."""
     body, pairs = SHARED[name]
     module = Case(body, *pairs()).double()
     for mode in fuzz.MODES:
@@ -221,7 +221,7 @@ def test_what_changes_in_place_is_seen_by_all_who_read_it(name: str, channels_la
     ))]
 )  # fmt: skip
 def test_features_before_an_inplace_relu_are_eagers(node: str) -> None:
-    """torchvision's extractor returns what the net's own ReLU(inplace=True) changes on its way to the last node."""
+    """torchvision's feature extractor returns tensors that the net's ReLU(inplace=True) changes afterwards."""
     model = create_feature_extractor(tiny().double().eval(), [node, "flatten"])
     x = torch.randn(2, 3, 64, 64).double()
     want = model(x)

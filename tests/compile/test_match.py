@@ -1,4 +1,4 @@
-"""What of a net matches, what must not, and the reasons that are given."""
+"""Test which parts of a net match, which must not, and the reasons given for those."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import fastres.compile
 
 pytestmark = pytest.mark.usefixtures("compiled_afresh")
 
-COPIES = (torch.ops.aten.contiguous.default, torch.ops.aten.clone.default)  # for the sake of a layout
+COPIES = (torch.ops.aten.contiguous.default, torch.ops.aten.clone.default)  # copies that change the memory format
 
 
 def explained(model: nn.Module, *shape: int) -> fastres.compile.Explanation:
@@ -45,7 +45,7 @@ TORCHVISION = {
     "name", [pytest.param(name, marks=pytest.mark.extra if i else ()) for i, name in enumerate(TORCHVISION)]
 )
 def test_all_of_torchvisions_resnets_is_rewritten(name: str) -> None:
-    """Stem and every block, each as one call, in training and in eval without gradients."""
+    """The stem and every block become one call in training. In eval mode without gradients every pair is rewritten."""
     with torch.device("meta"):
         model = getattr(torchvision.models, name)()
         graph, _ = rewritten(model, torch.empty(2, 3, 64, 64))
@@ -64,7 +64,7 @@ def test_all_of_torchvisions_resnets_is_rewritten(name: str) -> None:
 
 
 COVERED = {
-    # net: matches, pairs in them, copies of images for the sake of a layout; NCHW in training
+    # net: matches, pairs in them, copies that change the memory format; in training with NCHW images
     "torchvision.resnet18": (9, 20, 1),
     "torchvision.densenet121": (59, 59, 59),
     "torchvision.vgg11_bn": (5, 8, 1),
@@ -94,8 +94,8 @@ def of_one_pixel(node: fx.Node) -> bool:
         for name in COVERED
     ],
 )
-def test_caution_costs_no_coverage(name: str) -> None:
-    """What is left alone for safety's sake isn't what these nets consist of."""
+def test_safety_checks_cost_no_coverage(name: str) -> None:
+    """The patterns that are left alone for safety do not occur in these nets."""
     library, _, builder = name.partition(".")
     with torch.device("meta"):
         if library == "timm":
@@ -117,19 +117,19 @@ def test_timms_resnets_are_matched_around_what_timm_adds() -> None:
     timm = pytest.importorskip("timm")
     explanation = explained(timm.create_model("resnet50"))
     assert (len(explanation.hits), explanation.misses) == (17, ())
-    explanation = explained(timm.create_model("seresnet50"))  # the SE gate stands between the last BN and the addition
+    explanation = explained(timm.create_model("seresnet50"))  # the SE gate is between the last BN and the addition
     assert len(explanation.hits) == 1 + 16 + 4
     assert sum(hit.pattern == "conv-BN-ReLU-conv-BN-ReLU-conv-BN" for hit in explanation.hits) == 16
     assert sum(miss.pattern == "add-ReLU" for miss in explanation.misses) == 16
     assert sum(".se." in miss.layer for miss in explanation.misses) == 32
-    explanation = explained(timm.create_model("resnetv2_50"))  # BN before the convolution: conv1, conv2 have one behind
+    explanation = explained(timm.create_model("resnetv2_50"))  # pre-activation: only conv1 and conv2 precede a BN
     assert {hit.pattern for hit in explanation.hits} == {"conv-BN-ReLU-conv-BN-ReLU"}
     assert len(explanation.hits) == 16
     assert sum(miss.pattern == "BN-ReLU" for miss in explanation.misses) == 17
     assert all(miss.reason for miss in explanation.misses)
 
 
-def moved_in_between(x: Tensor, a: nn.Module, b: nn.Module) -> Tensor:
+def write_between(x: Tensor, a: nn.Module, b: nn.Module) -> Tensor:
     x = x * 1
     y = b(a(x).relu())
     x.mul_(2)
@@ -169,7 +169,7 @@ def gated(x: Tensor, a: nn.Module) -> Tensor:
 
 
 def padded_twice(x: Tensor, a: nn.Module, b: nn.Module) -> Tensor:
-    """The second shortcut reads what the first one's block gives."""
+    """The second shortcut reads the output of the first one's block."""
     x = F.relu(a(x) * 0.5 + F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 0, 2)))
     return F.relu(b(x) * 0.5 + F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 0, 2)))
 
@@ -177,7 +177,7 @@ def padded_twice(x: Tensor, a: nn.Module, b: nn.Module) -> Tensor:
 CASES: dict[str, tuple[Callable[[], nn.Module], list[str], list[str]]] = {
     # name: (module on [2, 6, 8, 7], patterns that hit, words from the reasons of the misses)
     "linear": (lambda: conv_bn(6, 8), ["conv-BN"], []),
-    "one behind the other": (lambda: nn.Sequential(conv_bn(6, 8), nn.ReLU(), conv_bn(8, 8), nn.ReLU(True)), ["conv-BN-ReLU-conv-BN-ReLU"], []),  # noqa: E501
+    "one after the other": (lambda: nn.Sequential(conv_bn(6, 8), nn.ReLU(), conv_bn(8, 8), nn.ReLU(True)), ["conv-BN-ReLU-conv-BN-ReLU"], []),  # noqa: E501
     "grouped": (lambda: nn.Sequential(conv_bn(6, 8, groups=2), nn.ReLU6()), ["conv-BN"], []),
     "two users": (lambda: Case(lambda x, a: a(x).relu() + x.mean() * a[0](x), conv_bn(6, 6)), ["conv-BN-ReLU"], ["no BatchNorm"]),  # noqa: E501
     "conv read twice": (lambda: Case(lambda x, a: a[1](z := a[0](x)) + z, conv_bn(6, 6)), [], ["readers other"]),
@@ -195,7 +195,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], list[str], list[str]]] = {
         lambda: nn.Sequential(nn.Conv2d(6, 8, 3, padding="same", bias=False), nn.BatchNorm2d(8)), [], ["one number"]
     ),
     "cumulative": (lambda: nn.Sequential(nn.Conv2d(6, 8, 1, bias=False), nn.BatchNorm2d(8, affine=False, track_running_stats=False)), ["conv-BN"], []),  # noqa: E501
-    "moved in between": (lambda: Case(moved_in_between, conv_bn(6, 6), conv_bn(6, 6)), [], ["writes into", "Inductor"]),
+    "write in between": (lambda: Case(write_between, conv_bn(6, 6), conv_bn(6, 6)), [], ["writes into", "Inductor"]),
     "residual in place": (lambda: Case(residual_in_place, conv_bn(6, 6)), ["conv-BN"], ["Inductor"]),
     "statistics read": (lambda: Case(read_statistics, conv_bn(6, 6)), [], ["running statistics"]),
     "shared": (lambda: Case(lambda x, a: a(a(x).relu()).relu(), conv_bn(6, 6)), ["conv-BN-ReLU"] * 2, []),
@@ -203,8 +203,8 @@ CASES: dict[str, tuple[Callable[[], nn.Module], list[str], list[str]]] = {
     "setitem": (lambda: Case(setitem, conv_bn(6, 6)), ["conv-BN"], []),
     "view": (lambda: Case(lambda x, a: a(x).relu().view(x.shape[0], -1), conv_bn(6, 6)), ["conv-BN-ReLU"], []),
     "pooled view": (lambda: Case(lambda x, a: F.avg_pool2d(a(x).relu(), 2).view(x.shape[0], -1), conv_bn(6, 6)), ["conv-BN-ReLU"], []),  # noqa: E501
-    "pad in front": (lambda: Case(akamaster, conv_bn(6, 8, stride=2)), ["conv-BN-join-ReLU"], []),
-    "pad behind": (lambda: Case(gated, conv_bn(6, 8, stride=2)), ["conv-BN", "pad-add-ReLU"], []),
+    "channels padded in front": (lambda: Case(akamaster, conv_bn(6, 8, stride=2)), ["conv-BN-join-ReLU"], []),
+    "channels appended": (lambda: Case(gated, conv_bn(6, 8, stride=2)), ["conv-BN", "pad-add-ReLU"], []),
     "padded twice in a row": (
         lambda: Case(padded_twice, conv_bn(6, 8, stride=2), conv_bn(8, 10, stride=2)),
         ["conv-BN", "pad-add-ReLU"] * 2,
@@ -216,7 +216,8 @@ CASES: dict[str, tuple[Callable[[], nn.Module], list[str], list[str]]] = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_what_matches_and_what_must_not(name: str) -> None:
+def test_only_safe_patterns_match(name: str) -> None:
+    """The expected patterns are rewritten, the others have the expected reasons, and the results are eager's."""
     build, hits, reasons = CASES[name]
     module, x = build().double(), torch.randn(2, 6, 8, 7).double()
     _, findings = rewritten(module, x)
@@ -224,7 +225,7 @@ def test_what_matches_and_what_must_not(name: str) -> None:
     misses = [f.reason for f in findings if not f.hit]
     assert len(misses) == len(reasons)
     assert all(words in reason for words, reason in zip(reasons, misses, strict=True)), misses
-    in_place = name in ("moved in between", "residual in place")  # autograd refuses these
+    in_place = name in ("write in between", "residual in place")  # autograd raises an error for these
     with torch.set_grad_enabled(not in_place):
         check(module, x)
 

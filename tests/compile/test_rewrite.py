@@ -1,6 +1,6 @@
-"""The operators mean what they replace: results, gradients, running statistics.
+"""Test that rewritten nets give the results, gradients and running statistics of eager.
 
-AOTAutograd alone compiles behind the rewriting; Inductor is slow to compile.
+The rewritten graphs are compiled by AOTAutograd alone, because Inductor takes long to compile.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def test_only_operators_are_inserted() -> None:
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
 @pytest.mark.parametrize("block", [BasicBlock, Bottleneck])
-def test_torchvisions_blocks_mean_the_same(block: type[nn.Module], train: bool, channels_last: bool) -> None:
+def test_torchvisions_blocks_give_eagers_results(block: type[nn.Module], train: bool, channels_last: bool) -> None:
     layout = torch.channels_last if channels_last else torch.contiguous_format
     model = tiny(block).double().to(memory_format=layout)
     check(model, torch.randn(3, 3, 40, 33).double().to(memory_format=layout), train=train, fullgraph=True)
@@ -61,7 +61,7 @@ def test_option_as_shortcut_becomes_part_of_its_match(train: bool) -> None:
 
 @pytest.mark.parametrize("block", [BasicBlock, Bottleneck])
 def test_without_gradients_every_batch_norm_is_an_epilogue(block: type[nn.Module]) -> None:
-    """Without gradients every BN is its convolution's epilogue; biased convolutions too."""
+    """Without gradients no BatchNorm is left in the graph, also after a convolution with a bias."""
     model = nn.Sequential(tiny(block), nn.Unflatten(1, (5, 1, 1)), conv_bn(5, 4, 1, bias=True)).double().eval()
     x = torch.randn(2, 3, 32, 32).double()
     compiled = torch.compile(model, backend="fastres", options=ALWAYS, fullgraph=True)
@@ -88,8 +88,8 @@ def test_statistics_move_in_training_mode_without_gradients() -> None:
 
 @pytest.mark.parametrize("affine", [True, False], ids=["affine", "plain"])
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
-def test_a_bias_before_batch_norm_counts_behind_running_statistics_only(train: bool, affine: bool) -> None:
-    """It shifts a batch's mean and the result not at all; behind running statistics it counts."""
+def test_a_bias_before_batch_norm_matters_with_running_statistics_only(train: bool, affine: bool) -> None:
+    """With batch statistics the bias cancels and gets the gradient 0. With running statistics it changes the result."""
 
     def biased_pair() -> nn.Module:
         pair = conv_bn(6, 6, bias=True)
@@ -118,8 +118,8 @@ def test_a_bias_before_batch_norm_counts_behind_running_statistics_only(train: b
 @pytest.mark.parametrize(
     ("name", "size", "hits"), [("vgg11_bn", 32, 5), ("densenet121", 64, 59), ("googlenet", 64, 38)]
 )
-def test_nets_of_other_families_mean_the_same(name: str, size: int, hits: int, train: bool) -> None:
-    """VGG's convolutions have biases, DenseNet's BN stands before them, GoogLeNet's branches are concatenated."""
+def test_nets_of_other_families_give_eagers_results(name: str, size: int, hits: int, train: bool) -> None:
+    """VGG's convolutions have biases, DenseNet's BN precedes its convolutions, GoogLeNet concatenates branches."""
     own = {"aux_logits": False, "init_weights": False} if name == "googlenet" else {}
     model = getattr(torchvision.models, name)(num_classes=5, **own).double()
     for module in model.modules():
@@ -131,7 +131,7 @@ def test_nets_of_other_families_mean_the_same(name: str, size: int, hits: int, t
     check(model, x, train=train, tolerance=EXACT_ANY_NET, zero=[f"d{conv}.bias" for conv in convs] if train else [])
 
 
-def test_activation_checkpoints_mean_the_same() -> None:
+def test_activation_checkpoints_give_eagers_results() -> None:
     inner = nn.Sequential(conv_bn(6, 6), nn.ReLU(), conv_bn(6, 6)).double()
     check(
         Case(lambda x, a: checkpoint(a, x, use_reentrant=False).relu(), inner).eval(),
@@ -142,7 +142,7 @@ def test_activation_checkpoints_mean_the_same() -> None:
 
 @pytest.mark.parametrize("inside", [False, True], ids=["around", "inside"])
 def test_autocast_computes_in_bf16_as_eager_does(inside: bool) -> None:
-    """bf16 activations with fp32 parameters; gradients come in fp32."""
+    """Activations are bfloat16, parameters and their gradients float32, and the errors are like those of eager."""
     net = tiny()
 
     class Autocast(nn.Module):
@@ -180,16 +180,16 @@ def test_autocast_computes_in_bf16_as_eager_does(inside: bool) -> None:
 
 @pytest.mark.slow
 def test_a_data_parallel_net_is_rewritten_part_by_part(tmp_path: Path) -> None:
-    """Two processes over gloo; see `_rank` for what each of them asserts."""
+    """Two processes over gloo train the same step compiled and uncompiled; `_rank` has the assertions."""
     mp.spawn(_rank, (str(tmp_path / "store"),), nprocs=2)
 
 
 def _rank(rank: int, store: str) -> None:
-    """DDP splits the graph between its buckets and each part is rewritten by itself: the same steps as uncompiled."""
+    """Check one rank: DDP splits the graph at its buckets, each part is rewritten, and the results are eager's."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     torch.manual_seed(0)
-    pairs = (conv_bn(3, 128, bias=True), conv_bn(128, 128), conv_bn(128, 128))  # a bucket each
+    pairs = (conv_bn(3, 128, bias=True), conv_bn(128, 128), conv_bn(128, 128))  # one bucket for each pair
 
     def body(x: Tensor, a: nn.Module, b: nn.Module, c: nn.Module) -> Tensor:
         return c(b(a(x).relu()).relu()).relu().mean((2, 3))

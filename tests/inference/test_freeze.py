@@ -1,4 +1,4 @@
-"""`optimize`: what it accepts and refuses before anything runs."""
+"""Test which models and arguments `optimize` accepts and which it refuses before it runs anything."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from fastres.ops.quantised import FLOAT8
         (lambda: tiny().to("meta"), {}, ValueError, "on one device, got meta"),
     ],
 )
-def test_what_cannot_be_served_is_refused(
+def test_unsupported_arguments_are_refused(
     model: Callable[[], Any], kwargs: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):
@@ -57,7 +57,7 @@ def test_weights_that_are_not_finite_are_refused() -> None:
 
 @pytest.mark.parametrize("kind", [torchvision.transforms.Normalize, v2.Normalize])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-def test_torchvisions_normalize_in_front_is_read(kind: type[Any], dtype: torch.dtype) -> None:
+def test_torchvisions_normalize_in_front_is_supported(kind: type[Any], dtype: torch.dtype) -> None:
     model, x = nn.Sequential(kind([0.5, 0.4, 0.3], [0.2, 0.3, 0.25]), tiny()).eval(), images()
     before = x.clone()
     net = optimize(model, dtype=dtype)
@@ -68,6 +68,7 @@ def test_torchvisions_normalize_in_front_is_read(kind: type[Any], dtype: torch.d
     assert type(model[0]) is kind
     with pytest.raises(ValueError, match="no convolution"):
         optimize(nn.Sequential(model[0]).eval())
-    model[0].inplace = True  # a stand-in passes through that of v2; the comparison at the first call hears of it
+    # A proxy passes through v2's Normalize unchanged, so only the comparison at the first call finds the difference.
+    model[0].inplace = True
     with pytest.raises(ValueError, match=r"can trace|gives other results than Sequential"):
         optimize(model)(x)

@@ -1,4 +1,4 @@
-"""`optimize(model, dtype=torch.int8)`: each step against its definition, and what a net does with 8 bits."""
+"""Test `optimize(model, dtype=torch.int8)`: each step against its definition, and the behaviour of whole nets."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ served = pytest.mark.skipif(dispatch.why_no_int8(CPU) is not None, reason="this 
 
 
 def stored(*shape: int, on: Grid) -> Tensor:
-    """Any of the grid's numbers, both ends among them: [N, H, W, C]."""
+    """Return random stored values [N, H, W, C], from the whole range of the quantisation grid `on`."""
     return quantised.as_quint8(torch.randint(0, 256, shape), on)
 
 
@@ -44,7 +44,7 @@ def int8(model: nn.Module, *batches: Tensor, **options: Any) -> Optimized:
 
 
 def int8_like(net: Optimized) -> Optimized:
-    """Another of the same, which has met no input."""
+    """Return a copy of `net` that has not been called yet."""
     return pickle.loads(pickle.dumps(net))
 
 
@@ -58,7 +58,7 @@ def int8_like(net: Optimized) -> Optimized:
         (-1.0, 4.1, 0.02, 50),
         (-0.0051, 5.0949, 0.02, 0),
         (0.0, 0.0, 1.0, 0),
-        (0.0, 1e-40, 1.0, 0),  # its scale would be none in float32
+        (0.0, 1e-40, 1.0, 0),  # float32 could not represent its scale
     ],
 )
 def test_a_grid_spans_its_ends_and_zero(low: float, high: float, scale: float, zero: int) -> None:
@@ -95,7 +95,7 @@ KINDS: dict[str, dict[str, Any]] = {
 def exact(
     x: Tensor, residual: Tensor | None, p: Folded, geometry: Geometry, relu: bool, x_on: Grid, residual_on: Grid | None
 ) -> Tensor:
-    """[relu](conv + shift + residual) of what the stored numbers mean, in float64: [N, P, Q, K]."""
+    """Return [relu](conv + shift + residual) of the dequantised tensors, in float64: [N, P, Q, K]."""
     assert p.scale is not None
     whole = x.int_repr().double() - x_on.zero
     stride, pad, dilation, groups = geometry
@@ -110,7 +110,7 @@ def exact(
 
 
 def assert_rounded(got: Tensor, y: Tensor, out: Grid) -> None:
-    """`got` holds y rounded to the grid; only what lies next to a tie may come out one step away, and that seldom."""
+    """Assert that `got` is y rounded to the grid `out`. A few values next to a tie may be one step off."""
     q = y / out.scale + out.zero
     steps = (got.int_repr().double() - q.round().clamp(0, 255)).abs()
     from_tie = ((q - q.floor()) - 0.5).abs()
@@ -156,7 +156,7 @@ def test_a_convolution_follows_its_definition(kind: str, relu: bool, added: str,
 @pytest.mark.parametrize("zero", [0, 1])
 @pytest.mark.parametrize("engine", ["simulation", pytest.param("onednn", marks=served)])
 def test_ties_go_to_even(engine: str, zero: int) -> None:
-    """x / 2 on a grid of whole numbers: to even after the zero point is added."""
+    """x / 2, stored with scale 1, rounds ties to even after the zero point is added."""
     on = Quantised(Grid(1.0, 0, U8), None, Grid(1.0, zero, U8))
     w = torch.zeros(16, 16, 1, 1).double()
     w[0, 0], w[0, 1] = 0.5, 63.5  # the second makes the scale 0.5
@@ -174,8 +174,8 @@ def test_ties_go_to_even(engine: str, zero: int) -> None:
 
 @served
 @pytest.mark.parametrize("keep", [False, True])
-def test_the_residual_is_kept_where_it_is_wanted(keep: bool) -> None:
-    """The operator writes over what it adds: that is what `keep` is for."""
+def test_the_residual_is_overwritten_unless_keep_is_set(keep: bool) -> None:
+    """oneDNN's operator writes its result over the residual; with `keep` it works on a copy."""
     on = Quantised(Grid(0.02, 0, U8), Grid(0.02, 3, U8), Grid(1.0, 0, U8))
     p = quantised.pack(torch.randn(8, 16, 1, 1).double(), None, on.x)
     x, residual = stored(2, 4, 4, 16, on=on.x), stored(2, 4, 4, 8, on=Grid(0.02, 3, U8))
@@ -186,7 +186,7 @@ def test_the_residual_is_kept_where_it_is_wanted(keep: bool) -> None:
 
 
 @served
-def test_the_quantised_engine_stays_what_it_was() -> None:
+def test_pytorchs_quantised_engine_is_restored() -> None:
     before = torch.backends.quantized.engine
     other = next(name for name in torch.backends.quantized.supported_engines if name not in ("onednn", "none"))
     torch.backends.quantized.engine = other
@@ -211,7 +211,7 @@ def test_a_max_pool_keeps_the_grid() -> None:
 
 
 class Residuals(nn.Module):
-    """What is added: read later, the convolution's own input, without ReLU, twice, and of another shape."""
+    """Residuals that are read later, are the convolution's own input, are added twice, or have another shape."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -230,7 +230,7 @@ class Residuals(nn.Module):
 
 
 def stepwise(net: Optimized, x: Tensor) -> dict[str, Tensor]:
-    """Every value of one call, each a copy: steps write over what nobody reads later."""
+    """Return a copy of every value of one call, by name. A step may overwrite a value that is not read later."""
     values: dict[str, Tensor] = {}
     net.observed(x, lambda name, value: values.__setitem__(name, value.clone() if isinstance(value, Tensor) else value))
     return values
@@ -271,8 +271,8 @@ def test_each_step_of_a_net_follows_its_definition(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["tiny", "residuals", "resnet18", "paper 18 A"])
 @pytest.mark.parametrize("engine", [pytest.param("auto", marks=served), "reference"])
-def test_a_net_is_as_near_its_original_as_8_bits_are(name: str, engine: str) -> None:
-    """Close to the original, and no closer than 8 bits are."""
+def test_a_nets_error_is_that_of_8_bits(name: str, engine: str) -> None:
+    """The error is small, but not so small that the net can't have computed in 8 bits."""
     model, x = SMALL[name](), images(4, 32)
     (expected,) = answers(copy.deepcopy(model).double(), x.double())
     with fastres.backend(engine):
@@ -282,7 +282,7 @@ def test_a_net_is_as_near_its_original_as_8_bits_are(name: str, engine: str) -> 
 
 
 @served
-def test_explain_tells_the_engine_of_each_step() -> None:
+def test_explain_shows_the_engine_of_each_step() -> None:
     net = int8(tiny())
     net(images())
     table = net.explain()
@@ -305,7 +305,7 @@ def test_what_oneDNN_refuses_runs_in_float32_and_says_so(monkeypatch: pytest.Mon
 
 
 @served
-def test_input_of_every_kind_is_answered() -> None:
+def test_inputs_of_all_shapes_dtypes_and_layouts_work() -> None:
     net = int8(tiny(), images(4, 16), images(4, 17))
     for shape in ((1, 3, 16, 16), (3, 3, 17, 9), (2, 3, 1, 1), (2, 3, 40, 5)):
         x = torch.randn(shape)
@@ -316,14 +316,14 @@ def test_input_of_every_kind_is_answered() -> None:
         assert torch.equal(net(x.flip(3).flip(3)), y)
         with torch.inference_mode():
             assert torch.equal(net(x), y)
-        for one, of_all in zip(x, y, strict=True):
-            assert relative_error(net(one[None])[0], of_all.double()) < SUMS  # the classifier sums in another order
+        for image, scores in zip(x, y, strict=True):
+            assert relative_error(net(image[None])[0], scores.double()) < SUMS  # the classifier sums in another order
     assert net(torch.zeros(0, 3, 16, 16)).shape == (0, 10)
 
 
 @served
-def test_a_convolution_that_adds_its_own_input_does_not_write_over_it() -> None:
-    """It may not write over what it still reads, and nobody writes into the caller's tensors."""
+def test_a_convolution_that_adds_its_own_input_does_not_overwrite_it() -> None:
+    """It still reads its input while it writes, and here the input is also the caller's tensor."""
 
     class Adds(nn.Module):
         def __init__(self) -> None:
@@ -339,12 +339,12 @@ def test_a_convolution_that_adds_its_own_input_does_not_write_over_it() -> None:
     first = net(x)
     kept = first.clone()
     assert torch.equal(x, before)
-    first.zero_()  # the answer is the caller's own
+    first.zero_()  # the caller owns the result
     assert torch.equal(net(x), kept)
 
 
 @served
-def test_threads_call_one_net_at_once() -> None:
+def test_threads_call_one_net_concurrently() -> None:
     net = int8(lived_in(fastres.resnet18()), images(2, 32))
     inputs = [images(1 + i % 2, 32) for i in range(4)]
     wanted = [net(x) for x in inputs]
@@ -364,7 +364,7 @@ def test_threads_call_one_net_at_once() -> None:
 
 
 @pytest.mark.parametrize("engine", [pytest.param("auto", marks=served), "reference"])
-def test_what_lies_beyond_the_range_is_clamped(engine: str) -> None:
+def test_values_beyond_the_range_are_clamped(engine: str) -> None:
     model = nn.Sequential(nn.Conv2d(3, 3, 1)).eval()
     with torch.no_grad():
         model[0].weight.copy_(torch.eye(3).view(3, 3, 1, 1))
@@ -377,7 +377,7 @@ def test_what_lies_beyond_the_range_is_clamped(engine: str) -> None:
 
 
 @served
-def test_copies_answer_alike() -> None:
+def test_copies_give_the_same_results() -> None:
     model, x = tiny(), images(4)
     net = int8(model)
     y = net(x)
@@ -413,7 +413,7 @@ def test_int8_is_refused_where_nothing_computes_it(monkeypatch: pytest.MonkeyPat
 
 
 @served
-def test_a_oneDNN_that_saturates_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_oneDNN_that_saturates_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not quantised.saturates()
     monkeypatch.setattr(quantised, "saturates", lambda: True)
     with pytest.raises(ValueError, match="oneDNN saturates"):
@@ -430,7 +430,7 @@ def test_forced_kernels_are_refused() -> None:
 @served
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_an_image_that_is_not_finite_gets_nan(value: float) -> None:
-    """8 bits hold neither: a broken image must not get scores that look right, and the others keep theirs."""
+    """int8 can't represent NaN or infinity. A broken image must not get plausible scores; the others are unaffected."""
     net, whole = int8(tiny()), images(3)
     x = whole.clone()
     x[1, 2, 5, 5] = value
@@ -442,15 +442,15 @@ def test_an_image_that_is_not_finite_gets_nan(value: float) -> None:
 
 
 @served
-def test_an_image_that_float32_does_not_hold_gets_nan() -> None:
+def test_an_image_beyond_float32s_range_gets_nan() -> None:
     net, x = int8(tiny()), images(3).double()
     x[1, 2, 5, 5] = 1e300
     assert net(x).isnan().all(1).tolist() == [False, True, False]
 
 
 @served
-def test_a_shape_that_comes_back_goes_through_torchscript(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same steps, bit for bit; as PyTorch's engine for quantised tensors is whatever it was, before and after."""
+def test_a_shape_used_often_goes_through_torchscript(monkeypatch: pytest.MonkeyPatch) -> None:
+    """TorchScript gives the same bits as the steps, and PyTorch's quantised engine is the same afterwards."""
     monkeypatch.setattr(program, "_seconds", lambda calls: [1.0, 2.0])
     before = torch.backends.quantized.engine
     net = int8(tiny())
@@ -463,15 +463,18 @@ def test_a_shape_that_comes_back_goes_through_torchscript(monkeypatch: pytest.Mo
 
 
 @served
-def test_what_a_net_returns_need_not_come_after_int8() -> None:
-    """Features, in floating point before the scores that nobody reads: TorchScript would end with what these take."""
+def test_the_output_may_precede_unread_steps() -> None:
+    """The net returns features and computes scores that are not read.
+
+    The part that TorchScript compiles would end with the input of the scores, not with the output.
+    """
     model, x = Unread().eval(), images(2)
     assert relative_error(int8(model, x, example=x)(x), model(x).double()) < INT8
 
 
 @served
 def test_a_residual_that_is_read_again_stays_out_of_torchscript() -> None:
-    """TorchScript isn't told that the operator writes over its residual, so it might share the copies of one."""
+    """TorchScript does not know that the operator overwrites its residual, so it could merge two copies of one."""
 
     class Again(nn.Module):
         def __init__(self) -> None:
@@ -489,8 +492,8 @@ def test_a_residual_that_is_read_again_stays_out_of_torchscript() -> None:
 
 
 @served
-def test_another_number_of_images_is_packed_for_once_it_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Packing takes longer than a call: a new number of images shares what is packed for its size, at the same bits."""
+def test_weights_are_packed_for_another_batch_size_only_if_it_is_used_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packing takes longer than a call, so a new batch size first shares packed weights, with the same results."""
     net = int8(tiny(), torchscript=False)
     net(images(2))
     made, init = [], quantised.ByOneDNN.__init__
@@ -513,8 +516,8 @@ def test_another_number_of_images_is_packed_for_once_it_comes_back(monkeypatch: 
 
 
 @served
-def test_a_pool_of_the_models_own_tensor_stays_wide() -> None:
-    """It reads no value of the plan, so nothing hands 8 bits on to it."""
+def test_a_pool_of_a_model_tensor_stays_in_float32() -> None:
+    """It reads no value of the plan, so its input is never in 8 bits."""
 
     class Table(nn.Module):
         def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""`optimize` on a CPU: oneDNN's fused operators, their packed weights, and slices of a batch."""
+"""Test `optimize` on a CPU: oneDNN's fused operators, their packed weights, and slices of a batch."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def photographs(n: int = 2, size: int = 16) -> Tensor:
 
 
 def assert_same(y: Tensor, want: Tensor) -> None:
-    """To float32's rounding, of sums of at most some hundred products of numbers around 1 in another order."""
+    """Assert equality up to float32 rounding in sums of a few hundred products of numbers around 1, in any order."""
     torch.testing.assert_close(y, want, rtol=SUMS, atol=SUMS, equal_nan=True)
 
 
@@ -58,7 +58,7 @@ def engines(net: optimized.Optimized) -> set[str]:
 @pytest.mark.parametrize("name", GEOMETRIES)
 @pytest.mark.parametrize("n", [1, 3])
 def test_a_convolution_is_as_exact_as_pytorchs(name: str, n: int, dtype: torch.dtype) -> None:
-    """Every geometry, with and without bias, residual and ReLU, the residual overwritten and not."""
+    """Every geometry, with and without bias, residual and ReLU, and with the residual overwritten or not."""
     geometry, taps = GEOMETRIES[name]
     x = nhwc(torch.randn(n, 16, 11, 9, dtype=dtype))
     w = nhwc(torch.randn(24, 16 // geometry.groups, taps, taps, dtype=dtype))
@@ -92,8 +92,8 @@ def test_a_classifier_is_as_exact_as_pytorchs(n: int, dtype: torch.dtype) -> Non
     assert_close_to_reference(onednn.linear(x, w=w, bias=layer.bias), want, layer(x))
 
 
-def test_weights_are_kept_once_a_format(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another number of images packs nothing, another size what oneDNN wants otherwise."""
+def test_weights_are_stored_once_for_each_format(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another batch size packs nothing. Another image size adds weights only if oneDNN requires another format."""
     packings, geometry = onednn.Packings(), Geometry(pad=1)
     w = nhwc(torch.randn(64, 64, 3, 3))
     first = packings.conv("a", w, geometry, torch.empty(2, 14, 14, 64))
@@ -106,7 +106,7 @@ def test_weights_are_kept_once_a_format(monkeypatch: pytest.MonkeyPatch) -> None
     assert len(of_a) == len(layouts) <= len(packings._by_call) - 1
 
 
-def test_a_new_number_of_images_packs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_new_batch_size_packs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     net = optimize(tiny())
     net(photographs(2))
     packed = dict(net._packings._by_call)
@@ -126,9 +126,9 @@ def test_dispatch_decides_the_engine() -> None:
         assert "torch.backends.mkldnn.enabled is False" in net.explain()
 
 
-@pytest.mark.skipif(not HAS_BF16, reason="this CPU computes no bf16")
-def test_a_grouped_convolution_with_a_residual_is_served() -> None:
-    """PyTorch's operator has no kernel for it in bfloat16 and says so."""
+@pytest.mark.skipif(not HAS_BF16, reason="this CPU has no bfloat16 convolutions")
+def test_a_grouped_convolution_with_a_residual_falls_back() -> None:
+    """PyTorch's operator has no kernel for it in bfloat16 and raises an error, so a fallback must compute it."""
 
     class Grouped(nn.Module):
         def __init__(self) -> None:
@@ -146,7 +146,7 @@ def test_a_grouped_convolution_with_a_residual_is_served() -> None:
         assert_close_to_reference(net(x), model.double()(x.double()), theirs)
 
 
-def test_a_refused_call_falls_back_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_refused_call_falls_back_and_explains_why(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any, **__: Any) -> Tensor:
         raise RuntimeError("no such primitive\nat all")
 
@@ -162,8 +162,8 @@ def test_a_refused_call_falls_back_in_words(monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_what_is_not_finite_answers_as_in_pytorch(value: float, dtype: torch.dtype) -> None:
-    """oneDNN's ReLU makes 0 of NaN: a broken image must not get scores that look right."""
+def test_images_that_are_not_finite_give_pytorchs_results(value: float, dtype: torch.dtype) -> None:
+    """oneDNN's ReLU turns NaN into 0, but a broken image must not get plausible scores."""
     model = tiny().to(dtype)
     x = photographs(3).to(dtype)
     net = optimize(model, x)
@@ -176,8 +176,8 @@ def test_what_is_not_finite_answers_as_in_pytorch(value: float, dtype: torch.dty
     assert got[2].isfinite().all()
 
 
-@pytest.mark.skipif(not HAS_BF16, reason="this CPU computes no bf16")
-def test_what_is_finite_in_another_dtype_alone_answers_as_in_pytorch() -> None:
+@pytest.mark.skipif(not HAS_BF16, reason="this CPU has no bfloat16 convolutions")
+def test_images_that_are_finite_only_in_their_own_dtype_give_pytorchs_results() -> None:
     model, x = tiny().bfloat16(), photographs()
     x[1, 2, 5, 5] = 3.4e38  # bfloat16 rounds it to infinity
     with torch.no_grad():
@@ -186,8 +186,8 @@ def test_what_is_finite_in_another_dtype_alone_answers_as_in_pytorch() -> None:
     assert torch.equal(optimize(model)(x).isnan(), want.isnan())
 
 
-def test_where_activations_overflow_a_nan_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As float16 is served on CPUs that compute in it: here float32 stands for it."""
+def test_where_activations_may_overflow_nan_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In float16 PyTorch's ReLU runs after oneDNN's convolution, so that NaN stays. float32 stands in for float16."""
     x, w = nhwc(torch.randn(2, 16, 6, 6)), nhwc(torch.randn(8, 16, 3, 3))
     x[0, 2, 2, 2] = float("nan")
     packed = onednn.Packings().conv("layer", w, Geometry(pad=1), x)
@@ -202,8 +202,8 @@ def test_where_activations_overflow_a_nan_is_kept(monkeypatch: pytest.MonkeyPatc
     assert_same(nchw(onednn.conv(x, **options)), z.relu())
 
 
-def test_large_finite_input_is_served() -> None:
-    """Its sum leaves the range of float16, and of float32."""
+def test_large_finite_input_gives_pytorchs_results() -> None:
+    """The sum over the input overflows float16, or float32, though every element is finite."""
     model = tiny()
     for x in (photographs().half() * 1000, photographs() * 1e37):
         with torch.no_grad():
@@ -212,7 +212,7 @@ def test_large_finite_input_is_served() -> None:
 
 
 class Twice(nn.Module):
-    """A residual that is read again after it was added, and one that is returned in the sum."""
+    """A net whose residual is or is not read again after its addition, as `again` says."""
 
     def __init__(self, again: str) -> None:
         super().__init__()
@@ -231,7 +231,7 @@ class Twice(nn.Module):
 
 
 @pytest.mark.parametrize("again", ["no", "later", "read by another", "view"])
-def test_only_what_nobody_reads_later_is_overwritten(again: str) -> None:
+def test_only_residuals_that_are_not_read_later_are_overwritten(again: str) -> None:
     model = Twice(again).eval()
     steps, output = trace(copy.deepcopy(model))
     steps = fuse(steps, output)
@@ -246,8 +246,8 @@ def test_only_what_nobody_reads_later_is_overwritten(again: str) -> None:
 
 
 @pytest.mark.parametrize("n", [1, 4, 5, 9, 16])
-def test_a_large_batch_is_cut(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Into slices of at most two images here; each image gets the scores that it gets alone."""
+def test_a_large_batch_is_split(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here slices have at most two images; the scores are those of the whole batch in PyTorch."""
     model, x = tiny(), photographs(n)
     net = optimize(model, torchscript=False)
     net(x[:2])
@@ -258,7 +258,7 @@ def test_a_large_batch_is_cut(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
     assert max(key[0][0] for key in net._programs) <= 2
 
 
-def test_a_new_size_tries_a_few_images_first() -> None:
+def test_the_first_slice_of_a_new_image_size_is_small() -> None:
     net = optimize(tiny(), torchscript=False)
     net(photographs(300, 64))
     cut = [key[0][0] for key in net._programs]
@@ -268,7 +268,7 @@ def test_a_new_size_tries_a_few_images_first() -> None:
 
 
 class Mixes(nn.Module):
-    """Its scores of an image depend on the others."""
+    """A net that may mix the images of a batch."""
 
     def __init__(self, how: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
@@ -299,7 +299,7 @@ def test_a_batch_whose_images_depend_on_each_other_stays_whole(name: str, monkey
 
 
 class AddsMean(nn.Module):
-    """What the convolution adds has lost dimensions, and broadcasts images over rows."""
+    """A net whose residual has lost dimensions, so that its images broadcast over rows."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -309,7 +309,7 @@ class AddsMean(nn.Module):
         return self.conv(x) + x.mean((2, 3))
 
 
-def test_a_convolution_that_adds_what_lost_dimensions_keeps_the_batch_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_residual_that_lost_dimensions_keeps_the_batch_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = AddsMean().eval(), torch.randn(4, 3, 4, 3)
     monkeypatch.setattr(optimized, "MAX_ALIVE_BYTES", 1)
     monkeypatch.setattr(optimized, "FIRST_SLICE", 1)
@@ -334,10 +334,13 @@ for n in (1, 4, 24):
 
 
 @pytest.mark.extra
-@pytest.mark.skipif(sys.platform != "linux", reason="counts page faults as Linux does")
+@pytest.mark.skipif(sys.platform != "linux", reason="requires Linux's count of page faults")
 @pytest.mark.parametrize("graph", [False, True], ids=["steps", "graph"])
-def test_a_steady_call_allocates_next_to_nothing(graph: bool) -> None:
-    """In page faults, one for every 4 KiB that the process hasn't written before: the net's values take megabytes."""
+def test_repeated_calls_allocate_almost_nothing(graph: bool) -> None:
+    """Repeated calls cause almost no page faults, although the net's values take megabytes.
+
+    Each 4 KiB of memory that the process has not written before would cause one.
+    """
     command = [sys.executable, "-c", STEADY, *(["graph"] if graph else [])]
     faults = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
     assert len(faults) == 3

@@ -1,4 +1,4 @@
-"""A plan that TorchScript compiled as a oneDNN graph: when, with which answer, and what is left as it was."""
+"""Test plans that TorchScript compiles as a oneDNN graph: when that happens, the results, and side effects."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture
 def graph_wins(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever is measured."""
+    """Make the compiled plan always win the timing against the steps."""
     monkeypatch.setattr(program, "_seconds", lambda calls: [1.0, 2.0])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_shape_that_comes_back_is_compiled(dtype: torch.dtype, graph_wins: None) -> None:
+def test_a_shape_used_often_is_compiled(dtype: torch.dtype, graph_wins: None) -> None:
     model, x = tiny().to(dtype), photographs(2, 32).to(dtype)
     with torch.no_grad():
         want, theirs = model.double()(x.double()), model.to(dtype)(x)
@@ -52,13 +52,13 @@ def test_a_shape_that_comes_back_is_compiled(dtype: torch.dtype, graph_wins: Non
         assert_close_to_reference(net(x[:1]), want[:1], model(x[:1]))
 
 
-def test_an_example_compiles_at_once(graph_wins: None) -> None:
+def test_an_example_is_compiled_immediately(graph_wins: None) -> None:
     net = optimize(tiny(), photographs())
     assert "by TorchScript, as a oneDNN graph" in net.explain()
 
 
 def test_layouts_of_the_input_make_no_difference(graph_wins: None) -> None:
-    """Strides over dimensions of one are arbitrary, and a compiled graph would take them for another layout."""
+    """Strides of dimensions of size 1 are arbitrary, and a compiled graph would treat them as another layout."""
     for shape in ((1, 3, 16, 16), (2, 1, 16, 16), (2, 3, 1, 16)):
         model = lived_in(nn.Sequential(nn.Conv2d(shape[1], 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 4, 1)))
         x = torch.randn(shape)
@@ -70,7 +70,7 @@ def test_layouts_of_the_input_make_no_difference(graph_wins: None) -> None:
             assert_same(net(given), want)
 
 
-def test_a_plan_is_not_compiled_where_it_is_unwanted_or_slower(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_plan_is_not_compiled_if_that_is_disabled_or_slower(monkeypatch: pytest.MonkeyPatch) -> None:
     x = photographs()
     net = optimize(tiny(), x, torchscript=False)
     assert "step by step" in net.explain()
@@ -83,7 +83,7 @@ def test_a_plan_is_not_compiled_where_it_is_unwanted_or_slower(monkeypatch: pyte
     assert "(not by TorchScript: measured 2.0 ms, step by step 1.0 ms)" in optimize(tiny(), x).explain()
 
 
-def test_a_graph_with_another_answer_is_not_taken(monkeypatch: pytest.MonkeyPatch, graph_wins: None) -> None:
+def test_a_graph_with_another_result_is_not_used(monkeypatch: pytest.MonkeyPatch, graph_wins: None) -> None:
     right = onednn.graph
     monkeypatch.setattr(onednn, "graph", lambda function, x: lambda x: right(function, x)(x) * 1.001)
     model, x = tiny(), photographs()
@@ -93,12 +93,12 @@ def test_a_graph_with_another_answer_is_not_taken(monkeypatch: pytest.MonkeyPatc
         assert_same(net(x), model(x))
 
 
-def test_what_the_graph_compiler_refuses_stays_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_plan_that_the_graph_compiler_refuses_runs_step_by_step(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any, **__: Any) -> Any:
-        raise RuntimeError("it has gone")
+        raise RuntimeError("no such function")
 
     monkeypatch.setattr(onednn, "script", refuse)
-    assert "(not by TorchScript: RuntimeError: it has gone)" in optimize(tiny(), photographs()).explain()
+    assert "(not by TorchScript: RuntimeError: no such function)" in optimize(tiny(), photographs()).explain()
     assert not torch.jit.onednn_fusion_enabled()
 
 
@@ -113,7 +113,7 @@ def test_compiling_leaves_pytorchs_switch_as_it_was(graph_wins: None) -> None:
 
 
 def test_threads_that_compile_leave_pytorchs_switch_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first leaves while the second is inside, where nothing makes it wait."""
+    """Without the lock, the first thread would restore the switch while the second still compiles."""
     inside = threading.Barrier(2)
 
     def script(*_: Any) -> Any:
@@ -141,7 +141,7 @@ def test_threads_that_compile_leave_pytorchs_switch_as_it_was(monkeypatch: pytes
 
 
 def test_a_graph_dies_with_its_weights() -> None:
-    """And so does what it compiled: no compilation unit of PyTorch's keeps it."""
+    """No compilation unit of PyTorch keeps the compiled code, and with it the weights, alive."""
     kept, x = numpy.ones((8, 3, 3, 3), numpy.float32), photographs()
     alive = weakref.ref(kept)
 
@@ -157,7 +157,7 @@ def test_a_graph_dies_with_its_weights() -> None:
     assert alive() is None
 
 
-def test_what_a_net_returns_need_not_be_computed_last(graph_wins: None) -> None:
+def test_the_output_need_not_be_computed_last(graph_wins: None) -> None:
     model, x = Unread().eval(), photographs()
     net = optimize(model, x)
     assert "by TorchScript, as a oneDNN graph" in net.explain()
@@ -166,7 +166,7 @@ def test_what_a_net_returns_need_not_be_computed_last(graph_wins: None) -> None:
 
 
 class Busy(nn.Module):
-    """Its BatchNorm is not folded: what it reads is read again. The graph compiler never returns from it."""
+    """A net whose BatchNorm can't be folded, because its input is read again. The graph compiler would hang on it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -177,7 +177,7 @@ class Busy(nn.Module):
         return y + self.bn(y)
 
 
-def test_a_batch_norm_by_itself_stays_out_of_the_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unfolded_batch_norm_stays_out_of_the_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
     monkeypatch.setattr(onednn, "graph", lambda *given: asked.append(given))
     model, x = lived_in(Busy()), photographs()
@@ -188,8 +188,8 @@ def test_a_batch_norm_by_itself_stays_out_of_the_graph(monkeypatch: pytest.Monke
         assert_same(net(x), model(x))
 
 
-def test_no_call_takes_a_graph_before_it_was_compared(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Here one with another answer, called by another thread while it is compared."""
+def test_no_call_uses_a_graph_before_it_was_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call that runs during the comparison of a wrong graph uses the steps."""
     model, x = tiny(), photographs()
     net = optimize(model, torchscript=False)
     found: list[Any] = []
@@ -219,7 +219,7 @@ def test_loaded_weights_reach_the_graph(graph_wins: None) -> None:
         assert_same(net(x), other(x))
 
 
-def test_a_returned_tensor_is_the_callers_own(graph_wins: None) -> None:
+def test_the_caller_owns_returned_tensors(graph_wins: None) -> None:
     model = lived_in(nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU()))
     x = photographs()
     net = optimize(model, x)
@@ -231,7 +231,7 @@ def test_a_returned_tensor_is_the_callers_own(graph_wins: None) -> None:
 
 
 @pytest.mark.parametrize("graph", [False, True], ids=["steps", "graph"])
-def test_threads_call_one_net_at_once(graph: bool, graph_wins: None) -> None:
+def test_threads_call_one_net_concurrently(graph: bool, graph_wins: None) -> None:
     model = tiny()
     inputs = [photographs(1 + i % 3) for i in range(9)]
     net = optimize(model, torchscript=graph)
@@ -267,7 +267,7 @@ STEPS_ONLY = {
 
 @pytest.mark.extra
 @pytest.mark.parametrize("name", NETS)
-def test_every_net_answers_when_it_is_compiled(name: str, graph_wins: None) -> None:
+def test_every_compiled_net_gives_the_right_results(name: str, graph_wins: None) -> None:
     model, x = lived_in(NETS[name]()), photographs(2, 33)
     with torch.no_grad():
         theirs, want = model(x), copy.deepcopy(model).double()(x.double())

@@ -1,4 +1,4 @@
-"""`Optimized`: it answers as the original does, whoever calls it, however often, and says what it does."""
+"""Test that `Optimized` gives the results of the original in all modes, threads and recordings, and explains itself."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from fastres.inference.optimized import MAX_SHAPES, Optimized
 
 
 @pytest.mark.parametrize("name", NETS)
-def test_the_answer_is_exact_in_float64(name: str) -> None:
+def test_the_result_is_exact_in_float64(name: str) -> None:
     model = lived_in(NETS[name]()).double()
     x = images(2, 33, torch.float64)
     (expected,) = answers(model, x)
@@ -43,7 +43,7 @@ def test_the_error_is_within_twice_the_librarys(name: str, dtype: torch.dtype) -
     assert_close_to_reference(optimize(model, dtype=dtype)(x), reference, baseline)
 
 
-def test_the_answer_is_in_the_dtype_asked_for_or_the_convolutions_own() -> None:
+def test_the_result_has_the_dtype_passed_or_that_of_the_convolutions() -> None:
     model, x = tiny(), images()
     assert optimize(model)(x.double()).dtype == torch.float32
     assert optimize(copy.deepcopy(model).bfloat16())(x).dtype == torch.bfloat16
@@ -54,11 +54,11 @@ def test_the_answer_is_in_the_dtype_asked_for_or_the_convolutions_own() -> None:
         assert torch.equal(optimize(model)(x), optimize(model)(x.clone()))
         assert optimize(model)(x).dtype == torch.float32
     mixed = copy.deepcopy(model).bfloat16()
-    mixed[1].float()  # a BatchNorm kept in float32 doesn't decide
+    mixed[1].float()  # the dtype of a BatchNorm is irrelevant
     assert optimize(mixed)(x).dtype == torch.bfloat16
 
 
-def test_a_net_made_in_inference_mode_serves_outside_of_it() -> None:
+def test_a_net_made_in_inference_mode_works_outside_of_it() -> None:
     model, x = tiny().to(DEVICE), images().to(DEVICE)
     with torch.inference_mode():
         net = optimize(model, x)
@@ -70,7 +70,7 @@ def test_a_net_made_in_inference_mode_serves_outside_of_it() -> None:
     net.load_state_dict(model.state_dict())
 
 
-def test_empty_batches_and_odd_sizes_are_answered() -> None:
+def test_empty_batches_and_odd_sizes_work() -> None:
     model = tiny().double()
     net = optimize(model)
     for shape in ((0, 3, 16, 16), (1, 3, 9, 23), (3, 3, 17, 8)):
@@ -79,7 +79,7 @@ def test_empty_batches_and_odd_sizes_are_answered() -> None:
         assert relative_error(net(x), answers(model, x)[0]) <= EXACT_BLOCK
 
 
-def test_the_original_is_untouched() -> None:
+def test_the_original_is_not_changed() -> None:
     model = tiny()
     before = copy.deepcopy(model)
     state = {name: (t.data_ptr(), t._version) for name, t in model.state_dict(keep_vars=True).items()}
@@ -93,7 +93,7 @@ def test_the_original_is_untouched() -> None:
     assert not net(images().requires_grad_()).requires_grad
 
 
-def test_explain_tells_the_engine_of_each_step() -> None:
+def test_explain_shows_the_engine_of_each_step() -> None:
     net = optimize(tiny())
     with pytest.raises(ValueError, match=r"^no plan yet; call the net on a batch first$"):
         net.explain()
@@ -112,7 +112,7 @@ def test_explain_tells_the_engine_of_each_step() -> None:
         net.explain((5, 3, 16, 16))
 
 
-def test_results_are_the_callers_own() -> None:
+def test_the_caller_owns_results() -> None:
     for model in (tiny(), tiny()[:7].eval()):  # scores and a feature map
         net, x = optimize(model), images()
         first = net(x)
@@ -124,7 +124,7 @@ def test_results_are_the_callers_own() -> None:
         assert torch.equal(net(x), kept)
 
 
-def test_threads_may_call_one_net_at_once() -> None:
+def test_threads_may_call_one_net_concurrently() -> None:
     net = optimize(tiny(), torchscript=False)
     inputs = [images(1 + i % 3) for i in range(12)]
     expected = [optimize(tiny_like(net))(x) for x in inputs]
@@ -180,7 +180,7 @@ def test_the_state_dict_is_the_originals() -> None:
         net.load_state_dict({})
 
 
-def test_a_copy_or_a_pickle_answers_alike() -> None:
+def test_copies_and_pickles_give_the_same_results() -> None:
     net, x = optimize(tiny(), dtype=torch.bfloat16), images()
     expected = net(x)
     buffer = io.BytesIO()
@@ -234,7 +234,7 @@ def test_an_input_that_does_not_fit_is_refused() -> None:
         lambda x: "tensor" in f"{x}",
     ],
 )
-def test_a_model_that_tells_tensors_from_stand_ins_is_refused(tells: Callable[[Any], bool]) -> None:
+def test_a_model_that_distinguishes_tensors_from_proxies_is_refused(tells: Callable[[Any], bool]) -> None:
     model = Asks(lambda m, x, *_: m.conv(x) if tells(x) else m.conv(x) * 2.0).eval()
     with pytest.raises(ValueError, match="the plan of Asks gives other results than Asks"):
         optimize(model)(images())
@@ -242,19 +242,18 @@ def test_a_model_that_tells_tensors_from_stand_ins_is_refused(tells: Callable[[A
         optimize(model, images())
 
 
-def test_a_net_for_one_size_of_batch_is_accepted() -> None:
+def test_a_net_for_one_batch_size_is_accepted() -> None:
     model, x = Asks(lambda m, x, *_: m.conv(x).reshape(1, 12, 16, 16)).double().eval(), images(4, dtype=torch.float64)
     assert relative_error(optimize(model)(x), answers(model, x)[0]) <= EXACT_BLOCK
 
 
-def test_under_transforms_it_answers_too() -> None:
+def test_it_works_under_function_transforms() -> None:
     model, x = tiny().double(), images(dtype=torch.float64)
     y, _ = torch.func.jvp(optimize(model), (x,), (torch.ones_like(x),))
     assert relative_error(y, answers(model, x)[0]) <= EXACT_BLOCK
 
 
-def test_what_raises_once_raises_again() -> None:
-    """A comparison that fails is not done with."""
+def test_a_failed_comparison_is_repeated_at_the_next_call() -> None:
     net = optimize(Asks(lambda m, x, *_: m.conv(x) if type(x) is Tensor else m.conv(x) * 2.0).eval())
     for other in (net, copy.deepcopy(net)):
         for _ in range(2):
@@ -263,7 +262,7 @@ def test_what_raises_once_raises_again() -> None:
 
 
 class Normalises(nn.Module):
-    """Its own input, by what registers as buffers or by numbers, before a net."""
+    """A net that normalises its own input, by registered buffers or by numbers."""
 
     def __init__(self, body: Callable[..., Tensor], *shape: int) -> None:
         super().__init__()
@@ -311,7 +310,7 @@ def _with_head(head: nn.Module) -> nn.Module:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.int8], ids=str)
 @pytest.mark.parametrize("name", [*FRONTS, *HEADS])
-def test_fronts_and_heads_of_a_net_are_served(name: str, dtype: torch.dtype) -> None:
+def test_normalising_fronts_and_batch_norm_heads_are_supported(name: str, dtype: torch.dtype) -> None:
     model = FRONTS[name]().eval() if name in FRONTS else _with_head(HEADS[name]())
     x = torch.rand(6, 3, 16, 16) * (255 if "numbers" in name or "from" in name else 1)
     kept, (reference,) = x.clone(), answers(copy.deepcopy(model).double(), x.double())
@@ -350,13 +349,13 @@ class Embeds(nn.Module):
         torch.squeeze,
     ],
 )
-def test_embeddings_are_served(body: Callable[[Tensor], Tensor]) -> None:
+def test_embeddings_are_supported(body: Callable[[Tensor], Tensor]) -> None:
     model, x = Embeds(body).double().eval(), images(dtype=torch.float64)
     assert relative_error(optimize(model)(x), answers(model, x)[0]) <= EXACT_BLOCK
 
 
-def test_a_constant_is_no_batch() -> None:
-    """What is computed of the model's tensors alone has no images to be cut into."""
+def test_a_constant_has_no_batch_dimension() -> None:
+    """A batch is not split if a step reads only model tensors, because its result has no images."""
     body: Any = lambda m, x: F.relu(m.mean) if m.net is not None else x  # noqa: E731
     for front in (lambda m, x: m.mean - m.std, body):
         steps_of = Normalises(lambda m, x, front=front: x * front(m, x), 1, 3, 1, 1).eval()
@@ -390,7 +389,7 @@ RECORDERS: dict[str, Callable[..., Any]] = {
 
 @pytest.mark.parametrize("called", [False, True], ids=["cold", "called before"])
 @pytest.mark.parametrize("recorder", RECORDERS.values(), ids=RECORDERS)
-def test_a_recording_answers_for_any_number_of_images(recorder: Any, called: bool) -> None:
+def test_a_recording_works_for_any_batch_size(recorder: Any, called: bool) -> None:
     model = tiny()
     net = optimize(model, images(2) if called else None)
     recorded = recorder(net, images(2))
@@ -401,7 +400,7 @@ def test_a_recording_answers_for_any_number_of_images(recorder: Any, called: boo
     assert relative_error(net(x), answers(model, x)[0]) <= SUMS
 
 
-def test_a_recording_is_made_in_whatever_mode() -> None:
+def test_recording_works_under_autocast_inference_mode_and_with_gradients() -> None:
     net, x = optimize(tiny()), images()
     for mode in (torch.autocast("cpu", dtype=torch.bfloat16), torch.inference_mode()):
         with mode:
@@ -411,7 +410,7 @@ def test_a_recording_is_made_in_whatever_mode() -> None:
     assert not exported(x).requires_grad
 
 
-def test_what_cannot_be_recorded_says_so() -> None:
+def test_recording_an_int8_net_raises() -> None:
     model, x = tiny(), images()
     with fastres.backend("reference"):
         small = optimize(model, dtype=torch.int8, calibration=[x])
@@ -420,8 +419,8 @@ def test_what_cannot_be_recorded_says_so() -> None:
             recorder(small, x)
 
 
-def test_a_tensor_that_carries_more_is_an_ordinary_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As torchvision's transforms give: it goes to the engines, and the answer is a plain tensor."""
+def test_a_tensor_subclass_with_metadata_counts_as_a_plain_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An Image from torchvision's transforms, or a Parameter, runs on the engines, and the result is a plain tensor."""
     net, x = optimize(tiny()), images()
     expected = net(x)
     monkeypatch.setattr(Optimized, "_run_recorded", None)
@@ -432,7 +431,7 @@ def test_a_tensor_that_carries_more_is_an_ordinary_one(monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("body", [lambda x, m: x, lambda x, m: m.shift.expand_as(x), lambda x, m: m.shift])
-def test_results_that_nothing_computes_are_the_callers_own(body: Callable[[Tensor, Any], Any]) -> None:
+def test_the_caller_owns_results_that_are_views_of_the_input_or_the_model(body: Callable[[Tensor, Any], Any]) -> None:
     class Returned(Adds):
         def forward(self, x: Tensor) -> Tensor:
             return body(x, self)[:, :] if self.conv(x) is not None else x
@@ -453,7 +452,7 @@ def on_gpu() -> Optimized:
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("backend", ["auto", "triton", "cudnn", "reference"])
-def test_gpu_answers_as_the_original(backend: str, dtype: torch.dtype) -> None:
+def test_gpu_gives_the_results_of_the_original(backend: str, dtype: torch.dtype) -> None:
     model = lived_in(fastres.resnet50()).cuda()
     x = images(4, 96).cuda()
     (reference,) = answers(copy.deepcopy(model).double(), x.double())
@@ -502,7 +501,7 @@ def test_gpu_number_of_graphs_is_bounded() -> None:
 
 
 @pytest.mark.gpu
-def test_gpu_calls_join_anothers_graph() -> None:
+def test_gpu_calls_can_be_captured_in_the_callers_graph() -> None:
     net = on_gpu()
     x = images().cuda()
     expected = net(x)
@@ -515,7 +514,7 @@ def test_gpu_calls_join_anothers_graph() -> None:
 
 @pytest.mark.gpu
 def test_gpu_switches_of_pytorch_are_obeyed() -> None:
-    model = lived_in(fastres.resnet18()).cuda()  # wide enough that the library has TF32 kernels for it
+    model = lived_in(fastres.resnet18()).cuda()  # wide enough for cuDNN to have TF32 kernels
     net, x = optimize(model), images(8, 64).cuda()
     (reference,) = answers(copy.deepcopy(model).double(), x.double())
     errors = {}
@@ -535,7 +534,7 @@ def test_gpu_switches_of_pytorch_are_obeyed() -> None:
 
 
 @pytest.mark.gpu
-def test_gpu_nets_move_and_copy() -> None:
+def test_gpu_nets_can_be_moved_and_copied() -> None:
     net, x = optimize(tiny(), dtype=torch.float16), images()
     expected = net(x)
     moved = copy.deepcopy(net).cuda()

@@ -1,4 +1,4 @@
-"""The plan: what is merged, what may be cut into slices, what stays in 8 bits."""
+"""Test plans: which steps are merged, which plans may split a batch, and which values stay in 8 bits."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fastres.inference.plan import Aten, Chain, Conv, by_image, fuse, fuse_chain
 from fastres.inference.trace import trace
 
 
-def test_everything_of_a_resnet_fuses() -> None:
+def test_a_resnet_fuses_completely() -> None:
     raw, output = trace(fastres.resnet50().eval())
     plan = fuse(raw, output)
     convs = [step for step in plan if isinstance(step, Conv)]
@@ -60,8 +60,8 @@ FUSED = {
 
 
 @pytest.mark.parametrize("name", FUSED)
-def test_caution_costs_no_fusion(name: str) -> None:
-    """What `optimize` refuses or leaves alone for safety's sake isn't what these nets consist of."""
+def test_safety_checks_cost_no_fusion(name: str) -> None:
+    """The code that `optimize` refuses or leaves unfused for safety does not occur in these nets."""
     library, _, builder = name.partition(".")
     with torch.device("meta"):
         model = timm.create_model(builder) if library == "timm" else getattr(torchvision.models, builder)()
@@ -78,7 +78,7 @@ def test_caution_costs_no_fusion(name: str) -> None:
 
 
 class ReadTwice(nn.Module):
-    """The convolution's raw output, its normalised form and the sum are all read: only the last ReLU may merge."""
+    """A net that reads `z` and `y` more than once, so that only the ReLU after `self.last` may be merged."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -111,13 +111,13 @@ def test_shifts_of_convolutions_that_broadcast_are_not_absorbed(first: int) -> N
     assert relative_error(optimize(model)(x), answers(model, x)[0]) <= EXACT_BLOCK
 
 
-def test_batches_of_resnets_may_be_cut() -> None:
+def test_batches_of_resnets_may_be_split() -> None:
     for model in (fastres.resnet18(), fastres.resnet50(), fastres.paper.cifar(20), fastres.paper.resnet(18, "A")):
         steps, output = trace(model.eval())
         assert by_image(fuse(steps, output), model)
 
 
-def test_8_bits_are_passed_on_between_convolutions() -> None:
+def test_values_between_convolutions_stay_in_8_bits() -> None:
     with fastres.backend("reference"):
         net = int8(tiny())
         net(images())
@@ -129,5 +129,5 @@ def test_8_bits_are_passed_on_between_convolutions() -> None:
     assert pool.out in {step.x for step in convs}
     table = net.explain()
     assert "Sequential in torch.float32 with int8 convolutions" in table
-    assert table.count("quantise ") == 2  # the input, and back before the average
+    assert table.count("quantise ") == 2  # of the input, and back before the average pool
     assert "int8 simulated in float64" in table

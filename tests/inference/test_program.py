@@ -1,4 +1,4 @@
-"""A program: to which engines its steps are bound, by choice, refusal or clock, and that all answer alike."""
+"""Test programs: which engines steps are bound to by dispatch, fallback or timing, and that results are the same."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from fastres.ops.layout import Geometry
 
 @pytest.fixture
 def chains_run_as_one(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
-    """Dispatch wants every chain as one kernel, here its meaning in plain PyTorch; returns the inputs' shapes."""
+    """Make dispatch run every chain as one kernel, replaced by plain PyTorch. Returns the shapes of its inputs."""
     calls: list[tuple[int, ...]] = []
 
     def bottleneck_chain(
@@ -50,7 +50,7 @@ def chains_run_as_one(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     return calls
 
 
-def test_a_chain_means_its_three_convolutions(
+def test_a_chain_computes_its_three_convolutions(
     chains_run_as_one: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, x = tiny().double(), images(dtype=torch.float64)
@@ -64,18 +64,18 @@ def test_a_chain_means_its_three_convolutions(
     assert relative_error(net(x), expected) <= EXACT_BLOCK
     monkeypatch.setattr(dispatch, "why_chained", lambda problem, dtype, device: None)
     unchained = optimize(model)
-    apart = unchained(x)
+    separate = unchained(x)
     assert len(chains_run_as_one) == 2
-    unchained._steps = fuse(*trace(model))  # the same plan, never chained
+    unchained._steps = fuse(*trace(model))  # the same plan without chains
     unchained._fold()
-    assert torch.equal(unchained(x), apart)
+    assert torch.equal(unchained(x), separate)
 
 
-def test_a_backend_in_force_has_plans_of_its_own() -> None:
+def test_each_backend_has_separate_programs() -> None:
     net, x = optimize(tiny()), images()
     first = net(x)
     with fastres.backend("reference"):
-        torch.testing.assert_close(net(x), first, rtol=SUMS, atol=ROUNDING)  # on a CPU oneDNN sums in another order
+        torch.testing.assert_close(net(x), first, rtol=SUMS, atol=ROUNDING)  # oneDNN sums in another order
         assert "backend('reference')" in net.explain()
     net(x)
     assert "backend" not in net.explain()
@@ -99,12 +99,12 @@ def test_forced_kernels_without_a_gpu_are_refused() -> None:
         lambda x, m: m.conv(x) + m.shift,
     ],
 )
-def test_what_is_added_may_broadcast(what: Callable[[Tensor, Any], Any]) -> None:
+def test_a_residual_may_broadcast(what: Callable[[Tensor, Any], Any]) -> None:
     model, x = Adds(what).double().eval(), images(dtype=torch.float64)
     assert relative_error(optimize(model)(x), answers(model, x)[0]) <= EXACT_BLOCK
 
 
-def test_what_is_added_must_fit() -> None:
+def test_a_residual_that_does_not_broadcast_raises() -> None:
     with pytest.raises(RuntimeError, match="must match the size of tensor"):
         optimize(Adds(lambda x, m: m.conv(x) + x[:, :, 1:]).eval())(images())
 
@@ -112,7 +112,7 @@ def test_what_is_added_must_fit() -> None:
 @needs_kernels
 @pytest.mark.interpret
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_kernels_answer_as_the_original(dtype: torch.dtype) -> None:
+def test_kernels_give_the_results_of_the_original(dtype: torch.dtype) -> None:
     model, x = tiny().to(DEVICE), images(2, 12).to(DEVICE)
     (reference,) = answers(copy.deepcopy(model).double(), x.double())
     (baseline,) = answers(copy.deepcopy(model).to(dtype), x.to(dtype))
@@ -124,7 +124,7 @@ def test_kernels_answer_as_the_original(dtype: torch.dtype) -> None:
 
 
 class Named(nn.Module):
-    """A module and a function of one name, which pool differently, and a pool of what never changes."""
+    """A net with a module and a function of the same name that pool differently, and a pool of a buffer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -137,7 +137,7 @@ class Named(nn.Module):
 
 @needs_kernels
 @pytest.mark.interpret
-def test_a_function_named_like_a_module_is_not_taken_for_it() -> None:
+def test_a_function_named_like_a_module_is_not_confused_with_it() -> None:
     model, x = Named().eval().to(DEVICE), images(2, 16).to(DEVICE)
     with fastres.backend("triton"):
         net = optimize(model)
@@ -159,8 +159,8 @@ def test_a_function_named_like_a_module_is_not_taken_for_it() -> None:
     ],
     ids=str,
 )
-def test_our_kernel_takes_the_pools_that_it_serves(pool: nn.Module, ours: bool) -> None:
-    """Whatever computes it, the answer is PyTorch's."""
+def test_our_kernel_computes_the_pools_that_it_supports(pool: nn.Module, ours: bool) -> None:
+    """The result is PyTorch's, with fastres's kernel and with PyTorch's own."""
     model = nn.Sequential(nn.Conv2d(3, 8, 1), pool).eval().to(DEVICE)
     x = images(2, 18).to(DEVICE)
     with fastres.backend("triton"):
@@ -172,7 +172,7 @@ def test_our_kernel_takes_the_pools_that_it_serves(pool: nn.Module, ours: bool) 
 
 @needs_kernels
 @pytest.mark.interpret
-def test_our_pass_after_the_librarys_convolution_means_the_same() -> None:
+def test_our_pass_after_the_librarys_convolution_gives_the_same_result() -> None:
     w, shift = torch.randn(8, 4, 3, 3).to(DEVICE), torch.randn(8).to(DEVICE)
     x, residual = torch.randn(2, 5, 6, 4).to(DEVICE), torch.randn(2, 5, 6, 8).to(DEVICE)
     packed, exact = (folded.pack(w, shift, dtype, "layer") for dtype in (torch.float32, torch.float64))
@@ -185,12 +185,15 @@ def test_our_pass_after_the_librarys_convolution_means_the_same() -> None:
 
 
 class Clock:
-    """Every step by the library, its fused convolution feigned; `takes` are the microseconds of fused and apart."""
+    """Runs every step by the library and fakes cuDNN's fused convolution and the timing.
+
+    takes: the microseconds reported for the fused and the separate call.
+    """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, takes: tuple[float, float]) -> None:
         self.takes, self.capturing, self.asked = list(takes), False, 0
         self.fused: list[tuple[int, ...]] = []
-        # The plan that is held against the model beforehand is in float64.
+        # The plan that is compared with the model at the first call is in float64.
         engine = {torch.float64: "aten"}
         monkeypatch.setattr(
             dispatch, "why_engine", lambda _, problem, dtype, on: (engine.get(dtype, "cudnn"), "said so")
@@ -207,14 +210,14 @@ class Clock:
 
     def microseconds(self, calls: list[Callable[[], tuple[Tensor]]], device: torch.device) -> list[float]:
         self.asked += 1
-        (fused,), (apart,) = (call() for call in calls)
+        (fused,), (separate,) = (call() for call in calls)
         assert device == fused.device
-        assert torch.equal(fused, apart)
+        assert torch.equal(fused, separate)
         return self.takes
 
 
 @pytest.mark.parametrize(("takes", "taken"), [((61.2, 54.9), "cudnn"), ((40.0, 54.9), "cudnn fused")])
-def test_the_fused_convolution_is_taken_where_it_is_faster(
+def test_the_fused_convolution_is_used_if_it_is_faster(
     takes: tuple[float, float], taken: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock, model, x = Clock(monkeypatch, takes), tiny(), images()
@@ -238,14 +241,14 @@ def test_equal_layers_are_timed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     optimize(copy.deepcopy(model), torch.randn(2, 8, 6, 6))
     assert clock.asked == 1
     net(torch.randn(3, 8, 6, 6))
-    assert clock.asked == 2, "another size has times of its own"
+    assert clock.asked == 2, "another size is timed separately"
     assert "measured: fused 2 us, separate 1 us" in net.explain()
     assert "measured: fused 1 us, separate 2 us" in net.explain((2, 8, 6, 6))
     optimize(model, torch.randn(2, 8, 6, 6), dtype=torch.bfloat16)
     assert clock.asked == 3
 
 
-def test_nothing_is_timed_in_a_capture_or_beside_what_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_timed_in_a_capture_or_if_the_separate_call_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()).eval(), images()
     clock = Clock(monkeypatch, (2.0, 1.0))
     clock.capturing = True
@@ -265,7 +268,7 @@ def test_nothing_is_timed_in_a_capture_or_beside_what_fails(monkeypatch: pytest.
     assert "cudnn fused  said so; separate: out of memory\n" in net.explain() + "\n"
 
 
-def test_the_clock_takes_the_fastest_of_three_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_timing_takes_the_fastest_of_three_interleaved_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     now, ran = [0.0], []
 
     class Event:

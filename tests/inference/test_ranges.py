@@ -1,4 +1,4 @@
-"""`Ranges`: calibration, by the extremes or by a percentile."""
+"""Test `Ranges`: calibration by minimum and maximum or by a percentile."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fastres.inference.plan import Conv
 from fastres.inference.ranges import Ranges
 
 
-def test_ranges_are_the_extremes() -> None:
+def test_ranges_are_minimum_and_maximum() -> None:
     ranges = Ranges(100)
     a, b = torch.randn(2, 3, 4, 5), torch.randn(1, 3, 4, 5) * 3
     for value in (a, torch.zeros(0, 3, 4, 5), b):
@@ -29,7 +29,7 @@ def test_ranges_are_the_extremes() -> None:
 
 
 @pytest.mark.parametrize("percentile", [99.9, 99, 60])
-def test_a_percentile_leaves_out_the_outermost(percentile: float) -> None:
+def test_a_percentile_leaves_out_the_outermost_elements(percentile: float) -> None:
     ranges = Ranges(percentile)
     batches = [torch.zeros(1, 8, 8, 1), *(torch.randn(4, 16, 16, 8) * scale for scale in (1e-3, 1.0, 7.0, 0.1))]
     for batch in batches:
@@ -47,7 +47,7 @@ def test_a_percentile_leaves_out_the_outermost(percentile: float) -> None:
 
 
 def test_a_percentile_sets_the_scales() -> None:
-    """One pixel in a thousand is far out: the extremes give up precision for it, a percentile gives up the pixel."""
+    """With an outlier, minimum and maximum waste precision on it, while a percentile clamps it and has less error."""
     model, x = tiny(), images(8)
     spoilt = x.clone()
     spoilt[0, :, 0, 0] = 60.0
@@ -65,6 +65,6 @@ def test_a_percentile_sets_the_scales() -> None:
 
 
 @pytest.mark.parametrize("percentile", [0, -1, 100.1, float("nan"), "99", True])
-def test_percentiles_that_are_none_are_refused(percentile: Any) -> None:
+def test_invalid_percentiles_are_refused(percentile: Any) -> None:
     with pytest.raises(ValueError, match=r"percentile must be a number above 0 and at most 100, got"):
         optimize(tiny(), dtype=torch.int8, calibration=[], percentile=percentile)

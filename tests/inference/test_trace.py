@@ -1,4 +1,4 @@
-"""`trace`: steps that answer as the model does, whatever its code changes in place; or a refusal in words."""
+"""Test that `trace` gives steps with the model's results, also for in-place operations, or raises a clear error."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fastres import optimize
 
 
 class InPlace(nn.Module):
-    """What an operation in place changes is seen by whoever reads its operand later."""
+    """A net whose in-place operations change tensors that are read later, also under another name."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class InPlace(nn.Module):
         return early + kept * x.flatten(1).mean(1).reshape(-1, 1, 1, 1)
 
 
-def test_what_changes_in_place_is_seen_by_later_readers() -> None:
+def test_in_place_changes_reach_later_readers() -> None:
     model, x = InPlace().double().eval(), images(dtype=torch.float64)
     (expected,) = answers(model, x)
     assert expected.dim() == 4
@@ -79,7 +79,7 @@ CHANGES: dict[str, Callable[[Tensor], Any]] = {
 
 
 class Shared(nn.Module):
-    """A value, a view of it, a change of one, and `body` says who is read then."""
+    """A net with a value, a view of it, and an in-place change of one of the two. `body` says which is read later."""
 
     def __init__(self, view: Any, change: Any, body: Callable[..., Tensor]) -> None:
         super().__init__()
@@ -106,7 +106,7 @@ def _view_changed(z: Tensor, view: Any, change: Any) -> Tensor:
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("view", VIEWS)
 def test_a_view_is_not_read_after_its_memory_changed(view: str, change: str, body: Callable[..., Tensor]) -> None:
-    """Whether it would see the change depends on the memory format; eager does one or the other, a plan neither."""
+    """In eager, whether the view sees the change can depend on the memory format. A plan refuses the model."""
     with pytest.raises(ValueError, match=r"that writes into '\w+': '\w+' may share its memory and is read later"):
         optimize(Shared(VIEWS[view], CHANGES[change], body).double().eval())
 
@@ -129,7 +129,7 @@ def _read_before(z: Tensor, view: Any, change: Any) -> Tensor:
 
 
 def _size_counted_up(z: Tensor, view: Any, change: Any) -> Tensor:
-    """A number is no tensor: += gives another one, and the first stays."""
+    """A number is not a tensor: += gives a new number, and `before` keeps its value."""
     before = count = z.shape[1]
     count += 1
     return z * before + count
@@ -138,7 +138,7 @@ def _size_counted_up(z: Tensor, view: Any, change: Any) -> Tensor:
 @pytest.mark.parametrize("body", [_view_after, _view_alone, _read_before, _size_counted_up])
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("view", ["flatten", "slice", "contiguous"])
-def test_what_is_in_nobodys_way_may_change_in_place(view: str, change: str, body: Callable[..., Tensor]) -> None:
+def test_harmless_in_place_changes_are_accepted(view: str, change: str, body: Callable[..., Tensor]) -> None:
     model, x = lived_in(Shared(VIEWS[view], CHANGES[change], body)).double().eval(), images(dtype=torch.float64)
     assert relative_error(optimize(model)(x), answers(model, x)[0]) <= EXACT_BLOCK
 
@@ -153,11 +153,11 @@ class ScaledByBuffer(nn.Module):
         return self.conv(x) * (self.scale + 1.0)
 
 
-def test_what_is_computed_of_buffers_follows_a_loaded_state() -> None:
+def test_values_computed_from_buffers_follow_a_loaded_state_dict() -> None:
     model, x = ScaledByBuffer().double().eval(), images(dtype=torch.float64)
     net = optimize(model)
     assert dict(model.named_buffers()).keys() == {"scale"}
-    assert vars(model).keys() == vars(ScaledByBuffer()).keys()  # tracing left nothing behind
+    assert vars(model).keys() == vars(ScaledByBuffer()).keys()  # tracing added no attributes
     model.scale.fill_(5.0)
     net.load_state_dict(model.state_dict())
     assert relative_error(net(x), answers(model, x)[0]) <= EXACT_BLOCK
@@ -200,7 +200,7 @@ class Branching(nn.Module):
 
 
 class ManyImages(nn.Module):
-    """A detector's input: a list."""
+    """A model with a list as input, like a detector."""
 
     def forward(self, images: list[Tensor]) -> list[Tensor]:
         return [-image for image in images]
@@ -287,7 +287,7 @@ def _parametrized_after_eval() -> nn.Module:
         ),
     ],
 )
-def test_what_no_plan_can_hold_is_refused(model: Callable[[], nn.Module], message: str) -> None:
+def test_models_that_no_plan_can_represent_are_refused(model: Callable[[], nn.Module], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         optimize(model())
 
@@ -302,7 +302,7 @@ def test_what_no_plan_can_hold_is_refused(model: Callable[[], nn.Module], messag
         lambda m, x, mask, scale, twice: torch.reshape(input=m.conv(x), shape=(x.shape[0], -1)),
     ],
 )
-def test_branches_are_those_of_a_call(body: Callable[..., Tensor]) -> None:
+def test_branches_are_taken_as_in_an_ordinary_call(body: Callable[..., Tensor]) -> None:
     model, x = Asks(body).double().eval(), images(dtype=torch.float64)
     net = optimize(model)
     assert not hasattr(model, "last"), "the model stays as it was"
@@ -320,7 +320,7 @@ def test_branches_are_those_of_a_call(body: Callable[..., Tensor]) -> None:
         (lambda m, x, *_: torch.add(m.conv(x), 2, x), r"add\(\) with"),
     ],
 )
-def test_what_depends_on_more_than_the_input_is_refused(body: Callable[..., Tensor], message: str) -> None:
+def test_models_that_depend_on_more_than_the_input_are_refused(body: Callable[..., Tensor], message: str) -> None:
     model = Asks(body).eval()
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(ValueError, match=message):
@@ -328,7 +328,7 @@ def test_what_depends_on_more_than_the_input_is_refused(body: Callable[..., Tens
     assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
 
 
-def test_a_call_of_its_own_is_refused() -> None:
+def test_an_overridden_call_and_global_hooks_are_refused() -> None:
     class Called(Adds):
         def __call__(self, x: Tensor) -> Tensor:
             return super().__call__(x) * 2.0
@@ -343,7 +343,7 @@ def test_a_call_of_its_own_is_refused() -> None:
         handle.remove()
 
 
-def test_a_traced_net_is_accepted() -> None:
+def test_a_net_traced_by_fx_is_accepted() -> None:
     model, x = tiny().double(), images(dtype=torch.float64)
     again = torch.fx.symbolic_trace(model).eval()
     assert relative_error(optimize(again)(x), answers(model, x)[0]) <= EXACT_BLOCK
