@@ -110,7 +110,7 @@ class Layout:
         copy.meta = dict(root.meta)
         for user in readers:
             operand = copy
-            if calls(user, *_OPERATORS):  # gets the same values in channels_last, which it requires
+            if calls(user, *_OPERATORS):  # gets the same values in channels_last, the format it works in
                 with self._graph.inserting_before(user):
                     operand = _channels_last(self._graph, copy)
             user.replace_input_with(root, operand)

@@ -80,7 +80,10 @@ class Pair:
 
 @dataclass(eq=False)
 class Match:
-    """Nodes that operators replace: pairs in a row and the end, i.e. what follows the last BatchNorm."""
+    """Nodes that operators replace: pairs in a row and their end, that is, what follows the last BatchNorm.
+
+    Ends are a ReLU, an addition with a ReLU, a ReLU with a max pool, or nothing (`fastres.ops.ends`).
+    """
 
     pairs: list[Pair]  # in order; a projection's pair is the last
     nodes: list[fx.Node]  # all nodes that are replaced; the last one has the result

@@ -50,8 +50,8 @@ def optimize(
     It never writes into x, even if the model does. The caller owns the returned tensors: no later call, thread or
     stream changes them. `torch.autocast` inside the model is ignored.
 
-    example: an input whose shape is prepared immediately instead of at the first call, as with `ready`: engines are
-        chosen, kernels are compiled, and on a GPU a CUDA graph is captured.
+    example: an input whose shape is prepared immediately instead of at the first call, as `Optimized.ready` does:
+        engines are chosen, kernels are compiled, and on a GPU a CUDA graph is captured.
     dtype: bfloat16, float16, float32 or float64; float8_e4m3fn on GPUs of compute capability 8.9 and above; int8 on
         x86-64 CPUs with AVX512-VNNI. Default: the dtype of the model's convolutions.
     cuda_graph: on a GPU, replay one CUDA graph per input shape. The last 8 shapes are kept.

@@ -76,6 +76,7 @@ class ModelTensor:
     path: str
 
     def of(self, model: nn.Module) -> Tensor:
+        """Return the tensor in `model`."""
         owner, _, name = self.path.rpartition(".")
         tensor: Tensor = getattr(model.get_submodule(owner), name)
         return tensor
@@ -146,7 +147,7 @@ class Conv(_WritesOne):
 
 @dataclass(frozen=True)
 class Convert(_WritesOne):
-    """out = x rounded to the 8-bit `grid`; with `back`, out = the numbers that x, stored on `grid`, stands for."""
+    """out = x quantised to the 8-bit `grid`; with `back`, out = x dequantised from `grid`."""
 
     x: str
     out: str
@@ -268,9 +269,13 @@ def by_image(steps: Iterable[Step], model: nn.Module) -> bool:
 
 
 def _aten_by_image(step: Aten, model: nn.Module, layer: nn.Module | None, reads_flat: bool) -> bool:
-    held = [leaf for leaf in leaves((step.args, step.kwargs)) if isinstance(leaf, ModelTensor)]
+    """Return whether `step` is known to process each image independently.
+
+    layer: the module that it calls, if any. reads_flat: whether an input may have lost dimensions.
+    """
+    tensors = [leaf for leaf in leaves((step.args, step.kwargs)) if isinstance(leaf, ModelTensor)]
     # A step that reads only model tensors gives one result, whatever the batch size.
-    if held and not (step.kind in ARITHMETIC and step.reads and all(_is_one_for_all(t, model) for t in held)):
+    if tensors and not (step.kind in ARITHMETIC and step.reads and all(_is_one_for_all(t, model) for t in tensors)):
         return False
     rest, named = step.args[1:], step.kwargs
     if isinstance(layer, nn.Flatten):
@@ -289,9 +294,9 @@ def _aten_by_image(step: Aten, model: nn.Module, layer: nn.Module | None, reads_
     return step.kind in (*ARITHMETIC, "max_pool2d", "avg_pool2d", "adaptive_avg_pool2d") and not reads_flat
 
 
-def _is_one_for_all(held: ModelTensor, model: nn.Module) -> bool:
+def _is_one_for_all(argument: ModelTensor, model: nn.Module) -> bool:
     """Return whether a model tensor has no batch dimension, so that it broadcasts over the images."""
-    tensor = held.of(model)
+    tensor = argument.of(model)
     return tensor.dim() < 4 or (tensor.dim() == 4 and len(tensor) == 1)
 
 
@@ -300,8 +305,8 @@ def borrows(steps: Iterable[Step], output: str) -> bool:
     borrowed = {INPUT}
     for step in steps:
         if isinstance(step, Aten) and step.kind in (*VIEWS, "module"):
-            held = any(isinstance(leaf, ModelTensor) for leaf in leaves((step.args, step.kwargs)))
-            if held or borrowed & set(step.reads):
+            reads_model = any(isinstance(leaf, ModelTensor) for leaf in leaves((step.args, step.kwargs)))
+            if reads_model or borrowed & set(step.reads):
                 borrowed.add(step.out)
     return output in borrowed
 

@@ -308,6 +308,7 @@ class Program:
         return self.y.clone()
 
     def how_it_runs(self) -> str:
+        """Return in words how a call runs: as a CUDA graph, by TorchScript, or step by step."""
         if self.graph is not None:
             return "replayed as a CUDA graph"
         if self.compiled is not None:
@@ -316,6 +317,7 @@ class Program:
         return f"step by step{why}"
 
     def table(self) -> str:
+        """Return a table of the bound steps: layer, operation, output shape, engine and reason."""
         rows = [("step", "layer", "operation", "output", "engine", "why")]
         for i, bound in enumerate(self.bound):
             layer = self._layer(bound.step)

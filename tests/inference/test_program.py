@@ -196,7 +196,7 @@ class Clock:
         # The plan that is compared with the model at the first call is in float64.
         engine = {torch.float64: "aten"}
         monkeypatch.setattr(
-            dispatch, "why_engine", lambda _, problem, dtype, on: (engine.get(dtype, "cudnn"), "said so")
+            dispatch, "why_engine", lambda _, problem, dtype, on: (engine.get(dtype, "cudnn"), "as chosen")
         )
         monkeypatch.setattr(dispatch, "passes_engine", lambda *_: "aten")
         monkeypatch.setattr(folded, "by_cudnn", self.by_cudnn)
@@ -223,9 +223,9 @@ def test_the_fused_convolution_is_used_if_it_is_faster(
     clock, model, x = Clock(monkeypatch, takes), tiny(), images()
     net = optimize(model, x)
     rows = [line for line in net.explain().splitlines() if "+ relu" in line]
-    said = f"said so; measured: fused {takes[0]:.0f} us, separate 55 us"
+    why = f"as chosen; measured: fused {takes[0]:.0f} us, separate 55 us"
     assert rows
-    assert all(f"  {taken}  " in row and row.endswith(said) for row in rows)
+    assert all(f"  {taken}  " in row and row.endswith(why) for row in rows)
     clock.fused.clear()
     (reference,) = answers(model.double(), x.double())
     assert relative_error(net(x), reference) < SUMS
@@ -254,9 +254,9 @@ def test_nothing_is_timed_in_a_capture_or_if_the_separate_call_fails(monkeypatch
     clock.capturing = True
     net = optimize(model, x)
     assert clock.asked == 0
-    assert "cudnn fused  said so\n" in net.explain() + "\n"
+    assert "cudnn fused  as chosen\n" in net.explain() + "\n"
     clock.capturing = False
-    assert "  cudnn   said so; measured: fused 2 us" in optimize(model, x).explain()
+    assert "  cudnn   as chosen; measured: fused 2 us" in optimize(model, x).explain()
 
     def fails(*_: Any, **__: Any) -> Tensor:
         raise torch.OutOfMemoryError("out of memory\nfor one more tensor")
@@ -265,7 +265,7 @@ def test_nothing_is_timed_in_a_capture_or_if_the_separate_call_fails(monkeypatch
     with monkeypatch.context() as within:
         within.setattr(program, "_microseconds", fails)
         net = optimize(model, x)
-    assert "cudnn fused  said so; separate: out of memory\n" in net.explain() + "\n"
+    assert "cudnn fused  as chosen; separate: out of memory\n" in net.explain() + "\n"
 
 
 def test_the_timing_takes_the_fastest_of_three_interleaved_runs(monkeypatch: pytest.MonkeyPatch) -> None:
