@@ -376,7 +376,7 @@ def wgrad_tiles(
         BK = 128 // itemsize if tma else 32
         shapes = [(64, 64, 4, 1), (64, 128, 4, 1), (128, 64, 4, 1), (128, 128, 8, 1)]
         if tma and problem.S == 3 and itemsize == 2:
-            shapes += [(64, 64, 4, 3)] + ([(128, 64, 8, 3)] if operands + prologue < 4 else [])
+            shapes += [(64, 64, 4, 3), (128, 64, 8, 3)]
             shapes += [(128, 128, 8, 3)] if plain else []
         shapes += [(128, 256, 8, 1), (256, 128, 8, 1)] if tma and itemsize == 2 else []
         shapes += [(BM, BN, 4, 1) for BM in (16, 32) for BN in (16, 32, 64) if outputs <= BM] if not tma else []
@@ -390,10 +390,9 @@ def wgrad_tiles(
         columns = math.ceil(channels / BN) * taps // row if one_tap else math.ceil(channels * taps / BN)
         tiles = math.ceil(outputs / BM) * columns * problem.groups
         computed = (BM if operands > 1 else 0) + (BN if prologue else 0)
-        of_dz, of_a = (
-            (row, 1) if prologue and operands == 1 else (1, row)
-        )  # tiles loaded per step: the computed operand stays in place
-        for stages in (3, 2, 1) if tma or operands < 3 else (2, 1):  # a third tensor's addresses take registers
+        # Tiles loaded per step of a row of taps: the operand that is computed stays in place.
+        of_dz, of_a = (row, 1) if prologue and operands == 1 else (1, row)
+        for stages in (3, 2, 1):
             buffers = buffered(stages, operands) * of_dz * BM + stages * of_a * BN
             shared = buffers * BK * itemsize + SMALL
             if shared <= gpu.shared:

@@ -193,7 +193,7 @@ def _watched(parts: Parts) -> str | None:
     roots = [*(m for pair in parts.pairs for m in pair), *parts.acts, parts.shortcut, parts.pool, *parts.idle]
     for module in (m for root in roots if root is not None for m in root.modules()):
         if has_hooks(module):
-            return f"a {type(module).__name__} in it has a hook or an overridden forward"
+            return f"a {type(module).__name__} in it has a hook or a replaced forward"
         for parameter in module._parameters.values():
             if parameter is not None and type(parameter) not in (Tensor, nn.Parameter):
                 return f"a {type(module).__name__} in it has a {type(parameter).__name__} as a parameter"

@@ -92,7 +92,7 @@ CHANGES = {
         lambda block: block.downsample[1].register_forward_hook(lambda *_: None),
         "a BatchNorm2d in it has a hook",
     ),
-    "a forward of its own": (lambda block: setattr(block.conv2, "forward", torch.relu), "or an overridden forward"),
+    "a forward of its own": (lambda block: setattr(block.conv2, "forward", torch.relu), "or a replaced forward"),
     "another parameter": (
         lambda block: setattr(block.bn1, "weight", Marked(torch.ones(8))),
         "a BatchNorm2d in it has a Marked as a parameter",
