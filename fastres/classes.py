@@ -14,7 +14,7 @@ __all__ = ["IGNORE", "IMAGENET", "are_imagenet_ids", "difference", "out_of_order
 IMAGENET = tuple(_IMAGENET_CATEGORIES)  # ILSVRC 2012's classes in words, in the order of their WordNet ids
 _IMAGENET_IDS = "385e0240499426c022b773be1ae4da780f057b89c9694c7f47199f62746b6edd"  # of those, one a line, sorted
 _SHOWN = 5
-IGNORE = "--ignore-class-names goes on, with class i of the one as class i of the other"
+IGNORE = "--ignore-class-names (in Python: ignore_class_names=True) treats class i as the same class on both sides"
 
 
 def are_imagenet_ids(names: Sequence[str]) -> bool:

@@ -1,4 +1,4 @@
-"""Trained nets: from the names of their weights to nets, the views that they are tested with, and their scores."""
+"""Load trained nets from their weights, with the image sizes and normalisation that they were trained with."""
 
 from __future__ import annotations
 
@@ -17,13 +17,17 @@ from fastres.train.loop import DTYPES, default_dtype
 from fastres.train.recipe import RECIPES, Recipe
 from fastres.weights import Weights, load_into, read
 
-_USUAL = {"digits": "digits", "cifar10": "cifar-2015", "cifar100": "cifar-2015"}  # recipes by data
+_USUAL = {"digits": "digits", "cifar10": "cifar-2015", "cifar100": "cifar-2015"}  # data set -> its usual recipe
 
 
 @dataclass(frozen=True)
 class TrainedNets:
-    """One net or an ensemble, with their weights loaded. recipe: None for unknown. preset: size and resize of the views
-    that they are tested with, as far as they are known. channels: of the images that all of them read."""
+    """One net, or an ensemble, with its weights loaded.
+
+    weights, models, names: one entry per net, in the same order. recipe: the recipe of the first net, None if unknown.
+    preset: "size" (side of the crop) and "resize" (shorter side before cropping) for testing; empty if unknown.
+    channels: the number of image channels, the same for all nets.
+    """
 
     weights: list[Weights]
     models: list[nn.Module]
@@ -38,7 +42,7 @@ class TrainedNets:
 
     @property
     def taken(self) -> list[str]:
-        """Which weights were read of each file with averaged ones, or several."""
+        """Return one line for each file with several sets of weights, or averaged ones, that names the set read."""
         return [f"{each.taken} of {each.source}" for each in self.weights if each.taken is not None]
 
     @property
@@ -47,7 +51,7 @@ class TrainedNets:
 
     @property
     def classes(self) -> list[str]:
-        """Their names, or where no weights tell them their numbers."""
+        """The class names from the first weights that have them, else the class indices as strings."""
         numbers = [str(k) for k in range(self.weights[0].classes or 0)]
         return next((each.names for each in self.weights if each.names), numbers)
 
@@ -59,13 +63,21 @@ class TrainedNets:
         scales: Sequence[int] | None = None,
         flip: bool = True,
     ) -> Views:
-        """None: as the nets were trained, else 224 and 256; the paper's scales in proportion to the size."""
+        """Return the `Views` to test the nets with.
+
+        crops: a key of `evaluate.CROPS`. size, resize: None for the sizes the nets were trained with, else 224 and 256.
+        scales: None for the paper's scales, multiplied by size / 224. flip: for multiscale, also test mirror images.
+        """
         size = size or self.preset.get("size", 224)
         resize = resize or max(size, self.preset.get("resize", 256))
         return Views(crops, size, resize, tuple(scales or (round(side * size / SCALES[0]) for side in SCALES)), flip)
 
     def predictor(self, views: Views, preprocess: nn.Module | None = None, **options: Any) -> Predictor:
-        """preprocess: of the data, for nets whose weights don't tell their own. options: `Predictor`'s."""
+        """Return a `Predictor` of the nets.
+
+        preprocess: normalisation computed from the data, for nets whose weights don't contain their own. options:
+        passed on to `Predictor`. Raises ValueError if the normalisation of a net is unknown.
+        """
         return Predictor(self.models, views, [self._preprocess(each, preprocess) for each in self.weights], **options)
 
     def _preprocess(self, weights: Weights, of_data: nn.Module | None) -> nn.Module:
@@ -76,11 +88,14 @@ class TrainedNets:
             return of_data
         if self.recipe is not None and self.recipe.normalise == "pixel":
             raise ValueError(
-                f"{weights.source} doesn't hold the mean image that its recipe subtracts, and no training images are "
-                "at hand to compute it from; all files that fastres train writes hold it"
+                f"{weights.source} doesn't contain the mean image that its recipe subtracts, and there are no training "
+                "images to compute it from; every file that fastres train writes contains it"
             )
         if self.channels != 3:
-            raise ValueError(f"{weights.source} reads images of {self.channels} channels and doesn't hold their mean")
+            raise ValueError(
+                f"{weights.source} doesn't contain the mean and std of its images, which have {self.channels} "
+                "channels; ImageNet's are the default for 3 channels only"
+            )
         return by_channel()
 
 
@@ -93,14 +108,20 @@ def load(
     data: str | None = None,
     ignore_class_names: bool = False,
 ) -> TrainedNets:
-    """The nets of `sources`, as `fastres.weights.read` takes them, on `device` in eval mode.
+    """Load the nets of `sources` in channels_last format onto `device`, in eval mode.
 
-    models: their names as `families.named` takes them, one for all or one each; none: as the weights say themselves.
-    recipe: a key of `RECIPES` instead of theirs. data: what they are shown. Raises ValueError for weights that can't be
-    read or don't fit, and for an ensemble whose classes or images differ.
+    sources: files or names of weights, as `fastres.weights.read` takes them. models: names of nets, as `families.named`
+    takes them: one for all sources, or one per source; if empty, the weights must name their net. recipe: a key of
+    `RECIPES` that replaces the one in the weights. data: the name of the test data, which selects a recipe if the
+    weights name none. ignore_class_names: accept an ensemble whose nets have different class names.
+
+    Raises ValueError if weights can't be read, don't fit their net or don't name it, or if the nets of an ensemble
+    differ in classes or image channels.
     """
     if len(models) not in (0, 1, len(sources)):
-        raise ValueError(f"--model names {len(models)} nets for {len(sources)} files: one for all or one each")
+        raise ValueError(
+            f"expected one net name (--model) for all files, or one per file: got {len(models)} for {len(sources)}"
+        )
     asked: list[str | None] = [*models] or [None]
     asked = asked * len(sources) if len(asked) == 1 else asked
     weights = [read(source, name) for source, name in zip(sources, asked, strict=True)]
@@ -114,7 +135,9 @@ def load(
         nets.append(net.to(memory_format=torch.channels_last).to(device).eval())  # type: ignore[call-overload]
     channels = {each.channels for each in weights}
     if len(channels) != 1:
-        raise ValueError(f"the nets of an ensemble read images of {', '.join(map(str, channels))} channels")
+        raise ValueError(
+            f"the nets of an ensemble must have the same image channels: got {', '.join(map(str, channels))}"
+        )
     meta, preset = weights[0].meta, weights[0].preset
     row = RECIPES.get(recipe or meta.get("recipe") or _USUAL.get(data or meta.get("data", "")) or "")
     if row is not None and (recipe is not None or not preset):
@@ -123,9 +146,11 @@ def load(
 
 
 def load_predictor(source: str, model: str | None = None) -> tuple[Predictor, str, list[str]]:
-    """What `predict --optimize` runs on a GPU, or else on the CPU; with the net's name and its classes' names.
+    """Return an optimized predictor, the name of its net and its class names.
 
-    source, model: as its --weights and --model take them. Raises ValueError for weights that it refuses.
+    The predictor runs on a GPU (bf16) if there is one, else on the CPU (fp32), as `predict --optimize` does.
+
+    source, model: the weights and the name of the net, as in `load`. Raises ValueError as `load` does.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     nets = load([source], [] if model is None else [model], device)
@@ -134,10 +159,13 @@ def load_predictor(source: str, model: str | None = None) -> tuple[Predictor, st
 
 
 def _require_ensemble(weights: Sequence[Weights], ignore_class_names: bool) -> None:
-    """Raises ValueError unless class i is the same to all of them, as far as they name their classes."""
+    """Raise ValueError unless all weights have the same number of classes, and those with class names the same names.
+
+    ignore_class_names: check the number only.
+    """
     if len({each.classes for each in weights}) != 1:
         counts = ", ".join(f"{each.source} has {each.classes}" for each in weights)
-        raise ValueError(f"the nets of an ensemble have one number of classes: {counts}")
+        raise ValueError(f"the nets of an ensemble must have the same number of classes: {counts}")
     named = [(each.source, each.names) for each in weights if each.names is not None]
     for source, names in named[1:]:
         differing = difference(named[0][1], names, (named[0][0], source))
@@ -146,11 +174,11 @@ def _require_ensemble(weights: Sequence[Weights], ignore_class_names: bool) -> N
 
 
 def _net_name(weights: Weights) -> str:
-    """As the weights say themselves."""
+    """Return the name of the net from the metadata of its weights. Raises ValueError if they don't have it."""
     if weights.net is not None:
         return weights.net
     meta = weights.meta
     if "family" not in meta or "depth" not in meta:
-        raise ValueError(f"{weights.source} doesn't say which net it is of: give --model")
+        raise ValueError(f"{weights.source} doesn't say which net it belongs to: give the net's name (--model)")
     parts = (meta["family"], meta["depth"], meta.get("shortcut"))
     return "-".join(str(part) for part in parts if part is not None)

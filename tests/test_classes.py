@@ -84,7 +84,7 @@ def evaluation(weights: Path, root: Path) -> list[str]:
             ["ant", "cat", "cow"],
             "only the net has bee; only the data has cat; class 1 is bee in the net, cat in the data",
         ),
-        (["ant", "bee"], "a net of 3 classes, the data .* has 2: only the net has cow$"),
+        (["ant", "bee"], "a net with 3 classes, but the data .* has 2: only the net has cow$"),
         (["0", "1", "2"], "only the net has ant, bee, cow; only the data has 0, 1, 2; class 0 is ant in the net, 0"),
     ],
 )
@@ -95,7 +95,7 @@ def test_eval_refuses_other_classes(
     message = refused(evaluation(weights, root), capsys)
     assert f"{weights} " in message
     assert re.search(said, message)
-    assert ("--ignore-class-names goes on" in message) == (len(there) == 3)
+    assert ("--ignore-class-names (in Python: " in message) == (len(there) == 3)
 
 
 def test_eval_refuses_another_order(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -137,8 +137,10 @@ def test_an_ensemble_has_one_set_of_classes(tmp_path: Path, capsys: pytest.Captu
     image = str(folders(tmp_path / "there", ["ant"]) / "ant" / "0.png")
     predict = ["predict", image, "--device", "cpu", "--weights"]
     message = refused([*predict, str(first), str(silent), str(other)], capsys)
-    assert f"another order; class 0 is ant in {first}, cow in {other}. --ignore-class-names goes on" in message
-    assert f"one number of classes: {first} has 3, {more} has 4" in refused([*predict, str(first), str(more)], capsys)
+    assert f"another order; class 0 is ant in {first}, cow in {other}. --ignore-class-names (in Python: " in message
+    assert f"the same number of classes: {first} has 3, {more} has 4" in refused(
+        [*predict, str(first), str(more)], capsys
+    )
     for others in ([str(other), "--ignore-class-names"], [str(silent)]):
         assert main([*predict, str(first), *others]) == 0
     capsys.readouterr()
@@ -217,7 +219,9 @@ def test_a_thousand_other_folders_are_not_imagenet(tmp_path: Path) -> None:
         for k in range(1000):
             (tmp_path / part / f"n{k:08}").mkdir(parents=True)
             (tmp_path / part / f"n{k:08}" / "0.JPEG").touch()
-    with pytest.raises(DataError, match=r"has 1000 classes \(n00000000, .*not called by ImageNet's ids; data folder"):
+    with pytest.raises(
+        DataError, match=r"has 1000 classes \(n00000000, .*not named by ImageNet's WordNet ids; data folder"
+    ):
         data.load("imagenet", RECIPES["imagenet-modern"], tmp_path)
 
 

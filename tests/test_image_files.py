@@ -393,7 +393,7 @@ def test_a_whole_image_that_no_memory_holds_is_named(
     out, err = capsys.readouterr()
     assert out.count(".JPEG\n") == 4
     bad = place / f"{IDS[0]}_5.JPEG"
-    said = f"{bad} can't be shown to the net (an image of 2x6000 becomes 100x300000, more than 16,777,216 pixels)"
+    said = f"{bad} can't be prepared for the net (an image of 2x6000 becomes 100x300000, more than 16,777,216 pixels)"
     assert err.splitlines() == [said, "1 of 6 images could not be read"]
 
 
@@ -592,8 +592,8 @@ def test_labels_are_read_as_editors_write_them(
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ("cat\ndog\n".encode("utf-16"), "it is no text, or in UTF-16; UTF-8 is accepted"),
-        ("cat\ndog\n".encode("utf-16-be"), "it is no text, or in UTF-16; UTF-8 is accepted"),
+        ("cat\ndog\n".encode("utf-16"), "it is not text, or it is UTF-16; UTF-8 is accepted"),
+        ("cat\ndog\n".encode("utf-16-be"), "it is not text, or it is UTF-16; UTF-8 is accepted"),
         (b"cat\n\ndog", "line 2 is empty"),
         (b"", "names 0 classes"),
         (b"cat\ndog\nbird", "names 3 classes"),

@@ -58,7 +58,7 @@ def test_without_a_home_nothing_is_kept_and_reading_goes_on(monkeypatch: pytest.
     monkeypatch.setattr(os.path, "expanduser", lambda path: path)
     assert tables.read_table(tables.table_file("any")) == {}
     moments = data.Moments(1, *(data.torch.zeros(shape) for shape in ((3, 2, 2), (3, 3))))
-    with pytest.warns(UserWarning, match="can't be kept in /dev/null"):
+    with pytest.warns(UserWarning, match="can't be cached in /dev/null"):
         data.keep_moments(cache_folder() / "statistics.npz", moments)
     with pytest.raises(extension.BuildError, match="set FASTRES_CACHE_DIR to a folder that can be written"):
         extension.build("cpu")

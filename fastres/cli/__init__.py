@@ -1,1 +1,1 @@
-"""The commands of `python -m fastres`: a file each, of which `main` loads the one that is called."""
+"""The commands of `python -m fastres`, one module each. `main` imports only the one that is called."""

@@ -1,4 +1,4 @@
-"""Images in batches, for a net to be tested on, to predict for or to be calibrated with."""
+"""Load images in batches for `eval`, for `predict` and for calibration."""
 
 from __future__ import annotations
 
@@ -28,12 +28,17 @@ Items = list[tuple[str, int]] | tuple[Tensor, Tensor]
 
 
 def count_images(items: Items) -> int:
+    """Return the number of images in `items`: paths with labels, or (images [N, C, H, W], labels [N])."""
     return len(items[1]) if isinstance(items, tuple) else len(items)
 
 
 def named_images(named: Sequence[Path]) -> tuple[list[str], list[str]]:
-    """The images named, and those in the folders named, sorted, at any depth; and which folders can't be listed, and
-    why. Raises ValueError for what is neither an image nor a folder with images."""
+    """Return the image files in `named`, and one message for each folder that can't be listed.
+
+    named: files, which are kept in order, and folders, which are replaced by the images at any depth below them,
+    sorted. Raises ValueError if a path doesn't exist, isn't a regular file or a folder, or is a folder without images;
+    and if there are no images at all.
+    """
     paths: list[str] = []
     errors: list[OSError] = []
     for path in named:
@@ -41,7 +46,7 @@ def named_images(named: Sequence[Path]) -> tuple[list[str], list[str]]:
             before = len(errors)
             found = image_files(path, errors.append)
             if not found and len(errors) == before:
-                raise ValueError(f"{path} holds no images; accepted are {', '.join(IMG_EXTENSIONS)}")
+                raise ValueError(f"{path} contains no images; accepted are {', '.join(IMG_EXTENSIONS)}")
             paths += sorted(found, key=lambda file: file.split(os.sep))
             continue
         try:
@@ -58,7 +63,10 @@ def named_images(named: Sequence[Path]) -> tuple[list[str], list[str]]:
 
 
 class Files(Dataset):
-    """Item i: the image of the i-th path, prepared, or the reason why there is none; and its label."""
+    """A data set of image files: item i is (prepared image, label), or (error message, label) if it can't be read.
+
+    items: paths with labels. views: prepare the images, uint8 [C, H, W]. channels: 1 for grey images, else RGB.
+    """
 
     def __init__(self, items: Sequence[tuple[str, int]], views: Views, channels: int) -> None:
         self.items = items
@@ -75,11 +83,14 @@ class Files(Dataset):
         except ImageError as error:
             return str(error), label
         except (ValueError, MemoryError) as error:
-            return f"{printable(path)} can't be shown to the net ({printable(error)})", label
+            return f"{printable(path)} can't be prepared for the net ({printable(error)})", label
 
 
 def _collate(pairs: Sequence[tuple[Tensor | str, int]]) -> tuple[Tensor | list[Tensor], Tensor, list[str]]:
-    """Images, as one tensor where they are of one shape, their labels, and the reasons for those that are missing."""
+    """Return (images, labels, error messages of the images that can't be read).
+
+    images: one tensor [N, C, H, W] if all have the same shape, else a list of tensors [C, H, W].
+    """
     images = [image for image, _ in pairs if not isinstance(image, str)]
     labels = [label for image, label in pairs if not isinstance(image, str)]
     reasons = [reason for reason, _ in pairs if isinstance(reason, str)]
@@ -88,10 +99,13 @@ def _collate(pairs: Sequence[tuple[Tensor | str, int]]) -> tuple[Tensor | list[T
 
 
 class Batches:
-    """Batches (images, labels) of a data set. What can't be read is named on stderr as it is met; each pass counts it
-    from zero.
+    """An iterable of batches (images, labels), which can be iterated more than once.
 
-    sample_of: of images that calibrate, from which they are taken.
+    Images that can't be read are skipped and named on stderr; `failed` is their number in the current pass.
+
+    items: paths with labels, or (images, labels). args: `batch` and `workers` are read. views: prepare the images.
+    sample_of: for calibration images, a description of the images that they were sampled from; None for others. A pass
+    raises ValueError if the images don't have the channels of the net, or if no calibration image can be read.
     """
 
     def __init__(
@@ -104,7 +118,7 @@ class Batches:
 
     @property
     def said(self) -> str:
-        """Of images that calibrate, after a pass: how many did, and of which."""
+        """For calibration images, after a pass: a sentence with the number of images used and their source."""
         return f"calibrated with {self.count - self.failed:,} of {self.sample_of}"
 
     def __iter__(self) -> Iterator[tuple[Any, Tensor]]:
@@ -112,7 +126,9 @@ class Batches:
         if isinstance(self.items, tuple):
             images, labels = self.items
             if images.shape[1] != self.channels:
-                raise ValueError(f"the net reads images of {self.channels} channels, the data has {images.shape[1]}")
+                raise ValueError(
+                    f"the net requires images with {self.channels} channels, but the data has {images.shape[1]}"
+                )
             starts = range(0, len(labels), self.size)
             for i in self._shown(starts, len(starts)):
                 yield self.views.prepare(images[i : i + self.size]), labels[i : i + self.size]
@@ -129,16 +145,16 @@ class Batches:
                 if len(labels):
                     yield images, labels
         if self.sample_of and self.failed == self.count:
-            raise ValueError(f"{self.said}: none that was tried can be read")
+            raise ValueError(f"{self.said}: none of the images sampled can be read")
 
     def _shown(self, batches: Iterable[Any], total: int) -> Iterable[Any]:
         title = "calibration" if self.sample_of else None
         return tqdm(batches, title, total, unit="batch", disable=not shows_bars(), leave=False)
 
     def report(self) -> int:
-        """The exit status: 1 if some of the images could not be read."""
+        """Return the exit status, which is 1 if images could not be read, and print their number on stderr."""
         if self.failed:
-            which = "images that calibrate" if self.sample_of else "images"
+            which = "calibration images" if self.sample_of else "images"
             print(f"{self.failed} of {self.count} {which} could not be read", file=sys.stderr)
         return int(self.failed > 0)
 
@@ -146,8 +162,11 @@ class Batches:
 def calibrating(
     args: argparse.Namespace, default: tuple[Items, str], nets: TrainedNets, views: Views
 ) -> Batches | None:
-    """The images that calibrate: a sample of --calibration's, or of `default` and what to call them; None for dtypes
-    without calibration."""
+    """Return the batches of calibration images, or None if the dtype needs no calibration.
+
+    They are a sample, drawn with a fixed seed, of the images in --calibration, or else of `default`, which is (images,
+    their description). Raises ValueError if --calibration has no images or can't be listed.
+    """
     if args.dtype not in CALIBRATED:
         return None
     items, what = default

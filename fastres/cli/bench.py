@@ -1,4 +1,4 @@
-"""`python -m fastres bench`: bench/run.py takes this process's place, so that exit status and signals are its own."""
+"""`python -m fastres bench`: replace this process by bench/run.py, which then gets all signals and sets the status."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ import fastres
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    """They are bench/run.py's, which reads them all itself."""
+    """Add nothing: bench/run.py parses all arguments itself."""
 
 
 def run(args: argparse.Namespace) -> int:
+    """Run bench/run.py with all arguments. Returns 2, with a message on stderr, if this isn't a checkout."""
     root = Path(fastres.__file__).resolve().parent.parent
     script = root / "bench" / "run.py"
     if not (script.is_file() and (root / "pyproject.toml").is_file()):
-        why = "the bench is not installed with the package; clone fastres's repository and run python bench/run.py"
+        why = "the bench is not part of the installed package; clone fastres's repository and run python bench/run.py"
         print(f"python -m fastres bench: {why}", file=sys.stderr)
         return 2
     os.execv(sys.executable, [sys.executable, str(script), *args.arguments])

@@ -1,4 +1,4 @@
-"""`python -m fastres eval`: top-1 and top-5 of trained nets."""
+"""`python -m fastres eval`: compute top-1 and top-5 accuracy of trained nets."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from fastres.train.recipe import RECIPES
 from fastres.weights import Weights
 
 _NAMED = {name: meaning for name, meaning in DATA.items() if name not in ("imagenet", "folder")}
-_NOT_AS_EXPECTED = 3  # of main's EXIT_STATUSES
+_NOT_AS_EXPECTED = 3  # exit status, a key of main.EXIT_STATUSES
 _VALIDATION_IMAGES = 50_000  # of ImageNet
-_MARGIN = 0.1  # points between two ways of computing the same accuracy: resizing, batches, dtypes
+_MARGIN = 0.1  # percentage points that resizing, batch size and dtype may change an accuracy by
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,30 +36,39 @@ examples:
   python -m fastres eval --checkpoint best.pt --data DIR --crops 10 --csv classes.csv
   python -m fastres eval --checkpoint ResNet50_Weights.IMAGENET1K_V2 --model resnet50 --data DIR --optimize"""
     named = "; ".join(f"{name}: {meaning}" for name, meaning in _NAMED.items())
-    data_help = f"a folder, [val/]<class>/<image>, or {named} (default: as the checkpoint says, unless photographs)"
+    data_help = (
+        f"a folder, [val/]<class>/<image>, or {named} (default: the checkpoint's data, unless that is photographs)"
+    )
     parser.add_argument("--data", help=data_help)
     parser.add_argument(
-        "--root", type=Path, metavar="DIR", help="where torchvision keeps CIFAR (default: other data need none)"
+        "--root",
+        type=Path,
+        metavar="DIR",
+        help="folder where torchvision stores CIFAR (default: none; only CIFAR needs it)",
     )
     parser.add_argument("--checkpoint", nargs="+", required=True, metavar="FILE", help=WEIGHTS)
     parser.add_argument("--model", nargs="+", metavar="NAME", help=MODEL)
-    parser.add_argument("--csv", type=Path, metavar="FILE", help="file for the figures per class (default: none)")
+    parser.add_argument(
+        "--csv", type=Path, metavar="FILE", help="write the accuracy of each class to this file (default: none)"
+    )
     parser.add_argument(
         "--expect",
         choices=["published"],
-        help="published: compare with the accuracy that torchvision's weights tell of ImageNet's validation images; "
-        f"exit status {_NOT_AS_EXPECTED} where they differ (default: none)",
+        help="published: compare with the accuracy that torchvision publishes for its weights on ImageNet's validation "
+        f"images; exit status {_NOT_AS_EXPECTED} if they differ (default: none)",
     )
     options.add_testing(parser)
 
 
 @hearing_workers()
 def run(args: argparse.Namespace) -> int:
-    """Prints top-1 and top-5. Returns 1 if images could not be read, 3 for another accuracy than the expected one, else
-    0; raises ValueError for what can't be, and for weights and data whose classes are not the same in the same order,
-    as far as both name them.
+    """Print top-1 and top-5 accuracy; return the exit status.
 
-    Under torchrun every process tests its share of the images and the first prints.
+    It is 1 if images could not be read, else 3 if the accuracy isn't the expected one, else 0. Under torchrun every
+    process tests a share of the images, and rank 0 prints.
+
+    Raises ValueError for arguments that can't be used together or on this machine, and if weights and data differ in
+    the names or order of their classes (if both have names).
     """
     options.check(args)
     try:
@@ -101,7 +110,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _trained_on(nets: TrainedNets) -> str:
-    """The data that all checkpoints say they were trained on, if it has a name of its own."""
+    """Return the name of the data set that all checkpoints were trained on.
+
+    Raises ValueError if they don't agree on one, or if it is photographs, whose folder isn't known.
+    """
     names = {each.source: each.meta.get("data") for each in nets.weights}
     if len(set(names.values())) == 1 and (name := next(iter(names.values()))) in _NAMED:
         return str(name)
@@ -110,18 +122,19 @@ def _trained_on(nets: TrainedNets) -> str:
 
 
 def _require_same_classes(args: argparse.Namespace, weights: Weights, name: str, classes: Sequence[str]) -> None:
-    """Raises ValueError unless class i is the same to the weights and to the data called `name`.
+    """Raise ValueError unless class i means the same in the weights and in the data set `name`.
 
-    Numbers of classes always must agree. Names are compared where the weights tell them, but not with those of
-    synthetic images, which show nothing. Weights that tell none fit folders called by numbers only if the folders are
-    read in the order of the numbers: otherwise class i might as well be meant to be folder i.
+    The numbers of classes must always be equal. Unless --ignore-class-names is given, two more things are checked. If
+    the weights have class names, these must equal the data's, except for synthetic images, which show nothing. If they
+    have none, and the data's folders are named by numbers, the folders must be in numerical order: otherwise class i of
+    the weights could also be meant to be the folder named i.
     """
     names, sides = weights.names, ("the net", "the data")
     differing = None if names is None or name == "synthetic" else difference(names, classes, sides)
     order = None if name in _NAMED else out_of_order(classes)
     if weights.classes != len(classes):
         raise ValueError(
-            f"{weights.source} holds a net of {weights.classes} classes, the data {name} has {len(classes)}"
+            f"{weights.source} contains a net with {weights.classes} classes, but the data {name} has {len(classes)}"
             + (f": {differing}" if differing else "")
         )
     if args.ignore_class_names:
@@ -141,37 +154,41 @@ def _described(views: Views) -> str:
 
 
 def _published(nets: TrainedNets, name: str, images: _TestImages, views: Views) -> dict[int, float]:
-    """The accuracy to expect, in percent at top-1 and top-5. Raises ValueError where the weights tell none, and for
-    other images or views than those that it was measured on."""
+    """Return the published top-1 and top-5 accuracy in percent, by k.
+
+    Raises ValueError for an ensemble, if none is published for the weights, and if `images` or `views` are not those
+    that it was measured with.
+    """
     weights = nets.weights[0]
     if len(nets.weights) > 1:
-        raise ValueError("--expect published is for one net; for an ensemble no accuracy is published")
+        raise ValueError("--expect published requires a single net: no accuracy is published for an ensemble")
     if 1 not in weights.published:
         raise ValueError(
-            f"--expect published: {weights.source} tells no accuracy. torchvision's weights do under their names, as "
-            f"--checkpoint ResNet50_Weights.IMAGENET1K_V2, whose file may lie in {torch.hub.get_dir()}/checkpoints"
+            f"--expect published: no accuracy is published for {weights.source}. Name weights of torchvision, as in "
+            f"--checkpoint ResNet50_Weights.IMAGENET1K_V2; their file may be in {torch.hub.get_dir()}/checkpoints"
         )
     imagenet = tuple(images.classes) == IMAGENET or are_imagenet_ids(images.classes)
     if name in _NAMED or not imagenet or count_images(images.items) > _VALIDATION_IMAGES:
         raise ValueError(
-            f"--expect published: what {weights.source} tells is of ImageNet's {_VALIDATION_IMAGES:,} validation "
-            f"images, or some of them, in their 1000 classes; {name} has {count_images(images.items):,} images of "
-            f"{len(images.classes):,} classes"
+            f"--expect published: the accuracy of {weights.source} was measured on ImageNet's {_VALIDATION_IMAGES:,} "
+            f"validation images in 1000 classes, and the data must be these or some of them; {name} has "
+            f"{count_images(images.items):,} images of {len(images.classes):,} classes"
         )
     preset = weights.preset
     if not preset or (views.crops, views.size, views.resize) != ("center", preset["size"], preset["resize"]):
-        usual = _described(Views("center", preset["size"], preset["resize"])) if preset else "views it doesn't tell"
+        usual = _described(Views("center", preset["size"], preset["resize"])) if preset else "unknown views"
         raise ValueError(
-            f"--expect published: what {weights.source} tells is of {usual}, not of {_described(views)}; leave out "
-            "--crops, --size, --resize and --recipe"
+            f"--expect published: the accuracy of {weights.source} was measured with {usual}, not with "
+            f"{_described(views)}; leave out --crops, --size, --resize and --recipe"
         )
     return weights.published
 
 
 def _compared(result: Result, published: dict[int, float]) -> tuple[list[str], bool]:
-    """A line for each accuracy beside the published one, and whether all of them agree.
+    """Return one line for each accuracy that compares it with the published one, and whether all of them agree.
 
-    They do within `_MARGIN`, and for n of the N validation images three standard errors of a random sample more.
+    They agree if they differ by at most `_MARGIN`. If only n of the N validation images were tested, the margin grows
+    by three standard errors of a random sample without replacement.
     """
     lines, agrees, n, total = [], True, result.count, _VALIDATION_IMAGES
     for k, expected in published.items():
@@ -189,8 +206,12 @@ def _compared(result: Result, published: dict[int, float]) -> tuple[list[str], b
 
 @dataclass(frozen=True)
 class _TestImages:
-    """items: paths with labels, or the images themselves, uint8 [N, C, H, W], with theirs. preprocess: of images whose
-    training images are at hand. training: the training images and what to call them, where the data has any."""
+    """The images to test on, with their class names.
+
+    items: paths with labels, or (images uint8 [N, C, H, W], labels [N]). preprocess: the data set's normalisation, None
+    if it doesn't have one. training: the training images, for calibration, and their description; None if there are
+    none or they aren't needed.
+    """
 
     items: Items
     classes: Sequence[str]
@@ -198,13 +219,14 @@ class _TestImages:
     training: tuple[Items, str] | None
 
     def share(self, rank: int, world: int) -> Items:
-        """What process `rank` of `world` tests: the shares differ by at most one image."""
+        """Return the share of process `rank` of `world`; the shares differ by at most one image in size."""
         if isinstance(self.items, tuple):
             return self.items[0][rank::world], self.items[1][rank::world]
         return self.items[rank::world]
 
 
 def _test_images(args: argparse.Namespace, name: str, nets: TrainedNets) -> _TestImages:
+    """Load the data set `name`, or list the folder `name`. Raises ValueError if it is neither."""
     if name in _NAMED:
         recipe = nets.recipe or RECIPES["imagenet-modern"]
         dataset = load(name, recipe, args.root)
@@ -214,7 +236,9 @@ def _test_images(args: argparse.Namespace, name: str, nets: TrainedNets) -> _Tes
         return _TestImages(test, dataset.classes, dataset.preprocess, (train, f"training images of {name}"))
     root = Path(name)
     if not root.is_dir():
-        raise ValueError(f"--data {root}: there is no such folder, and no data of that name; {', '.join(_NAMED)}")
+        raise ValueError(
+            f"--data {root} must be a folder or one of {', '.join(_NAMED)}: neither exists under that name"
+        )
     place = root / "val" if (root / "val").is_dir() else root
     items, classes = _image_folder(place, "to test on")
     training = None
@@ -232,7 +256,10 @@ def _image_folder(place: Path, what_for: str) -> tuple[list[tuple[str, int]], li
 
 
 def _mean_image(args: argparse.Namespace, name: str, nets: TrainedNets) -> nn.Module | None:
-    """The recipe's preprocessing, from the folder's own training images, if a net needs it and they are there."""
+    """Return a `Preprocess` with the mean image of the folder's training images, or None.
+
+    It is computed only if the recipe subtracts a mean image, some weights don't contain it, and the folder has train/.
+    """
     pixel = nets.recipe is not None and nets.recipe.normalise == "pixel"
     if (
         name in _NAMED

@@ -1,4 +1,4 @@
-"""`python -m fastres experiment`: from arguments to a `fastres.experiments.Plan`, its trainings and its files."""
+"""`python -m fastres experiment`: turn the arguments into a `fastres.experiments.Plan`, run it and write its files."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from fastres.train.recipe import QUICK, RECIPES, STUDIES, STUDY_RECIPES, lasting
 
 EXAMPLES = """\
 examples:
-  python -m fastres experiment degradation --quick      a short one, on digits
+  python -m fastres experiment degradation --quick      a short version, on digits
   python -m fastres experiment shortcuts --data imagenet --root DIR
 
-Trainings that --out holds already are kept, and one that was stopped is resumed. Exit status 3: the claim of
-`degradation` (deeper plain nets train worse, deeper residual nets don't) was not seen."""
+Trainings that are already finished in --out are not repeated, and interrupted ones are resumed. Exit status 3 means
+that `degradation` didn't confirm the paper's claim (deeper plain nets train worse, deeper residual nets don't)."""
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of `experiment`. Defaults that the experiment decides are None."""
+    """Add the options of `experiment`. The default is None if it depends on the experiment."""
     parser.epilog = EXAMPLES
     kinds = "; ".join(f"{name}: {meaning}" for name, meaning in EXPERIMENTS.items())
     parser.add_argument("experiment", choices=list(EXPERIMENTS), metavar="EXPERIMENT", help=kinds)
     parser.add_argument(
-        "--quick", action="store_true", help="train for a short time on digits, on the CPU unless --device says else"
+        "--quick", action="store_true", help="train for a short time on digits, on the CPU unless --device is given"
     )
     nets = parser.add_argument_group("nets and their training")
     nets.add_argument("--depths", type=int, nargs="+", metavar="N", help="layers of the nets (default: the paper's)")
@@ -42,38 +42,47 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         nets,
         "--seeds",
         1,
-        "trainings of each net, from seeds 0, 1, ... (default: 1 or 3, by the experiment and the data)",
+        "number of trainings of each net, with seeds 0, 1, ... (default: 1 or 3, depending on experiment and data)",
     )
     add_whole(
         nets,
         "--iterations",
         1,
-        "length of each training; the recipe's milestones move in proportion (default: the recipe's)",
+        "length of each training; the recipe's milestones scale with it (default: the recipe's)",
     )
     images = parser.add_argument_group("images")
     images.add_argument(
         "--data",
         choices=list(STUDY_RECIPES),
         metavar="NAME",
-        help=f"what to train on: {', '.join(STUDY_RECIPES)} (default: digits)",
+        help=f"data to train on: {', '.join(STUDY_RECIPES)} (default: digits)",
     )
     add_images(images)
     add_whole(images, "--workers", 0, "processes that decode photographs (default: 0)", default=0)
     how = parser.add_argument_group("how it runs")
-    how.add_argument("--out", type=Path, metavar="DIR", help="default: out/experiment/<data>, with -quick behind it")
+    how.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="folder for the results (default: out/experiment/<data>, or out/experiment/<data>-quick with --quick)",
+    )
     add_device(how)
     how.add_argument(
-        "--cuda-graph", action=argparse.BooleanOptionalAction, help="capture each step (default: on a GPU)"
+        "--cuda-graph",
+        action=argparse.BooleanOptionalAction,
+        help="capture forward and backward in a CUDA graph (default: on a GPU)",
     )
-    how.add_argument("--no-plot", action="store_true", help="write tables only; pictures need matplotlib")
-    how.add_argument("--redraw", action="store_true", help="train nothing: draw the tables in --out again")
+    how.add_argument("--no-plot", action="store_true", help="write tables only, no picture (pictures need matplotlib)")
+    how.add_argument(
+        "--redraw", action="store_true", help="don't train; draw the picture again from the table in --out"
+    )
 
 
 def plan(args: argparse.Namespace) -> Plan:
-    """What the arguments ask for. Raises ValueError for what can't be served."""
+    """Return the plan that the arguments describe. Raises ValueError for arguments that can't be used."""
     fixed = ("data", "depths", "seeds", "iterations")
     if args.quick and (excluded := [f"--{name}" for name in fixed if getattr(args, name) is not None]):
-        raise ValueError(f"--quick has settings of its own: leave out {', '.join(excluded)}")
+        raise ValueError(f"--quick fixes these settings: leave out {', '.join(excluded)}")
     images = args.data or "digits"
     recipe = RECIPES[STUDY_RECIPES[images]]
     family = "paper" if args.experiment == "shortcuts" else recipe.family
@@ -100,24 +109,25 @@ def plan(args: argparse.Namespace) -> Plan:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Trains what is missing, writes the files and prints the table.
+    """Train the nets that aren't trained yet, write the files and print the report.
 
-    Returns 3 where the paper's claim was asked for and not seen, else 0. Raises ValueError for arguments that can't be
-    served, SystemExit for what fails while training or after a signal, OSError for files that can't be written.
+    Returns 3 if the experiment tests a claim of the paper and didn't confirm it, else 0. Raises ValueError for
+    arguments that can't be used, SystemExit if a training fails or after a signal, and OSError for files that can't be
+    written.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise ValueError("experiments run in one process; `train` takes several for one net")
+        raise ValueError("experiments run in one process only; use `train` to train one net in several")
     if not args.no_plot and importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("the pictures need matplotlib: pip install matplotlib, or leave them out with --no-plot")
+        raise ValueError("the picture needs matplotlib: pip install matplotlib, or use --no-plot")
     if args.redraw and args.no_plot:
-        raise ValueError("--redraw draws the picture that --no-plot leaves out: give one of them")
+        raise ValueError("--redraw and --no-plot exclude each other: give one of them")
     wanted = plan(args)
     if args.redraw:
         print(f"wrote {experiments.redraw(wanted.name, wanted.out)}")
         return 0
     threads = torch.get_num_threads()
     if args.quick:
-        torch.set_num_threads(1)  # 8x8 images have little use for more, and one rounds alike everywhere
+        torch.set_num_threads(1)  # 8x8 images gain little from more, and one thread rounds the same everywhere
     try:
         trained = experiments.trainings(wanted)
         conclude = {"degradation": degradation, "shortcuts": shortcuts, "responses": responses}[wanted.name]

@@ -1,4 +1,4 @@
-"""`python -m fastres <command>`: each is a row of `COMMANDS` and a file beside this one."""
+"""`python -m fastres COMMAND`: parse the command line and run the command. Each command is a module in this folder."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ PROGRAM = "python -m fastres"
 
 EXIT_STATUSES = {
     0: "done",
-    1: "failed while it ran, or an image could not be read; stderr names what",
-    2: "refused: wrong arguments, or something missing that they need; nothing was done",
-    3: "`experiment degradation` did not see the paper's claim, or `eval --expect published` not that accuracy",
+    1: "failed while running, or an image could not be read; stderr says what went wrong",
+    2: "refused before any work: wrong arguments, or a file or package that they need is missing",
+    3: "`experiment degradation` did not confirm the paper's claim, or `eval --expect published` that accuracy",
     130: "stopped by Ctrl-C; `train` and `experiment` save a checkpoint first",
-    141: "whatever read the output is gone",
+    141: "the program that reads the output has ended",
     143: "stopped by SIGTERM; `train` and `experiment` save a checkpoint first",
 }
 
@@ -37,7 +37,7 @@ exit statuses:
 
 
 class Command(NamedTuple):
-    """What a command is for, and its arguments in one line."""
+    """A command's purpose, and its arguments as shown in the usage line."""
 
     purpose: str
     usage: str
@@ -45,35 +45,37 @@ class Command(NamedTuple):
 
 OPTIONS = "[options]"
 COMMANDS = {
-    "status": Command("say what this machine runs fused, and why", ""),
-    "train": Command("train a net by one of the recipes", OPTIONS),
+    "status": Command("show what this machine runs fused, and why", ""),
+    "train": Command("train a net with one of the recipes", OPTIONS),
     "eval": Command(
         "test trained nets with one centre crop, 10 crops or several scales", f"--checkpoint FILE [FILE ...] {OPTIONS}"
     ),
     "predict": Command(
-        "name the likeliest classes of images", f"IMAGE_OR_FOLDER [...] --weights FILE [FILE ...] {OPTIONS}"
+        "print the most likely classes of images", f"IMAGE_OR_FOLDER [...] --weights FILE [FILE ...] {OPTIONS}"
     ),
-    "summary": Command("print the paper's Table 1 for one net, with its cost", f"--depth N {OPTIONS}"),
+    "summary": Command("print the paper's Table 1 for one net, with FLOPs and parameters", f"--depth N {OPTIONS}"),
     "experiment": Command("repeat the paper's Fig. 6, Table 3 or Fig. 7", f"degradation|shortcuts|responses {OPTIONS}"),
     "bench": Command(
-        "measure this machine against PyTorch (bench/run.py of a checkout, which gets all arguments)", OPTIONS
+        "compare speed with PyTorch on this machine (runs bench/run.py of a checkout with all arguments)", OPTIONS
     ),
 }
 
 
 def module(name: str) -> Any:
-    """A command's file, imported only when it is called.
+    """Import and return the module of a command, which has two functions.
 
-    `arguments(parser)` adds what the command takes. `run(args)` prints and returns a key of `EXIT_STATUSES`; it raises
-    ValueError for arguments that can't be served (status 2 and the message), OSError for what the system refuses while
-    it runs (status 1).
+    `arguments(parser)` adds the command's options. `run(args)` does the work, prints, and returns a key of
+    `EXIT_STATUSES`. It raises ValueError for arguments that can't be used, which `main` turns into status 2, and
+    OSError for system errors while running, which `main` turns into status 1.
     """
     return import_module(f"fastres.cli.{name}")
 
 
 def parsers(wanted: Sequence[str]) -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
-    """The program's parser and those of all commands. Only those of `wanted` have their arguments, whose defaults and
-    choices take imports."""
+    """Return the program's parser and those of all commands.
+
+    Only the parsers of the commands in `wanted` get their options, because defaults and choices require imports.
+    """
     raw = argparse.RawDescriptionHelpFormatter
     program = argparse.ArgumentParser(
         prog=PROGRAM, description="fastres: ResNets on fused kernels.", epilog=EPILOG, formatter_class=raw
@@ -92,11 +94,11 @@ def parsers(wanted: Sequence[str]) -> tuple[argparse.ArgumentParser, dict[str, a
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command. Returns its exit status, a key of `EXIT_STATUSES`, or raises SystemExit with it."""
+    """Run a command. Returns the exit status, a key of `EXIT_STATUSES`, or raises SystemExit with it."""
     words = sys.argv[1:] if argv is None else list(argv)
     program, of_command = parsers(words)
     unknown: list[str] = []
-    if words[:1] == ["bench"]:  # whose own parser is the one to read the rest
+    if words[:1] == ["bench"]:  # bench/run.py parses the rest
         args = argparse.Namespace(command="bench", arguments=words[1:])
     else:
         args, unknown = program.parse_known_args(words)
@@ -107,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         program.print_help(sys.stderr)
         return 2
     name = f"{PROGRAM} {args.command}"
-    if isinstance(sys.stdout, io.TextIOWrapper):  # which may be in ASCII
+    if isinstance(sys.stdout, io.TextIOWrapper):  # its encoding may be ASCII
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         status = module(args.command).run(args)
@@ -131,7 +133,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _drop_output() -> None:
-    """Forgets what stdout holds and can't write: Python would try, and complain, once more at its end."""
+    """Discard output that stdout can't write; otherwise Python would try again at exit and print an error."""
     if sys.stdout is None:  # closed before Python began
         return
     try:

@@ -1,4 +1,4 @@
-"""`python -m fastres predict`: the likeliest classes of images."""
+"""`python -m fastres predict`: print the most likely classes of images."""
 
 from __future__ import annotations
 
@@ -28,24 +28,34 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 examples:
   python -m fastres predict photo.jpg --weights best.pt
   python -m fastres predict DIR --weights ResNet50_Weights.IMAGENET1K_V2 --model resnet50 --top 3 --csv out.csv"""
-    parser.add_argument("images", nargs="*", type=Path, metavar="IMG_OR_FOLDER", help="images, or folders of images")
+    parser.add_argument(
+        "images", nargs="*", type=Path, metavar="IMG_OR_FOLDER", help="image files, or folders of images"
+    )
     parser.add_argument("--weights", action="extend", nargs="+", required=True, metavar="FILE", help=WEIGHTS)
     parser.add_argument("--model", action="append", metavar="NAME", help=MODEL)
-    parser.add_argument("--top", type=int, default=5, metavar="N", help="classes per image (default: 5)")
     parser.add_argument(
-        "--labels", type=Path, metavar="FILE", help="file with one class name per line (default: as the weights say)"
+        "--top", type=int, default=5, metavar="N", help="number of classes to print per image (default: 5)"
     )
-    parser.add_argument("--csv", type=Path, metavar="FILE", help="file for the predictions (default: none)")
+    parser.add_argument(
+        "--labels",
+        type=Path,
+        metavar="FILE",
+        help="file with one class name per line (default: the names in the weights)",
+    )
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="write the predictions to this file (default: none)")
     options.add_testing(parser)
 
 
 @hearing_workers()
 def run(args: argparse.Namespace) -> int:
-    """Prints the likeliest classes of each image. Returns 1 if images could not be read or got no finite scores, or
-    folders could not be listed; else 0."""
+    """Print the most likely classes of each image.
+
+    Returns 1 if an image could not be read or got scores that aren't finite, or a folder could not be listed; else 0.
+    Raises ValueError for arguments that can't be used.
+    """
     options.check(args)
     if args.top < 1:
-        raise ValueError(f"--top {args.top}: any whole number from 1 is accepted")
+        raise ValueError(f"--top must be a whole number of at least 1: got {args.top}")
     weights, images = _weights_and_images(args)
     paths, unlisted = named_images(images)
     for reason in unlisted:
@@ -85,37 +95,45 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _weights_and_images(args: argparse.Namespace) -> tuple[list[str], list[Path]]:
-    """The weights, and the images, among which those named after the weights: folders and *.png etc."""
+    """Return the weights and the images.
+
+    Arguments after --weights that are folders or have an image's suffix are images. Raises ValueError if there are no
+    weights or no images.
+    """
     after = [text for text in args.weights if Path(text).is_dir() or Path(text).suffix.lower() in IMG_EXTENSIONS]
     weights, images = [text for text in args.weights if text not in after], [*args.images, *map(Path, after)]
     if not weights:
-        raise ValueError(f"--weights {' '.join(after)}: a file with weights is expected, no image and no folder")
+        raise ValueError(f"--weights {' '.join(after)}: a file with weights is expected, not an image or a folder")
     if not images:
-        raise ValueError("the images are missing: python -m fastres predict IMG_OR_FOLDER ... --weights FILE ...")
+        raise ValueError("no images are given: python -m fastres predict IMG_OR_FOLDER ... --weights FILE ...")
     return weights, images
 
 
 def _read_labels(file: Path, nets: TrainedNets) -> list[str]:
+    """Return the class names in `file`, one per line.
+
+    Raises ValueError if it can't be read, isn't UTF-8 text, or doesn't have one name for each class of the nets.
+    """
     classes = nets.weights[0].classes or 0
     try:
         text = file.read_text(encoding="utf-8-sig", errors="surrogateescape")
     except OSError as error:
         raise ValueError(f"--labels {file} can't be read: {error.strerror}") from error
     if "\0" in text:
-        raise ValueError(f"--labels {file} can't be read: it is no text, or in UTF-16; UTF-8 is accepted")
+        raise ValueError(f"--labels {file} can't be read: it is not text, or it is UTF-16; UTF-8 is accepted")
     names = text.split("\n")
     while names and not names[-1].strip():
         names.pop()
     empty = [line for line, name in enumerate(names, 1) if not name.strip()]
     if empty:
-        raise ValueError(f"--labels {file}: line {empty[0]} is empty; a class on each line is accepted")
+        raise ValueError(f"--labels {file}: line {empty[0]} is empty; each line must have a class name")
     if len(names) != classes:
-        raise ValueError(f"--labels {file} names {len(names)} classes, {nets.weights[0].source} has {classes}")
+        raise ValueError(f"--labels {file} names {len(names)} classes, but {nets.weights[0].source} has {classes}")
     return names
 
 
 def _predictions(predictor: Predictor, batches: Batches, top: int) -> Iterator[tuple[int, list[float], list[int]]]:
-    """Which image, the scores of its `top` likeliest classes, and which these are."""
+    """Yield (index of the image, scores of its `top` most likely classes, indices of these classes)."""
     for images, places in batches:
         scores, classes = predictor(images).topk(top)
         yield from zip(places.tolist(), scores.tolist(), classes.tolist(), strict=True)

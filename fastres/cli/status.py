@@ -1,4 +1,4 @@
-"""`python -m fastres status`: what this machine runs fused, and why."""
+"""`python -m fastres status`: show what this machine runs fused, and why."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import fastres
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    """It takes none."""
+    """Add nothing: the command has no options."""
 
 
 def run(args: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""`python -m fastres summary`: the paper's Table 1 for one net, with its cost."""
+"""`python -m fastres summary`: print the paper's Table 1 for one net, with its FLOPs and parameters."""
 
 from __future__ import annotations
 
@@ -21,9 +21,15 @@ examples:
   python -m fastres summary --depth 50
   python -m fastres summary --family cifar --depth 110"""
     shortcuts = "; ".join(f"{name}: {meaning}" for name, meaning in SHORTCUTS.items())
-    parser.add_argument("--depth", type=int, required=True, metavar="N", help="layers, one of the family's depths")
     parser.add_argument(
-        "--family", choices=list(FAMILIES), default="paper", metavar="NAME", help="one of those below (default: paper)"
+        "--depth", type=int, required=True, metavar="N", help="number of layers, one of the family's depths"
+    )
+    parser.add_argument(
+        "--family",
+        choices=list(FAMILIES),
+        default="paper",
+        metavar="NAME",
+        help="family of nets, listed below (default: paper)",
     )
     parser.add_argument("--shortcut", choices=list(SHORTCUTS), help=f"{shortcuts} (default: as in the paper)")
     parser.add_argument(

@@ -1,4 +1,4 @@
-"""Options that `eval` and `predict` share, whether they fit together, and what they ask for: nets, views, dtypes."""
+"""The options that `eval` and `predict` share: add them, check them, and load what they describe."""
 
 from __future__ import annotations
 
@@ -22,20 +22,25 @@ from fastres.train.loop import DTYPES, default_dtype
 from fastres.train.process import Place
 from fastres.train.recipe import RECIPES
 
-CALIBRATED = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}  # dtypes that need images to set their ranges by
+CALIBRATED = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}  # dtypes that need images to calibrate their ranges
 CALIBRATION_IMAGES = 256
-MODEL = "resnet50, cifar-20, paper-34-B, ...; one for all weights or one each (default: as they say themselves)"
-WEIGHTS = "trained weights, or their torchvision name as ResNet50_Weights.IMAGENET1K_V2; several make an ensemble"
+MODEL = (
+    "the net: resnet50, cifar-20, paper-34-B, ...; one for all weights, or one each (default: the net in the weights)"
+)
+WEIGHTS = (
+    "file with trained weights, or a torchvision name such as ResNet50_Weights.IMAGENET1K_V2; several: an ensemble"
+)
 
 
 def add_testing(parser: argparse.ArgumentParser) -> None:
+    """Add the shared options."""
     crops = "; ".join(f"{name}: {meaning}" for name, meaning in CROPS.items())
-    views = parser.add_argument_group("how images are shown")
+    views = parser.add_argument_group("image sizes and crops")
     views.add_argument(
         "--recipe",
         choices=list(RECIPES),
         metavar="NAME",
-        help=f"whose image size and normalisation: {', '.join(RECIPES)} (default: as the weights say)",
+        help=f"recipe that gives image sizes and normalisation: {', '.join(RECIPES)} (default: the weights')",
     )
     views.add_argument("--crops", choices=list(CROPS), default="center", help=f"{crops} (default: center)")
     views.add_argument("--size", type=int, metavar="PIXELS", help="side of the crops (default: as trained, else 224)")
@@ -47,18 +52,18 @@ def add_testing(parser: argparse.ArgumentParser) -> None:
         type=int,
         nargs="+",
         metavar="PIXELS",
-        help=f"shorter sides of multiscale (default: the paper's {', '.join(map(str, SCALES))} for crops of 224, in "
-        "proportion for others)",
+        help=f"shorter sides for multiscale (default: the paper's {', '.join(map(str, SCALES))} for crops of 224, in "
+        "proportion for other sizes)",
     )
-    views.add_argument("--no-flip", action="store_true", help="multiscale without mirror images")
+    views.add_argument("--no-flip", action="store_true", help="for multiscale: don't test mirror images")
     how = parser.add_argument_group("how it runs")
-    how.add_argument("--batch", type=int, default=64, metavar="N", help="images at a time (default: 64)")
+    how.add_argument("--batch", type=int, default=64, metavar="N", help="images per batch (default: 64)")
     how.add_argument("--workers", type=int, default=0, metavar="N", help="processes that decode images (default: 0)")
-    how.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU where there is one)")
+    how.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
     how.add_argument(
         "--dtype",
         choices=list(DTYPES | CALIBRATED),
-        help="int8 (CPUs with AVX512-VNNI) and fp8 (GPUs of compute capability 8.9 and above) need --optimize "
+        help="int8 (CPUs with AVX512-VNNI) and fp8 (GPUs of compute capability 8.9 and above) require --optimize "
         "(default: bf16 on a GPU, fp32 on a CPU)",
     )
     how.add_argument("--optimize", action="store_true", help="run the nets through fastres.optimize")
@@ -66,49 +71,49 @@ def add_testing(parser: argparse.ArgumentParser) -> None:
         "--calibration",
         type=Path,
         metavar="FOLDER",
-        help="for int8 and fp8: images like those to come, from which ranges of activations are taken "
-        "(default: eval takes the data's training images, if there are any; otherwise the images themselves)",
+        help="for int8 and fp8: folder of typical images, from which the ranges of activations are measured "
+        "(default for eval: the data's training images, if there are any; otherwise the images themselves)",
     )
     how.add_argument(
         "--calibration-images",
         type=int,
         metavar="N",
-        help=f"how many of them, drawn with a fixed seed (default: {CALIBRATION_IMAGES}, or all if fewer)",
+        help=f"number of calibration images, drawn with a fixed seed (default: {CALIBRATION_IMAGES}, or all if fewer)",
     )
     how.add_argument(
         "--percentile",
         type=float,
         metavar="P",
-        help="the share of the values met, in percent, that the ranges hold (default: 100, all of them)",
+        help="percentage of the measured values that the ranges must cover (default: 100)",
     )
     parser.add_argument(
         "--ignore-class-names",
         action="store_true",
-        help="go on although weights and data, or two of the weights, call class i by different names",
+        help="continue even if weights and data, or two of the weights, have different names for class i",
     )
 
 
 def check(args: argparse.Namespace) -> None:
-    """Raises ValueError for options that exclude each other, or that nothing here can serve."""
+    """Raise ValueError for values out of range, options that exclude each other, and unusable devices and files."""
     for name in ("batch", "size", "resize", "calibration_images"):
         value = getattr(args, name)
         if value is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {value}: any whole number from 1 is accepted")
+            raise ValueError(f"--{name.replace('_', '-')} must be a whole number of at least 1: got {value}")
     for name in ("scales", "no_flip"):
         if getattr(args, name) and args.crops != "multiscale":
-            raise ValueError(f"--{name.replace('_', '-')} belongs to --crops multiscale, not to --crops {args.crops}")
+            raise ValueError(f"--{name.replace('_', '-')} requires --crops multiscale: got --crops {args.crops}")
     cards = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     there = ["cpu", "cuda", *cards] if cards else ["cpu"]
     if args.device not in (None, *there):
-        raise ValueError(f"--device {args.device} is not there: this machine has {', '.join(there)}")
+        raise ValueError(f"this machine has no --device {args.device}; accepted are {', '.join(there)}")
     calibrated = args.dtype in CALIBRATED
     if calibrated and not args.optimize:
-        raise ValueError(f"--dtype {args.dtype} needs --optimize")
+        raise ValueError(f"--dtype {args.dtype} requires --optimize")
     for name in ("calibration", "calibration_images", "percentile"):
         if getattr(args, name) is not None and not calibrated:
-            raise ValueError(f"--{name.replace('_', '-')} is for --optimize with --dtype int8 or fp8 only")
+            raise ValueError(f"--{name.replace('_', '-')} requires --optimize with --dtype int8 or fp8")
     if args.workers < 0:
-        raise ValueError(f"--workers {args.workers}: any whole number from 0 is accepted")
+        raise ValueError(f"--workers must be a whole number of at least 0: got {args.workers}")
     if args.csv is not None:
         folder = args.csv.resolve().parent
         if not folder.is_dir():
@@ -118,12 +123,15 @@ def check(args: argparse.Namespace) -> None:
 
 
 def dtype_name(args: argparse.Namespace, device: torch.device) -> str:
+    """Return the name of the dtype to run in: --dtype, or the default of the device."""
     return args.dtype or default_dtype(device)
 
 
 def require_served(args: argparse.Namespace, here: Place) -> None:
-    """Raises ValueError where `optimize` refuses the dtype on the device, before anything is read. Says on stderr where
-    it has no fused convolutions in that dtype on a CPU."""
+    """Raise ValueError if `optimize` rejects the dtype on the device, before any file is read.
+
+    On a CPU, print a note on stderr if `optimize` fuses nothing in that dtype.
+    """
     device, name = here.device, dtype_name(args, here.device)
     dtype = (DTYPES | CALIBRATED)[name]
     reason = dispatch.why_no_onednn(dtype) if args.optimize and device.type == "cpu" else None
@@ -137,18 +145,19 @@ def require_served(args: argparse.Namespace, here: Place) -> None:
 def load_nets(
     args: argparse.Namespace, sources: Sequence[str], device: torch.device, data: str | None = None
 ) -> TrainedNets:
+    """Load the nets of `sources` with --model, --recipe and --ignore-class-names. Raises as `pretrained.load` does."""
     how: dict[str, Any] = {"recipe": args.recipe, "data": data, "ignore_class_names": args.ignore_class_names}
     return pretrained.load(sources, args.model or [], device, **how)
 
 
 def running(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """How a `Predictor` is to run."""
+    """Return the keyword arguments of `Predictor` for --dtype, --optimize and --percentile."""
     dtype = (DTYPES | CALIBRATED)[dtype_name(args, device)]
     return {"dtype": dtype, "fast": args.optimize, "percentile": args.percentile}
 
 
 def note_views(nets: TrainedNets, views: Views) -> None:
-    """Says on stderr which views of an image add nothing, or are unlike all that a net was trained on."""
+    """Print a note on stderr if views coincide, or if they include mirror images that a net wasn't trained on."""
     if views.crops == "10" and views.size == views.resize:
         print(
             f"note: crops of {views.size} from a shorter side of {views.resize} coincide: the 10 are one crop and its "
@@ -158,8 +167,8 @@ def note_views(nets: TrainedNets, views: Views) -> None:
     recipes = {each.source: each.meta.get("recipe", "") for each in nets.weights}
     unlike = [source for source, recipe in recipes.items() if recipe in RECIPES and not RECIPES[recipe].flip]
     if unlike and (views.crops == "10" or (views.crops == "multiscale" and views.flip)):
-        mend = "--crops center" if views.crops == "10" else "--no-flip"
+        remedy = "--crops center" if views.crops == "10" else "--no-flip"
         print(
-            f"note: {', '.join(unlike)}: trained without mirror images, which these views hold; {mend} has none",
+            f"note: {', '.join(unlike)}: trained without mirror images, which these views include; {remedy} has none",
             file=sys.stderr,
         )

@@ -1,4 +1,4 @@
-"""Checkpoints: files that are either whole or not there, and clear words when one can't be written or read."""
+"""Write checkpoints atomically, and read them. Errors name the file, the cause and the remedy."""
 
 from __future__ import annotations
 
@@ -23,13 +23,14 @@ _TEMPORARY = ".writing-"
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint that can't be written, read or used here. The message names the file, the cause and the mend."""
+    """A checkpoint can't be written, read or used. The message names the file and the cause, and usually a remedy."""
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """`path` holds either what it held before or all of `data`, whenever the process or the machine stops.
+    """Replace the contents of `path` by `data`, so that a crash leaves either the old file or the complete new one.
 
-    Raises OSError, with the old file intact and nothing left beside it.
+    Writes and syncs a temporary file in the same folder, then renames it. Raises OSError; if the write or the rename
+    failed, the old file is intact and the temporary file is removed.
     """
     handle, name = tempfile.mkstemp(prefix=_TEMPORARY, dir=path.parent)
     try:
@@ -44,7 +45,7 @@ def write_atomically(path: Path, data: bytes) -> None:
         raise
     folder = os.open(path.parent, os.O_RDONLY)
     try:
-        os.fsync(folder)  # the new name itself
+        os.fsync(folder)  # makes the rename durable
     finally:
         os.close(folder)
 
@@ -56,9 +57,9 @@ def _umask() -> int:
 
 
 def prepare(folder: Path) -> None:
-    """Makes the folder of a run, tries whether it can be written, clears what a killed process left half written.
+    """Create the folder of a run, delete temporary files left by a killed process, and check that it is writable.
 
-    Raises CheckpointError.
+    Raises CheckpointError if it isn't.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -68,16 +69,18 @@ def prepare(folder: Path) -> None:
         write_atomically(probe, b"")
         probe.unlink()
     except OSError as error:
-        raise CheckpointError(f"{folder} can't hold checkpoints: {_cause(error)}; choose another --out") from error
+        raise CheckpointError(f"can't write checkpoints to {folder}: {_cause(error)}; choose another --out") from error
 
 
 def save(folder: Path, state: dict[str, Any], *, best: bool) -> None:
-    """Writes last.pt and, if `best`, first best.pt and weights.safetensors.
+    """Write last.pt; if `best`, write best.pt and weights.safetensors first.
 
-    state: of tensors, numbers, strings, lists, tuples and dicts, so that `torch.load(weights_only=True)` reads it; with
-    "meta", "model", "ema" (None or the averaged weights, which then are the ones in weights.safetensors) and
-    "preprocess" with "mean" and "std". In this order a process killed in between repeats the step that was best and
-    writes it again. Raises CheckpointError.
+    last.pt comes last so that a run killed in between resumes from the earlier checkpoint and writes all files again.
+
+    state: tensors, numbers, strings, lists, tuples and dicts only, so that `torch.load(weights_only=True)` reads it. It
+    must have the keys "meta", "model", "ema" (None, or the averaged weights, which weights.safetensors then contains)
+    and "preprocess" (with "mean" and "std"). weights.safetensors is skipped if safetensors isn't installed. Raises
+    CheckpointError if a file can't be written.
     """
     buffer = io.BytesIO()
     torch.save(state, buffer)
@@ -93,10 +96,10 @@ def save(folder: Path, state: dict[str, Any], *, best: bool) -> None:
             write_atomically(folder / name, data)
         except OSError as error:
             last = folder / LAST
-            there = f"{last} is intact, make room and go on from it"
-            mend = there if last.exists() else "there is no earlier checkpoint, make room and start again"
-            said = f"{folder / name} can't be written ({len(data)} bytes): {_cause(error)}; {mend}"
-            raise CheckpointError(said) from error
+            intact = f"{last} is intact: free some space, then resume from it"
+            remedy = intact if last.exists() else "there is no earlier checkpoint: free some space, then start again"
+            message = f"{folder / name} can't be written ({len(data)} bytes): {_cause(error)}; {remedy}"
+            raise CheckpointError(message) from error
 
 
 def _cause(error: OSError) -> str:
@@ -109,10 +112,10 @@ def _cause(error: OSError) -> str:
 
 
 def _safetensors(weights: dict[str, Tensor], preprocess: dict[str, Tensor], meta: dict[str, Any]) -> bytes | None:
-    """The bytes of a safetensors file; None where the package is not installed.
+    """Return the bytes of a safetensors file, or None if safetensors isn't installed.
 
-    Its tensors are the weights and nothing else, so that a net loads them as they are. Its metadata hold "fastres",
-    `meta` as JSON, and "preprocess", mean and std as a safetensors file of their own in base 64.
+    The file's tensors are exactly `weights`, so that a net can load them directly. Its metadata have two keys:
+    "fastres", which is `meta` as JSON, and "preprocess", which is a base64-encoded safetensors file with mean and std.
     """
     try:
         import safetensors.torch
@@ -128,7 +131,10 @@ def _safetensors(weights: dict[str, Tensor], preprocess: dict[str, Tensor], meta
 
 
 def load(path: Path) -> dict[str, Any]:
-    """What `save` wrote, on the CPU. Raises CheckpointError for a file that is missing, truncated or foreign."""
+    """Return the state that `save` wrote, with its tensors on the CPU.
+
+    Raises CheckpointError if the file is missing, damaged or not a checkpoint of fastres.
+    """
     try:
         with zipfile.ZipFile(path) as archive:
             if (damaged := archive.testzip()) is not None:
@@ -138,23 +144,33 @@ def load(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} does not exist") from error
     except (OSError, EOFError, RuntimeError, ValueError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
         other = path.with_name(BEST if path.name == LAST else LAST)
-        mend = f"; {other} is there to resume from: copy it to {path}" if other.exists() else ""
-        raise CheckpointError(f"{path} is truncated, damaged or no checkpoint ({error}){mend}") from error
+        remedy = f"; to resume from {other}, copy it to {path}" if other.exists() else ""
+        raise CheckpointError(f"{path} is truncated, damaged or not a checkpoint ({error}){remedy}") from error
     if not isinstance(state, dict) or not {"meta", "model", "ema"} <= state.keys():
-        raise CheckpointError(f"{path} is no checkpoint of fastres: it lacks meta, model and ema")
+        raise CheckpointError(f"{path} is not a checkpoint of fastres: it must have the keys meta, model and ema")
     return state
 
 
 def require_equal(path: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
-    """Raises ValueError that names each setting in which the checkpoint's run differs from this one."""
+    """Raise ValueError, naming each difference, unless a checkpoint's settings equal those of this run.
+
+    path: the checkpoint's file, for the message. theirs: its settings. ours: those of this run.
+    """
     names = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
     if names:
-        differences = "; ".join(f"{name}: {theirs.get(name)!r} there, {ours.get(name)!r} here" for name in names)
-        raise ValueError(f"{path} is of another run: {differences}. Resume with its settings or choose another --out")
+        differences = "; ".join(
+            f"{name} is {theirs.get(name)!r} in the checkpoint, {ours.get(name)!r} now" for name in names
+        )
+        raise ValueError(
+            f"{path} belongs to another run: {differences}. Resume with its settings, or choose another --out"
+        )
 
 
 def rng_state() -> dict[str, Any]:
-    """The states of all generators that a training could draw from, in types that `weights_only=True` reads."""
+    """Return the states of the random generators of torch (CPU and current GPU), NumPy and Python.
+
+    It contains only types that `torch.load(weights_only=True)` reads.
+    """
     kind, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)  # noqa: NPY002 - the global generator
     state: dict[str, Any] = {
         "torch": torch.get_rng_state(),
@@ -167,7 +183,7 @@ def rng_state() -> dict[str, Any]:
 
 
 def set_rng_state(state: dict[str, Any]) -> None:
-    """The inverse of `rng_state`; a GPU's state is left out where there is none."""
+    """Restore the generator states that `rng_state` returned; a GPU's state is skipped if there is no GPU now."""
     torch.set_rng_state(state["torch"])
     kind, keys, position, has_gauss, gauss = state["numpy"]
     np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, gauss))  # noqa: NPY002

@@ -1,14 +1,16 @@
-"""Photographs decoded and resized by DALI: on the GPU, by its JPEG decoder, where the training runs on one.
+"""Decode, resize and flip photographs with NVIDIA DALI: on the GPU if the training runs on one, else on the CPU.
 
-Order and chance stay those of `fastres.train.data`: workers read each file's bytes and pass the corners of the picture
-through the very transform that Pillow's picture goes through elsewhere. Where they come to lie tells which window was
-drawn; DALI, without chance or state of its own, decodes and resizes that window.
+The order of images and their random crops are the same as with `fastres.train.data`. Worker processes read the bytes of
+each file and apply the usual torchvision transform to the corners of the image instead of its pixels. The transformed
+corners give the crop window and the flip. DALI draws no random numbers; it only decodes the image and resizes that
+window.
 
     bytes, window ─► decode ─► resize the window ─► flip ─► uint8 [N, H, W, 3]
 
-On a CPU, decoding is Pillow's to the bit and resizing to one grey level; a GPU's decoder rounds in its own way. What
-DALI might decode otherwise is decoded by `fastres.images`, which also says what is refused and why EXIF orientation is
-ignored.
+On a CPU, decoded pixels equal Pillow's exactly. Resized ones differ by at most 1/255, and by more only at the edge of
+an image, where Pillow shortens the filter and DALI repeats the last pixel. A GPU's decoder rounds differently. Files
+that DALI might decode differently from Pillow are decoded by `fastres.images` and passed on as PPM; that module also
+defines which files are rejected, and explains why EXIF orientation is ignored.
 """
 
 from __future__ import annotations
@@ -31,13 +33,14 @@ from fastres.images import ImageError, eight_bits, opened
 from fastres.train.data import Batches, DataError, Dataset, Folder, Pairs, ReadError, fetched, seeded
 from fastres.train.recipe import Recipe, ScaleCrop
 
-Item = tuple[int, Tensor, Tensor, int]  # which photograph, its bytes, its window, its label
+Item = tuple[int, Tensor, Tensor, int]  # index, bytes of the file (uint8), window (see `window`), label
 
 
 def chosen(asked: str, dataset: Dataset, recipe: Recipe, device: torch.device) -> str:
-    """Which of `LOADERS` decodes: what is asked for, and for "auto" DALI on a GPU where it can and "torch" elsewhere.
+    """Return the loader that decodes photographs: "torch" or "dali".
 
-    Raises DataError where DALI is asked for and can't.
+    asked: a key of `LOADERS`. "auto" selects "dali" on a GPU if DALI supports the data and recipe, else "torch". Raises
+    DataError if "dali" is asked for and DALI doesn't support them or isn't installed.
     """
     if asked == "torch" or (asked == "auto" and device.type != "cuda"):
         return "torch"
@@ -50,9 +53,9 @@ def chosen(asked: str, dataset: Dataset, recipe: Recipe, device: torch.device) -
 
 
 def refusal(recipe: Recipe) -> str | None:
-    """Why DALI can't load photographs for `recipe`; None where it can."""
+    """Return why DALI can't load photographs for `recipe`, or None if it can."""
     if not isinstance(recipe.crop, ScaleCrop) or recipe.trivial_augment or recipe.erase:
-        return "the recipe's augmentation is not only a scale, a crop and a flip"
+        return "DALI supports only the augmentation scale, crop and flip, and the recipe has more"
     try:
         import nvidia.dali  # noqa: F401
     except ImportError as error:
@@ -61,10 +64,10 @@ def refusal(recipe: Recipe) -> str | None:
 
 
 def window(transform: v2.Transform, width: int, height: int) -> Tensor:
-    """What `transform`, a scale, crop and flip, shows of a picture, by torch's CPU generator.
+    """Return the window of an image that `transform` selects, drawn from torch's CPU generator.
 
-    float32 [7]: top, left, bottom and right of the window in the picture's pixels, height and width of what is made of
-    it, and 1 if that is mirrored.
+    transform: scales, crops and flips only. The result is float32 [7]: top, left, bottom and right of the window, in
+    pixels of the original image; height and width of the result; 1 if it is mirrored, else 0.
     """
     corners = tv_tensors.KeyPoints([[0, 0], [width, height]], canvas_size=(height, width), dtype=torch.float64)
     moved = transform(corners)
@@ -79,7 +82,10 @@ def window(transform: v2.Transform, width: int, height: int) -> Tensor:
 
 
 class Encoded:
-    """As the `Folder` it wraps, but undecoded: `dataset[(index, word)]` is an `Item`."""
+    """The images of a `Folder`, undecoded: `dataset[(index, word)]` is an `Item`, or a ReadError if reading failed.
+
+    word: the seed of the image's random crop and flip.
+    """
 
     def __init__(self, folder: Folder) -> None:
         self.folder = folder
@@ -112,8 +118,11 @@ class Encoded:
 
 
 def _is_common(image: Image.Image) -> bool:
-    """Whether every decoder makes the same of the file, by its header: 8 bits of grey, or of RGB without transparency;
-    a JPEG as YCbCr, which is what a GPU takes it for."""
+    """Return whether all decoders agree on the file, judging by its header.
+
+    They do for PNG and JPEG with 8 bits of grey, or of RGB without transparency. A JPEG must store YCbCr, because a
+    GPU's decoder assumes it.
+    """
     if image.mode not in ("L", "RGB") or "transparency" in image.info:
         return False
     if image.format == "JPEG":
@@ -121,12 +130,15 @@ def _is_common(image: Image.Image) -> bool:
         return image.info.get("adobe_transform") != 0 and bytes(components) != b"RGB"
     if image.format == "PNG":
         layout = image.tile[0][3]  # type: ignore[attr-defined]
-        return layout == image.mode  # else it has more bits or fewer
+        return layout == image.mode  # otherwise the file has another bit depth
     return False
 
 
 def collate(items: Sequence[Item | ReadError]) -> tuple[list[int], Tensor, list[int], Tensor, Tensor] | ReadError:
-    """Which photographs, all their bytes in one tensor, how many each has, windows [N, 7], labels [N, 1]."""
+    """Return (indices, bytes of all files in one uint8 tensor, length of each file, windows [N, 7], labels [N, 1]).
+
+    If an item is a ReadError, return the first one instead.
+    """
     whole = []
     for item in items:
         if isinstance(item, ReadError):
@@ -143,11 +155,14 @@ def collate(items: Sequence[Item | ReadError]) -> tuple[list[int], Tensor, list[
 
 
 def decoded(folder: Folder, batches: Batches, workers: int, device: torch.device) -> Pairs:
-    """As `fastres.train.data.decoded`: uint8 [N, 3, H, W] in channels_last strides, and labels, on the device."""
+    """Yield (images, labels) on the device: uint8 [N, 3, H, W] in channels_last strides, and integers [N].
+
+    A replacement for `fastres.train.data.decoded`. Raises ReadError if an image can't be read or decoded.
+    """
     from nvidia.dali.plugin.pytorch import DALIClassificationIterator
 
     coming = fetched(Encoded(folder), batches, workers, collate)
-    first = next(coming, None)  # starts the workers: before DALI's threads
+    first = next(coming, None)  # starts the workers, before DALI starts its threads
     if first is None:
         return
     under_way: deque[list[int]] = deque()
@@ -172,11 +187,14 @@ def decoded(folder: Folder, batches: Batches, workers: int, device: torch.device
                 raise culprit from error
         raise
     finally:
-        coming.close()  # the pipeline, which may live on, holds on to the workers
+        coming.close()  # ends the workers even if a reference to the pipeline survives
 
 
 def _pipeline(source: Iterator[tuple[Any, ...]], most: int, threads: int, device: torch.device) -> Any:
-    """Decoded, resized and flipped photographs uint8 [H, W, 3] with their labels; `most`: in a batch."""
+    """Return a DALI pipeline of decoded, resized and flipped images, uint8 [H, W, 3], with their labels.
+
+    source: yields the batches of (bytes, start, end, size, mirrored, labels). most: the largest batch size.
+    """
     from nvidia.dali import fn, pipeline_def, types
 
     gpu = device.type == "cuda"

@@ -1,11 +1,12 @@
-"""Images for training: which there are, the order in which they are seen, and their way to the device.
+"""Data sets for training: load the images, order and augment them, and copy them to the device.
 
-Chance is a function of (seed, position): the n-th image shown in a training draws its crop, flip and colour from the
-four words that Philox gives at counter n. So neither workers nor processes nor a restart change what a net sees, and
-the position is all that a checkpoint needs to keep.
+All randomness is a function of (seed, position). The n-th image of a training takes its crop, flip and colour from the
+four words that the Philox generator returns at counter n. So the number of workers or processes, or a restart, doesn't
+change what a net is trained on, and a checkpoint only needs to store the position.
 
-Two kinds of images: `Resident`, small ones of one size that stay on the device and are cropped there, and `Folder`,
-photographs that workers decode and crop; they travel as uint8 and are normalised and coloured on the device.
+There are two kinds of images. `Resident` images are small and all of one size; they stay on the device and are cropped
+there. `Folder` images are photographs that workers decode and crop; they are copied to the device as uint8, and are
+normalised and coloured there.
 """
 
 from __future__ import annotations
@@ -50,36 +51,42 @@ from fastres.train.recipe import DATA, IMAGENET_MEAN, IMAGENET_STD, AreaCrop, Pa
 
 SYNTHETIC_IMAGES = 1024
 PR_SET_PDEATHSIG = 1
-ORDER, SAMPLE, COLOUR, MIX = range(4)  # what chance is drawn for: each has its own Philox key
+ORDER, SAMPLE, COLOUR, MIX = range(4)  # purposes of random numbers; each has its own Philox key
 
 
 class DataError(ValueError):
-    """Images that are missing or unfit for the recipe. The message names the path and the mend."""
+    """Images are missing or don't fit the recipe. The message names what is wrong and what is accepted."""
 
 
 class ReadError(OSError):
-    """A photograph that can't be read, met on the way through them. The message names it and the mend."""
+    """A photograph can't be read while iterating over a data set. The message names the file and the remedy."""
 
 
 class WorkerError(ChildProcessError):
-    """A process that reads images has died, or could not be started."""
+    """A worker process that reads images has died, or couldn't be started or run."""
 
 
 @contextmanager
 def hearing_workers() -> Iterator[None]:
-    """A worker's death is a WorkerError: torch raises a RuntimeError wherever the main process happens to be."""
+    """Raise WorkerError for a DataLoader worker that died inside the context.
+
+    torch reports it as a RuntimeError from a signal handler, so it can come from any line of the main process. Other
+    RuntimeErrors pass through unchanged.
+    """
     try:
         yield
     except RuntimeError as error:
-        said = str(error).strip(" .")
-        if not said.startswith("DataLoader worker (pid"):
+        message = str(error).strip(" .")
+        if not message.startswith("DataLoader worker (pid"):
             raise
-        raise WorkerError(f"a process that reads images has died ({said}); fewer --workers take less memory") from error
+        raise WorkerError(
+            f"a process that reads images has died ({message}); fewer --workers use less memory"
+        ) from error
 
 
 @contextmanager
 def seeded(word: int) -> Iterator[None]:
-    """Torch's CPU generator, which torchvision's transforms draw from, starts at `word` inside and is put back."""
+    """Seed torch's CPU generator, which torchvision's transforms use, with `word`; restore its state on exit."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(word)
         yield
@@ -92,11 +99,14 @@ def _permutation(n: int, seed: int, epoch: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Stream:
-    """The endless order of n training images: per n positions a new permutation, of which the first n / repeats images
-    stand `repeats` times in a row.
+    """The endless sequence of training images, by position.
 
-    Iteration i shows positions [i batch, (i + 1) batch), dealt out to `blocks` micro-batches one by one: repeats of an
-    image then meet different BN statistics. A block belongs to one process; a process may have several, in turn.
+    Each epoch of n positions has a new permutation of the n images. With repeats > 1, only the first n / repeats images
+    of the permutation are used, each `repeats` times in a row.
+
+    Iteration i has the positions [i batch, (i + 1) batch). They are dealt out in turn to `blocks` micro-batches, so
+    that the repeats of an image are normalised with different BN statistics. Each block belongs to one process; a
+    process may have several, which it runs one after another.
     """
 
     n: int
@@ -106,10 +116,11 @@ class Stream:
     repeats: int = 1
 
     def positions(self, iteration: int, block: int) -> np.ndarray:
+        """Return the positions of one micro-batch, int64 [batch / blocks]."""
         return iteration * self.batch + np.arange(block, self.batch, self.blocks)
 
     def indices(self, positions: np.ndarray) -> np.ndarray:
-        """Which image each position shows."""
+        """Return the index of the image at each position."""
         epochs, places = positions // self.n, positions % self.n // self.repeats
         found = np.empty_like(positions)
         for epoch in np.unique(epochs):
@@ -118,28 +129,35 @@ class Stream:
         return found
 
     def words(self, positions: np.ndarray, purpose: int) -> np.ndarray:
-        """Four random uint64 for each of some neighbouring positions, [len(positions), 4]."""
+        """Return four random words for each position, uint64 [len(positions), 4].
+
+        purpose: ORDER, SAMPLE, COLOUR or MIX. It generates the words of all positions in between, too, so the positions
+        should be close together.
+        """
         first, last = int(positions.min()), int(positions.max())
         philox = np.random.Philox(key=[self.seed, purpose], counter=first)
         return philox.random_raw(4 * (last - first + 1)).reshape(-1, 4)[positions - first]
 
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:
-    """`tensor.to(device)` for which neither side waits."""
+    """Copy a CPU tensor to a GPU through pinned memory without waiting for the copy; for a CPU, return it unchanged."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def uniform(words: np.ndarray) -> Tensor:
-    """uint64 -> float64 inside (0, 1)."""
+    """Convert random words, uint64, to uniform numbers in the open interval (0, 1), float64 of the same shape."""
     return torch.from_numpy(((words >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53)
 
 
 class Preprocess(nn.Module):
-    """What happens to every image on the device, in training and in validation.
+    """Normalise images on the device, in training and validation, and optionally shift their colour (in training).
 
-    mean: [C, H, W] (the mean image, resized for images of another size) or [C, 1, 1]; std: [C, 1, 1]; axes: [C, C],
-    the eigenvectors of the training set's pixels, each times its eigenvalue (Krizhevsky et al. 2012, section 4.1), one
-    per column. All for pixels in [0, 1].
+    All buffers are float32, for pixels in [0, 1]:
+
+    mean: [C, H, W], the mean image, which is resized for images of another size; or [C, 1, 1].
+    std: [C, 1, 1].
+    axes: [C, C]. Column k is the k-th eigenvector of the covariance of the training set's pixels, times its eigenvalue
+    (Krizhevsky et al. 2012, section 4.1).
     """
 
     mean: Tensor
@@ -152,7 +170,11 @@ class Preprocess(nn.Module):
             self.register_buffer(name, value.float())
 
     def forward(self, x: Tensor, colour: Tensor | None = None) -> Tensor:
-        """uint8 [N, C, H, W] -> float32 of the same shape, channels_last. colour: [N, C], one draw per component."""
+        """Return (x / 255 + colour @ axes.T - mean) / std, float32 [N, C, H, W] in channels_last format.
+
+        x: uint8 [N, C, H, W]. colour: [N, C], one random coefficient per image and principal component; None for no
+        colour shift.
+        """
         mean = self.mean
         if mean.shape[1] > 1 and mean.shape[1:] != x.shape[2:]:
             mean = F.interpolate(mean[None], x.shape[2:], mode="bilinear", antialias=True)[0]
@@ -164,7 +186,11 @@ class Preprocess(nn.Module):
 
 @dataclass(frozen=True)
 class Moments:
-    """Sums over images [C, H, W] with pixels in [0, 1], in float64: of the images, and of their pixels' products."""
+    """Sums over images with pixels in [0, 1], in float64, from which the mean image and the PCA of colours follow.
+
+    count: the number of images. image: the sum of the images, [C, H, W]. products: the sum over all pixels of the outer
+    product of a pixel's channels with itself, [C, C].
+    """
 
     count: int
     image: Tensor
@@ -172,7 +198,7 @@ class Moments:
 
     @classmethod
     def of(cls, images: Iterable[Tensor], channels: int, size: int) -> Moments:
-        """images: uint8 batches [N, C, size, size]."""
+        """Return the sums over `images`, which are uint8 batches [N, C, size, size]."""
         count, image = 0, torch.zeros(channels, size, size, dtype=torch.float64)
         products = torch.zeros(channels, channels, dtype=torch.float64)
         for batch in images:
@@ -184,7 +210,10 @@ class Moments:
         return cls(count, image, products)
 
     def preprocess(self) -> Preprocess:
-        """The mean image subtracted; the axes of the PCA colour shift. The signs of eigenvectors mean nothing."""
+        """Return a `Preprocess` that subtracts the mean image, with std 1 and the axes of the PCA colour shift.
+
+        The signs of the eigenvectors are arbitrary, which doesn't matter: the colour shift is symmetric.
+        """
         channels, pixels = len(self.products), self.count * self.image[0].numel()
         mean = self.image.sum((1, 2)) / pixels
         values, vectors = torch.linalg.eigh(self.products / pixels - torch.outer(mean, mean))
@@ -193,7 +222,7 @@ class Moments:
 
 @dataclass(frozen=True)
 class Resident:
-    """All images at once, uint8 [N, C, size, size], and their labels, int64 [N]."""
+    """All images of a data set in one tensor, uint8 [N, C, size, size], and their labels, int64 [N]."""
 
     images: Tensor
     labels: Tensor
@@ -207,8 +236,11 @@ class Resident:
 
 
 class Folder:
-    """Photographs of an ImageFolder, read as `fastres.images` says. `dataset[(index, word)]` is one of them cropped:
-    uint8 [H, W, C] and its label; or, as an error that travels from a worker to the main process, why it isn't."""
+    """Photographs of an ImageFolder, read by `fastres.images`.
+
+    `dataset[(index, word)]` is (the transformed image, uint8 [H, W, C]; its label). word: the seed of the transform. If
+    the file can't be read, the item is a ReadError, so that a worker can return it to the main process.
+    """
 
     def __init__(self, files: datasets.ImageFolder, transform: v2.Transform, erase: v2.Transform | None = None) -> None:
         self.files = files
@@ -233,7 +265,10 @@ class Folder:
 
 
 def collate(items: Sequence[tuple[Tensor, int] | ReadError]) -> tuple[Tensor, Tensor] | ReadError:
-    """uint8 [N, C, H, W] in channels_last strides, and labels; or the first failure, which the main process raises."""
+    """Return (images, uint8 [N, C, H, W] in channels_last strides; labels, int64 [N]).
+
+    If an item is a ReadError, return the first one instead, for the main process to raise.
+    """
     pairs = []
     for item in items:
         if isinstance(item, ReadError):
@@ -243,8 +278,11 @@ def collate(items: Sequence[tuple[Tensor, int] | ReadError]) -> tuple[Tensor, Te
 
 
 class ScaledCrop(v2.Transform):
-    """The shorter side becomes a whole number from [low, high]; then a crop of [size, size] at random. torchvision's
-    own random sizes may be one off."""
+    """Resize the shorter side to a random whole number in [low, high], then crop [size, size] at a random place.
+
+    Scale augmentation as in the paper, section 3.4. Not torchvision's own transforms, whose random sizes may be off by
+    one.
+    """
 
     def __init__(self, low: int, high: int, size: int) -> None:
         super().__init__()
@@ -261,7 +299,7 @@ class ScaledCrop(v2.Transform):
 
 
 class CentreCrop(v2.Transform):
-    """The shorter side becomes `resize`; then the square of `size` in the middle."""
+    """Resize the shorter side to `resize`, then crop [size, size] from the centre."""
 
     def __init__(self, resize: int, size: int) -> None:
         super().__init__()
@@ -276,7 +314,7 @@ class CentreCrop(v2.Transform):
 
 
 def train_transform(recipe: Recipe) -> v2.Transform:
-    """A photograph's way to the uint8 crop that the recipe trains on."""
+    """Return the transform of a photograph to the uint8 crop that the recipe trains on, without random erasing."""
     steps: list[v2.Transform] = []
     if isinstance(recipe.crop, ScaleCrop):
         steps.append(ScaledCrop(recipe.crop.low, recipe.crop.high, recipe.size))
@@ -290,13 +328,17 @@ def train_transform(recipe: Recipe) -> v2.Transform:
 
 
 def erasing(recipe: Recipe) -> v2.Transform | None:
-    """Random erasing before the device normalises: filled with the mean, to the next whole grey level."""
+    """Return the random erasing of the recipe, or None. It fills with ImageNet's mean colour, rounded to uint8."""
     grey = [float(round(255 * mean)) for mean in IMAGENET_MEAN]
     return v2.RandomErasing(recipe.erase, value=grey) if recipe.erase else None
 
 
 def crop_and_flip(x: Tensor, words: np.ndarray, pad: int, flip: bool) -> Tensor:
-    """Each image of x [N, C, H, W] zero-padded by `pad`, cropped to H x W where its words say, every other mirrored."""
+    """Pad each image with zeros, crop it to its old size at a random place, and mirror it with probability 1/2.
+
+    x: [N, C, H, W] of any dtype. words: uint64 [N, 3 or more]; the first three decide top, left and mirroring. pad: the
+    zeros on each side. flip: whether to mirror at all. Returns [N, C, H, W] in channels_last strides.
+    """
     n, _, height, width = x.shape
     top, left, mirror = (uniform(words[:, k]) for k in range(3))
     rows = (top * (2 * pad + 1)).long()[:, None] + torch.arange(height)
@@ -310,7 +352,10 @@ def crop_and_flip(x: Tensor, words: np.ndarray, pad: int, flip: bool) -> Tensor:
 
 
 def mixing(recipe: Recipe, classes: int) -> v2.Transform | None:
-    """MixUp or CutMix of a whole micro-batch, by equal chance, as the recipe has them."""
+    """Return the recipe's MixUp or CutMix of a micro-batch, or None.
+
+    If the recipe has both, one is chosen for each micro-batch, with equal probability.
+    """
     choices: list[v2.Transform] = []
     if recipe.mixup:
         choices.append(v2.MixUp(alpha=recipe.mixup, num_classes=classes))
@@ -321,7 +366,10 @@ def mixing(recipe: Recipe, classes: int) -> v2.Transform | None:
 
 @dataclass(frozen=True)
 class Dataset:
-    """channels: of an image. preprocess: on the CPU; whoever trains moves it to the device."""
+    """Training and validation images with their class names and normalisation.
+
+    channels: the number of image channels. preprocess: on the CPU; `Loader` moves it to the device.
+    """
 
     name: str
     classes: tuple[str, ...]
@@ -331,17 +379,21 @@ class Dataset:
     preprocess: Preprocess
 
 
-Batches = Iterable[list[tuple[int, int]]]  # of (index, word)
-Pairs = Generator[tuple[Tensor, Tensor], None, None]  # whoever takes them closes them, which ends the workers
-Decoder = Callable[[Folder, Batches, int, torch.device], Pairs]  # as `decoded`
+Batches = Iterable[list[tuple[int, int]]]  # lists of (index, word)
+Pairs = Generator[tuple[Tensor, Tensor], None, None]  # (images, labels); the consumer must close it to end the workers
+Decoder = Callable[[Folder, Batches, int, torch.device], Pairs]  # a function like `decoded`
 
 
 @dataclass
 class Loader:
-    """Batches on the device: x float32 [n, C, H, W] in channels_last, y int64 [n] or probabilities [n, classes].
+    """Iterate over training and validation batches on the device.
 
-    rank and world: this process's place; validation images are dealt out to all. decode: what turns files into pixels,
-    None for Pillow's `decoded`.
+    A batch is (x, float32 [n, C, H, W] in channels_last format; y, int64 [n], or probabilities [n, classes] with MixUp
+    or CutMix).
+
+    stream: the order of the training images. workers: processes that decode photographs. rank, world: this process's
+    rank and the number of processes, which share the validation images. decode: the function that decodes photographs;
+    None for `decoded`, which uses Pillow.
     """
 
     dataset: Dataset
@@ -361,7 +413,7 @@ class Loader:
         self.train, self.val = (part.to(self.device) if isinstance(part, Resident) else part for part in both)
 
     def training(self, start: int, stop: int) -> Pairs:
-        """This process's micro-batches of iterations [start, stop), in order."""
+        """Yield this process's micro-batches of iterations [start, stop), in order."""
         if isinstance(self.train, Resident):
             yield from (self._resident(self.train, positions) for positions in self._schedule(start, stop))
             return
@@ -374,7 +426,7 @@ class Loader:
                 yield self._mixed(self.preprocess(x, self._colour(positions)), y, positions)
 
     def validation(self) -> Pairs:
-        """This process's share of the validation images, each once."""
+        """Yield this process's share of the validation images, each image once."""
         batch = max(1, min(self.recipe.batch, 256))
         indices = range(self.rank, len(self.val), self.world)
         chunks = [indices[i : i + batch] for i in range(0, len(indices), batch)]
@@ -415,21 +467,27 @@ class Loader:
 
 
 def _serve(worker: int) -> None:
-    """Ctrl-C and SIGTERM reach the whole group; the main process saves first and ends its workers itself. However it
-    ends, they end with it."""
+    """Initialise a worker process: ignore Ctrl-C and SIGTERM, and die when the main process dies.
+
+    The signals are sent to the whole process group, but the main process has to save a checkpoint first; it ends its
+    workers afterwards.
+    """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    if sys.platform == "linux":  # elsewhere torch's loop looks every five seconds whether the main process is there
+    if sys.platform == "linux":  # elsewhere torch's worker loop checks every five seconds if its parent is alive
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if (parent := multiprocessing.parent_process()) is not None and not parent.is_alive():
         os._exit(1)
 
 
 def decoded(folder: Folder, batches: Batches, workers: int, device: torch.device) -> Pairs:
-    """The photographs of each batch of (index, word), on the device; the next is on its way while one is used."""
+    """Yield the images and labels of each batch, on the device: uint8 [N, 3, H, W] in channels_last strides, int64 [N].
+
+    batches: lists of (index, word), as `Folder` takes them. On a GPU, the next batch is copied while one is used.
+    """
     pinned = device.type == "cuda"
-    found = fetched(folder, batches, workers, collate, pinned=pinned)
-    return _ahead(found, device) if pinned else found
+    pairs = fetched(folder, batches, workers, collate, pinned=pinned)
+    return _ahead(pairs, device) if pinned else pairs
 
 
 def fetched(
@@ -440,10 +498,13 @@ def fetched(
     *,
     pinned: bool = False,
 ) -> Generator[Any, None, None]:
-    """What `collate` makes of the items of each batch of keys, in order. Raises a ReadError that it meets; WorkerError
-    where workers lack what they need, and RuntimeError, at any place, where one dies (`hearing_workers`).
+    """Yield `collate([dataset[key] for key in batch])` for each batch of keys, in order, computed by worker processes.
 
-    The workers end when it is closed. Close it: the traceback of an exception may hold on to it, and to them, for long.
+    workers: the number of processes; 0 computes in this one. pinned: return tensors in pinned memory.
+
+    Close the generator to end the workers: after an exception, its traceback could keep them alive for long. Raises a
+    ReadError that `collate` returned, and WorkerError if workers can't be started or lack shared memory. If a worker
+    dies, torch raises a RuntimeError that can come from any line; see `hearing_workers`.
     """
     loader: DataLoader = DataLoader(
         dataset,
@@ -453,17 +514,17 @@ def fetched(
         pin_memory=pinned,
         prefetch_factor=4 if workers else None,
         worker_init_fn=_serve,
-        generator=torch.Generator(),  # the global one is the model's
+        generator=torch.Generator(),  # leaves the global generator to the model
     )
     if workers:
-        gc.collect()  # a pipeline of DALI's must not be left to a worker to free: its threads aren't there to end
+        gc.collect()  # frees old DALI pipelines: a forked worker must not free them, as it lacks their threads
     before = multiprocessing.active_children()
     try:
         coming = iter(loader)
     except OSError as error:
         _kill(set(multiprocessing.active_children()) - set(before))
-        said = f"{workers} processes that read images can't be started ({error.strerror}): fewer --workers take less"
-        raise WorkerError(said) from error
+        message = f"{workers} processes that read images can't be started ({error.strerror}): use fewer --workers"
+        raise WorkerError(message) from error
     with _alive(coming) if workers else nullcontext():
         for batch in coming:
             if isinstance(batch, (ReadError, WorkerError)):
@@ -473,8 +534,11 @@ def fetched(
 
 @dataclass(frozen=True)
 class _Shared:
-    """`collate`, with its tensors in shared memory. A worker's queue puts them there as well, but in a thread whose
-    errors nobody hears of, and the batch would be waited for without end."""
+    """Call `collate` and move the resulting tensors to shared memory; return a WorkerError if there isn't enough.
+
+    The queue of a worker would move them, too, but in a thread whose errors are lost: the main process would wait
+    forever for the batch.
+    """
 
     collate: Callable[[Sequence[Any]], Any]
 
@@ -485,7 +549,7 @@ class _Shared:
         except RuntimeError as error:
             return WorkerError(
                 f"a process that reads images lacks shared memory ({str(error).splitlines()[0]}): enlarge /dev/shm, or "
-                "--workers 0 needs none"
+                "use --workers 0, which needs none"
             )
         return batch
 
@@ -500,9 +564,9 @@ def _share(value: Any) -> None:
 
 @contextmanager
 def _alive(coming: Any) -> Iterator[None]:
-    """The workers of a DataLoader's iterator live inside, and not beyond the end of the process."""
+    """End the workers of a DataLoader's iterator on exit from the context, or when the process exits."""
     end = partial(_end, coming)
-    atexit.register(end)  # to run before multiprocessing's own, which would wait for them without end
+    atexit.register(end)  # runs before multiprocessing's own handler, which would wait forever for the workers
     try:
         yield
     finally:
@@ -511,7 +575,7 @@ def _alive(coming: Any) -> Iterator[None]:
 
 
 def _end(coming: Any) -> None:
-    """torch asks the workers to end; those that can't hear it are killed."""
+    """Shut the workers down as torch does, then kill those that are still alive."""
     try:
         coming._shutdown_workers()
     finally:
@@ -524,7 +588,10 @@ def _kill(workers: Iterable[Any]) -> None:
 
 
 def _ahead(batches: Pairs, device: torch.device) -> Pairs:
-    """Copies batch k + 1 to the device on a stream of its own while batch k is used. Batches are in pinned memory."""
+    """Yield the batches on the device; copy batch k + 1 on a side stream while batch k is used.
+
+    batches: in pinned memory.
+    """
     copies = torch.cuda.Stream(device)
 
     def start() -> tuple[Tensor, Tensor] | None:
@@ -556,17 +623,21 @@ def load(
     workers: int = 0,
     device: torch.device | None = None,
 ) -> Dataset:
-    """The images called `name`, a key of `DATA`, as `recipe` sees them.
+    """Load the data set `name`, a key of `DATA`, with the crops and normalisation of `recipe`.
 
-    holdout: so many of the training images, always the same, are validation instead (the paper's 45k/5k split of
-    CIFAR-10 is 5000). download: whether to fetch CIFAR; None where the user can't ask for it. cache: where the
-    statistics of a folder are kept. device: where they are computed. Collective under torch.distributed. Raises
-    DataError for images that are missing, corrupt or unfit, and for a root or download that they have no use for.
+    root: the folder of the data set. holdout: validate on that many of the training images, always the same ones,
+    instead of the test or validation images (the paper's 45k/5k split of CIFAR-10 is 5000). download: whether to fetch
+    CIFAR to `root`; None if the caller has no such option, so that error messages don't offer it. cache: the folder for
+    mean images of photographs, None for `paths.cache_folder()`. workers, device: processes and device that compute a
+    mean image. Collective under torch.distributed.
+
+    Raises DataError if the images are missing, corrupt or don't fit the recipe, and for a `root` or `download` that the
+    data set has no use for.
     """
     if name not in DATA:
-        raise DataError(f"data {name!r} does not exist; there are {', '.join(DATA)}")
+        raise DataError(f"unknown data {name!r}; accepted are {', '.join(DATA)}")
     if root is not None and name in ("digits", "synthetic"):
-        raise DataError(f"data {name} needs no --root: leave it out")
+        raise DataError(f"data {name} takes no --root: leave it out")
     if download and name not in ("cifar10", "cifar100"):
         raise DataError(f"--download fetches cifar10 and cifar100, not {name}: leave it out")
     if name in ("imagenet", "folder"):
@@ -578,10 +649,10 @@ def load(
     else:
         classes, train, val = _cifar(name, root, download)
     if name != "synthetic" and not isinstance(recipe.crop, PadCrop):
-        raise DataError(f"{name} has small images of one size; this recipe crops photographs")
+        raise DataError(f"{name} has small images of one size, but this recipe crops photographs")
     if train.images.shape[2] != recipe.size:
         sides = f"{train.images.shape[2]}x{train.images.shape[3]}"
-        raise DataError(f"{name} has images of {sides}, this recipe is for {recipe.size}x{recipe.size}")
+        raise DataError(f"{name} has images of {sides}, but this recipe requires {recipe.size}x{recipe.size}")
     if holdout:
         kept, held = _split(len(train), holdout)
         val = Resident(train.images[held], train.labels[held])
@@ -596,23 +667,28 @@ def load(
 
 
 def _split(n: int, holdout: int) -> tuple[Tensor, Tensor]:
+    """Return the sorted indices of the n - holdout images to train on and of those to validate on."""
     if not 0 < holdout < n:
-        raise DataError(f"--holdout {holdout} of {n} training images: any whole number from 1 to {n - 1} is accepted")
+        raise DataError(f"--holdout must be from 1 to {n - 1}, as there are {n} training images: got {holdout}")
     order = torch.from_numpy(_permutation(n, 0, 0))
     return order[holdout:].sort().values, order[:holdout].sort().values
 
 
 def by_channel() -> Preprocess:
-    """ImageNet's channel means and deviations, as torchvision's weights expect."""
+    """Return a `Preprocess` with ImageNet's mean and std per channel, as torchvision's weights expect."""
     mean, std = (torch.tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
     return Preprocess(mean, std, torch.zeros(3, 3))
 
 
 def _digits() -> tuple[tuple[str, ...], Resident, Resident]:
+    """Return scikit-learn's digits, uint8 [N, 1, 8, 8]: class names, training and validation images.
+
+    Every fifth image is a validation image. Raises DataError if scikit-learn isn't installed.
+    """
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise DataError("data digits comes with scikit-learn: pip install scikit-learn") from error
+        raise DataError("data digits is part of scikit-learn: pip install scikit-learn") from error
     digits = load_digits()
     images = torch.from_numpy(np.round(digits.images * (255 / 16)).astype(np.uint8))[:, None]
     labels = torch.from_numpy(digits.target).long()
@@ -621,9 +697,10 @@ def _digits() -> tuple[tuple[str, ...], Resident, Resident]:
 
 
 def _cifar(name: str, root: Path | None, download: bool | None) -> tuple[tuple[str, ...], Resident, Resident]:
+    """Return CIFAR-10 or CIFAR-100, uint8 [N, 3, 32, 32]: class names, training and test images."""
     kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
     if root is None:
-        holds = "holds" if download is None else "holds (or, with --download, gets)"
+        holds = "contains" if download is None else "contains (or, with --download, gets)"
         raise DataError(f"data {name} needs --root, the folder that {holds} {kind.base_folder}")
     parts = []
     for train in (True, False):
@@ -631,7 +708,7 @@ def _cifar(name: str, root: Path | None, download: bool | None) -> tuple[tuple[s
             part = kind(str(root), train=train, download=bool(download))
         except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
             place = root / kind.base_folder
-            fetch = "--download fetches it, or " if download is False else ""
+            fetch = "use --download, or " if download is False else ""
             how = f"{fetch}unpack {kind.url} in {root}"
             raise DataError(f"{place} is missing, incomplete or corrupt ({error}); {how}") from error
         parts.append(Resident(torch.from_numpy(part.data).permute(0, 3, 1, 2), torch.tensor(part.targets)))
@@ -639,6 +716,10 @@ def _cifar(name: str, root: Path | None, download: bool | None) -> tuple[tuple[s
 
 
 def _synthetic(recipe: Recipe) -> tuple[tuple[str, ...], Resident, Resident]:
+    """Return random images: class names, training and validation images.
+
+    The images are smooth, of the recipe's sizes, with random labels of 10 classes (1000 if the size is above 32).
+    """
     classes = tuple(str(i) for i in range(10 if recipe.size <= 32 else 1000))
     generator = torch.Generator().manual_seed(0)
 
@@ -651,29 +732,34 @@ def _synthetic(recipe: Recipe) -> tuple[tuple[str, ...], Resident, Resident]:
 
 
 HOW_TO_GET = {
-    "imagenet": "ImageNet (ILSVRC 2012) comes from image-net.org after registration; unpack its archives to "
+    "imagenet": "ImageNet (ILSVRC 2012) is available from image-net.org after registration; unpack its archives to "
     "train/<wnid>/*.JPEG and val/<wnid>/*.JPEG",
-    "folder": "one folder of images per class is expected: train/<class>/* and val/<class>/*",
+    "folder": "One folder of images per class is expected: train/<class>/* and val/<class>/*",
 }
 
 
 def _photographs(
     name: str, recipe: Recipe, root: Path | None, holdout: int, cache: Path, workers: int, device: torch.device | None
 ) -> Dataset:
+    """Return the data set "imagenet" or "folder"; see `load`."""
     if root is None:
         raise DataError(f"data {name} needs --root. {HOW_TO_GET[name]}")
     if isinstance(recipe.crop, PadCrop):
-        raise DataError(f"data {name} has photographs; this recipe is for small images, {recipe.size}x{recipe.size}")
+        raise DataError(
+            f"data {name} has photographs, but this recipe requires small images, {recipe.size}x{recipe.size}"
+        )
     trained, held = (_image_folder(name, root / part) for part in ("train", "val"))
     if trained.classes != held.classes:
         differing = sorted(set(trained.classes) ^ set(held.classes))[:5]
-        raise DataError(f"{root}: train and val have different classes, among them {', '.join(differing)}")
+        raise DataError(f"{root}: train and val must have the same classes, but only one has {', '.join(differing)}")
     if name == "imagenet" and len(trained.classes) != 1000:
-        raise DataError(f"{root / 'train'} has {len(trained.classes)} classes, ImageNet 1000. {HOW_TO_GET[name]}")
+        raise DataError(
+            f"{root / 'train'} has {len(trained.classes)} classes, but ImageNet has 1000. {HOW_TO_GET[name]}"
+        )
     if name == "imagenet" and not are_imagenet_ids(trained.classes):
         raise DataError(
-            f"{root / 'train'} has 1000 classes ({', '.join(trained.classes[:3])}, ...), but they are not called by "
-            f"ImageNet's ids; data folder takes any. {HOW_TO_GET[name]}"
+            f"{root / 'train'} has 1000 classes ({', '.join(trained.classes[:3])}, ...), but their folders are not "
+            f"named by ImageNet's WordNet ids; data folder accepts any names. {HOW_TO_GET[name]}"
         )
     if holdout:
         kept, apart = _split(len(trained.samples), holdout)
@@ -697,10 +783,10 @@ def _image_folder(name: str, place: Path) -> datasets.ImageFolder:
 
 
 def _moments(files: datasets.ImageFolder, recipe: Recipe, cache: Path, workers: int, device: torch.device) -> Moments:
-    """Of the training images' centre crops, each seen once; read from the cache when it has them.
+    """Return the sums over the centre crops of the training images, from the cache if it has them.
 
-    The key is the names of the files, how they are read and the crop: a file replaced under its old name goes
-    unnoticed. Under torch.distributed each process reads its share of the images.
+    The cache's key consists of the file names, their labels, the version of the reading rules and the crop; so a file
+    replaced under its old name goes unnoticed. Under torch.distributed, each process reads its share of the images.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     place = cache / f"statistics-{_fingerprint(files, recipe)}.npz"
@@ -737,7 +823,7 @@ def _checksum(count: np.ndarray, image: np.ndarray, products: np.ndarray) -> str
 
 
 def keep_moments(place: Path, moments: Moments) -> None:
-    """Writes them with a checksum; a cache that can't be written costs a warning and the next run's time."""
+    """Write the sums to the cache with a checksum; warn if the file can't be written."""
     arrays = (np.array(moments.count), moments.image.numpy(), moments.products.numpy())
     data = io.BytesIO()
     np.savez(data, count=arrays[0], image=arrays[1], products=arrays[2], checksum=_checksum(*arrays))
@@ -745,11 +831,11 @@ def keep_moments(place: Path, moments: Moments) -> None:
         place.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(place, data.getvalue())
     except OSError as error:
-        warnings.warn(f"the mean image can't be kept in {place}: {error}", stacklevel=2)
+        warnings.warn(f"the mean image can't be cached in {place}: {error}", stacklevel=2)
 
 
 def read_moments(place: Path) -> Moments | None:
-    """What `keep_moments` wrote; None if there is nothing, and with a warning if that is damaged."""
+    """Return the sums that `keep_moments` wrote, or None if the file doesn't exist or, with a warning, is damaged."""
     if not place.exists():
         return None
     try:
@@ -758,6 +844,6 @@ def read_moments(place: Path) -> Moments | None:
             if str(kept["checksum"]) != _checksum(*arrays):
                 raise ValueError("its checksum is wrong")
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        warnings.warn(f"{place} is damaged ({error}) and is computed again", stacklevel=2)
+        warnings.warn(f"{place} is damaged ({error}) and will be computed again", stacklevel=2)
         return None
     return Moments(int(arrays[0]), torch.from_numpy(arrays[1]), torch.from_numpy(arrays[2]))

@@ -1,11 +1,12 @@
-"""The training loop: one process, or several under torchrun; resumable at every iteration.
+"""The training loop, for one process or several under torchrun; it can be resumed at every iteration.
 
     micro-batches ─► forward, backward (x accumulate) ─► SGD ─► EMA        every iteration
                      training error ─► log.csv, warm-up rule               every `log_every`
                      validation error ─► curves, plateau rule, checkpoint  every `eval_every`
 
-Whether a loss was finite is known on the GPU at once, where it holds back the update, and to the host one iteration
-later; so no iteration waits for the host, and what a bad one has touched is put back.
+The GPU itself checks whether the loss and the gradient are finite, and skips the update if they aren't. The host reads
+the result one iteration later, so that it never waits for the current iteration. If it finds a bad iteration, it
+restores the buffers and counters that the iteration has changed, saves a checkpoint and raises NonFiniteError.
 """
 
 from __future__ import annotations
@@ -43,34 +44,46 @@ from fastres.train.schedule import LearningRate
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 COMPILE = ("none", "inductor", "fastres")
-FILES = (LOG, CURVES, checkpoint.LAST, checkpoint.BEST, checkpoint.WEIGHTS, TENSORBOARD)  # of a run
+FILES = (
+    LOG,
+    CURVES,
+    checkpoint.LAST,
+    checkpoint.BEST,
+    checkpoint.WEIGHTS,
+    TENSORBOARD,
+)  # what a run may write to `out`
 
 
 def default_dtype(device: torch.device) -> str:
-    """The key of `DTYPES` where none is asked for."""
+    """Return the default key of `DTYPES`: "bf16" on a GPU, "fp32" elsewhere."""
     return "bf16" if device.type == "cuda" else "fp32"
 
 
 class NonFiniteError(RuntimeError):
-    """The loss or its gradient was no number. The message names the iteration and the checkpoint of the one before."""
+    """The loss or gradient was not finite. The message names the iteration and the checkpoint from before it."""
 
 
-FAILURES = (checkpoint.CheckpointError, NonFiniteError, torch.OutOfMemoryError)  # whose message is all there is to say
+FAILURES = (checkpoint.CheckpointError, NonFiniteError, torch.OutOfMemoryError)  # shown without a traceback
 
 
 class Interrupted(Exception):
-    """A signal came during validation, which is given up."""
+    """A signal arrived during a validation, which is abandoned."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """One training: a recipe, the net and images it is used with, and how it runs here.
+    """The settings of one training: a recipe, its net and images, and how to run it on this machine.
 
-    family, depth, shortcut, data: None for the recipe's. holdout: training images that validate instead. micro_batch:
-    images per forward pass, None for the recipe's. workers: that read photographs, None for one per CPU. loader: a key
-    of `LOADERS`. dtype: a key of `DTYPES`, None for bf16 on a GPU and fp32 elsewhere. cuda_graph: a key of `GRAPHS`.
-    eval_every, save_every, in iterations: None for an epoch and for `eval_every`. resume: go on from out/last.pt where
-    there is one.
+    name: the recipe's name, for the metadata. out: the folder to write to. family, depth, data: None for the recipe's.
+    shortcut: None for the family's default. root: the folder of the images. holdout: how many training images to
+    validate on instead of the validation images. download, cache: see `data.load`. device: None for a GPU if there is
+    one. dtype: a key of `DTYPES`; None for bf16 on a GPU and fp32 elsewhere. compile: an entry of `COMPILE`.
+    cuda_graph: a key of `GRAPHS`. deterministic: use only cuDNN algorithms that give the same bits each time.
+    micro_batch: images per forward pass, None for the recipe's. workers: processes that read photographs, None for one
+    per CPU. loader: a key of `LOADERS`. log_every, eval_every, save_every: in iterations; None is one epoch for
+    eval_every and the value of eval_every for save_every. resume: continue from out/last.pt if it exists.
+
+    Raises ValueError for values out of range and for unknown keys.
     """
 
     name: str
@@ -104,26 +117,29 @@ class Run:
             _at_least(name, getattr(self, name), 0)
         for name in ("micro_batch", "log_every", "eval_every", "save_every"):
             _at_least(name, getattr(self, name), 1)
-        if self.seed >= 2**63:  # which NumPy's Philox would round
-            raise ValueError(f"seed {self.seed}: any whole number from 0 to 2**63 - 1 is accepted")
+        if self.seed >= 2**63:  # NumPy's Philox would round it
+            raise ValueError(f"seed must be a whole number from 0 to 2**63 - 1: got {self.seed}")
         choices = {"dtype": [None, *DTYPES], "compile": COMPILE, "loader": LOADERS, "cuda_graph": GRAPHS}
         for name, accepted in choices.items():
             if getattr(self, name) not in accepted:
                 raise ValueError(
-                    f"{name} {getattr(self, name)!r} does not exist; there are {', '.join(map(str, accepted))}"
+                    f"unknown {name} {getattr(self, name)!r}; accepted are {', '.join(map(str, accepted))}"
                 )
 
 
 def _at_least(name: str, value: int | None, least: int) -> None:
     if value is not None and value < least:
-        raise ValueError(f"{name} {value}: any whole number from {least} is accepted")
+        raise ValueError(f"{name} must be a whole number of at least {least}: got {value}")
 
 
 @dataclass(frozen=True)
 class Summary:
-    """How a training ended. Errors in [0, 1]; of the averaged weights where the recipe averages. top5: None for fewer
-    than five classes. seconds: that it took, of all its processes; nan: unknown. then: a command that tests its best
-    weights."""
+    """The result of a training; `str` gives it as text.
+
+    error, top5: validation errors in [0, 1] at the end, of the averaged weights if the recipe averages. top5 is None
+    for fewer than five classes. best: the lowest top-1 validation error. out: the folder of the run. seconds: duration,
+    including the processes before a resumption; nan if unknown. then: a command that tests the best weights.
+    """
 
     iterations: int
     error: float
@@ -134,18 +150,18 @@ class Summary:
     then: str
 
     def __str__(self) -> str:
-        found = ", ".join(name for name in FILES if (self.out / name).exists())
+        files = ", ".join(name for name in FILES if (self.out / name).exists())
         took = "" if math.isnan(self.seconds) else f", {duration(self.seconds)}"
         five = "" if self.top5 is None else f" (top-5 {self.top5:.2%})"
         return (
             f"{self.iterations} iterations, validation error {self.error:.2%}{five}, "
-            f"best {self.best:.2%}{took}; {self.out} holds {found}\nnext: {self.then}"
+            f"best {self.best:.2%}{took}; {self.out} holds {files}\nnext: {self.then}"
         )
 
 
 @dataclass(frozen=True)
 class Errors:
-    """Mean loss, top-1 and top-5 error in [0, 1] over `count` images. top5: None for fewer than five classes."""
+    """Mean loss, and top-1 and top-5 error in [0, 1], over `count` images. top5 is None for fewer than five classes."""
 
     loss: float
     top1: float
@@ -157,7 +173,10 @@ class Errors:
 def errors(
     net: Callable[[Tensor], Tensor], batches: Iterable[tuple[Tensor, Tensor]], device: torch.device, classes: int
 ) -> Errors:
-    """Of a net in eval mode on (images, labels [n]). Sums over all processes where there are several."""
+    """Return the loss and errors of a net over `batches`, summed over all processes under torch.distributed.
+
+    net: in eval mode; maps images to logits [n, classes]. batches: (images, labels [n]) on `device`.
+    """
     sums = torch.zeros(4, dtype=torch.float64, device=device)
     for x, y in batches:
         scores = net(x).float()
@@ -171,7 +190,10 @@ def errors(
 
 
 class Trainer:
-    """A training between two iterations: all that a checkpoint holds, and what moves it on."""
+    """The state of a training between two iterations, and the methods that advance, save and restore it.
+
+    Raises ValueError (DataError is one) if the settings don't fit each other, the images or this machine.
+    """
 
     def __init__(self, run: Run, place: Place, signals: Signals) -> None:
         self.run, self.place, self.signals = run, place, signals
@@ -213,12 +235,13 @@ class Trainer:
         self.latest: Errors | None = None
         self.history: list[dict[str, float]] = []
         self.clock = Clock()
-        self.meter = torch.zeros(3, dtype=torch.float64, device=place.device)  # loss, wrong, images since the last log
-        self.losses = [0.0, 0.0]  # loss and images since the last evaluation, less what the meter holds of them
-        self.held = torch.zeros((), device=place.device)  # 1 from the first loss on that was not finite
+        self.meter = torch.zeros(3, dtype=torch.float64, device=place.device)  # loss, errors, images since last log
+        self.losses = [0.0, 0.0]  # loss and images since the last evaluation, without those still in the meter
+        self.held = torch.zeros((), device=place.device)  # becomes 1 at the first loss that isn't finite, and stays 1
         self.pending: deque[tuple[int, Tensor, torch.cuda.Event | None]] = deque()
-        self.touched = [*self.model.buffers(), self.meter]
+        self.touched = [*self.model.buffers(), self.meter]  # changed by a forward pass, even of a bad iteration
         self.before = [[tensor.clone() for tensor in self.touched] for _ in range(2)]
+        # iterations until the host reads whether the loss was finite
         self.lag = 1 if place.device.type == "cuda" and not self.scaler.is_enabled() else 0
         self.stopping = 0
         self.meta = {
@@ -263,11 +286,12 @@ class Trainer:
 
     @property
     def main(self) -> bool:
-        """Whether this is the process that writes and speaks."""
+        """Whether this is the process that writes files and messages: rank 0."""
         return self.place.rank == 0
 
     @property
     def last(self) -> Path:
+        """The path of the last checkpoint."""
         return self.run.out / checkpoint.LAST
 
     def _autocast(self) -> AbstractContextManager[None]:
@@ -276,7 +300,10 @@ class Trainer:
         return torch.autocast(self.place.device.type, self.dtype)
 
     def _micro(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Forward and backward of one micro-batch: its mean loss and how many it got wrong."""
+        """Run forward and backward of one micro-batch; return its mean loss and the number of wrong predictions.
+
+        x: float32 [n, C, H, W]. y: labels [n], or probabilities [n, classes], of which the likeliest counts as right.
+        """
         with self._autocast():
             scores = self.net(x)
         loss = F.cross_entropy(scores.float(), y, label_smoothing=self.recipe.label_smoothing)
@@ -285,7 +312,10 @@ class Trainer:
         return loss.detach(), (scores.argmax(1) != labels).sum()
 
     def step(self, batches: Iterator[tuple[Tensor, Tensor]]) -> None:
-        """One iteration: `accumulate` micro-batches of each process and one update. Raises NonFiniteError."""
+        """Run one iteration: `accumulate` micro-batches in each process, then one update.
+
+        Raises NonFiniteError if the loss or gradient of this iteration or, on a GPU, of the one before isn't finite.
+        """
         torch._foreach_copy_(self.before[self.iteration % 2], self.touched)
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr(self.iteration)
@@ -306,34 +336,41 @@ class Trainer:
         self._average()
 
     def _update(self, loss: Tensor) -> None:
-        """The optimizer's step, held back on the device if the loss or the gradient is not finite."""
+        """Take the optimizer's step, which the device skips if the loss or the gradient isn't finite.
+
+        It also exchanges, between all processes, whether that was so and whether a signal was received. `_heed` reads
+        the result later.
+        """
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        if not self.scaler.is_enabled():  # overflow there is the scaler's own business
+        if not self.scaler.is_enabled():  # the scaler handles overflow of gradients itself
             loss = loss + torch.nn.utils.get_total_norm(gradients)
-        wishes = torch.stack([1 - loss.isfinite().float(), torch.full_like(loss, self.signals.received)])
+        flags = torch.stack([1 - loss.isfinite().float(), torch.full_like(loss, self.signals.received)])
         if self.place.world > 1:
-            dist.all_reduce(wishes, dist.ReduceOp.MAX)
-        self.held = torch.maximum(self.held, wishes[0])
+            dist.all_reduce(flags, dist.ReduceOp.MAX)
+        self.held = torch.maximum(self.held, flags[0])
         if self.scaler.is_enabled():
             self.scaler.step(self.optimizer)
             self.scaler.update()
         else:
-            self.optimizer.found_inf = self.held  # type: ignore[attr-defined]  # torch's fused optimizers look for it
+            self.optimizer.found_inf = self.held  # type: ignore[attr-defined]  # read by torch's fused optimizers
             self.optimizer.step()
         event = None
-        if wishes.is_cuda:
-            wishes = torch.empty(2, pin_memory=True).copy_(wishes, non_blocking=True)
+        if flags.is_cuda:
+            flags = torch.empty(2, pin_memory=True).copy_(flags, non_blocking=True)
             event = torch.cuda.Event()
             event.record()
-        self.pending.append((self.iteration, wishes, event))
+        self.pending.append((self.iteration, flags, event))
 
     def _heed(self, lag: int) -> None:
-        """Acts on what all but the last `lag` iterations reported."""
+        """Read the reports of all but the last `lag` iterations: set `stopping`, or raise NonFiniteError.
+
+        Before it raises, it restores the state from before the bad iteration and saves it.
+        """
         while len(self.pending) > lag:
-            iteration, wishes, event = self.pending.popleft()
+            iteration, flags, event = self.pending.popleft()
             if event is not None:
                 event.synchronize()
-            bad, self.stopping = (int(wish) for wish in wishes.tolist())
+            bad, self.stopping = (int(flag) for flag in flags.tolist())
             if bad:
                 torch._foreach_copy_(self.touched, self.before[iteration % 2])
                 self.iteration = iteration
@@ -341,11 +378,12 @@ class Trainer:
                 self.save()
                 other = "A lower lr" if self.dtype == torch.float32 else "A lower lr or --dtype fp32"
                 raise NonFiniteError(
-                    f"the loss of iteration {iteration} is not finite (lr {self.lr(iteration):g}); {self.last} holds "
-                    f"the weights before it. {other} may help, which is another run: begin it in another --out"
+                    f"the loss of iteration {iteration} is not finite (lr {self.lr(iteration):g}); {self.last} has the "
+                    f"weights from before it. {other} may help, but that is another run: start it with another --out"
                 )
 
     def _average(self) -> None:
+        """Update the moving average of the weights, if the recipe has one and it is due."""
         rule, done = self.recipe.ema, self.iteration - 1
         if self.ema is None or rule is None or done % rule.every:
             return
@@ -355,12 +393,16 @@ class Trainer:
             self.ema.n_averaged.zero_()
 
     def _gather_meter(self) -> None:
-        """The main process's meter holds the sums of all, the others' nothing."""
+        """Add up the meters of all processes. The sum is valid in the main process; the others must zero theirs."""
         if self.place.world > 1:
             dist.all_reduce(self.meter)
 
     def log(self, seconds: float, images: int) -> dict[str, float]:
-        """The training error since the last call, which the warm-up rule hears of. The row that log.csv gets."""
+        """Record the mean training loss and error since the last call; return the row for log.csv.
+
+        It also passes the error to the warm-up rule. seconds, images: what this process took, and the images of all
+        processes, for the rate in the row. Collective under torch.distributed.
+        """
         self._gather_meter()
         loss, wrong, count = self.meter.tolist()
         self.meter.zero_()
@@ -376,6 +418,7 @@ class Trainer:
         return {"iteration": self.iteration, "epoch": epoch, "lr": lr, "seconds": seconds}
 
     def _validation(self) -> Pairs:
+        """Yield the validation batches. Raises Interrupted after a signal, if this is the only process."""
         with closing(self.loader.validation()) as batches:
             for batch in batches:
                 if self.signals.received and self.place.world == 1:
@@ -383,7 +426,11 @@ class Trainer:
                 yield batch
 
     def evaluate(self) -> Errors:
-        """Validates the averaged weights, or the trained ones; the plateau rule hears of it. Raises Interrupted."""
+        """Validate the averaged weights, or the trained ones if the recipe doesn't average.
+
+        It also records the errors and passes them to the plateau rule. Collective under torch.distributed, where rank
+        0's BatchNorm statistics are sent to all processes first. Raises Interrupted.
+        """
         if self.place.world > 1:
             for buffer in self.model.buffers():
                 dist.broadcast(buffer, 0)
@@ -403,7 +450,7 @@ class Trainer:
         return found
 
     def state(self) -> dict[str, Any]:
-        """All that the training needs to go on. Collective under torch.distributed."""
+        """Return the state for a checkpoint, which `restore` continues from. Collective under torch.distributed."""
         self._gather_meter()
         rng = [checkpoint.rng_state()]
         if self.place.world > 1:
@@ -434,7 +481,7 @@ class Trainer:
         }
 
     def save(self, *, best: bool = False) -> None:
-        """Writes a checkpoint; all processes wait for it. Raises CheckpointError."""
+        """Write a checkpoint; all processes wait until it is written. Raises CheckpointError."""
         state = self.state()
         if self.main:
             checkpoint.save(self.run.out, state, best=best)
@@ -442,13 +489,18 @@ class Trainer:
             dist.barrier()
 
     def restore(self, path: Path) -> None:
-        """Stands where the checkpoint's training stood. Raises ValueError for one of another run."""
+        """Restore the state of a checkpoint.
+
+        Raises CheckpointError if the file can't be read, and ValueError if it belongs to a run with other settings.
+        """
         state = checkpoint.load(path)
         checkpoint.require_equal(path, state["run"], self.identity)
         classes = self.loader.dataset.classes
-        said = difference(state["meta"]["classes"], classes, ("the checkpoint", "the data"))
-        if said is not None:
-            raise ValueError(f"{path} is of another run: {said}. Resume with its images or choose another --out")
+        differing = difference(state["meta"]["classes"], classes, ("the checkpoint", "the data"))
+        if differing is not None:
+            raise ValueError(
+                f"{path} belongs to another run: {differing}. Resume with its images, or choose another --out"
+            )
         self.model.load_state_dict(state["model"])
         if self.ema is not None:
             self.ema.module.load_state_dict(state["ema"])
@@ -460,22 +512,22 @@ class Trainer:
         self.iteration, self.evaluated, self.best = state["iteration"], state["evaluated"], state["best"]
         self.latest = None if state["latest"] is None else Errors(**state["latest"])
         self.history = state["history"]
-        self.clock = Clock(state.get("seconds", math.nan))  # nan: the checkpoint is of a time when it held none
+        self.clock = Clock(state.get("seconds", math.nan))  # nan: an old checkpoint without this entry
         self.meter.copy_(state["meter"] if self.main else torch.zeros(3))
         self.losses = state.get("losses", self.losses)
         if self.iteration == self.evaluated:
-            self._mean_loss()  # from here on
+            self._mean_loss()  # starts the mean again, after the evaluation
         if len(state["rng"]) == self.place.world:
             checkpoint.set_rng_state(state["rng"][self.place.rank])
 
     def report(self) -> Report:
-        """Of this training, from here on."""
+        """Return the report of this training from the current iteration on."""
         title = f"{self.family}-{self.depth} on {self.meta['data']}"
         span = (self.recipe.batch, self.iteration, self.total, self.total / self.steps_per_epoch)
         return Report(self.run.out, title, *span, self.history, self.clock, tensorboard=self.run.tensorboard)
 
     def introduction(self) -> str:
-        """What is to be trained, on what and where, in two lines."""
+        """Return two lines that describe the net, the data, the length and the device of this training."""
         dataset, recipe, place = self.loader.dataset, self.recipe, self.place
         net = "-".join(str(part) for part in (self.family, self.depth, self.run.shortcut) if part is not None)
         parameters = sum(p.numel() for p in self.model.parameters())
@@ -490,7 +542,10 @@ class Trainer:
         )
 
     def fit(self, report: Report | None = None) -> Summary:
-        """Trains to the end. Raises NonFiniteError, CheckpointError, ReadError; SystemExit after a signal."""
+        """Train to the end and return a summary.
+
+        Raises NonFiniteError, CheckpointError or ReadError if the training fails, and SystemExit after a signal.
+        """
         with closing(self.loader.training(self.iteration, self.total)) as batches:
             self._train(batches, report)
         assert self.latest is not None
@@ -520,18 +575,22 @@ class Trainer:
                 self._leave(self.stopping)
 
     def _then(self) -> str:
-        """The command that tests the best weights on the validation images, or the test images with a holdout."""
+        """Return a command that tests the best weights on the data set's validation or test images.
+
+        With a holdout, those are not the images that the training validated on.
+        """
         words = ["python", "-m", "fastres", "eval", "--checkpoint", str(self.run.out / checkpoint.BEST)]
         if self.run.root is not None:
             words += ["--data" if isinstance(self.loader.train, Folder) else "--root", str(self.run.root)]
         return shlex.join(words)
 
     def _log_every(self) -> int:
+        """Return the iterations between two rows of the log; during the warm-up, the window of its rule."""
         warmup = self.recipe.warmup
         return warmup.window if warmup is not None and self.lr.warming else self.run.log_every
 
     def _visit(self, report: Report | None) -> None:
-        """What is due between two iterations: validation with a checkpoint, or a checkpoint."""
+        """Between two iterations, run a validation and save a checkpoint, or only save one, if that is due."""
         if not self.iteration:
             return
         if self.iteration != self.evaluated and (self.iteration % self.eval_every == 0 or self.iteration == self.total):
@@ -555,65 +614,77 @@ class Trainer:
                 self.save()
 
     def _mean_loss(self) -> float | None:
-        """Of the training images since it was last asked for; None without any. The meter is the main process's."""
-        met, _, count = self.meter.tolist()
+        """Return the mean loss of the training images since the last call, or None if there were none.
+
+        Its result is valid in the main process, after `_gather_meter`.
+        """
+        loss, _, count = self.meter.tolist()
         before, images = self.losses
-        self.losses = [-met, -count]
-        return (before + met) / (images + count) if images + count else None
+        self.losses = [-loss, -count]
+        return (before + loss) / (images + count) if images + count else None
 
     def _leave(self, number: int) -> None:
+        """Save a checkpoint and raise SystemExit with 128 + the signal's number."""
         self._heed(0)
         self.save()
         if self.main:
             how = "the same command" if self.run.resume else "--resume"
-            said = f"stopped at iteration {self.iteration}, saved {self.last}; {how} goes on from it"
-            tqdm.write(said, file=sys.stderr)  # above a progress bar, if there is one
+            message = f"stopped at iteration {self.iteration}, saved {self.last}; {how} continues from it"
+            tqdm.write(message, file=sys.stderr)  # above the progress bar, if there is one
         raise SystemExit(128 + number)
 
 
 def micro_batches(recipe: Recipe, asked: int | None, world: int) -> tuple[int, int]:
-    """Images per forward pass, and passes per iteration and process. ValueError where that doesn't divide the batch."""
+    """Return (images per forward pass, forward passes per iteration and process).
+
+    asked: images per forward pass, None for the recipe's. world: the number of processes. Raises ValueError unless the
+    batch is a multiple of `world` micro-batches.
+    """
     micro = recipe.micro_batch(world) if asked is None else asked
     if micro < 1 or recipe.batch % (micro * world):
         raise ValueError(
-            f"batch {recipe.batch} can't be dealt out as micro-batches of {max(micro, 1)} to {world} process(es): "
-            "their product must divide it"
+            f"the batch must be a multiple of micro-batch times processes: got batch {recipe.batch}, "
+            f"micro-batch {max(micro, 1)}, {world} process(es)"
         )
     return micro, recipe.batch // (micro * world)
 
 
 def graph_choice(run: Run, place: Place) -> tuple[bool, str]:
-    """Whether forward and backward run as a CUDA graph, and why. ValueError where `run` asks for one on a CPU."""
+    """Return whether forward and backward run as a CUDA graph, and the reason.
+
+    Raises ValueError if `run` asks for a graph on a CPU.
+    """
     if run.cuda_graph == "off":
         return False, "--cuda-graph off"
     if place.device.type != "cuda":
         if run.cuda_graph == "on":
             raise ValueError(
-                f"--cuda-graph on needs a GPU, this training is on {place.device}: leave it at auto or off"
+                f"--cuda-graph on requires a GPU, but this training runs on {place.device}: use auto or off"
             )
-        return False, f"there is none on {place.device}"
+        return False, f"{place.device} has no CUDA graphs"
     if run.cuda_graph == "on":
-        return True, "--cuda-graph on" + "; gradients are averaged behind it" * (place.world > 1)
+        return True, "--cuda-graph on" + "; gradients are averaged after it" * (place.world > 1)
     if place.world > 1:
-        return False, "DistributedDataParallel exchanges gradients during the backward pass, a graph only after it"
+        return False, "DistributedDataParallel exchanges gradients during the backward pass, which a graph can't"
     if run.compile != "none":
-        return False, f"--compile {run.compile} launches kernels its own way"
+        return False, f"--compile {run.compile} launches the kernels itself"
     return True, "one process on a GPU"
 
 
 def checked_compile(backend: str) -> None:
-    """ValueError unless torch.compile knows `backend`."""
+    """Raise ValueError unless `backend` is "none" or a backend of torch.compile that is available here."""
     if backend == "none":
         return
     known = torch._dynamo.list_backends()
     if backend not in known:
-        raise ValueError(f"torch.compile has no backend {backend!r} here; it has {', '.join(known)}")
+        raise ValueError(f"torch.compile has no backend {backend!r} here; available are {', '.join(known)}")
 
 
 def sgd(model: nn.Module, recipe: Recipe) -> torch.optim.SGD:
-    """Fused SGD. BN's parameters decay by the recipe's `norm_decay` where that is set, all others by `weight_decay`.
+    """Return fused SGD for `model`.
 
-    Momentum starts from zeros that are there: then a first update held back leaves nothing undefined.
+    BatchNorm's parameters use the recipe's `norm_decay` if it is set, all others its `weight_decay`. The momentum
+    buffers are created here as zeros: if the device skips the first update, fused SGD would leave them uninitialised.
     """
     norms = {p for m in model.modules() if isinstance(m, nn.BatchNorm2d) for p in m.parameters()}
     apart = norms if recipe.norm_decay is not None else set()
@@ -627,55 +698,59 @@ def sgd(model: nn.Module, recipe: Recipe) -> torch.optim.SGD:
 
 
 def _plain(data: dict[str, Any]) -> dict[str, Any]:
-    """Tuples as lists, so that it equals itself read from JSON."""
+    """Return `data` with tuples as lists, at any depth of dicts, so that it equals its copy read from JSON."""
     return {
         name: _plain(v) if isinstance(v, dict) else list(v) if isinstance(v, tuple) else v for name, v in data.items()
     }
 
 
 def train(run: Run) -> Summary:
-    """Trains as `run` says and leaves checkpoints, log.csv and curves.png in run.out.
+    """Run a training; write checkpoints, log.csv and curves.png to run.out.
 
-    Raises ValueError (DataError among them) for what can't be served before training starts; CheckpointError,
-    NonFiniteError, torch.OutOfMemoryError and the OSErrors ReadError and WorkerError for what fails then; SystemExit
-    with 143 after SIGTERM and 130 after Ctrl-C, once a checkpoint is written. However it ends, no worker is left.
+    Before the training starts, it raises ValueError (DataError is one) for settings that can't be used. If the training
+    fails, it raises CheckpointError, NonFiniteError, torch.OutOfMemoryError, or the OSErrors ReadError, WorkerError and
+    PeerError. After SIGTERM it writes a checkpoint and raises SystemExit with status 143, after Ctrl-C with 130. No
+    worker process outlives the call.
     """
     try:
         with hearing_workers(), Signals() as signals, place(run.device) as here:
-            return _train(run, here, signals)  # a function of its own: what holds the process group dies before that
+            return _train(run, here, signals)  # a function, so that DDP is freed before the process group
     except ReadError as error:
         raise ReadError(f"{error}; {_going_on(run, ' with the same number of training images')}") from error
     except WorkerError as error:
         raise WorkerError(f"{error}; {_going_on(run)}") from error
     except torch.OutOfMemoryError as error:
         raise torch.OutOfMemoryError(
-            f"{error}; {_going_on(run)}; a smaller --micro-batch takes less memory, which is another run: begin it in "
-            "another --out"
+            f"{error}; {_going_on(run)}; a smaller --micro-batch uses less memory, but that is another run: start it "
+            "with another --out"
         ) from error
 
 
 def _going_on(run: Run, condition: str = "") -> str:
+    """Return how to resume the run after a failure, for the end of an error message."""
     last = run.out / checkpoint.LAST
     if not last.exists():
         return f"there is no checkpoint in {run.out} yet"
-    return f"{'the same command' if run.resume else '--resume'} goes on from {last}{condition}"
+    return f"{'the same command' if run.resume else '--resume'} continues from {last}{condition}"
 
 
 def _train(run: Run, here: Place, signals: Signals) -> Summary:
     last = run.out / checkpoint.LAST
     resuming = last.exists()
     if resuming and not run.resume:
-        raise ValueError(f"{last} is there already: --resume goes on from it, another --out starts from the beginning")
+        raise ValueError(
+            f"{last} exists already: use --resume to continue from it, or another --out to start a new run"
+        )
     if run.tensorboard:
         require_tensorboard()
     trainer = Trainer(run, here, signals)
     if resuming:
         trainer.restore(last)
     if trainer.main:
-        checkpoint.prepare(run.out)  # only now: a run that is refused leaves no folder
+        checkpoint.prepare(run.out)  # only now, so that a rejected run leaves no folder
     if trainer.main and run.resume:
-        begun = f"{last}: goes on from iteration {trainer.iteration} of {trainer.total}"
-        print(begun if resuming else f"no checkpoint in {run.out}: starts from the beginning", file=sys.stderr)
+        begun = f"{last}: resuming at iteration {trainer.iteration} of {trainer.total}"
+        print(begun if resuming else f"no checkpoint in {run.out}: starting from the beginning", file=sys.stderr)
     if trainer.main:
         print(trainer.introduction(), file=sys.stderr)
     if trainer.main and isinstance(trainer.loader.train, Folder):
@@ -693,4 +768,4 @@ def _train(run: Run, here: Place, signals: Signals) -> Summary:
     finally:
         if report is not None:
             report.close()
-        del trainer.micro  # it holds the trainer, which so goes at once, and its GPU memory with it
+        del trainer.micro  # breaks the reference cycle, so that the trainer's GPU memory is freed immediately

@@ -1,4 +1,4 @@
-"""Training curves like the paper's Fig. 4 and Fig. 6: training error thin, validation error bold."""
+"""Draw training curves like the paper's Fig. 4 and Fig. 6: training error thin, validation error bold."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from fastres.train.checkpoint import write_atomically
 
 
 def curves(path: Path, runs: Mapping[str, Sequence[Mapping[str, float]]]) -> bool:
-    """Draws each run's history (rows with "iteration" and "train_error" or "val_error") into a PNG.
+    """Draw the histories of some runs into a PNG file; return False and do nothing if matplotlib isn't installed.
 
-    Returns False, having done nothing, where matplotlib is not installed.
+    runs: label -> history, whose rows have "iteration" and "train_error" or "val_error" (in [0, 1]). Raises OSError if
+    the file can't be written.
     """
     try:
         import matplotlib.figure  # noqa: F401

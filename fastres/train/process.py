@@ -1,4 +1,4 @@
-"""This process among those of a training, and the signals that end one."""
+"""Process group, gradient averaging, timing and signal handling of a training."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Place:
-    """This process among those of the training."""
+    """Rank, world size (number of processes) and device of this process."""
 
     rank: int
     world: int
@@ -28,28 +28,34 @@ class Place:
 
 
 class PeerError(ConnectionError):
-    """Another process of the group has ended, or can't be reached."""
+    """Another process of the group has ended or can't be reached."""
 
 
 def device_named(name: str | None) -> torch.device:
-    """None: a GPU where there is one, else the CPU. Raises ValueError for what is no device's name."""
+    """Return the device called `name`; for None, a GPU if there is one, else the CPU.
+
+    Raises ValueError if torch doesn't know the name.
+    """
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         return torch.device(name)
     except RuntimeError as error:
-        raise ValueError(f"device {name!r} does not exist: cpu, cuda and cuda:<number> are accepted") from error
+        raise ValueError(f"unknown device {name!r}; accepted are cpu, cuda and cuda:<number>") from error
 
 
 @contextmanager
 def place(device: str | None) -> Iterator[Place]:
-    """One process, or torchrun's, whose process group is up inside: NCCL on GPUs, gloo elsewhere.
+    """Yield the `Place` of this process; under torchrun, with the process group initialised inside the context.
 
-    Raises ValueError for a device that isn't there, PeerError when gloo loses another process.
+    The backend is NCCL on GPUs and gloo on CPUs. Under torchrun each process uses the GPU of its local rank, even if
+    `device` names another.
+
+    Raises ValueError if this machine doesn't have the device, and PeerError if gloo loses another process.
     """
     chosen = device_named(device)
     if chosen.type not in ("cpu", "cuda") or (chosen.type == "cuda" and not torch.cuda.is_available()):
         raise ValueError(
-            f"device {device} is not there: this machine trains on {'cuda or ' * torch.cuda.is_available()}cpu"
+            f"device {device} can't be used: this machine trains on {'cuda or ' * torch.cuda.is_available()}cpu"
         )
     world = int(os.environ.get("WORLD_SIZE", 1))
     if chosen.type == "cuda" and (chosen.index is None or world > 1):
@@ -68,8 +74,8 @@ def place(device: str | None) -> Iterator[Place]:
     except BaseException as error:
         traceback.clear_frames(error.__traceback__)
         if isinstance(error, RuntimeError) and "gloo/transport" in str(error):
-            said = str(error).partition("] ")[2]
-            raise PeerError(f"another process has ended, whose last words say why ({said})") from error
+            cause = str(error).partition("] ")[2]
+            raise PeerError(f"another process has ended; its own output says why ({cause})") from error
         raise
     finally:
         gc.collect()  # a DistributedDataParallel that outlives its process group can hang when it is freed
@@ -78,10 +84,15 @@ def place(device: str | None) -> Iterator[Place]:
 
 @torch.no_grad()
 def average(parameters: Iterable[Tensor]) -> None:
-    """Each parameter's gradient becomes its mean over all processes, as DistributedDataParallel makes it.
+    """Replace each parameter's gradient by its mean over all processes, in place, as DistributedDataParallel does.
 
-    All processes call it with the same parameters in the same order. Raises RuntimeError, before anything is sent,
-    where a parameter that wants a gradient has none: another process may have one.
+    All processes must call it with the same parameters in the same order. Parameters without `requires_grad` are
+    skipped. Raises RuntimeError, before any communication, if another parameter has no gradient.
+
+    Equivalent to:
+
+        for p in parameters:
+            dist.all_reduce(p.grad.div_(dist.get_world_size()))
     """
     wanting = [p for p in parameters if p.requires_grad]
     gradients = [p.grad for p in wanting if p.grad is not None]
@@ -94,33 +105,35 @@ def average(parameters: Iterable[Tensor]) -> None:
 
 
 def usable_cpus() -> int:
-    """CPUs for each of the processes on this machine."""
+    """Return the number of CPUs this process may use, divided by torchrun's processes on this machine; at least 1."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, count // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 class Clock:
-    """Seconds of a training: all of them, of the processes before a resumption as well, and those spent training."""
+    """Measures a training in seconds: the total over all its processes, and the time this process spent training."""
 
     def __init__(self, before: float = 0.0) -> None:
-        """before: what earlier processes took."""
+        """Create a stopped clock. before: seconds that earlier processes of a resumed training took; may be nan."""
         self.before = before
         self._began: float | None = None
         self._paused = 0.0
-        self._pause: float | None = None  # when the present one began
+        self._pause: float | None = None  # start of the current pause
 
     def start(self) -> None:
         self._began = time.perf_counter()
 
     def total(self) -> float:
+        """Return the seconds of all processes of this training, pauses included; nan if those before are unknown."""
         return self.before + self._running()
 
     def training(self) -> float:
-        """Of this process, without what runs inside `pause`."""
+        """Return the seconds of this process, without those inside `pause`."""
         return (self._running() if self._pause is None else self._pause) - self._paused
 
     @contextmanager
     def pause(self) -> Iterator[None]:
+        """Exclude the time inside the context from `training`."""
         began = self._pause = self._running()
         try:
             yield
@@ -133,10 +146,11 @@ class Clock:
 
 
 class Signals:
-    """SIGTERM and Ctrl-C as a wish that the loop grants after its iteration.
+    """Records SIGTERM and Ctrl-C in `received`, so that the training loop can save a checkpoint before it stops.
 
-    A second Ctrl-C ends the process at once; a second SIGTERM does not: torchrun sends one to processes still saving.
-    One that comes when no iteration is left is delivered again in the end, so that `experiment` stops there as well.
+    A second Ctrl-C ends the process immediately. A second SIGTERM doesn't, because torchrun sends one to processes that
+    are still saving. If a signal was received and the context ends without an exception, for instance because the last
+    iteration was already done, the signal is raised again on exit, so that `experiment` stops, too.
     """
 
     def __init__(self) -> None:
@@ -148,15 +162,17 @@ class Signals:
         if number == signal.SIGINT:
             signal.signal(number, self._before[number])
             if os.environ.get("RANK", "0") == "0":
-                with suppress(OSError):  # not print: a handler may run in the midst of one
-                    os.write(2, b"\nCtrl-C: saves a checkpoint after this iteration; once more ends at once\n")
+                with suppress(OSError):  # not print, which isn't reentrant: the handler may interrupt one
+                    os.write(
+                        2, b"\nCtrl-C: saving a checkpoint after this iteration; press again to stop immediately\n"
+                    )
 
     def _restore(self) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
     def __enter__(self) -> Signals:
-        if threading.current_thread() is threading.main_thread():  # the only one that may set handlers
+        if threading.current_thread() is threading.main_thread():  # no other thread may set handlers
             self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
         return self
 

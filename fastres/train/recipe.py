@@ -1,6 +1,7 @@
-"""The recipes: each a row of data, with its source. Nothing here computes more than arithmetic on that data.
+"""Training recipes and experiment settings as plain data, each recipe with its source.
 
-Batch, learning rate and iterations are global: neither the number of processes nor gradient accumulation changes them.
+Batch size, learning rate and iterations are global: they don't depend on the number of processes or on gradient
+accumulation.
 """
 
 from __future__ import annotations
@@ -12,30 +13,30 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 DATA = {
-    "digits": "scikit-learn's 1797 handwritten digits of 8x8, shipped with it; every fifth is held out",
-    "cifar10": "CIFAR-10, 32x32, as torchvision keeps it under --root",
-    "cifar100": "CIFAR-100, likewise",
-    "imagenet": "ImageNet, --root with train/<wnid>/*.JPEG and val/<wnid>/*.JPEG",
-    "folder": "any photographs, --root with train/<class>/* and val/<class>/*",
+    "digits": "the 1797 handwritten digits, 8x8, that come with scikit-learn; every fifth is held out",
+    "cifar10": "CIFAR-10, 32x32, stored by torchvision under --root",
+    "cifar100": "CIFAR-100, 32x32, stored by torchvision under --root",
+    "imagenet": "ImageNet; --root must contain train/<wnid>/*.JPEG and val/<wnid>/*.JPEG",
+    "folder": "any photographs; --root must contain train/<class>/* and val/<class>/*",
     "synthetic": "smooth random images of the recipe's size, to measure speed",
 }
 
 LOADERS = {
-    "auto": "dali on a GPU where it is installed and has the recipe's augmentation, else torch",
+    "auto": "dali on a GPU if it is installed and supports the recipe's augmentation, else torch",
     "torch": "Pillow in workers",
     "dali": "NVIDIA DALI",
 }
 
 GRAPHS = {
-    "auto": "on for one process on a GPU without --compile",
-    "on": "a GPU launches forward and backward whole, several processes average gradients after it",
-    "off": "the host launches every kernel",
+    "auto": "on for a single process on a GPU without --compile, else off",
+    "on": "run forward and backward as one CUDA graph; several processes average gradients after it",
+    "off": "launch every kernel from the host",
 }
 
 
 @dataclass(frozen=True)
 class ScaleCrop:
-    """The shorter side becomes a whole number drawn uniformly from [low, high]; then a square crop anywhere."""
+    """Resize the shorter side to a whole number drawn uniformly from [low, high], then crop a square anywhere."""
 
     low: int
     high: int
@@ -43,19 +44,19 @@ class ScaleCrop:
 
 @dataclass(frozen=True)
 class AreaCrop:
-    """torchvision's RandomResizedCrop: 8 to 100 % of the area, aspect 3/4 to 4/3, resized to the square."""
+    """torchvision's RandomResizedCrop: 8 to 100 % of the area, aspect ratio 3/4 to 4/3, resized to a square."""
 
 
 @dataclass(frozen=True)
 class PadCrop:
-    """`pad` zeros on each side, after normalisation, then a crop of the image's own size anywhere."""
+    """Pad each side with `pad` zeros after normalisation, then crop the image's original size anywhere."""
 
     pad: int
 
 
 @dataclass(frozen=True)
 class Steps:
-    """lr times `factor` at each of `milestones`, in iterations."""
+    """Multiply the learning rate by `factor` at each of `milestones` (iterations)."""
 
     milestones: tuple[int, ...]
     factor: float = 0.1
@@ -63,9 +64,10 @@ class Steps:
 
 @dataclass(frozen=True)
 class Plateau:
-    """lr times `factor` once the validation error has not fallen by `threshold` for `patience` evaluations.
+    """Multiply the learning rate by `factor` when the validation error plateaus.
 
-    The paper says "when the error plateaus" and no more; patience and threshold are ours.
+    It plateaus when `patience` evaluations in a row don't improve on the best error, in [0, 1], by more than
+    `threshold`. The paper says only "when the error plateaus"; patience and threshold are our choice.
     """
 
     factor: float = 0.1
@@ -75,7 +77,10 @@ class Plateau:
 
 @dataclass(frozen=True)
 class Cosine:
-    """By epoch: a linear rise from `start` times lr over `rise` epochs, then half a cosine down to 0 at the end."""
+    """Change the learning rate per epoch: linear warm-up, then half a cosine that would reach 0 after the last epoch.
+
+    The warm-up rises from `start` times the recipe's learning rate to that rate over `rise` epochs.
+    """
 
     rise: int = 0
     start: float = 0.01
@@ -83,9 +88,10 @@ class Cosine:
 
 @dataclass(frozen=True)
 class Warmup:
-    """Nets of at least `from_depth` layers begin with `lr`, until the training error is below `error`.
+    """Start nets of at least `from_depth` layers with the learning rate `lr` until the training error is below `error`.
 
-    The error is the mean over `window` iterations (ours: the paper only says that it took about 400 iterations).
+    The error is in [0, 1], the mean over `window` iterations. The window is our choice: the paper only says that the
+    warm-up took about 400 iterations (section 4.2).
     """
 
     lr: float
@@ -96,7 +102,11 @@ class Warmup:
 
 @dataclass(frozen=True)
 class Ema:
-    """Every `every` iterations the averaged weights move to the trained ones by 1 - decay; copies for `warm` epochs."""
+    """Exponential moving average of the weights, updated every `every` iterations.
+
+    An update computes averaged = decay * averaged + (1 - decay) * trained. During the first `warm` epochs it copies the
+    trained weights instead.
+    """
 
     decay: float
     every: int
@@ -105,14 +115,19 @@ class Ema:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to train: on what, which net by default, seen how, driven how, for how long.
+    """How to train a net: data set, default net, augmentation, optimizer, schedule and length.
 
-    size: side of the training images; resize: shorter side before the centre crop of `val_size` in validation.
-    normalise: "pixel" subtracts the training set's mean image, "channel" ImageNet's channel means and divides by their
-    deviations; pixels are in [0, 1] (the scale itself cancels in the BN behind conv1). colour: deviation of the PCA
-    colour shift, 0 for none. bn_batch: images that BN normalises together, so those of one forward pass; None for all
-    that a process has. norm_decay: weight decay of BN's parameters, None for that of all the others. epochs or
-    iterations: the one that the source states.
+    source: where the settings come from. data: a key of `DATA`. family, depth: the default net. size: side of the
+    training images. resize, val_size: for validation, the shorter side before cropping and the side of the centre crop.
+    normalise: "pixel" subtracts the mean image of the training set; "channel" subtracts ImageNet's channel means and
+    divides by the channel deviations. Pixels are in [0, 1]; the BatchNorm after conv1 cancels that scale. colour:
+    standard deviation of the coefficients of the PCA colour shift, 0 for none. bn_batch: images that BatchNorm
+    normalises together, which is the batch of one forward pass; None for all images of a process. norm_decay: weight
+    decay of BatchNorm's parameters, None for `weight_decay`. repeats: how often in a row an image is shown, see
+    `data.Stream`. Exactly one of epochs and iterations is set, as in the source.
+
+    Raises ValueError for a count below 1, a learning rate that isn't positive and finite, and for both or neither of
+    epochs and iterations.
     """
 
     source: str
@@ -148,18 +163,18 @@ class Recipe:
         for name in ("batch", "bn_batch", "iterations", "epochs", "repeats"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ValueError(f"{name} {value}: any whole number from 1 is accepted")
+                raise ValueError(f"{name} must be a whole number of at least 1: got {value}")
         if not (math.isfinite(self.lr) and self.lr > 0):
-            raise ValueError(f"lr {self.lr}: any number above 0 is accepted")
+            raise ValueError(f"lr must be a finite number above 0: got {self.lr}")
         if (self.iterations is None) == (self.epochs is None):
-            raise ValueError("a recipe lasts either a number of iterations or a number of epochs")
+            raise ValueError("a recipe must set either iterations or epochs, and not both")
 
     def total(self, steps_per_epoch: int) -> int:
-        """Iterations of the whole training."""
+        """Return the number of iterations of the whole training."""
         return self.iterations if self.iterations is not None else (self.epochs or 0) * steps_per_epoch
 
     def micro_batch(self, world: int) -> int:
-        """Images per forward pass of each of `world` processes, unless the user says otherwise."""
+        """Return the default number of images per forward pass of each of `world` processes."""
         share = self.batch // world
         return share if self.bn_batch is None else min(self.bn_batch, share)
 
@@ -225,7 +240,7 @@ RECIPES = {
         epochs=600,
     ),
     "digits": Recipe(
-        source="ours: a small default that runs anywhere; 8x8 digits, no flips, shifts by one pixel",
+        source="ours: a small default that runs anywhere; 8x8 digits, shifted by up to one pixel, no flips",
         data="digits",
         family="cifar",
         depth=20,
@@ -243,7 +258,7 @@ RECIPES = {
 }
 RECIPES["digits-depths"] = replace(
     RECIPES["digits"],
-    source="ours: digits by section 4.2 in small, one lr at which residual nets of 20 to 110 layers start",
+    source="ours: section 4.2 scaled down to digits; at this lr residual nets of 20 to 110 layers start to learn",
     lr=0.01,
     schedule=Steps((1_000, 1_500)),
     weight_decay=1e-4,
@@ -253,7 +268,7 @@ RECIPES["digits-depths"] = replace(
 
 
 def lasting(recipe: Recipe, iterations: int) -> Recipe:
-    """The recipe over so many iterations, with the milestones of `Steps` in proportion."""
+    """Return the recipe with another number of iterations, and the milestones of `Steps` scaled in proportion."""
     schedule = recipe.schedule
     if isinstance(schedule, Steps) and recipe.iterations is not None:
         milestones = tuple(milestone * iterations // recipe.iterations for milestone in schedule.milestones)
@@ -263,9 +278,10 @@ def lasting(recipe: Recipe, iterations: int) -> Recipe:
 
 @dataclass(frozen=True)
 class Study:
-    """What an experiment trains: nets of `depths`, each from the seeds 0 to `seeds` - 1.
+    """The trainings of an experiment: nets of each of `depths`, with the seeds 0 to `seeds` - 1.
 
-    iterations: None for the recipe's. points: how often in a training both errors are taken.
+    iterations: the length of each training, None for the recipe's. points: how many times per training the training and
+    validation errors are recorded.
     """
 
     depths: tuple[int, ...]
@@ -283,7 +299,7 @@ STUDY_RECIPES = {
     "synthetic": "cifar-2015",
 }
 
-# By experiment and the family whose nets it trains.
+# Keys: (experiment, family of its residual nets).
 STUDIES = {
     ("degradation", "cifar"): Study((20, 32, 44, 56, 110), seeds=3),
     ("degradation", "paper"): Study((18, 34), seeds=1),
@@ -292,11 +308,11 @@ STUDIES = {
     ("responses", "paper"): Study((18, 34), seeds=1),
 }
 
-# On digits.
+# Studies for `experiment --quick`, on digits.
 QUICK = {
     "degradation": Study((20, 32, 44, 56), seeds=3, iterations=400, points=10),
     "shortcuts": Study((18,), seeds=3, iterations=100, points=10),
     "responses": Study((20, 56), seeds=1, iterations=400, points=10),
 }
 
-RISE = 0.01  # a deeper net trains worse once its mean training error is this much above the shallowest net's
+RISE = 0.01  # a deeper net trains worse if its mean training error exceeds the shallowest net's by more than this

@@ -1,7 +1,7 @@
-"""What a training shows and writes about itself.
+"""Report the progress of a training: lines and a progress bar on stderr, log.csv, curves.png and TensorBoard.
 
-Images per second are those trained on by the time spent training, without evaluations and checkpoints: in log.csv since
-the row before, in the progress bar and the line of an evaluation since the evaluation before.
+Images per second count training only: the time for evaluations and checkpoints is excluded. A row of log.csv covers the
+iterations since the row before. The progress bar and the line of an evaluation cover those since the evaluation before.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ COLUMNS = (
     "seconds",
 )
 LOG, CURVES, TENSORBOARD = "log.csv", "curves.png", "tensorboard"
-DRAW_EVERY = 30.0  # seconds between two drawings of the curves, each of which takes a fraction of one
+DRAW_EVERY = 30.0  # least seconds between two drawings of the curves; one takes a fraction of a second
 
 
 class _Bar(tqdm):
-    """tqdm's, whose format may name {pace}, text that is asked for whenever the bar is drawn."""
+    """A tqdm bar whose format may contain {pace}, a text computed each time the bar is drawn."""
 
     def __init__(self, pace: Callable[[], str], **options: Any) -> None:
         self.pace = pace
@@ -51,11 +51,11 @@ class _Bar(tqdm):
 
 
 class Report:
-    """What the main process shows and writes while it trains: on stderr a line per evaluation and, on a terminal, a
-    progress bar; log.csv, curves.png, TensorBoard.
+    """Shows and writes the progress of a training, in the main process.
 
-    The curves are drawn with an evaluation if `DRAW_EVERY` has passed since the last time, and in the end, however the
-    training ends.
+    It writes a line per evaluation and, on a terminal, a progress bar to stderr; and log.csv, curves.png and
+    TensorBoard files to `out`. The curves are drawn at an evaluation if `DRAW_EVERY` seconds have passed since the last
+    drawing, and in `close`.
     """
 
     def __init__(
@@ -71,14 +71,18 @@ class Report:
         *,
         tensorboard: bool,
     ) -> None:
-        """start, total: iterations. epochs: that all of them are. history: the training's own list; log.csv begins with
-        what is in it already."""
+        """Open the report and write log.csv with the rows that `history` already has.
+
+        title: the label of the curves. batch: images per iteration. start, total: the current and the last iteration.
+        epochs: the length of the training. history: the training's own list of rows, to which it keeps adding. clock:
+        the training's clock.
+        """
         self.out, self.title, self.batch, self.history = out, title, batch, history
         self.iteration, self.total, self.epochs, self.clock = start, total, epochs, clock
-        self.first: tuple[int, float] | None = None  # this process's first iteration, slow to start, and when it ended
+        self.first: tuple[int, float] | None = None  # this process's first, slow iteration, and when it ended
         self.due = time.monotonic()
-        self.images, self.since = 0, clock.training()  # trained on since the last evaluation, which ended then
-        self.speed = "- images/s"  # until then
+        self.images, self.since = 0, clock.training()  # images since the last evaluation, and when that ended
+        self.speed = "- images/s"  # at the last evaluation
         self.bar = _Bar(
             lambda: f"{self._left()} left, {self._speed()}",
             total=total,
@@ -97,13 +101,14 @@ class Report:
         self.writer = summary_writer(out / TENSORBOARD, start) if tensorboard else None
 
     def advance(self) -> None:
+        """Count one iteration."""
         self.iteration += 1
         self.images += self.batch
         self.first = self.first or (self.iteration, time.monotonic())
         self.bar.update()
 
     def row(self, row: Mapping[str, float]) -> None:
-        """Adds a row of `COLUMNS` to log.csv and TensorBoard."""
+        """Add a row, with keys from `COLUMNS`, to log.csv and TensorBoard."""
         with (self.out / LOG).open("a", newline="") as file:
             csv.DictWriter(file, COLUMNS, restval="").writerow(row)
         if self.writer is not None:
@@ -113,11 +118,14 @@ class Report:
             self.bar.set_postfix_str(f"loss {row['train_loss']:.3f}", refresh=False)
 
     def evaluating(self) -> None:
+        """Show that an evaluation has begun."""
         self.bar.set_description_str("validating")
 
     def evaluated(self, loss: float | None) -> None:
-        """The history's last row is an evaluation. loss: the mean training loss since the one before, None if
-        unknown."""
+        """Report an evaluation, which is the last row of the history.
+
+        loss: the mean training loss since the evaluation before, None if unknown.
+        """
         row = self.history[-1]
         self.row(row)
         if time.monotonic() >= self.due:
@@ -137,14 +145,17 @@ class Report:
         self.bar.set_description_str("training")
 
     def _left(self) -> str:
-        """By all that this process has done since its first iteration, evaluations and checkpoints included."""
+        """Return the remaining time, estimated from this process's mean time per iteration after its first.
+
+        That includes evaluations and checkpoints.
+        """
         if self.first is None or self.iteration == self.first[0]:
             return "?"
         each = (time.monotonic() - self.first[1]) / (self.iteration - self.first[0])
         return duration(each * (self.total - self.iteration))
 
     def _speed(self) -> str:
-        """Since the last evaluation, or until it where no image came after it."""
+        """Return the images per second since the last evaluation, or its own speed if no images followed it."""
         if not self.images:
             return self.speed
         return f"{rate(self.images / (self.clock.training() - self.since))} images/s"
@@ -152,11 +163,12 @@ class Report:
     def _draw(self) -> None:
         try:
             plot.curves(self.out / CURVES, {self.title: self.history})
-        except OSError as error:  # what ends the training, if anything, is to be heard of
+        except OSError as error:  # not raised: it would hide the error that ended the training
             self.bar.write(f"{CURVES} can't be written: {error}", file=sys.stderr)
         self.due = time.monotonic() + DRAW_EVERY
 
     def close(self) -> None:
+        """Draw the curves and close the progress bar and TensorBoard."""
         if self.history:
             self._draw()
         self.bar.close()
@@ -165,7 +177,7 @@ class Report:
 
 
 def require_tensorboard() -> None:
-    """Raises ValueError where TensorBoard is not installed."""
+    """Raise ValueError if TensorBoard isn't installed."""
     try:
         import torch.utils.tensorboard  # noqa: F401
     except ImportError as error:
@@ -173,7 +185,7 @@ def require_tensorboard() -> None:
 
 
 def summary_writer(folder: Path, iteration: int) -> Any:
-    """A SummaryWriter that drops what was written after `iteration`."""
+    """Return a SummaryWriter that discards what an earlier run wrote after `iteration`."""
     from torch.utils.tensorboard import SummaryWriter
 
     return SummaryWriter(str(folder), purge_step=iteration + 1)

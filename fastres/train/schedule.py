@@ -1,4 +1,4 @@
-"""The learning rate of an iteration, by a recipe's schedule and warm-up rule."""
+"""Compute the learning rate of an iteration from a recipe's schedule and warm-up rule."""
 
 from __future__ import annotations
 
@@ -9,7 +9,11 @@ from fastres.train.recipe import Cosine, Plateau, Recipe, Steps
 
 
 class LearningRate:
-    """`lr(iteration)`. What it has learnt of the errors so far is its state; everything else is the recipe's data."""
+    """A function of the iteration: `lr(iteration)` is its learning rate.
+
+    The plateau and warm-up rules also depend on the errors reported so far. `state_dict` contains that state;
+    everything else follows from the recipe.
+    """
 
     def __init__(self, recipe: Recipe, depth: int, steps_per_epoch: int) -> None:
         self.recipe = recipe
@@ -36,12 +40,15 @@ class LearningRate:
         return (1 + math.cos(math.pi * (epoch - schedule.rise) / max(self.epochs - schedule.rise, 1))) / 2
 
     def training_error(self, error: float) -> None:
-        """Mean error in [0, 1] over the warm-up rule's window: ends the warm-up once it is below the rule's bound."""
+        """Report a mean training error in [0, 1]; the warm-up ends once it is below the warm-up rule's `error`.
+
+        The caller averages over the rule's `window` of iterations.
+        """
         if self.recipe.warmup is not None and error < self.recipe.warmup.error:
             self.warming = False
 
     def validation_error(self, error: float) -> None:
-        """Error in [0, 1] of one evaluation, for the plateau rule."""
+        """Report the validation error of an evaluation, in [0, 1], to the plateau rule; no effect without that rule."""
         schedule = self.recipe.schedule
         if not isinstance(schedule, Plateau):
             return

@@ -202,7 +202,7 @@ def test_images_that_calibrate_and_cannot_be_read_are_named(
     out, err = capsys.readouterr()
     assert "calibrated with 8 of 9 training images" in out
     assert f"calibration: {bad} is no image that can be read" in err
-    assert "1 of 9 images that calibrate could not be read" in err
+    assert "1 of 9 calibration images could not be read" in err
 
 
 def test_calibration_needs_an_image_that_can_be_read(
@@ -214,7 +214,7 @@ def test_calibration_needs_an_image_that_can_be_read(
     (bad / "a.jpg").write_bytes(b"no image")
     given = ["predict", str(photos), "--weights", saved(tmp_path / "net.pt", net().state_dict()), *SMALL, *INT8]
     told = refused([*given, "--calibration", str(bad)], capsys)
-    assert f"calibrated with 0 of 1 images in {bad}: none that was tried can be read" in told
+    assert f"calibrated with 0 of 1 images in {bad}: none of the images sampled can be read" in told
 
 
 @pytest.mark.parametrize("more", [[], ["--dtype", "bf16"], ["--optimize"], ["--optimize", "--dtype", "bf16"]])
@@ -236,17 +236,21 @@ def test_a_dtype_that_optimize_does_not_fuse_is_noted(
 @pytest.mark.parametrize(
     ("more", "served", "named"),
     [
-        (["--dtype", "int8"], True, "--dtype int8 needs --optimize"),
-        (["--dtype", "fp8"], True, "--dtype fp8 needs --optimize"),
+        (["--dtype", "int8"], True, "--dtype int8 requires --optimize"),
+        (["--dtype", "fp8"], True, "--dtype fp8 requires --optimize"),
         (INT8, False, "torch.int8 isn't served"),
-        ([*INT8, "--calibration-images", "0"], True, "--calibration-images 0: any whole number from 1"),
+        (
+            [*INT8, "--calibration-images", "0"],
+            True,
+            "--calibration-images must be a whole number of at least 1: got 0",
+        ),
         ([*INT8, "--calibration", "nowhere"], True, "nowhere does not exist"),
-        (["--percentile", "99"], True, "--percentile is for --optimize with --dtype int8 or fp8 only"),
-        (["--calibration", "."], True, "--calibration is for --optimize with --dtype int8 or fp8 only"),
+        (["--percentile", "99"], True, "--percentile requires --optimize with --dtype int8 or fp8"),
+        (["--calibration", "."], True, "--calibration requires --optimize with --dtype int8 or fp8"),
         (
             ["--optimize", "--calibration-images", "9"],
             True,
-            "--calibration-images is for --optimize with --dtype int8 or fp8 only",
+            "--calibration-images requires --optimize with --dtype int8 or fp8",
         ),
     ],
 )

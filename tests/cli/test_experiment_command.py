@@ -171,7 +171,7 @@ def test_runs_of_other_settings_are_not_taken_for_these(
     with pytest.raises(SystemExit) as stopped:
         experiment("degradation", whole[0], *TINY[:-3], "4", "--device", "cpu")
     assert stopped.value.code == 2
-    assert "recipe.iterations: 2 there, 4 here" in capsys.readouterr().err
+    assert "recipe.iterations is 2 in the checkpoint, 4 now" in capsys.readouterr().err
 
 
 @pytest.mark.extra  # a step of three ImageNet nets; what an experiment does the digits show above
@@ -233,11 +233,11 @@ def test_photographs_compare_figure_4_s_nets() -> None:
     [
         (["depth"], "degradation"),
         (["degradation", "--quick", "--seeds", "1"], "leave out --seeds"),
-        (["degradation", "--seeds", "0"], "--seeds: 0: any whole number from 1"),
-        (["degradation", "--iterations", "0"], "--iterations: 0: any whole number from 1"),
-        (["degradation", "--holdout", "-1"], "--holdout: -1: any whole number from 0"),
-        (["degradation", "--workers", "-1"], "--workers: -1: any whole number from 0"),
-        (["degradation", "--quick", "--root", "/nowhere"], "data digits needs no --root"),
+        (["degradation", "--seeds", "0"], "--seeds: must be a whole number of at least 1: got 0"),
+        (["degradation", "--iterations", "0"], "--iterations: must be a whole number of at least 1: got 0"),
+        (["degradation", "--holdout", "-1"], "--holdout: must be a whole number of at least 0: got -1"),
+        (["degradation", "--workers", "-1"], "--workers: must be a whole number of at least 0: got -1"),
+        (["degradation", "--quick", "--root", "/nowhere"], "data digits takes no --root"),
         (["degradation", "--depths", "21"], "20, 32, 44, 56, 110, 1202"),
         (["shortcuts", "--depths", "20"], "18, 34, 50"),
         (["degradation", "--data", "mnist"], "cifar10"),
@@ -272,4 +272,4 @@ def test_several_processes_are_refused(
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(SystemExit):
         experiment("degradation", tmp_path, *TINY)
-    assert "one process" in capsys.readouterr().err
+    assert "run in one process only" in capsys.readouterr().err

@@ -68,7 +68,7 @@ def test_weights_without_their_mean_image_are_refused(
     path = tmp_path / "weights.safetensors"
     tensors.save_file(net().state_dict(), str(path), {"fastres": json.dumps(meta)})
     message = refused(["predict", str(photos), "--weights", str(path), "--device", "cpu"], capsys)
-    assert f"{path} doesn't hold the mean image that its recipe subtracts" in message
+    assert f"{path} doesn't contain the mean image that its recipe subtracts" in message
     tensors.save_file(net().state_dict(), str(path), {"fastres": json.dumps(meta), "preprocess": "AAAA"})
     message = refused(["predict", str(photos), "--weights", str(path), "--device", "cpu"], capsys)
     assert f"{path} is truncated, damaged or no safetensors file" in message
@@ -132,7 +132,7 @@ def test_predict_takes_weights_and_images_in_any_order(
 
 def test_predict_needs_images_and_weights(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = saved(tmp_path / "net.pt", net().state_dict())
-    assert "the images are missing: python -m fastres predict IMG" in refused(["predict", "--weights", file], capsys)
+    assert "no images are given: python -m fastres predict IMG" in refused(["predict", "--weights", file], capsys)
     message = refused(["predict", str(photos), "--weights", str(photos)], capsys)
     assert f"--weights {photos}: a file with weights is expected" in message
 
@@ -217,10 +217,10 @@ def test_weights_that_cannot_be_fetched_are_refused(
     ("images", "more", "named"),
     [
         ("nowhere.png", [], "nowhere.png does not exist"),
-        ("empty", [], "empty holds no images; accepted are .jpg"),
-        ("photos", ["--top", "0"], "--top 0"),
+        ("empty", [], "empty contains no images; accepted are .jpg"),
+        ("photos", ["--top", "0"], "--top must be a whole number of at least 1: got 0"),
         ("photos", ["--labels", "net.pt"], "net.pt can't be read"),
-        ("photos", ["--labels", "one.txt"], "one.txt names 1 classes, net.pt has 2"),
+        ("photos", ["--labels", "one.txt"], "one.txt names 1 classes, but net.pt has 2"),
     ],
 )
 def test_predict_refuses_with_what_is_accepted(
@@ -243,6 +243,6 @@ def test_a_net_that_does_not_say_what_it_is_needs_its_name(
     photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = saved(tmp_path / "net.pt", net().state_dict())
-    assert "doesn't say which net it is of: give --model" in refused(
+    assert "doesn't say which net it belongs to: give the net's name (--model)" in refused(
         ["predict", str(photos), "--weights", file], capsys
     )

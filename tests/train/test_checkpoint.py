@@ -134,15 +134,15 @@ def test_damaged_checkpoints_are_refused_and_left(tmp_path: Path, undisturbed: P
         last.write_bytes(content)
         with pytest.raises(
             CheckpointError,
-            match=rf"{last} is truncated, damaged or no.*{out / checkpoint.BEST} is there to .*: copy it to {last}$",
+            match=rf"{last} is truncated, damaged or not.*resume from {out / checkpoint.BEST}, copy it to {last}$",
         ):
             train(short(out, resume=True))
         assert last.read_bytes() == content
     torch.save({"state": 1}, last)
-    with pytest.raises(CheckpointError, match="lacks meta, model and ema"):
+    with pytest.raises(CheckpointError, match="must have the keys meta, model and ema"):
         train(short(out, resume=True))
     torch.save({"meta": _kill}, last)
-    with pytest.raises(CheckpointError, match="no checkpoint"):
+    with pytest.raises(CheckpointError, match="not a checkpoint"):
         train(short(out, resume=True))
     with pytest.raises(CheckpointError, match="does not exist"):
         checkpoint.load(tmp_path / "none.pt")
@@ -152,19 +152,19 @@ def test_checkpoints_of_other_runs_are_refused(tmp_path: Path, undisturbed: Path
     out = _run_files(tmp_path / "run", undisturbed)
     before = (out / checkpoint.LAST).read_bytes()
     others: list[tuple[dict[str, Any], str]] = [
-        ({"depth": 14}, "depth: 8 there, 14 here"),
-        ({"family": "cifar-plain"}, "family: 'cifar' there, 'cifar-plain' here"),
+        ({"depth": 14}, "depth is 8 in the checkpoint, 14 now"),
+        ({"family": "cifar-plain"}, "family is 'cifar' in the checkpoint, 'cifar-plain' now"),
         (
             {"seed": 1, "holdout": 100},
-            "training images: 1438 there, 1338 here; holdout: 0 there, 100 here; seed: 0 there",
+            "training images is 1438 in the checkpoint, 1338 now; holdout is 0 in the checkpoint, 100 now; seed",
         ),
-        ({"recipe": dataclasses.replace(SHORT, lr=0.3)}, "recipe.lr: 0.1 there, 0.3 here"),
-        ({"micro_batch": 16}, "micro-batches: 2 there, 4 here"),
+        ({"recipe": dataclasses.replace(SHORT, lr=0.3)}, "recipe.lr is 0.1 in the checkpoint, 0.3 now"),
+        ({"micro_batch": 16}, "micro-batches is 2 in the checkpoint, 4 now"),
     ]
     for options, message in others:
         with pytest.raises(ValueError, match=message):
             train(short(out, **options, resume=True))
-    with pytest.raises(ValueError, match=r"last\.pt is there already: --resume"):
+    with pytest.raises(ValueError, match=r"last\.pt exists already: use --resume"):
         train(short(out))
     assert (out / checkpoint.LAST).read_bytes() == before
 
@@ -174,7 +174,7 @@ def test_another_runs_checkpoint_is_a_wrong_argument(
 ) -> None:
     """Status 2, with `--resume` and without it."""
     out = _run_files(tmp_path / "run", undisturbed)
-    for given, said in ((["--resume"], "of another run: "), ([], "is there already")):
+    for given, said in ((["--resume"], "to another run: "), ([], "exists already")):
         with pytest.raises(SystemExit) as stopped:
             main(["train", "--out", str(out), "--device", "cpu", "--lr", "0.3", *given])
         assert stopped.value.code == 2
@@ -185,12 +185,12 @@ def test_a_resumed_run_says_where_it_begins(
     tmp_path: Path, undisturbed: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     train(short(tmp_path / "none", dataclasses.replace(SHORT, iterations=1)))
-    assert "starts from the beginning" not in capsys.readouterr().err
+    assert "starting from the beginning" not in capsys.readouterr().err
     train(short(tmp_path / "new", dataclasses.replace(SHORT, iterations=1), resume=True))
-    assert f"no checkpoint in {tmp_path / 'new'}: starts from the beginning\n" in capsys.readouterr().err
+    assert f"no checkpoint in {tmp_path / 'new'}: starting from the beginning\n" in capsys.readouterr().err
     out = _run_files(tmp_path / "run", undisturbed)
     train(short(out, resume=True))
-    assert f"{out / checkpoint.LAST}: goes on from iteration 8 of 8\n" in capsys.readouterr().err
+    assert f"{out / checkpoint.LAST}: resuming at iteration 8 of 8\n" in capsys.readouterr().err
 
 
 def test_a_full_disk_leaves_the_earlier_checkpoint(tmp_path: Path, undisturbed: Path) -> None:
@@ -203,7 +203,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(tmp_path: Path, undisturbed: 
     try:
         with pytest.raises(
             CheckpointError,
-            match=r"last\.pt can't be written \(\d+ bytes\): File too large.*intact, make room and go on from",
+            match=r"last\.pt can't be written \(\d+ bytes\): File too large.* is intact: free some space, then resume",
         ):
             checkpoint.save(out, state, best=False)
     finally:
@@ -220,7 +220,9 @@ def test_a_disk_full_at_first_claims_no_checkpoint(tmp_path: Path, monkeypatch: 
 
     whole = checkpoint.write_atomically
     monkeypatch.setattr(checkpoint, "write_atomically", write)
-    with pytest.raises(CheckpointError, match=r"full; there is no earlier checkpoint, make room and start again$"):
+    with pytest.raises(
+        CheckpointError, match=r"full; there is no earlier checkpoint: free some space, then start again$"
+    ):
         train(short(tmp_path))
 
 
@@ -240,13 +242,13 @@ def test_what_the_system_refuses_is_said(
         raise OSError(number, "x")
 
     monkeypatch.setattr(checkpoint.tempfile, "mkstemp", refuse)
-    with pytest.raises(SystemExit, match=f"{tmp_path}.* can't hold checkpoints: .*{said}; choose another --out"):
+    with pytest.raises(SystemExit, match=f"can't write checkpoints to {tmp_path}.*: .*{said}; choose another --out"):
         main(["train", "--out", str(tmp_path / "run"), "--device", "cpu"])
 
 
 def test_a_folder_that_can_t_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(CheckpointError, match=r"file/run can't hold checkpoints"):
+    with pytest.raises(CheckpointError, match=r"can't write checkpoints to .*file/run: "):
         train(short(tmp_path / "file" / "run"))
 
 

@@ -242,7 +242,7 @@ def test_which_loader_is_chosen(folder: Path, monkeypatch: pytest.MonkeyPatch) -
         dali.chosen("dali", photos, recipe, CPU)
     with pytest.raises(DataError, match="digits has no files to decode"):
         dali.chosen("dali", digits, RECIPES["digits"], CPU)
-    with pytest.raises(DataError, match="not only a scale, a crop and a flip"):
+    with pytest.raises(DataError, match="supports only the augmentation scale, crop and flip"):
         dali.chosen("dali", photos, RECIPES["imagenet-modern"], CPU)
     for name in ("nvidia", "nvidia.dali"):
         monkeypatch.setitem(sys.modules, name, type(sys)(name))

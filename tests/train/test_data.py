@@ -363,7 +363,7 @@ def test_a_checksum_guards_the_numbers(tmp_path: Path) -> None:
         assert data.read_moments(place) is None
     assert data.read_moments(tmp_path / "none.npz") is None
     (tmp_path / "file").write_text("")
-    with pytest.warns(UserWarning, match="can't be kept"):
+    with pytest.warns(UserWarning, match="can't be cached"):
         data.keep_moments(tmp_path / "file" / "statistics.npz", Moments.of([patches(3, 8)], 3, 8))
 
 
@@ -395,26 +395,26 @@ def test_missing_or_unfit_images(folder: Path, tmp_path: Path) -> None:
     cifar, imagenet, digits = (RECIPES[name] for name in ("cifar-2015", "imagenet-2015", "digits"))
     nowhere = tmp_path / "nowhere"
     cases: list[tuple[str, Recipe, Path | None, int, str]] = [
-        ("mnist", digits, None, 0, "data 'mnist' does not exist; there are digits, cifar10"),
+        ("mnist", digits, None, 0, "unknown data 'mnist'; accepted are digits, cifar10"),
         ("imagenet", imagenet, None, 0, "needs --root. ImageNet .* image-net.org"),
         ("imagenet", imagenet, nowhere, 0, f"{nowhere}/train: .* image-net.org"),
-        ("imagenet", imagenet, folder, 0, "2 classes, ImageNet 1000"),
-        ("folder", imagenet, nowhere, 0, f"{nowhere}/train: .* one folder of images per class"),
-        ("folder", cifar, folder, 0, "has photographs; this recipe is for small images, 32x32"),
+        ("imagenet", imagenet, folder, 0, "2 classes, but ImageNet has 1000"),
+        ("folder", imagenet, nowhere, 0, f"{nowhere}/train: .* One folder of images per class"),
+        ("folder", cifar, folder, 0, "has photographs, but this recipe requires small images, 32x32"),
         ("cifar10", cifar, None, 0, "needs --root"),
-        ("cifar10", cifar, nowhere, 0, f"{nowhere}/cifar-10-batches-py is missing, .* --download fetches it"),
+        ("cifar10", cifar, nowhere, 0, f"{nowhere}/cifar-10-batches-py is missing, .* use --download, or unpack"),
         ("cifar100", cifar, nowhere, 0, f"{nowhere}/cifar-100-python is missing"),
         ("digits", imagenet, None, 0, "digits has small images"),
-        ("digits", cifar, None, 0, "images of 8x8, this recipe is for 32x32"),
-        ("digits", digits, None, 5000, "holdout 5000 of 1438 training images"),
-        ("digits", digits, folder, 0, "data digits needs no --root"),
-        ("synthetic", cifar, folder, 0, "data synthetic needs no --root"),
+        ("digits", cifar, None, 0, "images of 8x8, but this recipe requires 32x32"),
+        ("digits", digits, None, 5000, "--holdout must be from 1 to 1437, as there are 1438 training images: got 5000"),
+        ("digits", digits, folder, 0, "data digits takes no --root"),
+        ("synthetic", cifar, folder, 0, "data synthetic takes no --root"),
     ]
     for name, recipe, root, holdout, message in cases:
         with pytest.raises(DataError, match=message):
             data.load(name, recipe, root, holdout=holdout, download=False)
     (folder / "val" / "class1").rename(folder / "val" / "class2")
-    with pytest.raises(DataError, match="different classes, among them class1, class2"):
+    with pytest.raises(DataError, match="must have the same classes, but only one has class1, class2"):
         data.load("folder", imagenet, folder)
 
 

@@ -46,14 +46,14 @@ def test_the_command_to_run_next_names_the_images(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("asked", "device", "world", "compile", "graphs", "why"),
     [
-        ("auto", "cpu", 1, "none", False, "there is none on cpu"),
+        ("auto", "cpu", 1, "none", False, "cpu has no CUDA graphs"),
         ("off", "cpu", 2, "none", False, "--cuda-graph off"),
         ("off", "cuda", 1, "none", False, "--cuda-graph off"),
         ("auto", "cuda", 1, "none", True, "one process on a GPU"),
         ("on", "cuda", 1, "inductor", True, "--cuda-graph on"),
-        ("auto", "cuda", 1, "inductor", False, "--compile inductor launches kernels its own way"),
+        ("auto", "cuda", 1, "inductor", False, "--compile inductor launches the kernels itself"),
         ("auto", "cuda", 2, "none", False, "DistributedDataParallel exchanges gradients during the backward pass"),
-        ("on", "cuda", 2, "none", True, "--cuda-graph on; gradients are averaged behind it"),
+        ("on", "cuda", 2, "none", True, "--cuda-graph on; gradients are averaged after it"),
     ],
 )
 def test_graphs_serve_where_the_table_says(
@@ -182,7 +182,7 @@ def test_a_loss_that_is_no_number_stops_at_the_last_good_step(tmp_path: Path, la
     batches = poisoned()
     with pytest.raises(NonFiniteError, match=rf"iteration 3 is not finite .*{tmp_path / checkpoint.LAST}") as stopped:
         steps(ours, batches, 8)
-    assert str(stopped.value).endswith("A lower lr may help, which is another run: begin it in another --out")
+    assert str(stopped.value).endswith("A lower lr may help, but that is another run: start it with another --out")
     saved = torch.load(tmp_path / checkpoint.LAST, weights_only=True)
     good = trainer(tmp_path / "good")
     clean = good.loader.training(0, 3)
@@ -196,7 +196,7 @@ def test_a_loss_that_is_no_number_stops_at_the_last_good_step(tmp_path: Path, la
 
 def test_a_backend_that_is_not_there_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch._dynamo, "list_backends", lambda: ["inductor"])
-    with pytest.raises(ValueError, match="no backend 'fastres' here; it has inductor"):
+    with pytest.raises(ValueError, match="no backend 'fastres' here; available are inductor"):
         trainer(tmp_path, compile="fastres")
 
 

@@ -48,7 +48,7 @@ def test_what_is_stopped_says_how_to_go_on(
     checkpoint.prepare(tmp_path)
     with pytest.raises(SystemExit, match="130"):
         training._leave(signal.SIGINT)
-    assert f"saved {tmp_path / checkpoint.LAST}; {how} goes on from it" in capsys.readouterr().err
+    assert f"saved {tmp_path / checkpoint.LAST}; {how} continues from it" in capsys.readouterr().err
 
 
 def _ranked(out: Path, recipe: Recipe) -> None:
@@ -80,8 +80,10 @@ def _one_rank_failing(out: Path) -> None:
 def test_a_process_that_fails_ends_all(tmp_path: Path) -> None:
     (first, said), (second, why) = ranks(_one_rank_failing, tmp_path)
     assert (first, second) == (1, 1)
-    assert said.startswith("PeerError: another process has ended, whose last words say why (")
-    assert why.startswith(f"OutOfMemoryError: no memory; --resume goes on from {tmp_path / checkpoint.LAST}; a smaller")
+    assert said.startswith("PeerError: another process has ended; its own output says why (")
+    assert why.startswith(
+        f"OutOfMemoryError: no memory; --resume continues from {tmp_path / checkpoint.LAST}; a smaller"
+    )
 
 
 def test_two_processes_are_one_that_accumulates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -177,7 +177,7 @@ def test_a_killed_worker_is_told_in_one_line(folder: Path) -> None:
     assert process.returncode == 1
     last = folder.parent / "run" / checkpoint.LAST
     assert said.splitlines()[-1].startswith("python -m fastres train: a process that reads images has died (")
-    assert said.endswith(f"; --resume goes on from {last}\n")
+    assert said.endswith(f"; --resume continues from {last}\n")
     assert "Traceback" not in said
     assert gone(workers)
 
