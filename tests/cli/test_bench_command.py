@@ -1,4 +1,4 @@
-"""`python -m fastres bench`: bench/run.py of a checkout, and nothing without one."""
+"""`python -m fastres bench`: it runs bench/run.py of a checkout, and fails without one."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastres.cli.main import main
 
 
 def test_bench_takes_the_process_s_place(tmp_path: Path) -> None:
-    """With all arguments as they are, and its own exit status."""
+    """bench/run.py runs in the same process ID, gets all arguments unchanged and sets the exit status."""
     (tmp_path / "bench").mkdir()
     (tmp_path / "pyproject.toml").touch()
     (tmp_path / "bench" / "run.py").write_text("import os, sys; print(os.getpid(), sys.argv[1:]); sys.exit(7)")
@@ -42,10 +42,10 @@ def test_bench_is_found_in_a_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_without_a_checkout_bench_says_where_it_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(os, "execv", lambda *given: pytest.fail("nothing is there to run"))
+    monkeypatch.setattr(os, "execv", lambda *given: pytest.fail("execv called without a checkout"))
     monkeypatch.setattr(fastres, "__file__", str(tmp_path / "fastres" / "__init__.py"))
     (tmp_path / "bench").mkdir()
-    (tmp_path / "bench" / "run.py").touch()  # somebody else's, beside the installed package
+    (tmp_path / "bench" / "run.py").touch()  # not fastres's, but in a folder next to the installed package
     assert main(["bench", "--depth", "18"]) == 2
     printed, said = capsys.readouterr()
     assert not printed

@@ -1,4 +1,4 @@
-"""`python -m fastres eval`: what it prints and writes, and how it refuses."""
+"""`python -m fastres eval`: output, files and rejected arguments."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_eval_averages_an_ensemble(
     ]
 
 
-def test_eval_goes_on_past_a_corrupt_image(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_eval_continues_after_a_corrupt_image(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("torchmetrics")
     (photos / "val" / "temple" / "bad.jpg").write_bytes(b"no image")
     whole = (photos / "val" / "flower" / "0.png").read_bytes()
@@ -73,10 +73,10 @@ def test_eval_goes_on_past_a_corrupt_image(photos: Path, tmp_path: Path, capsys:
     assert "2 of 10 images could not be read" in err
 
 
-def test_eval_of_a_training_checkpoint_needs_no_further_word(
+def test_eval_of_a_training_checkpoint_needs_no_other_options(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Net, size and normalisation come from the file, the averaged weights before the others."""
+    """Net, image size and normalisation come from the file, and the averaged weights are preferred."""
     pytest.importorskip("torchmetrics")
     digits = pytest.importorskip("sklearn.datasets").load_digits()
     model, other = net(10, in_channels=1), net(10, in_channels=1)
@@ -94,13 +94,13 @@ def test_eval_of_a_training_checkpoint_needs_no_further_word(
         f"cifar-8 in fp32, center crop of 8, shorter side 8, on digits\ntop-1 accuracy {right / len(images):.2%}" in out
     )
     assert f"({len(images)} images, 10 classes)" in out
-    saved(tmp_path / "last.pt", {**content, "ema": None})  # without the mean image: that of the data
+    saved(tmp_path / "last.pt", {**content, "ema": None})  # without preprocess: the data's mean image is used
     assert main(["eval", "--data", "digits", "--checkpoint", file, "--device", "cpu", "--crops", "multiscale"]) == 0
     assert "at 8, 9, 14, 17, 23, with mirror images" in capsys.readouterr().out
 
 
 def of_digits(path: Path, **meta: Any) -> str:
-    """A checkpoint as training on digits writes it, and what else its metadata are to say (None: not that)."""
+    """Write a checkpoint like that of a training on digits. meta: changes to its metadata; None removes an entry."""
     known = {"family": "cifar", "depth": 8, "recipe": "digits", "data": "digits", "val_size": 8, "resize": 8} | meta
     content = {name: value for name, value in known.items() if value is not None}
     preprocess = Preprocess(torch.rand(1, 8, 8), torch.ones(1, 1, 1), torch.zeros(1, 1))
@@ -108,7 +108,7 @@ def of_digits(path: Path, **meta: Any) -> str:
     return saved(path, {"meta": content, "model": state, "preprocess": preprocess.state_dict()})
 
 
-def test_eval_takes_the_data_that_the_checkpoint_tells(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_eval_takes_the_data_that_the_checkpoint_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("torchmetrics")
     pytest.importorskip("sklearn")
     files = [of_digits(tmp_path / f"{i}.pt") for i in range(2)]
@@ -123,7 +123,7 @@ def test_eval_takes_the_data_that_the_checkpoint_tells(tmp_path: Path, capsys: p
     ("data", "said"),
     [((None,), "says nothing"), (("imagenet",), "says imagenet"), (("digits", "cifar10"), "says digits; .* cifar10")],
 )
-def test_data_that_no_checkpoint_tells_must_be_given(
+def test_data_that_no_checkpoint_names_must_be_given(
     data: tuple[str | None, ...], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("torchmetrics")
@@ -163,7 +163,7 @@ def test_views_that_add_nothing_are_noted(
 
 
 def test_eval_repeats_the_error_of_what_training_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The error is the one that the training itself reports, from each of its files."""
+    """For each file of a training, `eval` prints the validation error that the training reported."""
     for package in ("torchmetrics", "sklearn", "matplotlib", "safetensors"):
         pytest.importorskip(package)
     recipe = dataclasses.replace(RECIPES["digits"], epochs=None, iterations=1, batch=32)
@@ -182,7 +182,7 @@ def test_eval_repeats_the_error_of_what_training_writes(tmp_path: Path, capsys: 
 def test_eval_computes_the_mean_image_that_its_recipe_subtracts(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scored: list[Tensor]
 ) -> None:
-    """From train/ beside val/, at the recipe's own size; it is resized to the crops of this test."""
+    """The mean image comes from train/ next to val/, at the recipe's size, and is resized to the crops of this test."""
     pytest.importorskip("torchmetrics")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     shutil.copytree(photos / "val", photos / "train")
@@ -194,7 +194,9 @@ def test_eval_computes_the_mean_image_that_its_recipe_subtracts(
     mean = torch.stack(images).double().mean(0) / 255
     way = Preprocess(mean, torch.ones(3, 1, 1), torch.zeros(3, 3))
     expected = scores_of([model], Views("center", 32, 40), photos / "val", way)
-    torch.testing.assert_close(printed, expected, rtol=0, atol=PILLOW)  # training resizes by Pillow: grey levels differ
+    torch.testing.assert_close(
+        printed, expected, rtol=0, atol=PILLOW
+    )  # training resizes with Pillow: pixels differ slightly
     assert (expected - scores_of([model], Views("center", 32, 40), photos / "val", by_channel())).abs().max() > 0.02
 
 
@@ -209,7 +211,7 @@ def test_eval_runs_on_synthetic_images(tmp_path: Path, capsys: pytest.CaptureFix
 def test_two_processes_test_as_one(photos: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("torchmetrics")
     file = saved(tmp_path / "net.pt", net().state_dict())
-    (photos / "val" / "flower" / "3.png").unlink()  # 7 images: the shares differ
+    (photos / "val" / "flower" / "3.png").unlink()  # leaves 7 images, so that the two shares differ in size
     arguments = ["eval", "--data", str(photos), "--checkpoint", file, *SMALL, "--csv"]
     assert main([*arguments, str(tmp_path / "one.csv")]) == 0
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "fastres"]

@@ -1,4 +1,4 @@
-"""`python -m fastres experiment` in miniature: what it trains, concludes and writes, and how it goes on."""
+"""`python -m fastres experiment` with tiny trainings: results, files, resumption and rejected arguments."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def rows(path: Path) -> list[dict[str, str]]:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
-    """A small `degradation` in one go: its folder and exit code."""
+    """A small, uninterrupted `degradation`: its folder and exit status."""
     out = tmp_path_factory.mktemp("whole")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -118,7 +118,7 @@ def test_a_damaged_table_is_not_drawn(text: str, said: str, tmp_path: Path, caps
     assert not (tmp_path / "degradation.svg").exists()
 
 
-def test_what_is_there_is_not_trained_again(whole: tuple[Path, int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_finished_trainings_are_not_repeated(whole: tuple[Path, int], monkeypatch: pytest.MonkeyPatch) -> None:
     out, code = whole
     before = (out / "degradation.csv").read_bytes()
     monkeypatch.setattr(Trainer, "step", lambda self, batches: pytest.fail("an iteration"))
@@ -174,7 +174,7 @@ def test_runs_of_other_settings_are_not_taken_for_these(
     assert "recipe.iterations is 2 in the checkpoint, 4 now" in capsys.readouterr().err
 
 
-@pytest.mark.extra  # a step of three ImageNet nets; what an experiment does the digits show above
+@pytest.mark.extra  # trains three ImageNet nets; the tests above cover the same code with digits
 def test_shortcuts_stand_beside_table_3(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tiny = ["--depths", "18", "--seeds", "1", "--iterations", "1", "--device", "cpu"]
     assert experiment("shortcuts", tmp_path, *tiny) == 0
@@ -211,7 +211,7 @@ def test_quick_is_fixed() -> None:
     assert shared < {str(run.out) for _, run in quick.runs()}
 
 
-def test_cifar_by_the_paper_differs_in_nothing_known() -> None:
+def test_cifar_settings_do_not_differ_from_the_paper() -> None:
     full = planned("degradation", "--data", "cifar10", "--device", "cpu")
     assert full.differences() == {}
     assert full.study.depths == (20, 32, 44, 56, 110)
@@ -245,7 +245,7 @@ def test_photographs_compare_figure_4_s_nets() -> None:
         (["degradation", "--device", "tpu9"], "tpu9"),
     ],
 )
-def test_what_can_t_be_served_is_refused(
+def test_unusable_arguments_are_rejected(
     arguments: list[str], named: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as stopped:

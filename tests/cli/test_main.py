@@ -1,4 +1,4 @@
-"""`python -m fastres`: its help, how it refuses, and its exit statuses."""
+"""`python -m fastres`: help, rejected arguments and exit statuses."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_console_script_is_main() -> None:
-    """Read as text: Python 3.10 has no tomllib."""
+    """The file is read as text, because Python 3.10 has no tomllib."""
     written = (Path(__file__).parents[2] / "pyproject.toml").read_text()
     assert '\n[project.scripts]\nfastres = "fastres.cli.main:main"\n' in written
 
@@ -103,7 +103,7 @@ def test_help_names_every_default(name: str) -> None:
 
 
 def test_examples_in_the_help_parse() -> None:
-    """By the real parsers. Placeholders are what they stand for."""
+    """Each example parses with the real parsers; placeholders such as FILE and DIR are passed as they are."""
     program, found = parsers(list(COMMANDS))
     epilogs = [program.epilog or "", *(parser.epilog or "" for parser in found.values())]
     examples = [line.strip() for epilog in epilogs for line in epilog.splitlines() if "-m fastres " in line]
@@ -115,7 +115,7 @@ def test_examples_in_the_help_parse() -> None:
 
 
 def test_a_command_s_arguments_cost_others_nothing() -> None:
-    """They take imports, which `--help` alone and other commands do without."""
+    """A command's options are only added when it is called: they need imports that other commands don't."""
     found = parsers(["summary"])[1]
     assert found.keys() == COMMANDS.keys()
     assert [name for name, parser in found.items() if len(parser._actions) > 1] == ["summary"]
@@ -162,7 +162,7 @@ def test_refused_values_end_with_2(monkeypatch: pytest.MonkeyPatch, capsys: pyte
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has /dev/full")
 def test_output_that_can_t_be_written_has_a_status() -> None:
-    """Processes of their own: Python writes what is left when it ends, and must not complain then."""
+    """Run in subprocesses, because Python flushes stdout when it exits; that must not print another error."""
     command = [sys.executable, "-m", "fastres", "summary", "--depth", "18"]
     read, closed = os.pipe()
     os.close(read)
@@ -173,7 +173,7 @@ def test_output_that_can_t_be_written_has_a_status() -> None:
     assert said == ["python -m fastres summary: [Errno 28] No space left on device\n", ""]
 
 
-def test_a_failure_is_said_where_stdout_is_closed(
+def test_a_failure_is_reported_if_stdout_is_closed(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def run(args: argparse.Namespace) -> int:

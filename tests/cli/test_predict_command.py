@@ -1,4 +1,4 @@
-"""`python -m fastres predict`: what it prints and writes, how it refuses, and weights by their names."""
+"""`python -m fastres predict`: output, files, rejected arguments, and weights given by name."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ photos = cli_cases.photos
 
 @pytest.mark.parametrize("recipe", ["digits", "imagenet-modern"])
 def test_weights_alone_predict_what_the_checkpoint_does(recipe: str, photos: Path, tmp_path: Path) -> None:
-    """weights.safetensors brings along its mean image, or its channels' means, and no tensor that no net has."""
+    """weights.safetensors has the mean image, or the channel means, as metadata; its tensors are only the net's."""
     tensors = pytest.importorskip("safetensors.torch")
     if recipe == "digits":
         row = dataclasses.replace(RECIPES[recipe], epochs=None, iterations=2, batch=32)
@@ -137,20 +137,22 @@ def test_predict_needs_images_and_weights(photos: Path, tmp_path: Path, capsys: 
     assert f"--weights {photos}: a file with weights is expected" in message
 
 
-def test_predict_goes_on_past_a_corrupt_image(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_predict_continues_after_a_corrupt_image(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     bad, good = photos / "bad.jpg", photos / "val" / "flower" / "1.png"
     bad.write_bytes(b"no image")
     file = saved(tmp_path / "net.pt", net().state_dict())
     assert main(["predict", str(bad), str(good), "--weights", file, *SMALL]) == 1
     out, err = capsys.readouterr()
     assert out.splitlines()[0] == str(good)
-    assert {line.split()[-1] for line in out.splitlines()[1:]} == {"0", "1"}  # no names: indices
+    assert {line.split()[-1] for line in out.splitlines()[1:]} == {"0", "1"}  # without class names, indices are printed
     assert f"{bad} is no image that can be read" in err
     assert "1 of 2 images could not be read" in err
 
 
 def test_predict_of_16_bits_is_that_of_8(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """And what has no certain white gets no answer."""
+    """16-bit and 8-bit grey give the same scores; a float image, whose white is unknown, is rejected."""
     grey = np.asarray(Image.open(photos / "val" / "temple" / "0.png").convert("L"))
     images = [tmp_path / name for name in ("8.png", "16.png", "16.tif", "float.tif")]
     for path, pixels in zip(
@@ -167,7 +169,7 @@ def test_predict_of_16_bits_is_that_of_8(photos: Path, tmp_path: Path, capsys: p
 
 
 def test_a_net_of_one_channel_gets_grey_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A net of one channel gets grey images, and its checkpoint's class names."""
+    """A net with one channel gets grey images; class names come from the checkpoint."""
     Image.fromarray(np.full((20, 30, 3), (250, 30, 90), np.uint8)).save(tmp_path / "red.png")
     model = net(in_channels=1)
     meta = {"family": "cifar", "depth": 8, "classes": CLASSES, "val_size": 16, "resize": 16}
@@ -184,7 +186,7 @@ def test_a_net_of_one_channel_gets_grey_images(tmp_path: Path, capsys: pytest.Ca
 def test_published_weights_are_read_by_name(
     name: str, photos: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Their class names, crops and normalisation come with them. The fetching itself is replaced."""
+    """Published weights bring class names, crops and normalisation. Random weights replace the download."""
     model = fastres.resnet18()
     monkeypatch.setattr(WeightsEnum, "get_state_dict", lambda self, **_: model.state_dict())
     image = photos / "val" / "temple" / "0.png"

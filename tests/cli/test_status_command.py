@@ -1,4 +1,4 @@
-"""`python -m fastres status`: what `fastres.status` says."""
+"""`python -m fastres status`: it prints `fastres.status()`."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from fastres.models.families import FAMILIES
 
 
 def rows(text: str) -> dict[str, list[str]]:
-    """The table's lines by their first word, split where two blanks or more stand."""
+    """Return the lines of the table as cells, split at two or more spaces, by their first cell."""
     lines = [[cell.strip() for cell in line.split("  ") if cell.strip()] for line in text.splitlines()]
     return {cells[0]: cells[1:] for cells in lines if cells}
 
@@ -39,7 +39,7 @@ def test_the_columns_of_every_family_add_up(family: str, capsys: pytest.CaptureF
     assert f"{depth} layers, family {family}" in lines[0]
     table = lines[2 : [*lines, ""].index("", 2)]
     shares = [line.split() for line in table[2:-2] if "max pool" not in line]
-    assert len({len(line) for line in table if "max pool" not in line}) == 1  # aligned to the last column's end
+    assert len({len(line) for line in table if "max pool" not in line}) == 1  # all lines end in the same column
     for column in (-1, -2):
         numbers = [int(cells[column].replace(",", "")) for cells in [*shares, table[-1].split()]]
         assert sum(numbers[:-1]) == numbers[-1]

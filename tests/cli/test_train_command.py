@@ -1,4 +1,4 @@
-"""`python -m fastres train`: its options, how it refuses, and the command that it names next."""
+"""`python -m fastres train`: options, rejected arguments, and the command that it suggests next."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ def test_cuda_graph_alone_is_on(
     assert capsys.readouterr().out == f"{asked}\n"
 
 
-@pytest.mark.extra  # 440 steps; other tests take eight
+@pytest.mark.extra  # 440 steps instead of 8
 def test_resnet_20_reads_digits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The default command: at least 97 % of the digits held out."""
+    """The default recipe reaches an accuracy of at least 97 % on the validation digits."""
     assert main(["train", "--out", str(tmp_path), "--device", "cpu"]) == 0
     said = capsys.readouterr().out
     assert "440 iterations, validation error" in said
@@ -97,7 +97,7 @@ def test_train_runs_on_synthetic_images(
         ("--recipe imagenet-2015 --root /nowhere", "image-net.org"),
     ],
 )
-def test_what_is_refused_makes_no_folder(
+def test_rejected_arguments_create_no_folder(
     arguments: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     given = ["train", "--out", str(tmp_path / "run"), *arguments.split()]

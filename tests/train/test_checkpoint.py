@@ -1,4 +1,4 @@
-"""Checkpoints: resumed bit for bit wherever a training is killed; what is in the files, and their faults."""
+"""Checkpoints: bit-exact resumption after a kill at any point, the contents of the files, damaged files."""
 
 from __future__ import annotations
 
@@ -46,7 +46,10 @@ def _killed_in_a_step(out: Path, iteration: int) -> None:
 
 
 def _killed_while_saving(out: Path, moment: str, which: str, count: int) -> None:
-    """At the count-th time that file `which` is half written, or written and not yet named."""
+    """Train, and kill the process at the count-th write of the file `which`.
+
+    moment: "half" kills it when half of the file is written, "unnamed" before the file is renamed.
+    """
 
     def write(path: Path, content: bytes) -> None:
         nonlocal count
@@ -64,7 +67,10 @@ def _killed_while_saving(out: Path, moment: str, which: str, count: int) -> None
 
 
 def test_killed_anywhere_it_ends_as_if_never_killed(tmp_path: Path, undisturbed: Path) -> None:
-    """One run, killed over and over: before its first checkpoint, in steps, in the midst of each file."""
+    """A run that is killed again and again ends with the same bits as one that never was.
+
+    It is killed before its first checkpoint, in iterations, and while it writes files.
+    """
     assert ends(_killed_in_a_step, tmp_path, 2) == -signal.SIGKILL
     assert not (tmp_path / checkpoint.LAST).exists()
     assert ends(_killed_while_saving, tmp_path, "half", checkpoint.LAST, 1) == -signal.SIGKILL
@@ -172,7 +178,7 @@ def test_checkpoints_of_other_runs_are_refused(tmp_path: Path, undisturbed: Path
 def test_another_runs_checkpoint_is_a_wrong_argument(
     tmp_path: Path, undisturbed: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Status 2, with `--resume` and without it."""
+    """The checkpoint of another run gives status 2, with `--resume` and without it."""
     out = _run_files(tmp_path / "run", undisturbed)
     for given, said in ((["--resume"], "to another run: "), ([], "exists already")):
         with pytest.raises(SystemExit) as stopped:
@@ -194,7 +200,7 @@ def test_a_resumed_run_says_where_it_begins(
 
 
 def test_a_full_disk_leaves_the_earlier_checkpoint(tmp_path: Path, undisturbed: Path) -> None:
-    """A real limit on the size of files, far below a checkpoint's."""
+    """A limit on the file size, far below the size of a checkpoint, acts like a full disk."""
     out = _run_files(tmp_path / "run", undisturbed)
     before = (out / checkpoint.LAST).read_bytes()
     state = checkpoint.load(out / checkpoint.LAST)
@@ -227,7 +233,7 @@ def test_a_disk_full_at_first_claims_no_checkpoint(tmp_path: Path, monkeypatch: 
 
 
 def test_best_takes_the_place_of_a_damaged_last(tmp_path: Path, undisturbed: Path) -> None:
-    """As the message says."""
+    """A run resumes from best.pt copied to last.pt, as the error message suggests."""
     out = _run_files(tmp_path / "run", undisturbed)
     (out / checkpoint.LAST).write_bytes((out / checkpoint.BEST).read_bytes())
     train(short(out, resume=True))
@@ -235,7 +241,7 @@ def test_best_takes_the_place_of_a_damaged_last(tmp_path: Path, undisturbed: Pat
 
 
 @pytest.mark.parametrize(("number", "said"), [(errno.ENOSPC, "the disk is full"), (errno.EROFS, "system is read-only")])
-def test_what_the_system_refuses_is_said(
+def test_system_errors_are_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def refuse(*args: object, **kwargs: object) -> None:

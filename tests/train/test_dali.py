@@ -1,4 +1,4 @@
-"""Photographs through DALI: the windows that torch's transforms draw, Pillow's pixels, resume to the bit, errors."""
+"""The DALI loader: crop windows, pixels compared with Pillow's, bit-exact resumption, errors."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """train and val of two classes: photographs in every coding that an ImageFolder of photographs comes with."""
+    """Folders train and val with two classes each, and photographs in all common file formats and colour modes."""
     turned = Image.Exif()
-    turned[0x0112] = 6  # orientation: Pillow leaves it to the viewer
+    turned[0x0112] = 6  # EXIF orientation, which Pillow doesn't apply
     codings: list[tuple[str, str, dict[str, Any]]] = [
         ("RGB", "jpg", {"quality": 90}),
         ("RGB", "jpeg", {"quality": 75, "progressive": True, "subsampling": 0, "exif": turned}),
@@ -62,18 +62,15 @@ def folder(tmp_path: Path) -> Path:
 
 
 def loaders(dataset: Dataset, recipe: Recipe = SMALL, workers: int = 0) -> tuple[Loader, Loader]:
-    """By Pillow, by DALI."""
+    """Return a loader that decodes with Pillow and the same one with DALI."""
     stream = Stream(len(dataset.train), recipe.batch, recipe.batch // recipe.micro_batch(1), 0, recipe.repeats)
     torch_s = Loader(dataset, recipe, stream, CPU, workers)
     return torch_s, dataclasses.replace(torch_s, decode=dali.decoded)
 
 
-# windows: no DALI needed
-
-
 @pytest.mark.parametrize("size", [(640, 427), (427, 640), (500, 500), (256, 300)])
 def test_windows_are_those_that_the_transform_draws(size: tuple[int, int]) -> None:
-    """A picture whose pixels tell their own places comes out telling where the window lies."""
+    """The window agrees with the pixels that the transform shows of an image whose pixels are their coordinates."""
     transform: Any = data.train_transform(RECIPES["imagenet-2015"])
     width, height = size
     places = torch.stack(torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")) + 0.5
@@ -88,7 +85,9 @@ def test_windows_are_those_that_the_transform_draws(size: tuple[int, int]) -> No
         row = shown[1, 112].flip(0) if mirrored else shown[1, 112]
         for line, first, last in ((shown[0, :, 112], top, bottom), (row, left, right)):
             expected = first + (torch.arange(224) + 0.5) * (last - first) / 224
-            inner = slice(4, -4)  # at a picture's edge the filter is cut off; elsewhere, in whole pixels, it wobbles
+            inner = slice(
+                4, -4
+            )  # the filter is cut off at the image's edge, and inside it is discretised to whole pixels
             torch.testing.assert_close(line[inner], expected[inner], rtol=0, atol=0.1)
     assert 8 <= mirrors <= 32
 
@@ -101,7 +100,7 @@ def test_the_window_of_validation_is_the_centre() -> None:
     assert ((top + bottom) / 2, (left + right) / 2) == pytest.approx((427 / 2, 320), abs=scale)
 
 
-def test_what_is_rare_is_decoded_by_pillow(folder: Path) -> None:
+def test_unusual_files_are_decoded_by_pillow(folder: Path) -> None:
     dataset = data.load("folder", dataclasses.replace(SMALL, normalise="channel"), folder)
     assert isinstance(dataset.train, data.Folder)
     coded = dali.Encoded(dataset.train)
@@ -116,15 +115,12 @@ def test_what_is_rare_is_decoded_by_pillow(folder: Path) -> None:
     assert [kinds[i] for i in range(8)] == [b"\xff\xd8"] * 3 + [b"P6", b"\x89P"] + [b"P6"] * 3
 
 
-# pixels
-
-
 @pytest.mark.parametrize("workers", [0, 2])
 def test_pixels_are_pillows(folder: Path, tmp_path: Path, workers: int) -> None:
-    """To one grey level: both filter alike, Pillow in whole numbers with each pass rounded, DALI in floating point.
+    """Pixels differ from Pillow's by at most 1/255: both use the same filter, but Pillow rounds each pass to integers.
 
-    Where the filter reaches past a picture's edge, Pillow leaves those taps out and DALI repeats the last pixel: that
-    shows in the outermost pixels of windows at an edge.
+    Larger differences are allowed in the outermost pixels of a window at the image's edge: where the filter extends
+    beyond the edge, Pillow omits those taps and DALI repeats the last pixel.
     """
     needs_dali()
     dataset = data.load("folder", SMALL, folder, cache=tmp_path / "cache")
@@ -160,9 +156,6 @@ def test_another_window_would_be_noticed(folder: Path, tmp_path: Path, monkeypat
     assert 255 * worst > 8
 
 
-# the loop
-
-
 def run(root: Path, out: Path, **options: Any) -> Run:
     recipe = dataclasses.replace(SMALL, normalise="channel", iterations=5)
     how: dict[str, Any] = {"data": "folder", "root": root, "family": "cifar", "depth": 8, "device": "cpu", "workers": 0}
@@ -172,7 +165,10 @@ def run(root: Path, out: Path, **options: Any) -> Run:
 def test_resumed_to_the_bit(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Stopped in its fourth iteration, while DALI is ahead with the next ones; workers don't matter."""
+    """A run stopped in its fourth iteration resumes with the same bits, although DALI had prefetched more batches.
+
+    The number of workers may differ.
+    """
     needs_dali()
     train(run(folder, tmp_path / "whole"))
     assert "photographs are decoded by NVIDIA DALI" in capsys.readouterr().err
@@ -197,7 +193,10 @@ def test_resumed_to_the_bit(
 
 
 def test_a_signal_ends_it_with_its_workers(folder: Path, tmp_path: Path) -> None:
-    """Workers let signals pass: were they left to Python's exit, that would wait for them for ever."""
+    """SIGTERM ends the training, although the workers ignore signals.
+
+    If the workers weren't ended explicitly, Python would wait for them forever at exit.
+    """
     needs_dali()
     out, log = tmp_path / "run", tmp_path / "run" / "log.csv"
     arguments = "--recipe imagenet-2015 --data folder --family cifar --depth 8 --device cpu --loader dali --workers 1"
@@ -218,7 +217,7 @@ def test_a_signal_ends_it_with_its_workers(folder: Path, tmp_path: Path) -> None
 @pytest.mark.parametrize("what", ["cut", "text"])
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_corrupt_picture_is_named(folder: Path, workers: int, what: str) -> None:
-    """Whether the worker that reads it notices, or only DALI."""
+    """A damaged file is named, whether the worker that reads it notices the damage or only DALI does."""
     needs_dali()
     bad = folder / "train" / "class0" / "0.jpg"
     whole = bad.read_bytes()
@@ -261,7 +260,7 @@ def test_the_command_refuses_what_dali_can_t(tmp_path: Path, capsys: pytest.Capt
 
 @pytest.mark.gpu
 def test_on_a_gpu(folder: Path, tmp_path: Path) -> None:
-    """nvJPEG's pixels differ by little where it decodes; those that Pillow or libpng decodes as on the CPU."""
+    """On a GPU, pixels differ only a little from those on the CPU, as nvJPEG rounds differently."""
     needs_dali()
     device = torch.device("cuda", 0)
     dataset = data.load("folder", SMALL, folder, cache=tmp_path / "cache")

@@ -1,4 +1,4 @@
-"""Images for training: order, every augmentation on photographs against a slow reference, errors that name the mend."""
+"""Data sets for training: the order of images, augmentations against slow references, and error messages."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ SMALL = dataclasses.replace(
 
 
 def photographs() -> list[np.ndarray]:
-    """Two of them, uint8 [427, 640, 3]."""
+    """Return scikit-learn's two sample photographs, uint8 [427, 640, 3]."""
     return [np.asarray(image) for image in load_sample_images().images]
 
 
 def patches(count: int, size: int) -> torch.Tensor:
-    """Squares of the photographs, uint8 [count, 3, size, size], no two alike."""
+    """Return random crops of the photographs, uint8 [count, 3, size, size]."""
     generator = np.random.default_rng(0)
     photos = photographs()
     squares = []
@@ -45,7 +45,7 @@ def patches(count: int, size: int) -> torch.Tensor:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """train and val of two classes, three photographs each."""
+    """Folders train and val with two classes of three photographs each."""
     pictures = patches(12, 100).permute(0, 2, 3, 1).numpy()
     for i, picture in enumerate(pictures):
         place = tmp_path / ("train" if i < 6 else "val") / f"class{i % 2}"
@@ -59,9 +59,6 @@ def loader(
 ) -> Loader:
     stream = Stream(len(dataset.train), recipe.batch, recipe.batch // recipe.micro_batch(world), seed, recipe.repeats)
     return Loader(dataset, recipe, stream, CPU, workers, rank, world)
-
-
-# the order
 
 
 def test_each_epoch_shows_each_image_once_in_another_order() -> None:
@@ -84,7 +81,7 @@ def test_micro_batches_share_out_the_batch_and_part_the_repeats() -> None:
     assert len(set(blocks[0])) == 4
 
 
-def test_chance_belongs_to_the_position_however_it_is_dealt_out() -> None:
+def test_random_words_depend_only_on_the_position() -> None:
     whole = Stream(100, 12, 1, 7)
     words = whole.words(np.arange(24, 36), SAMPLE)
     for blocks in (2, 3, 12):
@@ -98,9 +95,6 @@ def test_chance_belongs_to_the_position_however_it_is_dealt_out() -> None:
     u = data.uniform(whole.words(np.arange(5000), SAMPLE)).numpy()
     assert 0 < u.min() < 0.001 < 0.999 < u.max() < 1
     assert abs(u.mean() - 0.5) < DRAWN
-
-
-# augmentations
 
 
 @pytest.mark.parametrize(("pad", "flip"), [(4, True), (1, False), (0, True)])
@@ -121,7 +115,7 @@ def test_pad_crop_flip(pad: int, flip: bool) -> None:
 
 
 def _find(crop: np.ndarray, image: np.ndarray) -> tuple[int, int] | None:
-    """Where `crop` stands in `image`."""
+    """Return the row and column of `crop` in `image`, or None if it isn't there."""
     side = len(crop)
     span_y, span_x = image.shape[0] - side + 1, image.shape[1] - side + 1
     for y, x in np.argwhere((image[:span_y, :span_x] == crop[0, 0]).all(-1)):
@@ -131,7 +125,7 @@ def _find(crop: np.ndarray, image: np.ndarray) -> tuple[int, int] | None:
 
 
 def test_scale_crop_flip() -> None:
-    """Every crop is found, pixel by pixel, in the photograph resized by PIL to a shorter side in [256, 480]."""
+    """Every crop equals, pixel by pixel, a part of the photograph resized by Pillow to a side from [256, 480]."""
     transform: Any = data.train_transform(RECIPES["imagenet-2015"])
     scale = transform.transforms[0]
     photos = [Image.fromarray(photo) for photo in photographs()]
@@ -196,8 +190,8 @@ def test_channel_statistics() -> None:
     np.testing.assert_allclose(data.by_channel()(x).permute(0, 2, 3, 1).numpy(), slow, atol=ROUNDING)
 
 
-def test_small_images_all_together() -> None:
-    """cifar-2015: mean subtracted, then padded with zeros, cropped, mirrored; labels go with their images."""
+def test_small_images_with_all_augmentations() -> None:
+    """cifar-2015 subtracts the mean, pads with zeros, crops and mirrors, in this order; labels match their images."""
     recipe = RECIPES["cifar-2015"]
     train = Resident(patches(150, 32), torch.arange(150))
     dataset = Dataset("x", ("a",) * 150, 3, train, train, Moments.of([train.images], 3, 32).preprocess())
@@ -219,7 +213,7 @@ def test_small_images_all_together() -> None:
 
 
 def assert_coloured(batches: Loader) -> None:
-    """Each image of the first micro-batches differs from its uncoloured self by its own shift, equal in all pixels."""
+    """Assert that each image differs from the same image without colour shift by its own constant shift."""
     plain = dataclasses.replace(batches, recipe=dataclasses.replace(batches.recipe, colour=0.0))
     for block, ((x, _), (y, _)) in enumerate(zip(batches.training(0, 1), plain.training(0, 1), strict=True)):
         alphas = batches._colour(batches.stream.positions(0, block))
@@ -242,7 +236,7 @@ def test_colour_draws_have_deviation_one_tenth() -> None:
 
 @pytest.mark.parametrize("kind", ["mixup", "cutmix"])
 def test_mixing(kind: str) -> None:
-    """The labels tell the share of each image's neighbour; every pixel agrees with them."""
+    """The pixels of a mixed batch agree with the shares in its labels."""
     recipe = dataclasses.replace(
         RECIPES["imagenet-modern"], mixup=0.0, cutmix=0.0, size=32, flip=False, repeats=1, batch=8
     )
@@ -285,11 +279,8 @@ def test_erasing_fills_with_the_mean() -> None:
     assert data.erasing(RECIPES["imagenet-2015"]) is None
 
 
-# photographs in folders
-
-
 def test_photographs_from_a_folder(folder: Path, tmp_path: Path) -> None:
-    """Workers change nothing; two processes see the micro-batches that one sees in turn; validation is centre crops."""
+    """Batches don't depend on workers, two processes share the micro-batches of one, validation uses centre crops."""
     dataset = data.load("folder", SMALL, folder, cache=tmp_path / "cache")
     assert dataset.classes == ("class0", "class1")
     assert_coloured(loader(dataset, SMALL))
@@ -339,7 +330,9 @@ def test_statistics_are_computed_once(folder: Path, tmp_path: Path, monkeypatch:
         assert torch.equal(first.axes, again.axes)
         with pytest.raises(AssertionError, match="computed again"):
             data.load("folder", dataclasses.replace(SMALL, resize=60), folder, cache=cache)
-        patch.setattr(data, "READING", data.READING + 1)  # what another reading saw
+        patch.setattr(
+            data, "READING", data.READING + 1
+        )  # the cached mean image came from another version of the reading rules
         with pytest.raises(AssertionError, match="computed again"):
             data.load("folder", SMALL, folder, cache=cache)
     content = bytearray(kept.read_bytes())
@@ -375,9 +368,6 @@ def test_modern_augmentations_in_workers(folder: Path) -> None:
     assert y.shape == (4, 2)
     assert len(others) == 3
     assert torch.equal(next(loader(dataset, recipe).training(0, 1))[0], x)
-
-
-# what can be wrong
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -418,8 +408,8 @@ def test_missing_or_unfit_images(folder: Path, tmp_path: Path) -> None:
         data.load("folder", imagenet, folder)
 
 
-def test_download_is_advised_where_one_can_ask_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`eval`, which says nothing of it, can't."""
+def test_download_is_suggested_only_where_it_is_an_option(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Messages suggest --download only to commands that have this option; `eval` (download=None) hasn't."""
 
     def refuse(self: object) -> None:
         raise OSError("no network")
@@ -438,7 +428,7 @@ def test_download_is_advised_where_one_can_ask_for_it(tmp_path: Path, monkeypatc
 
 
 def _cifar(root: Path, monkeypatch: pytest.MonkeyPatch) -> np.ndarray:
-    """Files as those of CIFAR-10, with 4 photograph patches per batch; their checksums become the known ones."""
+    """Write files like CIFAR-10's, with 4 patches of photographs each, and make torchvision accept their checksums."""
     place = root / "cifar-10-batches-py"
     place.mkdir()
     pixels = patches(24, 32).numpy().reshape(6, 4, -1)
@@ -456,7 +446,7 @@ def _cifar(root: Path, monkeypatch: pytest.MonkeyPatch) -> np.ndarray:
     return pixels
 
 
-def test_cifar_as_it_lies_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cifar_is_read_from_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pixels = _cifar(tmp_path, monkeypatch)
     dataset = data.load("cifar10", RECIPES["cifar-2015"], tmp_path)
     assert isinstance(dataset.train, Resident)

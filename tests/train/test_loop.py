@@ -1,4 +1,4 @@
-"""The loop: equal to a plain one, with CUDA graphs, compiled and on a GPU; losses that are no numbers."""
+"""The training loop: compared with a plain loop, with CUDA graphs, compiled, on a GPU; losses that aren't finite."""
 
 from __future__ import annotations
 
@@ -66,11 +66,11 @@ def test_graphs_serve_where_the_table_says(
 
 
 def test_a_graphed_training_is_the_same(tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By graphs' stand-in, bit for bit: two micro-batches per update, validation, checkpoints and EMA in between."""
+    """Training with (fake) CUDA graphs gives the same bits, with two micro-batches per update, validation and EMA."""
     fake_cuda = FakeCuda(monkeypatch)
     monkeypatch.setattr("fastres.train.loop.graph_choice", lambda run, place: (True, ""))
     train(short(tmp_path))
-    assert len(fake_cuda.modes) == 2  # the first micro-batch finds no gradients, the second adds to them
+    assert len(fake_cuda.modes) == 2  # two graphs: the first micro-batch creates the gradients, the second adds to them
     ours, theirs = (torch.load(out / checkpoint.LAST, weights_only=True) for out in (tmp_path, undisturbed))
     for name in ("model", "ema"):
         assert_same(ours[name], theirs[name])
@@ -81,7 +81,7 @@ def test_a_graphed_training_is_the_same(tmp_path: Path, undisturbed: Path, monke
 
 
 def test_a_bad_loss_in_a_graph_is_put_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a replay has touched is put back as well."""
+    """After a bad loss, the buffers changed by a graph replay are restored, too."""
     fake_cuda = FakeCuda(monkeypatch)
     monkeypatch.setattr("fastres.train.loop.graph_choice", lambda run, place: (True, ""))
     checkpoint.prepare(tmp_path)
@@ -97,7 +97,7 @@ def test_a_bad_loss_in_a_graph_is_put_back(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_a_plain_loop_gives_the_same_weights(tmp_path: Path) -> None:
-    """Two micro-batches per iteration, torch's unfused SGD, the EMA written out."""
+    """The weights equal those of a plain loop with two micro-batches, unfused SGD and a hand-written EMA."""
     ours = trainer(tmp_path)
     batches = list(ours.loader.training(0, 4))
     torch.manual_seed(0)
@@ -116,7 +116,7 @@ def test_a_plain_loop_gives_the_same_weights(tmp_path: Path) -> None:
         if i % 2 == 0:
             values = [p.detach().clone() for p in net.parameters()]
             averaged = [0.9 * a + 0.1 * v for a, v in zip(averaged, values, strict=True)] if averaged else values
-    for name, value in net.state_dict().items():  # fp32 by another order of operations
+    for name, value in net.state_dict().items():  # fp32 operations in another order
         torch.testing.assert_close(ours.model.state_dict()[name], value, rtol=SUMS, atol=ROUNDING)
     assert ours.ema is not None
     for p, value in zip(ours.ema.module.parameters(), averaged, strict=True):
@@ -165,9 +165,9 @@ def test_errors_are_counted() -> None:
 
 @pytest.mark.parametrize("lag", [0, 1])
 @pytest.mark.parametrize("what", ["loss", "gradient"])
-def test_a_loss_that_is_no_number_stops_at_the_last_good_step(tmp_path: Path, lag: int, what: str) -> None:
+def test_a_loss_that_is_not_finite_stops_at_the_last_good_step(tmp_path: Path, lag: int, what: str) -> None:
     ours = trainer(tmp_path)
-    ours.lag = lag  # 1 as on a GPU, where the host learns of it an iteration later
+    ours.lag = lag  # 1 as on a GPU, where the host reads the result one iteration later
     checkpoint.prepare(tmp_path)
 
     def poisoned() -> Iterator[tuple[Tensor, Tensor]]:
@@ -194,7 +194,7 @@ def test_a_loss_that_is_no_number_stops_at_the_last_good_step(tmp_path: Path, la
     assert torch.equal(saved["meter"], good.meter)
 
 
-def test_a_backend_that_is_not_there_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unknown_backend_is_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch._dynamo, "list_backends", lambda: ["inductor"])
     with pytest.raises(ValueError, match="no backend 'fastres' here; available are inductor"):
         trainer(tmp_path, compile="fastres")
@@ -203,13 +203,13 @@ def test_a_backend_that_is_not_there_is_refused(tmp_path: Path, monkeypatch: pyt
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["inductor", "fastres"])
 def test_a_compiled_net_trains_alike(tmp_path: Path, backend: str) -> None:
-    """And its checkpoint is one of the plain net, which goes on uncompiled."""
+    """A compiled net trains alike, and its checkpoint is that of the plain net, which can resume without compiling."""
     recipe = dataclasses.replace(SHORT, iterations=3, ema=None)
     train(short(tmp_path / "plain", recipe))
     train(short(tmp_path / "compiled", recipe, compile=backend))
     ours, theirs = weights(tmp_path / "compiled"), weights(tmp_path / "plain")
     assert ours.keys() == theirs.keys()
-    for name, value in theirs.items():  # fp32 by another order of operations
+    for name, value in theirs.items():  # fp32 operations in another order
         torch.testing.assert_close(ours[name], value, rtol=NETS, atol=SUMS)
     train(short(tmp_path / "compiled", recipe, resume=True))
 
@@ -217,13 +217,15 @@ def test_a_compiled_net_trains_alike(tmp_path: Path, backend: str) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("graph", ["off", "on"])
 def test_a_gpu_trains_as_the_cpu_does(tmp_path: Path, graph: str) -> None:
-    """The same weights to rounding as on the CPU, and with the step in a CUDA graph."""
-    recipe = dataclasses.replace(SHORT, iterations=4)  # two micro-batches each, of which the second adds gradients
+    """A GPU gives the weights of the CPU up to rounding, with and without a CUDA graph."""
+    recipe = dataclasses.replace(
+        SHORT, iterations=4
+    )  # each has two micro-batches, and the second adds to the gradients
     train(short(tmp_path / "gpu", recipe, device="cuda", dtype="fp32", cuda_graph=graph))
     train(short(tmp_path / "cpu", recipe))
     ours, theirs = weights(tmp_path / "gpu"), weights(tmp_path / "cpu")
     for name, value in theirs.items():
-        # Four steps amplify what sums in another order round: weights moved by an epsilon end up to 5e-6 apart.
+        # Four steps amplify rounding errors: weights changed by one epsilon end up to 5e-6 apart.
         torch.testing.assert_close(ours[name].cpu(), value, rtol=GPU_TRAINED, atol=GPU_TRAINED_ZERO)
     done = train(short(tmp_path / "bf16", recipe, device="cuda", cuda_graph=graph))
     assert math.isfinite(done.error)
@@ -241,7 +243,7 @@ def test_a_bad_loss_on_a_gpu_stops_at_good_weights(tmp_path: Path) -> None:
     assert all(value.isfinite().all() for value in saved["model"].values())
 
 
-def test_norms_decay_by_themselves_where_a_recipe_says_so() -> None:
+def test_norms_have_their_own_decay_if_a_recipe_says_so() -> None:
     net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Linear(4, 2))
     groups = sgd(net, RECIPES["imagenet-modern"]).param_groups
     decays = {p: group["weight_decay"] for group in groups for p in group["params"]}

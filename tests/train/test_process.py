@@ -1,4 +1,4 @@
-"""Signals that stop a training, and trainings of several processes."""
+"""Signals that stop a training, and trainings with several processes."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_sigterm_and_ctrl_c_save_first(tmp_path: Path, undisturbed: Path) -> Non
 
 
 @pytest.mark.parametrize(("resume", "how"), [(False, "--resume"), (True, "the same command")])
-def test_what_is_stopped_says_how_to_go_on(
+def test_a_stopped_training_says_how_to_resume(
     resume: bool, how: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     training = trainer(tmp_path, resume=resume)
@@ -87,7 +87,10 @@ def test_a_process_that_fails_ends_all(tmp_path: Path) -> None:
 
 
 def test_two_processes_are_one_that_accumulates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """gloo. Parameters to rounding; running statistics are rank 0's; validation covers each image once."""
+    """With gloo, two processes train like one that accumulates gradients.
+
+    Parameters agree up to rounding, running statistics are rank 0's, and validation covers each image once.
+    """
     recipe = dataclasses.replace(SHORT, iterations=2, ema=None)
     assert ranks(_ranked, tmp_path / "two", recipe) == [(0, ""), (0, "")]
 
@@ -97,7 +100,7 @@ def test_two_processes_are_one_that_accumulates(tmp_path: Path, monkeypatch: pyt
         nonlocal calls
         before = [buffer.clone() for buffer in self.model.buffers()]
         result = whole(self, x, y)
-        if calls % 2:  # rank 1's
+        if calls % 2:  # the micro-batch of rank 1, whose running statistics are discarded
             torch._foreach_copy_(list(self.model.buffers()), before)
         calls += 1
         return result
@@ -107,7 +110,7 @@ def test_two_processes_are_one_that_accumulates(tmp_path: Path, monkeypatch: pyt
     train(short(tmp_path / "one", recipe, eval_every=2))
     one, two = (torch.load(tmp_path / name / checkpoint.LAST, weights_only=True) for name in ("one", "two"))
     assert calls == 4
-    for name, value in one["model"].items():  # fp32 sums of the same terms in another order, over two steps
+    for name, value in one["model"].items():  # fp32 sums in another order, over two steps
         torch.testing.assert_close(
             two["model"][name], value, rtol=SUMS, atol=ROUNDING, msg=lambda m, n=name: f"{n}: {m}"
         )
@@ -125,8 +128,10 @@ def _graphed_rank(out: Path, recipe: Recipe, graphs: bool) -> None:
 
 
 def test_processes_with_graphs_train_as_with_ddp(tmp_path: Path) -> None:
-    """gloo and graphs' stand-in: gradients averaged behind the replay are those of DistributedDataParallel, bit for
-    bit, as two processes leave no choice of order."""
+    """Gradients averaged after a (fake) graph replay have the same bits as with DistributedDataParallel, with gloo.
+
+    Two processes leave only one order of summation.
+    """
     recipe = dataclasses.replace(SHORT, iterations=6, ema=None)
     for graphs in (True, False):
         assert ranks(_graphed_rank, tmp_path / str(graphs), recipe, graphs) == [(0, ""), (0, "")]
@@ -155,7 +160,7 @@ def _averaged(rank: int) -> None:
 
 
 def _averaging() -> None:
-    """Of each rank: `average` against the mean, and what it and `graphed` refuse."""
+    """In each rank, compare `average` with the mean, and check what `average` and `graphed` reject."""
     with place("cpu") as here:
         _averaged(here.rank)
 

@@ -1,4 +1,4 @@
-"""The recipes against the paper's text and torchvision's command line; the rules that set the learning rate."""
+"""The recipes compared with the paper's text and torchvision's command line."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_2015_had_none_of_what_came_later(recipe: Recipe) -> None:
 
 
 def test_imagenet_modern_is_torchvisions_command_line() -> None:
-    """torchrun --nproc_per_node=8 train.py --model resnet50 --batch-size 128 --lr 0.5 ..."""
+    """The recipe has the settings of `torchrun --nproc_per_node=8 train.py --model resnet50 --batch-size 128 ...`."""
     assert (MODERN.family, MODERN.depth, MODERN.batch, MODERN.bn_batch, MODERN.lr) == (
         "torchvision",
         50,

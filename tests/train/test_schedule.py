@@ -1,4 +1,4 @@
-"""Learning rates by iteration: the paper's, torch's and torchvision's."""
+"""Learning rates by iteration, compared with the paper's, torch's and torchvision's."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def test_warmup_of_110_layers_ends_below_80_percent_for_good() -> None:
     assert LearningRate(CIFAR, 1202, 390)(0) == 0.01
 
 
-def test_plateau_is_torchs_but_for_the_patience_s_count() -> None:
-    """torch lowers the rate after more than `patience` bad evaluations, we after `patience`."""
+def test_plateau_is_torchs_except_for_the_patience() -> None:
+    """torch lowers the rate after patience + 1 evaluations without improvement, fastres after `patience`."""
     rule = IMAGENET.schedule
     assert isinstance(rule, Plateau)
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=IMAGENET.lr)
@@ -55,7 +55,7 @@ def test_plateau_is_torchs_but_for_the_patience_s_count() -> None:
         ours.validation_error(error)
         assert ours(i) == pytest.approx(optimizer.param_groups[0]["lr"])
         seen.add(round(math.log10(ours(i))))
-    assert len(seen) >= 3  # it did fall
+    assert len(seen) >= 3  # the rate was lowered at least twice
 
 
 def test_cosine_is_torchvisions_schedule() -> None:
@@ -74,7 +74,7 @@ def test_cosine_is_torchvisions_schedule() -> None:
         theirs.step()
 
 
-def test_the_rate_s_memory_is_its_state() -> None:
+def test_the_state_dict_restores_the_rate() -> None:
     lr, again = (LearningRate(IMAGENET, 50, 10) for _ in range(2))
     for error in (0.5, 0.4, *[0.4] * 7):
         lr.validation_error(error)

@@ -1,4 +1,4 @@
-"""What a training shows and writes about itself."""
+"""The report of a training: lines, progress bar, log.csv, curves and TensorBoard."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def on_terminal(out: Path, monkeypatch: pytest.MonkeyPatch, columns: int = 100, **options: Any) -> str:
-    """What a training writes to stderr where that is a terminal of so many columns."""
+    """Return what a training writes to stderr if that is a terminal with `columns` columns."""
     ours, theirs = os.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 30, columns, 0, 0))
     read: list[bytes] = []
 
     def reads() -> None:
-        with suppress(OSError):  # once the other end is closed
+        with suppress(OSError):  # raised when the other end is closed
             while chunk := os.read(ours, 65536):
                 read.append(chunk)
 
@@ -87,7 +87,7 @@ def test_a_terminal_gets_a_bar_as_well(tmp_path: Path, monkeypatch: pytest.Monke
     assert re.search(r"\| 0/8, \? left, - images/s$", bars[0])
     assert any(re.match(r"validating  50%\|.*\| 4/8, 0:\d\d:\d\d left, [\d.,]+ images/s, loss \d", bar) for bar in bars)
     assert drawn[:2] == [INTRODUCTION[0], ""]
-    assert re.search(r"\r +\r$", said)  # nothing of it is left in the end
+    assert re.search(r"\r +\r$", said)  # the bar is erased at the end
 
     monkeypatch.setenv("TERM", "xterm")
     narrow = re.split(r"[\r\n]", on_terminal(tmp_path / "narrow", monkeypatch, columns=40))
@@ -104,7 +104,7 @@ def test_a_dumb_terminal_gets_no_bar(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def ticking(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A clock that an iteration moves on by a second, an evaluation by 100, a checkpoint by 10."""
+    """Replace the clock: an iteration takes 1 second, an evaluation 100 and a checkpoint 10."""
     now = 0.0
 
     def slow(method: Callable[..., Any], seconds: float) -> Callable[..., Any]:
@@ -123,8 +123,10 @@ def ticking(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_images_per_second_are_of_the_time_spent_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """In log.csv and in the lines, without evaluations, checkpoints and, resumed, the images of the process before.
-    The time so far has all of them."""
+    """Rates in log.csv and in the lines exclude evaluations, checkpoints and images of the process before a resumption.
+
+    The elapsed time includes all of them.
+    """
     ticking(monkeypatch)
     with pytest.raises(SystemExit):
         signalled(tmp_path, signal.SIGTERM, 4, False)
@@ -133,13 +135,13 @@ def test_images_per_second_are_of_the_time_spent_training(
     assert {float(row["images_per_second"]) for row in rows if row["images_per_second"]} == {64.0}
     lines = [match[0] for match in LINE.finditer(capsys.readouterr().err)]
     assert all("  64.0 images/s  " in line for line in lines)
-    # Before the second evaluation ends: 8 steps, an evaluation, its checkpoint, those of iterations 3, 5 and 6.
+    # 248 = 8 iterations + 2 evaluations + 4 checkpoints: of the first evaluation and of iterations 3, 5 and 6.
     assert [row["seconds"] for row in rows if row["val_error"]] == ["114.0", "248.0"]
     assert [line.split()[-1] for line in lines] == ["0:01:54", "0:04:08"]
 
 
 def test_the_time_left_leaves_out_what_was_done_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By an earlier process, and the first iteration of this one, whose kernels may have to be compiled."""
+    """The estimate ignores iterations of an earlier process and the first of this one, which may compile kernels."""
     monkeypatch.setattr(report, "shows_bars", lambda: True)
     monkeypatch.setattr(sys, "stderr", io.StringIO())
     now = 100.0
@@ -150,7 +152,7 @@ def test_the_time_left_leaves_out_what_was_done_before(tmp_path: Path, monkeypat
     shown = resumed.report()
     resumed.clock.start()
     drawn = []
-    for now in (160.0, 163.0, 166.0):  # noqa: B007 - the clock that `shown` asks
+    for now in (160.0, 163.0, 166.0):  # noqa: B007 - read by the replaced clock
         shown.advance()
         drawn.append(str(shown.bar))
     shown.close()
@@ -189,7 +191,7 @@ def test_the_line_s_loss_is_of_the_images_since_the_one_before(tmp_path: Path, m
 def test_few_classes_have_no_top_5(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Not in the lines, nor in the summary and the log."""
+    """With three classes, lines, summary and log have no top-5 error."""
     whole = loop.load
 
     def three(*args: Any, **options: Any) -> Any:
@@ -213,7 +215,7 @@ def test_tensorboard_is_optional(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_tensorboard_gets_what_the_log_gets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also of a run that was cut short: what it had written behind its last checkpoint is dropped when it goes on."""
+    """TensorBoard has the values of log.csv, also for a resumed run: those after the last checkpoint are discarded."""
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -1,4 +1,4 @@
-"""Processes that read photographs: however a training ends, they end with it, at once, and one line says why."""
+"""Worker processes that read photographs: they end with the training, however it ends, and one line says why."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ pytestmark = [
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """train and val of two classes, four photographs each."""
+    """Folders train and val with two classes of four photographs each."""
     generator = np.random.default_rng(0)
     for part in ("train", "val"):
         for i in range(8):
@@ -106,7 +106,7 @@ FAILURES: dict[str, tuple[Callable[[Path, pytest.MonkeyPatch], Any], Recipe, typ
 
 @pytest.mark.parametrize("what", FAILURES)
 def test_no_worker_is_left(what: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Although the caller holds on to the exception, and so to every frame that it came through."""
+    """No worker is left, even while the caller keeps the exception and thereby all its frames alive."""
     fail, recipe, kind = FAILURES[what]
     fail(folder, monkeypatch)
     with pytest.raises(kind) as failure:
@@ -131,7 +131,7 @@ def children(pid: int) -> list[int]:
 
 
 def gone(pids: list[int], seconds: float = 10) -> bool:
-    """Within so many seconds; what init has not reaped yet is gone as well."""
+    """Return whether all processes end within `seconds`; zombies count as ended."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         stats = [Path(f"/proc/{pid}/stat") for pid in pids]
@@ -142,7 +142,7 @@ def gone(pids: list[int], seconds: float = 10) -> bool:
 
 
 def started(root: Path, *given: str) -> tuple[subprocess.Popen[str], list[int]]:
-    """The command once it trains, and its workers."""
+    """Start the command and wait until it trains; return its process and the IDs of its workers."""
     command = [sys.executable, "-m", "fastres", *arguments(root, *given)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     log = root.parent / "run" / "log.csv"
@@ -153,7 +153,7 @@ def started(root: Path, *given: str) -> tuple[subprocess.Popen[str], list[int]]:
 
 
 def test_a_damaged_photograph_ends_the_command(folder: Path) -> None:
-    """Met while it validates, with the workers that read training images waiting: status 1 and one line."""
+    """A damaged validation image, read while the training workers wait, gives status 1 and one line."""
     bad = damage(folder / "val/class1/1.jpg")
     command = [sys.executable, "-m", "fastres", *arguments(folder)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
@@ -170,7 +170,7 @@ def test_workers_end_with_a_process_that_is_killed(folder: Path) -> None:
     assert gone(workers, 2)
 
 
-def test_a_killed_worker_is_told_in_one_line(folder: Path) -> None:
+def test_a_killed_worker_is_reported_in_one_line(folder: Path) -> None:
     process, workers = started(folder, "--eval-every", "1000", "--save-every", "1")
     os.kill(workers[0], signal.SIGKILL)
     _, said = process.communicate(timeout=60)
@@ -182,8 +182,8 @@ def test_a_killed_worker_is_told_in_one_line(folder: Path) -> None:
     assert gone(workers)
 
 
-def test_what_is_taken_and_never_closed_ends_with_the_process(folder: Path) -> None:
-    """A script that takes one batch, and holds the rest when it ends."""
+def test_a_generator_that_is_never_closed_ends_with_the_process(folder: Path) -> None:
+    """The workers of a generator that a script never closes end with the script."""
     script = f"""
 import multiprocessing, torch
 from fastres.train.data import collate, decoded, load
@@ -204,7 +204,7 @@ def test_workers_let_signals_to_the_group_pass(folder: Path) -> None:
     dataset = data.load("folder", CHANNEL, folder)
     assert isinstance(dataset.train, Folder)
     with closing(data.fetched(dataset.train, [[(i % 8, 0)] for i in range(100)], 2, collate)) as batches:
-        for _ in range(2):  # one of each: both ignore signals by now
+        for _ in range(2):  # one batch of each worker: now both ignore signals
             next(batches)
         for worker in multiprocessing.active_children():
             for number in (signal.SIGTERM, signal.SIGINT):
@@ -214,7 +214,7 @@ def test_workers_let_signals_to_the_group_pass(folder: Path) -> None:
 
 
 @pytest.mark.extra  # torch waits five seconds for each worker
-def test_a_worker_that_hears_nothing_is_killed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_that_does_not_respond_is_killed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read = Folder.__getitem__
 
     def item(self: Folder, item: tuple[int, int]) -> Any:
@@ -231,8 +231,8 @@ def test_a_worker_that_hears_nothing_is_killed(folder: Path, monkeypatch: pytest
     assert gone([worker.pid or 0])
 
 
-def test_want_of_shared_memory_is_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A limit on the size of files, which shared memory is made of."""
+def test_lack_of_shared_memory_is_reported(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A limit on the file size simulates the lack of shared memory, which consists of files."""
     read = Folder.__getitem__
 
     def item(self: Folder, item: tuple[int, int]) -> Any:
@@ -256,14 +256,14 @@ def test_workers_that_can_t_be_started(folder: Path, monkeypatch: pytest.MonkeyP
         return fork()
 
     monkeypatch.setattr(os, "fork", second_fails)
-    monkeypatch.setattr("sys.unraisablehook", lambda _: None)  # torch's iterator is not whole
+    monkeypatch.setattr("sys.unraisablehook", lambda _: None)  # torch's incomplete iterator raises when it is freed
     with pytest.raises(WorkerError, match=r"2 processes .* can't be started \(Resource temporarily unavailable\)"):
         next(data.fetched(dataset.train, [[(0, 0)]], 2, collate))
     assert all(gone([child.pid or 0]) for child in multiprocessing.active_children())
 
 
 @pytest.mark.parametrize("command", ["eval", "predict"])
-def test_other_commands_tell_of_a_killed_worker(
+def test_other_commands_report_a_killed_worker(
     command: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("torchmetrics")
