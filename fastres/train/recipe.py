@@ -29,7 +29,7 @@ LOADERS = {
 
 GRAPHS = {
     "auto": "on for a single process on a GPU without --compile, else off",
-    "on": "run forward and backward as one CUDA graph; several processes average gradients after it",
+    "on": "run forward and backward as one CUDA graph (several processes average gradients after it)",
     "off": "launch every kernel from the host",
 }
 
