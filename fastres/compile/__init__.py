@@ -42,13 +42,13 @@ def backend(
     mode: str | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> Callable[..., Any]:
-    """Rewrite one graph of Dynamo and compile it. `torch.compile(..., backend="fastres")` calls this for each graph.
+    """Rewrite one Dynamo graph and compile it. `torch.compile(..., backend="fastres")` calls this for each graph.
 
     Returns the compiled function. It computes what `gm` computes, up to rounding.
 
     mode, options: as for Inductor, with two more options. "fastres.rewrite" is a key of `REWRITES` (default "auto").
     "fastres.inner" is the name of the backend that compiles the rewritten graph (default "inductor"); another backend
-    accepts neither mode nor options.
+    accepts no options and no mode but "default".
 
     Raises ValueError for an unknown value of "fastres.rewrite", for any other option "fastres.*", and for mode or
     options with another inner backend.

@@ -29,7 +29,7 @@ _IN_PLACE = {  # patterns of the names of in-place operations
 
 
 def defaults(function: Callable[..., Any]) -> dict[str, Any]:
-    """Return the parameter names of `function` in order, each with its default."""
+    """Return the parameter names of `function` in order, each with its default, `Parameter.empty` if it has none."""
     return {parameter.name: parameter.default for parameter in inspect.signature(function).parameters.values()}
 
 

@@ -86,7 +86,7 @@ class Match:
     """
 
     pairs: list[Pair]  # in order; a projection's pair is the last
-    nodes: list[fx.Node]  # all nodes that are replaced; the last one has the result
+    nodes: list[fx.Node]  # all nodes that are replaced; the last one produces the result
     end: ends.End = field(default_factory=ends.Linear)
     residual: fx.Node | None = None  # for `ends.Join`: the other addend
     shortcut: list[fx.Node] = field(default_factory=list)  # option A's nodes, erased if nothing else reads them
@@ -123,7 +123,7 @@ class Match:
 
 
 class PaddedSum(NamedTuple):
-    """relu(y + option A's shortcut of x), where y is not the result of a match."""
+    """relu(y + option A's shortcut of x), whose ReLU is in no match. y may be any tensor, also a match's result."""
 
     y: fx.Node
     x: fx.Node

@@ -122,7 +122,7 @@ def optimize(
 
 
 class _Normalize(nn.Module):
-    """torchvision's Normalize written so that torch.fx can trace it: x [N, C, H, W] -> (x - mean) / std."""
+    """torchvision's Normalize, rewritten so that torch.fx can trace it: x [N, C, H, W] -> (x - mean) / std."""
 
     mean: Tensor
     std: Tensor

@@ -65,10 +65,10 @@ class Optimized(nn.Module):
         *,
         compared: bool = False,
     ) -> None:
-        """Take over the modules, parameters and buffers of `model` and fold the weights of `steps`.
+        """Adopt the modules, parameters and buffers of `model` without copying them, freeze them, and fold the weights.
 
-        output: the name of the value that the plan returns. dtype: of all steps that are not quantised, and of the
-        result. compared: whether the first call compares the plan with `model`.
+        steps: the plan. output: the name of the value that the plan returns. dtype: of all steps that are not
+        quantised, and of the result. compared: whether to compare the plan with `model` before the first result.
         """
         super().__init__()
         self._uncompared = (model if compared else None,)  # in a tuple, so that it does not become a submodule
@@ -302,9 +302,10 @@ class Optimized(nn.Module):
     def _compare(self, x: Tensor) -> None:
         """Raise ValueError if the plan and the original model give different outputs.
 
-        Both run on the CPU in float64, where only rounding may differ, on random images of x's size: two images (one if
-        x has one), or as many as in x (16 at most) if the model does not accept two. Nothing is compared if the model
-        cannot run that way. Once a comparison has passed, later calls skip it.
+        Both run on the CPU in float64, where only rounding may differ, on random images of x's size (C, H, W). The
+        batch has two images (one if x has one). If the model fails on it, x's own batch size is tried, at most 16. If
+        the model fails again, nothing is compared. Later calls skip the comparison once it has passed or proved
+        impossible. An empty x, or one under CUDA graph capture, postpones it.
         """
         (original,) = self._uncompared
         if original is None or not _is_plain(x):

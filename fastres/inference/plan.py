@@ -101,7 +101,7 @@ class Aten(_WritesOne):
     args: tuple[Any, ...]
     out: str
     kwargs: Mapping[str, Any] = field(default_factory=dict)
-    selects: bool = False  # a max pool: every output element is an input element, so 8-bit values pass unchanged
+    selects: bool = False  # True for a max pool: it only selects input elements, so int8 values pass unchanged
 
     @property
     def reads(self) -> tuple[str, ...]:
@@ -415,7 +415,8 @@ def quantise(
         if all(name in grids for name in step.reads)
     }
     read = {name for step in steps if step.writes[0] in eligible for name in step.reads}  # values read in 8 bits
-    written = read & eligible if dtype == FLOAT8 else set(eligible)  # values that their own step writes in 8 bits
+    # Values that the step computing them writes in 8 bits itself, without a `Convert` after it.
+    written = read & eligible if dtype == FLOAT8 else set(eligible)
     for step in steps:
         passes_on = isinstance(step, Aten) and step.selects and dtype != FLOAT8
         # `reads` is empty for a pool of a model tensor

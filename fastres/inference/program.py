@@ -317,7 +317,7 @@ class Program:
         return f"step by step{why}"
 
     def table(self) -> str:
-        """Return a table of the bound steps: layer, operation, output shape, engine and reason."""
+        """Return a table with one row per step: number, layer, operation, output shape, engine, and why that engine."""
         rows = [("step", "layer", "operation", "output", "engine", "why")]
         for i, bound in enumerate(self.bound):
             layer = self._layer(bound.step)

@@ -82,9 +82,10 @@ class _Histogram:
         self.counts += torch.histc(x, 2 * _BINS, -self.reach, self.reach).double().cpu()
 
     def end(self, percentile: float, side: int) -> float:
-        """Return the bin edge that at least `percentile` % of the elements do not exceed on one side.
+        """Return one end of the range, as a bin edge.
 
-        side: 1 for the upper end of the range, -1 for the lower end.
+        side: 1 for the upper end, the lowest edge with at least `percentile` % of all elements at or below it; -1 for
+        the lower end, the highest edge with at least `percentile` % of all elements at or above it.
         """
         counts = self.counts if side > 0 else self.counts.flip(0)
         inside = counts.cumsum(0)

@@ -90,10 +90,11 @@ def stem(x: Tensor, conv: nn.Module, bn: nn.Module, pool: nn.Module) -> Tensor:
 
 
 def stages(x: Tensor, of_stages: Sequence[Sequence[tuple[Sequence[Pair], nn.Module | None]]]) -> Tensor:
-    """Run stages one after another on x [N, C, H, W], fused across their blocks, in a forward that needs gradients.
+    """Run consecutive stages on x [N, C, H, W], fused across the boundaries of blocks and of stages.
 
-    Each stage is a list of blocks (pairs, shortcut); a block's arguments, result and errors are those of
-    `residual_block`. Call this only for as many stages as `eligibility.serves_stages` returns.
+    For forward passes that need gradients. Each stage is a list of blocks (pairs, shortcut); a block's arguments,
+    result and errors are those of `residual_block`. `eligibility.serves_stages` returns how many of a net's remaining
+    stages may be passed, counted from the first.
 
     Equivalent to:
 

@@ -39,10 +39,12 @@ class ConvBN(Facts):
     infer: Callable[..., Tensor]
     infer_live: Callable[..., Tensor]  # (x, w, norm, residual=None, relu=True): `infer` with scale and shift of norm
     fprop: Callable[..., tuple[Tensor, Tensor | None]]  # (a, w, prologue): z, partials
-    # (z, affine, w, **addend): (x, conv(x), partials), where x = relu(scale z + shift + shortcut) is the previous
-    # block's output. affine: (scale, shift); addend: the arguments of `reference.normalize` for the shortcut
+    # (z, affine, w, **addend): (x, conv(x), partials of conv(x)). z: the output of the previous block's last
+    # convolution; x = relu(scale z + shift + shortcut): the previous block's output; affine: (scale, shift); addend:
+    # the keyword arguments that `End.addend` returns
     fprop_joined: Callable[..., tuple[Tensor, Tensor, Tensor | None]]
-    dgrad: Callable[..., Tensor]  # (dz, w, bn, residual=, residual_mask=): dx + residual [residual_mask > 0]
+    # (dz, w, bn, residual=, residual_mask=): dx + residual, where residual counts as 0 if residual_mask <= 0
+    dgrad: Callable[..., Tensor]
     # (dz, w, bn, z, mean, affine): the gradient at the output of the BN below, whose input is z, as (dy, the mask that
     # is still to be applied or None, partials of sum g and sum g (z - mean))
     dgrad_masked: Callable[..., tuple[Tensor, reference.Affine | None, Tensor]]

@@ -115,7 +115,7 @@ class End:
 
     def gradient_arguments(self, out: Tensor | None, last: Kept, taps: Tensor | None) -> dict[str, Any]:
         """Return the keyword arguments of `reference.gradient` at the last BatchNorm: the ReLU's mask, and a pool."""
-        return {"mask": (last.scale, last.shift)}  # recomputed from z, which the backward reads anyway
+        return {"mask": (last.scale, last.shift)}  # the mask is recomputed from z, which backward reads anyway
 
     def residual(self, dout: Gradient, mask: Tensor | None, dx_proj: Tensor | None) -> dict[str, Any]:
         """Return the shortcut's share of dx, as keyword arguments of `ConvBN.dgrad`, which adds it.

@@ -74,7 +74,10 @@ def load(device: str) -> bool:
 
 
 def status(build: bool = False) -> Status:
-    """Return what the shortcut runs on, and why. build: build and load both libraries first; by default neither."""
+    """Return whether the shortcut has its own kernel or runs as plain PyTorch, on the CPU and on CUDA, and why.
+
+    build: first build and load both libraries, with the errors of `load`. By default nothing is built or loaded.
+    """
     if build:
         for device in DEVICES:
             load(device)

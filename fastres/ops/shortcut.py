@@ -300,7 +300,7 @@ class _AddReluBackwardFunction(_SingleLevelFunction):
 def _autograd(op: Any, function: Any) -> Callable[..., Any]:
     """Return the kernel of `op` for the Autograd key.
 
-    It applies `function` if a derivative is needed; otherwise it calls the next dispatch key directly.
+    It applies `function` if a derivative may be needed; otherwise it redispatches to the next key directly.
     """
 
     def kernel(keyset: Any, *args: Any) -> Any:

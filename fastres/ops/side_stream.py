@@ -47,10 +47,11 @@ class SideStream:
 
 @cache
 def _second(main: torch.cuda.Stream) -> torch.cuda.Stream:
-    """Return the second stream that belongs to `main`, always the same one and never `main`.
+    """Return the second stream that belongs to `main`: always the same one, and never `main` itself.
 
-    Streams are not shared between main streams, because a capture of `main` also captures its second stream. PyTorch
-    hands out streams from a pool in turn, so a new stream may be `main` itself; two consecutive ones differ.
+    Each main stream asks for its own second stream, because capturing `main` also captures its second stream. PyTorch
+    hands out streams from a pool in turn, so a new stream may be `main` itself. Two successive streams differ, so one
+    of the two is not `main`.
     """
     one, other = torch.cuda.Stream(main.device), torch.cuda.Stream(main.device)
     return other if one == main else one
