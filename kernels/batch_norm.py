@@ -10,7 +10,7 @@ Szegedy, 2015):
 The shortcut is absent, the block's input x, a projection scale_proj z_proj + shift_proj, or option A: x at every
 stride-th pixel with zero channels appended.
 
-    g = dy where y > 0, else 0                                             gradient at the BatchNorm's output
+    g = 0 where y <= 0, else dy                                            gradient at the BatchNorm's output
     dbias = Σ g,  dweight = rstd Σ g (z - mean)                            `backward_reduce`, `finish_backward`
     dz = c_g g + c_z z + c_1,  c_g = weight rstd,                          `backward_apply`
          c_z = -c_g rstd dweight / M,  c_1 = -c_g dbias / M - c_z mean
@@ -378,8 +378,9 @@ class Statistics(NamedTuple):
 class BackwardVectors(NamedTuple):
     """Parameter gradients of a BatchNorm, and the coefficients of dz = c_g g + c_z z + c_1.
 
-    dweight, dbias: [K] in the dtype of weight, fp32 if weight is None. c_g, c_z, c_1: fp32 [K]. c_z and c_1 are None
-    if the statistics were fixed (eval mode).
+    z, dz: the BatchNorm's input and its gradient. g: the gradient at its output, masked by the ReLU. dweight, dbias:
+    [K] in the dtype of weight, fp32 if weight is None. c_g, c_z, c_1: fp32 [K]. c_z and c_1 are None if the statistics
+    were fixed (eval mode).
     """
 
     dweight: Tensor
@@ -592,14 +593,15 @@ def backward_reduce(
     """Return the partial sums Σ g and Σ g (z - mean) of a BatchNorm's backward pass, fp32 [T, 2, K].
 
     z: [..., K], contiguous, bfloat16, float16 or float32. dy: like z. mean: fp32 [K].
-    mask: the ReLU after the BatchNorm. Either its saved output y, like z (g = dy where y > 0), or (scale, shift), fp32
-    [K], to recompute its input (g = dy where scale z + shift > 0), or None if there is no ReLU (g = dy).
+    mask: the ReLU after the BatchNorm. Either its saved output y, like z (g = 0 where y <= 0, else dy), or
+    (scale, shift), fp32 [K], to recompute its input (g = 0 where scale z + shift <= 0, else dy), or None if there is no
+    ReLU (g = dy).
     pool: the max pool after the ReLU, if any. Then z is [N, P, Q, K], and dy is the gradient [N, U, V, K] of the pool's
     output.
     projection: (z_proj, mean_proj) of the projection's BatchNorm, which has the same g. The result is then
     (partials, partials_proj).
 
-    `finish_backward` merges the T chunks of pixels. Equivalent to, for T = 1 and without a pool:
+    `finish_backward` merges the T chunks of pixels. For T = 1 and without a pool, equivalent to:
 
         g = torch.where(y <= 0, 0, dy.float())      # a NaN in y lets the gradient through, as in torch.relu
         gz = g * (z - mean)
@@ -715,7 +717,7 @@ def backward_apply(
 
 
 def _gradient_arguments(dy: Tensor, z: Tensor, mask: Mask, pool: Pool | None) -> dict[str, Any]:
-    """Check the arguments of `gradient` and return them by name."""
+    """Check dy, mask and pool against z; return the kernels' arguments for `gradient` by parameter name."""
     y = mask if isinstance(mask, Tensor) else None
     scale, shift = (None, None) if mask is None or isinstance(mask, Tensor) else mask
     check_tensor("mask", y, tuple(z.shape), z)

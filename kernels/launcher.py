@@ -263,7 +263,7 @@ class _Launch:
 
 
 class _Call:
-    """A recorded call of a launcher: its allocations, its launches and its result."""
+    """A recorded call to a launcher: its allocations, its launches and its result."""
 
     def __init__(self, recording: _Recording, given: int, result: Any) -> None:
         owners = recording.owners

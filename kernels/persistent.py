@@ -74,13 +74,14 @@ def pointwise_fprop_kernel(
     STEPS: tl.constexpr, FULL: tl.constexpr, RELU: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """Compute y for one tile of BM output channels and, of the tiles of BN pixels, for every n-th.
+    """Compute y for one tile of BM output channels and every n-th tile of BN pixels.
 
-    n is the number of programs per tile of channels; program i of each stores its channels of row i of partials
-    [n, 3, K]. The other arguments are those of `fprop.conv_fprop_tma_kernel`. Descriptors: x, shortcut and joined
-    [pixels, C]; y and residual [pixels, K]; w [K, C].
+    n is the number of programs per tile of channels. For each tile of channels, program i starts at tile i of the
+    pixels and writes its BM channels of row i of partials [n, 3, K]. The other arguments are those of
+    `fprop.conv_fprop_tma_kernel`. Descriptors: x, shortcut and joined [pixels, C]; y and residual [pixels, K]; w [K,
+    C].
 
-    STEPS BK covers C. FULL: BN divides the number of pixels. Consecutive programs compute different channels of the
+    STEPS * BK >= C. FULL: BN divides the number of pixels. Consecutive programs compute different channels of the
     same pixels.
     """
     tiles_k = tl.cdiv(K, BM)
@@ -142,13 +143,13 @@ def pointwise_dgrad_kernel(
     STEPS: tl.constexpr, FULL: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     BK: tl.constexpr,
 ):  # fmt: skip
-    """Compute dx for one tile of BM input channels and, of the tiles of BN pixels, for every n-th.
+    """Compute dx for one tile of BM input channels and every n-th tile of BN pixels.
 
-    n is the number of programs per tile of channels; program i of each stores its channels of row i of partials and
-    partials_proj [n, 2, C]. The other arguments are those of `dgrad.dgrad_kernel`. Descriptors: dy and z [pixels, K];
-    dx and the tensors of its shape [pixels, C]; w [K, C].
+    n is the number of programs per tile of channels. For each tile of channels, program i starts at tile i of the
+    pixels and writes its BM channels of row i of partials and partials_proj [n, 2, C]. The other arguments are those of
+    `dgrad.dgrad_kernel`. Descriptors: dy and z [pixels, K]; dx and the tensors of its shape [pixels, C]; w [K, C].
 
-    STEPS BK covers K. FULL: BN divides the number of pixels. Consecutive programs compute different channels of the
+    STEPS * BK >= K. FULL: BN divides the number of pixels. Consecutive programs compute different channels of the
     same pixels.
     """
     tiles_c = tl.cdiv(C, BM)
@@ -248,8 +249,9 @@ def launch_dgrad(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Launch `pointwise_dgrad_kernel` and return (partials, partials_proj), each fp32 [programs, 2, C] or None.
 
-    There are partials if like_dx has z_below, and partials_proj if it has z_proj. like_dy, like_dx: tensors of the
-    shapes of dy and dx (dx among them) by the kernel's argument names. rest: the kernel's other arguments.
+    like_dy, like_dx: the kernel's tensors with the shape of dy (dy, z) and of dx (dx and others), by argument name;
+    None where absent. rest: the kernel's other arguments. partials is None if like_dx["z_below"] is None, partials_proj
+    if like_dx["z_proj"] is None.
     """
     C, K, count = problem.C, problem.K, programs(problem.pixels, problem.C, tile, w.device)
     partials, partials_proj = (

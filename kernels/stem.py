@@ -286,7 +286,7 @@ def conv_stem(
     else:
         try:
             _launch_boxes(problem, columns, chosen, packed, filters, y, **rest)
-        except RuntimeError as error:  # CUDA's documentation lets drivers reject the strides of overlapping windows
+        except RuntimeError as error:  # overlapping windows break a documented rule that a driver may enforce
             if tile is not None or "tensor map descriptor" not in str(error):
                 raise
             _refusing[packed.device] = str(error)
@@ -342,7 +342,7 @@ def _launch_pointers(problem: ConvProblem, tile: Tile, packed: Tensor, filters: 
 
 
 def _sizes(problem: ConvProblem, packed: Tensor) -> dict[str, Any]:
-    """Return the arguments that `stem_fprop_kernel` and `stem_wgrad_kernel` have in common."""
+    """Return the arguments of both stem kernels that describe the problem and the packed images, by name."""
     _, rows, width, _ = packed.shape
     return {
         "pixels": problem.pixels, "H": problem.H, "P": problem.P, "Q": problem.Q, "K": problem.K,

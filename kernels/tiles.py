@@ -57,9 +57,10 @@ H200 = Gpu("NVIDIA H200", 132, 232448, (9, 0))
 
 STEM_WINDOW = 32  # values of one row of the stem's filter: 8 pixels of 4 channels
 
-# Rates per multiprocessor and cycle, on Hopper: 16-bit multiply-adds of wgmma, of the older mma (tiles of fewer than 64
-# channels) and of fp32 FMA; bytes from L2; bytes from and to memory. Cycles per program: LATENCY, waiting for the first
-# load and last store, fitted to an H200's times by bench/predict.py; OVERHEAD, work that other programs can't hide.
+# Rates on Hopper, per multiprocessor and cycle. WGMMA, MMA, FMA: multiply-adds of 2-byte operands, scaled by
+# 2 / itemsize for others; MMA is the older instruction, for tiles of fewer than 64 channels; FMA is for fp32 products.
+# L2: bytes from L2. MEMORY: bytes from and to memory. Cycles per program: LATENCY, the wait for the first load and the
+# last store, fitted to an H200's times by bench/predict.py; OVERHEAD, work that other programs can't hide.
 WGMMA, MMA, FMA, L2, MEMORY, LATENCY, OVERHEAD = 2048, 1024, 128, 48, 18, 9500, 200
 
 # REDUCE: cycles of the kernel that adds up the splits, assumed to be two microseconds. SPLITS: candidates for fprop.

@@ -426,7 +426,10 @@ class _Blocks(torch.autograd.Function):
 
 
 class _InPlaceOf(torch.autograd.Function):
-    """Returns `value` but sends its gradient to x. At a stage boundary, value is y and x is z (see `Border`)."""
+    """Return `value` in the forward, but send the gradient to x in the backward.
+
+    At a stage boundary (see `Border`), value is the first stage's output y, and x is z, which stands for y.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, value: Tensor) -> Tensor:

@@ -51,7 +51,8 @@ class ConvBN(Facts):
     # (dz, w, bn, out, end_below, residual=, residual_mask=): the gradient at `out`, the previous block's output, as
     # (dx, None); or, if one kernel does both, as (dx masked to out > 0, partials as `reference.backward_reduce`)
     dgrad_joined: Callable[..., tuple[Tensor, Any]]
-    wgrad: Callable[..., Tensor]  # (dz, a, bn, prologue, dtype): dw KRSC in dtype; the library may return dz's dtype
+    # (dz, a, bn, prologue, dtype): dw KRSC in dtype; `library_engine.Library` may return it in dz's dtype instead
+    wgrad: Callable[..., Tensor]
 
     @property
     def out_size(self) -> tuple[int, int]:

@@ -55,7 +55,7 @@ class Gradient(NamedTuple):
     """The gradient at a block's output, NHWC.
 
     sums: None, or the partial sums of the BatchNorms before the block's last ReLU, as `reference.backward_reduce`
-    returns them. If they are given, `value` already has that ReLU's mask applied.
+    returns them. If they are given, `value` is already masked by that ReLU; if None, it may be unmasked.
     """
 
     value: Tensor
@@ -118,10 +118,10 @@ class End:
         return {"mask": (last.scale, last.shift)}  # the mask is recomputed from z, which backward reads anyway
 
     def residual(self, dout: Gradient, mask: Tensor | None, dx_proj: Tensor | None) -> dict[str, Any]:
-        """Return the shortcut's share of dx, as keyword arguments of `ConvBN.dgrad`, which adds it.
+        """Return the keyword arguments with which `ConvBN.dgrad` adds the shortcut's share of dx; {} if it adds none.
 
-        dout: the gradient at the block's output; mask: the tensor that dout is still to be masked by, or None; dx_proj:
-        the projection's share of dx, or None.
+        dout: the gradient at the block's output. mask: the block's output if the ReLU's mask has not been applied to
+        dout yet (dout counts as 0 where mask <= 0), else None. dx_proj: the projection's share of dx, or None.
         """
         return {}
 

@@ -85,7 +85,8 @@ def status(build: bool = False) -> Status:
     return Status(cpu, cuda, f"shortcut on the CPU: {cpu_reason}; on CUDA: {cuda_reason}")
 
 
-# By device: None if its library is loaded, else the reason why not. ATen then serves for the rest of the process.
+# For each device tried so far: None if its library is loaded, else the reason why not. In that second case ATen is used
+# for the rest of the process.
 _outcome: dict[str, str | None] = {}
 _lock = threading.Lock()
 
@@ -264,9 +265,9 @@ def _instruction_set() -> list[str]:
 
 
 def _gencode(archs: tuple[str, ...] | None) -> list[str]:
-    """Return nvcc's flags for one binary per compute capability; archs: by default those of the GPUs that are present.
+    """Return nvcc's flags for one binary per compute capability in `archs`; by default, those of the GPUs present.
 
-    torch's own extension builder can't make this list without a GPU.
+    torch's own extension builder takes the list from TORCH_CUDA_ARCH_LIST or from the GPUs, not as an argument.
     """
     if archs is None:
         if not torch.cuda.is_available():

@@ -98,9 +98,9 @@ def pad_shortcut_add_relu(y: Tensor, x: Tensor, stride: int) -> Tensor:
 def conv_bias_act(
     x: Tensor, residual: Any, *, w: Tensor, bias: Tensor | None, geometry: Geometry, relu: bool
 ) -> Tensor:
-    """Return [relu](conv(x, w) + bias + residual), a convolution of a plan with its BatchNorm folded into w and bias.
+    """Return [relu](conv(x, w) + bias + residual), one convolution of an inference plan, with its BatchNorm folded in.
 
-    x: [N, C, H, W]; w: [K, C/groups, R, S]; bias: [K] or None; residual and result: [N, K, P, Q].
+    x: [N, C, H, W]; w: [K, C/groups, R, S]; bias: [K] or None; residual: [N, K, P, Q] or None; result: [N, K, P, Q].
     """
     y = F.conv2d(x, w, bias, *geometry)
     y = y if residual is None else y + residual
