@@ -1,4 +1,7 @@
-"""fastres: ResNets on fused kernels. `from fastres import resnet50` in place of torchvision's, and nothing else."""
+"""fastres: ResNets on fused Triton kernels.
+
+`from fastres import resnet50` replaces `from torchvision.models import resnet50`; the rest of a program stays the same.
+"""
 
 from fastres.compile import explain
 from fastres.cuda_graph import graphed

@@ -1,4 +1,4 @@
-"""`python -m fastres`."""
+"""Entry point of `python -m fastres`."""
 
 import sys
 

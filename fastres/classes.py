@@ -1,4 +1,4 @@
-"""Names of classes: whether class i is the same thing to weights and to data, and what differs."""
+"""Class names: check that class i of some weights is class i of a data set, and describe the differences."""
 
 from __future__ import annotations
 
@@ -11,20 +11,23 @@ from torchvision.models._meta import _IMAGENET_CATEGORIES
 
 __all__ = ["IGNORE", "IMAGENET", "are_imagenet_ids", "difference", "out_of_order"]
 
-IMAGENET = tuple(_IMAGENET_CATEGORIES)  # ILSVRC 2012's classes in words, in the order of their WordNet ids
-_IMAGENET_IDS = "385e0240499426c022b773be1ae4da780f057b89c9694c7f47199f62746b6edd"  # of those, one a line, sorted
+IMAGENET = tuple(_IMAGENET_CATEGORIES)  # names of the ILSVRC 2012 classes, in the order of their WordNet ids
+_IMAGENET_IDS = "385e0240499426c022b773be1ae4da780f057b89c9694c7f47199f62746b6edd"  # SHA-256 of the ids, one per line
 _SHOWN = 5
 IGNORE = "--ignore-class-names (in Python: ignore_class_names=True) treats class i as the same class on both sides"
 
 
 def are_imagenet_ids(names: Sequence[str]) -> bool:
-    """Whether they are the 1000 WordNet ids of ILSVRC 2012, sorted, as the folders of ImageNet are called."""
+    """Return whether `names` are the 1000 WordNet ids of ILSVRC 2012, sorted. ImageNet's folders have these names."""
     return len(names) == len(IMAGENET) and hashlib.sha256("\n".join(names).encode()).hexdigest() == _IMAGENET_IDS
 
 
 def difference(first: Sequence[str], second: Sequence[str], whose: tuple[str, str]) -> str | None:
-    """In what the classes of two sides differ: which only one has, and the first that isn't the other's; None in
-    nothing. ImageNet's ids equal its words. whose: what the sides are called."""
+    """Describe how two lists of class names differ, or return None if they are equal.
+
+    The text lists the classes that only one side has, and the first index whose names differ. ImageNet's WordNet ids
+    and its class names count as equal. whose: the names of the two sides in the text, e.g. ("the net", "the data").
+    """
     sides = (list(first), list(second))
     if sides[0] == sides[1]:
         return None
@@ -38,17 +41,20 @@ def difference(first: Sequence[str], second: Sequence[str], whose: tuple[str, st
             told.append(f"only {name} has {', '.join([*only][:_SHOWN])}" + ", ..." * (len(only) > _SHOWN))
     if not told:
         told.append("they have the same classes in another order")
-    pairs = enumerate(zip(*sides, strict=False))  # one side may be longer
+    pairs = enumerate(zip(*sides, strict=False))  # the sides may differ in length
     told += [f"class {i} is {a} in {whose[0]}, {b} in {whose[1]}" for i, (a, b) in pairs if a != b][:1]
     return "; ".join(told)
 
 
 def out_of_order(names: Sequence[str]) -> str | None:
-    """For folders called by numbers that aren't read in the order of the numbers: in which; None for all others."""
+    """Describe the order of folders whose names are numbers, if it is not the numeric order; else return None.
+
+    Folders are sorted as text, so that "10" comes before "2".
+    """
     if not all(name.isdecimal() for name in names) or sorted(names, key=int) == list(names):
         return None
     place = next(i for i, (a, b) in enumerate(zip(names, sorted(names, key=int), strict=True)) if a != b)
     return (
-        f"folders called by numbers are read in the order of text ({', '.join(names[: place + 1])}, ...), so class "
-        f"{place} is folder {names[place]}"
+        f"folders with numeric names are sorted as text ({', '.join(names[: place + 1])}, ...), so class {place} is "
+        f"folder {names[place]}"
     )

@@ -1,8 +1,8 @@
-"""A window of a resized image, without the rest of it where that would be large.
+"""Crop a resized image without computing the whole resized image where that would be very large.
 
-A picture of 2x6000 pixels whose shorter side becomes 256 has 200 million of them, of which a crop shows 50,000. Up to
-`MOST_PIXELS` the picture is resized and cropped by torchvision; beyond that, Pillow makes the window alone, which comes
-out as it would be cut from the whole.
+An image of 2x6000 pixels whose shorter side is resized to 256 has about 200 million pixels, of which a 224x224 crop
+shows 50,000. Up to `MOST_PIXELS` pixels, torchvision resizes the image and crops it. Beyond that, Pillow resizes only
+the part of the image that the crop shows; the result is the same as that of a crop of the whole resized image.
 """
 
 from __future__ import annotations
@@ -19,25 +19,28 @@ from torchvision.transforms.v2 import functional as tvf
 
 __all__ = ["MOST_PIXELS", "centre", "resized", "resized_crop"]
 
-MOST_PIXELS = 2**24  # that an image is resized to: a net's first layer makes 1 GB of it, 16 channels per pixel in fp32
+MOST_PIXELS = 2**24  # of a resized image: the output of a first layer then is 1 GB (16 values per pixel in fp32)
 
 
 def resized(size: Sequence[int], side: int) -> tuple[int, int]:
-    """Height and width of an image of `size` whose shorter side has become `side`, rounded as by torchvision."""
+    """Return the height and width after resizing the shorter side of `size` to `side`, rounded as torchvision does."""
     height, width = size
     longer = int(side * max(height, width) / min(height, width))
     return (side, longer) if height <= width else (longer, side)
 
 
 def centre(size: tuple[int, int], side: int) -> tuple[int, int, int, int]:
-    """Top, left, height and width of the square in the middle of an image of `size`, placed as by torchvision."""
+    """Return the box (top, left, height, width) of a centre crop of side `side`, placed as torchvision does."""
     return round((size[0] - side) / 2), round((size[1] - side) / 2), side, side
 
 
 def resized_crop(image: Any, size: tuple[int, int], box: tuple[int, int, int, int]) -> Any:
-    """What `box`, (top, left, height, width), holds of the image resized to `size`, (height, width).
+    """Resize `image` to `size`, (height, width), and return the crop `box`, (top, left, height, width).
 
-    image: of Pillow, uint8 [..., H, W], or anything else that torchvision resizes; the result is of the same kind.
+    image: a Pillow image, a uint8 tensor [..., H, W], or any other type that torchvision's `resize` accepts. The result
+    has the same type. Equivalent to
+
+        tvf.crop(tvf.resize(image, size, antialias=True), *box)
     """
     if size[0] * size[1] > MOST_PIXELS:
         if isinstance(image, Image.Image):
@@ -57,10 +60,13 @@ def _window(image: Image.Image, size: tuple[int, int], box: tuple[int, int, int,
 
 
 def _span(length: int, resized: int, start: int, extent: int) -> tuple[int, int, float, float]:
-    """Along one side: from which pixel to which is read, and where the window lies therein. Pillow knows windows in
-    float32 only, so they must not lie far from zero."""
+    """Return for one axis (first pixel to read, end, start of the window in those pixels, its end).
+
+    Pillow takes the window's coordinates in float32, so they are relative to the pixels that are read: large
+    coordinates would lose precision.
+    """
     scale = length / resized
     first, last = start * scale, min((start + extent) * scale, length)
-    reach = max(scale, 1) + 1  # of the filter, and of rounding
+    reach = max(scale, 1) + 1  # radius of the filter, plus one pixel for rounding
     low, high = max(0, math.floor(first - reach)), min(length, math.ceil(last + reach))
     return low, high, first - low, last - low

@@ -1,13 +1,13 @@
-"""`fastres.graphed`: a training step in a CUDA graph, which the host launches whole instead of kernel by kernel.
+"""`fastres.graphed`: a training step in a CUDA graph, which the host launches as a whole instead of kernel by kernel.
 
-A graph repeats what the GPU did, on the same memory; Python runs only while it is recorded. So a call is one of three:
+A replay repeats the recorded GPU work on the same memory. Python runs only during the capture. A call is of one kind:
 
-    warming up    the step itself, on the caller's data, on a stream aside: libraries choose algorithms, states come up
-    recording     the step's Python once more; the GPU runs nothing, so there is nothing to put back
-    replaying     inputs and what gradients there are go where the graph reads them, the graph runs, results are copied
+    warming up    runs the step eagerly on a side stream: libraries choose algorithms, the optimizer creates its state
+    recording     runs the step's Python under capture; the GPU executes nothing, so there is nothing to undo
+    replaying     copies inputs and existing gradients to the graph's memory, launches the graph, copies the results
 
-What a graph takes for granted is compared in every call: `_signature`, of which each has a graph of its own, and
-`_facts`, whose change throws the graphs away.
+Every call checks what a graph depends on. Each `_signature` (layout of inputs and gradients) has its own graph. A
+change of `_facts` (addresses and values that the capture has read) drops all graphs.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from fastres.ops import dispatch
 
-WARM_UPS = 2  # calls of a signature before its recording
+WARM_UPS = 2  # eager calls of a signature before its capture
 SHARED = {"DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule", "DataParallel", "SyncBatchNorm"}
 PLAIN = {bool, int, float, str, type(None), torch.dtype}
-BOXES = {dict, OrderedDict, set, list}  # what a module has most of, and no recording holds
+BOXES = {dict, OrderedDict, set, list}  # most attributes of a module; skipped, because a graph depends on none of them
 
 Result = Tensor | tuple[Tensor, ...] | None
 
@@ -46,42 +46,63 @@ def graphed(
     *,
     limit: int = 4,
 ) -> Graphed:
-    """`step`, recorded in a CUDA graph after two calls alike and replayed from then on; on a CPU simply called.
+    """Return a callable that runs `step` eagerly twice, then records it in a CUDA graph and replays that graph.
 
         step = fastres.graphed(step, model, optimizer)  # step(images, labels): forward, backward, optimizer.step()
         for images, labels in loader:
             loss = step(images, labels)
 
-    step takes tensors on the model's device, that want no gradients, and returns a tensor, a tuple of tensors or None;
-    what a call returns is detached and the caller's own. Gradients that it leaves in `.grad` are the graph's memory:
-    the next call overwrites them. `optimizer.zero_grad()` at the end of the step leaves none, which costs least.
-    optimizer, scaler: those that the step uses. SGD wants fused=True, Adam and its like capturable=True (with a scaler
-    fused=True as well).
+    On a CPU the step is simply called. The results are those of
 
-    - Each shape, dtype and memory format of the inputs has a graph of its own, a short last batch too. Beyond `limit`
-      graphs the step runs eagerly and a RuntimeWarning says so. Graphs share the memory of their intermediates.
-    - A learning rate may change between calls: every call reads a number (in float32), the GPU a tensor.
-    - What else changes between calls (train() and eval(), requires_grad, weight decay, parameters or optimizer states
-      that became other tensors, autocast, a switch of torch.backends, fastres.backend) throws the graphs away: a
-      RuntimeWarning says what it was, the step runs eagerly and is recorded again.
-    - Raises RuntimeError, before anything has changed, where the step waits for the GPU (`.item()`, a BatchNorm with
-      momentum=None, a GradScaler with an optimizer that isn't fused), sets hyperparameters itself (a scheduler inside),
-      draws random numbers from a global generator of the CPU, assigns an attribute of a layer (a count, a tensor: what
-      a buffer holds may change in place), changes an input in place, or leaves gradients in other parameters than the
-      model's and the optimizer's (several models go in one nn.ModuleList). Dropout is fine: each replay draws others.
-    - Raises ValueError for a model that is spread over processes or devices (DistributedDataParallel and the like).
-      Record forward and backward of the model without its wrapper, and between two calls average the gradients
-      (`fastres.train.process.average`) and let the optimizer step; `torchrun ... -m fastres train --cuda-graph` does.
+        def eager(*inputs):
+            return step(*inputs).detach().clone()
 
-    What else the step reads must stay the same tensors: a number that it takes from elsewhere, a random generator of
-    its own for one, keeps the value of its recording. What else it does in Python (printing, hooks) happens in the
-    first calls only.
+    step: takes tensors on the model's device that do not require gradients. It returns a tensor, a tuple of tensors or
+    None.
+    model: the module that the step trains. Put several models into one `nn.ModuleList`.
+    optimizer, scaler: those that the step calls. SGD needs fused=True. Adam and similar optimizers need
+    capturable=True, and with a scaler fused=True as well.
+    limit: the largest number of graphs.
+
+    Gradients that the step leaves in `.grad` are the graph's memory, and the next call overwrites them. It is cheapest
+    to call `optimizer.zero_grad()` at the end of the step, which leaves none.
+
+    Between calls, these may change:
+
+    - The shape, dtype or memory format of the inputs. Each combination has its own graph, e.g. a short last batch.
+      Beyond `limit` graphs, the step runs eagerly with a RuntimeWarning. All graphs share one memory pool.
+    - The learning rate. A call copies a Python number to the GPU in float32; the graph reads a CUDA tensor directly.
+    - train() or eval(), requires_grad, weight decay, parameters or optimizer state that are now other tensors,
+      autocast, a switch of torch.backends, `fastres.backend`. Such a change drops all graphs. A RuntimeWarning names
+      the change, the step runs eagerly, and it is recorded again.
+
+    All other tensors that the step reads must stay the same tensors. A Python number keeps the value that it had at the
+    capture, even if the step draws it from a private random generator. Printing, hooks and other Python code of the
+    step run only during the first calls.
+
+    Raises TypeError for arguments or results of another type, and ValueError for limit < 1 or a model on several
+    devices.
+
+    Raises RuntimeError if the step can't be recorded. The model, the optimizer and the gradients are then as before the
+    call. The step must not
+
+    - wait for the GPU: `.item()`, a BatchNorm with momentum=None, a GradScaler with an optimizer that isn't fused;
+    - set hyperparameters of the optimizer, for example by a scheduler: call that between steps;
+    - draw random numbers from a global generator of the CPU (dropout on the GPU is fine: each replay draws new ones);
+    - assign an attribute of a layer, such as a counter or a tensor (changing a buffer in place is fine);
+    - change an input in place;
+    - leave gradients in parameters that neither `model` nor `optimizer` has.
+
+    Raises ValueError for a model that runs on several processes or devices (DistributedDataParallel, DataParallel,
+    FSDP, SyncBatchNorm). Record forward and backward of the unwrapped model instead. After each call, average the
+    gradients with `fastres.train.process.average` and call the optimizer; `torchrun ... -m fastres train --cuda-graph`
+    does so.
     """
     return Graphed(step, model, optimizer, scaler, limit)
 
 
 class Graphed:
-    """What `graphed` returns. graphs: what has been recorded, by signature."""
+    """The callable that `graphed` returns. graphs: signature -> the graph recorded for it."""
 
     def __init__(
         self,
@@ -99,7 +120,7 @@ class Graphed:
         if not isinstance(model, nn.Module) or next(model.parameters(), None) is None:
             raise TypeError(f"model must be an nn.Module with parameters, not a {type(model).__name__}")
         if limit < 1:
-            raise ValueError(f"limit {limit}: any whole number from 1 is accepted")
+            raise ValueError(f"limit must be at least 1: got {limit}")
         self.step, self.model, self.optimizer, self.scaler, self.limit = step, model, optimizer, scaler, limit
         _refuse_shared(model)
         self.facts: dict[str, Any] | None = None
@@ -112,7 +133,7 @@ class Graphed:
         for x in inputs:
             if not isinstance(x, Tensor) or x.device != device or x.requires_grad:
                 what = type(x).__name__ if not isinstance(x, Tensor) else f"{x.device}, requires_grad={x.requires_grad}"
-                raise TypeError(f"a graphed step takes tensors on {device} that want no gradients, not {what}")
+                raise TypeError(f"a graphed step takes tensors on {device} that do not require gradients, not {what}")
         if not _can_record(device):
             return _copied(_detached(self.step(*inputs)))
         with torch.cuda.device(device):
@@ -124,8 +145,8 @@ class Graphed:
             self._begin(device)
         elif changed := [name for name in {**self.facts, **facts} if self.facts.get(name) != facts.get(name)]:
             warnings.warn(
-                f"graphed: since the last call there are changes to {', '.join(changed)}. The step runs eagerly and is "
-                "recorded again; where that happens in every call, graphed is of no use",
+                f"graphed: since the last call there were changes to {', '.join(changed)}. The step runs eagerly and "
+                "is recorded again. If this happens in every call, graphed saves no time",
                 RuntimeWarning,
                 stacklevel=3,
             )
@@ -136,8 +157,8 @@ class Graphed:
                 self.graphs[signature] = self._record(inputs, device)
             else:
                 warnings.warn(
-                    f"graphed: there are {self.limit} graphs already, of other inputs (shape, dtype, memory format) "
-                    "or gradients (there or None); this call runs eagerly. A higher limit= makes room",
+                    f"graphed: there are {self.limit} graphs already, for other inputs (shape, dtype, memory format) "
+                    "or gradients (present or None), so this call runs eagerly. Raise limit= to record it",
                     RuntimeWarning,
                     stacklevel=3,
                 )
@@ -147,24 +168,24 @@ class Graphed:
         current = torch.cuda.current_stream()
         self.stream.wait_stream(current)
         try:
-            with torch.cuda.stream(self.stream):  # where it is recorded: autograd returns to the stream it came from
+            with torch.cuda.stream(self.stream):  # the capture's stream: autograd runs backward on the forward's stream
                 result = self.step(*inputs)
         finally:
             current.wait_stream(self.stream)
-        self.facts = self._facts(device)  # states that this call has made
+        self.facts = self._facts(device)  # includes the optimizer state that this call created
         return _copied(_detached(result))
 
     def _begin(self, device: torch.device) -> None:
-        """Forget all graphs."""
+        """Drop all graphs, and read the parameters again. Raises ValueError for a model on several devices."""
         _refuse_shared(self.model)
         optimized = [p for group in self._groups() for p in group["params"]]
         self.parameters = list(dict.fromkeys([*self.model.parameters(), *optimized]))
         if elsewhere := {str(t.device) for t in [*self.parameters, *self.model.buffers()]} - {str(device)}:
             raise ValueError(
-                f"the model is on {device} and on {', '.join(sorted(elsewhere))}: a graph holds one device"
+                f"the model is on {device} and on {', '.join(sorted(elsewhere))}, but a graph runs on one device only"
             )
         if self.graphs:
-            torch.cuda.synchronize(device)  # the last replay may still run in the memory that is given up
+            torch.cuda.synchronize(device)  # the last replay may still use the memory that is freed here
         self.graphs.clear()
         self.calls.clear()
         self.stream = torch.cuda.Stream(device)
@@ -174,16 +195,16 @@ class Graphed:
         return [] if self.optimizer is None else self.optimizer.param_groups
 
     def _signature(self, inputs: Sequence[Tensor]) -> Hashable:
-        """Of a call: what its graph is found by."""
+        """Return the key of a call's graph: the layout of its inputs and of the gradients before it."""
         gradients = [None if p.grad is None else (p.grad.dtype, p.grad.stride()) for p in self.parameters]
         return (*((x.shape, x.stride(), x.dtype) for x in inputs), *gradients)
 
     def _facts(self, device: torch.device) -> dict[str, Any]:
-        """What a recording is made with besides its inputs, by name: addresses, and values that Python read."""
+        """Return what a graph depends on besides its inputs, by name: addresses, and values that the capture reads."""
         layers = list(self.model.modules())
         hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
         facts: dict[str, Any] = {
-            "a layer, an attribute (training, momentum, p, ...) or hook of one": [
+            "a layer, an attribute (training, momentum, p, ...) or hook of a layer": [
                 (
                     layer,
                     _attributes(layer, device),
@@ -215,8 +236,11 @@ class Graphed:
         return facts
 
     def _record(self, inputs: Sequence[Tensor], device: torch.device) -> Recording:
-        """Raises RuntimeError where that can't be done or a replay would not do what the step does. Then tensors,
-        gradients, layers, optimizer and generators are as before."""
+        """Capture the step on copies of `inputs`.
+
+        Raises RuntimeError if the capture fails, or if a replay would not do all that the step does. Tensors,
+        gradients, layers, optimizer and random generators are then as before.
+        """
         recording = Recording(inputs, self.parameters, self._groups(), device)
         random_numbers, versions = _host_random(), [p._version for p in self.parameters]
         others = [(t, t.grad, _version(t.grad)) for t in self._other_parameters(device)]
@@ -224,36 +248,36 @@ class Graphed:
         layers = [(of, dict(of)) for m in self.model.modules() for of in (vars(m), m._parameters, m._buffers)]
         failure: Exception | None = None
         attributes = set() if self.optimizer is None else set(vars(self.optimizer))
-        torch.clear_autocast_cache()  # a cast that an earlier call has cached would not be recorded
+        torch.clear_autocast_cache()  # a weight that an earlier call has cast and cached would not be cast in the graph
         try:
-            # A capture that fails stays on its stream, so this one goes around it.
+            # torch.cuda.graph does not restore the current stream when a capture fails; this context does.
             with torch.cuda.stream(self.stream), self._fixed(recording.groups), self._alone():
                 facts, rates = self._facts(device), [t._version for t in recording.hyperparameters()]
-                # The default mode, "global", fails when another thread allocates pinned memory, as a loader's does.
+                # The default mode, "global", fails when another thread allocates pinned memory, as a data loader does.
                 how: Any = {"pool": self.pool, "stream": self.stream, "capture_error_mode": "thread_local"}
                 with torch.cuda.graph(recording.graph, **how):
                     try:
                         recording.result = _detached(self.step(*recording.inputs))
-                    except Exception as error:  # ending a broken capture raises another one
+                    except Exception as error:  # the end of a broken capture raises another error, which hides this one
                         failure = error
                         raise
                 if rates != [t._version for t in recording.hyperparameters()]:
                     raise RuntimeError(_SETS.format("a learning rate"))
                 after = self._facts(device)
                 if changed := [name for name in {**facts, **after} if facts.get(name) != after.get(name)]:
-                    raise RuntimeError(f"it changes {', '.join(changed)}, which a replay would not do again")
+                    raise RuntimeError(f"it changes {', '.join(changed)}, which a replay would not repeat")
             if not _equal_random(random_numbers, _host_random()):
-                raise RuntimeError("it draws random numbers on the CPU, which a replay would not do again")
+                raise RuntimeError("it draws random numbers on the CPU, which a replay would not repeat")
             optimized = {id(p) for group in self._groups() for p in group["params"]}
             for p, version in zip(self.parameters, versions, strict=True):
                 if id(p) not in optimized and p._version != version:
-                    raise RuntimeError("it changes parameters that no optimizer given to graphed() has")
+                    raise RuntimeError("it changes parameters that are not in the optimizer given to graphed()")
             if given != [_version(x) for x in recording.inputs]:
-                raise RuntimeError("it changes an input in place, which a replay would do to a copy of it")
+                raise RuntimeError("it changes an input in place, but a replay would change only a copy of that input")
             if any(t.grad is not gradient or _version(gradient) != version for t, gradient, version in others):
                 raise RuntimeError(
                     "it leaves gradients in parameters that neither the model nor the optimizer given to graphed() "
-                    "has: with several models, give it an nn.ModuleList of them"
+                    "has; pass several models as one nn.ModuleList"
                 )
             recording.left = [p.grad for p in self.parameters]
         except BaseException as error:
@@ -264,11 +288,11 @@ class Graphed:
                 of.update(before)
             _set_host_random(random_numbers)
             if self.optimizer is not None:
-                for name in set(vars(self.optimizer)) - attributes:  # a scaler's, for the step that failed
+                for name in set(vars(self.optimizer)) - attributes:  # set by the scaler for the step that failed
                     delattr(self.optimizer, name)
             if self.scaler is not None and self.scaler.is_enabled():
                 self.scaler._per_optimizer_states.clear()
-            self.pool = torch.cuda.graph_pool_handle()  # torch never ends recording into that of a failed capture
+            self.pool = torch.cuda.graph_pool_handle()  # torch keeps the pool of a failed capture in recording mode
             self.facts = self._facts(device)
             first = failure or error
             if isinstance(first, RuntimeError) and not isinstance(first, torch.OutOfMemoryError):
@@ -279,14 +303,14 @@ class Graphed:
         return recording
 
     def _other_parameters(self, device: torch.device) -> list[Tensor]:
-        """Those of this process that are neither the model's nor the optimizer's and may get gradients."""
+        """Return all parameters of this process that may get gradients and are not the model's or the optimizer's."""
         known = {id(p) for p in self.parameters}
         found = [o for o in gc.get_objects() if issubclass(type(o), nn.Parameter) and id(o) not in known]
         return [p for p in found if p.device == device and p.requires_grad]
 
     @contextmanager
     def _fixed(self, groups: list[dict[str, Any]]) -> Iterator[None]:
-        """The optimizer with other parameter groups."""
+        """Replace the optimizer's parameter groups by `groups` inside the context."""
         if self.optimizer is None:
             yield
             return
@@ -298,7 +322,7 @@ class Graphed:
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        """No other optimizer steps in this thread: nobody would notice how its learning rate changes."""
+        """Refuse steps of other optimizers in this thread: `_facts` would not see changes of their learning rates."""
         thread = threading.get_ident()
 
         def refuse(optimizer: Optimizer, *arguments: Any) -> None:
@@ -313,10 +337,10 @@ class Graphed:
 
 
 class Recording:
-    """A graph and the memory that it reads and writes."""
+    """A CUDA graph with the tensors that it reads and writes."""
 
     result: Result
-    left: list[Tensor | None]  # the parameters' gradients after a replay
+    left: list[Tensor | None]  # p.grad of each parameter after a replay
 
     def __init__(
         self, inputs: Sequence[Tensor], parameters: list[Tensor], groups: list[dict[str, Any]], device: torch.device
@@ -324,7 +348,7 @@ class Recording:
         self.graph = torch.cuda.CUDAGraph()
         self.inputs = [x.clone() for x in inputs]
         self.parameters = parameters
-        self.entered = [p.grad for p in parameters]  # their gradients before it
+        self.entered = [p.grad for p in parameters]  # p.grad of each parameter before a replay
         self.rates = [
             (group, torch.full((), float(group["lr"]), dtype=torch.float32, device=device))
             for group in groups
@@ -355,19 +379,19 @@ class Recording:
 
 
 class _Fixed(dict[str, Any]):
-    """A parameter group that can't be changed."""
+    """A parameter group that refuses assignments, so that a scheduler in the step is noticed."""
 
     def __setitem__(self, name: str, value: Any) -> None:
         raise RuntimeError(_SETS.format(name))
 
 
-_SETS = "it sets {} of the optimizer, which a replay would not do again: call a scheduler outside, between steps"
+_SETS = "it sets {} of the optimizer, which a replay would not repeat: call a scheduler outside, between steps"
 _WHY_NOT = (
     "the step can't be recorded in a CUDA graph: {}\n"
-    "A graph can't wait for the GPU, so the step must not hold .item(), .tolist(), .cpu(), print() of or `if` on a "
-    "tensor, tensors made from numbers on the host, BatchNorm with momentum=None, nor an optimizer that reads on the "
-    "host: SGD wants fused=True, Adam and its like capturable=True, with a GradScaler fused=True as well. This call "
-    "has changed nothing."
+    "A graph can't wait for the GPU. So the step must not use .item(), .tolist(), .cpu(), print() or `if` on a tensor, "
+    "tensors made from numbers on the host, BatchNorm with momentum=None, or an optimizer that reads tensors on the "
+    "host: SGD needs fused=True; Adam and similar optimizers need capturable=True, and with a GradScaler fused=True as "
+    "well. This call has changed nothing."
 )
 
 
@@ -376,7 +400,7 @@ def _can_record(device: torch.device) -> bool:
 
 
 def _detached(result: Result) -> Result:
-    """Raises TypeError for what is no result of a step."""
+    """Return the result without its autograd graph. Raises TypeError unless it is a tensor, a tuple of them or None."""
     if result is None or isinstance(result, Tensor):
         return None if result is None else result.detach()
     if isinstance(result, tuple) and all(isinstance(value, Tensor) for value in result):
@@ -391,14 +415,14 @@ def _copied(result: Result) -> Result:
 
 
 def _constant(value: Any, device: torch.device) -> Any:
-    """What a recording holds of a value: the address of a tensor on the device, else the value itself."""
+    """Return the part of a value that a graph depends on: the memory of a tensor on the device, else the value."""
     if isinstance(value, Tensor):
         return (value.data_ptr(), value.dtype, value.stride()) if value.device == device else value.tolist()
     return value if type(value) in PLAIN else repr(value)
 
 
 def _attributes(layer: nn.Module, device: torch.device) -> list[Any]:
-    """What a recording holds of those that are numbers, words, tuples of such, or tensors."""
+    """Return `_constant` of a layer's own attributes that are plain values, tuples of plain values or tensors."""
     found: list[Any] = []
     for value in vars(layer).values():
         kind = type(value)
@@ -415,12 +439,12 @@ def _hooks(tensor: Tensor) -> list[Any]:
 
 
 def _version(tensor: Tensor | None) -> int | None:
-    """How often it has been changed in place; None where nobody counts."""
+    """Return how often the tensor was changed in place; None for None and for inference tensors, which don't count."""
     return None if tensor is None or tensor.is_inference() else tensor._version
 
 
 def _reads_rate(group: dict[str, Any], device: torch.device) -> bool:
-    """Whether this group's learning rate is on the host and the optimizer can take it from the GPU's memory instead."""
+    """Return whether the group's learning rate is on the host, but its optimizer can read one from GPU memory."""
     rate = group.get("lr")
     on_host = isinstance(rate, int | float) or (isinstance(rate, Tensor) and rate.device != device)
     return on_host and bool(group.get("fused") or group.get("capturable"))
@@ -434,7 +458,7 @@ def _switches(device: torch.device) -> tuple[Any, ...]:
         torch.is_autocast_enabled(device.type),
         torch.get_autocast_dtype(device.type),
         torch.are_deterministic_algorithms_enabled(),
-        matmul.fp32_precision,  # the older names raise where the newer ones have been set
+        matmul.fp32_precision,  # allow_tf32, the older name, raises once this one has been set
         matmul.allow_fp16_reduced_precision_reduction,
         matmul.allow_bf16_reduced_precision_reduction,
         (cudnn.enabled, cudnn.benchmark, cudnn.deterministic, cudnn.conv.fp32_precision),  # type: ignore[attr-defined]
@@ -443,15 +467,15 @@ def _switches(device: torch.device) -> tuple[Any, ...]:
 
 
 def _refuse_shared(model: nn.Module) -> None:
-    """Raises ValueError for a model in which processes or devices wait for each other."""
+    """Raise ValueError for a model whose processes or devices wait for each other."""
     kinds = [{kind.__name__ for kind in type(layer).__mro__} & SHARED for layer in model.modules()]
-    if dist.is_available() and dist.is_initialized():  # its wrapper may be what the step calls
+    if dist.is_available() and dist.is_initialized():  # the step may call a wrapper of the model
         wrappers = [o for o in gc.get_objects() if type(o).__name__ == "DistributedDataParallel"]
         kinds += [{type(o).__name__} for o in wrappers if any(layer is model for layer in o.modules())]
     if found := sorted(set().union(*kinds)):
         raise ValueError(
-            f"graphed takes no {', '.join(found)}: processes or devices that wait for each other don't belong in a "
-            "graph. Record forward and backward of the plain model, average the gradients after each call with "
+            f"graphed takes no {', '.join(found)}, because its processes or devices wait for each other. Record "
+            "forward and backward of the plain model, average the gradients after each call with "
             "fastres.train.process.average(model.parameters()), then call the optimizer"
         )
 

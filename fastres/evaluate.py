@@ -1,12 +1,12 @@
-"""Testing as in section 3.4 of the paper: a centre crop, 10 crops, fully convolutional at several scales; ensembles.
+"""Evaluation as in section 3.4 of the paper: one centre crop, 10 crops, or fully convolutional at several scales.
 
-One rule for every average: what is averaged are softmax scores, first over the positions of a score map, then over
-views (crops, mirror images, scales), then over nets.
+One net or an ensemble can be evaluated. All averages are means of softmax scores: over the positions of a score map,
+over nets, and over views (crops, mirror images, scales).
 
     images uint8 [C, H, W] ─ Views.prepare ─► groups of one shape ─ Views.of ─► preprocess ─► nets ─► mean scores
 
-He, Zhang, Ren, Sun: Deep Residual Learning for Image Recognition (2015); the crops are those of its [21], the dense
-evaluation is that of its [41].
+Source: He, Zhang, Ren, Sun: Deep Residual Learning for Image Recognition (2015). The crops are those of its reference
+[21], the dense evaluation is that of its reference [41].
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from fastres.table import Table
 
 __all__ = ["CROPS", "SCALES", "Predictor", "Result", "Views", "evaluate", "fully_convolutional", "require_metrics"]
 
-SCALES = (224, 256, 384, 480, 640)  # shorter sides, for nets trained on 224
+SCALES = (224, 256, 384, 480, 640)  # shorter sides of the images, for nets trained on 224x224
 CROPS = {
     "center": "one crop from the centre",
     "10": "four corners, the centre and their mirror images, of the central square",
@@ -39,11 +39,15 @@ CROPS = {
 
 @dataclass(frozen=True)
 class Views:
-    """Which views of an image a net sees.
+    """The views of an image (crops, mirror images, scales) whose scores are averaged.
 
-    crops: a key of `CROPS`. size: side of the crops, and of the training images whose pooling window the fully
-    convolutional form keeps. resize: shorter side before cropping; None for no resizing. scales: shorter sides of the
-    fully convolutional form. flip: whether that sees the mirror image of every scale as well.
+    crops: a key of `CROPS`.
+    size: side of the crops. For "multiscale", side of the training images: it sets the size of the pooling window.
+    resize: shorter side of an image before cropping; None to crop without resizing. "multiscale" ignores it.
+    scales: shorter sides of the images for "multiscale".
+    flip: for "multiscale", whether to add the mirror image of every scale.
+
+    Raises ValueError for an unknown key, for crops or scales that don't fit, and for sides beyond `MOST_PIXELS`.
     """
 
     crops: str = "center"
@@ -54,28 +58,31 @@ class Views:
 
     def __post_init__(self) -> None:
         if self.crops not in CROPS:
-            raise ValueError(f"crops {self.crops!r} do not exist; there are {', '.join(CROPS)}")
+            raise ValueError(f"crops must be one of {', '.join(CROPS)}: got {self.crops!r}")
         if self.crops == "multiscale":
             small = [side for side in self.scales if side < self.size]
             if small or not self.scales:
                 raise ValueError(
-                    f"scales {list(self.scales)}: at least one, and none below the crops' side {self.size}"
+                    f"scales must hold at least one side, and none below size={self.size}: got {list(self.scales)}"
                 )
         elif self.size < 1 or (self.resize is not None and self.resize < self.size):
-            raise ValueError(f"crops of side {self.size} don't fit images with a shorter side of {self.resize}")
+            raise ValueError(f"size must be at least 1 and at most resize: got size={self.size}, resize={self.resize}")
         kept = {"center": self.size, "10": self.resize or self.size, "multiscale": max(self.scales)}[self.crops]
         most = math.isqrt(MOST_PIXELS)
         if kept > most:
             raise ValueError(
-                f"crops or scales of {kept}x{kept} are too large: up to {most}x{most} are accepted, of which a net's "
-                "first layer makes 1 GB"
+                f"crops or scales of {kept}x{kept} are too large: up to {most}x{most} are accepted, for which a first "
+                "layer's output has 1 GB"
             )
 
     def prepare(self, image: Tensor) -> Tensor:
-        """What can be done before images are batched, say by a loader's worker: uint8 [..., C, H, W] to uint8.
+        """Resize and crop an image, uint8 [..., C, H, W], before it is batched (for example in a loader's worker).
 
-        [..., C, size, size] for a centre crop; [..., C, resize, resize] for 10 crops, which [21] takes from the central
-        square; the image itself for the fully convolutional form. Raises ValueError for one smaller than its crop.
+        Returns uint8 [..., C, size, size] for a centre crop. Returns [..., C, resize, resize] for 10 crops, because
+        [21] takes them from the central square. Returns the image unchanged for the fully convolutional form.
+
+        Raises ValueError for an image that is smaller than its crop, or that has more than `MOST_PIXELS` pixels at the
+        largest scale.
         """
         height, width = image.shape[-2:]
         if self.crops == "multiscale":
@@ -93,7 +100,7 @@ class Views:
         return resized_crop(image, (height, width), centre((height, width), side))
 
     def of(self, images: Tensor) -> Iterator[Tensor]:
-        """The views, each [N, C, h, w], of prepared images uint8 [N, C, H, W]."""
+        """Yield the views, uint8 [N, C, h, w], of images uint8 [N, C, H, W] that `prepare` returned."""
         if self.crops == "center":
             yield images
         elif self.crops == "10":
@@ -107,7 +114,7 @@ class Views:
 
 
 class _Pointwise(nn.Module):
-    """A linear classifier as a 1x1 convolution: a map flattened to [N, C L] -> scores [N, K, L]."""
+    """A linear classifier as a 1x1 convolution: a feature map flattened to [N, C L] -> scores [N, K, L]."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -121,12 +128,13 @@ class _Pointwise(nn.Module):
 
 
 def fully_convolutional(model: nn.Module, size: int) -> nn.Module:
-    """`model` in eval mode for images of any size, with its classifier wherever a window of its last map is whole.
+    """Return a fully convolutional copy of `model` in eval mode, which accepts images of any size.
 
-    The global average pool becomes one over windows of the map that an image [size, size] has, 7x7 for the ImageNet
-    nets at 224, with stride 1; the linear layer becomes a 1x1 convolution. The result returns scores [N, K, L] for L
-    window positions, and shares parameters and buffers with `model`, which stays as it is. Each position sees what a
-    crop there sees, but for the zeros that padding puts around a crop and the pixels that really are there.
+    The global average pool becomes an average pool of stride 1 whose window is the last feature map of an image
+    [size, size]: 7x7 for the ImageNet nets at 224. The linear layer becomes a 1x1 convolution. The result maps images
+    [N, C, H, W] to scores [N, K, L] for L window positions. It shares parameters and buffers with `model`, which is not
+    changed. The scores at a position are those of a crop there, except that the net sees the surrounding pixels where
+    a crop is padded with zeros.
 
     Raises ValueError for a net without exactly one global average pool and one linear layer.
     """
@@ -152,20 +160,27 @@ def _only(model: nn.Module, kind: type[nn.Module], what: str) -> str:
     if len(found) != 1 or getattr(model.get_submodule(found[0]), "output_size", 1) not in (1, (1, 1)):
         named = ", ".join(found) or "none"
         raise ValueError(
-            f"the fully convolutional form needs a net with one {what}, {type(model).__name__} has {named}"
+            f"the fully convolutional form needs a net with exactly one {what}: {type(model).__name__} has {named}"
         )
     return found[0]
 
 
 class Predictor:
-    """Mean scores of one net or of an ensemble for images, seen in given views.
+    """A function from images to the mean scores of one net or of an ensemble, over the given views.
 
-    models: nets on one device with one number of classes, each [N, C, H, W] -> [N, K]; put in eval mode. preprocess:
-    uint8 [N, C, H, W] to what a net reads, a `fastres.train.data.Preprocess`; a mean image in it is resized to each
-    view; one for all nets or one each. dtype: what convolutions run in, by autocast for 16 bits; None for the nets'
-    own. fast: through `fastres.optimize`. calibration: for the dtypes that need it there, (images, ...) tuples with
-    images as a call takes them; they are gone through once per net, which reads all their views. percentile:
-    as there. Raises ValueError for what the two conversions refuse.
+    models: one or several nets, [N, C, H, W] -> [N, K], on one device and with one number of classes. They are put into
+    eval mode.
+    views: the views of each image.
+    preprocess: maps uint8 [N, C, H, W] to the input of a net, e.g. a `fastres.train.data.Preprocess`, which resizes its
+    mean image to each view. Pass one module for all nets, or one for each net.
+    dtype: dtype of the convolutions; None for that of the nets. 16-bit dtypes run under autocast, unless `fast`.
+    fast: run the nets through `fastres.optimize`.
+    calibration: as for `fastres.optimize`, but (images, ...) tuples with images as `__call__` takes them. They are
+    iterated over once per net, and calibrate it with all their views.
+    percentile: as for `fastres.optimize`.
+
+    Raises ValueError for another number of preprocess modules than nets, for a dtype that needs `fast`, and where
+    `fully_convolutional` or `fastres.optimize` does.
     """
 
     def __init__(
@@ -182,16 +197,18 @@ class Predictor:
         nets = [models] if isinstance(models, nn.Module) else list(models)
         before = [preprocess] * len(nets) if isinstance(preprocess, nn.Module) else list(preprocess)
         if not nets or len(before) != len(nets):
-            raise ValueError(f"{len(nets)} nets with {len(before)} ways of preprocessing: one each, and at least one")
+            raise ValueError(
+                f"models and preprocess must have the same length, at least 1: got {len(nets)} and {len(before)}"
+            )
         if not fast and dtype not in (None, torch.float64, torch.float32, torch.bfloat16, torch.float16):
-            raise ValueError(f"{dtype} needs fast=True")
+            raise ValueError(f"dtype {dtype} needs fast=True")
         self.views = views
         self.device = next(nets[0].parameters()).device
         self.autocast = None if fast or dtype in (None, torch.float32) else dtype
         dense = views.crops == "multiscale"
         nets = [fully_convolutional(net, views.size) if dense else net.eval() for net in nets]
         before = [copy.deepcopy(each).to(self.device) for each in before]
-        if fast:  # a CUDA graph per shape pays for one shape, not for the many of whole images
+        if fast:  # a CUDA graph per input shape pays off for crops of one shape, not for whole images of many shapes
             shown = [None if calibration is None else self._shown(calibration, each) for each in before]
             nets = [
                 optimize(net, dtype=dtype, cuda_graph=not dense, calibration=inputs, percentile=percentile)
@@ -201,9 +218,13 @@ class Predictor:
 
     @torch.inference_mode()
     def __call__(self, images: Sequence[Tensor] | Tensor) -> Tensor:
-        """Scores [N, K], fp32 on the nets' device, of N images prepared by `views.prepare`; shapes may differ."""
+        """Return scores [N, K], fp32 on the nets' device, of N images from `views.prepare`.
+
+        images: one tensor uint8 [N, C, H, W], or a sequence of N tensors [C, H, W], whose shapes may differ. Raises
+        ValueError for no images, or for nets with different numbers of classes.
+        """
         if not len(images):
-            raise ValueError("no images")
+            raise ValueError("at least one image is needed: got none")
         groups = _grouped(images)
         parts = [self._group(group) for _, group in groups]
         if len(parts) == 1:
@@ -225,11 +246,11 @@ class Predictor:
             scores.append(y.mean(2) if y.dim() == 3 else y)
         if len({each.shape for each in scores}) != 1:
             classes = ", ".join(str(each.shape[1]) for each in scores)
-            raise ValueError(f"nets of {classes} classes make no ensemble")
+            raise ValueError(f"the nets of an ensemble must have the same number of classes: got {classes}")
         return torch.stack(scores).mean(0)
 
     def _shown(self, batches: Iterable[tuple[Any, ...]], preprocess: nn.Module) -> Iterator[Tensor]:
-        """What a net reads of all views of the batches' images."""
+        """Yield the preprocessed views of all images of `batches`: the calibration inputs of a net."""
         for images, *_ in batches:
             for _, group in _grouped(images):
                 for view in self.views.of(group.to(self.device)):
@@ -237,7 +258,7 @@ class Predictor:
 
 
 def _grouped(images: Sequence[Tensor] | Tensor) -> list[tuple[Sequence[int], Tensor]]:
-    """Images of one shape together: their places, and they themselves [n, C, H, W]."""
+    """Group images by shape. Returns a list of (indices of the images in the input, the images [n, C, H, W])."""
     if isinstance(images, Tensor):
         return [(range(len(images)), images)]
     groups: dict[tuple[int, ...], list[int]] = {}
@@ -252,9 +273,10 @@ def _read(preprocess: nn.Module, view: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Result:
-    """Per class, int64 [K] on the CPU: how many images, how many with the truth first, and among the first five.
+    """Counts per class, each int64 [K] on the CPU.
 
-    top5 is None for fewer than five classes.
+    images: number of images. top1, top5: how many of them have their label among the 1 or 5 highest scores; top5 is
+    None for fewer than five classes.
     """
 
     images: Tensor
@@ -266,10 +288,10 @@ class Result:
         return int(self.images.sum())
 
     def accuracy(self, k: int = 1) -> float:
-        """The share of all images whose truth is among the first k of 1 or 5."""
+        """Return the top-k accuracy over all images, k being 1 or 5. Raises ValueError for k=5 below five classes."""
         correct = {1: self.top1, 5: self.top5}[k]
         if correct is None:
-            raise ValueError(f"top-{k} of {len(self.images)} classes says nothing")
+            raise ValueError(f"top-{k} accuracy is undefined for {len(self.images)} classes")
         return int(correct.sum()) / self.count
 
     def __str__(self) -> str:
@@ -278,7 +300,10 @@ class Result:
         return f"{text} ({self.count:,} images, {len(self.images):,} classes)"
 
     def write_csv(self, path: str | Path, names: Sequence[str]) -> None:
-        """One line per class: index, name, images, how many were right, and their shares (empty for no images)."""
+        """Write a CSV file with a row per class: index, name, number of images, correct counts, accuracies.
+
+        The accuracies of a class without images are empty.
+        """
         columns = {"top1": self.top1} | ({} if self.top5 is None else {"top5": self.top5})
         with Table(path) as table:
             shares = [f"{name}_accuracy" for name in columns]
@@ -291,12 +316,16 @@ class Result:
 def evaluate(
     predict: Callable[[Any], Tensor], batches: Iterable[tuple[Any, Tensor]], classes: int, device: torch.device
 ) -> Result:
-    """Top-1 and top-5 of `predict` (a `Predictor`, or any images -> scores [N, classes]) over (images, labels).
+    """Count the top-1 and top-5 hits of `predict` over (images, labels) batches.
 
-    Labels are int64 [N]; counting happens on `device`, where the scores are, and needs no synchronisation until the
-    end. With torch.distributed running, every process gives its share of the images and gets the sum. Raises
-    ImportError without torchmetrics, ValueError for no images, a label that is no class, scores of another number of
-    classes and scores that aren't finite.
+    predict: a `Predictor`, or any function from images to scores [N, classes] on `device`.
+    batches: images as `predict` takes them, and labels int64 [N].
+
+    Counting runs on `device` and does not synchronise with it until the end. If torch.distributed is initialised, every
+    process evaluates its share of the images and gets the sum over all processes.
+
+    Raises ImportError if torchmetrics is missing, and ValueError for no images, a label outside 0 to classes - 1,
+    scores of another shape, and scores that aren't finite.
     """
     tops = [1] if classes < 5 else [1, 5]
     stat_scores = require_metrics()
@@ -306,23 +335,25 @@ def evaluate(
         if not len(labels):
             continue
         if not 0 <= int(labels.min()) <= int(labels.max()) < classes:
-            raise ValueError(f"labels {int(labels.min())} to {int(labels.max())} are not those of {classes} classes")
+            raise ValueError(
+                f"labels must be indices of {classes} classes: got {int(labels.min())} to {int(labels.max())}"
+            )
         scores = predict(images)
         if scores.shape != (len(labels), classes):
-            raise ValueError(f"scores are {list(scores.shape)} for {len(labels)} images of {classes} classes")
+            raise ValueError(f"scores must have shape [{len(labels)}, {classes}]: got {list(scores.shape)}")
         broken |= ~scores.isfinite().all()
         for counter in counters:
             counter.update(scores, labels.to(device, non_blocking=True))
     if not counters[0].update_called:
         raise ValueError("there are no images to test on")
     if broken:
-        raise ValueError("the net's scores are not finite; its weights or its BN statistics aren't")
+        raise ValueError("the net's scores are not finite: check its weights and its BatchNorm statistics")
     top = [counter.compute().cpu() for counter in counters]  # [K, (tp, fp, tn, fn, images)]
     return Result(top[0][:, 4], top[0][:, 0], top[1][:, 0] if len(top) > 1 else None)
 
 
 def require_metrics() -> Any:
-    """torchmetrics' counter. Raises ImportError, saying how to get it, where it is missing."""
+    """Return torchmetrics' `MulticlassStatScores`. Raises ImportError with the install command if it is missing."""
     try:
         from torchmetrics.classification import MulticlassStatScores
     except ImportError as error:

@@ -1,12 +1,13 @@
-"""The paper's experiments, repeated: `python -m fastres experiment degradation | shortcuts | responses`.
+"""The paper's experiments: `python -m fastres experiment degradation | shortcuts | responses`.
 
-Each trains its nets one after another under out/runs, every one resumable and kept, so that experiments share those
-they have in common; then it writes <experiment>.csv, .md (beside the paper's numbers, with what differs) and .svg. The
-errors drawn by iteration are in <experiment>-curves.csv; `--redraw` draws the picture again from such files.
-
-    degradation   Fig. 6 (Fig. 4 with photographs): training and validation error of plain and residual nets by depth
+    degradation   Fig. 6 (Fig. 4 for ImageNet): training and validation error of plain and residual nets by depth
     shortcuts     Table 3: the shortcuts A, B and C
     responses     Fig. 7: standard deviations of the responses of the 3x3 layers
+
+An experiment trains its nets one after another, each in its own folder under runs/. A training can be resumed, and
+experiments with the same output folder share the trainings that they have in common. The results are <experiment>.csv,
+a report <experiment>.md (with the paper's numbers and the differences in the setup) and a picture <experiment>.svg.
+<experiment>-curves.csv has the errors by iteration. `--redraw` draws the picture again from these tables.
 """
 
 from __future__ import annotations
@@ -43,17 +44,17 @@ EXPERIMENTS = {
     "shortcuts": "the shortcuts A, B and C (Table 3)",
     "responses": "standard deviations of layer responses (Fig. 7)",
 }
-PLAIN = {"cifar": "cifar-plain", "paper": "plain"}  # the family without shortcuts, by the residual one
+PLAIN = {"cifar": "cifar-plain", "paper": "plain"}  # residual family -> the same family without shortcuts
 PAPER_RECIPE = {"cifar": "cifar-2015", "paper": "imagenet-2015"}
 SEEN = "The paper's claim is seen: all deeper plain nets train worse, no deeper residual net does."
-TAIL = 1 / 8  # of a training's iterations, at its end, over which the training error is averaged
+TAIL = 1 / 8  # the training error is averaged over this last part of the iterations
 
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Net:
-    """One of the nets compared, as `fastres.models.families.build` makes it."""
+    """A net of an experiment: the arguments of `fastres.models.families.build`."""
 
     family: str
     depth: int
@@ -68,12 +69,12 @@ class Net:
         return next((family for family, plain in PLAIN.items() if plain == self.family), self.family)
 
     def __str__(self) -> str:
-        """As the paper calls it: plain-20, ResNet-56, ResNet-34 B."""
+        """Return the paper's name of the net: plain-20, ResNet-56, ResNet-34 B."""
         name = f"{'plain' if self.plain else 'ResNet'}-{self.depth}"
         return f"{name} {self.shortcut}" if self.shortcut else name
 
     def errors_of_paper(self) -> str:
-        """The first error in per cent that the paper prints for it, and where."""
+        """Return the first error in per cent that the paper prints for this net, with its table or figure."""
         for row in PAPER_TABLE:
             if (row.family, row.depth, row.shortcut) == (self.family, self.depth, self.shortcut) and row.errors:
                 error = row.errors[0]
@@ -84,7 +85,7 @@ class Net:
 
 @dataclass(frozen=True)
 class Trained:
-    """One training that has ended. Errors in [0, 1]; train_error: the mean over the last `TAIL` of the iterations."""
+    """A finished training. Errors are fractions in [0, 1]; train_error is a mean over the last `TAIL` of iterations."""
 
     net: Net
     seed: int
@@ -103,18 +104,18 @@ class Trained:
 
     @property
     def val_error_top5(self) -> float | None:
-        """None for fewer than five classes."""
+        """The last top-5 validation error; None for fewer than five classes."""
         return next((row["val_error_top5"] for row in reversed(self.history) if "val_error_top5" in row), None)
 
     @property
     def seconds(self) -> float:
-        """What it took until its last evaluation had ended, however often it was interrupted; nan if not recorded."""
+        """Training time up to the end of the last evaluation, summed over all interrupted runs; nan if not recorded."""
         return self.history[-1].get("seconds", math.nan)
 
 
 @dataclass(frozen=True)
 class Spread:
-    """Mean and standard deviation of a figure over seeds; the deviation of a single seed is nan."""
+    """Mean and standard deviation of a number over seeds. The deviation for a single seed is nan."""
 
     mean: float
     std: float
@@ -130,7 +131,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class Plan:
-    """An experiment on some images: the nets, how each is trained, where everything goes."""
+    """An experiment on one data set: the nets, their recipe and study, the output folder, further options of `Run`."""
 
     name: str
     data: str
@@ -142,11 +143,11 @@ class Plan:
 
     @property
     def device(self) -> torch.device:
-        """The one that the trainings take."""
+        """The device of all trainings."""
         return device_named(self.options.get("device"))
 
     def runs(self) -> list[tuple[Net, Run]]:
-        """Seed by seed the trainings of all nets."""
+        """Return (net, training) for every seed and net: all nets of the first seed, then of the next."""
         every = max(1, self.recipe.total(1) // self.study.points)
         pairs = []
         for seed in range(self.study.seeds):
@@ -159,7 +160,7 @@ class Plan:
         return pairs
 
     def differences(self) -> dict[str, str]:
-        """What differs from the paper's training of these nets: name -> in words, ours and then the paper's."""
+        """Return the differences from the paper's training of these nets: name -> "ours (the paper's)"."""
         paper = RECIPES[PAPER_RECIPE[self.nets[0].residual_family]]
         found = {}
         if self.data != paper.data:
@@ -180,8 +181,11 @@ class Plan:
 
 @dataclass(frozen=True)
 class Finding:
-    """What an experiment has to say: `rows` for the CSV, a table's `head` and `body`, sentences, and whether the
-    paper's claim was seen (None: nothing was asked)."""
+    """The result of an experiment.
+
+    rows: for the CSV file. head, body: the table of the report. words: the sentences of the report. seen: whether the
+    paper's claim holds here; None if the experiment tests no claim.
+    """
 
     rows: Sequence[Row]
     head: Sequence[str]
@@ -191,7 +195,7 @@ class Finding:
 
 
 def trainings(wanted: Plan) -> list[Trained]:
-    """All of the plan's trainings, done or taken up where they were left."""
+    """Run all trainings of the plan. Interrupted ones are resumed, and finished ones are not repeated."""
     runs = wanted.runs()
     found = []
     for number, (net, one) in enumerate(runs, 1):
@@ -210,12 +214,16 @@ def by_net(trained: Sequence[Trained]) -> dict[Net, list[Trained]]:
 
 
 def degraded(shallowest: float, deeper: Sequence[float]) -> list[bool]:
-    """Of each deeper net whether it trains worse than the shallowest, by mean training errors in [0, 1]."""
+    """Return for each deeper net whether its mean training error exceeds the shallowest net's by more than `RISE`."""
     return [error > shallowest + RISE for error in deeper]
 
 
 def degradation(wanted: Plan, trained: Sequence[Trained]) -> Finding:
-    """Fig. 6, and its claim: plain nets all train worse than the shallowest of them, no residual net does."""
+    """Compare training errors as in Fig. 6.
+
+    The paper's claim: all deeper plain nets train worse than the shallowest plain net, and no deeper residual net
+    trains worse than the shallowest residual net.
+    """
     means = {net: statistics.fmean(one.train_error for one in ones) for net, ones in by_net(trained).items()}
     words, verdicts = [], []
     for plain, kind in ((True, "plain"), (False, "residual")):
@@ -231,24 +239,25 @@ def degradation(wanted: Plan, trained: Sequence[Trained]) -> Finding:
     if seen is not None:
         claims = ("all deeper plain nets train worse", "no deeper residual net does")
         missing = [claim for claim, verdict in zip(claims, verdicts, strict=True) if not verdict]
-        words.append(f"The paper's claim is not seen; not so here: {'; '.join(missing)}." if missing else SEEN)
+        words.append(f"The paper's claim is not seen. Not true here: {'; '.join(missing)}." if missing else SEEN)
         if missing:
             words.append(_why_unseen(means))
     return _errors(wanted, trained, words, seen)
 
 
 def _why_unseen(means: Mapping[Net, float]) -> str:
-    """What the errors themselves say of the reason."""
+    """Return the likely reason why the claim was not seen, judged by the mean training errors alone."""
     best, worst = min(means.values()), max(means.values())
     if best > 0.5:
-        return "The likely reason: too few iterations, after which even the best of these nets gets most images wrong."
+        return "The likely reason: too few iterations. Even the best of these nets gets most training images wrong."
     if worst < RISE:
-        return "The likely reason: images or nets too easy, all of which every net learns."
-    return "The reason is not in these figures; the curves of each training are in runs/."
+        return "The likely reason: the images are too easy. Every net learns almost all of them."
+    return "These errors don't show the reason; the curves of each training are in runs/."
 
 
 def shortcuts(wanted: Plan, trained: Sequence[Trained]) -> Finding:
-    """Table 3's order (C before B before A, by little) beside ours."""
+    """Compare the validation errors of shortcuts A, B and C with Table 3, where C is slightly better than B, and B than
+    A."""
     words = ["In the paper C is slightly better than B, and B than A; all are far better than the plain net."]
     nets = by_net(trained)
     for depth in wanted.study.depths:
@@ -290,11 +299,14 @@ def _errors(wanted: Plan, trained: Sequence[Trained], words: Sequence[str], seen
 
 @torch.no_grad()
 def layer_responses(model: nn.Module, batches: Iterable[Tensor]) -> dict[str, float]:
-    """Standard deviation, over images, channels and places, of what each 3x3 layer gives after BN (Fig. 7).
+    """Return the standard deviation of each 3x3 layer's response, over images, channels and positions (Fig. 7).
 
-    That is before what follows the BN, be it ReLU or an addition. model: a ResNet or plain net of `fastres.models`, in
-    the mode in which it is to be asked; batches: images [N, C, H, W] as the net takes them. Layers in order, by the
-    names of their convolutions.
+    A response is the output of the BatchNorm after a 3x3 convolution, before the ReLU or the addition.
+
+    model: a ResNet or plain net of `fastres.models`, in the mode (train or eval) whose responses are wanted.
+    batches: inputs of the net, [N, C, H, W].
+
+    Returns name of the convolution -> standard deviation, in the order of the layers.
     """
     names = {module: name for name, module in model.named_modules()}
     sums: dict[str, Tensor] = {}
@@ -326,7 +338,7 @@ def layer_responses(model: nn.Module, batches: Iterable[Tensor]) -> dict[str, fl
 
 
 def responses(wanted: Plan, trained: Sequence[Trained]) -> Finding:
-    """Fig. 7 on the validation images, by BN's running statistics; in the paper only a picture."""
+    """Measure Fig. 7 on the validation images, with BN's running statistics. The paper prints no numbers for it."""
     device = wanted.device
     options = {name: wanted.options[name] for name in ("root", "holdout", "cache", "workers")}
     dataset = data.load(wanted.data, wanted.recipe, **options, device=device)
@@ -358,17 +370,17 @@ def responses(wanted: Plan, trained: Sequence[Trained]) -> Finding:
         other = next(other for other in nets if other.plain and other.depth == net.depth)
         if not net.plain:
             relation = "smaller" if means[net] < means[other] else "not smaller"
-            words.append(f"Here those of {net} are on average {relation} than those of {other}.")
+            words.append(f"Here the responses of {net} are on average {relation} than those of {other}.")
     residual = sorted((net for net in nets if not net.plain), key=lambda net: net.depth)
     for shallower, deeper in pairwise(residual):
         relation = "smaller" if means[deeper] < means[shallower] else "not smaller"
-        words.append(f"Here those of {deeper} are on average {relation} than those of {shallower}.")
+        words.append(f"Here the responses of {deeper} are on average {relation} than those of {shallower}.")
     head = ("net", "paper", "3x3 layers", "ours, mean std", "ours, least", "ours, largest", "dataset")
     return Finding(rows, head, body, words)
 
 
 def report(wanted: Plan, finding: Finding, seconds: float) -> str:
-    """The Markdown: table, what was found, what differs from the paper, on what it ran."""
+    """Return the report in Markdown: table, results, differences from the paper, machine and versions."""
     differences = wanted.differences()
     differing = ", ".join(name.replace("_", " ") for name in differences) or "nothing known"
     head = [*finding.head, "what differs"]
@@ -387,7 +399,7 @@ def report(wanted: Plan, finding: Finding, seconds: float) -> str:
         lines.append("BN's running statistics. BN starts every layer near 1; only training moves it from there.")
     lines += ["", *finding.words, ""]
     if differences:
-        lines += ["What differs, the paper's in brackets:", ""]
+        lines += ["Differences from the paper, whose value is in brackets:", ""]
         lines += [f"- {name.replace('_', ' ')}: {text}" for name, text in differences.items()]
         lines.append("")
     took = "" if math.isnan(seconds) else f"; the trainings took {seconds:,.0f} s"
@@ -396,7 +408,7 @@ def report(wanted: Plan, finding: Finding, seconds: float) -> str:
 
 
 def curves(trained: Sequence[Trained]) -> list[Row]:
-    """Every training's errors by iteration, in [0, 1]: what `draw` draws of them."""
+    """Return the errors, in [0, 1], of all trainings by iteration: the rows that `draw` takes."""
     rows: list[Row] = []
     for one in trained:
         points: dict[float, Row] = {}
@@ -408,14 +420,16 @@ def curves(trained: Sequence[Trained]) -> list[Row]:
 
 
 def redraw(name: str, folder: Path) -> Path:
-    """Draws an experiment's picture from the table in `folder` and returns where it is. Raises ValueError where there
-    is no such table, or it is damaged."""
+    """Draw an experiment's picture from the table in `folder`, and return the picture's path.
+
+    Raises ValueError if the table is missing or damaged.
+    """
     table, target = folder / drawn_from(name), folder / f"{name}.svg"
     try:
         with table.open(newline="") as file:
             rows = list(csv.DictReader(file))
         if not rows or any(None in row.values() for row in rows):
-            raise ValueError("it has no rows, or one is cut short")
+            raise ValueError("it has no rows, or an incomplete row")
         drawn = draw(name, rows)
     except OSError as error:
         raise ValueError(f"{table} can't be read: {error.strerror}; leave out --redraw to train") from error
@@ -426,14 +440,20 @@ def redraw(name: str, folder: Path) -> Path:
 
 
 def draw(name: str, rows: Sequence[Row]) -> bytes:
-    """An experiment's picture as an SVG. rows: of `curves`, or those of `responses`; numbers or their text."""
+    """Return an experiment's picture as an SVG.
+
+    rows: those of `curves`, or of `responses` for that experiment. Values may be numbers or text, as read from a CSV.
+    """
     with picture.style():
         return picture.encode(draw_responses(rows) if name == "responses" else draw_errors(rows), "svg")
 
 
 def draw_errors(rows: Sequence[Row]) -> Any:
-    """Fig. 6: a panel each for plain and residual nets; errors by iteration, means over seeds, thin for training and
-    bold for validation, whose range over seeds is shaded."""
+    """Return Fig. 6: errors by iteration, with one panel for plain and one for residual nets.
+
+    Lines are means over seeds, thin for training errors and bold for validation errors. The range of the validation
+    errors over seeds is shaded.
+    """
     nets = list(dict.fromkeys(row["net"] for row in rows))
     kinds = {"plain": [net for net in nets if net.startswith("plain")]}
     kinds |= {"residual": [net for net in nets if net not in kinds["plain"]]}
@@ -466,7 +486,10 @@ def draw_errors(rows: Sequence[Row]) -> Any:
 
 
 def draw_responses(rows: Sequence[Row]) -> Any:
-    """Fig. 7: standard deviations by layer above, by size below; means over seeds, plain nets dashed."""
+    """Return Fig. 7: standard deviations by layer in the upper panel, sorted by size in the lower panel.
+
+    Values are means over seeds. Lines of plain nets are dashed.
+    """
     figure = picture.figure(8.3, 5.4)
     above, below = figure.subplots(2, 1)
     layers: dict[str, dict[int, list[float]]] = {}
@@ -493,12 +516,12 @@ def draw_responses(rows: Sequence[Row]) -> Any:
 
 
 def drawn_from(name: str) -> str:
-    """The table that holds what an experiment's picture shows."""
+    """Return the file name of the table with the data of an experiment's picture."""
     return f"{name}.csv" if name == "responses" else f"{name}-curves.csv"
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Rows of the same columns as CSV."""
+    """Return rows as CSV text. All rows have the columns of the first."""
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()

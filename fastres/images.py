@@ -1,17 +1,17 @@
-"""Image files as pixels of 8 bits per channel: the one place that decides which are read, and how.
+"""Read image files as 8 bits per channel. This module alone decides which files are accepted, and how they are read.
 
-`eval`, `predict` and training read by it, and DALI decodes only what comes out alike. What becomes of a file:
+`eval`, `predict` and training use it, and DALI decodes only files for which it gives the same pixels. The rules:
 
-- up to 8 bits per channel, palettes, CMYK, YCbCr and LAB among them: as Pillow converts it.
-- 16-bit grey whose white the file's format fixes (PNG, PGM, JPEG 2000, unsigned TIFF): scaled, white to 255. 16-bit
-  colour comes from Pillow as its upper 8 bits, which is at most one level off.
-- anything else, 32-bit integers, floating point and signed numbers: refused, for nobody knows what white is there.
-- transparency is left out: the colours beneath it show.
-- EXIF orientation and colour profiles are ignored, as in torchvision's reference, with which the accuracy of published
-  weights was measured. (A TIFF's own tag, which says in which order its rows lie, Pillow follows in decoding it.)
-- of several pictures in a file, the first.
+- Up to 8 bits per channel, including palettes, CMYK, YCbCr and LAB: converted by Pillow.
+- 16-bit grey in a format that fixes the value of white (PNG, PGM, JPEG 2000, unsigned TIFF): scaled so that white is
+  255. Pillow reads 16-bit colour as its upper 8 bits, which is at most one level off.
+- Everything else (32-bit integers, floating point, signed numbers): refused, because the value of white is unknown.
+- Transparency is dropped: the result has the colours of the transparent pixels.
+- EXIF orientation and colour profiles are ignored, as in torchvision's reference code, with which the accuracy of
+  published weights was measured. (Pillow does apply a TIFF's orientation tag when it decodes the file.)
+- The first image of a file with several images is used.
 
-What can't be read is refused by name, so Pillow's own warnings, which name no file, are switched off.
+Errors name the file. Pillow's warnings don't, so they are switched off.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from fastres.terminal import printable
 
 __all__ = ["READING", "ClassFolders", "ImageError", "eight_bits", "image_files", "opened", "read_image", "require_file"]
 
-READING = 2  # to be raised when other pixels are made of a file: mean images are kept from run to run
+READING = 2  # version of these rules, for cached mean images: raise it when the same file gives other pixels
 
 _EIGHT_BITS = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "LAB", "HSV")
 _SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N")
@@ -45,13 +45,16 @@ warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 class ImageError(ValueError):
-    """A file that is no image, a damaged one, or one of a kind that isn't read. The message names it and the mend."""
+    """A file that is not an image, is damaged, or is of a kind that is not accepted. The message names file and fix."""
 
 
 @contextmanager
 def opened(path: str | Path) -> Iterator[Image.Image]:
-    """The image in the file, not yet decoded. Raises ImageError, one line that names the file, for whatever goes wrong
-    inside: damage often shows in decoding only, and as any exception."""
+    """Open an image file without decoding it.
+
+    Raises ImageError, a single line that names the file, for any exception inside the context: a damaged file often
+    fails only when it is decoded, and with any type of exception.
+    """
     name = printable(path)
     try:
         if isinstance(path, (str, Path)):  # not a file in memory
@@ -61,7 +64,7 @@ def opened(path: str | Path) -> Iterator[Image.Image]:
     except ImageError as error:
         raise ImageError(f"{name} is no image that can be read ({error}); convert it to 8 bits") from error
     except Exception as error:
-        if isinstance(error, OSError) and error.errno is not None:  # the system's word, not Pillow's
+        if isinstance(error, OSError) and error.errno is not None:  # raised by the operating system, not by Pillow
             raise ImageError(f"{name} can't be read: {error.strerror}") from error
         why, mend = printable(error) or type(error).__name__, "fetch it again or remove it"
         if isinstance(error, UnidentifiedImageError):
@@ -72,24 +75,24 @@ def opened(path: str | Path) -> Iterator[Image.Image]:
 
 
 def require_file(path: str | Path) -> None:
-    """Raises OSError for what isn't there, and for pipes and their like, which would be waited for without an end."""
+    """Raise OSError unless `path` is a regular file. A missing one raises too; reading a pipe could block forever."""
     kind = stat.S_IFMT(os.stat(path).st_mode)
     if kind != stat.S_IFREG:
         raise OSError(errno.EINVAL, f"it is {_KINDS.get(kind, 'a device')}, not a file")
 
 
 def read_image(path: str | Path, mode: str = "RGB") -> Image.Image:
-    """The image in the file, decoded, as "RGB" or "L". Raises ImageError, which names the file."""
+    """Return the decoded image of a file in mode "RGB" or "L". Raises ImageError, which names the file."""
     with opened(path) as image:
         return eight_bits(image, mode)
 
 
 def eight_bits(image: Image.Image, mode: str = "RGB") -> Image.Image:
-    """`image`, just opened, as "RGB" or "L". Raises ImageError for one of a kind that isn't read."""
+    """Decode `image`, as `opened` yields it, into mode "RGB" or "L". Raises ImageError if its kind is not accepted."""
     white = _white(image)
     if white is None:
         raise ImageError(
-            f"mode {image.mode} in a {image.format} file, where nothing says for certain what white is; accepted are "
+            f"mode {image.mode} in a {image.format} file, which does not define the value of white; accepted are "
             f"{_ACCEPTED}"
         )
     image.load()
@@ -97,29 +100,29 @@ def eight_bits(image: Image.Image, mode: str = "RGB") -> Image.Image:
         values = np.asarray(image).astype(np.int32)
         image = Image.fromarray(((255 * values + white // 2) // white).astype(np.uint8))
     elif image.mode == "LAB":
-        image = image.convert("RGB")  # Pillow knows no other way out of it
+        image = image.convert("RGB")  # Pillow converts LAB to no other mode
     return image.convert(mode)
 
 
 def _white(image: Image.Image) -> int | None:
-    """The greatest value that a pixel of such a file can have; None where the file doesn't say, or doesn't mean it."""
+    """Return the pixel value of white in such a file, or None if the file doesn't define it reliably."""
     white = 255 if image.mode in _EIGHT_BITS else None
     if image.format == "TIFF":
         tags = image.tag_v2  # type: ignore[attr-defined]
         unsigned = set(tags.get(SAMPLEFORMAT, (1,))) == {1}
-        if image.mode in _SIXTEEN_BITS and tags.get(PHOTOMETRIC_INTERPRETATION) == 1:  # 0: white is zero
+        if image.mode in _SIXTEEN_BITS and tags.get(PHOTOMETRIC_INTERPRETATION) == 1:  # with 0, white is zero
             white = (1 << tags[BITSPERSAMPLE][0]) - 1
         return white if unsigned else None
     if image.format in ("PNG", "PPM", "JPEG2000") and image.mode in ("I", *_SIXTEEN_BITS):
-        return 65535  # Pillow scales to that what has fewer bits, or another maximum
+        return 65535  # Pillow scales files with fewer bits or another maximum to this
     return white
 
 
 def image_files(folder: str | Path, unlisted: Callable[[OSError], None]) -> list[str]:
-    """The files at any depth below `folder` whose names end as those of images do, in no order.
+    """Return all files at any depth below `folder` that have an image's file extension, in no particular order.
 
-    Links to folders are followed, but not to a folder that they lie in. unlisted: is told of each folder that can't be
-    listed, and may raise what it is told.
+    Links to folders are followed, unless they lead to a folder that contains them. `unlisted` is called with the error
+    for each folder that can't be listed, and may raise it.
     """
     found = []
     waiting: list[tuple[str, frozenset[tuple[int, int]]]] = [(str(folder), frozenset())]
@@ -148,9 +151,9 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 class ClassFolders(ImageFolder):
-    """torchvision's ImageFolder of the files that `image_files` finds, in torchvision's order.
+    """torchvision's `ImageFolder` with the files that `image_files` finds, in torchvision's order.
 
-    Raises OSError for a folder that isn't there or can't be listed, and for classes without images.
+    Raises OSError for a folder that is missing or can't be listed, and for classes without images.
     """
 
     @staticmethod

@@ -1,12 +1,12 @@
-"""One look for all pictures: colours, type, and files that can be read in light and in dark mode.
+"""The common style of all pictures: colours, fonts, and SVG files for both light and dark mode.
 
     with picture.style():
         figure = picture.figure(8.3, 4)
         figure.subplots().plot(...)
     picture.save(figure, Path("picture.svg"))
 
-An SVG has a light and a dark form: its style sheet switches the colours of `DARK` by `prefers-color-scheme`. All other
-colours are middle tones that stand out from both backgrounds. PNG and PDF are always light and opaque.
+The style sheet of an SVG replaces the colours of `DARK` if the reader prefers a dark colour scheme. All other colours
+are medium tones, which contrast with both backgrounds. PNG and PDF files are always light and opaque.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ SUFFIXES = (".png", ".svg", ".pdf")
 CARD, INK, FAINT, LINE = "#ffffff", "#1f2933", "#57606a", "#d0d7de"
 DARK = {CARD: "#0d1117", INK: "#e6edf3", FAINT: "#9aa4ae", LINE: "#3d444d"}
 OURS, PEER = "#d55e00", "#6e8098"
-SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", PEER)  # Okabe and Ito's colour-blind safe ones
-MARKERS = "os^Dv"  # lines differ by more than colour
+SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", PEER)  # from Okabe and Ito's colour-blind safe palette
+MARKERS = "os^Dv"  # so that lines differ by more than their colour
 FONTS = "system-ui, -apple-system, 'Segoe UI', Helvetica, Arial, sans-serif"
 _RC = {
-    "svg.fonttype": "none",  # text stays text
+    "svg.fonttype": "none",  # keep text as text instead of paths
     "svg.hashsalt": "fastres",  # the same picture gives the same bytes
-    "font.family": "DejaVu Sans",  # comes with matplotlib, and is wider than those of FONTS: labels have room
+    "font.family": "DejaVu Sans",  # ships with matplotlib and is wider than FONTS, so labels fit in those too
     "font.size": 9,
     "text.color": INK,
     "figure.facecolor": CARD,
@@ -60,7 +60,7 @@ _RC = {
 
 @contextmanager
 def style() -> Iterator[None]:
-    """The look of what is drawn within. Raises ImportError where matplotlib is missing."""
+    """Apply the common style inside the context. Raises ImportError if matplotlib is missing."""
     from matplotlib import rc_context
 
     with rc_context(_RC):
@@ -68,19 +68,19 @@ def style() -> Iterator[None]:
 
 
 def figure(width: float, height: float) -> Any:
-    """An empty matplotlib figure, in inches; 8.3 of them are as wide as a page of a repository."""
+    """Return an empty matplotlib figure. Sizes are in inches; 8.3 inches are as wide as a page on GitHub."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained", dpi=144)
 
 
 def series(number: int) -> tuple[str, str]:
-    """Colour and marker of the line of that number."""
+    """Return the colour and the marker of line `number`, counted from 0."""
     return SERIES[number % len(SERIES)], MARKERS[number % len(MARKERS)]
 
 
 def encode(figure: Any, kind: str) -> bytes:
-    """The bytes of a file; `kind`: "svg", "png" or "pdf". The same figure gives the same bytes."""
+    """Return the figure as the bytes of a file. kind: "svg", "png" or "pdf". The same figure gives the same bytes."""
     file = io.BytesIO()
     metadata: dict[str, Any] = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind, {})
     with style():
@@ -89,14 +89,16 @@ def encode(figure: Any, kind: str) -> bytes:
 
 
 def save(figure: Any, path: Path) -> None:
-    """Write the figure to `path`, whose suffix is one of `SUFFIXES`; makes the folder if it is missing."""
+    """Write the figure to `path`, whose suffix must be one of `SUFFIXES`. A missing folder is created."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(encode(figure, path.suffix[1:]))
 
 
 def _switching(svg: str) -> str:
-    """matplotlib's SVG with the reader's fonts, and the colours of `DARK` where they are preferred. Its colours stand
-    in style attributes, which only `!important` overrules."""
+    """Return matplotlib's SVG with the reader's system fonts, and with the colours of `DARK` in dark mode.
+
+    matplotlib writes colours into style attributes, which a style sheet can override only with `!important`.
+    """
     rules = "".join(
         f'[style*="{part}: {light}"]{{{part}: {dark} !important}}\n'
         for light, dark in DARK.items()

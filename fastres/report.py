@@ -1,4 +1,4 @@
-"""What would run here, and why: `fastres.status()`, `fastres.status(model)`, `python -m fastres status`."""
+"""`fastres.status`: what runs fused on this machine, and why the rest does not. Also `python -m fastres status`."""
 
 from __future__ import annotations
 
@@ -28,19 +28,23 @@ _ON_CPUS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16
 
 @dataclass(frozen=True)
 class Status:
-    """`str()` of it says all of it in words. A path is `FUSED`, or `PLAIN` with the reason behind a colon."""
+    """The result of `status`; `str()` formats it as text.
+
+    A path is `FUSED`, `PLAIN` followed by a colon and the reason, or "refused: " and the reason if a forced backend
+    can't run it.
+    """
 
     summary: str  # what runs fused on this machine, in one or two sentences
     gpu: str  # name and compute capability, or why there is none
-    versions: Mapping[str, str]
-    triton: str  # "usable", or why not
-    table: str  # whose measurements choose kernels on this GPU, or why none do
-    extension: extension.Status
-    training: str  # the path of a residual block of the drop-in family, on the GPU if there is one
-    inference: str
-    optimize: str  # in which dtypes `fastres.optimize` is fused on this CPU, and why not in others
+    versions: Mapping[str, str]  # package -> version, or "not installed"
+    triton: str  # "usable", possibly with a note, or why not
+    table: str  # the table of measurements that chooses kernels on this GPU, or why there is none
+    extension: extension.Status  # the C++ and CUDA extension
+    training: str  # path of a torchvision BasicBlock in fp32 and train mode, on the GPU if there is one
+    inference: str  # the same in eval mode
+    optimize: str  # the dtypes in which `fastres.optimize` is fused on this CPU, and why not in the others
     next_step: str  # a command to try
-    blocks: Mapping[str, str] | None = None  # of the model asked about: name -> path, in its present mode
+    blocks: Mapping[str, str] | None = None  # name -> path of the blocks and stems of the model passed to `status`
 
     def __str__(self) -> str:
         lines = [
@@ -64,10 +68,13 @@ class Status:
 
 
 def status(model: nn.Module | None = None) -> Status:
-    """What would run on this machine and, of `model`, on which path each of fastres's blocks and stems.
+    """Report what runs fused on this machine and, for a model, which of its blocks and stems run fused.
 
-    Builds and compiles nothing; starts CUDA where there is a GPU. The model is asked as it stands, for its present
-    device, dtype and mode. Raises TypeError if `model` is no `nn.Module`.
+    model: a net with fastres's blocks. The report is for its current device, dtype and mode (train or eval). Its blocks
+    are not run.
+
+    Returns a `Status`: `print(fastres.status(model))` shows all of it. Nothing is built or compiled, but CUDA is
+    initialised if there is a GPU. Raises TypeError if `model` is not an `nn.Module`.
     """
     if model is not None and not isinstance(model, nn.Module):
         raise TypeError(f"status takes an nn.Module, not {type(model).__name__}")
@@ -94,35 +101,35 @@ def status(model: nn.Module | None = None) -> Status:
 
 
 def _on_gpu(device: torch.device) -> tuple[str, str]:
-    """What runs fused on a machine with a GPU, and a command to try."""
+    """Return a summary for a machine with a GPU, and a command to try."""
     name = torch.cuda.get_device_name()
     if (capability := torch.cuda.get_device_capability()) < LEAST:
-        said = f"Models run as plain PyTorch on this machine's {name}."
+        lead = f"Models run as plain PyTorch on this machine's {name}."
         return (
-            f"{said}\nThe fused kernels need compute capability {spelt(LEAST)}, this GPU has {spelt(capability)}.",
+            f"{lead}\nThe fused kernels need compute capability {spelt(LEAST)}, this GPU has {spelt(capability)}.",
             TRAIN,
         )
     if not dispatch.has_triton():
-        said = f"Models run as plain PyTorch on this machine's {name}."
-        return f"{said}\nThe fused kernels need Triton, which is not installed.", INSTALL_TRITON
-    said = f"ResNets run on fused Triton kernels on this machine's {name}, in training and inference."
+        lead = f"Models run as plain PyTorch on this machine's {name}."
+        return f"{lead}\nThe fused kernels need Triton, which is not installed.", INSTALL_TRITON
+    lead = f"ResNets run on fused Triton kernels on this machine's {name}, in training and inference."
     table = dispatch.table_in_force(device)
     if table.startswith("none"):
-        return f"{said}\nNo kernels have been measured on such a GPU, so heuristics choose among them.", TUNE
+        return f"{lead}\nNo kernels have been measured on such a GPU, so heuristics choose them.", TUNE
     if table.startswith("broken"):
-        return f"{said}\nIts table of measured kernels can't be read.", TUNE
-    return f"{said}\nMeasurements choose among them: {table}.", TRAIN
+        return f"{lead}\nIts table of measured kernels can't be read.", TUNE
+    return f"{lead}\nMeasurements choose the kernels: {table}.", TRAIN
 
 
 def _on_cpu(training: str) -> str:
-    """What runs fused on a machine without a usable GPU."""
-    said = "This machine has no GPU." if torch.version.cuda else "This PyTorch is built without CUDA and uses no GPU."
+    """Return a summary for a machine without a usable GPU."""
+    lead = "This machine has no GPU." if torch.version.cuda else "This PyTorch is built without CUDA and uses no GPU."
     trains = "training runs as plain PyTorch" if training != FUSED else "the forced backend runs the blocks"
     served = [name for name, dtype in _ON_CPUS.items() if dispatch.why_no_onednn(dtype) is None]
     if not served:
-        return f"{said}\nModels run as plain PyTorch on the CPU."
+        return f"{lead}\nModels run as plain PyTorch on the CPU."
     names = ", ".join(served[:-1]) + " and " * (len(served) > 1) + served[-1]
-    return f"{said}\nfastres.optimize serves ResNets on the CPU with oneDNN in {names}; {trains}."
+    return f"{lead}\nfastres.optimize serves ResNets on the CPU with oneDNN in {names}; {trains}."
 
 
 def _gpu() -> str:
@@ -166,7 +173,7 @@ def _optimize() -> str:
 
 
 def _blocks(model: nn.Module) -> dict[str, str]:
-    """Every module of the model that asks dispatch for a fused path."""
+    """Return name -> path of every block and stem of the model that can run fused."""
     return {name: _path(module) for name, module in model.named_modules() if _parts(module) is not None}
 
 
@@ -185,6 +192,6 @@ def _path(module: nn.Module) -> str:
     x = torch.empty(1, channels, 56, 56, device=weight.device, dtype=weight.dtype)
     try:
         reason = eligibility.why_plain(x, parts)
-    except RuntimeError as error:  # of a backend that is forced and can't serve it
+    except RuntimeError as error:  # raised by a forced backend that can't run this call
         return f"refused: {error}"
     return FUSED if reason is None else f"{PLAIN}: {reason}"

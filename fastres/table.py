@@ -1,4 +1,4 @@
-"""Tables as CSV files that are whole, or say by their name that they aren't."""
+"""CSV files that are either complete or named PATH.part."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ __all__ = ["Table"]
 
 
 class Table:
-    """Rows go to PATH.part, each as it comes; when there are no more, that becomes PATH.
+    """A context manager that writes a CSV file: each row goes to PATH.part immediately, and at the end PATH.part
+    replaces PATH.
 
-    So a run that is cut short leaves what it had, and PATH is what it was. Only what is no file of its own, a link or a
-    device, is written in place. Text that UTF-8 can't hold is written as `utf8` has it. Raises OSError, which names the
-    file and how many rows it holds.
+    An interrupted run leaves its rows in PATH.part and does not touch PATH. Links and devices are written in place.
+    Text that UTF-8 can't encode is escaped by `terminal.utf8`. Raises OSError, which names the file and the number of
+    complete rows in it.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -42,7 +43,7 @@ class Table:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         if kind is not None:
-            with suppress(OSError):  # the one that is under way says more
+            with suppress(OSError):  # the exception that is being raised says more
                 self._file.close()
             return
         with self._named():
@@ -55,10 +56,10 @@ class Table:
         try:
             yield
         except OSError as error:
-            said = f"{self.part} can't be written: {error.strerror}; it holds {self.rows} rows that are whole"
-            raise OSError(said) from error
+            message = f"{self.part} can't be written: {error.strerror}; it holds {self.rows} complete rows"
+            raise OSError(message) from error
 
 
 def in_place_of(path: Path) -> bool:
-    """Whether `path` is a file, or nothing yet, so that another file can take its place."""
+    """Return whether another file may replace `path`: it is a regular file or doesn't exist, and is not a link."""
     return not path.is_symlink() and (path.is_file() or not path.exists())

@@ -1,4 +1,4 @@
-"""What a terminal is shown that a file or a pipe is not, and text as it can be shown and kept."""
+"""Terminal output: when to show progress bars, how to escape text, and how to format numbers."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ import re
 import sys
 from collections.abc import Mapping
 
-_NO_CHARACTERS = r"\ud800-\udfff"  # among them Python's stand-ins for bytes of file names that aren't UTF-8
-_CONTROLS = r"\x00-\x08\x0a-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069"  # all but the tab; and what turns text around
+_NO_CHARACTERS = r"\ud800-\udfff"  # surrogates; Python uses some of them for bytes of file names that aren't UTF-8
+_CONTROLS = r"\x00-\x08\x0a-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069"  # except the tab; and bidirectional controls
 
 
 def shows_bars() -> bool:
-    """True where stderr is a terminal that can go back to the start of a line, as a progress bar does."""
+    """Return whether stderr is a terminal that can rewrite a line, as a progress bar does."""
     return sys.stderr is not None and sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
 
 
 def utf8(text: object) -> str:
-    """`text` as a file in UTF-8 can hold it: of a file's name, bytes that aren't UTF-8 become \\xNN."""
+    """Return `text` with everything escaped that UTF-8 can't encode. Undecodable bytes of a file name become \\xNN."""
     return re.sub(f"[{_NO_CHARACTERS}]", _escape, str(text))
 
 
 def printable(text: object) -> str:
-    """`text` as one line that does nothing to a terminal: as `utf8`, and control characters become \\n, \\x1b, ..."""
+    """Return `text` as one line that is safe to print: like `utf8`, and control characters become \\n, \\x1b, ..."""
     return re.sub(f"[{_NO_CHARACTERS}{_CONTROLS}]", _escape, str(text))
 
 
@@ -34,7 +34,7 @@ def _escape(found: re.Match[str]) -> str:
 
 
 def duration(seconds: float) -> str:
-    """h:mm:ss; "-" for nan."""
+    """Return a duration as h:mm:ss, or "-" for nan."""
     if math.isnan(seconds):
         return "-"
     minutes, seconds = divmod(round(seconds), 60)
@@ -42,11 +42,11 @@ def duration(seconds: float) -> str:
 
 
 def rate(per_second: float) -> str:
-    """At least three digits, and all before the point."""
+    """Return a rate with at least three significant digits and without decimals from 100 on."""
     return f"{per_second:,.0f}" if per_second >= 100 else f"{per_second:#.3g}"
 
 
 def listing(title: str, meanings: Mapping[str, str]) -> str:
-    """For the end of a --help: a line for each name."""
+    """Return a list for the end of a --help text: the title, then a line for each name."""
     width = max(map(len, meanings))
     return "\n".join([f"{title}:", *(f"  {name:{width}}  {meaning}" for name, meaning in meanings.items())])

@@ -1,8 +1,8 @@
-"""timm's ResNets on fastres's blocks. Importing this registers `fastres_resnet50` and its kin with timm.
+"""timm's ResNets with fastres's blocks. Importing this module registers `fastres_resnet50` etc. with timm.
 
-`timm.create_model("fastres_resnet50.a1_in1k", pretrained=True, num_classes=10)` is timm's resnet50 with that tag,
-converted: all its options, weights and methods are timm's own, and so are the names in its state_dict. Raises
-ImportError where timm is missing.
+`timm.create_model("fastres_resnet50.a1_in1k", pretrained=True, num_classes=10)` creates timm's resnet50 with that tag
+and converts it. Options, weights, methods and the names in the state dict stay timm's. The import raises ImportError if
+timm is missing.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def _register(name: str) -> None:
         return convert(getattr(timm_resnet, name)(pretrained, **kwargs)).model
 
     build.__name__ = build.__qualname__ = f"fastres_{name}"
-    build.__doc__ = f"timm's {name} on fastres's blocks; options and weights are timm's."
+    build.__doc__ = f"timm's {name} with fastres's blocks. Options and weights are timm's."
     register_model(build)
 
 

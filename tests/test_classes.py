@@ -167,7 +167,7 @@ def test_imagenets_words_are_its_ids() -> None:
         same_classes(published, "here", [*there[:-1], LATER])
     with pytest.raises(ValueError, match=f"only the data has {LATER}; class 999 is n15075141 in the net, {LATER}"):
         same_classes(net_of(1000, classes=there), "here", [*there[:-1], LATER])
-    with pytest.raises(ValueError, match="class 0 is tench in the net, 0 in the data; folders called by numbers"):
+    with pytest.raises(ValueError, match="class 0 is tench in the net, 0 in the data; folders with numeric names"):
         same_classes(published, "here", sorted(map(str, range(1000))))
     with pytest.raises(ValueError, match="they have the same classes in another order"):
         same_classes(published, "here", sorted(IMAGENET))
@@ -197,7 +197,7 @@ def test_training_says_in_which_order_numbers_are_read(tmp_path: Path, capsys: p
     )
     how: dict[str, Any] = {"data": "folder", "root": tmp_path, "workers": 0, "family": "cifar", "depth": 8}
     loop.train(loop.Run("imagenet-modern", recipe, tmp_path / "run", device="cpu", micro_batch=2, **how))
-    assert "note: folders called by numbers are read in the order of text (0, 1, 10, ...)" in capsys.readouterr().err
+    assert "note: folders with numeric names are sorted as text (0, 1, 10, ...)" in capsys.readouterr().err
 
 
 def test_resuming_with_other_classes_is_refused(tmp_path: Path) -> None:

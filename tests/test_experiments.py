@@ -37,8 +37,8 @@ def ended(net: Net, seed: int, train_error: float) -> Trained:
     ("plain", "residual", "seen", "said"),
     [
         ((0.1, 0.2, 0.8), (0.05, 0.059, 0.04), True, "claim is seen"),
-        ((0.1, 0.2, 0.105), (0.05, 0.05, 0.04), False, "not so here: all deeper plain nets train worse."),
-        ((0.1, 0.2, 0.8), (0.05, 0.07, 0.04), False, "not so here: no deeper residual net does."),
+        ((0.1, 0.2, 0.105), (0.05, 0.05, 0.04), False, "Not true here: all deeper plain nets train worse."),
+        ((0.1, 0.2, 0.8), (0.05, 0.07, 0.04), False, "Not true here: no deeper residual net does."),
         ((0.8, 0.8, 0.8), (0.7, 0.8, 0.8), False, "too few iterations"),
         ((0.0, 0.0, 0.001), (0.0, 0.0, 0.0), False, "too easy"),
     ],

@@ -381,7 +381,7 @@ def test_crops_that_no_memory_holds_are_refused(
     monkeypatch.setattr(batches, "read_image", None)
     common = ["--model", "cifar-8", "--device", "cpu", "--size", str(side), "--crops", crops]
     message = refused(["predict", str(folder), "--weights", weights, *common], capsys)
-    assert "are too large: up to 4096x4096 are accepted, of which a net's first layer makes 1 GB" in message
+    assert "are too large: up to 4096x4096 are accepted, for which a first layer's output has 1 GB" in message
 
 
 def test_a_whole_image_that_no_memory_holds_is_named(
@@ -519,7 +519,7 @@ def test_a_disk_that_fills_up_leaves_whole_rows(tmp_path: Path, monkeypatch: pyt
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(table, "_writer", type("Full", (), {"writerow": full}))
-    said = r"a\.csv\.part can't be written: No space left on device; it holds 1 rows that are whole"
+    said = r"a\.csv\.part can't be written: No space left on device; it holds 1 complete rows"
     with pytest.raises(OSError, match=said), table:
         table.row("cut")
     assert (tmp_path / "a.csv.part").read_text() == "whole\n"

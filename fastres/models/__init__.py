@@ -1,1 +1,1 @@
-"""What the networks are: torchvision's family (`resnet`), the 2015 paper's (`paper`), their cost (`flops`)."""
+"""The nets: torchvision's family (`resnet`), the 2015 paper's nets (`paper`), timm's blocks, and their FLOPs."""

@@ -1,7 +1,8 @@
-"""Gives an existing net our blocks: `convert(model)`.
+"""`fastres.convert`: give an existing net fastres's blocks.
 
-A block is converted by changing its class to ours, which inherits it and replaces only `forward`. So the parameters,
-buffers, hooks, names and state_dict stay the same objects, and optimizers that hold them stay valid.
+A block is converted by assigning fastres's class to its `__class__`. That class inherits from the block's class and
+replaces `forward`. So parameters, buffers and hooks stay the same objects, the names in the state dict don't change,
+and an optimizer of the parameters stays valid.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ from fastres.ops import eligibility
 
 @dataclass(frozen=True)
 class Conversion:
-    """What `convert` did. `model` is the net it was given."""
+    """The result of `convert`."""
 
-    model: nn.Module
-    converted: tuple[str, ...]  # names of the modules that are ours now; "" is the net itself, with its stem
-    kept: Mapping[str, str]  # name -> reason, of blocks, ResNets and programs that stayed what they were
+    model: nn.Module  # the net that was passed to `convert`
+    converted: tuple[str, ...]  # names of the converted modules; "" is the net itself, with its stem
+    kept: Mapping[str, str]  # name -> reason, for blocks, ResNets and compiled programs that were not converted
 
     def __str__(self) -> str:
         lines = [f"converted: {len(self.converted)}, kept: {len(self.kept)}"]
@@ -33,14 +34,29 @@ class Conversion:
 
 
 def convert(model: nn.Module) -> Conversion:
-    """Makes the residual blocks of a torchvision or timm ResNet ours, and its stem, in place.
+    """Convert the residual blocks and the stem of a torchvision or timm ResNet to fastres's, in place.
 
-    model: such a ResNet or any net that contains one or a part of one: a detection backbone, a segmentation net, a
-    feature extractor. Its parameters stay the same objects under the same names. Only blocks that compute exactly what
-    ours do are taken: subclasses with their own `forward`, and timm's blocks with attention, anti-aliasing, dropped
-    paths or another activation, are kept, each with its reason. Whether a converted block then runs fused is decided
-    at each call, and `fastres.status(model)` says it (with FrozenBatchNorm2d, for one, it runs plain). Raises TypeError
-    if `model` is no `nn.Module`.
+    model: such a ResNet, or any net that contains one or parts of one, such as a detection backbone, a segmentation net
+    or a feature extractor. Its parameters stay the same objects under the same names.
+
+    Returns a `Conversion` with the net, the names of the converted modules, and the modules that were kept with the
+    reasons. Only blocks that are equivalent to fastres's are converted. Subclasses and modules with another `forward`
+    are kept, and so are timm's blocks with attention, anti-aliasing, dropped blocks or paths, or an activation other
+    than ReLU.
+
+    Every forward decides whether a converted block runs fused; `fastres.status(model)` reports it. A torchvision block
+    with FrozenBatchNorm2d, for example, is converted but runs as plain PyTorch. The converted net computes the same
+    function; the fused path may round differently. Equivalent to
+
+        for block in residual_blocks_of(model):
+            block.__class__ = {
+                torchvision.models.resnet.BasicBlock: fastres.models.resnet.BasicBlock,
+                torchvision.models.resnet.Bottleneck: fastres.models.resnet.Bottleneck,
+            }[type(block)]
+
+    and the same for the `ResNet` itself and for timm's classes.
+
+    Raises TypeError if `model` is not an `nn.Module`.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"convert takes an nn.Module, not {type(model).__name__}")
@@ -48,10 +64,10 @@ def convert(model: nn.Module) -> Conversion:
     ours, theirs = tuple(families.values()), tuple(families)
     converted: list[str] = []
     kept: dict[str, str] = {}
-    inside: tuple[str, ...] = ()  # of programs that were made of nets: what their layers' names start with
+    inside: tuple[str, ...] = ()  # prefixes of the names of modules inside compiled programs
     for name, module in model.named_modules():
         if isinstance(module, ours):
-            kept[name] = "it is fastres's already"
+            kept[name] = "it is already fastres's"
         elif isinstance(module, theirs):
             reason = _take(module, families)
             if reason is None:
@@ -60,12 +76,15 @@ def convert(model: nn.Module) -> Conversion:
                 kept[name] = reason
         elif not name.startswith(inside) and (form := compiled_form(module)) is not None:
             inside = (*inside, f"{name}." if name else "")
-            kept[name] = f"it is a {form}, which holds no blocks; convert the original eager module"
+            kept[name] = f"it is a {form}, which has no blocks; convert the original eager module"
     return Conversion(model, tuple(converted), kept)
 
 
 def _families() -> dict[type[nn.Module], type[nn.Module]]:
-    """Foreign class -> ours. A net of timm's can only exist where timm.models.resnet is imported already."""
+    """Return torchvision's or timm's class -> fastres's class.
+
+    timm is not imported here: if `timm.models.resnet` has not been imported, `model` can't contain its blocks.
+    """
     families: dict[type[nn.Module], type[nn.Module]] = {
         tv.BasicBlock: resnet.BasicBlock,
         tv.Bottleneck: resnet.Bottleneck,
@@ -85,14 +104,14 @@ def _families() -> dict[type[nn.Module], type[nn.Module]]:
 
 
 def _take(module: nn.Module, families: Mapping[type[nn.Module], type[nn.Module]]) -> str | None:
-    """Makes the module ours, or gives the reason why ours would not mean the same."""
+    """Convert the module in place and return None, or return the reason why fastres's class would not be equivalent."""
     kind = type(module)
     if kind not in families:
-        return f"{kind.__module__}.{kind.__qualname__} is a subclass and may have a forward of its own"
+        return f"{kind.__module__}.{kind.__qualname__} is a subclass and may have another forward"
     if "forward" in module.__dict__:
-        return "it has a forward of its own"
+        return "its forward has been replaced"
     module.__class__ = families[kind]
-    # torchvision's blocks mean the same with any submodules; timm's have places for more than ours know.
+    # For torchvision's blocks ours are equivalent with any submodules; timm's have more parts than ours support.
     reason = eligibility.foreign(module.parts()) if kind.__module__.startswith("timm.") else None  # type: ignore[operator]
     if reason is not None:
         module.__class__ = kind

@@ -1,4 +1,4 @@
-"""The nets by name: which families there are, which depths and shortcuts each has, and how to build one of them."""
+"""Build nets by name: the families, their depths and shortcuts, and a builder for each."""
 
 from __future__ import annotations
 
@@ -12,9 +12,13 @@ from fastres.models import paper, resnet
 
 @dataclass(frozen=True)
 class Family:
-    """depths: those to name to a user; the builder decides what it accepts. size: the side of its usual images.
+    """A family of nets.
 
-    build(depth, shortcut, **sizes), where sizes may be num_classes and in_channels.
+    meaning: a description for help texts.
+    build: build(depth, shortcut, **sizes), where sizes may be num_classes and in_channels. It may accept more depths.
+    depths: the depths that help texts list.
+    size: side of the images that the family is made for.
+    shortcuts: the accepted shortcuts; empty if there is no choice.
     """
 
     meaning: str
@@ -26,7 +30,7 @@ class Family:
 
 def _torchvision(depth: int, shortcut: str | None, *, in_channels: int = 3, **sizes: int) -> nn.Module:
     if in_channels != 3:
-        raise ValueError(f"family torchvision reads images of 3 channels, not {in_channels}")
+        raise ValueError(f"family torchvision takes images of 3 channels, not {in_channels}")
     builder: Callable[..., nn.Module] = getattr(resnet, f"resnet{depth}")
     return builder(**sizes)
 
@@ -50,13 +54,13 @@ FAMILIES = {
         32,
     ),
     "cifar-plain": Family(
-        "those without shortcuts",
+        "the 6n+2-layer nets without shortcuts",
         lambda depth, _, **sizes: paper.cifar(depth, residual=False, **sizes),
         paper.CIFAR_DEPTHS,
         32,
     ),
     "cifar-stem": Family(
-        "the ImageNet nets behind a 3x3 entrance",
+        "the ImageNet nets with a 3x3 stem",
         lambda depth, _, **sizes: paper.cifar_stem(depth, **sizes),
         _DEPTHS,
         32,
@@ -65,11 +69,11 @@ FAMILIES = {
 
 
 def build(family: str, depth: int, shortcut: str | None = None, **sizes: int) -> nn.Module:
-    """The net of `family`, a key of `FAMILIES`, with its usual number of classes and input channels.
+    """Build the net of a family, a key of `FAMILIES`.
 
-    shortcut: for a family that has a choice; None for its default. sizes: num_classes, in_channels, where others are
-    wanted. Raises ValueError, listing what exists, for any name
-    or depth that does not.
+    shortcut: for families with a choice of shortcuts; None for the default. sizes: num_classes and in_channels, if they
+    differ from the family's defaults. Raises ValueError, which lists the accepted values, for an unknown family, depth
+    or shortcut.
     """
     if family not in FAMILIES:
         raise ValueError(f"family {family!r} does not exist; there are {', '.join(FAMILIES)}")
@@ -83,14 +87,13 @@ def build(family: str, depth: int, shortcut: str | None = None, **sizes: int) ->
 
 
 def named(name: str, **sizes: int) -> nn.Module:
-    """The net called `name`: torchvision's resnet50, wide_resnet50_2, ..., or family-depth[-shortcut]: cifar-20,
-    paper-34-B.
+    """Build a net by its name: a torchvision name such as resnet50, or family-depth[-shortcut] such as paper-34-B.
 
-    sizes: num_classes, in_channels. Raises ValueError, listing what exists, for any other name.
+    sizes: num_classes, in_channels. Raises ValueError, which lists the accepted names, for any other name.
     """
     if name in BUILDERS:
         if sizes.get("in_channels", 3) != 3:
-            raise ValueError(f"{name} reads images of 3 channels, not {sizes['in_channels']}")
+            raise ValueError(f"{name} takes images of 3 channels, not {sizes['in_channels']}")
         builder: Callable[..., nn.Module] = getattr(resnet, name)
         return builder(**{key: value for key, value in sizes.items() if key != "in_channels"})
     family, depth, shortcut = split(name)
@@ -98,8 +101,10 @@ def named(name: str, **sizes: int) -> nn.Module:
 
 
 def split(name: str) -> tuple[str, int, str | None]:
-    """What `build` takes for the net called family-depth[-shortcut]. Raises ValueError, listing what exists, where no
-    family is called so."""
+    """Split family-depth[-shortcut] into the arguments of `build`: (family, depth, shortcut or None).
+
+    Raises ValueError, which lists the accepted names, for an unknown family or another form.
+    """
     family, _, rest = name.rpartition("-")
     shortcut = rest if rest in paper.SHORTCUTS else None
     if shortcut is not None:
@@ -112,5 +117,5 @@ def split(name: str) -> tuple[str, int, str | None]:
 
 
 def usual_size(name: str) -> int:
-    """The side of the images that the net called `name` is made for. Raises ValueError as `named` does."""
+    """Return the side of the images that the net `name` is made for. Raises ValueError for an unknown name."""
     return FAMILIES["torchvision" if name in BUILDERS else split(name)[0]].size

@@ -1,9 +1,9 @@
-"""What a net costs: multiply-adds (the paper's "FLOPs") and parameters, beside the paper's own figures.
+"""The cost of a net: multiply-adds (the paper's "FLOPs") and parameters, and the paper's figures for comparison.
 
-`count` runs the real modules on the meta device, where tensors have shapes and no memory, and adds up what each
-convolution and linear layer does. BN, ReLU, pooling and additions count as nothing, as in the paper. A count is the
-net's, whatever kernels would run it; what the fused operators report to `torch.utils.flop_counter` stands beside them,
-in `fastres.ops.operators`.
+`count` runs the modules on the meta device, where tensors have shapes but no memory, and adds up the multiply-adds of
+every convolution and linear layer. BatchNorm, ReLU, pooling and additions count as 0, as in the paper. The count does
+not depend on which kernels run the net. (The fused operators report their FLOPs to `torch.utils.flop_counter` in
+`fastres.ops.operators`.)
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from fastres.models import families
 
 @dataclass(frozen=True)
 class Layer:
-    """One module's share. output: the shape of what it returned, () if that was no tensor; its last call's."""
+    """The cost of one module. output: shape of its output in its last call; () if the output is not a tensor."""
 
     name: str
     kind: str
@@ -35,24 +35,28 @@ class Layer:
 
 @dataclass(frozen=True)
 class Cost:
-    """Totals, and `layers` in the order of their first call."""
+    """Total multiply-adds and parameters, and the layers in the order of their first call."""
 
     multiply_adds: int
     parameters: int
     layers: tuple[Layer, ...]
 
     def under(self, name: str) -> Cost:
-        """The share of the module called `name` and of everything in it, by rows of `layers`."""
+        """Return the cost of the module `name` and of all modules inside it."""
         layers = tuple(row for row in self.layers if row.name == name or row.name.startswith(f"{name}."))
         return Cost(sum(row.multiply_adds for row in layers), sum(row.parameters for row in layers), layers)
 
 
 def count(model: nn.Module, size: int | Sequence[int] = 224) -> Cost:
-    """Multiply-adds of one forward in eval mode, and parameters; no memory is allocated and `model` is left alone.
+    """Count the multiply-adds of one forward in eval mode, and the parameters.
 
-    size: the images' side, their (H, W), or the whole input shape (N, C, H, W); N is 1 and C the first convolution's
-    unless given. Only modules count: a convolution called as a function is not seen. A shared parameter counts once.
-    Raises ValueError for another form of size, for one no tensor can have, or where C has to be given.
+    The forward runs on a copy of `model` on the meta device: no memory is allocated, and `model` is not changed.
+
+    size: side of the images, (H, W), or the full input shape (N, C, H, W). By default N is 1, and C is that of the
+    first convolution.
+
+    Only modules are counted, not functional convolutions. A shared parameter counts once. Raises ValueError for another
+    form of size, for a size beyond the limits of a tensor, and if C can't be derived because there is no convolution.
     """
     shape = _input_shape(model, size)
     model = _on_meta(model).eval()
@@ -75,7 +79,7 @@ def count(model: nn.Module, size: int | Sequence[int] = 224) -> Cost:
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
     try:
         images = torch.empty(shape, device="meta", dtype=dtype)
-    except (RuntimeError, TypeError) as error:  # 2^63 bytes, a side of 2^63
+    except (RuntimeError, TypeError) as error:  # for 2^63 bytes or more, and for a side of 2^63 or more
         raise ValueError(f"size {size!r} is larger than any tensor") from error
     with torch.no_grad():
         model(images)
@@ -86,13 +90,14 @@ def count(model: nn.Module, size: int | Sequence[int] = 224) -> Cost:
 def _multiply_adds(module: nn.Module, args: tuple[Any, ...], output: Any) -> int:
     if not isinstance(module, (_ConvNd, nn.Linear)):
         return 0
-    # weight [K, C/groups, R, S] meets every element of the output once, a transposed [C, K/groups, R, S] of the input.
-    met = args[0] if getattr(module, "transposed", False) else output
-    return met.numel() * module.weight.shape[1:].numel()
+    # A weight [K, C/groups, R, S] takes C/groups R S multiply-adds per output element. The weight of a transposed
+    # convolution, [C, K/groups, R, S], takes K/groups R S per input element.
+    tensor = args[0] if getattr(module, "transposed", False) else output
+    return tensor.numel() * module.weight.shape[1:].numel()
 
 
 def _on_meta(model: nn.Module) -> nn.Module:
-    """A copy that shares nothing with `model` and holds its parameters' and buffers' shapes only."""
+    """Return a deep copy of `model` whose parameters and buffers are on the meta device."""
     memo: dict[int, Any] = {}
     for parameter in model.parameters():
         memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad)
@@ -104,19 +109,19 @@ def _on_meta(model: nn.Module) -> nn.Module:
 def _input_shape(model: nn.Module, size: int | Sequence[int]) -> tuple[int, ...]:
     dims = (size, size) if isinstance(size, int) else tuple(size)
     if len(dims) not in (2, 4) or not all(isinstance(d, int) and d > 0 for d in dims):
-        raise ValueError(f"size {size!r}; accepted: a side, (H, W) or (N, C, H, W), positive whole numbers")
+        raise ValueError(f"size must be a side, (H, W) or (N, C, H, W), in positive whole numbers: got {size!r}")
     if len(dims) == 4:
         return dims
     convs = (module.in_channels for module in model.modules() if isinstance(module, _ConvNd))
     channels = next(convs, None)
     if channels is None:
-        raise ValueError("no convolution tells the number of channels; give the input as (N, C, H, W)")
+        raise ValueError("the net has no convolution that sets the number of channels; pass size as (N, C, H, W)")
     return (1, channels, *dims)
 
 
 @dataclass(frozen=True)
 class Error:
-    """An error rate in per cent as the paper prints it. top1, top5: None where it prints none."""
+    """An error rate of the paper, in per cent. source: table or figure. top1, top5: None if the paper prints none."""
 
     source: str
     protocol: str
@@ -127,10 +132,10 @@ class Error:
 
 @dataclass(frozen=True)
 class PaperRow:
-    """One net of the paper with the figures printed for it, and what builds ours.
+    """A net of the paper with the figures that the paper prints for it.
 
-    family, depth, shortcut: as in `fastres.models.families`, and "vgg" (torchvision's) for the baselines. gflops: 1e9
-    multiply-adds; mparams: 1e6 parameters; None where the paper prints none.
+    family, depth, shortcut: arguments of `fastres.models.families.build`, or "vgg" for torchvision's VGG baselines.
+    gflops: 1e9 multiply-adds. mparams: 1e6 parameters. Both are None if the paper prints none.
     """
 
     name: str
@@ -143,18 +148,18 @@ class PaperRow:
 
     @property
     def size(self) -> int:
-        """Side of the images that the figures are for."""
+        """Side of the images for which the paper gives the figures."""
         return 32 if self.family.startswith("cifar") else 224
 
     def build(self) -> nn.Module:
-        """Our variant of the net."""
+        """Build the net: ours, or torchvision's VGG."""
         if self.family == "vgg":
             builder: Any = getattr(vgg, f"vgg{self.depth}")
             return builder()
         return families.build(self.family, self.depth, self.shortcut)
 
     def cost(self) -> Cost:
-        """Our count for the variant, at `size`."""
+        """Count the cost of the net at `size`."""
         with torch.device("meta"):
             model = self.build()
         return count(model, self.size)
@@ -172,7 +177,7 @@ def _cifar(top1: float, note: str = "") -> Error:
     return Error("Table 6", "CIFAR-10 test", top1, note=note)
 
 
-# FLOPs: Table 1, Fig. 3 and section 3.3. ResNet-34 stands in Fig. 3 with option A, the bottleneck nets use B.
+# FLOPs are from Table 1, Fig. 3 and section 3.3. Fig. 3 gives ResNet-34 with option A; the bottleneck nets use B.
 PAPER_TABLE = (
     PaperRow("VGG-16", "vgg", 16, gflops=15.3),
     PaperRow("VGG-19", "vgg", 19, gflops=19.6),

@@ -1,13 +1,14 @@
-"""The nets of the 2015 paper as it describes them, where torchvision's family differs.
+"""The nets of the 2015 paper, which differ in some details from torchvision's.
 
-`resnet` and `plain` are Table 1 and Fig. 3: a bottleneck strides its first 1x1 convolution (torchvision's v1.5 strides
-the 3x3), and the shortcut across a change of shape is one of section 3.3's three options. `cifar` is section 4.2's
-6n+2-layer family. `cifar_stem` is no net of the paper but the common adaptation of its ImageNet nets to 32x32 images.
+`resnet` and `plain` are the nets of Table 1 and Fig. 3. Their bottlenecks have the stride in the first 1x1 convolution
+(torchvision's v1.5 has it in the 3x3), and a shortcut across a change of shape is one of section 3.3's three options.
+`cifar` is section 4.2's 6n+2-layer family. `cifar_stem` is not in the paper: it is the common adaptation of the
+ImageNet nets to 32x32 images.
 
-The stages are built of `fastres.models.resnet`'s blocks; what is new here are the option-A end of a block, the block
-without a shortcut and the assembly.
+The stages use the blocks of `fastres.models.resnet`. New here are blocks with option-A shortcuts, blocks without a
+shortcut, and the assembly of the nets.
 
-He, Zhang, Ren, Sun: Deep Residual Learning for Image Recognition (2015).
+Source: He, Zhang, Ren, Sun: Deep Residual Learning for Image Recognition (2015).
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ SHORTCUTS = {
 
 
 class Bottleneck(v15.Bottleneck):
-    """The paper's bottleneck ("v1"): a block that halves the image does so in its first 1x1 convolution."""
+    """The paper's bottleneck ("v1"), which has its stride in the first 1x1 convolution instead of the 3x3."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -54,9 +55,12 @@ class Bottleneck(v15.Bottleneck):
 
 
 class _PadEnd:
-    """A block with `downsample` a `PadShortcut` (option A), whose end relu(y + shortcut(x)) is a single pass."""
+    """Mixin for blocks whose `downsample` is a `PadShortcut` (option A).
 
-    if TYPE_CHECKING:  # what the block that it is mixed into has
+    If a block doesn't run fused as a whole, its last operations relu(y + shortcut(x)) may still run as one operation.
+    """
+
+    if TYPE_CHECKING:  # attributes of the block class that this is mixed into
         relu: nn.ReLU
         downsample: PadShortcut
 
@@ -79,23 +83,23 @@ class _PadEnd:
 
 
 class PadBasicBlock(_PadEnd, BasicBlock):
-    """`BasicBlock` across a change of shape, option A."""
+    """`BasicBlock` for a change of shape, with an option-A shortcut."""
 
     def branch(self, x: Tensor) -> Tensor:
         return self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
 
 
 class PadBottleneck(_PadEnd, Bottleneck):
-    """`Bottleneck` across a change of shape, option A."""
+    """`Bottleneck` for a change of shape, with an option-A shortcut."""
 
     def branch(self, x: Tensor) -> Tensor:
         return self.bn3(self.conv3(self.relu(self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x))))))))
 
 
 class PlainBlock(nn.Module):
-    """What remains of a `BasicBlock` without its shortcut: two 3x3 convolutions, each with BN and ReLU (Fig. 3 middle).
+    """A `BasicBlock` without the shortcut: two 3x3 convolutions, each followed by BN and ReLU (Fig. 3 middle).
 
-    Names and order of its modules are `BasicBlock`'s.
+    The modules have the same names and order as those of `BasicBlock`.
     """
 
     expansion = 1
@@ -109,11 +113,11 @@ class PlainBlock(nn.Module):
         self.bn2 = nn.BatchNorm2d(planes)
 
     def pairs(self) -> list[tuple[nn.Module, nn.Module]]:
-        """The block as (conv, norm) pairs; a ReLU follows each."""
+        """Return the (convolution, BatchNorm) pairs of the block. A ReLU follows each pair."""
         return [(self.conv1, self.bn1), (self.conv2, self.bn2)]
 
     def parts(self) -> eligibility.Parts:
-        """The block's modules by role, as `eligibility` asks for them."""
+        """Return the block's modules by role, for `eligibility`."""
         return eligibility.Parts(self.pairs(), [self.relu])
 
     def forward(self, x: Tensor) -> Tensor:
@@ -130,9 +134,10 @@ _PADDED: dict[type[Any], type[Any]] = {BasicBlock: PadBasicBlock, Bottleneck: Pa
 def _stages(
     block: type[Any], layers: Sequence[int], widths: Sequence[int], shortcut: str | None
 ) -> list[nn.Sequential]:
-    """conv2_x and on: `layers[i]` blocks of `widths[i]`; every stage but the first halves the image in its first block.
+    """Build the stages conv2_x, conv3_x, ...: `layers[i]` blocks of `widths[i]` channels (times `block.expansion`).
 
-    shortcut: a key of `SHORTCUTS`, or None where `block` has none.
+    The first block of every stage except the first has stride 2. shortcut: a key of `SHORTCUTS`, or None if `block`
+    takes no shortcut.
     """
     stages, inplanes = [], widths[0]
     for i, (count, planes) in enumerate(zip(layers, widths, strict=True)):
@@ -159,12 +164,12 @@ def _block(block: type[Any], inplanes: int, planes: int, stride: int, shortcut: 
 
 
 def _initialise(net: nn.Module) -> None:
-    """Weights from N(0, 2/fan_in), biases 0, as [13] does and section 3.4 adopts; BN starts as weight 1, bias 0.
+    """Initialise weights from N(0, 2/fan_in) and biases to 0, as section 3.4 does. BN keeps weight 1 and bias 0.
 
-    [13] (He et al., Delving Deep into Rectifiers, 2015) derives one condition from the forward signal, with n_l = k^2 c
-    inputs, and one from the gradients, with k^2 d outputs; it shows that either alone suffices and takes the forward
-    one (Eqn. 10) for every layer, the first included, although no ReLU stands before that. Torch's ResNets, and so
-    torchvision's, take the other.
+    Section 3.4 follows its reference [13] (He et al., Delving Deep into Rectifiers, 2015). That paper derives one
+    condition from the forward signal, with n_l = k^2 c inputs, and one from the gradients, with k^2 d outputs. It shows
+    that either one suffices, and uses the forward one (Eqn. 10) for all layers, including the first, which has no ReLU
+    before it. torchvision's ResNets use the other one (fan_out).
     """
     for module in net.modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)):
@@ -174,7 +179,7 @@ def _initialise(net: nn.Module) -> None:
 
 
 def _check_images(x: Tensor, conv1: nn.Module) -> None:
-    """ValueError unless x is [N, C, H, W] with the C that conv1 reads; a traced x has no shape to ask."""
+    """Raise ValueError unless x is [N, C, H, W] with conv1's input channels. A traced x has no shape to check."""
     if is_traced(x) or not isinstance(conv1, nn.Conv2d):
         return
     if x.dim() != 4 or x.shape[1] != conv1.in_channels:
@@ -182,15 +187,15 @@ def _check_images(x: Tensor, conv1: nn.Module) -> None:
 
 
 class ResNet(v15.ResNet):
-    """Table 1's nets and their plain counterparts. Module names are torchvision's.
+    """The nets of Table 1 and their plain counterparts. Module names are torchvision's.
 
-    `forward` takes images [N, in_channels, H, W] of any size and returns scores [N, num_classes].
+    `forward` maps images [N, in_channels, H, W] of any size to scores [N, num_classes].
     """
 
     def __init__(
         self, block: type[Any], layers: Sequence[int], shortcut: str | None, num_classes: int, in_channels: int
     ) -> None:
-        nn.Module.__init__(self)  # torchvision's own would build other stages
+        nn.Module.__init__(self)  # torchvision's constructor would build other stages
         self.conv1 = nn.Conv2d(in_channels, 64, 7, stride=2, padding=3, bias=False)
         self.bn1 = nn.BatchNorm2d(64)
         self.relu = nn.ReLU(inplace=True)
@@ -207,7 +212,7 @@ class ResNet(v15.ResNet):
 
 
 class _SmallImageStem(nn.Module):
-    """The entrance of the nets for 32x32 images: one 3x3 convolution at full size, no pool."""
+    """The stem of the nets for 32x32 images: a 3x3 convolution of stride 1, without a pool."""
 
     def __init__(self, in_channels: int, width: int) -> None:
         super().__init__()
@@ -216,7 +221,7 @@ class _SmallImageStem(nn.Module):
         self.relu = nn.ReLU(inplace=True)
 
     def stem_parts(self) -> eligibility.Parts:
-        """The stem's modules by role, as `eligibility` asks for them."""
+        """Return the stem's modules by role, for `eligibility`."""
         return eligibility.Parts([(self.conv1, self.bn1)], [self.relu])
 
     def _stem(self, x: Tensor) -> Tensor:
@@ -228,9 +233,9 @@ class _SmallImageStem(nn.Module):
 
 
 class CifarResNet(_SmallImageStem):
-    """Section 4.2's net of 6n+2 layers, or its plain counterpart: n blocks at each of 32x32, 16x16 and 8x8.
+    """Section 4.2's net of 6n+2 layers, or its plain counterpart: n blocks each at 32x32, 16x16 and 8x8.
 
-    `forward` takes images [N, in_channels, H, W], in the paper 32x32, and returns scores [N, num_classes].
+    `forward` maps images [N, in_channels, H, W] (32x32 in the paper) to scores [N, num_classes].
     """
 
     def __init__(self, n: int, residual: bool, num_classes: int, in_channels: int) -> None:
@@ -254,10 +259,10 @@ class CifarResNet(_SmallImageStem):
 
 
 class CifarStemResNet(_SmallImageStem):
-    """An ImageNet net behind the small-image entrance; its classifier is called `linear`.
+    """An ImageNet net with the small-image stem. Its classifier is called `linear`.
 
-    `forward` takes images [N, in_channels, H, W] and returns scores [N, num_classes]. The average pool is global: 4x4
-    for images of 32x32.
+    `forward` maps images [N, in_channels, H, W] to scores [N, num_classes]. The average pool is global: 4x4 for images
+    of 32x32.
     """
 
     def __init__(self, block: type[Any], layers: Sequence[int], num_classes: int, in_channels: int) -> None:
@@ -293,19 +298,22 @@ def _one_of(what: str, value: object, accepted: Collection[object], more: str = 
 def _positive(**sizes: int) -> None:
     for name, size in sizes.items():
         if not isinstance(size, int) or size < 1:
-            raise ValueError(f"{name}={size!r}: any whole number from 1 is accepted")
+            raise ValueError(f"{name} must be a whole number, at least 1: got {size!r}")
 
 
 def default_shortcut(depth: int) -> str:
-    """The option behind the paper's FLOPs and main results: A for 18 and 34 (Table 2), B for the bottleneck nets."""
+    """Return the shortcut of the paper's FLOPs and main results: A for 18 and 34 layers (Table 2), else B."""
     return "A" if depth < 50 else "B"
 
 
 def resnet(depth: int, shortcut: str | None = None, *, num_classes: int = 1000, in_channels: int = 3) -> ResNet:
-    """The paper's ResNet of 18, 34, 50, 101 or 152 layers (Table 1).
+    """Build the paper's ResNet of 18, 34, 50, 101 or 152 layers.
 
-    shortcut: "A", "B" or "C" (section 3.3, `SHORTCUTS`); None for `default_shortcut`. Raises ValueError for any other
-    depth or shortcut.
+    shortcut: "A", "B" or "C", see `SHORTCUTS`; None for "A" with 18 and 34 layers and "B" with more. The net maps
+    images [N, in_channels, H, W] to scores [N, num_classes] in the dtype of its parameters or of autocast.
+
+    Raises ValueError for any other depth or shortcut, and for num_classes or in_channels below 1. Source: Table 1,
+    sections 3.3 and 3.4.
     """
     _one_of("depth", depth, LAYERS, "; for 6n+2 layers see cifar")
     shortcut = default_shortcut(depth) if shortcut is None else shortcut
@@ -316,9 +324,10 @@ def resnet(depth: int, shortcut: str | None = None, *, num_classes: int = 1000, 
 
 
 def plain(depth: int, *, num_classes: int = 1000, in_channels: int = 3) -> ResNet:
-    """The plain net of 18 or 34 layers: `resnet`'s layers without shortcuts (Fig. 3 middle, Table 2).
+    """Build the plain net of 18 or 34 layers: the layers of `resnet` without shortcuts.
 
-    Raises ValueError for any other depth.
+    It maps images [N, in_channels, H, W] to scores [N, num_classes]. Raises ValueError for any other depth, and for
+    num_classes or in_channels below 1. Source: Fig. 3 (middle), Table 2.
     """
     _one_of("plain depth", depth, PLAIN_DEPTHS)
     _positive(num_classes=num_classes, in_channels=in_channels)
@@ -326,9 +335,12 @@ def plain(depth: int, *, num_classes: int = 1000, in_channels: int = 3) -> ResNe
 
 
 def cifar(depth: int, residual: bool = True, *, num_classes: int = 10, in_channels: int = 3) -> CifarResNet:
-    """Section 4.2's net for 32x32 images: 6n+2 layers of widths 16, 32, 64, option-A shortcuts or (plain) none.
+    """Build the net of section 4.2 for 32x32 images: 6n+2 layers, in three stages of 16, 32 and 64 channels.
 
-    The paper trains 20, 32, 44, 56, 110 and 1202 layers. Raises ValueError for a depth that is not 6n+2 with n >= 1.
+    residual: whether blocks have option-A shortcuts or none (plain nets). The net maps images [N, in_channels, H, W] to
+    scores [N, num_classes]. The paper trains 20, 32, 44, 56, 110 and 1202 layers.
+
+    Raises ValueError for a depth that is not 6n+2 with n >= 1, and for num_classes or in_channels below 1.
     """
     if not isinstance(depth, int) or depth < 8 or depth % 6 != 2:
         trained = ", ".join(map(str, CIFAR_DEPTHS))
@@ -338,11 +350,14 @@ def cifar(depth: int, residual: bool = True, *, num_classes: int = 10, in_channe
 
 
 def cifar_stem(depth: int, *, num_classes: int = 10, in_channels: int = 3) -> CifarStemResNet:
-    """The ImageNet net of 18, 34, 50, 101 or 152 layers made for 32x32 images, as is common.
+    """Build the common adaptation of the ImageNet nets of 18, 34, 50, 101 or 152 layers to 32x32 images.
 
-    The entrance is one 3x3 convolution of stride 1 without a pool; stages of widths 64 to 512 at 32x32 to 4x4;
-    projection shortcuts where the shape changes; a 4x4 average pool and `linear`. Bottlenecks stride their 3x3, as
-    this adaptation's nets do. Raises ValueError for any other depth.
+    The stem is a 3x3 convolution of stride 1 without a pool. The four stages have widths of 64 to 512 channels at 32x32
+    to 4x4 pixels, with projection shortcuts where the shape changes and the stride of a bottleneck in its 3x3. A global
+    average pool and the classifier `linear` follow. The net maps images [N, in_channels, H, W] to scores
+    [N, num_classes].
+
+    Raises ValueError for any other depth, and for num_classes or in_channels below 1.
     """
     _one_of("depth", depth, LAYERS)
     _positive(num_classes=num_classes, in_channels=in_channels)

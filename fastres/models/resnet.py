@@ -1,11 +1,12 @@
-"""torchvision's ResNet family with blocks that may run fused.
+"""torchvision's ResNet family with blocks that can run fused.
 
-The modules, their names, their order, their initialisation and their weights are torchvision's: the classes here
-inherit them and replace only `forward`. A forward first asks `fastres.ops.eligibility` whether the fused path serves
-this call; if not (a hook, a foreign norm layer, tracing, scripting, no kernel for this device), it runs the modules one
-by one, exactly as torchvision does.
+The classes here inherit from torchvision's and replace only `forward`. So modules, their names and order,
+initialisation and weights are torchvision's. Every forward asks `fastres.ops.eligibility` whether the fused path
+supports this call. If not (for example because of a hook, another norm layer, tracing, scripting, or no kernel for the
+device), it runs the modules one by one, exactly as torchvision does.
 
-He, Zhang, Ren, Sun: Deep Residual Learning for Image Recognition (2015), in the v1.5 form that strides the 3x3 conv.
+Source: He, Zhang, Ren, Sun: Deep Residual Learning for Image Recognition (2015), in the v1.5 form, which has the stride
+of a bottleneck in the 3x3 convolution.
 """
 
 from typing import Any
@@ -58,22 +59,32 @@ __all__ = [
 ]
 
 
-# Every block spells its `forward` out: TorchScript knows no `super()`, and Dynamo's cache with its limit of
-# recompilations belongs to a code object, which a mixin would make all blocks share.
+# Every block class has its own `forward` in full. TorchScript does not support `super()`. And Dynamo counts
+# recompilations per code object, up to a limit: with a mixin, all block classes would share one code object.
 
 
 class BasicBlock(tv.BasicBlock):
-    """Two 3x3 convolutions and a shortcut (paper, Fig. 5 left). Constructor and state_dict are torchvision's.
+    """Two 3x3 convolutions and a shortcut. Constructor, module names and state dict are torchvision's.
 
-    `forward` takes and returns [N, C, H, W] of one floating dtype, in any memory format.
+    `forward` maps x [N, inplanes, H, W] to [N, planes, H/stride, W/stride], of the same floating-point dtype (or
+    autocast's), in any memory format. Equivalent to torchvision's `BasicBlock`:
+
+        y = relu(bn1(conv1(x)))
+        y = bn2(conv2(y))
+        return relu(y + (x if downsample is None else downsample(x)))
+
+    Source: the paper's Fig. 5 (left).
     """
 
     def pairs(self) -> list[tuple[nn.Module, nn.Module]]:
-        """The residual branch as (conv, norm) pairs; ReLU stands between them and after the addition."""
+        """Return the (convolution, BatchNorm) pairs of the residual branch.
+
+        A ReLU follows every pair but the last, and one follows the addition.
+        """
         return [(self.conv1, self.bn1), (self.conv2, self.bn2)]
 
     def parts(self) -> eligibility.Parts:
-        """The block's modules by role, as `eligibility` asks for them."""
+        """Return the block's modules by role, for `eligibility`."""
         return eligibility.Parts(self.pairs(), [self.relu], shortcut=self.downsample)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -90,17 +101,28 @@ class BasicBlock(tv.BasicBlock):
 
 
 class Bottleneck(tv.Bottleneck):
-    """1x1 reduce, 3x3, 1x1 expand and a shortcut (paper, Fig. 5 right). Constructor and state_dict are torchvision's.
+    """1x1 (reduce), 3x3 and 1x1 (expand) convolutions and a shortcut. Names and state dict are torchvision's.
 
-    `forward` takes and returns [N, C, H, W] of one floating dtype, in any memory format.
+    `forward` maps x [N, inplanes, H, W] to [N, 4 planes, H/stride, W/stride], of the same floating-point dtype (or
+    autocast's), in any memory format. Equivalent to torchvision's `Bottleneck`:
+
+        y = relu(bn1(conv1(x)))
+        y = relu(bn2(conv2(y)))
+        y = bn3(conv3(y))
+        return relu(y + (x if downsample is None else downsample(x)))
+
+    Source: the paper's Fig. 5 (right).
     """
 
     def pairs(self) -> list[tuple[nn.Module, nn.Module]]:
-        """The residual branch as (conv, norm) pairs; ReLU stands between them and after the addition."""
+        """Return the (convolution, BatchNorm) pairs of the residual branch.
+
+        A ReLU follows every pair but the last, and one follows the addition.
+        """
         return [(self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3)]
 
     def parts(self) -> eligibility.Parts:
-        """The block's modules by role, as `eligibility` asks for them."""
+        """Return the block's modules by role, for `eligibility`."""
         return eligibility.Parts(self.pairs(), [self.relu], shortcut=self.downsample)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -118,14 +140,17 @@ class Bottleneck(tv.Bottleneck):
 
 
 def run_stages(x: Tensor, *layers: nn.Module) -> Tensor:
-    """x through `layers`, the blocks of each as one call where `eligibility` says so, and neighbours of such layers
-    with their borders fused."""
+    """Run x [N, C, H, W] through the stages `layers`, with operations of neighbouring blocks fused where possible.
+
+    Consecutive stages that `eligibility.serves_stages` accepts run as one call, which also fuses operations across the
+    boundaries between these stages. Each of the others is called as a module.
+    """
     rest = [(layer, _blocks(layer)) for layer in layers]
     while rest:
         count = eligibility.serves_stages(x, [blocks for _, blocks in rest])
         served = [blocks for _, blocks in rest[:count]]
         if served:
-            while not eligibility.wants_gradients(x, served[0][:1]):  # frozen: keeps nothing for backward
+            while not eligibility.wants_gradients(x, served[0][:1]):  # frozen leading blocks save nothing for backward
                 x = served[0].pop(0)(x)
             x = stages(x, [[(block.pairs(), block.downsample) for block in blocks] for blocks in served])
         else:
@@ -135,22 +160,26 @@ def run_stages(x: Tensor, *layers: nn.Module) -> Tensor:
 
 
 def _blocks(layer: nn.Module) -> list[Any]:
-    """The blocks of a stage that calling `layer` runs one after the other, and that alone; else none."""
+    """Return the blocks of a stage if calling `layer` only runs them one after another; else an empty list."""
     return list(layer) if type(layer) is nn.Sequential and eligibility.is_bare(layer) else []
 
 
 def pooled(x: Tensor, avgpool: nn.Module) -> Tensor:
-    """torch.flatten(avgpool(x), 1), bit for bit, where the gradient for a channels_last x [N, C, H, W] is
-    channels_last, too: a global average pool's own is NCHW, which the block before it would have to copy."""
+    """Return torch.flatten(avgpool(x), 1), [N, C], bit for bit, for x [N, C, H, W].
+
+    For a global average pool and a channels_last x, a mean is used instead, because its gradient is channels_last. The
+    gradient of the pool is NCHW, and the block before it would have to copy it.
+    """
     if eligibility.serves_global_pool(x, avgpool):
         return x.permute(0, 2, 3, 1).mean((1, 2))
     return torch.flatten(avgpool(x), 1)
 
 
 class ResNet(tv.ResNet):
-    """torchvision's `ResNet` whose stem may run fused too. Same constructor, attributes and state_dict.
+    """torchvision's `ResNet`, whose stem can run fused as well. Constructor, attributes and state dict are
+    torchvision's.
 
-    `forward` takes images [N, 3, H, W] and returns scores [N, num_classes].
+    `forward` maps images [N, 3, H, W] to scores [N, num_classes].
     """
 
     def _forward_impl(self, x: Tensor) -> Tensor:
@@ -171,7 +200,7 @@ class ResNet(tv.ResNet):
         return self.fc(x)
 
     def stem_parts(self) -> eligibility.Parts:
-        """The stem's modules by role, as `eligibility` asks for them."""
+        """Return the stem's modules by role, for `eligibility`."""
         return eligibility.Parts([(self.conv1, self.bn1)], [self.relu], pool=self.maxpool)
 
     def _stem(self, x: Tensor) -> Tensor:
@@ -184,10 +213,10 @@ class ResNet(tv.ResNet):
 def _build(
     block: type[BasicBlock | Bottleneck], layers: list[int], weights: WeightsEnum | None, progress: bool, **kwargs: Any
 ) -> ResNet:
-    """Mirrors torchvision's own `_resnet`; `kwargs` are `ResNet`'s.
+    """Build a net and load its weights, like torchvision's `_resnet`. kwargs: those of `ResNet`.
 
-    The builders' annotations stay real objects (no `from __future__ import annotations`): torchvision's registry reads
-    the weights enum out of the signature.
+    This module must not use `from __future__ import annotations`: torchvision's registry reads the weights enum from
+    the annotations of the builders, which must be objects and not strings.
     """
     if weights is not None:
         _ovewrite_named_param(kwargs, "num_classes", len(weights.meta["categories"]))
@@ -200,42 +229,96 @@ def _build(
 @register_model("fastres_resnet18")
 @handle_legacy_interface(weights=("pretrained", ResNet18_Weights.IMAGENET1K_V1))
 def resnet18(*, weights: ResNet18_Weights | None = None, progress: bool = True, **kwargs: Any) -> ResNet:
-    """ResNet-18, as `torchvision.models.resnet18`."""
+    """Build ResNet-18 as a drop-in replacement for torchvision's.
+
+    weights: None, a `ResNet18_Weights` or its name. kwargs: those of torchvision's `ResNet`, e.g. num_classes=1000. The
+    net maps images [N, 3, H, W] to scores [N, num_classes]. Equivalent to
+
+        torchvision.models.resnet18(weights=weights, progress=progress, **kwargs)
+
+    Raises TypeError for other weights, KeyError for an unknown name, and ValueError for a num_classes other than that
+    of the weights. Source: Table 1 of the ResNet paper (2015).
+    """
     return _build(BasicBlock, [2, 2, 2, 2], ResNet18_Weights.verify(weights), progress, **kwargs)
 
 
 @register_model("fastres_resnet34")
 @handle_legacy_interface(weights=("pretrained", ResNet34_Weights.IMAGENET1K_V1))
 def resnet34(*, weights: ResNet34_Weights | None = None, progress: bool = True, **kwargs: Any) -> ResNet:
-    """ResNet-34, as `torchvision.models.resnet34`."""
+    """Build ResNet-34 as a drop-in replacement for torchvision's.
+
+    weights: None, a `ResNet34_Weights` or its name. kwargs: those of torchvision's `ResNet`, e.g. num_classes=1000. The
+    net maps images [N, 3, H, W] to scores [N, num_classes]. Equivalent to
+
+        torchvision.models.resnet34(weights=weights, progress=progress, **kwargs)
+
+    Raises TypeError for other weights, KeyError for an unknown name, and ValueError for a num_classes other than that
+    of the weights. Source: Table 1 of the ResNet paper (2015).
+    """
     return _build(BasicBlock, [3, 4, 6, 3], ResNet34_Weights.verify(weights), progress, **kwargs)
 
 
 @register_model("fastres_resnet50")
 @handle_legacy_interface(weights=("pretrained", ResNet50_Weights.IMAGENET1K_V1))
 def resnet50(*, weights: ResNet50_Weights | None = None, progress: bool = True, **kwargs: Any) -> ResNet:
-    """ResNet-50 v1.5, as `torchvision.models.resnet50`."""
+    """Build ResNet-50 as a drop-in replacement for torchvision's.
+
+    weights: None, a `ResNet50_Weights` or its name. kwargs: those of torchvision's `ResNet`, e.g. num_classes=1000. The
+    net maps images [N, 3, H, W] to scores [N, num_classes]. Equivalent to
+
+        torchvision.models.resnet50(weights=weights, progress=progress, **kwargs)
+
+    Raises TypeError for other weights, KeyError for an unknown name, and ValueError for a num_classes other than that
+    of the weights. Source: Table 1 of the ResNet paper (2015), in the v1.5 form with the stride in the 3x3.
+    """
     return _build(Bottleneck, [3, 4, 6, 3], ResNet50_Weights.verify(weights), progress, **kwargs)
 
 
 @register_model("fastres_resnet101")
 @handle_legacy_interface(weights=("pretrained", ResNet101_Weights.IMAGENET1K_V1))
 def resnet101(*, weights: ResNet101_Weights | None = None, progress: bool = True, **kwargs: Any) -> ResNet:
-    """ResNet-101 v1.5, as `torchvision.models.resnet101`."""
+    """Build ResNet-101 as a drop-in replacement for torchvision's.
+
+    weights: None, a `ResNet101_Weights` or its name. kwargs: those of torchvision's `ResNet`, e.g. num_classes=1000.
+    The net maps images [N, 3, H, W] to scores [N, num_classes]. Equivalent to
+
+        torchvision.models.resnet101(weights=weights, progress=progress, **kwargs)
+
+    Raises TypeError for other weights, KeyError for an unknown name, and ValueError for a num_classes other than that
+    of the weights. Source: Table 1 of the ResNet paper (2015), in the v1.5 form with the stride in the 3x3.
+    """
     return _build(Bottleneck, [3, 4, 23, 3], ResNet101_Weights.verify(weights), progress, **kwargs)
 
 
 @register_model("fastres_resnet152")
 @handle_legacy_interface(weights=("pretrained", ResNet152_Weights.IMAGENET1K_V1))
 def resnet152(*, weights: ResNet152_Weights | None = None, progress: bool = True, **kwargs: Any) -> ResNet:
-    """ResNet-152 v1.5, as `torchvision.models.resnet152`."""
+    """Build ResNet-152 as a drop-in replacement for torchvision's.
+
+    weights: None, a `ResNet152_Weights` or its name. kwargs: those of torchvision's `ResNet`, e.g. num_classes=1000.
+    The net maps images [N, 3, H, W] to scores [N, num_classes]. Equivalent to
+
+        torchvision.models.resnet152(weights=weights, progress=progress, **kwargs)
+
+    Raises TypeError for other weights, KeyError for an unknown name, and ValueError for a num_classes other than that
+    of the weights. Source: Table 1 of the ResNet paper (2015), in the v1.5 form with the stride in the 3x3.
+    """
     return _build(Bottleneck, [3, 8, 36, 3], ResNet152_Weights.verify(weights), progress, **kwargs)
 
 
 @register_model("fastres_resnext50_32x4d")
 @handle_legacy_interface(weights=("pretrained", ResNeXt50_32X4D_Weights.IMAGENET1K_V1))
 def resnext50_32x4d(*, weights: ResNeXt50_32X4D_Weights | None = None, progress: bool = True, **kwargs: Any) -> ResNet:
-    """ResNeXt-50 32x4d, as `torchvision.models.resnext50_32x4d`."""
+    """Build ResNeXt-50 32x4d as a drop-in replacement for torchvision's.
+
+    weights: None, a `ResNeXt50_32X4D_Weights` or its name. kwargs: those of torchvision's `ResNet`, e.g.
+    num_classes=1000. The The net maps images [N, 3, H, W] to scores [N, num_classes]. Equivalent to
+
+        torchvision.models.resnext50_32x4d(weights=weights, progress=progress, **kwargs)
+
+    Raises TypeError for other weights, KeyError for an unknown name, and ValueError for a num_classes other than that
+    of the weights. Source: Xie et al.: Aggregated Residual Transformations for Deep Neural Networks (2016).
+    """
     _ovewrite_named_param(kwargs, "groups", 32)
     _ovewrite_named_param(kwargs, "width_per_group", 4)
     return _build(Bottleneck, [3, 4, 6, 3], ResNeXt50_32X4D_Weights.verify(weights), progress, **kwargs)
@@ -246,7 +329,16 @@ def resnext50_32x4d(*, weights: ResNeXt50_32X4D_Weights | None = None, progress:
 def resnext101_32x8d(
     *, weights: ResNeXt101_32X8D_Weights | None = None, progress: bool = True, **kwargs: Any
 ) -> ResNet:
-    """ResNeXt-101 32x8d, as `torchvision.models.resnext101_32x8d`."""
+    """Build ResNeXt-101 32x8d as a drop-in replacement for torchvision's.
+
+    weights: None, a `ResNeXt101_32X8D_Weights` or its name. kwargs: those of torchvision's `ResNet`, e.g.
+    num_classes=1000. The num_classes=1000. The net maps images [N, 3, H, W] to scores [N, num_classes]. Equivalent to
+
+        torchvision.models.resnext101_32x8d(weights=weights, progress=progress, **kwargs)
+
+    Raises TypeError for other weights, KeyError for an unknown name, and ValueError for a num_classes other than that
+    of the weights. Source: Xie et al.: Aggregated Residual Transformations for Deep Neural Networks (2016).
+    """
     _ovewrite_named_param(kwargs, "groups", 32)
     _ovewrite_named_param(kwargs, "width_per_group", 8)
     return _build(Bottleneck, [3, 4, 23, 3], ResNeXt101_32X8D_Weights.verify(weights), progress, **kwargs)
@@ -257,7 +349,16 @@ def resnext101_32x8d(
 def resnext101_64x4d(
     *, weights: ResNeXt101_64X4D_Weights | None = None, progress: bool = True, **kwargs: Any
 ) -> ResNet:
-    """ResNeXt-101 64x4d, as `torchvision.models.resnext101_64x4d`."""
+    """Build ResNeXt-101 64x4d as a drop-in replacement for torchvision's.
+
+    weights: None, a `ResNeXt101_64X4D_Weights` or its name. kwargs: those of torchvision's `ResNet`, e.g.
+    num_classes=1000. The num_classes=1000. The net maps images [N, 3, H, W] to scores [N, num_classes]. Equivalent to
+
+        torchvision.models.resnext101_64x4d(weights=weights, progress=progress, **kwargs)
+
+    Raises TypeError for other weights, KeyError for an unknown name, and ValueError for a num_classes other than that
+    of the weights. Source: Xie et al.: Aggregated Residual Transformations for Deep Neural Networks (2016).
+    """
     _ovewrite_named_param(kwargs, "groups", 64)
     _ovewrite_named_param(kwargs, "width_per_group", 4)
     return _build(Bottleneck, [3, 4, 23, 3], ResNeXt101_64X4D_Weights.verify(weights), progress, **kwargs)
@@ -266,7 +367,16 @@ def resnext101_64x4d(
 @register_model("fastres_wide_resnet50_2")
 @handle_legacy_interface(weights=("pretrained", Wide_ResNet50_2_Weights.IMAGENET1K_V1))
 def wide_resnet50_2(*, weights: Wide_ResNet50_2_Weights | None = None, progress: bool = True, **kwargs: Any) -> ResNet:
-    """Wide ResNet-50-2, as `torchvision.models.wide_resnet50_2`."""
+    """Build Wide ResNet-50-2 as a drop-in replacement for torchvision's.
+
+    weights: None, a `Wide_ResNet50_2_Weights` or its name. kwargs: those of torchvision's `ResNet`, e.g.
+    num_classes=1000. The The net maps images [N, 3, H, W] to scores [N, num_classes]. Equivalent to
+
+        torchvision.models.wide_resnet50_2(weights=weights, progress=progress, **kwargs)
+
+    Raises TypeError for other weights, KeyError for an unknown name, and ValueError for a num_classes other than that
+    of the weights. Source: Zagoruyko, Komodakis: Wide Residual Networks (2016).
+    """
     _ovewrite_named_param(kwargs, "width_per_group", 128)
     return _build(Bottleneck, [3, 4, 6, 3], Wide_ResNet50_2_Weights.verify(weights), progress, **kwargs)
 
@@ -276,6 +386,15 @@ def wide_resnet50_2(*, weights: Wide_ResNet50_2_Weights | None = None, progress:
 def wide_resnet101_2(
     *, weights: Wide_ResNet101_2_Weights | None = None, progress: bool = True, **kwargs: Any
 ) -> ResNet:
-    """Wide ResNet-101-2, as `torchvision.models.wide_resnet101_2`."""
+    """Build Wide ResNet-101-2 as a drop-in replacement for torchvision's.
+
+    weights: None, a `Wide_ResNet101_2_Weights` or its name. kwargs: those of torchvision's `ResNet`, e.g.
+    num_classes=1000. The num_classes=1000. The net maps images [N, 3, H, W] to scores [N, num_classes]. Equivalent to
+
+        torchvision.models.wide_resnet101_2(weights=weights, progress=progress, **kwargs)
+
+    Raises TypeError for other weights, KeyError for an unknown name, and ValueError for a num_classes other than that
+    of the weights. Source: Zagoruyko, Komodakis: Wide Residual Networks (2016).
+    """
     _ovewrite_named_param(kwargs, "width_per_group", 128)
     return _build(Bottleneck, [3, 4, 23, 3], Wide_ResNet101_2_Weights.verify(weights), progress, **kwargs)

@@ -1,4 +1,4 @@
-"""The paper's Table 1 for one net: layer names, output sizes, blocks and, by `flops.count`, their cost."""
+"""The paper's Table 1 for any net: layer names, output sizes, blocks, and the cost that `flops.count` computes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fastres.models.flops import PAPER_TABLE, Cost
 
 
 def table(model: nn.Module, cost: Cost) -> str:
-    """Table 1 for any net of `fastres.models` and its cost, as aligned text."""
+    """Return Table 1 for a net of `fastres.models` as aligned text. cost: the result of `flops.count`."""
     pool, head = model.get_submodule("maxpool") if hasattr(model, "maxpool") else None, _head(model)
     stages = [name for name, _ in model.named_children() if name.startswith("layer")]
     rows = [("layer", "output", "blocks", "multiply-adds", "parameters")]
@@ -30,7 +30,10 @@ def table(model: nn.Module, cost: Cost) -> str:
 
 
 def beside_the_paper(family: str, depth: int, shortcut: str | None, cost: Cost) -> str:
-    """The figures the paper prints for this net at its own image size, with our difference; "" if it prints none."""
+    """Return the paper's figures for this net with the relative difference of ours; "" if the paper prints none.
+
+    The paper's figures are for images of 224x224, or 32x32 for the CIFAR nets. `cost` should be for the same size.
+    """
     lines = []
     for row in PAPER_TABLE:
         if (row.family, row.depth, row.shortcut) != (family, depth, shortcut):
@@ -54,7 +57,7 @@ def _line(row: Sequence[str], widths: Sequence[int]) -> str:
 
 
 def _row(name: str, shown: Cost, blocks: str, more: Cost | None = None) -> tuple[str, str, str, str, str]:
-    """A line for `shown`, whose last output gives the size; `more` adds its cost."""
+    """Return the row of a part of the net. The output size is that of its last layer; the cost of `more` is added."""
     shares = [shown] if more is None else [shown, more]
     p, q = shown.layers[-1].output[-2:]
     work, parameters = sum(share.multiply_adds for share in shares), sum(share.parameters for share in shares)
@@ -75,7 +78,7 @@ def _conv(conv: nn.Module, stride: bool = True) -> str:
 
 
 def _blocks(stage: nn.Module) -> str:
-    """A stage as Table 1 has it, [3x3, 64; 3x3, 64] x 3; its first block's stride shows in the output sizes."""
+    """Return a stage in the form of Table 1, e.g. [3x3, 64; 3x3, 64] x 3. Output sizes show strides, so these don't."""
     blocks = list(stage.children())
     convs = [conv for conv in blocks[0].children() if isinstance(conv, nn.Conv2d)]
     return f"[{'; '.join(_conv(conv, stride=False) for conv in convs)}] x {len(blocks)}"

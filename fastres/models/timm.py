@@ -1,4 +1,4 @@
-"""timm's ResNet and its blocks on our operations: `forward` replaced, and everything else, names included, timm's."""
+"""timm's ResNet and its blocks with fastres's fused operations. They inherit from timm's and replace only `forward`."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from fastres.ops.block import residual_block, stem
 
 
 class BasicBlock(timm_resnet.BasicBlock):
-    """timm's BasicBlock; fused where it is plain (no attention, anti-aliasing, dropped block or path; ReLU)."""
+    """timm's `BasicBlock`, fused if it uses ReLU and no attention, anti-aliasing, drop block or drop path."""
 
     def pairs(self) -> list[tuple[nn.Module, nn.Module]]:
-        """The residual branch as (conv, norm) pairs."""
+        """Return the (convolution, BatchNorm) pairs of the residual branch."""
         return [(self.conv1, self.bn1), (self.conv2, self.bn2)]
 
     def parts(self) -> eligibility.Parts:
-        """The block's modules by role, as `eligibility` asks for them."""
+        """Return the block's modules by role, for `eligibility`."""
         idle = [self.drop_block, self.aa, self.se, self.drop_path]
         return eligibility.Parts(self.pairs(), [self.act1, self.act2], shortcut=self.downsample, idle=idle)
 
@@ -41,14 +41,14 @@ class BasicBlock(timm_resnet.BasicBlock):
 
 
 class Bottleneck(timm_resnet.Bottleneck):
-    """timm's Bottleneck; fused where it is plain (no attention, anti-aliasing, dropped block or path; ReLU)."""
+    """timm's `Bottleneck`, fused if it uses ReLU and no attention, anti-aliasing, drop block or drop path."""
 
     def pairs(self) -> list[tuple[nn.Module, nn.Module]]:
-        """The residual branch as (conv, norm) pairs."""
+        """Return the (convolution, BatchNorm) pairs of the residual branch."""
         return [(self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3)]
 
     def parts(self) -> eligibility.Parts:
-        """The block's modules by role, as `eligibility` asks for them."""
+        """Return the block's modules by role, for `eligibility`."""
         idle = [self.drop_block, self.aa, self.se, self.drop_path]
         return eligibility.Parts(self.pairs(), [self.act1, self.act2, self.act3], shortcut=self.downsample, idle=idle)
 
@@ -71,10 +71,10 @@ class Bottleneck(timm_resnet.Bottleneck):
 
 
 class ResNet(timm_resnet.ResNet):
-    """timm's ResNet; its stem is fused where it is the 7x7 one with a max pool."""
+    """timm's `ResNet`, whose stem is fused if it is the 7x7 convolution with a max pool."""
 
     def parts(self) -> eligibility.Parts:
-        """The stem's modules by role, as `eligibility` asks for them."""
+        """Return the stem's modules by role, for `eligibility`."""
         return eligibility.Parts([(self.conv1, self.bn1)], [self.act1], pool=self.maxpool)
 
     def forward_features(self, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What stands around a net: wrappers that call it, and forms of it that hold no modules any more."""
+"""Detect wrappers around a net (such as DataParallel) and compiled forms of a net, which have no modules any more."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-# Wrappers by class name, so that none has to be imported, and the attribute that holds the module inside.
+# Wrapper class -> attribute with the wrapped module. Classes are named, so that their packages need not be imported.
 _INSIDE = {
     "OptimizedModule": "_orig_mod",  # what torch.compile returns
     "AveragedModel": "module",
@@ -17,12 +17,14 @@ _INSIDE = {
     "ModelEmaV3": "module",
 }
 _SHARDED = {"FullyShardedDataParallel", "FSDPModule"}
-_EAGER = "{} of type {}, which holds no modules of Python's; {} the original eager module"
+_EAGER = "{} of type {}, which has no Python modules; {} the original eager module"
 
 
 def refuse_wrapper(model: Any, caller: str) -> None:
-    """Raises TypeError where `model`, or a layer of it, wraps a net or is a form of one that `caller` can't look into,
-    and says what to give instead."""
+    """Raise TypeError if `model` or one of its layers is a wrapper or a compiled form, which `caller` can't look into.
+
+    The message says what to pass instead. caller: the name of the function, for the message.
+    """
     if not isinstance(model, nn.Module):
         known = type(model).__name__ == "ExportedProgram"
         it_is = _EAGER.format("it is", "ExportedProgram", caller)
@@ -32,12 +34,12 @@ def refuse_wrapper(model: Any, caller: str) -> None:
         it_is = f"layer {path!r} is" if path else "the model is"
         if found := _names(module) & _INSIDE.keys():
             kind, inside, where = min(found), module, "model"
-            while found:  # a wrapper may hold another one
+            while found:  # a wrapper may contain another wrapper
                 where += f".{_INSIDE[min(found)]}"
                 inside = getattr(inside, _INSIDE[min(found)])
                 found = _names(inside) & _INSIDE.keys()
             if path:
-                advice = f"put the module inside in its place: {where.replace('model', 'layer', 1)}"
+                advice = f"replace it by the module inside: {where.replace('model', 'layer', 1)}"
             else:
                 advice = f"{caller} the module inside: {caller}({where})"
             raise TypeError(f"{it_is} a wrapper, {kind}; {advice}")
@@ -46,7 +48,7 @@ def refuse_wrapper(model: Any, caller: str) -> None:
 
 
 def refuse_sharded(model: nn.Module, caller: str) -> None:
-    """Raises TypeError where FSDP holds weights of `model`, which then can't be read or copied in one process."""
+    """Raise TypeError if FSDP shards weights of `model`: a single process then can't read or copy them."""
     for module in model.modules():
         if found := _names(module) & _SHARDED:
             raise TypeError(
@@ -60,7 +62,7 @@ def _names(module: nn.Module) -> set[str]:
 
 
 def compiled_form(module: nn.Module) -> str | None:
-    """What `module` is, where it is a program that was made of a net and has no modules left; None for other ones."""
+    """Return the kind of a compiled or exported program, which has no modules of the original net; else None."""
     if isinstance(module, torch.jit.ScriptModule):
         return "ScriptModule"
     if type(module).__name__ == "UnflattenedModule":

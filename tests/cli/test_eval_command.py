@@ -224,7 +224,7 @@ def test_two_processes_test_as_one(photos: Path, tmp_path: Path, capfd: pytest.C
 @pytest.mark.parametrize(
     ("more", "named"),
     [
-        (["--model", "cifar-14"], "not of the architecture cifar-14: 36 missing: layer1.1.bn1.bias"),
+        (["--model", "cifar-14"], "does not fit the architecture cifar-14: 36 missing: layer1.1.bn1.bias"),
         (["--model", "vgg"], "'vgg' does not exist; there are resnet18, "),
         (
             ["--model", "cifar-8", "cifar-8"],

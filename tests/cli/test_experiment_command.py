@@ -197,7 +197,7 @@ def test_responses_are_written_and_drawn(tmp_path: Path) -> None:
         for i in range(1, n + 1)
     ]
     assert all(0 < float(row["std"]) < math.inf for row in found)
-    assert "Here those of ResNet-8 are on average" in (tmp_path / "responses.md").read_text()
+    assert "Here the responses of ResNet-8 are on average" in (tmp_path / "responses.md").read_text()
     assert (tmp_path / "responses.svg").read_bytes().startswith(SVG)
 
 

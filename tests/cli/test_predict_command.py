@@ -71,7 +71,7 @@ def test_weights_without_their_mean_image_are_refused(
     assert f"{path} doesn't contain the mean image that its recipe subtracts" in message
     tensors.save_file(net().state_dict(), str(path), {"fastres": json.dumps(meta), "preprocess": "AAAA"})
     message = refused(["predict", str(photos), "--weights", str(path), "--device", "cpu"], capsys)
-    assert f"{path} is truncated, damaged or no safetensors file" in message
+    assert f"{path} is truncated, damaged or not a safetensors file" in message
 
 
 def test_predict_names_and_writes_the_likeliest(
@@ -210,7 +210,7 @@ def test_weights_that_cannot_be_fetched_are_refused(
 
     monkeypatch.setattr(WeightsEnum, "get_state_dict", fail)
     message = refused(["predict", str(photos), "--model", "resnet18", "--weights", "DEFAULT"], capsys)
-    assert "can't be fetched from https://" in message
+    assert "can't be downloaded from https://" in message
     assert "no network" in message
     assert "checkpoints" in message
 

@@ -69,7 +69,7 @@ def test_train_runs_on_synthetic_images(
         ("--recipe alexnet", "invalid choice: 'alexnet'"),
         ("--depth 21", "depth 21 is not 6n+2"),
         ("--family vgg", "invalid choice: 'vgg'"),
-        ("--family torchvision --depth 18", "reads images of 3 channels, not 1"),
+        ("--family torchvision --depth 18", "takes images of 3 channels, not 1"),
         ("--shortcut C", "family cifar has no choice of shortcut"),
         ("--data mnist", "invalid choice: 'mnist'"),
         ("--batch 0", "--batch: must be a whole number of at least 1: got 0"),

@@ -174,7 +174,7 @@ def test_a_module_called_twice_works_twice_and_weighs_once() -> None:
 
 @pytest.mark.parametrize("size", [0, -1, (32,), (1, 2, 3), (1, 3, 0, 4), "32", (32, 1.5)])
 def test_a_wrong_size_is_refused_with_those_accepted(size: object) -> None:
-    with pytest.raises(ValueError, match=r"accepted: a side, \(H, W\) or \(N, C, H, W\)"):
+    with pytest.raises(ValueError, match=r"size must be a side, \(H, W\) or \(N, C, H, W\)"):
         count(nn.Conv2d(3, 3, 1), size)
 
 

@@ -89,9 +89,9 @@ def on_meta(build: Callable[[], nn.Module]) -> nn.Module:
         (lambda: paper.cifar(21), "20, 32, 44, 56, 110, 1202"),
         (lambda: paper.cifar(2), "6n\\+2"),
         (lambda: paper.cifar_stem(20), "18, 34, 50, 101, 152"),
-        (lambda: paper.resnet(18, in_channels=0), "in_channels=0"),
-        (lambda: paper.cifar(20, num_classes=-1), "num_classes=-1"),
-        (lambda: paper.cifar_stem(18, in_channels=2.5), "in_channels=2.5"),
+        (lambda: paper.resnet(18, in_channels=0), "in_channels must be a whole number, at least 1: got 0"),
+        (lambda: paper.cifar(20, num_classes=-1), "num_classes must be a whole number, at least 1: got -1"),
+        (lambda: paper.cifar_stem(18, in_channels=2.5), "in_channels must be a whole number, at least 1: got 2.5"),
     ],
 )
 def test_what_does_not_exist_is_named_with_what_does(call: Callable[[], nn.Module], named: str) -> None:

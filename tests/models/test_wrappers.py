@@ -44,7 +44,7 @@ WRAPPED: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "a layer": (
         lambda: nn.Sequential(nn.DataParallel(net())).eval(),
-        r"^layer '0' is a .* place: layer\.module$",
+        r"^layer '0' is a .* the module inside: layer\.module$",
     ),
     "FSDP": (sharded, "FSDPModule spreads the weights over processes; load the full state_dict"),
     "scripted": (lambda: torch.jit.script(net()), "of type ScriptModule, .*; optimize the original eager module$"),
@@ -82,7 +82,7 @@ def test_convert_reaches_into_wrappers_but_not_into_programs() -> None:
     assert len(fastres.convert(wrapped).converted) == 5
     conversion = fastres.convert(nn.Sequential(torch.jit.script(net())))
     assert not conversion.converted
-    assert conversion.kept == {"0": "it is a ScriptModule, which holds no blocks; convert the original eager module"}
+    assert conversion.kept == {"0": "it is a ScriptModule, which has no blocks; convert the original eager module"}
     exported = torch.export.export(net(), (images(),)).module()
     assert "graph of ATen operators" in fastres.convert(exported).kept[""]
 
