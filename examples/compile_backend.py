@@ -1,13 +1,14 @@
-"""`torch.compile(backend="fastres")` on a net of your own, with `fastres.explain`.
+"""Compile a hand-written net with `torch.compile(backend="fastres")`, and show what `fastres.explain` reports.
 
     python examples/compile_backend.py
     python examples/compile_backend.py --rewrite never   # plain Inductor
     python examples/compile_backend.py --train           # with the backward pass
 
-The backend rewrites conv, BatchNorm, addition and ReLU to fused operators and hands the rest to Inductor. `explain`
-lists what it rewrites and what it leaves, each with the reason. Scores (and gradients) are held against eager PyTorch.
-On a CPU no kernels run fused, so the default rewrites nothing there; `--rewrite always` has the operators run PyTorch's
-own functions. Inductor needs a C++ compiler on a CPU; `--inner eager` does without.
+The backend replaces convolution, BatchNorm, addition and ReLU by fused operators and passes the rest to Inductor.
+`explain` lists what is replaced and what is not, with the reasons. The script compares the scores (and the gradients)
+with those of eager PyTorch. There are no fused kernels for CPUs, so by default nothing is replaced on a CPU; with
+`--rewrite always` the operators call PyTorch's functions. Inductor needs a C++ compiler on a CPU; `--inner eager` does
+not.
 """
 
 import argparse
@@ -19,7 +20,7 @@ from torch import nn
 
 import fastres
 
-REWRITE = "where the operators stand in for PyTorch's: auto, where kernels run; always; never (default: auto)"
+REWRITE = "when to use fused operators: auto (if kernels run on this device), always or never (default: auto)"
 INNER = "the backend that compiles the rewritten graph (default: inductor)"
 
 
@@ -36,7 +37,7 @@ class Block(nn.Module):
 
 
 class Net(nn.Module):
-    """Hand-written, no ResNet of anybody's: one block with ReLU inside, one with GELU, a head."""
+    """A hand-written net, not a known ResNet: a stem, a block with ReLU inside, a block with GELU, and a classifier."""
 
     def __init__(self):
         super().__init__()

@@ -1,10 +1,11 @@
-"""A detector of torchvision's on fastres's blocks: Faster R-CNN with `fastres.convert`.
+"""Convert torchvision's Faster R-CNN with `fastres.convert`.
 
     python examples/detector.py
 
-Converts the ResNet-50 inside the detector in place, then holds a training step and an inference of it against an
-unconverted copy. The net has random weights, because nothing is downloaded, and BatchNorm2d. torchvision's published
-detectors come with FrozenBatchNorm2d: they convert as well, but their blocks run module by module, as before.
+The script converts the ResNet-50 inside the detector in place. Then it compares a training step and an inference with
+those of an unconverted copy. The net uses BatchNorm2d, and it has random weights, because nothing is downloaded.
+torchvision's published detectors use FrozenBatchNorm2d. They can be converted, too, but their blocks still run module
+by module.
 """
 
 import argparse
@@ -19,7 +20,7 @@ import fastres
 
 
 def scenes(count, size):
-    """Images of noise, each with one bright box, and where the box is."""
+    """Return images of noise, each with a bright box, and the targets: coordinates and labels of the boxes."""
     images, targets = [], []
     for i in range(count):
         image = torch.rand(3, size, size) / 2
@@ -31,9 +32,9 @@ def scenes(count, size):
 
 
 def step(model, images, targets, autocast):
-    """The losses of one training step by name, then boxes and scores found by the trained net."""
+    """Run one training step. Return its losses by name, and the boxes and scores that the updated net finds."""
     optimizer = torch.optim.SGD(model.parameters(), 0.01)
-    torch.manual_seed(0)  # which proposals count is drawn at random
+    torch.manual_seed(0)  # the detector samples its proposals at random
     with autocast:
         losses = model.train()(images, targets)
     sum(losses.values()).backward()
@@ -49,7 +50,7 @@ def main():
     parser.add_argument("--size", type=int, default=160, help="side of the images (default: 160)")
     options = parser.parse_args()
     if not 1 <= options.images <= 8 or options.size < 128:
-        parser.error("--images is between 1 and 8, and --size starts at 128")
+        parser.error("--images must be from 1 to 8, and --size at least 128")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
@@ -60,7 +61,7 @@ def main():
     ours = copy.deepcopy(theirs)
     conversion = fastres.convert(ours)
     print(conversion)
-    print("  ours now:", ", ".join(conversion.converted))
+    print("  converted:", ", ".join(conversion.converted))
     for path, blocks in Counter(fastres.status(ours).blocks.values()).items():
         print(f"  {blocks} of them run {path}")
 
@@ -75,9 +76,9 @@ def main():
         assert losses == their_losses
         assert all(torch.equal(a[key], b[key]) for a, b in zip(found, their_found, strict=True) for key in a)
         print("same losses, same boxes and scores after the step")
-    else:  # rounding in bf16 changes which proposals are drawn
+    else:  # rounding errors in bf16 change which proposals are sampled
         assert abs(sum(losses.values()) / sum(their_losses.values()) - 1) < 0.1
-        print("same sum of losses, to 10 %")
+        print("same sum of losses, within 10 %")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""What fastres fuses on this machine, and what that saves.
+"""Show what fastres fuses on this machine, and how much time and memory that saves.
 
     python examples/first_look.py
     python examples/first_look.py --depth 18 --batch 8
 
-Prints on which path the blocks of a ResNet run here, what `fastres.optimize` makes of the net, how much memory a
-training step keeps for its backward pass, and the time of inference beside eager PyTorch, measured on this machine.
+The script prints which blocks of a ResNet run fused, the steps of the net after `fastres.optimize`, the memory that a
+training step saves for its backward pass, and the measured time of inference, compared with eager PyTorch.
 """
 
 import argparse
@@ -24,7 +24,7 @@ import fastres
 
 
 def kept_by_autograd(net, images):
-    """Bytes that the forward pass keeps for the backward pass, weights aside."""
+    """Return the bytes that autograd saves for the backward pass, without the weights."""
     kept = {}
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.setdefault(t.untyped_storage(), t), lambda t: t):
         net(images)
@@ -33,8 +33,11 @@ def kept_by_autograd(net, images):
 
 
 def kept_when_fused(net, images):
-    """The same by the rule of the fused blocks, for machines without a GPU: the images, the output of each convolution
-    and block, the pooled stem and a byte per value of it. The rule leaves out a few vectors per BatchNorm (0.3 %)."""
+    """Return the bytes that the fused blocks would save, computed from shapes, for machines without a GPU.
+
+    The fused blocks save the images, the output of every convolution and block, the output of the max pool and one byte
+    per value of it. This ignores some vectors per BatchNorm (0.3 %).
+    """
     kept = [images.nbytes]
     for module in net.modules():
         if isinstance(module, (nn.Conv2d, fastres.BasicBlock, fastres.Bottleneck)):
@@ -45,7 +48,12 @@ def kept_when_fused(net, images):
 
 
 def passes(step):
-    """Those that only read and write activations, in a line of `explain`: the libraries alone add and clamp apart."""
+    """Return how many memory-bound operations a line of `explain` has: BatchNorm, ReLU or addition in a separate
+    kernel.
+
+    After a convolution of PyTorch or cuDNN, each operation after a " + " is a separate kernel. With "cudnn + triton",
+    one Triton kernel runs all of them.
+    """
     _, _, what, _, engine, *_ = re.split(" {2,}", step.strip())
     alone = what in ("BatchNorm2d", "ReLU", "relu", "relu_", "add")
     return alone + {"aten": what.count(" + "), "cudnn": what.count(" + "), "cudnn + triton": 1}.get(engine, 0)
@@ -68,12 +76,12 @@ def main():
     parser.add_argument("--rounds", type=int, default=10, help="timed calls of each net (default: 10)")
     options = parser.parse_args()
     if options.batch < 1 or options.size < 64 or options.rounds < 4:
-        parser.error("--batch starts at 1, --size at 64, --rounds at 4")
+        parser.error("--batch must be at least 1, --size 64, --rounds 4")
     name, shape = f"resnet{options.depth}", (options.batch, 3, options.size, options.size)
     device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
 
     def built(models, device, dtype):
-        """Net and images. On the device "meta" they have shapes and no values: counting takes no time and no memory."""
+        """Return a net and images. On the device "meta" they have no data: a forward takes almost no time or memory."""
         with torch.device(device):
             net, images = getattr(models, name)(), torch.rand(shape)
         return [each.to(dtype, memory_format=torch.channels_last) for each in (net, images)]
@@ -92,18 +100,18 @@ def main():
     nodes = torch.fx.symbolic_trace(theirs.eval()).graph.nodes
     calls = Counter(type(theirs.get_submodule(n.target)) if n.op == "call_module" else n.target for n in nodes)
     norms, relus, adds = (calls[each] for each in (nn.BatchNorm2d, nn.ReLU, operator.add))
-    print(f"\nINFERENCE, {len(steps) - 1} steps after fastres.optimize; the first:")
+    print(f"\nINFERENCE, {len(steps) - 1} steps after fastres.optimize; the first of them:")
     print("\n".join(f"  {step}" for step in steps[:7]))
-    print(f"  Passes that only read and write activations, beside {calls[nn.Conv2d]} convolutions:")
+    print(f"  Memory-bound operations between the {calls[nn.Conv2d]} convolutions:")
     print(f"    eager PyTorch: {norms + relus + adds} ({norms} BatchNorms, {relus} ReLUs, {adds} additions)")
     print(f"    fastres.optimize: {sum(map(passes, steps[1:]))}")
 
     eager = kept_by_autograd(*built(torchvision.models, "meta", torch.bfloat16))
     if device == "cuda":
-        fused, how = kept_by_autograd(*built(fastres, device, torch.bfloat16)), "counted as it ran here"
+        fused, how = kept_by_autograd(*built(fastres, device, torch.bfloat16)), "counted in a forward on this GPU"
     else:
-        fused, how = kept_when_fused(*built(fastres, "meta", torch.bfloat16)), "counted by shapes: it runs on GPUs only"
-    print(f"\nTRAINING, kept for the backward pass, bf16, {list(shape)}\n  eager PyTorch: {eager / 2**20:.1f} MiB")
+        fused, how = kept_when_fused(*built(fastres, "meta", torch.bfloat16)), "computed from shapes; needs a GPU"
+    print(f"\nTRAINING, saved for the backward pass, bf16, {list(shape)}\n  eager PyTorch: {eager / 2**20:.1f} MiB")
     print(f"  fused: {fused / 2**20:.1f} MiB, {fused / eager:.2f} x ({how})")
 
     nets = {"eager PyTorch": theirs, "fastres.optimize": fast}
@@ -114,7 +122,7 @@ def main():
         print(f"  {label}: {1000 * median(each[label] for each in spent):.1f} ms")
     low, middle, high = quantiles((each["eager PyTorch"] / each["fastres.optimize"] for each in spent), n=4)
     if high > 1.5 * low:
-        print("  NOISY: something else runs on this machine; do not trust the next line, try again when it is idle")
+        print("  NOISY: another program uses this machine; don't trust the next line, and try again when it is idle")
     print(f"  fastres.optimize is {middle:.2f} x as fast (median of the ratios; middle half: {low:.2f} to {high:.2f})")
 
 

@@ -1,10 +1,10 @@
-"""A ResNet of timm's on fastres: `convert` for training, `optimize` for inference.
+"""Use a ResNet of timm with fastres: `convert` for training, `optimize` for inference.
 
     python examples/timm_resnet.py
     python examples/timm_resnet.py --model seresnet50   # blocks with attention stay timm's
 
-Builds the net without pretrained weights, converts its blocks in place, optimizes it, and compares the scores with
-those of an untouched copy. Then it lists which of timm's variants have blocks that fastres takes over.
+The script builds the net without pretrained weights, converts its blocks in place, optimizes it, and compares the
+scores with those of an unconverted copy. Then it lists which blocks of timm's variants can be converted.
 """
 
 import argparse
@@ -32,7 +32,7 @@ def main():
     if not timm.is_model(options.model):
         parser.error(f"--model {options.model}: timm has no such net; timm.list_models('*resnet*') names its ResNets")
     if options.size < 32:
-        parser.error("--size starts at 32")
+        parser.error("--size must be at least 32")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     torch.manual_seed(0)
@@ -49,11 +49,11 @@ def main():
         want = theirs(images)
         for label, net in {"convert": ours, "optimize": fast}.items():
             error = float((net(images) - want).abs().max() / want.abs().max())
-            print(f"{label}: scores differ from timm's by {error:.1e} of the largest")
+            print(f"{label}: scores differ from timm's by {error:.1e} of the largest score")
             assert error < (1e-4 if device.type == "cpu" else 1e-2)  # float32 on a GPU is rounded to TF32
     print(fast.explain().splitlines()[0])
 
-    print("\nBlocks and stems that become fastres's, by variant")
+    print("\nBlocks and stems that are converted, by variant")
     for name in VARIANTS:
         with torch.device("meta"):
             net = timm.create_model(name, pretrained=False)

@@ -1,10 +1,10 @@
-"""A plain PyTorch training loop with one import changed.
+"""Train fastres's ResNet-18 in a plain PyTorch loop. Only the import differs from a loop with torchvision's net.
 
-    python examples/train_loop.py                 # ResNet-18 of fastres on scikit-learn's digits
-    python examples/train_loop.py --torchvision   # the same loop with torchvision's: compare the losses
+    python examples/train_loop.py                 # fastres's ResNet-18 on scikit-learn's digits
+    python examples/train_loop.py --torchvision   # the same loop with torchvision's ResNet-18, to compare the losses
 
-On a CPU the losses of both are equal, digit for digit. On a GPU blocks run fused, in bf16, and losses agree up to
-rounding. Everything but the import is what a loop with torchvision's net looks like.
+On a CPU both print the same losses, digit for digit. On a GPU the blocks run fused in bf16, and the losses agree up to
+rounding errors.
 """
 
 import argparse
@@ -21,7 +21,11 @@ except ImportError:
 
 
 def digits():
-    """1,797 handwritten digits: images [N, 3, 32, 32] in [-1, 1] and labels; every fifth is for testing."""
+    """Return (images, labels) for training and for testing: 1,797 handwritten digits, of which every fifth is for
+    tests.
+
+    Images are fp32 [N, 3, 32, 32] in [-1, 1].
+    """
     data = load_digits()
     images = torch.from_numpy(data.images).float()[:, None] / 8 - 1
     images = F.interpolate(images, (32, 32), mode="bilinear").expand(-1, 3, -1, -1)
@@ -32,13 +36,13 @@ def digits():
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--torchvision", action="store_true", help="torchvision's ResNet-18 instead of fastres's")
+    parser.add_argument("--torchvision", action="store_true", help="use torchvision's ResNet-18 instead of fastres's")
     parser.add_argument("--epochs", type=int, default=3, help="passes over the training images (default: 3)")
     parser.add_argument("--batch", type=int, default=64, help="images per step (default: 64)")
-    parser.add_argument("--lr", type=float, default=0.02, help="learning rate at the start (default: 0.02)")
+    parser.add_argument("--lr", type=float, default=0.02, help="initial learning rate (default: 0.02)")
     options = parser.parse_args()
     if options.epochs < 1 or options.batch < 2 or not options.lr > 0:
-        parser.error("--epochs starts at 1, --batch at 2, and --lr is positive")
+        parser.error("--epochs must be at least 1, --batch 2, and --lr positive")
 
     if options.torchvision:
         from torchvision.models import resnet18

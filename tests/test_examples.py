@@ -94,9 +94,9 @@ def test_help_tells_commands_and_defaults(
 @pytest.mark.parametrize(
     ("command", "said"),
     [
-        ("first_look.py --batch 0", "--batch starts at 1"),
-        ("train_loop.py --lr 0", "--lr is positive"),
-        ("finetune.py --data nowhere", "--data nowhere: .*expected are train/<class>/ and val/<class>/"),
+        ("first_look.py --batch 0", "--batch must be at least 1"),
+        ("train_loop.py --lr 0", "--lr positive"),
+        ("finetune.py --data nowhere", "--data nowhere: .*it must contain train/<class>/ and val/<class>/"),
         ("finetune.py --weights nowhere", "nowhere does not exist, neither as a file nor as torchvision weights"),
         ("finetune.py --weights text", "text is truncated, damaged or not a file of weights"),
         ("finetune.py --freeze", "--freeze needs --weights"),
@@ -104,8 +104,8 @@ def test_help_tells_commands_and_defaults(
         ("serve.py --weights text", "text is truncated, damaged or not a file of weights"),
         ("serve.py --model resnet18", "--model needs --weights"),
         ("serve.py --port 65536", "--port from 0 to 65535"),
-        ("serve.py --batch 0", "--batch is from 1 to 128"),
-        ("detector.py --size 8", "--size starts at 128"),
+        ("serve.py --batch 0", "--batch must be from 1 to 128"),
+        ("detector.py --size 8", "--size at least 128"),
         ("timm_resnet.py --model resnet19", "timm has no such net"),
         ("compile_backend.py --inner clang", "invalid choice: 'clang'"),
     ],
