@@ -1,4 +1,4 @@
-"""Names of classes: class i of the weights is class i of the data, or the command says what differs and stops."""
+"""Class i of the weights must be class i of the data; otherwise the command reports the difference and stops."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from fastres.weights import Weights
 
 INSECTS = ["ant", "bee", "cow"]
 NUMBERS = sorted(map(str, range(11)))
-LATER = "n15075142"  # is no class of ImageNet's
+LATER = "n15075142"  # not a class of ImageNet
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -37,7 +37,7 @@ def ids() -> list[str]:
 
 
 def folders(root: Path, names: list[str]) -> Path:
-    """[val/]<name>/0.png of noise, each its own."""
+    """Create [val/]<name>/0.png for each name, each with other noise."""
     generator = np.random.default_rng(0)
     for name in names:
         (root / name).mkdir(parents=True)
@@ -46,7 +46,7 @@ def folders(root: Path, names: list[str]) -> Path:
 
 
 def trained(path: Path, names: list[str] | None, classes: int = 3, **meta: Any) -> Path:
-    """A checkpoint as training writes it, or its weights.safetensors; names: None for weights that tell none."""
+    """Write a checkpoint as training does, or its weights.safetensors. names: None for weights without class names."""
     state = paper.cifar(8, num_classes=classes).state_dict()
     known = {"family": "cifar", "depth": 8, "val_size": 32, "resize": 32, **meta}
     if names is not None:
@@ -99,7 +99,7 @@ def test_eval_refuses_other_classes(
 
 
 def test_eval_refuses_another_order(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """And goes on where it is told to, with class i as class i."""
+    """`eval` refuses classes in another order, unless --ignore-class-names says to compare by index."""
     weights, root = trained(tmp_path / "a.pt", ["bee", "ant", "cow"]), folders(tmp_path / "there", INSECTS)
     message = refused(evaluation(weights, root), capsys)
     assert "they have the same classes in another order; class 0 is bee in the net, ant in the data" in message
@@ -113,7 +113,7 @@ def test_eval_refuses_another_order(tmp_path: Path, capsys: pytest.CaptureFixtur
 def test_eval_refuses_before_any_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Before it computes a mean image and before it runs a net."""
+    """`eval` refuses before it computes a mean image or runs a net."""
 
     def work(*args: Any, **_: Any) -> None:
         raise AssertionError("work")
@@ -144,7 +144,7 @@ def test_an_ensemble_has_one_set_of_classes(tmp_path: Path, capsys: pytest.Captu
     for others in ([str(other), "--ignore-class-names"], [str(silent)]):
         assert main([*predict, str(first), *others]) == 0
     capsys.readouterr()
-    assert main([*predict, str(silent), str(first)]) == 0  # the names of whichever tells them
+    assert main([*predict, str(silent), str(first)]) == 0  # uses the names of the net that has them
     assert {line.split()[-1] for line in capsys.readouterr().out.splitlines()[1:]} == set(INSECTS)
 
 
@@ -157,7 +157,8 @@ def net_of(count: int, **meta: Any) -> Weights:
 
 
 def test_imagenets_words_are_its_ids() -> None:
-    """The folders of ImageNet fit published weights, and what was trained on them under either name."""
+    """The folders of ImageNet, named by WordNet ids, fit published weights and nets that were trained with either kind
+    of name."""
     there = ids()
     assert are_imagenet_ids(there)
     published = net_of(1000, categories=list(IMAGENET))
@@ -171,11 +172,12 @@ def test_imagenets_words_are_its_ids() -> None:
         same_classes(published, "here", sorted(map(str, range(1000))))
     with pytest.raises(ValueError, match="they have the same classes in another order"):
         same_classes(published, "here", sorted(IMAGENET))
-    same_classes(published, "synthetic", list(map(str, range(1000))))  # their labels mean nothing
+    same_classes(published, "synthetic", list(map(str, range(1000))))  # their labels are arbitrary
 
 
 def test_numbers_that_sort_as_text_are_noticed() -> None:
-    """A net that names no classes may mean folder i by class i; one trained on such folders does not."""
+    """For a net without class names, folder i may mean class i, so numeric folders in text order are refused. A net
+    trained on such folders knows their order."""
     assert NUMBERS[:4] == ["0", "1", "10", "2"]
     with pytest.raises(
         ValueError,
@@ -214,7 +216,7 @@ def test_resuming_with_other_classes_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_thousand_other_folders_are_not_imagenet(tmp_path: Path) -> None:
-    """Else their classes would be called by ImageNet's words."""
+    """Otherwise their classes would get ImageNet's names."""
     for part in ("train", "val"):
         for k in range(1000):
             (tmp_path / part / f"n{k:08}").mkdir(parents=True)
@@ -226,7 +228,7 @@ def test_a_thousand_other_folders_are_not_imagenet(tmp_path: Path) -> None:
 
 
 def test_a_mean_of_other_channels_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """It would be broadcast."""
+    """A mean with one channel would silently broadcast over the image's channels."""
     weights, root = trained(tmp_path / "a.pt", INSECTS), folders(tmp_path / "there", INSECTS)
     state = torch.load(weights)
     state["preprocess"] = {name: value[:1] for name, value in state["preprocess"].items()}

@@ -1,4 +1,5 @@
-"""`fastres.graphed`: eager steps bit for bit; what no graph would notice is noticed, what none can hold is refused."""
+"""`fastres.graphed` equals eager steps bit for bit, notices changes that a graph would miss, and refuses steps that no
+graph can repeat."""
 
 from __future__ import annotations
 
@@ -37,7 +38,7 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
 
 
 class Training:
-    """A small net, its optimizer and a step in which each style of handling gradients has its place."""
+    """A small net, its optimizer and a step that can zero gradients in several ways."""
 
     def __init__(self, zero: str = "end", scaled: bool = False, dtype: torch.dtype | None = None, **how: Any) -> None:
         torch.manual_seed(0)
@@ -93,7 +94,7 @@ def follow(
     between: Callable[[Training, int], Any] = lambda training, i: None,
     under: Callable[[], Any] = contextlib.nullcontext,
 ) -> None:
-    """The same results and state after each of some calls."""
+    """Check that results and state equal those of eager steps after each of `calls` calls."""
     for i in range(calls):
         with under():
             result = call(*batch(i, count(i)))
@@ -119,16 +120,17 @@ STYLES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("style", STYLES)
 def test_calls_are_eager_steps(style: str, fake_cuda: FakeCuda) -> None:
-    """Weights, running statistics, momenta, gradients and loss scale, in every style of zeroing."""
+    """Covers weights, running statistics, momenta, gradients and loss scale, for every way of zeroing gradients."""
     ours, theirs = Training(**STYLES[style]), Training(**STYLES[style])
     call = ours.graphed()
     follow(ours, call, theirs)
     assert len(call.graphs) == 1
-    assert fake_cuda.modes == ["thread_local"]  # which leaves other threads alone
+    assert fake_cuda.modes == ["thread_local"]  # so that other threads may allocate pinned memory
 
 
 def test_gradients_may_be_zeroed_and_accumulated_outside(fake_cuda: FakeCuda) -> None:
-    """Two calls per update: the first finds no gradients, the second adds to them. Each has its graph."""
+    """Gradients accumulate over two calls per update: the first call finds no gradients, the second adds to them. Each
+    has its own graph."""
 
     def between(training: Training, i: int) -> None:
         if i % 2:
@@ -141,7 +143,7 @@ def test_gradients_may_be_zeroed_and_accumulated_outside(fake_cuda: FakeCuda) ->
 
 
 def test_gradients_that_moved_are_added_to_where_they_are(fake_cuda: FakeCuda) -> None:
-    """They are added to wherever they are, not where they were when the graph was recorded."""
+    """A replay adds to the current gradients, not to the tensors that held them at the capture."""
 
     def between(training: Training, i: int) -> None:
         for p in training.net.parameters():
@@ -154,7 +156,8 @@ def test_gradients_that_moved_are_added_to_where_they_are(fake_cuda: FakeCuda) -
 
 
 def test_all_of_python_runs_on_one_stream_aside(fake_cuda: FakeCuda) -> None:
-    """Autograd returns to the stream on which a parameter was first used, even while it is recorded on another."""
+    """Warm-ups and capture share one side stream, because autograd runs on the stream on which a parameter was first
+    used."""
     training, streams = Training(), []
     training.then = lambda: streams.append(fake_cuda.stream)
     call, here = training.graphed(), fake_cuda.stream
@@ -177,7 +180,8 @@ def test_a_result_is_the_callers_own(fake_cuda: FakeCuda) -> None:
 
 @pytest.mark.parametrize("tensor", [False, True])
 def test_a_schedule_reaches_the_graph(tensor: bool, fake_cuda: FakeCuda) -> None:
-    """Whether lr is a number or a tensor; halves of 1/8 are exact in float32, as which the graph reads numbers."""
+    """The learning rate may be a number or a tensor. Halves of 1/8 are exact in float32, in which the graph reads
+    numbers."""
     both = [Training(lr=torch.tensor(0.125) if tensor else 0.125) for _ in range(2)]
     schedules = {id(t): lr_scheduler.StepLR(t.optimizer, 1, 0.5) for t in both}
     call = both[0].graphed()
@@ -186,7 +190,7 @@ def test_a_schedule_reaches_the_graph(tensor: bool, fake_cuda: FakeCuda) -> None
 
 
 def test_a_learning_rate_that_no_graph_reads_is_noticed(fake_cuda: FakeCuda) -> None:
-    """Without fused=True: it is said, and the call is right."""
+    """Without fused=True, a changed learning rate gives a warning, and the call still gives the right result."""
 
     def between(training: Training, i: int) -> None:
         if i == CALLS:
@@ -260,7 +264,7 @@ CHANGES: dict[str, tuple[str, Callable[[Training], Any]]] = {
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_what_changes_between_calls_is_noticed(change: str, fake_cuda: FakeCuda) -> None:
-    """It is named, the graph goes, and every call stays right."""
+    """The warning names the change, the graph is dropped, and every call gives the right result."""
     said, do = CHANGES[change]
     ours, theirs = Training(scaled=True), Training(scaled=True)
     call = ours.graphed()
@@ -305,7 +309,7 @@ def test_a_switch_is_noticed(switch: str, fake_cuda: FakeCuda) -> None:
 
 
 def test_no_cached_cast_is_taken_for_a_weight(fake_cuda: FakeCuda) -> None:
-    """Autocast around all calls, where the eager steps before the recording leave their casts of the weights."""
+    """Autocast is active around all calls, so the eager steps before the capture leave cached casts of the weights."""
     ours, theirs = Training(), Training(dtype=torch.bfloat16)
     call = ours.graphed()
     with torch.autocast("cpu", torch.bfloat16):
@@ -368,7 +372,7 @@ def _input(training: Training) -> None:
 
 
 def _judge(training: Training) -> None:
-    """Another model, whose gradients somebody else takes."""
+    """Add another model whose gradients accumulate although neither the model nor the optimizer has its parameters."""
     judge = nn.Linear(5, 1)
     with torch.no_grad():
         judge.weight.fill_(0.25)
@@ -401,14 +405,14 @@ CANT: dict[str, tuple[str, dict[str, Any], Callable[[Training], Any]]] = {
 
 @pytest.mark.parametrize("cause", CANT)
 def test_what_no_graph_holds_is_refused(cause: str, fake_cuda: FakeCuda) -> None:
-    """When it would be recorded, in words; then nothing is otherwise than before, and eager steps go on."""
+    """The capture raises an error that names the reason. All state is then as before, and eager steps still work."""
     said, how, do = CANT[cause]
     ours, theirs = (Training(zero="start", **how) for _ in range(2))
     for training in (ours, theirs):
         do(training)
     call, here = ours.graphed(), fake_cuda.stream
     drawn = random.getstate(), np.random.get_state()[2], torch.get_rng_state()  # noqa: NPY002
-    calls = WARM_UPS + 1  # of which the first finds no gradients
+    calls = WARM_UPS + 1  # the first has another signature, because there are no gradients yet
     follow(ours, call, theirs, calls)
     before, groups = ours.state(), ours.optimizer.param_groups
     drawn = random.getstate(), np.random.get_state()[2], torch.get_rng_state()  # noqa: NPY002
@@ -427,7 +431,8 @@ def test_what_no_graph_holds_is_refused(cause: str, fake_cuda: FakeCuda) -> None
 
 
 def test_a_refused_recording_leaves_attributes_and_other_gradients(fake_cuda: FakeCuda) -> None:
-    """What a recording computes is never there."""
+    """Tensors that a failed capture assigned are replaced by those from before, because their values were never
+    computed."""
     training = Training()
     _averaging(training)
     layer, judge = training.net[-1], nn.Linear(5, 1)
@@ -456,7 +461,7 @@ def test_a_step_may_have_no_inputs(fake_cuda: FakeCuda) -> None:
 
 @pytest.mark.parametrize("name", ["cuda.matmul", "cudnn.conv"])
 def test_the_newer_names_of_tf32_are_read(name: str, fake_cuda: FakeCuda) -> None:
-    """Where they have been set, PyTorch may raise when somebody reads the older ones."""
+    """Once the newer switches are set, PyTorch may raise an error when the older ones are read."""
     training, of = Training(), operator.attrgetter(name)(torch.backends)
     call, before = training.graphed(), of.fp32_precision
     call(*batch(0))
@@ -471,7 +476,7 @@ def test_the_newer_names_of_tf32_are_read(name: str, fake_cuda: FakeCuda) -> Non
 
 
 def test_parameters_need_their_optimizer(fake_cuda: FakeCuda) -> None:
-    """Otherwise its learning rate would be the one that was recorded."""
+    """Without its optimizer, a graph would keep the learning rate of the capture."""
     training = Training()
     call = fastres.graphed(training.step, training.net)
     for i in range(WARM_UPS):
@@ -499,7 +504,8 @@ def test_errors_of_other_kinds_pass_through(fake_cuda: FakeCuda) -> None:
 
 
 def test_a_scaled_step_that_failed_leaves_no_scale(fake_cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Adam refuses to be captured when the scaler has handed it its scale already."""
+    """The scaler passes its scale to Adam as attributes before Adam refuses the capture; these attributes must be
+    removed."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     training = Training(scaled=True)
     training.optimizer = torch.optim.Adam(training.net.parameters(), fused=True)  # type: ignore[assignment]
@@ -567,7 +573,7 @@ def test_bad_arguments_are_refused(error: type[Exception], said: str, ask: Calla
 
 
 def cifar(momentum: float | None, dropout: float = 0.0, **how: Any) -> tuple[nn.Module, Any, Callable[..., Tensor]]:
-    """A net on the GPU, its optimizer and its step."""
+    """Return a net on the GPU, its optimizer and its step."""
     torch.manual_seed(0)
     net = families.named("cifar-8").cuda().to(memory_format=torch.channels_last)
     for norm in (m for m in net.modules() if isinstance(m, nn.BatchNorm2d)):
@@ -593,7 +599,7 @@ def images(i: int = 0) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("where", [None, "cpu", "cuda"])
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_gpu_follows_the_eager_steps(dropout: float, where: str | None) -> None:
-    """With a falling learning rate, and dropout's random numbers."""
+    """The learning rate falls, and dropout draws new random numbers in every replay."""
     losses, states = [], []
     for graph in (True, False):
         lr = 0.125 if where is None else torch.tensor(0.125, device=where)
@@ -607,22 +613,24 @@ def test_gpu_follows_the_eager_steps(dropout: float, where: str | None) -> None:
             schedule.step()
         assert not graph or len(call.graphs) == 1
         states.append(net.state_dict())
-    # A library may choose other algorithms while a graph records; a stale learning rate is off by far more.
+    # Libraries may choose other algorithms during a capture. A stale learning rate would give a far larger error.
     torch.testing.assert_close(losses[0], losses[1], rtol=REPLAYED, atol=REPLAYED)
     torch.testing.assert_close(states[0], states[1], rtol=REPLAYED, atol=REPLAYED)
 
 
 @pytest.mark.gpu
 def test_gpu_adamw_and_autocast_are_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """capturable=True, gradients zeroed first, a short batch: apart by a tenth, at most, of how far training went. On a
-    CPU one step left out makes a quarter, a stale batch half of it."""
+    """With capturable=True, gradients zeroed first and a short batch, parameters differ from eager ones by at most a
+    tenth of the distance that training moved them. On a CPU, leaving out one step gives a quarter of it, and a stale
+    batch half of it."""
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     nets = []
     for graph in (True, False):
         torch.manual_seed(0)
         net = fastres.resnet18(num_classes=10).cuda()
         start = [p.detach().clone() for p in net.parameters()]
-        # So large an eps makes a step proportional to the gradient; else rounding to bf16 turns signs of small ones.
+        # With such a large eps, updates are proportional to the gradients. With a small one, rounding errors of bf16
+        # would flip the signs of updates for small gradients.
         optimizer = torch.optim.AdamW(net.parameters(), 2**-10, eps=1.0, capturable=True)
 
         def step(x: Tensor, y: Tensor, net: nn.Module = net, optimizer: Any = optimizer) -> Tensor:
@@ -648,7 +656,7 @@ def test_gpu_adamw_and_autocast_are_recorded(monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.gpu
 def test_another_thread_may_allocate_pinned_memory() -> None:
-    """Memory that is kept, so that each allocation asks the driver."""
+    """The thread keeps its memory, so that every allocation calls the driver."""
     started, done = threading.Event(), threading.Event()
 
     def pin() -> None:
@@ -675,7 +683,7 @@ def test_another_thread_may_allocate_pinned_memory() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("cause", ["cumulative", "item"])
 def test_gpu_refuses_in_words(cause: str) -> None:
-    """And goes on with eager steps."""
+    """After the refusal, eager steps still work."""
     net, optimizer, step = cifar(None if cause == "cumulative" else 0.1)
     inner: Any = (lambda x, y: step(x, y)) if cause == "cumulative" else lambda x, y: step(x, y) * step(x, y).item()
     call, here = fastres.graphed(inner, net, optimizer), torch.cuda.current_stream()
@@ -687,6 +695,6 @@ def test_gpu_refuses_in_words(cause: str) -> None:
     for name, value in net.state_dict().items():
         assert torch.equal(value, before[name]), name
     assert torch.cuda.current_stream() == here
-    with contextlib.suppress(RuntimeError):  # a second try says the same
+    with contextlib.suppress(RuntimeError):  # a second attempt may fail in the same way
         call(*images())
     assert torch.isfinite(step(*images()))

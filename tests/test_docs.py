@@ -1,4 +1,4 @@
-"""README, docs and the other pages do what they say: code and cheap commands run, all commands parse, links lead on."""
+"""README and docs are correct: Python code and cheap commands run, all other commands parse, and links resolve."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from fastres.cli.main import main, module
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 MAKEFILE = (ROOT / "Makefile").read_text()
-SHELL = {"cd", "cp", "git", "source", "tar"}  # other programs that a page may name
+SHELL = {"cd", "cp", "git", "source", "tar"}  # other programs that a page may call
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
 
-# Parses the arguments of several commands, as JSON [[script, argument, ...], ...], by the scripts' own parsers, which
-# end the program where they refuse. Nothing is run.
+# A program that parses the arguments of several commands, JSON [[script, argument, ...], ...], with the parsers of the
+# scripts, which exit if they refuse an argument. The scripts do no work.
 PARSE = """
 import argparse, contextlib, json, os, runpy, sys
 parse = argparse.ArgumentParser.parse_args
@@ -47,7 +47,7 @@ for command in json.loads(sys.argv[1]):
 
 @dataclass(frozen=True)
 class Page:
-    """A Markdown page and what it holds."""
+    """A Markdown page, with its code blocks, commands, links and anchors."""
 
     path: Path
 
@@ -60,7 +60,7 @@ class Page:
 
     @cached_property
     def blocks(self) -> list[tuple[str, str]]:
-        """(language, body) of each fenced block."""
+        """(language, body) of every fenced code block."""
         return re.findall(r"^ *```(\w*)\n(.*?)^ *```", self.text, re.MULTILINE | re.DOTALL)
 
     @cached_property
@@ -69,8 +69,8 @@ class Page:
 
     @cached_property
     def commands(self) -> list[list[str]]:
-        """The words of each command in a bash block, and of each `python -m fastres ...` in the text, without
-        assignments to environment variables in front of them."""
+        """The words of every command in a bash block and of every `python -m fastres ...` in the text, without leading
+        assignments to environment variables."""
         prose = re.sub(r"^ *```.*?^ *```", "", self.text, flags=re.MULTILINE | re.DOTALL)
         lines = [" ".join(span.split()) for span in re.findall(r"`(python -m fastres \w+ [^`]+)`", prose)]
         lines = [line for line in lines if "..." not in line]
@@ -87,7 +87,7 @@ class Page:
 
     @cached_property
     def anchors(self) -> set[str]:
-        """As a repository page makes them of headings."""
+        """The anchors that GitHub makes from the page's headings."""
         headings = re.findall(r"^#+ +(.*)$", re.sub(r"^```.*?^```", "", self.text, flags=re.M | re.S), re.MULTILINE)
         return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
@@ -108,7 +108,7 @@ COMMANDS = [(page, words) for page in PAGES for words in page.commands]
 
 
 def python(words: list[str]) -> list[str] | None:
-    """What a command gives to Python: ["-m", module, ...] or [script, ...]; None if it calls another program."""
+    """Return what a command passes to Python: ["-m", module, ...] or [script, ...]; None for another program."""
     program, *rest = words
     if program == "torchrun":
         return rest[rest.index("-m") :]
@@ -116,13 +116,13 @@ def python(words: list[str]) -> list[str] | None:
 
 
 def of_fastres(words: list[str]) -> list[str] | None:
-    """The arguments of `python -m fastres`, if that is what it calls."""
+    """Return the arguments of `python -m fastres`, or None for another command."""
     given = python(words)
     return given[2:] if given and given[:2] == ["-m", "fastres"] else None
 
 
 def runs_here(words: list[str]) -> bool:
-    """Whether a command of fastres needs nothing but a minute: a training must say how few iterations it has."""
+    """Return whether a fastres command is cheap and downloads nothing. A training must set --iterations."""
     arguments = of_fastres(words)
     if not arguments or words[0] == "torchrun" or any(re.fullmatch(r"[A-Z_]{3,}.*", word) for word in arguments):
         return False
@@ -132,7 +132,8 @@ def runs_here(words: list[str]) -> bool:
 
 
 def _readme_first(pages: list[Page]) -> list[Any]:
-    """Cases of a test that runs for a while: `make test` takes README's."""
+    """Return the pages as parameters of a slow test: `make test` runs only README's, because the others are marked
+    `extra`."""
     marks = {page: () if page.path == README else pytest.mark.extra for page in pages}
     return [pytest.param(page, id=str(page), marks=marks[page]) for page in pages]
 
@@ -156,7 +157,7 @@ def test_the_readme_is_short() -> None:
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("page", _readme_first(WITH_CODE))
 def test_the_code_of_a_page_runs(page: Page, tmp_path: Path) -> None:
-    """A page's Python blocks, one after the other, as one script in an empty folder."""
+    """All Python blocks of a page run as one script in an empty folder."""
     script = tmp_path / "page.py"
     script.write_text(page.code)
     done = subprocess.run([sys.executable, script], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True)
@@ -166,7 +167,7 @@ def test_the_code_of_a_page_runs(page: Page, tmp_path: Path) -> None:
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("page", _readme_first(WITH_RUNS))
 def test_commands_run(page: Page, tmp_path: Path) -> None:
-    """In the page's order, in one folder."""
+    """The commands of a page run in its order, in one folder."""
     for words in filter(runs_here, page.commands):
         given = [sys.executable, "-m", "fastres", *(of_fastres(words) or [])]
         done = subprocess.run(given, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True)
@@ -179,7 +180,7 @@ OF_FASTRES = sorted({tuple(arguments) for _, words in COMMANDS if (arguments := 
 
 @pytest.mark.parametrize("arguments", OF_FASTRES, ids=" ".join)
 def test_options_of_a_command_exist(arguments: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the real parser, which ends the program where it refuses; nothing is run."""
+    """The real parser accepts the options; the command itself is not run."""
     monkeypatch.setattr(module(arguments[0]), "run", lambda args: 0)
     assert main(arguments) == 0
 
@@ -200,7 +201,7 @@ def test_options_of_a_script_exist(script: str) -> None:
 
 
 def test_no_other_program_is_called() -> None:
-    """So that each command of a page is checked by some test here."""
+    """Every other program would be a command that no test in this file checks."""
     for page, words in COMMANDS:
         given = python(words)
         modules = given is not None and given[0] == "-m" and given[1] in ("fastres", "pip", "pytest", "venv")
@@ -239,7 +240,7 @@ def test_make_help_lists_every_target() -> None:
 
 
 def test_plain_lines_are_what_make_runs() -> None:
-    """The commands by hand beside `make` are the Makefile's own."""
+    """The commands that the docs list as alternatives to `make` are in the Makefile."""
     recipes = MAKEFILE.replace("$(VENV)", ".venv").replace("$(DEPTH)", "50")
     shell = "\n".join(body for page in PAGES for language, body in page.blocks if language == "bash")
     by_hand = {line.split("#")[0].strip() for line in shell.splitlines() if ".venv/bin/python" in line}
@@ -250,7 +251,7 @@ def test_plain_lines_are_what_make_runs() -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=str)
 def test_links_lead_somewhere(page: Page) -> None:
-    """To files, folders and headings of this repository; addresses elsewhere aren't asked."""
+    """Links to files, folders and headings of this repository resolve. External addresses are not requested."""
     for link in page.links:
         if re.match(r"https?://", link):
             continue

@@ -1,4 +1,4 @@
-"""Testing trained nets: each way of it against a naive loop on real photographs, the counting, and the commands."""
+"""Evaluation agrees with naive loops on real photographs, counts correctly, and refuses bad input."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def small_net(classes: int = 7) -> Any:
 
 
 def photo_files(folder: Path, sides: tuple[int, int] = (96, 64)) -> list[Path]:
-    """scikit-learn's two photographs, one lying and one standing, as PNG."""
+    """scikit-learn's two photographs as PNG files, one in landscape and one in portrait format."""
     lying, standing = pytest.importorskip("sklearn.datasets").load_sample_images().images
     pictures = [Image.fromarray(lying), Image.fromarray(standing).transpose(Image.Transpose.ROTATE_90)]
     paths = []
@@ -49,23 +49,23 @@ def photo_files(folder: Path, sides: tuple[int, int] = (96, 64)) -> list[Path]:
 
 @pytest.fixture
 def photos(tmp_path: Path) -> list[Tensor]:
-    """Two photographs uint8 [3, 64, 96] and [3, 96, 64], and the first one mirrored."""
+    """Return two photographs, uint8 [3, 64, 96] and [3, 96, 64], and the mirror image of the first."""
     images = [torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1) for path in photo_files(tmp_path)]
     return [*images, images[0].flip(2)]
 
 
 def mean_image(size: int = 32) -> Preprocess:
-    """The paper's normalisation: a mean image that is no constant, and no division."""
+    """Return the paper's normalisation: subtract a mean image that is not constant, and don't divide."""
     ramp = torch.linspace(0.2, 0.6, size)
     mean = torch.stack([ramp.expand(size, size), ramp[:, None].expand(size, size), 0.5 * (ramp + ramp[:, None])])
     return Preprocess(mean, torch.ones(3, 1, 1), torch.zeros(3, 3))
 
 
-# The naive way: one image, one crop, one position at a time.
+# Naive loops: one image, one crop, one position at a time.
 
 
 def resized(image: Tensor, side: int) -> Tensor:
-    """By Pillow, which rounds to grey levels as well."""
+    """Resize by Pillow, which rounds to 8 bits as well."""
     height, width = image.shape[1:]
     scale = side / min(height, width)
     picture = Image.fromarray(image.permute(1, 2, 0).numpy())
@@ -108,7 +108,7 @@ def naive_multiscale(net: Any, image: Tensor, scales: tuple[int, ...], size: int
         for view in (scaled, scaled.flip(2)):
             x = net._stem(normalised(view, preprocess)[None])
             maps = net.layer3(net.layer2(net.layer1(x)))[0]
-            window = size // 4  # these nets halve the image twice
+            window = size // 4  # these nets have a total stride of 4
             scores = []
             for p in range(maps.shape[1] - window + 1):
                 for q in range(maps.shape[2] - window + 1):
@@ -119,7 +119,7 @@ def naive_multiscale(net: Any, image: Tensor, scales: tuple[int, ...], size: int
 
 
 def close(actual: Tensor, expected: Tensor, atol: float = SCORES) -> None:
-    """Scores lie in [0, 1]; the default is what fp32 leaves of them after some ten layers."""
+    """Compare scores, which are in [0, 1]. The default tolerance is the fp32 rounding error of about ten layers."""
     torch.testing.assert_close(actual.double(), expected.double(), rtol=0, atol=atol)
 
 
@@ -134,7 +134,7 @@ def test_the_resize_is_pillows(photos: list[Tensor]) -> None:
 
 @pytest.fixture
 def exact_resize(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pillow's resize in the tested code as well: a grey level of difference is the subject of the test above."""
+    """Use Pillow's resize in the tested code, too. The test above covers the differences of 1/255 between the two."""
     own = torchvision.transforms.v2.functional.resize
 
     def resize(image: Tensor, size: list[int], **kwargs: Any) -> Tensor:
@@ -152,7 +152,7 @@ def test_crops_equal_a_naive_loop(crops: str, photos: list[Tensor]) -> None:
     views = Views(crops, 32, 40)
     scores = Predictor(net, views, preprocess)([views.prepare(image) for image in photos])
     close(scores, torch.stack([naive_crops(net, image, crops, 32, 40, preprocess) for image in photos]))
-    assert (scores[0] - scores[1]).abs().max() > 1e-3  # the images tell
+    assert (scores[0] - scores[1]).abs().max() > 1e-3  # the scores depend on the image
 
 
 @pytest.mark.usefixtures("exact_resize")
@@ -173,7 +173,7 @@ def test_multiscale_without_mirror_images_is_not_symmetric(photos: list[Tensor])
 
 
 def test_scores_come_in_the_images_order(photos: list[Tensor]) -> None:
-    """Images of one shape are scored together, wherever they stand."""
+    """Images of one shape are scored together, wherever they are in the input."""
     lying, standing, mirrored = photos
     images = [lying, standing, lying[:, :, :80], mirrored, standing.flip(1)]
     predictor = Predictor(small_net(), Views("multiscale", 32, scales=(32,)), mean_image())
@@ -184,7 +184,7 @@ def test_scores_come_in_the_images_order(photos: list[Tensor]) -> None:
 
 
 def without_padding() -> nn.Module:
-    """A net of total stride 4 whose convolutions read no padding."""
+    """Return a net with a total stride of 4 whose convolutions have no padding."""
     return lived_in(
         nn.Sequential(
             *(nn.Conv2d(3, 8, 3, stride=2), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 16, 3, stride=2), nn.ReLU()),
@@ -194,7 +194,8 @@ def without_padding() -> nn.Module:
 
 
 def test_fully_convolutional_is_a_sliding_window_where_strides_align() -> None:
-    """Without padding each position is a crop, those at multiples of the net's stride, to the last bits."""
+    """Without padding, every position of the score map equals a crop at a multiple of the net's stride, up to rounding
+    errors."""
     net, size, stride = without_padding(), 19, 4
     image = torch.rand(1, 3, size + 3 * stride, size + 5 * stride, dtype=torch.float64)
     with torch.no_grad():
@@ -205,7 +206,7 @@ def test_fully_convolutional_is_a_sliding_window_where_strides_align() -> None:
     torch.testing.assert_close(dense[0].T, sliding, rtol=0, atol=SLIDING)
 
 
-NETS: dict[str, tuple[Callable[..., nn.Module], int]] = {  # and by how much they halve the image
+NETS: dict[str, tuple[Callable[..., nn.Module], int]] = {  # and their total stride
     "cifar": (lambda: paper.cifar(8, num_classes=9), 4),
     "cifar-plain": (lambda: paper.cifar(8, residual=False, num_classes=9), 4),
     "cifar-stem": (lambda: paper.cifar_stem(18, num_classes=9), 8),
@@ -240,7 +241,7 @@ def test_what_has_no_dense_form_is_refused() -> None:
             fully_convolutional(net, 32)
 
 
-# Ensembles, numerics, speed paths.
+# Ensembles, optimized nets, GPUs.
 
 
 def test_an_ensemble_averages_scores(photos: list[Tensor]) -> None:
@@ -282,7 +283,7 @@ def test_the_optimized_net_scores_the_same(crops: str, photos: list[Tensor]) -> 
 def test_calibration_sees_what_a_call_shows_the_nets(
     crops: str, photos: list[Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All views of each image, preprocessed as each net of an ensemble wants it, image shapes apart."""
+    """Calibration gets all views of every image, grouped by shape and preprocessed for each net of the ensemble."""
     shown: list[list[Tensor]] = []
     monkeypatch.setattr(
         "fastres.evaluate.optimize", lambda net, *, calibration, **_: (shown.append(list(calibration)), net)[1]
@@ -346,7 +347,7 @@ def test_images_below_the_crop_are_refused() -> None:
 
 
 def counted(scores: Tensor, labels: Tensor, sizes: list[int]) -> Result:
-    """`evaluate` on scores that are there already, in batches of these sizes."""
+    """Run `evaluate` on precomputed scores, in batches of the given sizes."""
     pytest.importorskip("torchmetrics")
     batches = zip(scores.split(sizes), labels.split(sizes), strict=True)
     return evaluate(lambda x: x, batches, scores.shape[1], CPU)
@@ -354,7 +355,10 @@ def counted(scores: Tensor, labels: Tensor, sizes: list[int]) -> Result:
 
 @pytest.mark.parametrize("classes", [3, 5, 12])
 def test_top1_and_top5_equal_a_count_by_hand(classes: int) -> None:
-    scores, labels = torch.rand(40, classes).softmax(1), torch.randint(classes - 1, (40,))  # the last has no images
+    scores, labels = (
+        torch.rand(40, classes).softmax(1),
+        torch.randint(classes - 1, (40,)),
+    )  # the last class has no images
     result = counted(scores, labels, [16, 16, 0, 8])
     first, five = [0] * classes, [0] * classes
     for row, label in zip(scores.tolist(), labels.tolist(), strict=True):

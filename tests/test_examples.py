@@ -1,4 +1,4 @@
-"""The examples as a user meets them: run from another folder, with little, with wrong input, interrupted."""
+"""The examples run from another folder and with small settings, refuse wrong input, and can be interrupted."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 
 def run(folder: Path, *command: str | Path, status: int = 0) -> str:
-    """What `python examples/...` (or -m fastres) prints on stdout, on stderr where it fails as it should."""
+    """Run `python examples/...` (or -m fastres). Return its stdout, or its stderr if it should fail."""
     first, *rest = map(str, command)
     program = ["-m", "fastres", first] if first in ("eval", "predict") else [str(EXAMPLES / first)]
     words = [sys.executable, *program, *rest]
@@ -60,7 +60,7 @@ def module(name: str) -> Any:
 
 
 def ended(monkeypatch: pytest.MonkeyPatch, folder: Path, *command: str) -> Any:
-    """The status with which an example ends that does no work: in this process, which has torch loaded."""
+    """Return the exit status of an example that does no work. It runs in this process, where torch is loaded."""
     for package in NEEDS.get(command[0], ()):
         pytest.importorskip(package)
     monkeypatch.chdir(folder)
@@ -134,7 +134,7 @@ def test_first_look_says_what_runs_fused_and_what_it_saves(tmp_path: Path) -> No
 def test_first_look_counts_the_passes_of_libraries(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Without oneDNN nothing but the BatchNorms is folded away."""
+    """Without oneDNN, `optimize` folds only the BatchNorms, and the other operations stay separate."""
     monkeypatch.setattr(
         sys, "argv", ["first_look.py", "--depth", "18", "--batch", "1", "--size", "64", "--rounds", "4"]
     )
@@ -146,7 +146,7 @@ def test_first_look_counts_the_passes_of_libraries(
 
 @pytest.mark.parametrize("depth", [18, 50])
 def test_first_look_counts_what_the_fused_path_keeps(depth: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its rule, applied to shapes, beside the tensors that the fused blocks give to autograd."""
+    """The rule for machines without a GPU agrees with the tensors that the fused blocks save for autograd."""
     look = module("first_look")
 
     def built() -> list[Any]:
@@ -196,7 +196,7 @@ def test_finetune_writes_what_eval_and_predict_read(tmp_path: Path) -> None:
     told = run(tmp_path, "predict", data / "val" / "rings" / "97.jpg", "--weights", best, "--top", "3")
     assert sorted(re.findall(r"%  (\w+)", told)) == ["checks", "rings", "stripes"]
 
-    # From those weights with all but the classifier frozen, its BatchNorms' statistics too.
+    # Start from these weights with everything frozen except the classifier, including the BatchNorm statistics.
     run(tmp_path, *few, "b", "--data", data, "--weights", best, "--freeze")
     before, after = (torch.load(tmp_path / name / "best.pt", weights_only=True)["model"] for name in "ab")
     changed = {key for key in before if not torch.equal(before[key], after[key])}
@@ -207,7 +207,7 @@ def test_finetune_writes_what_eval_and_predict_read(tmp_path: Path) -> None:
 def test_finetune_starts_from_a_state_dict_of_torchvision(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Of a thousand classes; then its images are a folder's with one that is broken."""
+    """The state dict has a thousand classes. Then finetune gets a folder with one broken image."""
     net = torchvision.models.resnet18()
     torch.save(net.state_dict(), tmp_path / "theirs.pth")
     for part, name in ((part, name) for part in ("train", "val") for name in ("a", "b")):
@@ -230,7 +230,7 @@ def test_finetune_starts_from_a_state_dict_of_torchvision(
 
 
 def test_an_interrupted_finetune_leaves_a_whole_file(tmp_path: Path) -> None:
-    """Ctrl-C after the first epoch: one line, status 130, and the file written before is whole."""
+    """Ctrl-C after the first epoch gives one line and status 130, and leaves a complete checkpoint."""
     words = [sys.executable, EXAMPLES / "finetune.py", "--size", "32", "--epochs", "10000"]
     started: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(words, cwd=tmp_path, env=ON_A_CPU, **started) as process:
@@ -293,11 +293,11 @@ def test_compile_backend_shows_what_is_rewritten(options: str, tmp_path: Path) -
     assert said.count("differ from eager PyTorch's") == (2 if "--train" in options else 1)
 
 
-# serve.py, by real HTTP.
+# serve.py over real HTTP.
 
 
 class Server:
-    """A running serve.py. url: where it listens, once it does."""
+    """A running serve.py. url: its address, once it listens."""
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
         assert process.stdout is not None
@@ -308,7 +308,7 @@ class Server:
         self.url = found[0]
 
     def ask(self, path: str, data: bytes | None = None) -> tuple[int, Any]:
-        """(status, JSON)."""
+        """Send a request and return (status, JSON)."""
         try:
             with urllib.request.urlopen(self.url + path, data, timeout=60) as answer:
                 return answer.status, json.load(answer)
@@ -319,7 +319,7 @@ class Server:
         return self.ask("/health")[1]
 
     def until(self, waiting: int) -> None:
-        """Returns when so many requests are inside."""
+        """Wait until the given number of requests is in flight."""
         end = time.monotonic() + 30
         while self.health()["waiting"] != waiting:
             assert time.monotonic() < end, self.health()
@@ -344,13 +344,13 @@ def served(folder: Path, *options: str) -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """With net.pt, a small net that tells its images apart, and the images 0.png to 11.png."""
+    """A folder with net.pt, a small net that distinguishes its images, and the images 0.png to 11.png."""
     for package in NEEDS["serve.py"]:
         pytest.importorskip(package)
     where = tmp_path_factory.mktemp("serve")
     torch.manual_seed(0)
     net = families.named("cifar-20").train()
-    for _ in range(3):  # statistics that belong to its weights
+    for _ in range(3):  # so that the BatchNorm statistics match the weights
         net(torch.randn(16, 3, 32, 32))
     meta = {"family": "cifar", "depth": 20, "classes": [f"class {k}" for k in range(10)], "val_size": 32, "resize": 36}
     preprocess = {"mean": torch.full((3, 1, 1), 0.4), "std": torch.full((3, 1, 1), 0.3)}
@@ -387,7 +387,7 @@ def test_served_answers_are_those_of_predict_and_come_in_batches(folder: Path) -
 
 
 def test_a_server_refuses_with_status_and_words(folder: Path) -> None:
-    """Each with its status and JSON; the server goes on, and its log stays empty."""
+    """Every kind of bad request gets its status and a JSON message. The server keeps running, with an empty log."""
     picture = (folder / "0.png").read_bytes()
     huge, large, thin, small = io.BytesIO(), io.BytesIO(), io.BytesIO(), io.BytesIO()
     Image.new("1", (20_000, 20_000)).save(huge, "png")
@@ -413,7 +413,7 @@ def test_a_server_refuses_with_status_and_words(folder: Path) -> None:
         assert server.ask("/nowhere")[0] == 404
         assert len(server.ask("/classify?top=99", small.getvalue())[1]["classes"]) == 10
 
-        # A client that leaves in the middle of its image gives its place back.
+        # A client that disconnects in the middle of its upload frees its place in the queue.
         host, _, port = server.url.removeprefix("http://").partition(":")
         with socket.create_connection((host, int(port))) as client:
             client.sendall(b"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\nhalf")
@@ -425,7 +425,8 @@ def test_a_server_refuses_with_status_and_words(folder: Path) -> None:
 
 
 def test_a_full_server_turns_away_and_a_stopped_one_ends_its_calls(folder: Path) -> None:
-    """With both places taken a third request is turned away; SIGTERM lets the two end, and nobody else in."""
+    """While two requests fill the queue, a third is refused. After SIGTERM, the two are answered and no new ones are
+    accepted."""
     picture = (folder / "0.png").read_bytes()
     with (
         served(folder, "--weights", "net.pt", "--queue", "2", "--wait", "2000") as server,
@@ -458,7 +459,7 @@ def test_serve_may_be_stopped_before_uvicorn_runs(folder: Path) -> None:
 def test_serve_says_that_the_port_is_taken(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Known before the weights, which aren't there, are read."""
+    """The error comes before the weights are read: they don't exist here."""
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = str(other.getsockname()[1])
         assert ended(monkeypatch, tmp_path, "serve.py", "--weights", "nowhere", "--port", port) == 3

@@ -1,4 +1,4 @@
-"""The paper's experiments: what is concluded from errors, and the responses of layers."""
+"""The paper's experiments: conclusions from errors, and the responses of layers."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_the_paper_s_table_3_stands_beside() -> None:
 
 @torch.no_grad()
 def by_hand(net: Any, x: torch.Tensor) -> list[float]:
-    """What `layer_responses` gives of a CIFAR net, layer by layer."""
+    """Return the results of `layer_responses` for a CIFAR net, computed layer by layer."""
     stds = []
 
     def seen(y: torch.Tensor) -> torch.Tensor:

@@ -1,5 +1,5 @@
-"""The house's rules: who may import whom, that none do so in a circle, that a module can be reached by its name, what
-`import fastres` costs, and that tests keep their tolerances in one place."""
+"""Rules of the package: which layer may import which, no import cycles, every module reachable by its name, a cheap
+`import fastres`, and tolerances of tests in one table."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
-# A floor may import itself and the floors below it. `kernels` knows torch and triton, the ground only Python.
-FLOORS = ["face", "models", "ops", "kernels", "ground"]
+# A layer may import itself and the layers below it. `kernels` may also import torch and triton; the base imports only
+# the standard library.
+LAYERS = ["api", "models", "ops", "kernels", "base"]
 
 
 def modules() -> dict[str, Path]:
-    """Import name -> file of all that is shipped."""
+    """Return import name -> file, for all modules that are shipped."""
     found = {}
     for folder, package in ((ROOT / "fastres", "fastres"), (ROOT / "kernels", "fastres.kernels")):
         for file in folder.rglob("*.py"):
@@ -31,15 +32,16 @@ def modules() -> dict[str, Path]:
     return found
 
 
-def floor(module: str) -> str:
-    """fastres.models.x -> models; paths and capability are the ground; everything else in fastres is the face."""
+def layer(module: str) -> str:
+    """Return the layer of a module: fastres.models.x -> models. paths and capability are the base; fastres's other
+    modules are the public API."""
     parts = module.split(".")
-    room = parts[1] if len(parts) > 1 else ""
-    return {"csrc": "kernels", "paths": "ground", "capability": "ground"}.get(room, room if room in FLOORS else "face")
+    part = parts[1] if len(parts) > 1 else ""
+    return {"csrc": "kernels", "paths": "base", "capability": "base"}.get(part, part if part in LAYERS else "api")
 
 
 def imports(file: Path, module: str) -> Iterator[str]:
-    """Absolute names of all that the file imports, at whatever depth, type-checking blocks included."""
+    """Yield the absolute names of all imports of a file, including those in functions and type-checking blocks."""
     package = module if file.name == "__init__.py" else module.rpartition(".")[0]
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
@@ -49,13 +51,13 @@ def imports(file: Path, module: str) -> Iterator[str]:
 
 
 def source(node: ast.ImportFrom, package: str) -> str:
-    """The absolute name of the module that a package's file imports from."""
+    """Return the absolute name of the module that a from-import in `package` imports from."""
     parents = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
     return ".".join([*parents, *([node.module] if node.module else [])])
 
 
 def target(name: str, known: dict[str, Path]) -> str:
-    """The module that an import's name means: itself, or the one whose member it is."""
+    """Return the module that an imported name refers to: the name itself, or the module that has it as a member."""
     return name if name in known else name.rpartition(".")[0]
 
 
@@ -67,16 +69,16 @@ def violations(module: str, file: Path, known: dict[str, Path]) -> list[str]:
             wrong.append(f"{module} imports {name}")
         elif root == "fastres":
             ours = target(name, known)
-            if FLOORS.index(floor(ours)) < FLOORS.index(floor(module)):
-                wrong.append(f"{module} imports {name}, a floor above")
+            if LAYERS.index(layer(ours)) < LAYERS.index(layer(module)):
+                wrong.append(f"{module} imports {name} from a layer above")
             # `problem` is arithmetic on sizes; everything that runs is reached through ops
-            if floor(module) == "face" and floor(ours) == "kernels" and ours != "fastres.kernels.problem":
-                wrong.append(f"{module} imports {name}, past ops")
+            if layer(module) == "api" and layer(ours) == "kernels" and ours != "fastres.kernels.problem":
+                wrong.append(f"{module} imports {name} directly instead of through ops")
         elif root not in sys.stdlib_module_names:
-            if floor(module) == "kernels" and root not in ("torch", "triton"):
-                wrong.append(f"{module} imports {name}; kernels know torch and triton only")
-            if floor(module) == "ground":
-                wrong.append(f"{module} imports {name}; the ground knows Python only")
+            if layer(module) == "kernels" and root not in ("torch", "triton"):
+                wrong.append(f"{module} imports {name}, but kernels may import only torch and triton")
+            if layer(module) == "base":
+                wrong.append(f"{module} imports {name}, but the base may import only the standard library")
     return wrong
 
 
@@ -107,16 +109,17 @@ def test_a_wrong_import_is_found(module: str, code: str, tmp_path: Path) -> None
 
 
 def circle(known: dict[str, Path]) -> list[str]:
-    """Modules of which each imports the next and the last is the first; none where there is no such circle.
+    """Return a cycle of modules in which each imports the next and the last equals the first; an empty list without a
+    cycle.
 
-    An import counts wherever it stands, in functions and type-checking blocks too. The packages around the module that
-    it names run with it, and do not count.
+    Imports in functions and type-checking blocks count. The parent packages of an imported module run as well, but do
+    not count.
     """
     graph = {module: {target(name, known) for name in imports(file, module)} for module, file in known.items()}
     try:
         TopologicalSorter(graph).prepare()
     except CycleError as error:
-        return error.args[1][::-1]  # graphlib's order is the imported first
+        return error.args[1][::-1]  # graphlib lists an imported module before its importer
     return []
 
 
@@ -154,8 +157,8 @@ def test_a_circle_is_found(codes: dict[str, str], tmp_path: Path) -> None:
 
 
 def members(file: Path, package: str, known: dict[str, Path]) -> Iterator[tuple[str, str]]:
-    """(name, what it means in full) for all that a package's file defines or imports by its own name, star imports
-    included."""
+    """Yield (name, full meaning) for everything that a package's file defines or imports by name, including star
+    imports."""
     for node in ast.parse(file.read_text()).body:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             yield node.name, f"{package}.{node.name}()"
@@ -171,7 +174,8 @@ def members(file: Path, package: str, known: dict[str, Path]) -> Iterator[tuple[
 
 
 def shadowed(known: dict[str, Path]) -> list[str]:
-    """Submodules that `import package.name as x` doesn't give, as the package has something else of that name."""
+    """Return the submodules that `import package.name as x` does not give, because the package has another member of
+    that name."""
     return [
         f"{package}.{name} is {meaning}"
         for package, file in known.items()
@@ -222,7 +226,8 @@ def test_torch_compile_finds_its_backend_in_the_package() -> None:
 
 
 def _import() -> tuple[list[str], bool, float]:
-    """What `import fastres` loads beyond torchvision, whether CUDA has started then, and the seconds it took."""
+    """Return the modules that `import fastres` loads beyond torchvision's, whether CUDA was initialised, and its time
+    in seconds."""
     code = """
 import json, sys, time, torchvision
 theirs, begin = set(sys.modules), time.perf_counter()
@@ -236,13 +241,16 @@ print(json.dumps([sorted(set(sys.modules) - theirs), torch.cuda.is_initialized()
 
 
 def test_import_starts_nothing_and_loads_little_in_little_time() -> None:
-    """In at most 0.2 s more than torchvision's import; measured in the process, behind it, and the least of several
-    runs."""
+    """`import fastres` takes at most 0.2 s after torchvision has been imported: the minimum of several runs, each
+    measured in a new process."""
     new, cuda, best = _import()
     assert not cuda
     parts = tuple(f"fastres.{part}" for part in ("kernels", "timm", "csrc", "train", "evaluate", "weights", "cli"))
     assert not [name for name in new if name.startswith(parts)]
-    flop_counter = {"torch.utils.flop_counter", "torch.utils.module_tracker"}  # a millisecond; formulas stand in it
+    flop_counter = {
+        "torch.utils.flop_counter",
+        "torch.utils.module_tracker",
+    }  # takes a millisecond; needed for FLOP formulas
     foreign = {name.split(".")[0] for name in set(new) - flop_counter} - set(sys.stdlib_module_names)
     assert foreign <= {"fastres"}, sorted(new)
     end = time.monotonic() + 60
@@ -251,12 +259,12 @@ def test_import_starts_nothing_and_loads_little_in_little_time() -> None:
     assert best <= 0.2, f"import fastres costs {best:.2f} s more than import torchvision"
 
 
-BELOW_A_TENTH = re.compile(r"(?<![\w.])0\.0\d*[1-9]|[\d.]+e-\d|\*\* ?\(?-\d")  # in an expression as `unparse` writes it
+BELOW_A_TENTH = re.compile(r"(?<![\w.])0\.0\d*[1-9]|[\d.]+e-\d|\*\* ?\(?-\d")  # in the output of `ast.unparse`
 TOLERANCE = re.compile(r"[ar]tol|rel|abs|(rel|abs)_tol|lost|allowed|exact.*|.*toleran.*", re.IGNORECASE)
 
 
 def named_values(node: ast.AST) -> Iterator[tuple[str, ast.expr | None]]:
-    """What a node of a program gives to names: arguments of a call, defaults of a function, a variable's value."""
+    """Yield (name, value) for keyword arguments of calls, defaults of functions and assigned variables."""
     if isinstance(node, ast.Call):
         yield from ((word.arg or "", word.value) for word in node.keywords)
     elif isinstance(node, ast.arguments):
@@ -271,7 +279,7 @@ def named_values(node: ast.AST) -> Iterator[tuple[str, ast.expr | None]]:
 
 
 def bounded(node: ast.Compare) -> Iterator[tuple[ast.expr, ast.expr]]:
-    """(what is smaller, its upper bound) for each inequality of a comparison."""
+    """Yield (smaller side, its upper bound) for every inequality in a comparison."""
     for left, sign, right in zip([node.left, *node.comparators], node.ops, node.comparators, strict=False):
         if isinstance(sign, (ast.Lt, ast.LtE)):
             yield left, right
@@ -280,15 +288,15 @@ def bounded(node: ast.Compare) -> Iterator[tuple[ast.expr, ast.expr]]:
 
 
 def is_error(node: ast.expr) -> bool:
-    """True for an expression with a distance, or with a call or variable that is named an error."""
+    """Return whether an expression has a call of abs, or a call or variable with "error" in its name."""
     calls = {ast.unparse(part.func).rpartition(".")[2] for part in ast.walk(node) if isinstance(part, ast.Call)}
     names = {part.id for part in ast.walk(node) if isinstance(part, ast.Name)}
     return "abs" in calls or any("error" in name for name in calls | names)
 
 
 def own_tolerances(code: str) -> list[int]:
-    """Lines of a test with a tolerance of its own: a number below a tenth that is so named or that bounds an error, or
-    any number as `assert_close_to_reference`'s factor."""
+    """Return the lines of a test that set their own tolerance: a number below 0.1 with such a name or as the bound of
+    an error, or a number as `assert_close_to_reference`'s factor."""
     values: list[ast.expr | None] = []
     lines = []
     for node in ast.walk(ast.parse(code)):

@@ -1,4 +1,4 @@
-"""What lies on disks beside good images: `predict`, `eval` and training name it and go on, or refuse it."""
+"""`predict`, `eval` and training name bad files on disk and continue, or refuse them."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ from fastres.train.recipe import RECIPES, ScaleCrop
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 SETTINGS: dict[str, Any] = {"size": 32, "val_size": 32, "resize": 40, "epochs": None, "iterations": 2, "batch": 4}
-IDS = ("n01440764", "n01443537")  # of ImageNet's classes
-ODD, HOSTILE = b"caf\xe9.png", "a\nb\x1b[31m\u202ec.png"  # Latin-1; what breaks lines, colours and turns around
+IDS = ("n01440764", "n01443537")  # of ImageNet classes
+ODD, HOSTILE = b"caf\xe9.png", "a\nb\x1b[31m\u202ec.png"  # Latin-1; a line break, a colour code, right-to-left text
 
 
 def picture(height: int = 48, width: int = 64, seed: int = 0) -> Image.Image:
@@ -54,7 +54,7 @@ def weights(tmp_path: Path) -> str:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Three good images."""
+    """A folder with three good images."""
     (tmp_path / "photos").mkdir()
     for i in range(3):
         picture(seed=i).save(tmp_path / "photos" / f"{i}.png")
@@ -66,7 +66,7 @@ def rows_of(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-# what is no image
+# files that are no images
 
 
 def pipe(path: Path) -> None:
@@ -75,7 +75,7 @@ def pipe(path: Path) -> None:
 
 def listening(path: Path) -> None:
     at = os.getcwd()
-    os.chdir(path.parent)  # names of sockets are short
+    os.chdir(path.parent)  # paths of sockets have a length limit
     socket.socket(socket.AF_UNIX).bind(path.name)
     os.chdir(at)
 
@@ -110,7 +110,7 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
 def test_what_is_no_image_is_named_in_one_line(
     kind: str, folder: Path, weights: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """And the others are answered. A pipe isn't waited for."""
+    """The other images get an answer, and reading a pipe does not block."""
     make, said = BAD[kind]
     bad = folder / "1b.JPEG"
     make(bad)
@@ -140,7 +140,7 @@ def test_training_names_what_is_no_image_too(kind: str, folder: Path) -> None:
 
 
 def test_an_image_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Root may read everything, so the system's answer is replaced."""
+    """The system's error is simulated, because root may read every file."""
 
     def forbidden(path: object, *_: object) -> None:
         raise PermissionError(13, "Permission denied", str(path))
@@ -165,7 +165,7 @@ def test_what_is_named_itself_is_refused_before_any_work(
 
 
 def test_pillow_warns_of_nothing(tmp_path: Path) -> None:
-    """Of 90 to 179 million pixels, for one: it names no file, and they are read."""
+    """Pillow warns about images of 90 to 179 million pixels without naming the file, although they are read."""
     command = f"""
 import warnings
 from PIL import Image
@@ -185,7 +185,7 @@ warnings.warn("others are heard")
 
 
 def test_folders_are_searched_once(tmp_path: Path, folder: Path) -> None:
-    """Links to folders are followed, also in circles; a folder that is called as an image is a folder."""
+    """Links to folders are followed, even in cycles, and a folder with an image's name is a folder."""
     deep = folder / "album.jpg"
     deep.mkdir()
     picture().save(deep / "x.png")
@@ -216,7 +216,8 @@ def test_the_order_is_torchvisions(tmp_path: Path) -> None:
 def test_a_folder_that_can_t_be_listed_is_named(
     folder: Path, weights: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """`predict` names it and goes on, for it needn't hold images (lost+found); what counts images is refused."""
+    """`predict` names the folder and continues, because it may have no images (e.g. lost+found). Commands that count
+    images refuse it."""
     (folder / "lost+found").mkdir()
     scandir = os.scandir
 
@@ -251,7 +252,8 @@ def test_classes_without_images_are_named(tmp_path: Path) -> None:
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
-    """train/ and val/ with what is among ImageNet's files: 6 images in each of 2 classes."""
+    """An ImageNet-like tree: train/ and val/ with 6 images in each of 2 classes, of the unusual kinds that ImageNet
+    has."""
     turned = Image.Exif()
     turned[0x0112] = 6
     for part in ("train", "val"):
@@ -324,7 +326,7 @@ def test_ordinary_crops_are_torchvisions(shape: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_window_alone_is_cut_as_from_the_whole(shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """To a grey level, wherever it lies."""
+    """Pixels differ by at most 1/255, wherever the window is."""
     image = picture(*shape)
     pixels = tvf.pil_to_tensor(image)
     height, width = size = crop.resized(shape, 64)
@@ -341,8 +343,8 @@ def test_a_window_alone_is_cut_as_from_the_whole(shape: tuple[int, int], monkeyp
 
 
 def test_a_crop_takes_no_more_than_it_shows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a picture that would have 200 million pixels, nothing that size is made; nor of one with the most that
-    Pillow opens."""
+    """Nothing of the full size is allocated for an image that would have 200 million pixels after resizing, or for one
+    with the most pixels that Pillow opens."""
     own = tvf.resize
 
     def resize(image: Any, size: list[int], **options: Any) -> Any:
@@ -435,7 +437,7 @@ def test_predict_takes_names_that_are_not_utf8(folder: Path, weights: str, capsy
 def test_classes_may_have_names_that_are_not_utf8(
     tree: Path, weights: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Trained on and tested on; the checkpoint's classes are those of the folders."""
+    """Training and evaluation accept such names, and the checkpoint has the class names of the folders."""
     pytest.importorskip("torchmetrics")
     for part in ("train", "val"):
         os.rename(tree / part / IDS[1], os.path.join(os.fsencode(tree / part), b"z\xff"))
@@ -501,7 +503,7 @@ def test_a_table_is_whole_or_called_otherwise(tmp_path: Path) -> None:
     path.write_text("of the last run")
     with suppress(KeyboardInterrupt), Table(path) as table:
         table.row("a", 1)
-        assert part.read_bytes() == b"a,1\r\n"  # each row as it comes
+        assert part.read_bytes() == b"a,1\r\n"  # each row is written immediately
         raise KeyboardInterrupt
     assert path.read_text() == "of the last run"
     assert part.read_bytes() == b"a,1\r\n"
@@ -531,7 +533,7 @@ def test_a_disk_that_fills_up_leaves_whole_rows(tmp_path: Path, monkeypatch: pyt
 def test_a_table_may_go_to_a_device(
     command: str, tree: Path, weights: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """It is written in place, also through a link, and stays what it is."""
+    """A device, or a link to one, is written in place and stays a device."""
     pytest.importorskip("torchmetrics")
     given = ["--data", str(tree), "--checkpoint"] if command == "eval" else [str(tree), "--weights"]
     (tmp_path / "link.csv").symlink_to("/dev/full")
@@ -546,7 +548,7 @@ def test_a_table_may_go_to_a_device(
 @pytest.mark.parametrize("workers", ["0", "2"])
 @pytest.mark.parametrize("command", ["eval", "predict"])
 def test_whoever_reads_the_output_may_leave(command: str, workers: str, tree: Path, weights: str) -> None:
-    """As `head` does, which is no failure to speak of."""
+    """A reader such as `head` may close the pipe early; that is not an error."""
     pytest.importorskip("torchmetrics")
     given = ["--data", str(tree), "--checkpoint"] if command == "eval" else [str(tree), "--weights"]
     run = [

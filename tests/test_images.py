@@ -1,4 +1,4 @@
-"""Image files: every kind gives the right pixels, by every reader, or is refused by name."""
+"""Every reader gives the right pixels for every kind of image file, or refuses it with an error that names it."""
 
 from __future__ import annotations
 
@@ -21,11 +21,12 @@ from fastres.train import dali, data
 
 RAMP = np.arange(0, 65536, 5, dtype=np.uint16)[:13107].reshape(51, 257)
 COLOUR = (200, 100, 50)
-GREY = 124  # of that colour, by ITU-R 601
+GREY = 124  # grey value of that colour, by ITU-R 601
 
 
 def tiff(bits: int, content: bytes, *, photometric: int = 1, numbers: int = 1) -> bytes:
-    """A row of grey pixels. photometric: 0 for white is zero; numbers: 1 unsigned, 2 signed, 3 floating point."""
+    """Return a TIFF with a row of grey pixels. photometric: 0 if white is zero; numbers: 1 unsigned, 2 signed, 3
+    floating point."""
     width = 8 * len(content) // bits
     start = 8 + 2 + 10 * 12 + 4
     values = {256: width, 257: 1, 258: bits, 259: 1, 262: photometric, 273: start, 277: 1, 278: 1, 279: len(content)}
@@ -34,7 +35,7 @@ def tiff(bits: int, content: bytes, *, photometric: int = 1, numbers: int = 1) -
 
 
 def png(rows: np.ndarray, colour: int) -> bytes:
-    """rows: [H, W, channels] of 8 or 16 bits; colour: 0 grey, 2 RGB, 4 grey with alpha, 6 RGBA."""
+    """Return a PNG. rows: [H, W, channels] in 8 or 16 bits. colour: 0 grey, 2 RGB, 4 grey with alpha, 6 RGBA."""
 
     def chunk(kind: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
@@ -103,7 +104,7 @@ def test_16_bits_of_colour_or_with_alpha_are_one_level_off_at_most(colour: int, 
     ],
 )
 def test_colour_is_read_in_every_mode(mode: str, name: str, away: int, tmp_path: Path) -> None:
-    """And in grey, for nets of one channel. What is transparent shows the colour beneath it."""
+    """Also in grey, for nets of one channel. Transparent pixels keep their colours."""
     image = Image.new("RGB", (16, 16), COLOUR)
     image = image.quantize(2) if mode == "P" else image.convert(mode)
     if mode == "RGBA":
@@ -172,7 +173,7 @@ def test_a_truncated_file_is_named(name: str, tmp_path: Path) -> None:
 
 def test_whatever_goes_wrong_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = written(tmp_path / "a.png", Image.new("RGB", (8, 8)))
-    for error in (KeyError("tag"), MemoryError()):  # decoders raise anything on damage
+    for error in (KeyError("tag"), MemoryError()):  # decoders raise any type of exception for damaged files
         with pytest.raises(ImageError, match=rf"^{path} .*(tag|MemoryError)"), opened(path):
             raise error
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20)
@@ -187,7 +188,7 @@ def test_whatever_goes_wrong_names_the_file(tmp_path: Path, monkeypatch: pytest.
 
 @pytest.fixture
 def kinds(tmp_path: Path) -> datasets.ImageFolder:
-    """Files that decoders disagree about, and two that they don't."""
+    """Files that decoders read differently, and two that they read alike."""
     place = tmp_path / "class"
     place.mkdir()
     pixels = np.random.default_rng(0).integers(0, 256, (6, 9, 4), dtype=np.uint8)
@@ -205,7 +206,8 @@ def kinds(tmp_path: Path) -> datasets.ImageFolder:
 
 
 def test_every_reader_sees_the_same(kinds: datasets.ImageFolder) -> None:
-    """Training, DALI's loader, `eval` and `predict`; DALI itself decodes what all decoders agree about."""
+    """Covers training, DALI's loader, `eval` and `predict`. DALI itself decodes only files that all decoders read
+    alike."""
     folder = data.Folder(kinds, v2.Identity())
     coded = dali.Encoded(folder)
     files = Files([(Path(path), label) for path, label in kinds.samples], Views("multiscale"), 3)

@@ -1,4 +1,4 @@
-"""Where the cache lies, and that everything kept in it lies there."""
+"""The location of the cache folder, and that all cached files are in it."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_a_relative_xdg_folder_counts_as_none(monkeypatch: pytest.MonkeyPatch, h
 
 
 def test_one_folder_for_tables_libraries_and_mean_images(monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
-    """None of them beside the others, nor in a folder that is called `~`."""
+    """No file is created outside the folder, or in a folder named `~`."""
     monkeypatch.setenv("FASTRES_CACHE_DIR", "~/fr")
     tables.write_table({}, tables.table_file(tiles.H200.name), tiles.H200)
     assert extension._recipe("cpu", None).library.parent == home / "fr"
@@ -54,7 +54,7 @@ def test_one_folder_for_tables_libraries_and_mean_images(monkeypatch: pytest.Mon
 
 
 def test_without_a_home_nothing_is_kept_and_reading_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in a container whose user has no entry and no HOME."""
+    """This is the case in a container whose user has neither a passwd entry nor HOME."""
     monkeypatch.setattr(os.path, "expanduser", lambda path: path)
     assert tables.read_table(tables.table_file("any")) == {}
     moments = data.Moments(1, *(data.torch.zeros(shape) for shape in ((3, 2, 2), (3, 3))))

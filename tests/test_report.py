@@ -1,4 +1,4 @@
-"""`fastres.status` says what dispatch would do, and builds nothing."""
+"""`fastres.status` reports the decisions of dispatch, and builds nothing."""
 
 from __future__ import annotations
 
@@ -156,7 +156,7 @@ def test_a_status_begins_with_what_runs_fused_on_a_gpu(
 
 
 def test_the_interpreter_does_not_multiply_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its `tl.dot` would, and give garbage."""
+    """Otherwise the interpreter's `tl.dot` would return wrong values."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     net, cpu = fastres.resnet18().bfloat16(), torch.device("cpu")
     assert "in fp32 and fp16" in fastres.status().triton

@@ -1,4 +1,4 @@
-"""What `make test` leaves out: a covering choice of the cases, what can't run here, and how a run says so."""
+"""The cases that `make test` leaves out (extra cases, and those that can't run here), and how a run reports them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def kept(mark: pytest.MarkDecorator) -> list[str]:
-    """Names of the cases that aren't `extra`."""
+    """Return the names of the cases that aren't marked `extra`."""
     _, cases = mark.args
     return [case.id for case in cases if not case.marks]
 
@@ -36,7 +36,7 @@ def test_every_pair_is_chosen_and_little_else() -> None:
 
 
 def test_the_choice_is_the_same_in_every_process() -> None:
-    """Of equals the first: sets of strings, whose order the hash seed decides, are only counted."""
+    """Ties are broken by order. Sets of strings, whose order depends on the hash seed, are only counted."""
     mark = covered(shape=[(1, 2), (3, 4)], kind={"plain": None, "both": [1, 2]}, dtype=[torch.float32, torch.float16])
     names, cases = mark.args
     assert names == ("shape", "kind", "dtype")
@@ -51,7 +51,7 @@ def test_the_choice_is_the_same_in_every_process() -> None:
 
 
 def test_features_stand_for_a_case() -> None:
-    """Each number once, and odd and even ones with either sign."""
+    """Every number appears once, and even and odd ones have either sign."""
     assert kept(covered(by=lambda n, sign: (n % 2, sign), n=[1, 2, 3, 4], sign="+-")) == ["1-+", "2--", "3--", "4-+"]
     assert kept(covered(by=each, n=[1, 2, 3], sign="+-")) == ["1-+", "2--", "3-+"]
     assert kept(covered(n=[1, 2])) == ["1", "2"]
@@ -69,7 +69,7 @@ class Item:
 
 
 def session(**others: Any) -> Any:
-    """A pytest.Config that knows what conftest.py asks of it."""
+    """Return a stand-in for pytest.Config with the attributes that conftest.py reads."""
     hook = SimpleNamespace(pytest_deselected=conftest.pytest_deselected)
     return SimpleNamespace(**{"stash": pytest.Stash(), "hook": hook, "get_verbosity": lambda: 0, **others})
 
@@ -108,7 +108,8 @@ def test_what_cannot_run_here_is_left_out_and_counted(
 
 
 def test_what_is_postponed_is_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By pytest's own -m, in every worker of pytest-xdist; not what the caller chose to leave out."""
+    """Cases that pytest's -m deselects are counted once, although every worker of pytest-xdist reports them. Cases that
+    the caller leaves out are not counted."""
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     worker, main = session(workeroutput={}), session()
@@ -128,7 +129,7 @@ def test_what_is_postponed_is_counted_once(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_files_and_their_tests_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All that is collected, before anything is left out, in one line of a verbose run, for bench/pytest_logs.py."""
+    """A verbose run prints all collected tests in one line, before any are left out. bench/pytest_logs.py reads it."""
     worker, main = session(workeroutput={}), session(get_verbosity=lambda: 1)
     for test in ("tests/test_a.py::test_one[x::y]", "tests/test_b.py::T::test_two", "tests/test_a.py::test_three"):
         conftest.pytest_itemcollected(SimpleNamespace(config=worker, nodeid=test))
@@ -138,7 +139,8 @@ def test_files_and_their_tests_are_told(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_references_that_cudnn_does_not_have(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They come from PyTorch's own loops and are counted, over all workers; what these can't do either fails."""
+    """References come from PyTorch's native loops and are counted over all workers. If these loops can't compute one
+    either, the test fails."""
     counts: Counter[str] = Counter()
     for module in (cases, conftest):
         monkeypatch.setattr(module, "FALLBACKS", counts)
@@ -170,7 +172,7 @@ def test_references_that_cudnn_does_not_have(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_what_each_target_runs(pytestconfig: pytest.Config) -> None:
-    """`make test-all`, which CI runs, is everything but `slow`; `make test` leaves out the extra cases, too."""
+    """`make test-all`, which CI runs, runs everything except `slow`. `make test` leaves out the extra cases, too."""
     recipes = {}
     for target, body in re.findall(r"^(test[\w-]*):.*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), re.MULTILINE):
         recipes[target] = [line.partition("-n auto")[2].strip() for line in body.splitlines()]

@@ -1,5 +1,7 @@
-"""Files with weights as people have them: which state is taken of what wrapper, under which prefixes, beside what; what
-can't be a net's weights or metadata is refused in one line; `eval --expect published`."""
+"""Weight files in the forms that users have: nested dicts, prefixes, other content besides the weights.
+
+Files whose tensors or metadata can't belong to a net are refused in one line. Also `eval --expect published`.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +57,7 @@ def written(path: Path, content: Any, **how: Any) -> str:
 
 
 def loads(source: str, state: dict[str, Tensor]) -> weights.Weights:
-    """Whether `source` holds `state` for a net of eight layers."""
+    """Load `source` into a net of eight layers, check that its values equal `state`, and return the `Weights`."""
     model, read = net(), weights.read(source)
     weights.load_into(model, read, "cifar-8")
     for name, value in model.state_dict().items():
@@ -64,7 +66,7 @@ def loads(source: str, state: dict[str, Tensor]) -> weights.Weights:
 
 
 def unread(source: str) -> str:
-    """The one line with which a file is refused, without what torch advises: to run what it holds."""
+    """Return the single line that refuses a file. It must not contain torch's advice to run the code in the file."""
     with warnings.catch_warnings(record=True) as warned, pytest.raises(ValueError, match=re.escape(source)) as refusal:
         weights.read(source)
     said = str(refusal.value)
@@ -81,7 +83,7 @@ def image(tmp_path: Path) -> str:
     return str(tmp_path / "a.png")
 
 
-# What a file may lack.
+# Tensors that a file may lack.
 
 
 @pytest.mark.parametrize("command", ["eval", "predict"])
@@ -93,7 +95,8 @@ def test_published_weights_may_lack_counters_of_batches(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """As torchvision's IMAGENET1K_V1 files are, by their name and as files; no --model is needed by name."""
+    """torchvision's IMAGENET1K_V1 weights have no counters, neither by name nor as files. By name, no --model is
+    needed."""
     pytest.importorskip("torchmetrics")
     model = fastres.resnet18()
     state = {name: value for name, value in model.state_dict().items() if "num_batches" not in name}
@@ -246,7 +249,7 @@ def test_a_net_may_have_prefixes_of_its_own(kinds: str, state: dict[str, Tensor]
 def test_what_not_all_names_carry_is_no_prefix(
     beside: str, said: str, state: dict[str, Tensor], tmp_path: Path
 ) -> None:
-    """As Lightning's files hold a loss, or a second net, beside the net."""
+    """Lightning's files, for example, have a loss or a second net besides the net."""
     content = {f"model.{name}": value for name, value in state.items()}
     if beside == "n_averaged":
         content[beside + ".x"] = torch.zeros(2)
@@ -258,7 +261,7 @@ def test_what_not_all_names_carry_is_no_prefix(
         weights.load_into(net(), read, "cifar-8")
 
 
-# What lies beside the weights.
+# Other content besides the weights.
 
 
 class Colour(enum.Enum):
@@ -333,7 +336,7 @@ def test_nothing_that_a_file_names_is_run(
     file = written(tmp_path / "a.pt", {"args": held, "model": state}, _use_new_zipfile_serialization=modern)
     if function in (exec, subprocess.getoutput):
         loads(file, state)
-    else:  # of modules that no file may name, in torch's own words
+    else:  # modules that torch refuses with its own message
         assert f"contains a pickled module, or another object that isn't a tensor ({os.name}." in unread(file)
     assert not made.exists()
 
@@ -361,7 +364,7 @@ def test_other_protocols_of_pickle_are_read_or_refused(protocol: int, state: dic
 
 
 def test_one_flipped_bit_is_noticed(state: dict[str, Tensor], tmp_path: Path) -> None:
-    """torch.load doesn't compare the checksums that torch.save writes."""
+    """torch.load doesn't check the checksums that torch.save writes."""
     path = Path(written(tmp_path / "a.pt", state))
     content = bytearray(path.read_bytes())
     content[content.find(state["conv1.weight"].numpy().tobytes()) + 3] ^= 0x40
@@ -573,7 +576,7 @@ def test_what_others_keep_under_our_names_is_not_ours(beside: Any, state: dict[s
 def test_misspelt_names_are_refused_with_those_meant(
     name: str, model: str | None, said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(WeightsEnum, "get_state_dict", None)  # nothing is fetched
+    monkeypatch.setattr(WeightsEnum, "get_state_dict", None)  # nothing is downloaded
     with pytest.raises(ValueError, match=re.escape(said)) as refusal:
         weights.read(name, model)
     assert str(refusal.value).startswith(name)
@@ -606,7 +609,7 @@ def test_a_fetched_file_runs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 @pytest.fixture(scope="module")
 def imagenet(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """val/<class>/a.png of 1000 classes, called as ImageNet's are, and other/ of as many, called by numbers."""
+    """Folders val/<WordNet id>/a.png for the 1000 classes of ImageNet, and other/<number>/a.png for 1000 numbers."""
     ids = pytest.importorskip("timm.data").ImageNetInfo().label_names()
     root = tmp_path_factory.mktemp("imagenet")
     Image.new("RGB", (40, 40)).save(root / "a.png")
@@ -618,7 +621,7 @@ def imagenet(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def counted(top1: float, top5: float, images: int) -> Result:
-    """What `evaluate` finds: shares in percent."""
+    """Return a `Result` of `evaluate` with the given accuracies in percent."""
     counts = torch.full((1000,), images // 1000)
     right = torch.zeros(2, 1000, dtype=torch.int64)
     right[:, 0] = torch.tensor([top1, top5]).mul(images / 100).round().long()
@@ -627,7 +630,7 @@ def counted(top1: float, top5: float, images: int) -> Result:
 
 @pytest.fixture
 def found(monkeypatch: pytest.MonkeyPatch) -> list[Result]:
-    """What evaluations find, in place of running the net; there is none at first."""
+    """The results that evaluations return instead of running the net; empty at first."""
     pytest.importorskip("torchmetrics")
     results: list[Result] = []
     monkeypatch.setattr(WeightsEnum, "get_state_dict", lambda self, **_: fastres.resnet18().state_dict())
@@ -694,7 +697,7 @@ def test_eval_holds_the_published_accuracy_against_its_own(
 def test_what_can_not_be_compared_is_refused(
     more: list[str], said: str, imagenet: Path, found: list[Result], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Before anything is evaluated: there is no result to give."""
+    """The error comes before any evaluation, for which the test has no result."""
     state = fastres.resnet18().state_dict()
     written(tmp_path / "a.pt", state)
     crafted = {"_metrics": {"ImageNet-1K": {"acc@1": "high", "acc@5": float("nan")}}}
@@ -780,7 +783,7 @@ def test_sources_that_hold_no_weights(kind: str, tmp_path: Path) -> None:
         weights.read(source)
     assert source in str(refusal.value)
     assert len(str(refusal.value)) < 600
-    for advice in ("weights_only", "torch.load", "\x1b", "\n"):  # torch's own: to run what the file holds
+    for advice in ("weights_only", "torch.load", "\x1b", "\n"):  # torch's advice, which would run the code in the file
         assert advice not in str(refusal.value)
 
 

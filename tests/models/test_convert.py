@@ -1,4 +1,4 @@
-"""`fastres.convert` changes the path and nothing else: same parameters, names, hooks and numbers."""
+"""`fastres.convert` changes only the code path of a net. Parameters, names, hooks and results stay the same."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ def images(n: int = 2, size: int = 33) -> Tensor:
 
 
 def same_after_conversion(net: nn.Module, x: Tensor | None = None) -> Conversion:
-    """Converts a copy and holds it to the original: identity of what it owns, scores and gradients in both modes."""
+    """Convert a copy of `net` and compare it with `net`: the identity of its tensors, and scores and gradients in train
+    and eval mode."""
     x = images() if x is None else x
     net = net.double()
     twin = copy.deepcopy(net)
@@ -66,7 +67,7 @@ def test_torchvisions_nets_are_converted(path: str, name: str) -> None:
     net = getattr(torchvision.models, name)(num_classes=5)
     report = same_after_conversion(net)
     assert type(report.model) is fastres.ResNet
-    assert len(report.converted) == (9 if name == "resnet18" else 17)  # the blocks, and the net for its stem
+    assert len(report.converted) == (9 if name == "resnet18" else 17)  # the blocks, and the net itself for its stem
     assert not report.kept
     assert "converted: " in str(report)
     again = fastres.convert(report.model)
@@ -86,7 +87,7 @@ def test_hooks_stay(path: str) -> None:
 
 
 def test_a_detectors_backbone_is_converted(path: str) -> None:
-    """IntermediateLayerGetter keeps the stages, not the ResNet, and its norm layers are FrozenBatchNorm2d."""
+    """IntermediateLayerGetter has the stages but not the ResNet itself, and its norm layers are FrozenBatchNorm2d."""
     net = torchvision.models.detection.fasterrcnn_resnet50_fpn(weights=None, weights_backbone=None).eval()
     twin = copy.deepcopy(net)
     report = fastres.convert(twin)
@@ -100,7 +101,7 @@ def test_a_detectors_backbone_is_converted(path: str) -> None:
 @pytest.mark.parametrize("path", [extra("auto"), "reference"], indirect=True)
 def test_a_segmentation_net_is_converted(path: str) -> None:
     net = torchvision.models.segmentation.deeplabv3_resnet50(weights=None, weights_backbone=None, num_classes=3)
-    net.classifier[0].project[3].p = 0.0  # dropout would draw differently
+    net.classifier[0].project[3].p = 0.0  # dropout would draw other random numbers
     report = same_after_conversion(net.eval())
     assert len(report.converted) == 16
 

@@ -1,4 +1,4 @@
-"""Nets by their names."""
+"""Nets are built by their names."""
 
 from __future__ import annotations
 

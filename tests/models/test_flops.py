@@ -1,4 +1,4 @@
-"""Counts against `torch.utils.flop_counter`, and against the figures that the paper prints."""
+"""The FLOP counts agree with `torch.utils.flop_counter` and with the figures that the paper prints."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_counts_are_the_papers_figures(row: object) -> None:
         assert abs(cost.multiply_adds / 1e9 / row.gflops - 1) < PAPER
     if row.mparams is not None:
         decimals = len(str(row.mparams).split(".")[1])
-        # 1.73 M is printed as 1.7, 19.42 as 19.4; what the paper calls 0.27 M is 0.2697
+        # The paper prints 1.73 M as 1.7, 19.42 M as 19.4, and 0.2697 M as 0.27.
         assert round(cost.parameters / 1e6, decimals) == row.mparams
     assert row.gflops is not None or row.mparams is not None or row.errors
 
@@ -104,7 +104,7 @@ def test_the_baseline_is_torchvisions_vgg() -> None:
 def test_any_size_is_counted_without_memory() -> None:
     net = paper.cifar(8)
     small, large = count(net, 32).under("layer1"), count(net, 32 * 2**12).under("layer1")
-    assert large.multiply_adds == small.multiply_adds * 2**24  # 17 G pixels: terabytes, had they been allocated
+    assert large.multiply_adds == small.multiply_adds * 2**24  # 17 G pixels would need terabytes if they were allocated
     assert count(net, (32, 64)).under("layer1").multiply_adds == 2 * small.multiply_adds
     assert count(net, (5, 3, 32, 32)).multiply_adds == 5 * count(net, 32).multiply_adds
 

@@ -1,4 +1,4 @@
-"""The paper's family: what Table 1, Fig. 3 and section 4.2 say of each net, and what a net has to survive."""
+"""The paper's nets match Table 1, Fig. 3 and section 4.2, and survive copying, tracing, compilation and hooks."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def _small(name: str) -> nn.Module:
 
 
 def small(name: str) -> nn.Module:
-    """A small net whose BN statistics are not the initial ones, in eval mode."""
+    """Return a small net in eval mode whose BatchNorm statistics are not the initial ones."""
     return copy.deepcopy(_small(name))
 
 
@@ -55,7 +55,7 @@ def images(n: int = 2, size: int = 32, **kwargs: object) -> Tensor:
 
 
 def size_for(name: str) -> int:
-    """The smallest images that leave every stage more than a pixel or two."""
+    """Return the smallest image side at which every stage has more than one or two pixels."""
     return 16 if name.startswith("cifar") else 32
 
 
@@ -76,7 +76,7 @@ def on_meta(build: Callable[[], nn.Module]) -> nn.Module:
         return build()
 
 
-# What exists
+# Which nets exist
 
 
 @pytest.mark.parametrize(
@@ -319,7 +319,7 @@ def test_cifar_stem_34_equals_an_independent_net() -> None:
         torch.testing.assert_close(ours.eval()(x[:1]), theirs.eval()(x[:1]))
 
 
-# What a net has to survive
+# Copies, traces, compilation, layouts, hooks
 
 
 @every_kind
@@ -391,7 +391,7 @@ def test_the_fused_entry_points_give_the_same(name: str) -> None:
 
 @pytest.fixture
 def ends(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
-    """The inputs of every block end that ran as one pass."""
+    """Record the inputs of every block end (padded shortcut, addition, ReLU) that ran as one operation."""
     seen: list[Tensor] = []
 
     def end(y: Tensor, x: Tensor, stride: int) -> Tensor:

@@ -1,7 +1,7 @@
-"""The drop-in family is torchvision's: same interface, same numbers, and it goes wherever torchvision's goes.
+"""The drop-in nets have torchvision's interface and numerical results, and work wherever torchvision's nets work.
 
-Every case that runs a net runs it twice, once as dispatch chooses by itself ("auto") and once with every call sent
-through the fused entry points that takes them ("reference"), so that taking the plain path where it must is tested.
+Every case that runs a net does so twice: with the path that dispatch chooses ("auto"), and with all supported calls on
+the fused entry points ("reference"). The second one checks that unsupported calls still take the plain path.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def path(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture
 def fused(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """Counts the calls that reach the fused entry points."""
+    """Count the calls of the fused entry points."""
     calls: Counter[str] = Counter()
 
     def counting(name: str) -> None:
@@ -80,10 +80,11 @@ def fused(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
 
 def pair(block: str = "Bottleneck", **kwargs: Any) -> tuple[nn.Module, nn.Module]:
-    """Our ResNet and torchvision's with equal weights, cut to stem, two stages and head to keep the tests quick.
+    """Return fastres's ResNet and torchvision's with equal weights. Both have only the stem, two stages and the head,
+    so that tests are quick.
 
-    The stages hold projection and identity shortcuts, stride 1 and 2. The BatchNorms have weights and statistics as
-    after training, so that none of their terms is a silent 0 or 1.
+    The stages have projection and identity shortcuts, and stride 1 and 2. The BatchNorms have weights and statistics as
+    after training, so that no term is 0 or 1 by accident.
     """
     nets = []
     for family in (fastres, tv):
@@ -107,7 +108,7 @@ def images(n: int = 2, h: int = 33, w: int = 47, dtype: torch.dtype = torch.floa
 
 
 def step(net: nn.Module, x: Tensor) -> dict[str, Tensor]:
-    """Everything one training or evaluation step yields: scores, the gradients, the buffers it leaves behind."""
+    """Return all results of one step: scores, gradients, and the buffers after the step."""
     x = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
     scores = net(x)
     weight = torch.linspace(-1, 1, scores.numel(), dtype=scores.dtype, device=scores.device).view_as(scores)
@@ -129,7 +130,7 @@ def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 
 def assert_same_steps(ours: nn.Module, theirs: nn.Module, x: Tensor | None = None) -> None:
-    """One step in training mode and one in evaluation mode, in float64, exact to rounding."""
+    """Check one step in train mode and one in eval mode, in float64, up to rounding errors."""
     x = (images() if x is None else x).double()
     ours.double()
     theirs.double()
@@ -138,7 +139,7 @@ def assert_same_steps(ours: nn.Module, theirs: nn.Module, x: Tensor | None = Non
 
 
 def outcome(call: Callable[[], Any]) -> Any:
-    """What a call gives, a result or an error, in a form that compares."""
+    """Return the result of a call, or the type and message of its error."""
     try:
         return call()
     except Exception as error:
@@ -170,7 +171,8 @@ KINDS = ["resnet18", "resnet50", "resnext50_32x4d"]
 
 @pytest.mark.parametrize("name", [name if name in KINDS else extra(name) for name in BUILDERS])
 def test_a_builder_makes_torchvisions_net(name: str) -> None:
-    """Initialisation from one seed, state_dict, and in float64 scores, gradients and statistics of both modes."""
+    """Initialisation from a seed and state dict are torchvision's, and so are scores, gradients and statistics in both
+    modes, in float64."""
     torch.manual_seed(3)
     theirs = getattr(tv, name)()
     torch.manual_seed(3)
@@ -255,7 +257,7 @@ def test_options_are_torchvisions(path: str, block: str, options: dict[str, Any]
 
 
 def test_dilation_is_torchvisions(path: str) -> None:
-    """In the stages that `pair` leaves out."""
+    """Dilation affects the stages that `pair` leaves out."""
     ours, theirs = (
         family.resnet50(replace_stride_with_dilation=[False, True, True], num_classes=5).eval()
         for family in (fastres, tv)
@@ -280,7 +282,7 @@ def test_wrong_options_fail_as_torchvisions() -> None:
 
 
 def test_fused_entry_points_are_reached_and_plain_nets_stay_plain(fused: Counter[str]) -> None:
-    """Without this the "reference" half of every other test would say nothing."""
+    """If the fused entry points were never called, the "reference" half of all other tests would prove nothing."""
     ours, _ = pair()
     ours(images())
     with fastres.backend("reference"):
@@ -298,7 +300,7 @@ def test_fused_entry_points_are_reached_and_plain_nets_stay_plain(fused: Counter
 
 
 def _replace(net: nn.Module) -> None:
-    """Submodules replaced as users do, by modules that mean something else."""
+    """Replace submodules, as users do, by modules that compute something else."""
     net.maxpool = nn.Identity()
     net.layer1[0].relu = nn.Sequential()
     net.layer1[1].conv1 = nn.Sequential(nn.Conv2d(256, 8, 1), nn.Conv2d(8, 64, 1))
@@ -331,7 +333,7 @@ def test_replaced_submodules_are_called(path: str) -> None:
     ids=["conv", "conv without norm", "norm first", "one conv more"],
 )
 def test_shortcuts_that_are_no_projection_run_plain(shortcut: nn.Module, fused: Counter[str]) -> None:
-    """Of the modules that a projection has, but not a convolution and then its norm."""
+    """The shortcuts have modules of a projection, but not exactly one convolution followed by one norm."""
     ours, theirs = pair()
     for net in (ours, theirs):
         net.layer1[0].downsample = copy.deepcopy(shortcut)
@@ -360,7 +362,7 @@ def test_a_forward_set_on_an_instance_is_called(path: str) -> None:
         assert_close_to_reference(ours(images().double()), theirs(images().double()))
 
 
-# Where it must survive
+# Copies, dtypes, hooks, tracing, compilation, transforms, distributed training
 
 
 @covered(
@@ -378,7 +380,7 @@ def test_copies_are_nets_of_their_own(path: str, block: str, copied: Callable[[n
     ours, theirs = (net.double() for net in pair(block))
     twin = copied(ours)
     assert type(twin) is fastres.ResNet
-    step(ours, images(dtype=torch.float64))  # must not reach into the twin
+    step(ours, images(dtype=torch.float64))  # must not change the copy
     assert_same_steps(twin, theirs)
 
 
@@ -406,7 +408,7 @@ def _loaded(net: nn.Module, state: dict[str, Tensor]) -> nn.Module:
 def test_narrow_dtypes_are_as_near_as_torchvisions(
     path: str, block: str, channels_last: bool, training: bool, dtype: torch.dtype
 ) -> None:
-    """Error against float64 within twice torchvision's own in the same dtype, in both memory formats."""
+    """The error against float64 is at most twice torchvision's in the same dtype, in both memory formats."""
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     nets = [net.to(dtype, memory_format=memory_format).train(training) for net in pair(block)]
     exact = copy.deepcopy(nets[1]).double()
@@ -435,7 +437,7 @@ def test_autocast_is_as_near_as_torchvisions(path: str, training: bool, dtype: t
 
 @pytest.mark.parametrize("block", BLOCKS)
 def test_any_size_gives_torchvisions_result_or_error(path: str, block: str) -> None:
-    """Results or errors, both are torchvision's."""
+    """Any image size gives torchvision's result, or torchvision's error."""
     nets = [net.double() for net in pair(block)]
     sizes = [(1, 3, 1, 1), (1, 3, 7, 9), (3, 3, 32, 32), (1, 3, 97, 8)]
     odd = [(0, 3, 32, 32), (3, 32, 32), (2, 4, 32, 32)]
@@ -483,7 +485,7 @@ HOOKS = [
 
 @covered(indirect=["path"], path=PATHS, block=BLOCKS, register=HOOKS)
 def test_a_hook_on_any_submodule_is_called(path: str, block: str, register: str) -> None:
-    """Each submodule in turn carries the only hook; it fires as often as torchvision's and sees as much."""
+    """A hook on any single submodule fires as often as in torchvision's net, with the same shapes."""
     ours, theirs = pair(block)
     fired = 0
     for name, _ in theirs.named_modules():
@@ -506,11 +508,11 @@ def test_a_hook_on_any_submodule_is_called(path: str, block: str, register: str)
 def test_global_hooks_are_called(path: str, block: str, register: Callable[..., Any]) -> None:
     ours, theirs = (_watch(net, register) for net in pair(block))
     assert ours == theirs
-    assert theirs  # where an in-place ReLU makes the step fail, the error is in it
+    assert theirs  # has the error if an in-place ReLU makes the step fail
 
 
 def _watch(net: nn.Module, register: Callable[..., Any]) -> list[Any]:
-    """Modules and shapes that a hook sees during one step, and the error if the hook made the step fail."""
+    """Return the modules and shapes that a hook records in one step, and the error if the hook makes the step fail."""
     seen: list[Any] = []
 
     def hook(module: nn.Module, *values: Any) -> None:
@@ -585,7 +587,7 @@ def test_an_export_answers_alike(path: str, strict: bool, training: bool) -> Non
     x = images(4).double()
     exported = program.module()
     assert_close_to_reference(exported(x), theirs(x))
-    buffers = dict(exported.named_buffers())  # an evaluation's graph keeps only those it reads
+    buffers = dict(exported.named_buffers())  # the graph of an eval net has only the buffers that it reads
     assert "layer2.0.bn2.running_var" in buffers
     assert_same(buffers, {name: buffer for name, buffer in theirs.named_buffers() if name in buffers})
 
@@ -618,7 +620,8 @@ def test_a_compiled_net_steps_alike(path: str, backend: str, training: bool) -> 
 @pytest.mark.parametrize("block", BLOCKS)
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_checkpointed_stages_step_alike(path: str, block: str, use_reentrant: bool) -> None:
-    """Gradients as without; as with torchvision's, BatchNorm sees the batch twice and updates its statistics twice."""
+    """Gradients are those without checkpointing. As with torchvision's net, BatchNorm sees the batch twice and updates
+    its statistics twice."""
 
     class Checkpointed(nn.Module):
         def __init__(self, net: nn.Module) -> None:
@@ -643,7 +646,7 @@ def test_checkpointed_stages_step_alike(path: str, block: str, use_reentrant: bo
 
 
 def test_functional_transforms_give_torchvisions_gradients(path: str) -> None:
-    """functional_call, reverse- and forward-mode transforms, per-sample gradients."""
+    """Covers functional_call, reverse- and forward-mode transforms, and per-sample gradients."""
     ours, theirs = (net.double().eval() for net in pair())
     x = images(3, 16, 16).double()
 
@@ -708,13 +711,14 @@ def test_parametrized_and_pruned_nets_step_alike(path: str, change: Callable[[nn
 
 
 def test_two_processes_train_alike(tmp_path: Path) -> None:
-    """Two processes over gloo; see `_rank` for what each of them asserts."""
+    """Two processes train over gloo; `_rank` has the assertions."""
     preload_children()
     mp.start_processes(_rank, (str(tmp_path / "store"),), nprocs=2, start_method="forkserver")
 
 
 def _rank(rank: int, store: str) -> None:
-    """Training as torchvision's net under the same DDP; in eval, as one process on both ranks' images."""
+    """Train like torchvision's net under the same DDP. In eval mode, compare with one process that has both ranks'
+    images."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     everything = images(4).double()
@@ -752,7 +756,7 @@ def test_weights_may_come_from_a_hook(backend: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format], ids=str)
 def test_the_average_pool_keeps_the_layout_of_its_input(memory_format: torch.memory_format, dtype: torch.dtype) -> None:
-    """Forward and backward have the bits of the modules; the gradient is laid out as the input is."""
+    """Forward and backward give the same bits as the modules, and the gradient has the memory format of the input."""
     pool, gradients = nn.AdaptiveAvgPool2d((1, 1)), []
     leaf = images(3, 7).to(dtype).repeat(1, 8, 1, 1).contiguous(memory_format=memory_format).requires_grad_()
     for call in (lambda x: torch.flatten(pool(x), 1), lambda x: resnet.pooled(x, pool)):

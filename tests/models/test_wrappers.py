@@ -1,4 +1,4 @@
-"""What is said to a net inside a wrapper, or to a program made of one."""
+"""`optimize`, `convert` and `explain` handle wrapped nets and compiled programs, or refuse them with advice."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def images() -> torch.Tensor:
 
 def sharded() -> nn.Module:
     class FSDPModule:
-        """Of FSDP2, which gives a net's class this base."""
+        """Stand-in for FSDP2's base class, which FSDP2 adds to the class of a net."""
 
     model = net()
     model.__class__ = type("FSDPResNet", (FSDPModule, type(model)), {"__deepcopy__": None})
