@@ -102,7 +102,7 @@ def test_a_picture_is_redrawn_from_its_table(
     ("text", "said"),
     [
         ("", "it has no rows"),
-        ("net,seed,iteration,train_error,val_error\nplain-8,0,1", "one is cut short"),
+        ("net,seed,iteration,train_error,val_error\nplain-8,0,1", "an incomplete row"),
         ("net,seed,iteration,train_error,val_error\nplain-8,0,1,x,0.5\n", "could not convert string to float: 'x'"),
         ("layer,std\n1,0.5\n", "'net'"),
     ],

@@ -180,7 +180,7 @@ def test_a_wrong_size_is_refused_with_those_accepted(size: object) -> None:
 
 def test_a_net_without_convolutions_wants_the_whole_input() -> None:
     net = nn.Sequential(nn.Flatten(), nn.Linear(48, 2))
-    with pytest.raises(ValueError, match="give the input as"):
+    with pytest.raises(ValueError, match="pass size as"):
         count(net, 4)
     assert count(net, (1, 3, 4, 4)).multiply_adds == 96
 
