@@ -67,15 +67,15 @@ def main():
         settings = {"fastres.rewrite": options.rewrite, "fastres.inner": options.inner}
         twin = copy.deepcopy(model)
         compiled = torch.compile(twin, backend="fastres", options=settings)
-        want, scores = model(images), compiled(images)
-    pairs = {"scores": (scores, want)}
+        expected, scores = model(images), compiled(images)
+    pairs = {"scores": (scores, expected)}
     if options.train:
-        want.square().sum().backward()
+        expected.square().sum().backward()
         scores.square().sum().backward()
         theirs, ours = ([p.grad.flatten() for p in net.parameters()] for net in (model, twin))
         pairs["gradients"] = (torch.cat(ours), torch.cat(theirs))
-    for name, (got, want) in pairs.items():
-        error = float((got - want).norm() / want.norm())
+    for name, (got, expected) in pairs.items():
+        error = float((got - expected).norm() / expected.norm())
         print(f"{name} of the compiled net differ from eager PyTorch's by {error:.1e}")
         assert error < (1e-4 if device.type == "cpu" else 1e-2)  # float32 on a GPU is rounded to TF32
 

@@ -46,9 +46,9 @@ def main():
     except ValueError as error:
         parser.error(f"--model {options.model}: {error}")
     with torch.inference_mode():
-        want = theirs(images)
+        expected = theirs(images)
         for label, net in {"convert": ours, "optimize": fast}.items():
-            error = float((net(images) - want).abs().max() / want.abs().max())
+            error = float((net(images) - expected).abs().max() / expected.abs().max())
             print(f"{label}: scores differ from timm's by {error:.1e} of the largest score")
             assert error < (1e-4 if device.type == "cpu" else 1e-2)  # float32 on a GPU is rounded to TF32
     print(fast.explain().splitlines()[0])

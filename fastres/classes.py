@@ -35,15 +35,15 @@ def difference(first: Sequence[str], second: Sequence[str], whose: tuple[str, st
         if words == list(IMAGENET) and all(re.fullmatch(r"n\d{8}", each) for each in ids):
             return None if are_imagenet_ids(ids) else f"{name} has WordNet ids, but not ImageNet's 1000 in their order"
     counts = [Counter(side) for side in sides]
-    told = []
+    parts = []
     for name, only in zip(whose, (counts[0] - counts[1], counts[1] - counts[0]), strict=True):
         if only:
-            told.append(f"only {name} has {', '.join([*only][:_SHOWN])}" + ", ..." * (len(only) > _SHOWN))
-    if not told:
-        told.append("they have the same classes in another order")
+            parts.append(f"only {name} has {', '.join([*only][:_SHOWN])}" + ", ..." * (len(only) > _SHOWN))
+    if not parts:
+        parts.append("they have the same classes in another order")
     pairs = enumerate(zip(*sides, strict=False))  # the sides may differ in length
-    told += [f"class {i} is {a} in {whose[0]}, {b} in {whose[1]}" for i, (a, b) in pairs if a != b][:1]
-    return "; ".join(told)
+    parts += [f"class {i} is {a} in {whose[0]}, {b} in {whose[1]}" for i, (a, b) in pairs if a != b][:1]
+    return "; ".join(parts)
 
 
 def out_of_order(names: Sequence[str]) -> str | None:

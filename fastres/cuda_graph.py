@@ -1,6 +1,7 @@
 """`fastres.graphed`: a training step in a CUDA graph, which the host launches as a whole instead of kernel by kernel.
 
-A replay repeats the recorded GPU work on the same memory. Python runs only during the capture. A call is of one kind:
+A replay repeats the recorded GPU work on the same memory, without running the step's Python. There are three kinds of
+calls:
 
     warming up    runs the step eagerly on a side stream: libraries choose algorithms, the optimizer creates its state
     recording     runs the step's Python under capture; the GPU executes nothing, so there is nothing to undo

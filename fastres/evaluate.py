@@ -63,7 +63,7 @@ class Views:
             small = [side for side in self.scales if side < self.size]
             if small or not self.scales:
                 raise ValueError(
-                    f"scales must hold at least one side, and none below size={self.size}: got {list(self.scales)}"
+                    f"scales must have at least one side, and none below size={self.size}: got {list(self.scales)}"
                 )
         elif self.size < 1 or (self.resize is not None and self.resize < self.size):
             raise ValueError(f"size must be at least 1 and at most resize: got size={self.size}, resize={self.resize}")

@@ -195,21 +195,21 @@ class Finding:
 
 
 def trainings(wanted: Plan) -> list[Trained]:
-    """Run all trainings of the plan. Interrupted ones are resumed, and finished ones are not repeated."""
+    """Run all trainings of the plan. Interrupted runs are resumed, and finished runs are not repeated."""
     runs = wanted.runs()
     found = []
-    for number, (net, one) in enumerate(runs, 1):
-        print(f"[{number}/{len(runs)}] {net}, seed {one.seed}", file=sys.stderr)
-        train(one)
-        history = checkpoint.load(one.out / checkpoint.LAST)["history"]
-        found.append(Trained(net, one.seed, one.out, history))
+    for number, (net, run) in enumerate(runs, 1):
+        print(f"[{number}/{len(runs)}] {net}, seed {run.seed}", file=sys.stderr)
+        train(run)
+        history = checkpoint.load(run.out / checkpoint.LAST)["history"]
+        found.append(Trained(net, run.seed, run.out, history))
     return found
 
 
 def by_net(trained: Sequence[Trained]) -> dict[Net, list[Trained]]:
     found: dict[Net, list[Trained]] = {}
-    for one in trained:
-        found.setdefault(one.net, []).append(one)
+    for run in trained:
+        found.setdefault(run.net, []).append(run)
     return found
 
 
@@ -224,7 +224,7 @@ def degradation(wanted: Plan, trained: Sequence[Trained]) -> Finding:
     The paper's claim: all deeper plain nets train worse than the shallowest plain net, and no deeper residual net
     trains worse than the shallowest residual net.
     """
-    means = {net: statistics.fmean(one.train_error for one in ones) for net, ones in by_net(trained).items()}
+    means = {net: statistics.fmean(run.train_error for run in runs) for net, runs in by_net(trained).items()}
     words, verdicts = [], []
     for plain, kind in ((True, "plain"), (False, "residual")):
         first, *deeper = sorted((net for net in means if net.plain == plain), key=lambda net: net.depth)
@@ -262,8 +262,8 @@ def shortcuts(wanted: Plan, trained: Sequence[Trained]) -> Finding:
     nets = by_net(trained)
     for depth in wanted.study.depths:
         errors = {
-            str(net.shortcut): statistics.fmean(one.val_error for one in ones)
-            for net, ones in nets.items()
+            str(net.shortcut): statistics.fmean(run.val_error for run in runs)
+            for net, runs in nets.items()
             if net.depth == depth
         }
         order = ", ".join(f"{name} {100 * errors[name]:.2f}" for name in sorted(errors, key=lambda name: errors[name]))
@@ -274,24 +274,24 @@ def shortcuts(wanted: Plan, trained: Sequence[Trained]) -> Finding:
 def _errors(wanted: Plan, trained: Sequence[Trained], words: Sequence[str], seen: bool | None) -> Finding:
     rows = [
         {
-            "net": str(one.net),
-            "family": one.net.family,
-            "depth": one.net.depth,
-            "shortcut": one.net.shortcut,
+            "net": str(run.net),
+            "family": run.net.family,
+            "depth": run.net.depth,
+            "shortcut": run.net.shortcut,
             "data": wanted.data,
             "iterations": wanted.recipe.total(1),
-            "seed": one.seed,
-            "train_error": one.train_error,
-            "val_error": one.val_error,
-            "val_error_top5": one.val_error_top5,
+            "seed": run.seed,
+            "train_error": run.train_error,
+            "val_error": run.val_error,
+            "val_error_top5": run.val_error_top5,
         }
-        for one in trained
+        for run in trained
     ]
     head = ("net", "paper, error %", "ours, training error %", "ours, validation error %", "ours, top-5 %", "dataset")
     columns = ("train_error", "val_error", "val_error_top5")
     body = []
-    for net, ones in by_net(trained).items():
-        figures = [[getattr(one, column) for one in ones] for column in columns]
+    for net, runs in by_net(trained).items():
+        figures = [[getattr(run, column) for run in runs] for column in columns]
         cells = ["-" if None in values else Spread.of(values).percent() for values in figures]
         body.append((str(net), net.errors_of_paper(), *cells, wanted.data))
     return Finding(rows, head, body, words, seen)
@@ -345,15 +345,15 @@ def responses(wanted: Plan, trained: Sequence[Trained]) -> Finding:
     stream = data.Stream(len(dataset.train), wanted.recipe.batch, 1, 0)
     loader = data.Loader(dataset, wanted.recipe, stream, device, wanted.options["workers"])
     rows: list[Row] = []
-    for one in trained:
-        net = one.net
+    for run in trained:
+        net = run.net
         sizes = {"num_classes": len(dataset.classes), "in_channels": dataset.channels}
         model = families.build(net.family, net.depth, net.shortcut, **sizes).to(device).eval()
-        model.load_state_dict(checkpoint.load(one.folder / checkpoint.LAST)["model"])
+        model.load_state_dict(checkpoint.load(run.folder / checkpoint.LAST)["model"])
         with closing(loader.validation()) as batches:
             stds = layer_responses(model, (x for x, _ in batches))
         for index, (layer, std) in enumerate(stds.items(), 1):
-            rows.append({"net": str(net), "seed": one.seed, "layer": index, "name": layer, "std": std})
+            rows.append({"net": str(net), "seed": run.seed, "layer": index, "name": layer, "std": std})
     nets = by_net(trained)
     means = {net: Spread.of(row["std"] for row in rows if row["net"] == str(net)).mean for net in nets}
     body = []
@@ -363,8 +363,8 @@ def responses(wanted: Plan, trained: Sequence[Trained]) -> Finding:
         figures = (f"{figure:.3f}" for figure in (means[net], min(stds_of_net), max(stds_of_net)))
         body.append((str(net), "drawn in Fig. 7, not printed", str(layers), *figures, wanted.data))
     words = [
-        "In the paper responses of residual nets are generally smaller than those of their plain counterparts, and of "
-        "deeper residual nets smaller than of shallower ones."
+        "In the paper, the responses of residual nets are generally smaller than those of plain nets, and those of "
+        "deeper residual nets are smaller than those of shallower ones."
     ]
     for net in nets:
         other = next(other for other in nets if other.plain and other.depth == net.depth)
@@ -410,12 +410,12 @@ def report(wanted: Plan, finding: Finding, seconds: float) -> str:
 def curves(trained: Sequence[Trained]) -> list[Row]:
     """Return the errors, in [0, 1], of all trainings by iteration: the rows that `draw` takes."""
     rows: list[Row] = []
-    for one in trained:
+    for run in trained:
         points: dict[float, Row] = {}
-        for row in one.history:
+        for row in run.history:
             point = points.setdefault(row["iteration"], {"train_error": None, "val_error": None})
             point.update({name: row[name] for name in point if name in row})
-        rows += [{"net": str(one.net), "seed": one.seed, "iteration": at, **point} for at, point in points.items()]
+        rows += [{"net": str(run.net), "seed": run.seed, "iteration": at, **point} for at, point in points.items()]
     return rows
 
 

@@ -48,13 +48,11 @@ def convert(model: nn.Module) -> Conversion:
     with FrozenBatchNorm2d, for example, is converted but runs as plain PyTorch. The converted net computes the same
     function; the fused path may round differently. Equivalent to
 
-        for block in residual_blocks_of(model):
-            block.__class__ = {
-                torchvision.models.resnet.BasicBlock: fastres.models.resnet.BasicBlock,
-                torchvision.models.resnet.Bottleneck: fastres.models.resnet.Bottleneck,
-            }[type(block)]
+        for block in model.modules():
+            if type(block) is torchvision.models.resnet.Bottleneck:
+                block.__class__ = fastres.models.resnet.Bottleneck
 
-    and the same for the `ResNet` itself and for timm's classes.
+    and likewise for `BasicBlock`, `ResNet` and timm's classes.
 
     Raises TypeError if `model` is not an `nn.Module`.
     """
