@@ -312,7 +312,7 @@ def resnext50_32x4d(*, weights: ResNeXt50_32X4D_Weights | None = None, progress:
     """Build ResNeXt-50 32x4d as a drop-in replacement for torchvision's.
 
     weights: None, a `ResNeXt50_32X4D_Weights` or its name. kwargs: those of torchvision's `ResNet`, e.g.
-    num_classes=1000. The The net maps images [N, 3, H, W] to scores [N, num_classes]. Equivalent to
+    num_classes=1000. The net maps images [N, 3, H, W] to scores [N, num_classes]. Equivalent to
 
         torchvision.models.resnext50_32x4d(weights=weights, progress=progress, **kwargs)
 
@@ -332,7 +332,7 @@ def resnext101_32x8d(
     """Build ResNeXt-101 32x8d as a drop-in replacement for torchvision's.
 
     weights: None, a `ResNeXt101_32X8D_Weights` or its name. kwargs: those of torchvision's `ResNet`, e.g.
-    num_classes=1000. The num_classes=1000. The net maps images [N, 3, H, W] to scores [N, num_classes]. Equivalent to
+    num_classes=1000. The net maps images [N, 3, H, W] to scores [N, num_classes]. Equivalent to
 
         torchvision.models.resnext101_32x8d(weights=weights, progress=progress, **kwargs)
 
@@ -352,7 +352,7 @@ def resnext101_64x4d(
     """Build ResNeXt-101 64x4d as a drop-in replacement for torchvision's.
 
     weights: None, a `ResNeXt101_64X4D_Weights` or its name. kwargs: those of torchvision's `ResNet`, e.g.
-    num_classes=1000. The num_classes=1000. The net maps images [N, 3, H, W] to scores [N, num_classes]. Equivalent to
+    num_classes=1000. The net maps images [N, 3, H, W] to scores [N, num_classes]. Equivalent to
 
         torchvision.models.resnext101_64x4d(weights=weights, progress=progress, **kwargs)
 
@@ -370,7 +370,7 @@ def wide_resnet50_2(*, weights: Wide_ResNet50_2_Weights | None = None, progress:
     """Build Wide ResNet-50-2 as a drop-in replacement for torchvision's.
 
     weights: None, a `Wide_ResNet50_2_Weights` or its name. kwargs: those of torchvision's `ResNet`, e.g.
-    num_classes=1000. The The net maps images [N, 3, H, W] to scores [N, num_classes]. Equivalent to
+    num_classes=1000. The net maps images [N, 3, H, W] to scores [N, num_classes]. Equivalent to
 
         torchvision.models.wide_resnet50_2(weights=weights, progress=progress, **kwargs)
 
@@ -389,7 +389,7 @@ def wide_resnet101_2(
     """Build Wide ResNet-101-2 as a drop-in replacement for torchvision's.
 
     weights: None, a `Wide_ResNet101_2_Weights` or its name. kwargs: those of torchvision's `ResNet`, e.g.
-    num_classes=1000. The num_classes=1000. The net maps images [N, 3, H, W] to scores [N, num_classes]. Equivalent to
+    num_classes=1000. The net maps images [N, 3, H, W] to scores [N, num_classes]. Equivalent to
 
         torchvision.models.wide_resnet101_2(weights=weights, progress=progress, **kwargs)
 
