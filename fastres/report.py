@@ -40,7 +40,7 @@ class Status:
     triton: str  # "usable", possibly with a note, or why not
     table: str  # the table of measurements that chooses kernels on this GPU, or why there is none
     extension: extension.Status  # the C++ and CUDA extension
-    training: str  # path of a torchvision BasicBlock in fp32 and train mode, on the GPU if there is one
+    training: str  # path of a drop-in `BasicBlock` in fp32 and train mode, on the GPU if there is one
     inference: str  # the same in eval mode
     optimize: str  # the dtypes in which `fastres.optimize` is fused on this CPU, and why not in the others
     next_step: str  # a command to try
