@@ -539,7 +539,9 @@ def test_a_table_may_go_to_a_device(
     (tmp_path / "link.csv").symlink_to("/dev/full")
     for name in ("/dev/full", str(tmp_path / "link.csv")):
         assert main([command, *given, weights, *SMALL, "--csv", name]) == 1
-        said = f"python -m fastres {command}: {name} can't be written: No space left on device; it holds 0 rows"
+        said = (
+            f"python -m fastres {command}: {name} can't be written: No space left on device; it holds 0 complete rows"
+        )
         assert capsys.readouterr().err.splitlines()[-1].startswith(said)
     assert Path("/dev/full").is_char_device()
     assert (tmp_path / "link.csv").is_symlink()
