@@ -1,4 +1,4 @@
-"""Rules of the package: which layer may import which, no import cycles, every module reachable by its name, a cheap
+"""Rules of the package: which level may import which, no import cycles, every module reachable by its name, a cheap
 `import fastres`, and tolerances of tests in one table."""
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
-# A layer may import itself and the layers below it. `kernels` may also import torch and triton; the base imports only
+# A level may import itself and the levels below it. `kernels` may also import torch and triton; the base imports only
 # the standard library.
-LAYERS = ["api", "models", "ops", "kernels", "base"]
+LEVELS = ["api", "models", "ops", "kernels", "base"]
 
 
 def modules() -> dict[str, Path]:
@@ -32,12 +32,12 @@ def modules() -> dict[str, Path]:
     return found
 
 
-def layer(module: str) -> str:
-    """Return the layer of a module: fastres.models.x -> models. paths and capability are the base; fastres's other
+def level(module: str) -> str:
+    """Return the level of a module: fastres.models.x -> models. paths and capability are the base; fastres's other
     modules are the public API."""
     parts = module.split(".")
     part = parts[1] if len(parts) > 1 else ""
-    return {"csrc": "kernels", "paths": "base", "capability": "base"}.get(part, part if part in LAYERS else "api")
+    return {"csrc": "kernels", "paths": "base", "capability": "base"}.get(part, part if part in LEVELS else "api")
 
 
 def imports(file: Path, module: str) -> Iterator[str]:
@@ -69,15 +69,15 @@ def violations(module: str, file: Path, known: dict[str, Path]) -> list[str]:
             wrong.append(f"{module} imports {name}")
         elif root == "fastres":
             ours = target(name, known)
-            if LAYERS.index(layer(ours)) < LAYERS.index(layer(module)):
-                wrong.append(f"{module} imports {name} from a layer above")
+            if LEVELS.index(level(ours)) < LEVELS.index(level(module)):
+                wrong.append(f"{module} imports {name} from a level above")
             # `problem` is arithmetic on sizes; everything that runs is reached through ops
-            if layer(module) == "api" and layer(ours) == "kernels" and ours != "fastres.kernels.problem":
+            if level(module) == "api" and level(ours) == "kernels" and ours != "fastres.kernels.problem":
                 wrong.append(f"{module} imports {name} directly instead of through ops")
         elif root not in sys.stdlib_module_names:
-            if layer(module) == "kernels" and root not in ("torch", "triton"):
+            if level(module) == "kernels" and root not in ("torch", "triton"):
                 wrong.append(f"{module} imports {name}, but kernels may import only torch and triton")
-            if layer(module) == "base":
+            if level(module) == "base":
                 wrong.append(f"{module} imports {name}, but the base may import only the standard library")
     return wrong
 
