@@ -1,11 +1,12 @@
-"""What each fusion of a training step is worth: every one switched by itself, beside the defaults and stock PyTorch.
+"""Measure the effect of each fusion on a training step: each is switched on its own and compared with the defaults and
+with stock PyTorch.
 
-Every row has the whole step in one CUDA graph: launched kernel by kernel, the host would limit most of them.
+In every row the whole step is in one CUDA graph. If kernels were launched one by one, the host would limit most rows.
 
     python bench/ablate.py --depth 50 --json out/ablate-50.json
 
-Per row: images per second, their ratio to those of the defaults, and the memory that PyTorch reserves, the graph's
-included, per image. Needs a CUDA GPU.
+Each row has images per second, their ratio to those of the defaults, and the memory per image that PyTorch reserves,
+the graph's included. Needs a CUDA GPU.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ ROWS = {
 
 @contextlib.contextmanager
 def setting(name: str) -> Iterator[None]:
-    """The context that makes a row what its name says."""
+    """Apply the settings of the row called `name` within the context."""
     with contextlib.ExitStack() as stack:
         if name in ROWS:
             stack.enter_context(dispatch.fusions(**ROWS[name]))
@@ -54,18 +55,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), default="bf16")
-    parser.add_argument("--seconds", type=float, default=10, help="timed seconds per row")
-    parser.add_argument("--json", type=Path, help="write the rows here as well")
+    parser.add_argument("--seconds", type=float, default=10, help="timed seconds per row; default: 10")
+    parser.add_argument("--json", type=Path, help="also write the rows to this file")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
-        parser.error("no CUDA GPU: without one fastres runs no fused step that could be ablated")
+        parser.error("no CUDA GPU: without one, fastres runs no fused training step to measure")
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[options.dtype]
     case = Case(f"resnet{options.depth}", "train", options.batch, dtype, options.size, torch.device("cuda"))
     torch.backends.cudnn.benchmark = True
     try:
         data = measure.prepare(case, run.weights(case.net, case.size), run.inputs(case.batch, case.size), run.SEED)
     except torch.OutOfMemoryError as error:
-        parser.error(f"a training step of this size does not run: {measure.first_line(error)}")
+        parser.error(f"a training step of this size runs out of memory: {measure.first_line(error)}")
     rows: list[dict[str, Any]] = []
     document = {"created": record.now(), "code": record.code(), "environment": record.environment(case.device)}
     document |= {"schema": "fastres.ablation/1", "options": {key: str(value) for key, value in vars(options).items()}}
@@ -84,6 +85,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def line(row: dict[str, Any], first: dict[str, Any], batch: int) -> str:
+    """Return a row as text, with its ratio to the row `first`."""
     if row["status"] != "ok" or first["status"] != "ok":
         return f"{row['row']:44} {row['status']}: {row.get('reason', 'nothing to compare with')}"
     return (

@@ -1,4 +1,4 @@
-"""What to use on this machine, in one plain sentence a net and batch, from the rows that were measured."""
+"""Say which backend to use on this machine, in one line per net and batch, from the rows that were measured."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Row = dict[str, Any]
 
 
 def advice(rows: list[Row]) -> str:
-    """A line for each net, batch, dtype and size among the rows. Only rows that are ok are spoken of."""
+    """Return a line for each net, batch, dtype and size among the rows. Only rows that are ok are considered."""
     cases: dict[tuple[Any, ...], dict[str, list[Row]]] = {}
     for (net, mode, *rest), mine in records.by_case(rows).items():
         cases.setdefault((net, *rest), {})[mode] = mine
@@ -19,13 +19,15 @@ def advice(rows: list[Row]) -> str:
 
 
 def _line(case: tuple[Any, ...], modes: dict[str, list[Row]]) -> str:
+    """Return the line of one net, batch, dtype and size; `modes` maps each mode to its rows."""
     net, batch, dtype, size = case
     said = [{"infer": _inference, "train": _training}[mode](mine, dtype) for mode, mine in modes.items()]
-    return f"What to use here for {net}, batch {batch}, {dtype}, {size}x{size}. {' '.join(said)}"
+    return f"What to use on this machine for {net}, batch {batch}, {dtype}, {size}x{size}. {' '.join(said)}"
 
 
 def _inference(rows: list[Row], dtype: str) -> str:
-    """The fastest of ours, then the fastest that needs no calibration, then the fastest in the case's dtype."""
+    """Recommend the fastest row of fastres, then the fastest that needs no calibration, then the fastest in the case's
+    dtype."""
     if (why := _unknown(rows)) is not None:
         return f"Inference: {why}."
     ours = [row for row in rows if row["ours"] and row["status"] == "ok"]
@@ -44,32 +46,36 @@ def _inference(rows: list[Row], dtype: str) -> str:
 
 
 def _training(rows: list[Row], dtype: str) -> str:
+    """Recommend the fastest row of fastres."""
     if (why := _unknown(rows)) is not None:
         return f"Training: {why}."
     best = max((row for row in rows if row["ours"] and row["status"] == "ok"), key=lambda row: row["img_s"])
     if "fused in" not in best["path"] and not BACKENDS[best["backend"]].compile:
         beside = records.ratio(best, records.eager(rows))
-        return f"Training: fastres runs PyTorch's own operations here, at {beside.value:.2f} x eager PyTorch's speed."
+        return (
+            f"Training: fastres runs PyTorch's own operations here, at {beside.value:.2f} x the speed of eager PyTorch."
+        )
     return f"Training: {_worth(best, rows)}."
 
 
 def _unknown(rows: list[Row]) -> str | None:
-    """Why nothing can be said of a case."""
+    """Return why the rows of a case allow no recommendation, or None."""
     if records.eager(rows) is None:
-        return "not known: no steady rate of eager-channels-last to compare with was measured"
+        return "unknown, because there is no steady measurement of eager-channels-last to compare with"
     if not any(row["ours"] and row["status"] == "ok" for row in rows):
-        return "not known: no steady rate of fastres was measured"
+        return "unknown, because there is no steady measurement of fastres"
     return None
 
 
 def _worth(row: Row, rows: list[Row]) -> str:
-    """What to write for a row, its rate, and what it brings beside eager PyTorch and beside the best peer."""
+    """Return what to write to get a row, its rate, and the rate relative to eager PyTorch and, if it is lower, to the
+    best peer."""
     eager, peer = records.eager(rows), records.best_peer(rows, records.arithmetic(row))
     beside = records.ratio(row, eager)
     rate = f"{row['img_s']:,.4g}" if row["img_s"] < 1e4 else f"{row['img_s']:,.0f}"
     text = f"{BACKENDS[row['backend']].use}, {rate} img/s"
     if beside.low <= 1:
-        return f"nothing surely faster than eager PyTorch in channels_last ({text}, {beside.value:.2f} x)"
+        return f"nothing is reliably faster than eager PyTorch in channels_last ({text}, {beside.value:.2f} x)"
     text += f", {beside.value:.2f} x eager PyTorch in channels_last"
     if peer is not None and peer is not eager and records.ratio(row, peer).high < 1:
         text += f", but {records.ratio(row, peer).value:.2f} x {peer['backend']}"

@@ -1,5 +1,6 @@
-"""What the bench can run: one table, `BACKENDS`. A new way to run a net is one entry there and, if it should run
-without being asked for, its name in `by_default`.
+"""The backends that the bench can run, in the table `BACKENDS`.
+
+To add a way to run a net, add an entry there. If it is to run by default, add its name to `by_default` as well.
 """
 
 from __future__ import annotations
@@ -44,8 +45,8 @@ NAMES = {
 
 @dataclass(frozen=True)
 class Case:
-    """What one row measures, apart from the backend. `net` is `families.named`'s word for it, `size` the image's height
-    and width."""
+    """What a row measures, apart from the backend. `net` is a name that `families.named` accepts, `size` the height and
+    width of the images."""
 
     net: str
     mode: str
@@ -59,17 +60,20 @@ class Case:
 class Backend:
     """One way to run a net.
 
-    net: name -> a module with the state_dict keys of `stock_nets.net(name)`.
+    net: maps a name to a module with the state_dict keys of `stock_nets.net(name)`.
+    says: the description in the help text.
     compile: keyword arguments of `torch.compile`; None runs the module as it is.
-    freeze: what turns the prepared net and the case's batches into what is called; the backend doesn't train.
-    dtype: what it computes in, whatever the case's dtype is; it doesn't train. Net and images come in it. Where it is
-    int8 or float8, they come in the case's dtype; a peer in int8 gets fp32.
-    graph: a whole training step, optimizer included, in one CUDA graph; the backend doesn't infer.
-    ours: fastres, compared with the best peer; the others are the peers.
-    use: what a user of fastres writes to get it, in words or code.
-    needs: device type this backend is confined to.
-    packages: what must be installed besides fastres' own dependencies.
-    only_torchvision: it has torchvision's nets and no others.
+    inductor: Inductor settings that are in force while the backend runs.
+    freeze: a function that turns the prepared net and the case's batches into a callable; such a backend doesn't train.
+    dtype: the dtype that the backend always computes in, whatever the case's dtype; such a backend doesn't train. The
+        net and its images are in this dtype. If it is int8 or float8, they are in the case's dtype, or in fp32 for an
+        int8 peer.
+    graph: whether a whole training step, optimizer included, runs in one CUDA graph; such a backend doesn't infer.
+    ours: whether this is fastres. The other backends are the peers, and the best of them is the one to compare with.
+    use: what a user of fastres writes to get this backend, in words or code.
+    needs: the only device type that the backend runs on.
+    packages: packages to install in addition to fastres' own dependencies.
+    only_torchvision: whether the backend has only torchvision's nets.
     """
 
     net: Callable[[str], nn.Module]
@@ -87,21 +91,21 @@ class Backend:
     only_torchvision: bool = False
 
     def why_not(self, case: Case) -> str | None:
-        """The reason, in words, why this backend can't run `case` here; None where it can."""
+        """Return why this backend can't run `case` on this machine, or None if it can."""
         return self.why_never(case.net, case.mode) or self.why_not_here(case.device)
 
     def why_never(self, net: str, mode: str) -> str | None:
-        """The reason, in words, why no machine lets this backend run `net` in `mode`; None where one may."""
+        """Return why this backend can't run `net` in `mode` on any machine, or None if it can on some."""
         if (self.freeze or self.dtype) and mode == "train":
-            return "it only infers"
+            return "it runs inference only"
         if self.graph and mode == "infer":
-            return "it only trains"
+            return "it runs training only"
         if self.only_torchvision and net not in families.BUILDERS:
             return f"{', '.join(self.packages)} has no {net}"
         return None
 
     def why_not_here(self, device: torch.device) -> str | None:
-        """The reason, in words, why this backend can't run anything on `device` here; None where it can."""
+        """Return why this backend can't run anything on `device`, or None if it can."""
         if self.needs and device.type != self.needs:
             return f"it needs a {self.needs} device"
         if (
@@ -111,23 +115,24 @@ class Backend:
         ):
             return f"float8 needs compute capability {capability.spelt(capability.FLOAT8)}"
         if self.dtype in (torch.int8, torch.bfloat16) and (reason := dispatch.why_no_onednn(self.dtype)) is not None:
-            return reason  # a peer might run, but emulated, or with sums that saturate
+            return reason  # a peer might run, but emulated or with saturating sums
         missing = [package for package in self.packages if importlib.util.find_spec(package) is None]
         return f"not installed: pip install {' '.join(missing)}" if missing else None
 
     @property
     def quantises(self) -> bool:
-        """Whether it rounds to so few bits that a float dtype is no measure of its error."""
+        """Whether the backend rounds to so few bits that eager PyTorch's error in a float dtype is no measure of its
+        error."""
         return self.dtype in QUANTISED
 
     def own(self, case: Case) -> Case:
-        """The case in the dtype that net and images come in."""
+        """Return the case in the dtype of the net and images that this backend is given."""
         if self.dtype == torch.int8 and not self.ours:
             return replace(case, dtype=torch.float32)
         return case if self.dtype is None or self.quantises else replace(case, dtype=self.dtype)
 
     def arithmetic(self, case: Case) -> str:
-        """The dtype that it computes `case` in, as a record names it."""
+        """Return the name, as in a record, of the dtype in which the backend computes `case`."""
         return NAMES[self.dtype or case.dtype]
 
     @property
@@ -137,12 +142,13 @@ class Backend:
     def prepare(
         self, weights: dict[str, torch.Tensor], case: Case, inputs: Sequence[torch.Tensor]
     ) -> tuple[nn.Module, Callable]:
-        """(the module that owns the parameters, what to call on a batch), on the case's device as its `inputs` are.
+        """Return (the module that owns the parameters, the callable to run on a batch), on the case's device. `inputs`
+        are on that device already.
 
-        Inference: eval mode, everything in the case's dtype. Training: fp32 master weights (fp64 in fp64); autocast is
-        the caller's.
+        In inference, the module is in eval mode and everything is in the case's dtype. In training, master weights are
+        in fp32 (or in fp64, if that is the case's dtype), and the caller applies autocast.
         """
-        with torch.device("meta"):  # no time spent on an initialisation that is overwritten
+        with torch.device("meta"):  # skips an initialisation that would be overwritten
             model = self.net(case.net)
         model.load_state_dict({name: value.clone() for name, value in weights.items()}, assign=True)
         infer = case.mode == "infer"
@@ -157,22 +163,27 @@ class Backend:
 
     @contextmanager
     def isolated(self, device: torch.device) -> Iterator[None]:
-        """Whatever this backend configures ends with the context; compilation starts with empty caches on disk. What
-        is compiled in memory stays, until `torch.compiler.reset()`: contexts of several backends may be nested."""
+        """Apply the backend's settings within the context, and begin with empty compiler caches on disk.
+
+        Code that is compiled in memory stays until `torch.compiler.reset()`, so contexts of several backends may be
+        nested.
+        """
         with ExitStack() as stack:
             if self.compile is not None:
                 start_compiler(self.compile["backend"], device)
                 stack.enter_context(torch._inductor.utils.fresh_cache())
                 stack.enter_context(torch._inductor.config.patch(self.inductor))
-                stack.enter_context(torch._dynamo.config.patch(recompile_limit=64))  # of code that backends share
+                # Recompilations count for code that all backends share.
+                stack.enter_context(torch._dynamo.config.patch(recompile_limit=64))
             yield
 
 
 @cache
 def start_compiler(backend: str, device: torch.device) -> None:
-    """What `backend` imports and finds out about the machine, once a process: no part of its first row.
+    """Run what `backend` does once per process (imports, queries of the machine), so that its first row is not charged
+    for it.
 
-    Where it doesn't work, the rows that need it will say so.
+    Errors are ignored here: the rows that need the compiler will report them.
     """
     with torch._inductor.utils.fresh_cache(), suppress(Exception):
         x = torch.ones(64, device=device, requires_grad=True)
@@ -186,14 +197,15 @@ def timm_net(name: str) -> nn.Module:
 
 
 def switched(fusion: str, name: str) -> nn.Module:
-    """The net called `name`, trained with that fusion on."""
+    """Return the net called `name` with the fusion switched on for every forward."""
     net = families.named(name)
     net.forward = dispatch.fusions(**{fusion: True})(net.forward)  # type: ignore[method-assign]
     return net
 
 
 def optimize(model: nn.Module, inputs: Sequence[torch.Tensor]) -> Callable:
-    return fastres.optimize(model, inputs[0])  # what a shape's first calls prepare is ready before any is timed
+    # An example input prepares the plan for its shape before anything is timed.
+    return fastres.optimize(model, inputs[0])
 
 
 def optimize_quantised(dtype: torch.dtype, model: nn.Module, inputs: Sequence[torch.Tensor]) -> Callable:
@@ -215,21 +227,29 @@ ONNX = ("onnx", "onnxscript", "onnxruntime")
 BACKENDS = {
     "eager": Backend(
         stock_nets.net,
-        "plain PyTorch (torchvision's net where it has it) as it comes: NCHW, no compiler",
+        "plain PyTorch (torchvision's net, if it has one) with its defaults: NCHW, no compiler",
         channels_last=False,
     ),
     "eager-channels-last": Backend(stock_nets.net, "plain PyTorch in channels_last"),
     "eager-channels-last-bf16": Backend(
-        stock_nets.net, "the same, net and images in bf16; inference only", dtype=torch.bfloat16, needs="cpu"
+        stock_nets.net, "the same, with net and images in bf16; inference only", dtype=torch.bfloat16, needs="cpu"
     ),
     "eager-graph": Backend(
-        stock_nets.net, "the same, a whole training step in a CUDA graph; training only", graph=True, needs="cuda"
+        stock_nets.net,
+        "plain PyTorch in channels_last, with a whole training step in a CUDA graph; training only",
+        graph=True,
+        needs="cuda",
     ),
     "cudagraphs": Backend(
-        stock_nets.net, "plain PyTorch in a CUDA graph, nothing fused", compile={"backend": "cudagraphs"}, needs="cuda"
+        stock_nets.net,
+        "torch.compile, backend 'cudagraphs': plain PyTorch in a CUDA graph, nothing fused",
+        compile={"backend": "cudagraphs"},
+        needs="cuda",
     ),
     "aot-eager": Backend(
-        stock_nets.net, "AOTAutograd's graph run by ATen, nothing fused", compile={"backend": "aot_eager"}
+        stock_nets.net,
+        "torch.compile, backend 'aot_eager': AOTAutograd's graph run by ATen, nothing fused",
+        compile={"backend": "aot_eager"},
     ),
     "inductor": inductor(),
     "reduce-overhead": inductor("reduce-overhead", needs="cuda"),
@@ -246,7 +266,7 @@ BACKENDS = {
     ),
     "onnxruntime-int8": Backend(
         stock_nets.net,
-        "ONNX Runtime in int8, quantised statically by the batches it is timed with; inference only",
+        "ONNX Runtime in int8, quantised statically on the batches it is timed with; inference only",
         freeze=runtimes.onnxruntime_int8,
         dtype=torch.int8,
         channels_last=False,
@@ -279,7 +299,7 @@ BACKENDS = {
     ),
     "fastres-graph": Backend(
         families.named,
-        "the same, a whole training step in a CUDA graph; training only",
+        "the same, with a whole training step in a CUDA graph; training only",
         graph=True,
         ours=True,
         use="fastres.graphed(step, model, optimizer)",
@@ -287,7 +307,7 @@ BACKENDS = {
     ),
     "fastres-graph-keep": Backend(
         partial(switched, "keep_activation"),
-        "the same, activations that forward and backward both store computed once; training only",
+        "the same, with the fusion keep_activation on; training only",
         graph=True,
         ours=True,
         use="fastres.graphed(step, model, optimizer) with the fusion keep_activation",
@@ -295,7 +315,7 @@ BACKENDS = {
     ),
     "fastres-graph-overlap": Backend(
         partial(switched, "overlap"),
-        "the same, weight gradients on a second stream; training only",
+        "the same, with weight gradients on a second stream; training only",
         graph=True,
         ours=True,
         use="fastres.graphed(step, model, optimizer) with weight gradients on a second stream",
@@ -303,7 +323,7 @@ BACKENDS = {
     ),
     "fastres-inductor": Backend(
         families.named,
-        "fastres under torch.compile, weights frozen in inference",
+        "fastres' net under torch.compile, weights frozen in inference",
         compile={"backend": "inductor"},
         inductor={"freezing": True},
         ours=True,
@@ -319,14 +339,14 @@ BACKENDS = {
     ),
     "fastres-optimize": Backend(
         families.named,
-        "fastres.optimize: a static plan of folded convolutions, in a CUDA graph on a GPU; inference only",
+        "fastres.optimize: BatchNorms folded, in a static plan; on a GPU in a CUDA graph; inference only",
         freeze=optimize,
         ours=True,
         use="fastres.optimize(model)",
     ),
     "fastres-optimize-bf16": Backend(
         families.named,
-        "the same, net and images in bf16; inference only",
+        "the same, with net and images in bf16; inference only",
         freeze=optimize,
         dtype=torch.bfloat16,
         ours=True,
@@ -358,11 +378,11 @@ EXPERIMENTS = ("fastres-graph-keep", "fastres-graph-overlap")
 
 
 def by_default(device: torch.device, net: str, mode: str) -> list[str]:
-    """The backends that make sense on this device when none is named.
+    """Return the names of the backends that run in `mode` on this device if the user names none.
 
-    On a GPU ResNet-50 meets every peer and the other nets the strongest ones; the rows of `EXPERIMENTS` are for whoever
-    names them. On a CPU nobody has to wait for timm, which runs what eager PyTorch does, or for a second compiled row;
-    nets other than ResNet-50 do without any.
+    On a GPU, ResNet-50 gets every peer, and other nets get the strongest ones. The rows of `EXPERIMENTS` run only if
+    they are named. On a CPU, the default leaves out timm, which runs what eager PyTorch does, and all compiled rows
+    except `inductor` for ResNet-50 inference.
     """
     if device.type == "cuda":
         every_net = ("eager-channels-last", "eager-graph", "inductor", "max-autotune")
@@ -382,11 +402,12 @@ def by_default(device: torch.device, net: str, mode: str) -> list[str]:
 
 
 def shared_weights(net: str, calibration: list[torch.Tensor], seed: int) -> dict[str, torch.Tensor]:
-    """The state_dict, fp32 on the CPU, that every backend runs the net called `net` with.
+    """Return the state_dict, in fp32 on the CPU, that every backend loads for the net called `net`.
 
-    The net's own initialisation with BatchNorms that do something: random weight and bias, running statistics gathered
-    over the `calibration` batches. The last one of each residual branch is small, as in the usual recipes: otherwise a
-    fresh net amplifies rounding so much that right and wrong gradients can't be told apart.
+    It is the net's own initialisation, except that BatchNorms get random weights and biases, and running statistics
+    gathered over the `calibration` batches. The last BatchNorm of each residual branch gets a small weight, as in the
+    usual recipes. Otherwise a freshly initialised net would amplify rounding errors so much that right and wrong
+    gradients could not be told apart.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -405,8 +426,10 @@ def shared_weights(net: str, calibration: list[torch.Tensor], seed: int) -> dict
 
 @contextmanager
 def watched_paths() -> Iterator[Counter[str | None]]:
-    """Counts, while the context lasts, the answers to stem, blocks and stages of blocks, and what backend "fastres"
-    finds: why the plain path; None where fused."""
+    """Within the context, count the reasons for which stem and blocks take the plain path, with None for a fused one.
+
+    Covers the answers of `eligibility` to stem, blocks and stages of blocks, and the findings of backend "fastres".
+    """
     answers: Counter[str | None] = Counter()
     ask, ask_together, rewrite = eligibility.why_plain, eligibility.serves_stages, fastres_compile.rewrite_graph
 
@@ -434,7 +457,7 @@ def watched_paths() -> Iterator[Counter[str | None]]:
 
 
 def path_in_words(answers: Counter[str | None], backend: Backend) -> str:
-    """What served a fastres row, from `watched_paths`' answers during one call."""
+    """Describe what ran the blocks of a fastres row, from the answers of `watched_paths` during one call."""
     compiled = backend.compile is not None
     if backend.freeze is not None:
         return "a static plan of folded convolutions"

@@ -1,8 +1,8 @@
-"""The rows of one case, measured side by side: they take turns, window by window, so that whatever else happens on the
-machine happens to all of them.
+"""Measure the rows of one case in turns, one timed window each, so that other load on the machine affects them all
+alike.
 
-On a GPU each row has a process of its own (bench/worker.py): one that hangs, dies or loses its CUDA context costs only
-itself.
+On a GPU each row runs in its own process (bench/worker.py), so that a row that hangs, dies or loses its CUDA context
+affects no other row.
 """
 
 from __future__ import annotations
@@ -25,12 +25,13 @@ from worker import LocalWorker, Worker
 Start = Callable[[str], "Worker | LocalWorker"]
 HandOver = Callable[[measure.Data], "measure.Data | Path"]
 
-WINDOW_S = 60  # seconds; far more than a window and the load before it take
+WINDOW_S = 60  # seconds; far more than a window and the load before it need
 
 
 @dataclass
 class Contender:
-    """A backend's row in the making. windows: seconds a call."""
+    """A backend's row while it is measured. place: the worker that runs it. windows: seconds per call in each window so
+    far."""
 
     name: str
     place: Worker | LocalWorker
@@ -40,9 +41,13 @@ class Contender:
 
 @dataclass
 class Contest:
-    """What the rows of a case share. data: what each is prepared with. patience: seconds a row may take to get ready,
-    or to be looked at in the end. tell: gets a row's name and fields (bench/records/README.md) whenever there are new
-    ones; the last time its status is final."""
+    """The measurement of all rows of a case.
+
+    data: what each row is prepared with.
+    patience: seconds to wait for a row to get ready, finish or be inspected.
+    tell: called with a row's name and fields (bench/records/README.md) whenever they change. The last call for a row
+        has its final status.
+    """
 
     case: Case
     data: measure.Data | Path
@@ -51,8 +56,11 @@ class Contest:
     tell: Callable[[str, dict[str, Any]], None]
 
     def measure(self, names: Sequence[str], start: Start) -> None:
-        """Measure the backends called `names`, which `start` starts. As many as the GPU's memory holds take turns, the
-        others follow; what ran out of memory beside others is tried once more, alone."""
+        """Measure the backends called `names`; `start` starts one by its name.
+
+        As many rows as fit into the GPU's memory take turns, and the others follow. A row that runs out of memory while
+        others are loaded gets a second try on its own.
+        """
         waiting, alone = list(names), set[str]()
         while waiting:
             with ExitStack() as life:
@@ -68,11 +76,12 @@ class Contest:
                         row.place.close()
                         waiting += self._failed(row, error, alone, beside=bool(together))
                 waiting += self._take_turns(together, alone)
-                for row in together:  # all at once
+                for row in together:  # they exit at the same time, while the context waits
                     row.place.leave()
 
     def _has_room(self, together: list[Contender], name: str, alone: set[str]) -> bool:
-        """Whether the GPU's memory holds another row, which may need a fifth more than the largest so far."""
+        """Return whether another row fits into the GPU's memory. It may need a fifth more than the largest row so
+        far."""
         if name in alone or together[0].name in alone:
             return False
         if self.case.device.type != "cuda":
@@ -81,7 +90,7 @@ class Contest:
         return free > 1.2 * 2**20 * max(row.fields["peak_reserved_mib"] for row in together)
 
     def _take_turns(self, rows: list[Contender], alone: set[str]) -> list[str]:
-        """Measure rows that are ready; the names of those that want another try."""
+        """Measure the rows, which are ready, and return the names of those to try again."""
         began, again, running = now("milliseconds"), list[str](), [*rows]
 
         def asked(row: Contender, method: str, seconds: float) -> Any:
@@ -95,7 +104,8 @@ class Contest:
                 return None
 
         for i in range(measure.WINDOWS):
-            for row in running[:: 1 if i % 2 else -1]:  # no row always follows the same one
+            # Alternate the order, so that no row always follows the same row.
+            for row in running[:: 1 if i % 2 else -1]:
                 if (seconds := asked(row, "window", WINDOW_S)) is not None:
                     row.windows.append(seconds)
                     row.fields |= measure.rates(self.case, self.multiply_adds, row.windows) | {"began": began}
@@ -113,7 +123,7 @@ class Contest:
         return again
 
     def _failed(self, row: Contender, error: Exception, alone: set[str], beside: bool) -> list[str]:
-        """[its name] if the row wants another try, else it has failed."""
+        """Return [the row's name] if the row is to be tried again. Otherwise report its failure and return []."""
         found = measure.failure(error)
         if found["status"] == "out of memory" and beside:
             alone.add(row.name)
@@ -123,12 +133,14 @@ class Contest:
 
 
 def make_row(name: str, case: Case, seconds: float) -> measure.Row:
+    """Make the row in the process that runs it."""
     return measure.Row(BACKENDS[name], case, seconds)
 
 
 @contextmanager
 def in_process(case: Case, seconds: float) -> Iterator[tuple[Start, HandOver]]:
-    """Rows that share this process: what starts one, and what makes of the case's data what it is prepared with."""
+    """Run the rows in this process. Yields (the function that starts a row, the function that passes it the case's
+    data)."""
     try:
         yield lambda name: LocalWorker(make_row, name, case, seconds), lambda data: data
     finally:
@@ -137,15 +149,17 @@ def in_process(case: Case, seconds: float) -> Iterator[tuple[Start, HandOver]]:
 
 @contextmanager
 def in_workers(names: Sequence[str], case: Case, seconds: float, patience: float) -> Iterator[tuple[Start, HandOver]]:
-    """The same with a process for each row. All begin now: what they import delays no measurement."""
+    """Run each row in its own process; yields the same as `in_process`. All processes start now, so that their imports
+    delay no measurement."""
     with TemporaryDirectory(prefix="fastres-bench-", ignore_cleanup_errors=True) as folder, ExitStack() as life:
-        with mock.patch.dict(os.environ, TMPDIR=folder):  # what a killed process leaves there is removed
+        # Temporary files of killed processes are removed with the folder.
+        with mock.patch.dict(os.environ, TMPDIR=folder):
             begun = {name: life.enter_context(Worker(make_row, name, case, seconds)) for name in names}
 
         def hand_over(data: measure.Data) -> Path:
             torch.save(data, file := Path(folder, "data.pt"))
             for place in begun.values():
-                with suppress(Exception):  # `prepare` will raise it again
+                with suppress(Exception):  # `prepare` will raise the error again
                     place.ask("ready", seconds=patience)
             return file
 

@@ -1,4 +1,5 @@
-"""One row of the bench: warm-up, timed windows, memory, and the error against a float64 run of the same weights.
+"""Measure one row of the bench: warm-up, timed windows, memory, and the error against a float64 run of the same
+weights.
 
 Units: seconds, images per second, milliseconds, MiB, GFLOP/s (2 x multiply-adds, x 3 for a training step).
 """
@@ -29,23 +30,25 @@ from torch._dynamo.utils import counters
 
 import fastres
 
-# A profiler that stayed attached to the process would slow the launches of every row after the first.
+# Without this, a profiler stays attached to the process and slows the launches of all later rows.
 os.environ.setdefault("TEARDOWN_CUPTI", "1")
 
-INPUTS = 4  # batches to rotate among: more than a GPU's L2 holds, at any useful batch
-CHECKED = 4  # images whose scores are compared in inference
-JUDGED = 64  # images, or a batch if that is more, whose classes are compared where a row's dtype isn't the case's
+INPUTS = 4  # batches used in turn; at any useful batch size they exceed a GPU's L2
+CHECKED = 4  # images whose scores are compared with float64 in inference
+JUDGED = 64  # images, rounded up to whole batches, whose classes are compared if a row's dtype isn't the case's
 WINDOWS = 7
-NOISY = 0.1  # the largest `quartile_spread` of the windows of a row that is ranked; a quiet machine has a tenth of it
-LOAD = 0.3  # seconds of a row's own work before each of its windows, on a GPU
-WARM_UPS = 3  # calls after the first: cudnn.benchmark, recording of CUDA graphs
-OPTIMIZER = {"lr": 1e-3, "momentum": 0.9, "weight_decay": 1e-4}  # the paper's, at a rate that keeps random labels tame
+NOISY = 0.1  # the largest `quartile_spread` of a row's windows for it to be ranked; a quiet machine has a tenth of it
+LOAD = 0.3  # on a GPU, seconds of untimed work of the row before each of its windows
+WARM_UPS = 3  # calls after the first, for cudnn.benchmark and the recording of CUDA graphs
+# The paper's, with a learning rate that keeps training on random labels stable.
+OPTIMIZER = {"lr": 1e-3, "momentum": 0.9, "weight_decay": 1e-4}
 
 
 def rounding(dtype: torch.dtype, device: torch.device) -> float:
-    """The error, relative, that any correct arithmetic in `dtype` may make in a whole net.
+    """Return the relative error that any correct arithmetic in `dtype` may make in a whole net.
 
-    Four roundings of the products' type; plain fp32 64, for Winograd's transforms.
+    It is four times the eps of the type in which products are rounded. Plain fp32 gets 64 eps, because of Winograd's
+    transforms.
     """
     if dtype == torch.float32:
         tf32 = device.type == "cuda" and torch.backends.cudnn.allow_tf32
@@ -54,11 +57,13 @@ def rounding(dtype: torch.dtype, device: torch.device) -> float:
 
 
 def allowed(baseline: float, dtype: torch.dtype, device: torch.device, mode: str) -> float:
-    """The largest of one of the errors of a right output, given eager PyTorch's own `baseline` on the same case.
+    """Return the largest accepted error of a correct output, given the error `baseline` of eager PyTorch on the same
+    case.
 
-    Inference: four times the baseline, or `rounding`. Gradients: an error e of the activations puts a share e of the
-    ReLUs on the other side of zero, which moves a gradient by about sqrt(e); four times that or twice the baseline.
-    Never as much as a gradient that has nothing to do with the right one (error 1 if zero, 1.4 if random).
+    Inference: four times the baseline or `rounding`, whichever is larger. Gradients: an error e of the activations
+    flips a share e of the ReLUs, which moves a gradient by about sqrt(e). The limit is four times that or twice the
+    baseline, whichever is larger. The limit always stays below the error of a gradient that is unrelated to the right
+    one (1 if it is zero, 1.4 if it is random).
     """
     e = rounding(dtype, device)
     if mode == "infer":
@@ -67,17 +72,20 @@ def allowed(baseline: float, dtype: torch.dtype, device: torch.device, mode: str
 
 
 def relative_l2(found: Tensor, right: Tensor) -> float:
+    """Return ||found - right|| / ||right||, computed in float64."""
     right = right.double()
     return (torch.dist(found.double(), right) / right.norm()).item()
 
 
 @dataclass
 class Data:
-    """What all backends of one case share, in fp32 on the CPU: weights, input batches, labels; and what is right.
+    """What all backends of one case share, in fp32 on the CPU: weights, input batches, labels and the right results.
 
-    reference: fp64 scores [CHECKED, classes] in inference; in training the gradient of every parameter, by name, of a
-    first step on the first batch. baseline: eager PyTorch's own errors in the case's dtype. judged: in inference,
-    batches that no row is calibrated with; classes: those that eager PyTorch gives their images, in the case's dtype.
+    reference: in inference, the fp64 scores [CHECKED, classes]; in training, the gradient of every parameter, by name,
+        in a first step on the first batch.
+    baseline: eager PyTorch's own errors in the case's dtype.
+    judged: in inference, batches on which no row is calibrated.
+    classes: the classes that eager PyTorch in the case's dtype gives the images in `judged`.
     """
 
     weights: dict[str, Tensor]
@@ -91,7 +99,8 @@ class Data:
 
 
 def prepare(case: Case, weights: dict[str, Tensor], inputs: list[Tensor], seed: int) -> Data:
-    """The case's data with its reference and baseline error. Raises what PyTorch raises where a step doesn't fit."""
+    """Return the case's data with its reference and baseline error. Raises PyTorch's error if a step runs out of
+    memory."""
     generator = torch.Generator().manual_seed(seed)
     classes = len([*weights.values()][-1])  # the classifier's bias
     labels = [torch.randint(classes, (case.batch,), generator=generator) for _ in inputs]
@@ -111,17 +120,18 @@ def prepare(case: Case, weights: dict[str, Tensor], inputs: list[Tensor], seed: 
 
 
 def _few(data: Data) -> Data:
-    """Images don't depend on each other in inference: a few stand for the batch."""
+    """Return the data with only the images that are checked. In inference images don't depend on each other."""
     return replace(data, inputs=[data.inputs[0][:CHECKED]])
 
 
 def errors_of_eager(case: Case, data: Data) -> dict[str, float]:
-    """Of inference in the case's dtype."""
+    """Return eager PyTorch's errors of inference in the case's dtype."""
     return Infer(backends.BACKENDS["eager"], case, _few(data)).errors()
 
 
 def _reference_gradients(eager: Backend, case: Case, data: Data) -> tuple[dict[str, Tensor], str]:
-    """Gradients over the whole batch (its statistics are BatchNorm's) in fp64, or the widest dtype that fits."""
+    """Return (gradients, dtype) over the whole batch, which BatchNorm's statistics need, in fp64 or the widest dtype
+    that fits into memory."""
     dtypes = (torch.float64, torch.float32, case.dtype)
     for dtype in dtypes:
         try:
@@ -136,7 +146,7 @@ def _reference_gradients(eager: Backend, case: Case, data: Data) -> tuple[dict[s
 
 
 class Infer:
-    """A batch of images to scores: everything in the case's dtype, under inference mode."""
+    """Inference of a batch of images to scores, everything in the case's dtype, under inference mode."""
 
     def __init__(self, backend: Backend, case: Case, data: Data) -> None:
         self.data = data
@@ -151,12 +161,17 @@ class Infer:
             return self.call(self.inputs[i % len(self.inputs)])
 
     def errors(self) -> dict[str, float]:
-        """error: relative L2 of the first scores against fp64; NaN where they hold one."""
+        """Return the error of the first scores: their relative L2 distance from the fp64 scores, NaN if they contain
+        one."""
         return self._error(self(0)[:CHECKED])
 
     def definition(self) -> tuple[dict[str, float], float]:
-        """Of what an optimized net means, its quantised weights and activations multiplied by PyTorch: `errors`, and
-        the relative L2 by which the net's own scores depart from it."""
+        """Return the errors of a quantised net's definition and the net's distance from it.
+
+        The definition is the net with the same quantised weights and activations, multiplied by PyTorch (backend
+        "reference"). Its errors are as of `errors`. The distance is the relative L2 distance between the net's own
+        scores and its.
+        """
         few = self.inputs[0][:CHECKED]
         with torch.inference_mode(), fastres.backend("reference"):
             meant = self.call(few)
@@ -166,21 +181,21 @@ class Infer:
         return {"error": relative_l2(scores.cpu(), self.data.reference)}
 
     def classes(self) -> Tensor:
-        """Of the judged images."""
+        """Return the predicted classes of the judged images, on the CPU."""
         batches = _on_device(self.data.judged, self.case, self.backend)
         with torch.inference_mode():
             return torch.cat([self.call(x).argmax(1).cpu() for x in batches])
 
     def agreement(self) -> float:
-        """The share of the judged images that get eager PyTorch's class."""
+        """Return the share of the judged images whose class is the same as eager PyTorch's."""
         return (self.classes() == self.data.classes).double().mean().item()
 
 
 class Train:
-    """One step: forward, cross-entropy, backward, fused SGD with momentum, gradients set to None.
+    """One training step: forward, cross-entropy, backward, fused SGD with momentum, gradients set to None.
 
-    Master weights in fp32; bf16 and fp16 by autocast, fp16 with a loss scale; fp64 (the reference) throughout. Momentum
-    starts from zeros, so that the first step is like all others and can be captured.
+    Master weights are in fp32. bf16 and fp16 run by autocast, fp16 with a loss scale. fp64 (the reference) is used
+    throughout. Momentum starts from zeros, so that the first step is like all others and can be captured.
     """
 
     def __init__(self, backend: Backend, case: Case, data: Data) -> None:
@@ -201,7 +216,7 @@ class Train:
             self.call_step = fastres.graphed(self.step, self.model, self.optimizer, self.scaler)
 
     def step(self, x: Tensor, y: Tensor) -> tuple[Tensor]:
-        """On images and labels; the loss."""
+        """Run a step on images and labels and return the loss."""
         torch.compiler.cudagraph_mark_step_begin()
         low = self.case.dtype in (torch.bfloat16, torch.float16)
         dtype = self.case.dtype if low else None
@@ -218,8 +233,11 @@ class Train:
         return self.call_step(x, y)[0]
 
     def gradients(self) -> dict[str, Tensor]:
-        """Every parameter's gradient, on the CPU, of a step from the shared weights on the first batch: what that step,
-        the one that is timed, leaves as momentum, less the weight decay."""
+        """Return every parameter's gradient, on the CPU, for a step on the first batch that starts from the shared
+        weights.
+
+        They are read from the momentum that the timed step leaves, minus the weight decay.
+        """
         with torch.no_grad():
             for name, value in self.model.state_dict().items():
                 value.copy_(self.data.weights[name])
@@ -230,8 +248,8 @@ class Train:
         return {name: m.cpu() - decay * self.data.weights[name].to(m.dtype) for name, m in self.momenta.items()}
 
     def errors(self) -> dict[str, float]:
-        """Over the parameters, of the relative L2 error of their gradients: the median (error) and the 95th percentile
-        (error_p95); NaN where any gradient holds one."""
+        """Return the relative L2 errors of the gradients over the parameters: their median (error) and 95th percentile
+        (error_p95). Both are NaN if any gradient contains NaN."""
         errors = []
         for name, gradient in self.gradients().items():
             right = self.data.reference[name].double()
@@ -249,13 +267,14 @@ def _on_device(inputs: list[Tensor], case: Case, backend: Backend) -> list[Tenso
 
 
 class Row:
-    """One backend on one case, in this process: `prepare`, then `window` as often as wanted, then `finish`.
+    """One backend on one case, in this process: `prepare`, then `window` any number of times, then `finish` and
+    `inspect`.
 
-    Their fields are those of bench/records/README.md. What goes wrong is raised; `close` lets go of everything.
+    Their fields are documented in bench/records/README.md. Errors are raised. `close` frees everything.
     """
 
     def __init__(self, backend: Backend, case: Case, seconds: float) -> None:
-        """seconds: the timed time, for all windows together."""
+        """`seconds` is the timed time of all windows together."""
         self.backend, self.case, self.seconds = backend, case, seconds
         self.own = backend.own(case)
         self.life = ExitStack()
@@ -263,7 +282,7 @@ class Row:
         self.single: list[float] = []
 
     def ready(self) -> None:
-        """Start what a process starts once: imports, CUDA, the compiler."""
+        """Do what a process does once: imports, starting CUDA and the compiler."""
         if self.case.device.type == "cuda":
             torch.cuda.set_device(self.case.device)
             torch.zeros(1, device=self.case.device)
@@ -271,7 +290,8 @@ class Row:
             backends.start_compiler(self.backend.compile["backend"], self.case.device)
 
     def prepare(self, data: Data | Path) -> dict[str, Any]:
-        """Build the net and call it until it is warm. data: of the case, or the file that another process wrote."""
+        """Build the net and call it until it is warm. `data` is the case's data, or a file of it that another process
+        wrote."""
         self.data = torch.load(data, mmap=True, weights_only=False) if isinstance(data, Path) else data
         device, compiled = self.case.device, self.backend.compile is not None
         torch.backends.cudnn.benchmark = True
@@ -293,7 +313,7 @@ class Row:
                 self.step(i + 1)
             synchronize(device)
             fields["warm_up_s"] = time.perf_counter() - start
-            if device.type == "cuda":  # what the choice of algorithms took is not what a step takes
+            if device.type == "cuda":  # leave out the memory that the choice of algorithms took
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats(device)
             for i in range(WARM_UPS):
@@ -302,9 +322,12 @@ class Row:
         return fields | {"calls_per_window": self.calls, "peak_reserved_mib": _mib("max_memory_reserved", device)}
 
     def window(self) -> float:
-        """Seconds per call in one timed window. On a GPU the row first runs untimed for `LOAD` seconds, to reach its
-        own clocks and temperature, then times three single calls. On a CPU it makes one call untimed: threads of the
-        row before may still spin, and caches are full of its data."""
+        """Return the seconds per call in one timed window.
+
+        On a GPU the row first runs untimed for `LOAD` seconds, to reach its own clocks and temperature, and then times
+        three single calls. On a CPU it first makes one untimed call, because threads of the previous row may still spin
+        and the caches are full of its data.
+        """
         device = self.case.device
         with self._counting_recompiles():
             if device.type == "cuda":
@@ -316,7 +339,7 @@ class Row:
             return _seconds(self.step, range(self.calls), device) / self.calls
 
     def finish(self) -> dict[str, Any]:
-        """What a row needs besides rates: latency, memory, errors; "status" is "ok" or "wrong"."""
+        """Return the fields other than rates: latency, memory, errors, and "status", which is "ok" or "wrong"."""
         step, device, cuda = self.step, self.case.device, self.case.device.type == "cuda"
         with self._counting_recompiles():
             self.single += [_seconds(step, range(i, i + 1), device) for i in range(min(20, self.calls))]
@@ -332,7 +355,8 @@ class Row:
         return row | self._verdict(finite)
 
     def inspect(self) -> dict[str, Any]:
-        """What is good to know: clocks, kernels, layouts. A tool that can't serve here leaves a note."""
+        """Return diagnostic fields: clocks, number of kernels, notes on layouts. A tool that is missing on this machine
+        leaves its field empty."""
         found = dict(UNINSPECTED)
         if self.case.device.type == "cuda":
             found["clocks"] = clocks_under_load(self.step, min(self.single), self.case.device)
@@ -342,12 +366,13 @@ class Row:
         return found
 
     def close(self) -> None:
+        """Free the net and its memory, and undo the backend's settings."""
         self.step: Any = None
         self.life.close()
         release(self.case.device)
 
     def _verdict(self, finite: bool) -> dict[str, Any]:
-        """The errors, what is allowed, and whether they are."""
+        """Return the errors, their limits and the resulting status."""
         errors, baseline, case = self.step.errors(), self.data.baseline, self.own
         if case != self.case and not self.backend.quantises:
             baseline = errors_of_eager(case, self.data)
@@ -356,7 +381,7 @@ class Row:
         if self.backend.quantises and self.backend.ours:
             baseline, departure = self.step.definition()
             limits = {name: min(0.5, 2 * e) for name, e in baseline.items()}
-        elif self.backend.quantises:  # a peer's choice how to quantise is its own
+        elif self.backend.quantises:  # peers quantise in their own ways
             limits = {}
         if self.backend.dtype not in (None, self.case.dtype):
             agreement = self.step.agreement()
@@ -366,20 +391,23 @@ class Row:
             row |= {name: _finite(errors.get(name)), f"{name}_allowed": _finite(limits.get(name))}
             row[f"{name}_of_eager"] = _finite(baseline.get(name))
         wrong = [
-            f"{n} {errors[n]:.2g} where {limit:.2g} is allowed" for n, limit in limits.items() if not errors[n] <= limit
+            f"{n} is {errors[n]:.2g}; at most {limit:.2g} is allowed"
+            for n, limit in limits.items()
+            if not errors[n] <= limit
         ]
         if not finite:
-            wrong = ["NaN or infinity after the timed calls"]
+            wrong = ["the output is NaN or infinite after the timed calls"]
         elif not all(map(math.isfinite, baseline.values())):
-            wrong = ["eager PyTorch's own error, the yardstick, is NaN"]
+            wrong = ["eager PyTorch's own error, which sets the limit, is NaN"]
         elif departure is not None and not departure <= baseline["error"]:
-            limit = f"{baseline['error']:.2g} is allowed"
-            wrong.append(f"scores are {departure:.2g} from PyTorch's with the same quantised values; {limit}")
+            limit = f"at most {baseline['error']:.2g} is allowed"
+            wrong.append(f"scores differ by {departure:.2g} from PyTorch's with the same quantised values; {limit}")
         return row | ({"status": "wrong", "reason": wrong[0]} if wrong else {"status": "ok"})
 
     @contextmanager
     def _counting_recompiles(self) -> Iterator[None]:
-        """Rows that share a process compile in turns: each counts what its own calls compile."""
+        """Count the graphs compiled within the context. Rows that share a process take turns, and each counts only its
+        own."""
         known = _graphs()
         yield
         self.recompiles += _graphs() - known
@@ -389,20 +417,22 @@ UNINSPECTED: dict[str, Any] = {"clocks": None, "kernels_per_step": None, "notes"
 
 
 def uninspected(error: Exception) -> dict[str, Any]:
-    """The fields of `inspect` where it failed: no reason to lose what was measured."""
+    """Return the fields of `inspect` for a row in which it failed. The measurements are kept."""
     return UNINSPECTED | {"notes": [f"not inspected: {first_line(error)}"]}
 
 
 def _finite(value: float | None) -> float | None:
+    """Return `value`, or None if it is not finite."""
     return value if value is not None and math.isfinite(value) else None
 
 
 def _mib(statistic: str, device: torch.device) -> float | None:
+    """Return the CUDA memory statistic in MiB, or None on a CPU."""
     return getattr(torch.cuda, statistic)(device) / 2**20 if device.type == "cuda" else None
 
 
 def rates(case: Case, multiply_adds: int, windows: Sequence[float]) -> dict[str, Any]:
-    """The fields that follow from the windows' seconds a call; multiply_adds: of one image."""
+    """Return the fields that follow from the seconds per call in each window. `multiply_adds` is for one image."""
     found = [case.batch / window for window in windows]
     return {
         "window_img_s": found,
@@ -414,17 +444,20 @@ def rates(case: Case, multiply_adds: int, windows: Sequence[float]) -> dict[str,
 
 
 def settled(row: dict[str, Any]) -> dict[str, Any]:
-    """A row whose windows are all there: "noisy" where it was right but they spread too far to be ranked by."""
+    """Return a row whose windows are complete with its energy per image, and as "noisy" if it is right but its windows
+    spread too much for ranking."""
     watts = _number(row["clocks"]["power.draw"]) if row["clocks"] else None
     row = row | {"joules_per_image": None if watts is None else watts / row["img_s"]}
     if row["status"] == "ok" and (spread := quartile_spread(row["window_img_s"])) > NOISY:
-        reason = f"half of the windows spread over {100 * spread:.0f} % of the median, {100 * NOISY:.0f} % is the limit"
+        reason = (
+            f"the middle half of the windows spans {100 * spread:.0f} % of the median; the limit is {100 * NOISY:.0f} %"
+        )
         return row | {"status": "noisy", "reason": f"{reason}: the machine may be busy or throttling"}
     return row
 
 
 def quartile_spread(values: Sequence[float]) -> float:
-    """The middle half's width, relative to the median."""
+    """Return the interquartile range relative to the median."""
     first, median, third = statistics.quantiles(values, n=4, method="inclusive")
     return (third - first) / median
 
@@ -437,7 +470,7 @@ def _number(text: str) -> float | None:
 
 
 def measure(backend: Backend, case: Case, data: Data, seconds: float, multiply_adds: int) -> dict[str, Any]:
-    """A whole row, measured by itself in this process. What goes wrong becomes its status and reason."""
+    """Measure a whole row on its own in this process. An error becomes its status and reason."""
     row = Row(backend, case, seconds)
     try:
         fields = row.prepare(data)
@@ -455,12 +488,12 @@ def measure(backend: Backend, case: Case, data: Data, seconds: float, multiply_a
 
 
 def failure(error: BaseException) -> dict[str, Any]:
-    """Status and reason of a row that raised `error`."""
+    """Return status and reason of a row that raised `error`."""
     return {"status": "out of memory" if is_out_of_memory(error) else "failed", "reason": first_line(error)}
 
 
 def _seconds(step: Callable[[int], Any], calls: range, device: torch.device) -> float:
-    """Seconds from the first call until the last one's work is done; CUDA events on a GPU."""
+    """Return the seconds from the first call until the last one's work is done, by CUDA events on a GPU."""
     if device.type != "cuda":
         start = time.perf_counter()
         for i in calls:
@@ -477,7 +510,8 @@ def _seconds(step: Callable[[int], Any], calls: range, device: torch.device) -> 
 
 
 def host_seconds(step: Callable[[int], Any], call: int, device: torch.device) -> float:
-    """Seconds until a call returns whose work starts at once: where that is the latency, the GPU waits for the host."""
+    """Return the seconds until a call returns when the GPU is idle. If that is as long as the latency, the GPU waits
+    for the host."""
     synchronize(device)
     start = time.perf_counter()
     step(call)
@@ -490,33 +524,36 @@ def synchronize(device: torch.device) -> None:
 
 
 def release(device: torch.device) -> None:
-    """Give back what the last row held."""
+    """Free the memory of the previous row."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    said = str(error)  # compilers wrap the error in their own, the CPU's allocator raises a plain RuntimeError
+    """Return whether the error means that memory ran out."""
+    said = str(error)  # compilers wrap the error in their own, and the CPU's allocator raises a plain RuntimeError
     wrapped = "out of memory" in said or "can't allocate memory" in said
     return wrapped or isinstance(error, (torch.OutOfMemoryError, MemoryError))
 
 
 def first_line(error: BaseException) -> str:
+    """Return the error's type and the first line of its message."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
 
 
 def clocks_under_load(step: Callable[[int], Any], seconds: float, device: torch.device) -> dict[str, str] | None:
-    """SM and memory clock in MHz, power in W, temperature in °C while steps of so many seconds run; None without
-    nvidia-smi.
+    """Return SM and memory clock in MHz, power in W and temperature in °C while steps run, or None without nvidia-smi.
 
-    Its power is the average over a second: so long steps run before, and on until it has answered.
+    `seconds` is the duration of a step. nvidia-smi averages the power over a second, so steps run for longer than that
+    before it is asked, and until it has answered.
     """
     with ThreadPoolExecutor(1) as beside:
         began, answer = time.perf_counter(), None
         while answer is None or not answer.done():
-            for i in range(math.ceil(0.05 / seconds)):  # what waits to run would go on long after the answer
+            # Short bursts, since queued work would run on long after the answer.
+            for i in range(math.ceil(0.05 / seconds)):
                 step(i)
             synchronize(device)
             if answer is None and time.perf_counter() - began > 1.2:
@@ -526,7 +563,8 @@ def clocks_under_load(step: Callable[[int], Any], seconds: float, device: torch.
 
 
 def nvidia_smi(device: torch.device, *fields: str) -> dict[str, str] | None:
-    """The named fields of `nvidia-smi --query-gpu` for `device`, units left out; None where there is no nvidia-smi."""
+    """Return the named fields of `nvidia-smi --query-gpu` for `device`, without units, or None if there is no
+    nvidia-smi."""
     uuid = torch.cuda.get_device_properties(device).uuid
     command = ["nvidia-smi", f"--id=GPU-{uuid}", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"]
     try:
@@ -537,17 +575,18 @@ def nvidia_smi(device: torch.device, *fields: str) -> dict[str, str] | None:
 
 
 def _graph_breaks() -> int:
+    """Return the number of graph breaks so far in this process."""
     return sum(counters["graph_break"].values())
 
 
 def _graphs() -> int:
-    """Graphs compiled so far in this process."""
+    """Return the number of graphs compiled so far in this process."""
     return counters["stats"]["unique_graphs"]
 
 
 def profiled(step: Callable[[int], Any]) -> tuple[int, list[str]]:
-    """How many kernels and copies a step runs on the GPU, and a note where cuDNN turns NCHW into NHWC or back in it: a
-    layout the net lost or never had."""
+    """Return how many kernels and copies a step runs on the GPU, and a note if cuDNN transposes between NCHW and NHWC,
+    which means that the net lost channels_last or never had it."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
@@ -569,9 +608,9 @@ def profiled(step: Callable[[int], Any]) -> tuple[int, list[str]]:
 
 
 def lost_layouts(step: Train) -> list[str]:
-    """A note where a compiled backward hands over weight gradients that are no longer channels_last.
+    """Return a note if a compiled backward returns weight gradients that are no longer channels_last.
 
-    Looked at before they are accumulated: accumulation copies them back into the parameter's layout.
+    Hooks look at the gradients before their accumulation, which copies them back into the parameter's layout.
     """
     lost: Counter[bool] = Counter()
 

@@ -1,6 +1,7 @@
-"""Batches of real photographs: random crops and flips of scikit-learn's two sample images, seeded.
+"""Batches of real photographs: random crops and flips of scikit-learn's two sample images, with a seed.
 
-Never zeros or plain noise: data decides how often ReLU is zero, and a GPU is faster on zeros than on pictures.
+Real images rather than zeros or plain noise, because the data decides how often ReLU is zero, and because a GPU is
+faster on zeros than on pictures.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ STD = (0.229, 0.224, 0.225)
 
 
 def originals() -> list[Tensor]:
-    """The photographs, each [3, H, W] fp32, normalised by ImageNet's channel means and deviations.
+    """Return the photographs, each [3, H, W] in fp32, normalised by ImageNet's channel means and standard deviations.
 
-    Raises ImportError where scikit-learn is missing.
+    Raises ImportError if scikit-learn is missing.
     """
     from sklearn.datasets import load_sample_images
 
@@ -28,10 +29,10 @@ def originals() -> list[Tensor]:
 
 
 def batches(count: int, n: int, size: int, seed: int) -> list[Tensor]:
-    """`count` different batches [n, 3, size, size], fp32, on the CPU; equal arguments give equal batches.
+    """Return `count` different batches [n, 3, size, size] in fp32 on the CPU. Equal arguments give equal batches.
 
-    Each image is a square crop of 8 to 100 % of the largest square's area, half of them mirrored: the usual training
-    augmentation.
+    Each image is a square crop of 8 to 100 % of the largest square's area, mirrored with probability 1/2, as in the
+    usual training augmentation.
     """
     generator = torch.Generator().manual_seed(seed)
     photos = originals()

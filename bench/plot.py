@@ -1,12 +1,12 @@
-"""Pictures of what the bench measured and counted, each from the file that holds it.
+"""Draw what the bench measured and counted, each picture from the file with the numbers.
 
     python bench/plot.py out/record.json out/record.svg                # img/s of every row, with intervals
-    python bench/plot.py out/record.json out/summary.svg summary       # ours, the best peer and eager PyTorch
+    python bench/plot.py out/record.json out/summary.svg summary       # fastres, the best peer and eager PyTorch
     python bench/plot.py out/record.json out/compile.svg compile       # time of the first call against img/s
     python bench/plot.py out/kernels-50.csv out/roofline.svg roofline  # of bench/kernels.py on an H200, in 16 bits
     python bench/plot.py out/memory.csv out/memory.svg memory          # of bench/memory.py
 
-The suffix may be .png or .pdf as well. `python bench/readme.py` draws the pictures in bench/records again.
+The suffix may also be .png or .pdf. `python bench/readme.py` redraws the pictures in bench/records.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ PASSES = {
     "dgrad": "input gradient",
     "wgrad": "weight gradient",
 }
-# What a reader who doesn't know bench/backends.py calls them.
+# Names of backends for readers who don't know bench/backends.py.
 WORDS = {
     "eager": "eager PyTorch, contiguous",
     "eager-channels-last": "eager PyTorch",
@@ -54,15 +54,18 @@ WORDS = {
     "fastres-optimize-int8": "fastres.optimize in int8",
     "fastres-optimize-fp8": "fastres.optimize in float8",
 }
-FIGURES = ("us", "tflops", "gbs", "roofline", "cudnn_us")  # of bench/kernels.py, that the roofline needs
+FIGURES = ("us", "tflops", "gbs", "roofline", "cudnn_us")  # columns of bench/kernels.py that the roofline needs
 WIDTH = 8.3  # inches
 LABEL = 8  # points
 
 
 @picture.style()
 def rates(record: dict[str, Any], in_words: bool = False) -> Any:
-    """A panel for each net and case of `record`. A bar shows the median of a row's windows, the line on it the slowest
-    and the fastest. in_words: rows are called by `WORDS`, and the multiply-adds are left out."""
+    """Draw a panel for each net and case of `record`.
+
+    A bar shows the median of a row's windows, the line on it the slowest and the fastest. With `in_words`, rows are
+    named as in `WORDS`, and the multiply-adds are left out.
+    """
     nets = sorted({row["net"] for row in record["rows"]}, key=_natural)
     settings = list(dict.fromkeys(_setting(row) for row in record["rows"]))
     panels = [(net, s, rows) for net in nets for s in settings if (rows := _panel(record["rows"], net, s))]
@@ -81,25 +84,29 @@ def rates(record: dict[str, Any], in_words: bool = False) -> Any:
         mode, batch, dtype, size = setting
         axes.set_title(f"{net_of(net)} {MODES[mode]}, {dtype}, batch {batch}, {size}x{size}")
         most = max(row.get("img_s_max", 0) for row in record["rows"] if _setting(row) == setting)
-        axes.set_xlim(0, 2 * most or 1)  # as much again for what is written beside the bars
+        axes.set_xlim(0, 2 * most or 1)  # leaves as much space for the text next to the bars
         _draw_rates(axes, rows, WORDS if in_words else {})
     return figure
 
 
 def summary(record: dict[str, Any]) -> Any:
-    """`rates` of the cases and rows that README shows, named in words."""
+    """Draw `rates` of the cases and rows that README.md shows, with names in words."""
     return rates(record | {"rows": chosen(record)}, in_words=True)
 
 
 def chosen(record: dict[str, Any]) -> list[Row]:
-    """Of each case our rows, eager PyTorch's and the fastest peer's in each dtype. The cases: training with the largest
-    batch, inference with the largest and with the smallest, in the record's first dtype."""
+    """Return the rows that README.md shows: in each case those of fastres, eager PyTorch and the fastest peer in each
+    dtype.
+
+    The cases are training with the largest batch and inference with the largest and the smallest, in the record's first
+    dtype.
+    """
     kept = []
     for (_, mode, batch, dtype, _), rows in records.by_case(record["rows"]).items():
         batches = [row["batch"] for row in record["rows"] if row["mode"] == mode]
         extremes = {max(batches), min(batches)} if mode == "infer" else {max(batches)}
         if dtype == record["rows"][0]["dtype"] and batch in extremes:
-            # A noisy one stays, too: without it the next would pass for the best.
+            # The fastest peer is kept even if it is noisy. Without it, the second fastest would look like the best.
             shown = [records.fastest_peer(rows, dtype) for dtype in {records.arithmetic(row) for row in rows}]
             kept += [row for row in rows if row["ours"] or row in shown or row is records.eager(rows)]
     return kept
@@ -107,8 +114,8 @@ def chosen(record: dict[str, Any]) -> list[Row]:
 
 @picture.style()
 def compile_times(record: dict[str, Any]) -> Any:
-    """Seconds of the first call, which builds and compiles, against img/s: a panel for each case of `record`. Raises
-    ValueError where no row has a rate."""
+    """Draw the seconds of the first call, which builds and compiles, against img/s, a panel for each case of `record`.
+    Raises ValueError if no row has a rate."""
     rows = [row for row in record["rows"] if row["status"] == "ok"]
     if not rows:
         raise ValueError("no row of the record has a rate to draw")
@@ -142,8 +149,12 @@ def compile_times(record: dict[str, Any]) -> Any:
 
 @picture.style()
 def roofline(rows: Sequence[Row]) -> Any:
-    """TFLOP/s by arithmetic intensity of each convolution that bench/kernels.py measured on an H200 in 16 bits, ours
-    and the library's for the same work. Raises ValueError where the table's roofline is another one."""
+    """Draw TFLOP/s against arithmetic intensity for each convolution that bench/kernels.py measured on an H200 in 16
+    bits.
+
+    Each convolution has two points, fastres' kernel and the library at the same work. Raises ValueError if the table
+    was written for another GPU or dtype.
+    """
     peak, bandwidth = H200.flops_16bit / 1e12, H200.bandwidth / 1e12
     figure = picture.figure(WIDTH, 6.6)
     _say(figure, f"Every convolution of the net on its own, on an {H200.name} in 16 bits, and what bounds it")
@@ -184,7 +195,8 @@ def roofline(rows: Sequence[Row]) -> Any:
 
 @picture.style()
 def memory(rows: Sequence[Row]) -> Any:
-    """What a net saves for its backward, per image, as bench/memory.py counted it: three bars for each depth."""
+    """Draw the memory per image that a net saves for its backward pass, three bars for each depth. `rows` are those of
+    bench/memory.py."""
     figure = picture.figure(WIDTH, 3.2)
     axes = figure.subplots()
     kinds = (
@@ -210,12 +222,12 @@ def memory(rows: Sequence[Row]) -> Any:
 
 
 def _read_csv(path: Path, columns: Sequence[str]) -> list[Row]:
-    """Its rows. Raises ValueError where there are none, or one lacks a figure of `columns`."""
+    """Return the rows of a CSV file. Raises ValueError if there are none, or if one lacks a value in `columns`."""
     with path.open(newline="") as source:
         rows = list(csv.DictReader(source))
     lacking = [name for name in columns if not all(row.get(name) for row in rows)]
     if lacking or not rows:
-        raise ValueError(f"{path} is no such table: it lacks {', '.join(lacking) or 'rows'}")
+        raise ValueError(f"{path} is not a table of this kind: it lacks {', '.join(lacking) or 'rows'}")
     return rows
 
 
@@ -229,43 +241,48 @@ KINDS: dict[str, tuple[Callable[[Path], Any], Callable[[Any], Any]]] = {
 
 
 def drawn(kind: str, source: Path) -> Any:
-    """The figure of that kind from its file. Raises ImportError where matplotlib is missing, OSError or ValueError for
-    a file that holds none."""
+    """Draw the figure of that kind from the file `source`.
+
+    Raises ImportError if matplotlib is missing, and OSError or ValueError if the file can't be drawn.
+    """
     read, draw = KINDS[kind]
     return draw(read(source))
 
 
 def number(rate: float) -> str:
+    """Return img/s as text: whole numbers from 100, below that with one decimal."""
     return f"{rate:,.0f}" if rate >= 100 else f"{rate:.1f}"
 
 
 def figure_of(row: Row) -> str:
-    """Its img/s, for single images their latency as well."""
+    """Return a row's img/s as text, with the latency if the batch is a single image."""
     return f"{number(row['img_s'])} ({row['latency_ms']:.2f} ms)" if row["batch"] == 1 else number(row["img_s"])
 
 
 def _setting(row: Row) -> tuple[Any, ...]:
+    """Return the fields of a row's case other than the net."""
     return (row["mode"], *records.key(row)[2:-1])
 
 
 def _natural(name: str) -> list[Any]:
-    """Sorts resnet50 before resnet101."""
+    """Return a sort key that puts resnet50 before resnet101."""
     return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
 
 
 def net_of(name: str) -> str:
-    """resnet50 as ResNet-50."""
+    """Return a net's name for readers: resnet50 becomes ResNet-50."""
     return re.sub(r"^resnet(\d+)$", r"ResNet-\1", name)
 
 
 def _panel(rows: Sequence[Row], net: str, setting: tuple[Any, ...]) -> list[Row]:
-    """The rows of one panel, slowest first: bars grow upwards. Rows without a rate come first of all."""
+    """Return the rows of one panel, slowest first, since bars are drawn from bottom to top. Rows without a rate come
+    first."""
     mine = [row for row in rows if row["net"] == net and _setting(row) == setting and row["status"] != "not available"]
     return sorted(mine, key=lambda row: row["img_s"] if row["status"] == "ok" else -1)
 
 
 def _flops(record: dict[str, Any], net: str) -> str:
-    """Multiply-adds of one image in 10⁹ by our count, and what the paper prints for its net of that kind."""
+    """Return the multiply-adds per image in 10⁹ by our count, and the paper's figure for its net of that kind."""
     measured = next((row for row in record["flops"] if row["net"] == net and row["paper"] is None), None)
     if measured is None:
         return ""
@@ -275,11 +292,13 @@ def _flops(record: dict[str, Any], net: str) -> str:
 
 
 def _say(figure: Any, text: str) -> None:
-    """Small print over the whole figure."""
+    """Write small print at the top of the figure."""
     figure.suptitle(text, fontsize=LABEL, color=FAINT, x=0.01, ha="left")
 
 
 def _draw_rates(axes: Any, rows: list[Row], words: dict[str, str]) -> None:
+    """Draw the bars of one panel, each with its img/s and, for fastres, its ratios to the best peer and to eager
+    PyTorch."""
     to_peer, to_eager = records.ratios(rows), records.ratios(rows, to_eager=True)
     mixed = len({records.arithmetic(row) for row in rows}) > 1
     note = partial(axes.annotate, textcoords="offset points", va="center", fontsize=LABEL)
@@ -309,15 +328,18 @@ def _weight(row: Row) -> str:
 
 
 def _plain_numbers(*lines: Any) -> None:
-    """Ticks of a logarithmic axis as 1, 10, 100."""
+    """Label a logarithmic axis with plain numbers: 1, 10, 100."""
     for line in lines:
         line.set_major_formatter(lambda value, _: f"{value:g}")
         line.set_minor_formatter(lambda value, _: "")
 
 
 def _label(axes: Any, rows: Sequence[Row]) -> None:
-    """Write each row's name beside its point: on no other name, as near to that point as can be. A line leads to one
-    that stands apart, or nearer to another point. The figure must have been laid out."""
+    """Write each row's name next to its point, where it overlaps no other name, as close to the point as possible.
+
+    A line connects a name to its point if the name is further away, or closer to another point. The figure must have
+    been laid out before.
+    """
     scale = axes.figure.dpi / 72  # pixels in a point
     inside, taken = axes.get_window_extent(), []
     dots = axes.transData.transform([(row["first_call_s"], row["img_s"]) for row in rows])
@@ -348,18 +370,20 @@ def _label(axes: Any, rows: Sequence[Row]) -> None:
 
 
 def _distance(box: Any, point: Any) -> float:
-    """From the point to the nearest of the box, 0 within it."""
+    """Return the distance from the point to the box, 0 if it is inside."""
     return math.hypot(*(max(box.min[i] - point[i], 0, point[i] - box.max[i]) for i in (0, 1)))
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", type=Path, help="what to draw: a record of bench/run.py, or a table")
-    parser.add_argument("picture", type=Path, help=f"where to: a name that ends in {', '.join(picture.SUFFIXES)}")
+    parser.add_argument("source", type=Path, help="what to draw: a record of bench/run.py, or a CSV table")
+    parser.add_argument(
+        "picture", type=Path, help=f"where to draw it: a name that ends in {', '.join(picture.SUFFIXES)}"
+    )
     parser.add_argument("kind", choices=list(KINDS), nargs="?", default="rates", help="default: %(default)s")
     options = parser.parse_args(arguments)
     if options.picture.suffix not in picture.SUFFIXES:
-        parser.error(f"{options.picture}: accepted: a name that ends in {', '.join(picture.SUFFIXES)}")
+        parser.error(f"the picture must be a name that ends in {', '.join(picture.SUFFIXES)}: got {options.picture}")
     try:
         picture.save(drawn(options.kind, options.source), options.picture)
     except ImportError as error:

@@ -1,10 +1,10 @@
-"""Writes the results in README.md and docs/benchmarks.md and draws the pictures, from the records in bench/records.
+"""Write the results in README.md and docs/benchmarks.md and draw the pictures, from the records in bench/records.
 
     python bench/readme.py                                            # the records that docs/benchmarks.md shows
     python bench/readme.py bench/records/nvidia-h100-80gb-hbm3.json   # this one replaces that of the same device type
 
-On each page a block of results stands between the lines `<!-- NAME: bench/readme.py -->` and `<!-- /NAME -->`. NAME is
-`results` for a GPU, `results-cpu` for a CPU, and `memory` for what bench/memory.py counted. Needs matplotlib.
+On each page a block of results is between the lines `<!-- NAME: bench/readme.py -->` and `<!-- /NAME -->`. NAME is
+`results` for a GPU, `results-cpu` for a CPU, and `memory` for the counts of bench/memory.py. Needs matplotlib.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ Row = dict[str, Any]
 
 
 def shown() -> dict[str, str]:
-    """Device -> the record, by its path in the repository, to which docs/benchmarks.md links in that device's block."""
+    """Return the record that docs/benchmarks.md shows for each device type: the path, in the repository, that the
+    device's block links to."""
     text, found = (records.ROOT / BENCHMARKS).read_text(), {}
     for device, name in BLOCKS.items():
         link = re.search(r"\]\(\.\./(bench/records/[\w.-]+\.json)\)", inside(text, name, BENCHMARKS))
@@ -42,12 +43,12 @@ def shown() -> dict[str, str]:
 
 
 def inside(text: str, name: str, page: str) -> str:
-    """What stands between the marks of that name. Raises ValueError where `text` lacks them."""
+    """Return the block between the marks called `name`. Raises ValueError if `text` lacks them."""
     return _split(text, name, page)[1]
 
 
 def written(text: str, name: str, block: str, page: str) -> str:
-    """`text` with `block` between the marks of that name. Raises ValueError where it lacks them."""
+    """Return `text` with `block` between the marks called `name`. Raises ValueError if `text` lacks them."""
     before, _, after = _split(text, name, page)
     return before + block + after
 
@@ -62,16 +63,18 @@ def _split(text: str, name: str, page: str) -> tuple[str, str, str]:
 
 
 def table(head: list[str], lines: list[list[str]]) -> str:
-    """Markdown; all columns but the first to the right."""
+    """Return a Markdown table, the first column left-aligned and the others right-aligned."""
     rules = ["---", *["---:"] * (len(head) - 1)]
     return "".join(f"| {' | '.join(cells)} |\n" for cells in (head, rules, *lines))
 
 
 def times(row: Row | None, other: Row | None) -> str:
+    """Return the ratio of two rows, or an empty string if one is missing."""
     return f"{records.ratio(row, other).value:.2f}" if row and other else ""
 
 
 def word(row: Row) -> str:
+    """Return the name of a row's backend for readers who don't know the bench."""
     return plot.WORDS.get(row["backend"], row["backend"])
 
 
@@ -84,7 +87,7 @@ def case_of(row: Row) -> str:
 
 
 def where(record: dict[str, Any], *packages: str) -> str:
-    """Device, date and versions."""
+    """Return device, date and the versions of `packages`."""
     environment, versions = record["environment"], record["environment"]["versions"]
     device = environment["name"]
     if environment["device"] == "cpu":
@@ -98,18 +101,22 @@ _NAMES = {"torch": "torch", "triton": "triton", "cudnn": "cuDNN", "onnxruntime":
 
 
 def _version(text: str) -> str:
-    """cuDNN numbers itself as 91900."""
+    """Return a version with dots. cuDNN writes 9.19.0 as 91900."""
     number = int(text) if text.isdecimal() else None
     return text if number is None else f"{number // 10000}.{number // 100 % 100}.{number % 100}"
 
 
 def quiet(rows: list[Row]) -> dict[str, Row]:
+    """Return the rows that are ok, by backend."""
     return {row["backend"]: row for row in rows if row["status"] == "ok"}
 
 
 def summary_of_gpu(record: dict[str, Any], source: str) -> str:
-    """README's block: the picture; of each case that it shows a line with eager PyTorch, the best other peer, the
-    fastest of ours in the same dtype, and two ratios of img/s."""
+    """Return README.md's block of a GPU: the picture, and a line for each case in it.
+
+    A line has the img/s of eager PyTorch, of the best other peer and of the fastest row of fastres in the case's dtype,
+    and the latter's ratios to the other two.
+    """
     lines = []
     for case, rows in records.by_case(plot.chosen(record)).items():
         dtype, eager = case[3], records.eager(rows)
@@ -125,7 +132,7 @@ def summary_of_gpu(record: dict[str, Any], source: str) -> str:
         ]
         lines.append([*cells, times(best, peer), times(best, eager)])
     head = ["img/s", "eager PyTorch", "best peer", "fastres", "x best peer", "x eager PyTorch"]
-    alt = f"{record['environment']['name']}: training and inference beside the peers"
+    alt = f"{record['environment']['name']}: training and inference compared with the peers"
     said = f"One {where(record, 'torch', 'triton', 'cudnn')}. "
     return f"![{alt}]({_beside(source, '-summary.svg')})\n\n{table(head, lines)}\n" + paragraph(
         f"{said}[Every row, with its error against float64]({source})."
@@ -133,10 +140,11 @@ def summary_of_gpu(record: dict[str, Any], source: str) -> str:
 
 
 def summary_of_cpu(record: dict[str, Any], source: str) -> str:
-    """README's block: inference, a line for each dtype of `fastres.optimize`, a column for each batch."""
+    """Return README.md's block of a CPU: inference, a line for each dtype of `fastres.optimize`, a column for each
+    batch. Raises ValueError if the record has no inference."""
     cases = [rows for case, rows in records.by_case(record["rows"]).items() if case[1] == "infer"]
     if not cases:
-        raise ValueError(f"{source} has no inference, which README.md shows of a CPU")
+        raise ValueError(f"{source} has no inference rows, which README.md shows for a CPU")
     eagers = [records.eager(rows) for rows in cases]
     lines = [["eager PyTorch, fp32", *(plot.number(row["img_s"]) if row else "" for row in eagers)]]
     for dtype, backend in DTYPES.items():
@@ -155,7 +163,7 @@ def summary_of_cpu(record: dict[str, Any], source: str) -> str:
 
 
 def full(record: dict[str, Any], source: str) -> str:
-    """The block of docs/benchmarks.md: the picture, and every row that was measured, a table a case."""
+    """Return a device's block of docs/benchmarks.md: the picture, and a table for each case with every measured row."""
     link = f"../{source}"
     parts = [f"![{record['environment']['name']}: img/s of every backend]({_beside(link, '.svg')})\n"]
     to_peer, to_eager = records.ratios(record["rows"]), records.ratios(record["rows"], to_eager=True)
@@ -185,7 +193,7 @@ def full(record: dict[str, Any], source: str) -> str:
 
 
 def memory_line(rows: list[Row], source: str) -> str:
-    """README's block, one sentence."""
+    """Return README.md's sentence about memory."""
     depths = ", ".join(row["depth"] for row in rows)
     parts = ", ".join(_part(row, "fastres") for row in rows)
     least, most = (extreme(_part(row, "recompute") for row in rows) for extreme in (min, max))
@@ -196,7 +204,7 @@ def memory_line(rows: list[Row], source: str) -> str:
 
 
 def memory_table(rows: list[Row], source: str) -> str:
-    """The block of docs/benchmarks.md."""
+    """Return docs/benchmarks.md's picture and table of memory."""
     head = [
         "saved for backward, MiB per image",
         "eager PyTorch",
@@ -212,16 +220,18 @@ def memory_table(rows: list[Row], source: str) -> str:
         lines.append([f"ResNet-{row['depth']}", *sizes[:2], parts[0], sizes[2], parts[1]])
     link = f"../{source}"
     return (
-        f"![What a net saves for its backward, by depth]({_beside(link, '.svg')})\n\n{table(head, lines)}\n"
+        f"![Memory that a net saves for its backward pass, by depth]({_beside(link, '.svg')})\n\n{table(head, lines)}\n"
         f"{rows[0]['size']}x{rows[0]['size']} images, bf16 autocast: [`{source}`]({link}).\n"
     )
 
 
 def _part(row: Row, name: str) -> str:
+    """Return a column as a fraction of eager PyTorch's bytes."""
     return f"{float(row[name]) / float(row['pytorch']):.2f}"
 
 
 def _beside(source: str, end: str) -> str:
+    """Return the path of a file that has `source`'s name up to its suffix, followed by `end`."""
     return str(Path(source).with_suffix("")) + end
 
 
@@ -232,7 +242,8 @@ PAGES: dict[str, dict[str, Callable[..., str]]] = {
 
 
 def pages(sources: dict[str, str]) -> dict[str, str]:
-    """Page -> its text, blocks rewritten; `sources`: as of `shown`. Raises ValueError where marks are missing."""
+    """Return the text of each page with its blocks rewritten from `sources`, which is as in `shown`. Raises ValueError
+    if a page lacks marks."""
     with (records.ROOT / MEMORY).open(newline="") as file:
         given: dict[str, tuple[Any, str]] = {"memory": (list(csv.DictReader(file)), MEMORY)}
     for device, source in sources.items():
@@ -248,7 +259,7 @@ def pages(sources: dict[str, str]) -> dict[str, str]:
 
 
 def pictures(sources: dict[str, str]) -> dict[str, tuple[str, str]]:
-    """Picture -> (its kind in `plot.KINDS`, what it is drawn from)."""
+    """Return, for each picture, its kind in `plot.KINDS` and the file it is drawn from."""
     found = {_beside(MEMORY, ".svg"): ("memory", MEMORY)}
     for table in (records.ROOT / "bench" / "records").glob("nvidia-h200-kernels-*.csv"):
         source = str(table.relative_to(records.ROOT))

@@ -1,5 +1,7 @@
-"""A record: one JSON file, replaced whole whenever something new is measured. bench/records/README.md documents its
-fields."""
+"""Records of measurements: one JSON file each, replaced as a whole after every new result.
+
+bench/records/README.md documents the fields.
+"""
 
 from __future__ import annotations
 
@@ -22,13 +24,13 @@ from fastres.kernels import tables
 
 SCHEMA = "fastres.bench/3"
 ROOT = Path(__file__).resolve().parent.parent
-CASE = ("net", "mode", "batch", "dtype", "size")  # rows that agree in these compete
+CASE = ("net", "mode", "batch", "dtype", "size")  # rows with the same values of these fields are compared
 PACKAGES = ("torch", "torchvision", "triton", "timm", "numpy", "onnxruntime", "openvino", "fastres")
-DONE = {"ok", "wrong", "out of memory", "not available"}  # --resume tries noisy, unfinished and failed rows again
+DONE = {"ok", "wrong", "out of memory", "not available"}  # --resume measures noisy, unfinished and failed rows again
 
 
 def new(device: torch.device, options: dict[str, Any], flops: list[dict[str, Any]]) -> dict[str, Any]:
-    """A record without rows."""
+    """Return a record without rows."""
     return {
         "schema": SCHEMA,
         "created": now(),
@@ -41,11 +43,13 @@ def new(device: torch.device, options: dict[str, Any], flops: list[dict[str, Any
 
 
 def now(timespec: str = "seconds") -> str:
+    """Return the current time in UTC, in ISO 8601."""
     return datetime.now(timezone.utc).isoformat(timespec=timespec)
 
 
 def code() -> dict[str, Any]:
-    """What was measured: the commit, whether the tree differs from it, a digest of the sources and tables of tiles."""
+    """Return the state of the code: the commit, whether the tree differs from it, and a digest of the sources and tile
+    tables."""
     head, given = _git("rev-parse", "HEAD"), os.environ.get("FASTRES_COMMIT")
     commit, changes = given or head, None
     if commit == head:
@@ -54,6 +58,7 @@ def code() -> dict[str, Any]:
 
 
 def _git(*arguments: str) -> str | None:
+    """Return git's output, or None if it fails."""
     try:
         answer = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
     except (OSError, subprocess.SubprocessError):
@@ -62,6 +67,7 @@ def _git(*arguments: str) -> str | None:
 
 
 def _digest() -> str:
+    """Return the SHA-256 of the sources and of the tile tables that were measured on this machine."""
     digest = hashlib.sha256()
     for folder in ("fastres", "kernels", "csrc", "bench"):
         for path in sorted((ROOT / folder).rglob("*")):
@@ -73,7 +79,7 @@ def _digest() -> str:
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Device, driver, the clocks the device may reach, and versions."""
+    """Return device, driver, maximum clocks and versions."""
     versions: dict[str, str | None] = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -97,7 +103,7 @@ def _cpu_name() -> str:
 
 
 def write(record: dict[str, Any], path: Path) -> None:
-    """Replace `path` in one step: a reader, or a run that is killed, never meets half a record."""
+    """Replace `path` atomically, so that neither a reader nor a killed run ever leaves or sees half a record."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -114,11 +120,11 @@ def write(record: dict[str, Any], path: Path) -> None:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The record in `path`. Raises ValueError where it isn't one of this schema."""
+    """Return the record in `path`. Raises ValueError if it isn't a record of this schema or lacks fields."""
     try:
         record = json.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is no record: {error}") from None
+        raise ValueError(f"{path} is not a record: {error}") from None
     schema = record.get("schema") if isinstance(record, dict) else None
     if schema != SCHEMA:
         raise ValueError(f"{path} has schema {schema!r}; this bench reads and writes {SCHEMA!r}")
@@ -128,17 +134,17 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def _damage(record: dict[str, Any]) -> str | None:
-    """What a record lacks of the fields that every reader takes for granted."""
+    """Return which field that readers rely on is missing from a record, or None."""
     kinds = {"created": str, "code": dict, "environment": dict, "options": dict, "flops": list, "rows": list}
     for name, kind in kinds.items():
         if not isinstance(record.get(name), kind):
-            return f"{name} is missing or of another kind"
+            return f"{name} is missing or has the wrong type"
     named = {"environment": ("device", "name"), "code": ("sources",)}
     if lacking := [f"{part}.{name}" for part, names in named.items() for name in names if name not in record[part]]:
         return f"{', '.join(lacking)} is missing"
     for number, row in enumerate(record["rows"]):
         if not isinstance(row, dict):
-            return f"row {number} is no row"
+            return f"row {number} is not a row"
         measured = ("img_s", "img_s_min", "img_s_max", "first_call_s") if row.get("status") in ("ok", "noisy") else ()
         wrong = [name for name in (*CASE, "backend", "ours", "status") if name not in row]
         wrong += [name for name in measured if not isinstance(row.get(name), (int, float))]
@@ -148,7 +154,8 @@ def _damage(record: dict[str, Any]) -> str | None:
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Why rows of `new` can't stand beside those of `old`: each field that decides a measurement and differs."""
+    """Return why rows of `new` can't be compared with those of `old`: each field that affects measurements and
+    differs."""
 
     def deciding(record: dict[str, Any]) -> dict[str, Any]:
         return {part: record[part] for part in ("environment", "options")} | {"sources": record["code"]["sources"]}
@@ -162,6 +169,7 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return the nested fields as one dict with dotted names."""
     flat: dict[str, Any] = {}
     for name, value in tree.items():
         flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
@@ -169,17 +177,17 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def key(row: dict[str, Any]) -> tuple[Any, ...]:
-    """What identifies a row in a record."""
+    """Return the fields that identify a row in a record: `CASE` and the backend."""
     return (*(row[name] for name in CASE), row["backend"])
 
 
 def put(record: dict[str, Any], row: dict[str, Any]) -> None:
-    """Add `row`, in place of an earlier try at the same."""
+    """Add `row` and remove an earlier row with the same key."""
     record["rows"] = [other for other in record["rows"] if key(other) != key(row)] + [row]
 
 
 class Ratio(NamedTuple):
-    """A rate over the best peer's, and an interval for it."""
+    """A row's rate divided by that of another row, with an interval."""
 
     value: float
     low: float
@@ -187,32 +195,32 @@ class Ratio(NamedTuple):
 
 
 def arithmetic(row: dict[str, Any]) -> str:
-    """The dtype that the row computes in."""
-    old = "fp8" if row.get("agreement") is not None else row["dtype"]  # rows written before they told it
+    """Return the dtype that the row computes in."""
+    old = "fp8" if row.get("agreement") is not None else row["dtype"]  # old records lack the field
     return row.get("arithmetic", old)
 
 
 def best_peer(rows: list[dict[str, Any]], computing_in: str) -> dict[str, Any] | None:
-    """`fastest_peer`, or None where that row is noisy."""
+    """Return `fastest_peer`, or None if that row is noisy."""
     best = fastest_peer(rows, computing_in)
     return best if best is not None and best["status"] == "ok" else None
 
 
 def fastest_peer(rows: list[dict[str, Any]], computing_in: str) -> dict[str, Any] | None:
-    """The fastest peer (not ours), by median, of the rows of one case that compute in that dtype, noisy or not. None
-    where there is no peer."""
+    """Return the fastest peer by median img/s, noisy or not, among the rows of one case that compute in the dtype
+    `computing_in`. Returns None if there is no such peer."""
     peers = [row for row in rows if not row["ours"] and row["status"] in ("ok", "noisy")]
     return max((row for row in peers if arithmetic(row) == computing_in), key=lambda row: row["img_s"], default=None)
 
 
 def eager(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """Of the rows of one case, eager PyTorch's in channels_last, if it is ok: what rows of all dtypes are compared
-    with."""
+    """Return the row of eager PyTorch in channels_last among the rows of one case if it is ok, else None. Rows of all
+    dtypes are compared with it."""
     return next((row for row in rows if row["backend"] == "eager-channels-last" and row["status"] == "ok"), None)
 
 
 def by_case(rows: list[dict[str, Any]]) -> dict[tuple[Any, ...], list[dict[str, Any]]]:
-    """The rows of each case, by the values of `CASE`."""
+    """Group the rows by case: the values of `CASE`."""
     cases: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in rows:
         cases.setdefault(key(row)[:-1], []).append(row)
@@ -220,8 +228,8 @@ def by_case(rows: list[dict[str, Any]]) -> dict[tuple[Any, ...], list[dict[str, 
 
 
 def ratios(rows: list[dict[str, Any]], to_eager: bool = False) -> dict[tuple[Any, ...], Ratio]:
-    """For every row that is ok: its img/s over that of the best peer of the same case and dtype, or over `eager`'s, by
-    `key`."""
+    """Return, for every row that is ok, the ratio of its img/s to that of the best peer in the same case and dtype, by
+    `key`. With `to_eager`, the ratio is to `eager`'s row of the same case."""
     found = {}
     for mine in by_case(rows).values():
         for row in (row for row in mine if row["status"] == "ok"):
@@ -232,11 +240,12 @@ def ratios(rows: list[dict[str, Any]], to_eager: bool = False) -> dict[tuple[Any
 
 
 def ratio(row: dict[str, Any], peer: dict[str, Any]) -> Ratio:
-    """The rows' img/s, one over the other.
+    """Return the ratio of the two rows' img/s.
 
-    Windows of rows that took turns are compared one by one: the median of their ratios, the smallest and the largest,
-    which of seven enclose the true median in 98 of 100 cases, whatever the distribution (1 - 2 / 2^7). Else the ratio
-    of the medians, from the worst of one row against the best of the other to the reverse.
+    If the rows took turns, their windows are compared pairwise: the median of the ratios, and as the interval the
+    smallest and the largest. With seven windows this interval contains the true median in 98 of 100 cases, whatever the
+    distribution (1 - 2 / 2^7). Otherwise it is the ratio of the medians, with an interval from the worst window of one
+    row against the best of the other to the reverse.
     """
     a, b = row["window_img_s"], peer["window_img_s"]
     if row.get("began") is not None and row.get("began") == peer.get("began"):

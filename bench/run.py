@@ -1,13 +1,15 @@
-"""Throughput of ResNets beside the peers, and their FLOPs beside the paper's.
+"""Measure the throughput of ResNets in fastres and in other backends (the peers), and count their FLOPs.
 
     python bench/run.py --depth 50
     python bench/run.py --net cifar-110,paper-34-A --mode train
     python bench/run.py --depth all --mode train --json out/train.json --plot out/train.svg --resume
 
-Prints the FLOPs table, a line as each backend finishes, and a table with the ratio to the best peer. The rows of a case
-take turns, window by window; one whose windows differ too much is "noisy" and not ranked. On a GPU each row has a
-process of its own: one that hangs or loses its CUDA context costs only itself. `--json` keeps what is measured; with
-`--resume` a run that was stopped, or split by --depth, --net, --mode or --backend, fills one file.
+Prints the FLOPs table next to the paper's figures, a line as each backend finishes, and a table for each case (net,
+mode, batch, dtype and image size) with the ratio of each row to the best peer. A row is one backend on one case. The
+rows of a case take turns, one timed window each. A row whose windows differ too much is "noisy" and is not ranked. On a
+GPU each row runs in its own process, so that a row that hangs or loses its CUDA context affects no other row. `--json`
+saves the measurements. With `--resume`, a run that was stopped, or that is split by --depth, --net, --mode or
+--backend, fills a single file.
 """
 
 from __future__ import annotations
@@ -48,7 +50,13 @@ TORCHVISION = {f"resnet{depth}": depth for depth in DEPTHS}
 
 @dataclass(frozen=True)
 class Plan:
-    """What was asked for, checked."""
+    """The validated command line.
+
+    rows: the (case, backend) pairs to measure.
+    seconds: timed seconds per row, over all of its windows.
+    isolated: whether each row runs in its own process.
+    patience: seconds to wait for a row to get ready, finish or be inspected before its process is killed.
+    """
 
     rows: list[tuple[Case, str]]
     device: torch.device
@@ -62,8 +70,11 @@ class Plan:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit status 1 if a row of ours is wrong or failed, or nothing could be measured; 130 after Ctrl-C, 143 after
-    SIGTERM while measuring; else 0."""
+    """Run the bench and return its exit status.
+
+    The status is 1 if a row of fastres is wrong or failed or if nothing was measured, 130 after Ctrl-C and 143 after
+    SIGTERM during the measurements, and 0 otherwise.
+    """
     plan = parse(arguments)
     table = flops_table(tuple(dict.fromkeys(case.net for case, _ in plan.rows)))
     print(render_flops(table), flush=True)
@@ -79,7 +90,7 @@ def main(arguments: list[str] | None = None) -> int:
         run(plan, record)
     except KeyboardInterrupt as stop:
         begun = plan.json is not None and plan.json.exists()
-        kept = f"; {plan.json} holds what was measured, --resume goes on with it" if begun else ""
+        kept = f"; {plan.json} holds what was measured; continue it with --resume" if begun else ""
         print(f"\nstopped{kept}", file=sys.stderr)
         return status_of(stop)
     asked = {(*records_case(case), backend) for case, backend in plan.rows}
@@ -95,7 +106,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def parse(arguments: list[str] | None) -> Plan:
-    """The command line as a plan. What is unknown or impossible here ends the program with what is accepted."""
+    """Parse and validate the command line. An unknown or impossible value exits with status 2 and a message that says
+    what is accepted."""
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -103,39 +115,45 @@ def parse(arguments: list[str] | None) -> Plan:
     )
     which = parser.add_mutually_exclusive_group()
     which.add_argument(
-        "--depth", default="50", choices=[*map(str, DEPTHS), "all"], help="of torchvision's ResNets; default: 50"
+        "--depth", default="50", choices=[*map(str, DEPTHS), "all"], help="depth of torchvision's ResNet; default: 50"
     )
     which.add_argument(
         "--net",
-        help="any others, with commas: cifar-20, paper-34-A, plain-18, wide_resnet50_2, ...; peers run them plain; "
-        "default: those of --depth",
+        help="other nets, separated by commas: cifar-20, paper-34-A, plain-18, wide_resnet50_2, ...; "
+        "peers run them in plain PyTorch; default: the nets of --depth",
     )
     parser.add_argument("--mode", default="both", choices=[*MODES, "both"], help="default: both")
-    parser.add_argument("--backend", help="names from the list below, with commas; or all; default: by device and net")
-    parser.add_argument("--batch", help="images a batch, several with commas; default: 256 on a GPU, 4 on a CPU")
-    parser.add_argument("--dtype", choices=DTYPES, help="default: bf16 on a GPU, fp32 on a CPU; training: by autocast")
-    parser.add_argument("--device", help="cpu, cuda or cuda:N; default: cuda if there is one")
-    parser.add_argument("--size", type=int, help="side of the images; default: the net's usual, 224 or 32")
-    parser.add_argument("--seconds", type=float, help="timed seconds a row; default: 3")
     parser.add_argument(
-        "--json", type=Path, metavar="FILE", help="write the record here, after every round; default: nowhere"
+        "--backend",
+        help="names from the list below, separated by commas, or all; default: depends on device, net and mode",
+    )
+    parser.add_argument("--batch", help="batch sizes, separated by commas; default: 256 on a GPU, 4 on a CPU")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: bf16 on a GPU, fp32 on a CPU; training uses autocast")
+    parser.add_argument("--device", help="cpu, cuda or cuda:N; default: cuda if there is a GPU")
+    parser.add_argument(
+        "--size", type=int, help="height and width of the images; default: the net's usual size, 224 or 32"
+    )
+    parser.add_argument("--seconds", type=float, help="timed seconds per row; default: 3")
+    parser.add_argument(
+        "--json",
+        type=Path,
+        metavar="FILE",
+        help="write the record to FILE after every round of windows; default: no record",
     )
     parser.add_argument(
-        "--plot", type=Path, metavar="FILE", help="draw the record here (.png, .svg, .pdf); default: nowhere"
+        "--plot", type=Path, metavar="FILE", help="draw the record to FILE (.png, .svg, .pdf); default: no picture"
     )
     parser.add_argument(
         "--resume",
         action="store_true",
-        help="keep the rows of --json FILE and measure the rest; if they could not be compared, write to FILE-2",
+        help="keep the rows of --json FILE and measure the rest; if these could not be compared, write to FILE-2",
     )
-    parser.add_argument(
-        "--isolate", action="store_true", help="run each row in a process of its own; always so on a GPU"
-    )
+    parser.add_argument("--isolate", action="store_true", help="run each row in its own process; always on for a GPU")
     parser.add_argument(
         "--patience",
         type=float,
         default=300,
-        help="seconds a row may take to get ready before its process is killed; default: 300",
+        help="seconds for a row to get ready, finish or be inspected before its process is killed; default: 300",
     )
     given = parser.parse_args(arguments)
 
@@ -153,30 +171,30 @@ def parse(arguments: list[str] | None) -> Plan:
     except ValueError:
         batches = [0]
     if min(batches) < 1:
-        parser.error(f"--batch {sizes}; accepted: whole numbers from 1, with commas between")
+        parser.error(f"--batch must be whole numbers of at least 1, separated by commas: got {sizes}")
     if given.size is not None and given.size < 32:
-        parser.error(f"--size {given.size}; accepted: from 32")
+        parser.error(f"--size must be at least 32: got {given.size}")
     for option, value in (("--seconds", seconds), ("--patience", given.patience)):
         if not value > 0:
-            parser.error(f"{option} {value}; accepted: above 0")
+            parser.error(f"{option} must be greater than 0: got {value}")
     if dtype == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        parser.error(f"{torch.cuda.get_device_name(device)} has no bf16; accepted here: --dtype fp16, fp32")
+        parser.error(f"{torch.cuda.get_device_name(device)} does not support bf16; use --dtype fp16 or fp32")
     if given.resume and not given.json:
-        parser.error("--resume goes on with a record: name it with --json FILE")
+        parser.error("--resume continues a record: name it with --json FILE")
     if given.json and given.json.exists() and not given.resume:
-        parser.error(f"{given.json} exists: go on with it by --resume, or name another --json FILE")
+        parser.error(f"{given.json} exists: continue it with --resume, or name another --json FILE")
     for option, package in (("--plot", "matplotlib"), ("photographs", "sklearn")):
         if (option != "--plot" or given.plot) and importlib.util.find_spec(package) is None:
             parser.error(f"{option}: {package} is not installed: pip install 'fastres[bench]'")
     if given.plot and given.json and given.plot.resolve() == given.json.resolve():
-        parser.error(f"--json and --plot both name {given.json}; accepted: two files")
+        parser.error(f"--json and --plot must name different files: both name {given.json}")
     if given.plot and given.plot.suffix not in picture.SUFFIXES:
-        parser.error(f"--plot {given.plot}: accepted: a name that ends in {', '.join(picture.SUFFIXES)}")
+        parser.error(f"--plot must be a name that ends in {', '.join(picture.SUFFIXES)}: got {given.plot}")
 
     named = None if given.backend in (None, "all") else given.backend.split(",")
     for name in named or ():
         if name not in BACKENDS:
-            parser.error(f"unknown backend {name!r}; accepted: {', '.join(BACKENDS)}, all")
+            parser.error(f"unknown backend {name!r}; accepted are {', '.join(BACKENDS)}, all")
         if reason := BACKENDS[name].why_not_here(device):
             parser.error(f"backend {name!r} can't run here: {reason}")
     nets = (
@@ -196,8 +214,8 @@ def parse(arguments: list[str] | None) -> Plan:
                 and any(row.output[2:] == (1, 1) for row in layers if "Norm" in row.kind)
             ):
                 parser.error(
-                    f"training {net} with batch 1 at size {size} leaves BatchNorm one value a channel; "
-                    "accepted: more of either"
+                    f"training {net} with batch 1 at size {size} leaves BatchNorm a single value per channel; "
+                    "increase --batch or --size"
                 )
             default = BACKENDS if given.backend == "all" else backends.by_default(device, net, mode)
             for batch in dict.fromkeys(batches):
@@ -208,7 +226,8 @@ def parse(arguments: list[str] | None) -> Plan:
 
 
 def pick_device(name: str | None) -> torch.device:
-    """The device called `name`, with its index. Raises ValueError where there is none."""
+    """Return the device called `name` with its index; None picks CUDA if there is a GPU. Raises ValueError if there is
+    no such device."""
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -216,7 +235,7 @@ def pick_device(name: str | None) -> torch.device:
     except RuntimeError:
         device = torch.device("meta")
     if device.type not in DEFAULTS:
-        raise ValueError(f"--device {name}; accepted: cpu, cuda, cuda:N")
+        raise ValueError(f"--device must be cpu, cuda or cuda:N: got {name}")
     if device.type == "cuda":
         count = torch.cuda.device_count()
         device = torch.device("cuda", device.index or 0)
@@ -229,8 +248,11 @@ def pick_device(name: str | None) -> torch.device:
 
 
 def resumed(path: Path, fresh: dict[str, Any]) -> tuple[dict[str, Any], Path]:
-    """The record to go on with and its file: `path`, else the first of path-2, path-3, ... whose rows can stand beside
-    new ones, or that doesn't exist yet."""
+    """Return the record to continue and its file.
+
+    The file is `path` if its rows can be compared with new ones. Otherwise it is the first of path-2, path-3, ... whose
+    rows can be compared or that does not exist yet.
+    """
     file, number = path, 1
     while file.exists():
         try:
@@ -253,6 +275,7 @@ def resumed(path: Path, fresh: dict[str, Any]) -> tuple[dict[str, Any], Path]:
 
 
 def introduction(plan: Plan, record: dict[str, Any]) -> str:
+    """Return the lines that say on what the rows run and, on a CPU, what would differ on a GPU."""
     environment = record["environment"]
     cases = [case for case, _ in plan.rows]
     sizes = ", ".join(dict.fromkeys(f"{case.size}x{case.size}" for case in cases))
@@ -260,21 +283,21 @@ def introduction(plan: Plan, record: dict[str, Any]) -> str:
     versions = environment["versions"]
     lines = [
         f"{environment['name']}, {environment['threads']} CPU threads, torch {versions['torch']}; "
-        f"batch {batches}, {plan.dtype}, {sizes} photographs"
+        f"batch {batches}, {plan.dtype}, photographs of {sizes}"
     ]
     if plan.device.type == "cpu":
         gpu = DEFAULTS["cuda"]
         lines.append(
-            f"On a GPU the defaults would be batch {gpu['batch']}, {gpu['dtype']}, every backend for ResNet-50 "
-            "(CUDA graphs and max-autotune among them), fastres on its fused kernels, and peak memory. "
-            "On a CPU fastres.optimize runs oneDNN's fused convolutions, in fp32, bf16 or int8; training, and a net "
-            "that is not optimized, run PyTorch's own operations."
+            f"On a GPU the defaults would be batch {gpu['batch']}, {gpu['dtype']} and, for ResNet-50, most backends "
+            "(CUDA graphs and max-autotune among them). fastres would run its fused kernels, and peak memory would be "
+            "measured. On a CPU, fastres.optimize runs oneDNN's fused convolutions in fp32, bf16 or int8. Training and "
+            "inference without fastres.optimize run PyTorch's own operations."
         )
     return "\n".join(lines)
 
 
 def run(plan: Plan, record: dict[str, Any]) -> None:
-    """Measure every row the record lacks, writing it whenever something new is known."""
+    """Measure every row that the record lacks and write the record after each new result."""
     known = {records.key(row): row["status"] for row in record["rows"]}
     asked = [(case, name, known.get((*records_case(case), name))) for case, name in plan.rows]
     asked = [one for one in asked if one[2] not in records.DONE]
@@ -284,12 +307,13 @@ def run(plan: Plan, record: dict[str, Any]) -> None:
     with tqdm(total=len(missing) + len(broken), unit="row", disable=None, leave=False) as bar:
         for case in dict.fromkeys(case for case, _ in missing):
             measure_rows(plan, record, case, [name for other, name in missing if other == case], bar)
-        for case, name in broken:  # last, one at a time: a row that has crashed the process must not cost others
+        # Rows that crashed the process in an earlier run come last, one at a time, so that they cost no other row.
+        for case, name in broken:
             measure_rows(plan, record, case, [name], bar)
 
 
 def measure_rows(plan: Plan, record: dict[str, Any], case: Case, names: Sequence[str], bar: tqdm) -> None:
-    """Measure rows of one case side by side. Peers get ready first, so that a fault of ours can't cost them."""
+    """Measure rows of one case in turns. Peers are prepared first, so that a fault in fastres cannot affect them."""
 
     def tell(name: str, fields: dict[str, Any]) -> None:
         row = dict(zip(records.CASE, records_case(case), strict=True))
@@ -297,7 +321,7 @@ def measure_rows(plan: Plan, record: dict[str, Any], case: Case, names: Sequence
         row |= {"backend": name, "ours": BACKENDS[name].ours, "arithmetic": BACKENDS[name].arithmetic(case)}
         row |= {"finished": finished} | fields
         noisy = any(records.key(old) == records.key(row) and old["status"] == "noisy" for old in record["rows"])
-        if not (noisy and fields["status"] in ("unfinished", "failed")):  # then the old measurement is the better one
+        if not (noisy and fields["status"] in ("unfinished", "failed")):  # a noisy measurement is better than none
             records.put(record, row)
         if plan.json:
             records.write(record, plan.json)
@@ -326,7 +350,7 @@ def measure_rows(plan: Plan, record: dict[str, Any], case: Case, names: Sequence
             if not measure.is_out_of_memory(error):
                 raise
             for name in able:
-                reason = f"eager PyTorch's step, the reference, does not fit: {measure.first_line(error)}"
+                reason = f"eager PyTorch, the reference, runs out of memory: {measure.first_line(error)}"
                 tell(name, {"status": "out of memory", "reason": reason})
             return
         multiply_adds = cost(case.net, case.size).multiply_adds
@@ -334,32 +358,38 @@ def measure_rows(plan: Plan, record: dict[str, Any], case: Case, names: Sequence
 
 
 def records_case(case: Case) -> tuple[Any, ...]:
-    """The case's fields as a record holds them, in the order of `record.CASE`."""
+    """Return the case's fields as a record stores them, in the order of `record.CASE`."""
     dtype = next(name for name, dtype in DTYPES.items() if dtype == case.dtype)
     return case.net, case.mode, case.batch, dtype, case.size
 
 
 @cache
 def inputs(batch: int, size: int) -> list[torch.Tensor]:
+    """Return the input batches that all rows of a case share."""
     return photos.batches(measure.INPUTS, batch, size, SEED)
 
 
 @cache
 def weights(net: str, size: int) -> dict[str, torch.Tensor]:
+    """Return the state dict that all backends load for `net`."""
     return backends.shared_weights(net, photos.batches(2, 4, size, SEED + 1), SEED)
 
 
 @cache
 def cost(net: str, size: int) -> flops.Cost:
-    """Of one image. Raises ValueError for a net that `families.named` doesn't know."""
+    """Count the multiply-adds of one image. Raises ValueError for a net that `families.named` doesn't know."""
     with torch.device("meta"):
         model = families.named(net)
     return flops.count(model, size)
 
 
 def flops_table(nets: tuple[str, ...]) -> list[dict[str, Any]]:
-    """The nets that the bench runs; where the paper prints figures for any of their kind, its table first, beside our
-    counts of the paper's variants, and all five of torchvision's."""
+    """Return the rows of the FLOPs table.
+
+    The last rows are our counts of `nets`. If the paper prints a figure for a net of the same kind as one of them, the
+    paper's table comes first, each figure next to our count of the paper's variant, and our counts include all five of
+    torchvision's ResNets.
+    """
     beside = {net: paper_row(net) for net in nets}
     table = []
     if any(beside.values()):
@@ -382,7 +412,8 @@ def flops_table(nets: tuple[str, ...]) -> list[dict[str, Any]]:
 
 
 def paper_row(net: str) -> flops.PaperRow | None:
-    """The net of the paper's FLOPs table that `net` is, up to its stride and shortcuts; None if it prints none."""
+    """Return the row of the paper's FLOPs table with the same family and depth as `net`, or None. Its stride and
+    shortcuts may differ from those of `net`."""
     if net in families.BUILDERS:
         family, depth = "paper", TORCHVISION.get(net)
     else:
@@ -402,15 +433,16 @@ def render_flops(table: list[dict[str, Any]]) -> str:
         paper, ours = row["paper"], row["ours"]
         difference = "" if paper is None else f"{100 * (ours / paper - 1):+.1f} %"
         lines.append([row["net"], "" if paper is None else f"{paper:.1f}", f"{ours:.3f}", difference, row["variant"]])
-    title = "Multiply-adds of one image, 224x224 unless said otherwise, 10^9 (the paper's FLOPs)"
+    title = "Multiply-adds per image (the paper's FLOPs) in 10^9; images are 224x224 unless another size is given"
     return f"{title}\n{columns(lines, left={0, 4})}"
 
 
 def one_line(row: dict[str, Any]) -> str:
+    """Return the line that is printed when a row finishes."""
     start = f"{row['net']} {row['mode']} {row['batch']} {row['backend']}: "
     if row["status"] not in ("ok", "noisy"):
         return f"{start}{row['status']}: {row['reason']}"
-    said = f"{start}{row['img_s']:.4g} img/s, {row['latency_ms']:.4g} ms a batch, error {row['error']:.1e}"
+    said = f"{start}{row['img_s']:.4g} img/s, {row['latency_ms']:.4g} ms per batch, error {row['error']:.1e}"
     return said if row["status"] == "ok" else f"{said}; noisy: {row['reason']}"
 
 
@@ -420,8 +452,11 @@ COLUMNS += ["J/img", *COUNTS.values(), "error", "/ best peer", "interval", "x ea
 
 
 def render_rows(rows: list[dict[str, Any]]) -> str:
-    """One table a case: fastest first, then what is wrong or missing, with remarks below. Rows of several dtypes are
-    compared with the best peer of their own and, all of them, with eager PyTorch in the case's."""
+    """Return one table for each case, the fastest row first and rows that are not ok last, with remarks below.
+
+    If the rows of a case compute in several dtypes, each is compared with the best peer in its own dtype, and all are
+    compared with eager PyTorch in the case's dtype.
+    """
     ratio, to_eager = records.ratios(rows), records.ratios(rows, to_eager=True)
     blocks = []
     for (net, mode, batch, dtype, size), mine in records.by_case(rows).items():
@@ -432,7 +467,7 @@ def render_rows(rows: list[dict[str, Any]]) -> str:
             said = [row.get("path"), row.get("reason"), *row.get("notes", ())]
             if agrees is not None:
                 of = "" if images is None else f" {images}"
-                said.append(f"{100 * agrees:.1f} % of{of} images get the class of eager PyTorch in {dtype}")
+                said.append(f"{100 * agrees:.1f} % of{of} images get the same class as in eager PyTorch in {dtype}")
             remarks += [f"  {row['backend']}: {remark}" for remark in said if remark]
             named = [row["backend"], records.arithmetic(row) if mixed else ""]
             if "error" not in row:
@@ -465,9 +500,9 @@ def render_rows(rows: list[dict[str, Any]]) -> str:
         errors = {"infer": "scores", "train": "gradients, median over the parameters"}[mode]
         allowed = (
             row.get("error_allowed") for row in mine if records.arithmetic(row) == dtype
-        )  # others have their own
-        limit = next((f"; right up to {error:.1e}" for error in allowed if error is not None), "")
-        title += f"; error: of the {errors}, relative to fp64{limit}"
+        )  # rows in another dtype have another limit
+        limit = next((f", at most {error:.1e} accepted" for error in allowed if error is not None), "")
+        title += f"; error: relative error of the {errors}, against fp64{limit}"
         told = [column for column in zip(*lines, strict=True) if set(column[1:]) - {"", "-"}]
         blocks.append("\n".join([title, columns([*map(list, zip(*told, strict=True))], left={0}), *remarks]))
     return "\n\n".join(blocks)
@@ -485,12 +520,12 @@ def columns(lines: list[list[str]], left: set[int]) -> str:
 
 
 def terminated(number: int, frame: object) -> None:
-    """SIGTERM ends a run as Ctrl-C does: rows' processes and their files go."""
+    """Handle SIGTERM like Ctrl-C, so that the processes of the rows and their files are removed."""
     raise KeyboardInterrupt(number)
 
 
 def status_of(stop: KeyboardInterrupt) -> int:
-    """130 after Ctrl-C, 143 after SIGTERM."""
+    """Return the exit status: 130 after Ctrl-C, 143 after SIGTERM."""
     return 128 + (stop.args[0] if stop.args else signal.SIGINT)
 
 
@@ -498,8 +533,8 @@ if __name__ == "__main__":
     signal.signal(signal.SIGTERM, terminated)
     try:
         sys.exit(main())
-    except KeyboardInterrupt as stop:  # before or after the measuring, in which `main` sees to it
+    except KeyboardInterrupt as stop:  # before or after the measurements; during them `main` handles it
         sys.exit(status_of(stop))
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # which Python would write to at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes stdout when it exits
         sys.exit(141)

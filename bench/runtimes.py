@@ -1,7 +1,7 @@
-"""Peers that are no PyTorch: a net exported to ONNX and run by ONNX Runtime or OpenVINO on the CPU.
+"""Peers that are not PyTorch: a net exported to ONNX and run on the CPU by ONNX Runtime or OpenVINO.
 
-Each function takes a net in fp32 and its batches [N, 3, H, W] (NCHW), and returns what runs a batch of that shape. All
-use as many threads as PyTorch does.
+Each function takes a net in fp32 and its batches [N, 3, H, W] (NCHW), and returns a callable that runs a batch of that
+shape. All use as many threads as PyTorch.
 """
 
 from __future__ import annotations
@@ -19,8 +19,10 @@ from torch import Tensor, nn
 
 
 def onnxruntime(model: nn.Module, inputs: Sequence[Tensor], profile: Path | None = None) -> Callable[[Tensor], Tensor]:
-    """fp32, ONNX Runtime's own optimisations. profile: the beginning of the name of the file that `run.session`'s
-    `end_profiling()` writes."""
+    """Return the net run by ONNX Runtime in fp32, with its own optimisations.
+
+    `profile` is the beginning of the name of the file that `end_profiling()` of the callable's `session` writes.
+    """
     with exported(model, inputs[0]) as file:
         return session(file, profile)
 
@@ -28,8 +30,11 @@ def onnxruntime(model: nn.Module, inputs: Sequence[Tensor], profile: Path | None
 def onnxruntime_int8(
     model: nn.Module, inputs: Sequence[Tensor], profile: Path | None = None
 ) -> Callable[[Tensor], Tensor]:
-    """int8 by ONNX Runtime's static quantisation: QDQ nodes, int8 weights with a scale per output channel, uint8
-    activations with the range they have over the batches."""
+    """Return the net run by ONNX Runtime in int8, quantised statically.
+
+    It has QDQ nodes, int8 weights with a scale per output channel, and uint8 activations with their range over the
+    batches. `profile` is as in `onnxruntime`.
+    """
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
@@ -57,7 +62,7 @@ def onnxruntime_int8(
 
 
 def openvino(model: nn.Module, inputs: Sequence[Tensor]) -> Callable[[Tensor], Tensor]:
-    """fp32 by OpenVINO, which would choose bf16 by itself where the CPU has it."""
+    """Return the net run by OpenVINO in fp32. By default OpenVINO would use bf16 where the CPU supports it."""
     import openvino
 
     with exported(model, inputs[0]) as file:
@@ -72,8 +77,8 @@ def openvino(model: nn.Module, inputs: Sequence[Tensor]) -> Callable[[Tensor], T
 
 @contextmanager
 def exported(model: nn.Module, batch: Tensor) -> Iterator[Path]:
-    """The net as an ONNX file for batches of this one's shape, in a folder that goes with the context. Its input is
-    called "images"."""
+    """Export the net to an ONNX file for batches of the shape of `batch`, in a folder that is removed with the context.
+    The input is called "images"."""
     with TemporaryDirectory(prefix="fastres-onnx-") as folder, quiet():
         file = Path(folder, "net.onnx")
         torch.onnx.export(model, (batch,), file, dynamo=True, verbose=False, input_names=["images"])
@@ -81,10 +86,10 @@ def exported(model: nn.Module, batch: Tensor) -> Iterator[Path]:
 
 
 def session(file: Path, profile: Path | None = None) -> Callable[[Tensor], Tensor]:
-    """What runs the net in `file`.
+    """Return a callable that runs the net in `file`, with the session as its attribute `session`.
 
-    Its threads spin while they wait for work within a call, as they do by default, but not after it: then they would
-    take cores from whatever is called next (measured on two cores: eager PyTorch's next call took twice as long).
+    Its threads spin while they wait for work during a call, as by default, but not after it. Otherwise they would take
+    cores from the code that runs next: on two cores, eager PyTorch's next call took twice as long.
     """
     import onnxruntime
 
@@ -96,7 +101,7 @@ def session(file: Path, profile: Path | None = None) -> Callable[[Tensor], Tenso
     net = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
 
     def run(x: Tensor) -> Tensor:
-        return torch.from_numpy(net.run(None, {"images": x.numpy()})[0])  # no copy: both share the arrays' memory
+        return torch.from_numpy(net.run(None, {"images": x.numpy()})[0])  # no copies: tensors and arrays share memory
 
     run.session = net  # type: ignore[attr-defined]
     return run
@@ -104,7 +109,7 @@ def session(file: Path, profile: Path | None = None) -> Callable[[Tensor], Tenso
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without what exporter and quantiser say about their own insides."""
+    """Suppress the warnings of exporter and quantiser."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         logging.disable(logging.WARNING)

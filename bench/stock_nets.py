@@ -1,8 +1,8 @@
-"""The nets of `fastres.models` as a user of plain PyTorch writes them: what the peers run.
+"""The nets of `fastres.models` in plain PyTorch, which the peers run.
 
-torchvision's nets are its own. The paper's are assembled by fastres, whose modules then become instances of the classes
-that they inherit from or, where torchvision has none, of those below: so names, parameters and initialisation are the
-same, and no `forward` of fastres is left to ask for a fused path. Raises TypeError for a net that has one left.
+torchvision's nets come from torchvision. fastres builds the paper's nets; then each of their modules becomes an
+instance of the class that it inherits from or, where torchvision has no such class, of one of the classes below. Names,
+parameters and initialisation thus stay the same, and no `forward` of fastres remains that could take a fused path.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Block(nn.Module):
 
 
 class Cifar(nn.Module):
-    """Three stages behind a 3x3 entrance."""
+    """A 3x3 convolution followed by three stages."""
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.relu(self.bn1(self.conv1(x)))
@@ -42,7 +42,7 @@ class Cifar(nn.Module):
 
 
 class CifarStem(nn.Module):
-    """Four stages behind a 3x3 entrance."""
+    """A 3x3 convolution followed by four stages."""
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.relu(self.bn1(self.conv1(x)))
@@ -66,12 +66,17 @@ CLASSES: dict[type[nn.Module], type[nn.Module]] = {
 
 
 def net(name: str) -> nn.Module:
-    """The net that `families.named` calls `name`, with the same state_dict keys. Raises ValueError as that does."""
+    """Return the net that `families.named` calls `name`, with the same state_dict keys.
+
+    Raises ValueError for a name that `families.named` refuses, and TypeError if a module of fastres remains.
+    """
     if name in families.BUILDERS:
         return getattr(torchvision.models, name)()
     model = families.named(name)
     for module in model.modules():
         module.__class__ = CLASSES.get(type(module), type(module))
         if type(module).__module__.startswith("fastres"):
-            raise TypeError(f"{name} has a {type(module).__name__}, which is fastres's")
+            raise TypeError(
+                f"{name} has a {type(module).__name__}, a class of fastres; add its plain counterpart to CLASSES"
+            )
     return model

@@ -1,9 +1,9 @@
-"""An object in a process of its own: it may hang, die or lose its CUDA context, and whoever asks it goes on.
+"""Run an object in its own process, which may hang, die or lose its CUDA context without harming the process that asks.
 
-with Worker(Row, "inductor", case) as row:       # Row("inductor", case), made there
+with Worker(Row, "inductor", case) as row:    # makes Row("inductor", case) in the new process
     try:
-        row.ask("prepare", seconds=300)         # its method `prepare`, called there
-    except WorkerLost as error:                       # and so is the process
+        row.ask("prepare", seconds=300)       # calls its method `prepare` there
+    except WorkerLost as error:               # the process is gone as well
         print(error)
 """
 
@@ -25,7 +25,7 @@ PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 
 class WorkerLost(RuntimeError):
-    """The process is no more. verdict: "hung" (it gave no answer in time and was killed), "died", or "lost the CUDA
+    """The process is gone. `verdict` is "hung" (no answer in time, so it was killed), "died" or "lost the CUDA
     context"."""
 
     def __init__(self, verdict: str, said: str) -> None:
@@ -34,9 +34,9 @@ class WorkerLost(RuntimeError):
 
 
 class Worker:
-    """`make(*arguments)`, made in a fresh process, which starts at once. Both must pickle.
+    """The object `make(*arguments)` in a new process, which starts immediately. Both must be picklable.
 
-    The process doesn't outlive the thread that started it. A context manager; its end, like `close`, ends the process.
+    The process doesn't outlive the thread that started it. As a context manager, and by `close`, it ends the process.
     """
 
     def __init__(self, make: Callable[..., Any], *arguments: Any) -> None:
@@ -50,8 +50,9 @@ class Worker:
     def ask(self, method: str, *arguments: Any, seconds: float) -> Any:
         """Call `method` in the process and return its result.
 
-        Raises what the method raised, or `WorkerLost` after `seconds`; every later call then raises it, too. The first
-        call's time includes starting the process.
+        Raises what the method raised, or `WorkerLost` if the process dies, loses its CUDA context or gives no answer
+        within `seconds`. All later calls then raise the same `WorkerLost`. The first call's time includes starting the
+        process.
         """
         if self._gone is not None:
             raise self._gone
@@ -71,20 +72,21 @@ class Worker:
         return answer
 
     def _end(self, verdict: str, said: str) -> WorkerLost:
+        """End the process and return the error that every later `ask` raises."""
         self.close()
         self._gone = WorkerLost(verdict, said)
         return self._gone
 
     def leave(self) -> None:
-        """Let the process end by itself."""
+        """Close the connection, on which the process exits."""
         self._connection.close()
 
     def close(self) -> None:
-        """End the process: kill it if it doesn't leave by itself."""
+        """End the process: kill it if it doesn't exit within 5 seconds."""
         self.leave()
         self._process.join(timeout=5)
         self._process.kill()
-        self._process.join(timeout=10)  # a driver that hangs holds even a killed process
+        self._process.join(timeout=10)  # a hanging driver can delay even a killed process
 
     def __enter__(self) -> Worker:
         return self
@@ -94,21 +96,22 @@ class Worker:
 
 
 class LocalWorker:
-    """The interface of `Worker` in this process: no time limit, no isolation."""
+    """The interface of `Worker` in this process, without a time limit or isolation."""
 
     def __init__(self, make: Callable[..., Any], *arguments: Any) -> None:
         self._make = partial(make, *arguments)
         self._served: Any = None
 
     def ask(self, method: str, *arguments: Any, seconds: float) -> Any:
+        """Call `method` of the object, which the first call makes, and return its result. `seconds` is ignored."""
         self._served = self._make() if self._served is None else self._served
         return getattr(self._served, method)(*arguments)
 
     def leave(self) -> None:
-        """Nothing: the object stays until `close`."""
+        """Do nothing: the object stays until `close`."""
 
     def close(self) -> None:
-        """Let go of the object, by its own `close` if it has one."""
+        """Drop the object, after its own `close` if it has one."""
         served, self._served = self._served, None
         if hasattr(served, "close"):
             served.close()
@@ -121,9 +124,9 @@ class LocalWorker:
 
 
 def _serve(connection: Connection, make: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
-    """Answer questions until nobody asks any more."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the asking process ends this one
-    if sys.platform == "linux":  # if that one is killed, a kernel that hangs must not keep the GPU
+    """Make the object and answer calls until the connection is closed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends this process
+    if sys.platform == "linux":  # if the parent is killed, a hanging kernel must not keep the GPU
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     served = None
     while True:
@@ -135,17 +138,17 @@ def _serve(connection: Connection, make: Callable[..., Any], arguments: tuple[An
             served = make(*arguments) if served is None else served
             reply = "answered", getattr(served, method)(*given)
         except Exception as error:
-            traceback.print_exc()  # the asking process gets the error alone
+            traceback.print_exc()  # the parent gets the error without its traceback
             reply = "raised", _portable(error)
         if (lost := lost_context()) is not None:
             connection.send(("lost", f"{reply[1]!r}" if reply[0] == "raised" else lost))
-            os._exit(1)  # without destructors, which would wait for the GPU
+            os._exit(1)  # skips destructors, which would wait for the GPU
         connection.send(reply)
         del reply  # an exception's causes would keep tensors alive
 
 
 def lost_context() -> str | None:
-    """CUDA's error message if this process has lost its context, else None."""
+    """Return CUDA's error message if this process has lost its context, else None."""
     import torch
 
     if not torch.cuda.is_initialized():
@@ -158,7 +161,7 @@ def lost_context() -> str | None:
 
 
 def _portable(error: Exception) -> Exception:
-    """The error, or one with its words where it can't be sent."""
+    """Return the error without its traceback, or a RuntimeError with the same text if it can't be pickled."""
     try:
         pickle.loads(pickle.dumps(error))
     except Exception:

@@ -180,21 +180,21 @@ def test_other_nets_stand_beside_the_papers_in_the_flops_table(bench: SimpleName
         (["--net", "cifar-20", "--depth", "18"], "not allowed with argument"),
         (["--mode", "test"], "invalid choice"),
         (["--dtype", "int8"], "invalid choice"),
-        (["--backend", "eager,tensorrt"], "unknown backend 'tensorrt'; accepted: eager, "),
+        (["--backend", "eager,tensorrt"], "unknown backend 'tensorrt'; accepted are eager, "),
         (["--backend", "cudagraphs", "--device", "cpu"], "it needs a cuda device"),
         (["--backend", "fastres-graph", "--device", "cpu"], "it needs a cuda device"),
         (["--backend", "eager-graph", "--device", "cpu"], "it needs a cuda device"),
-        (["--device", "tpu"], "--device tpu; accepted: cpu, cuda, cuda:N"),
-        (["--device", "meta"], "--device meta; accepted: cpu, cuda, cuda:N"),
+        (["--device", "tpu"], "--device must be cpu, cuda or cuda:N: got tpu"),
+        (["--device", "meta"], "--device must be cpu, cuda or cuda:N: got meta"),
         (["--device", "cuda:99"], "CUDA device(s) here"),
-        (["--batch", "0"], "--batch 0; accepted: whole numbers from 1"),
-        (["--batch", "4,"], "--batch 4,; accepted: whole numbers from 1"),
-        (["--size", "31"], "--size 31; accepted: from 32"),
-        (["--seconds", "nan"], "--seconds nan; accepted: above 0"),
+        (["--batch", "0"], "--batch must be whole numbers of at least 1, separated by commas: got 0"),
+        (["--batch", "4,"], "--batch must be whole numbers of at least 1, separated by commas: got 4,"),
+        (["--size", "31"], "--size must be at least 32: got 31"),
+        (["--seconds", "nan"], "--seconds must be greater than 0: got nan"),
         (["--resume"], "name it with --json FILE"),
         (["--plot", "picture.doc"], "ends in .png"),
-        (["--plot", "r.svg", "--json", "r.svg"], "--json and --plot both name r.svg"),
-        (["--batch", "1", "--size", "32", "--mode", "train"], "one value a channel"),
+        (["--plot", "r.svg", "--json", "r.svg"], "--json and --plot must name different files: both name r.svg"),
+        (["--batch", "1", "--size", "32", "--mode", "train"], "a single value per channel"),
     ],
 )
 def test_impossible_requests_are_refused(
@@ -254,7 +254,7 @@ def test_a_record_is_neither_replaced_nor_lost(
 
     monkeypatch.setattr(bench.measure.Row, "window", interrupted)
     assert bench.run.main(ask) == 130
-    assert f"stopped; {path} holds what was measured, --resume goes on" in capsys.readouterr().err
+    assert f"stopped; {path} holds what was measured; continue it with --resume" in capsys.readouterr().err
     eager, ours = (bench.backends.BACKENDS[name] for name in ("eager", "fastres"))
     assert windows == [ours, eager, eager, ours, ours, eager], "they take turns, and neither always follows the other"
     for row in rows_of(path).values():
@@ -262,7 +262,7 @@ def test_a_record_is_neither_replaced_nor_lost(
         assert (len(row["window_img_s"]), row["finished"]) == (2, None)
     with pytest.raises(SystemExit):
         bench.run.main(ask)
-    assert f"{path} exists: go on with it by --resume, or name another" in capsys.readouterr().err
+    assert f"{path} exists: continue it with --resume, or name another" in capsys.readouterr().err
 
 
 def test_a_gpu_without_bf16_names_what_it_has(
@@ -273,7 +273,7 @@ def test_a_gpu_without_bf16_names_what_it_has(
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Old GPU")
     with pytest.raises(SystemExit):
         bench.run.main(["--dtype", "bf16"])
-    assert "Old GPU has no bf16; accepted here: --dtype fp16, fp32" in capsys.readouterr().err
+    assert "Old GPU does not support bf16; use --dtype fp16 or fp32" in capsys.readouterr().err
 
 
 def test_without_matplotlib_a_picture_is_refused(
@@ -324,7 +324,7 @@ def test_wrong_outputs_are_not_ranked(
     assert "wrong-backward" not in ranked
     printed = capsys.readouterr().out
     assert re.search(r"wrong-backward .*WRONG", printed)
-    assert re.search(r"wrong-backward: error .* is allowed", printed)
+    assert re.search(r"wrong-backward: error.* is .*; at most .* is allowed", printed)
     assert "wrong" in (tmp_path / "r.svg").read_text()
 
 
@@ -346,7 +346,7 @@ def test_a_few_gradients_that_are_zero_are_wrong(
     row = bench.measure.measure(eager, case, data, 0.01, 1)
     assert row["status"] == "wrong"
     assert row["error"] <= row["error_allowed"]
-    assert row["reason"].startswith("error_p95 1 where 0.")
+    assert row["reason"].startswith("error_p95 is 1; at most 0.")
     monkeypatch.setattr(
         bench.measure.Train, "gradients", lambda step: {n: g * torch.nan for n, g in gradients(step).items()}
     )
@@ -405,7 +405,7 @@ def test_a_reference_that_does_not_fit_is_told(
     path = tmp_path / "r.json"
     assert bench.run.main([*TINY, "--mode", "infer", "--backend", "eager", "--json", str(path)]) == 1
     row = rows_of(path)["infer", "eager"]
-    assert (row["status"], row["reason"][:38]) == ("out of memory", "eager PyTorch's step, the reference, d")
+    assert (row["status"], row["reason"][:38]) == ("out of memory", "eager PyTorch, the reference, runs out")
 
 
 def test_resume_fills_one_record(bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -443,7 +443,7 @@ def test_rows_that_cannot_be_compared_begin_a_new_record(
     assert bench.run.main(ask) == 0
     said = capsys.readouterr().out
     assert re.search(r"r\.json can't be compared with new ones.*schema 'fastres\.bench/1'", said, re.DOTALL)
-    assert "is no record" in said
+    assert "is not a record" in said
     assert f"New rows go to {paths[2]}.\n" in said
     assert f"record: {paths[2]}" in said
     monkeypatch.setattr(bench.record, "_digest", lambda: "sha256:1")
@@ -513,13 +513,14 @@ def test_the_advice_says_what_is_fastest_and_where_nothing_is_won(bench: SimpleN
     rows += [advised("fastres-optimize-bf16", 900, status="wrong", arithmetic="bf16")]
     rows += [advised(name, 10, mode="train") for name in ("eager-channels-last", "fastres")]
     assert bench.advice.advice(rows) == (
-        "What to use here for resnet50, batch 1, fp32, 224x224. Inference: fastres.optimize(model, dtype=torch.int8, "
-        "calibration=batches), 160 img/s, 5.00 x eager PyTorch in channels_last (75.0 % of 64 images get the same "
-        "class). Without calibration: fastres.optimize(model), 52 img/s, 1.62 x eager PyTorch in channels_last, but "
-        "0.95 x onnxruntime. Training: fastres runs PyTorch's own operations here, at 1.00 x eager PyTorch's speed."
+        "What to use on this machine for resnet50, batch 1, fp32, 224x224. Inference: fastres.optimize(model, "
+        "dtype=torch.int8, calibration=batches), 160 img/s, 5.00 x eager PyTorch in channels_last (75.0 % of 64 "
+        "images get the same class). Without calibration: fastres.optimize(model), 52 img/s, 1.62 x eager PyTorch in "
+        "channels_last, but 0.95 x onnxruntime. Training: fastres runs PyTorch's own operations here, at 1.00 x the "
+        "speed of eager PyTorch."
     )
     slow = [advised("eager-channels-last", 32, 33), advised("fastres-optimize", 32, 34)]
-    assert "nothing surely faster than eager PyTorch" in bench.advice.advice(slow)
+    assert "nothing is reliably faster than eager PyTorch" in bench.advice.advice(slow)
     fused = [advised("eager-channels-last", 10, mode="train")]
     fused += [advised("fastres-graph", 18, mode="train", path="fused in 16 of 17 blocks")]
     assert "Training: fastres.graphed(step, model, optimizer), 18 img/s, 1.80 x eager" in bench.advice.advice(fused)
@@ -564,7 +565,7 @@ def test_a_row_whose_windows_spread_is_not_ranked(
     check_schema(json.loads(path.read_text()))
     printed = capsys.readouterr().out
     assert re.search(r"\neager +\S+ +20 noisy +20\.\.200", printed)
-    assert "half of the windows spread over 900 % of the median, 10 % is the limit" in printed
+    assert "the middle half of the windows spans 900 % of the median; the limit is 10 %" in printed
     assert "noisy" in picture.read_text()
     assert not bench.record.ratios([*found.values()])
     with monkeypatch.context() as broken:
@@ -635,9 +636,9 @@ def test_a_backend_that_cannot_run_says_why(bench: SimpleNamespace) -> None:
     infer, cpu = dataclasses.replace(cuda, mode="infer"), dataclasses.replace(cuda, device=torch.device("cpu"))
     for name in ("eager-graph", "fastres-graph"):
         assert table[name].why_not(cuda) is None
-        assert table[name].why_not(infer) == "it only trains"
+        assert table[name].why_not(infer) == "it runs training only"
         assert table[name].why_not(cpu) == "it needs a cuda device"
-    assert table["fastres-optimize"].why_not(cuda) == "it only infers"
+    assert table["fastres-optimize"].why_not(cuda) == "it runs inference only"
     assert table["timm"].why_not(cuda) == "timm has no cifar-20"
 
 
@@ -770,7 +771,7 @@ def test_a_float8_row_is_held_against_its_definition(bench: SimpleNamespace, mon
             monkeypatch.setattr(bench.measure.Infer, "definition", lambda step, d=departure: (errors, d))
             row = bench.measure.measure(simulated, case, data, 0.05, 1)
             assert row["status"] == "wrong"
-            assert f"scores are {departure:.2g} from PyTorch's with the same quantised values" in row["reason"]
+            assert f"scores differ by {departure:.2g} from PyTorch's with the same quantised values" in row["reason"]
 
 
 def test_a_row_in_another_dtype_has_its_own_yardstick(bench: SimpleNamespace) -> None:
@@ -857,7 +858,7 @@ def test_without_a_yardstick_nothing_is_right(bench: SimpleNamespace) -> None:
     data = bench.measure.prepare(case, bench.backends.shared_weights(case.net, inputs, 0), inputs, 0)
     data.baseline = {"error": float("nan")}
     row = bench.measure.measure(bench.backends.BACKENDS["eager"], case, data, 0.05, 1)
-    assert (row["status"], row["reason"]) == ("wrong", "eager PyTorch's own error, the yardstick, is NaN")
+    assert (row["status"], row["reason"]) == ("wrong", "eager PyTorch's own error, which sets the limit, is NaN")
     assert row["error_of_eager"] is None
     json.dumps(row, allow_nan=False)
 
@@ -869,7 +870,7 @@ def test_float8_needs_a_gpu_that_has_it(bench: SimpleNamespace, monkeypatch: pyt
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
         assert entry.why_not(case) == said
     assert entry.why_not(dataclasses.replace(case, device=torch.device("cpu"))) == "it needs a cuda device"
-    assert entry.why_not(dataclasses.replace(case, mode="train")) == "it only infers"
+    assert entry.why_not(dataclasses.replace(case, mode="train")) == "it runs inference only"
 
 
 @pytest.mark.parametrize(("reading", "joules"), [("500.00", 5.0), ("[N/A]", None)])

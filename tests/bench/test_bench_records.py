@@ -363,7 +363,7 @@ def test_the_pages_of_a_cpu_show_each_dtype_beside_the_best_peer(
 
 
 def test_a_cpus_record_without_inference_is_refused(readme: ModuleType) -> None:
-    with pytest.raises(ValueError, match=r"bench/records/x\.json has no inference"):
+    with pytest.raises(ValueError, match=r"bench/records/x\.json has no inference rows"):
         readme.summary_of_cpu({"rows": []}, "bench/records/x.json")
 
 
@@ -382,11 +382,14 @@ def test_what_no_picture_can_be_drawn_of_is_refused(tmp_path: Path, capsys: pyte
     told = [
         ([doubled, tmp_path / "a.svg", "roofline"], "is not that of an NVIDIA H200 in 16 bits"),
         ([tmp_path / "no.json", tmp_path / "a.svg"], "No such file"),
-        ([table, tmp_path / "a.svg"], "is no record"),
+        ([table, tmp_path / "a.svg"], "is not a record"),
         ([table, tmp_path / "a.gif", "roofline"], "a name that ends in .png, .svg, .pdf"),
-        ([table, tmp_path / "a.svg", "memory"], "kernels-50.csv is no such table: it lacks depth, size, pytorch"),
-        ([cut, tmp_path / "a.svg", "memory"], "cut.csv is no such table: it lacks fastres, recompute"),
-        ([empty, tmp_path / "a.svg", "roofline"], "empty.csv is no such table: it lacks rows"),
+        (
+            [table, tmp_path / "a.svg", "memory"],
+            "kernels-50.csv is not a table of this kind: it lacks depth, size, pytorch",
+        ),
+        ([cut, tmp_path / "a.svg", "memory"], "cut.csv is not a table of this kind: it lacks fastres, recompute"),
+        ([empty, tmp_path / "a.svg", "roofline"], "empty.csv is not a table of this kind: it lacks rows"),
     ]
     for arguments, message in told:
         with pytest.raises(SystemExit):
@@ -474,7 +477,7 @@ def test_losses_of_a_written_table_come_largest_first(tmp_path: Path, capsys: py
         (lambda record: record.pop("created"), "created is missing"),
         (lambda record: record.update(rows=None), "rows is missing"),
         (lambda record: record["environment"].pop("name"), r"environment\.name is missing"),
-        (lambda record: record["rows"].append(1), "is no row"),
+        (lambda record: record["rows"].append(1), "is not a row"),
         (lambda record: record["rows"][0].update(img_s="fast"), "row 0 lacks img_s"),
     ],
 )
@@ -491,5 +494,5 @@ def test_a_damaged_record_is_refused_by_name(tmp_path: Path, damage: Any, said: 
 def test_nesting_without_end_is_no_record(tmp_path: Path) -> None:
     path = tmp_path / "record.json"
     path.write_text("[" * 200_000)
-    with pytest.raises(ValueError, match=r"record\.json is no record"):
+    with pytest.raises(ValueError, match=r"record\.json is not a record"):
         importlib.import_module("record").read(path)
