@@ -1,9 +1,9 @@
-"""A few convolutions under pytest-benchmark, to follow single kernels over time; `kernels.py` has all of them.
+"""Time a few convolutions under pytest-benchmark, to follow single kernels over time. `kernels.py` times all of them.
 
     pytest bench/conv_benchmark.py --benchmark-only --benchmark-json out/convolutions.json
 
-Ours and the library's engine side by side, in bf16 at batch 256; where an engine wants dz stored, it is. Needs a CUDA
-GPU.
+Compares our kernels with the library's engine, in bf16 at batch 256. If an engine needs a stored dz (the gradient of
+the convolution's output), it is stored before the timing. Needs a CUDA GPU.
 """
 
 from __future__ import annotations

@@ -1,25 +1,26 @@
-"""What the GPU's counters say of every kernel of one step, beside what the model of bench/predict.py says of it.
+"""Read the GPU's hardware counters for every kernel of one step, and compare them with the model of bench/predict.py.
 
     python bench/counters.py --mode train --depth 50 --batch 256 --csv out/counters-train.csv
     python bench/counters.py --mode infer --csv out/counters-infer.csv
     python bench/counters.py --mode train --read out/counters-train.ncu.csv    # the same table again, without a GPU
 
-A step runs under Nsight Compute (`ncu`) in a process of its own: backend "fastres" for training, "fastres-optimize" for
-inference, whose graph ncu takes apart. Several steps warm up unwatched, one is counted. What ncu wrote is kept beside
-the CSV, for --read.
+A step runs under Nsight Compute (`ncu`) in a separate process, with backend "fastres" for training and
+"fastres-optimize" for inference, whose CUDA graph ncu profiles node by node. A few steps warm up unprofiled, and one is
+counted. ncu's output is saved next to the CSV, for --read.
 
-Pass and layer come from the same step on tensors without memory (bench/launch_trace.py). Our kernels are matched one by
-one in order, by name and grid; where one differs, no row gets a layer, nor anything of the model, and the first
-difference is told. Of the library's kernels, those between two of ours belong to the operators recorded there: all of
-them where these are of one pass and layer, sharing what the model says by their times; else those that multiply, where
-there are as many as operators that do. The others, and PyTorch's own beside a convolution, belong to none, and all
-their time counts as lost.
+Pass and layer of each kernel come from the same step on meta tensors (bench/launch_trace.py). Our kernels are matched
+one by one in order, by name and grid. If one differs, no row gets a layer or a prediction, and the first difference is
+printed. The library's kernels between two of ours are matched with the operators recorded at the same place. If all
+these operators belong to one pass and layer, all these kernels do, and share the prediction by their times. Otherwise
+only kernels that multiply are matched, and only if there are as many as operators that do. All other kernels, and
+PyTorch's own next to a convolution, belong to no layer, and all of their time counts as lost.
 
-ncu runs kernels apart, at the clocks and with the caches they meet: times are of a kernel alone, without the power
-limit that a whole step may run into ("mhz" is the clock they had). Where it needs several passes a kernel, it saves and
-restores memory between them, which takes time, and memory like the step's own; L2 is then not as the step leaves it.
-"l2_mb" is all that L2 was asked for, by its other half as well. "dram_pct" is of the bandwidth that the model reckons
-with, other percentages are of cycles with work. Copies by the driver are no kernels and missing.
+ncu runs kernels one at a time, without changing clocks or caches. Times are therefore those of a kernel alone, without
+the power limit that a whole step may reach ("mhz" is the clock at that time). If ncu needs several passes for a kernel,
+it saves and restores memory between them. That takes time, and as much memory as the step itself, and L2 is then not in
+the state in which the step leaves it. "l2_mb" is all traffic of L2, including requests from its other half. "dram_pct"
+is relative to the bandwidth in the model; other percentages are relative to cycles with work. Copies by the driver are
+not kernels and are missing.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ from fastres.kernels import problem
 from fastres.kernels.problem import Device
 from fastres.kernels.tiles import Gpu
 
-# Few, that they fit into few passes.
+# Only a few metrics, so that ncu needs few passes.
 METRICS = {
     "us": "gpu__time_duration.sum",
     "dram_read_mb": "dram__bytes_read.sum",
@@ -62,7 +63,7 @@ METRICS = {
     "mhz": "gpc__cycles_elapsed.max",
 }
 TIME = METRICS["us"]
-UNITS = {  # to microseconds and MB; newer versions of ncu abbreviate
+UNITS = {  # factors to microseconds and MB; newer versions of ncu abbreviate units
     **{"nsecond": 1e-3, "usecond": 1.0, "msecond": 1e3, "second": 1e6, "ns": 1e-3, "us": 1.0, "ms": 1e3, "s": 1e6},
     **{"byte": 1e-6, "Kbyte": 1e-3, "Mbyte": 1.0, "Gbyte": 1e3, "%": 1.0, "cycle": 1.0, "": 1.0},
 }
@@ -73,7 +74,7 @@ TOP = 25
 
 
 class Counted(NamedTuple):
-    """One launch that ncu saw; values by the names of `METRICS`, without what it couldn't count."""
+    """One launch that ncu profiled. `values` has the names of `METRICS`, without those that ncu couldn't count."""
 
     name: str
     grid: tuple[int, ...]
@@ -85,12 +86,13 @@ class Counted(NamedTuple):
 
 
 def parse(text: str) -> list[Counted]:
-    """The launches in what ncu writes with --csv --page raw, in order. Raises ValueError where it isn't that."""
-    rows = csv.reader(line for line in text.splitlines() if line.startswith('"'))  # others are ncu's own words
+    """Return the launches in the output of ncu --csv --page raw, in order. Raises ValueError if the text is not such
+    output."""
+    rows = csv.reader(line for line in text.splitlines() if line.startswith('"'))  # other lines are messages of ncu
     header = next((row for row in rows if row[0] == "ID"), None)
     units = next(rows, None)
     if header is None or units is None or TIME not in header:
-        raise ValueError("\n".join([f"no kernel's {TIME}", *text.splitlines()[-5:]]))
+        raise ValueError("\n".join([f"the output has no {TIME}", *text.splitlines()[-5:]]))
     kernel, grid = header.index("Kernel Name"), header.index("Grid Size")
     columns = {name: header.index(metric) for name, metric in METRICS.items() if metric in header}
     found = []
@@ -110,16 +112,20 @@ def parse(text: str) -> list[Counted]:
 
 
 def number(text: str) -> float | None:
+    """Return the text as a number, or None if it isn't one."""
     try:
         return float(text.replace(",", ""))
     except ValueError:
-        return None  # "n/a", and what else stands for it
+        return None  # "n/a" or similar
 
 
 @dataclass
 class Labelled:
-    """A launch and the recorded ones that it stands for, of which it is `share`: one of ours, or the operators of the
-    library to which it belongs; none where that isn't known."""
+    """A profiled launch with the recorded launches that it stands for.
+
+    These are one of ours, or operators of the library, of which this launch is the part `share`. There are none if they
+    are not known. `model` has their predictions.
+    """
 
     counted: Counted
     launches: Sequence[Launch] = ()
@@ -136,13 +142,13 @@ class Labelled:
 
 @cache
 def our_names() -> frozenset[str]:
-    """Of the kernels of this package, and of the functions that they call."""
+    """Return the names of this package's kernels and of the functions that they call."""
     values = (value for module in launch_trace.launching() for value in vars(module).values())
     return frozenset(launch_trace.name_of(value) for value in values if isinstance(value, KernelInterface))
 
 
 def split(found: Iterable[Any], ours: Callable[[Any], bool]) -> tuple[list[Any], list[list[Any]]]:
-    """What is ours; and the rest before, between and behind it."""
+    """Split a sequence into the items that are ours, and lists of the others before, between and after these."""
     own: list[Any] = []
     rest: list[list[Any]] = [[]]
     for one in found:
@@ -155,23 +161,24 @@ def split(found: Iterable[Any], ours: Callable[[Any], bool]) -> tuple[list[Any],
 
 
 def padded(grid: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the grid with three dimensions."""
     return (*grid, 1, 1)[:3]
 
 
 def label(counted: Sequence[Counted], launches: Sequence[Launch], device: Device, gpu: Gpu) -> list[Labelled]:
-    """Every launch that was counted with those recorded ones that it is, in order. Raises ValueError where ours are
-    not the same, one by one."""
+    """Match every profiled launch with the recorded ones, in order. Raises ValueError if our launches are not the same,
+    one by one."""
     names = our_names() | {one.kernel for one in launches if one.ours}
     own, others = split(counted, lambda one: one.kernel in names)
     recorded, operators = split(launches, lambda one: one.ours)
     for i, (one, launch) in enumerate(zip(own, recorded, strict=False)):
         if (one.kernel, padded(one.grid)) != (launch.kernel, padded(launch.grid)):
             raise ValueError(
-                f"our launch {i} was {one.kernel} {padded(one.grid)}; recorded is {launch.kernel} "
-                f"{padded(launch.grid)} for {launch.pass_} {launch.layer}"
+                f"our launch {i} was {one.kernel} {padded(one.grid)}, but {launch.kernel} "
+                f"{padded(launch.grid)} was recorded, for {launch.pass_} {launch.layer}"
             )
     if len(own) != len(recorded):
-        raise ValueError(f"{len(own)} launches of ours were counted; recorded are {len(recorded)}")
+        raise ValueError(f"{len(own)} launches of ours were counted, but {len(recorded)} were recorded")
     found = [*library(others[0], operators[0])]
     for one, launch, behind, calling in zip(own, recorded, others[1:], operators[1:], strict=True):
         found += [Labelled(one, (launch,)), *library(behind, calling)]
@@ -180,8 +187,9 @@ def label(counted: Sequence[Counted], launches: Sequence[Launch], device: Device
     return found
 
 
-# Copies by the driver, and a view. By name: what convolves or multiplies matrices; what runs beside it; PyTorch's own,
-# which might come from an operator that isn't recorded, of no layer.
+# Operators that launch no kernel (driver copies and a view). Then patterns of kernel names: kernels that convolve or
+# multiply matrices; their helpers; and PyTorch's own, which may come from an operator without a layer that isn't
+# recorded.
 COPIES = ("copy_", "clone", "as_strided_")
 MULTIPLIES = re.compile(r"gemm|xmma|cutlass|nvjet|fprop|dgrad|wgrad|conv2d", re.IGNORECASE)
 BESIDE = re.compile(r"reduc|offsets|workspace|nchwTo|nhwcTo", re.IGNORECASE)
@@ -189,7 +197,7 @@ ATEN = re.compile(r"\bat::")
 
 
 def library(counted: Sequence[Counted], operators: Sequence[Launch]) -> Iterator[Labelled]:
-    """The library's kernels between two of ours, with the operators recorded there."""
+    """Match the library's kernels between two of ours with the operators recorded there."""
     called = [one for one in operators if one.kernel not in COPIES]
     multiplying = [one for one in called if one.flops]
     of: dict[int, Labelled] = {}
@@ -205,14 +213,14 @@ def library(counted: Sequence[Counted], operators: Sequence[Launch]) -> Iterator
 
 
 def contradicts(counted: Counted, operator: Launch) -> bool:
-    """Whether the kernel's name tells of another pass than the operator's."""
+    """Return whether the kernel's name tells of another pass than the operator's."""
     told = {word for word in ("fprop", "dgrad", "wgrad") if word in counted.name.lower()}
     pass_ = "fprop" if operator.pass_ == "infer" else operator.pass_
     return bool(told) and operator.layer != "" and pass_ not in told
 
 
 def cells(rows: Sequence[Labelled], device: Device | None) -> dict[str, Any]:
-    """The numbers of launches together; None where one of them has none. Percentages are weighted by time."""
+    """Return the numbers of several launches together, None if a launch lacks one. Percentages are weighted by time."""
     us = sum(row.counted.values["us"] for row in rows)
 
     def total(name: str) -> float | None:
@@ -248,8 +256,8 @@ LABELS = ("pass", "layer", "kernel", "tile")
 
 
 def grouped(rows: Sequence[Labelled], device: Device | None, by: Sequence[str] = LABELS) -> list[dict[str, Any]]:
-    """A line for the launches that are the same in `by`, those that lose most to their floors first; what has no
-    floor as if it lost all."""
+    """Return a line for each group of launches that agree in `by`, the largest loss against the lower bound first.
+    Launches without a lower bound count as entirely lost."""
     groups: dict[tuple[str, ...], list[Labelled]] = defaultdict(list)
     for row in rows:
         labels = dict(zip(LABELS, row.key, strict=True))
@@ -260,22 +268,25 @@ def grouped(rows: Sequence[Labelled], device: Device | None, by: Sequence[str] =
 
 
 def shown(value: Any) -> Any:
+    """Return a cell's value as the table shows it."""
     return "" if value is None else round(value, 2) if isinstance(value, float) else value
 
 
 def printed(lines: Sequence[dict[str, Any]]) -> str:
+    """Format the lines as text."""
     return predict.table([{**line, "kernel": line["kernel"][:48]} for line in lines])
 
 
 def known(metrics: Iterable[str]) -> list[str]:
-    """Those that ncu has here: one that it hasn't would cost all of them. All where it doesn't list any."""
+    """Return those metrics that ncu has on this machine, since a single unknown one would make it fail. If ncu lists
+    none, all are returned."""
     listed = subprocess.run([NCU[0], "--query-metrics"], capture_output=True, text=True, check=False).stdout
     names = set(re.findall(r"\w+__\w+", listed))
     return [one for one in metrics if TIME.split(".")[0] not in names or one.split(".")[0] in names]
 
 
 def count(log: Path, replay: str, step: Sequence[str]) -> None:
-    """Run one step under ncu, which writes to `log`."""
+    """Run one step under ncu, which writes to `log`. Exits if ncu fails."""
     metrics = known(METRICS.values())
     if missing := set(METRICS.values()) - set(metrics):
         print(f"this GPU has no {', '.join(sorted(missing))}")
@@ -285,11 +296,11 @@ def count(log: Path, replay: str, step: Sequence[str]) -> None:
     status = subprocess.run([*NCU, *options, sys.executable, __file__, "--step", *step], check=False).returncode
     if status:
         said = log.read_text().splitlines()[-5:] if log.exists() else []
-        sys.exit("\n".join([f"ncu ended with {status}; it wrote {log}", *said]))
+        sys.exit("\n".join([f"ncu failed with status {status}; its output is in {log}", *said]))
 
 
 def one_step(depth: int, batch: int, mode: str, dtype: str) -> None:
-    """What ncu runs."""
+    """Run the step that ncu profiles."""
     device = torch.device("cuda", torch.cuda.current_device())
     case = backends.Case(f"resnet{depth}", mode, batch, layers.DTYPES[dtype], predict.SIZE, device)
     with timeline.running(backends.BACKENDS[BACKEND[mode]], case) as step:
@@ -308,12 +319,21 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--mode", choices=backends.MODES, default="train")
     parser.add_argument("--batch", type=predict.positive(int), default=256)
     parser.add_argument("--dtype", choices=predict.DTYPES, default="bf16")
-    parser.add_argument("--csv", type=Path, default=Path("out/counters.csv"), help="write the rows here")
-    parser.add_argument("--read", type=Path, metavar="FILE", help="what ncu wrote of such a step, instead of a GPU")
     parser.add_argument(
-        "--gpu", choices=predict.GPUS, default=problem.H200.name, help="on which that was; without --read it is seen"
+        "--csv", type=Path, default=Path("out/counters.csv"), help="write the rows to this file; default: %(default)s"
     )
-    parser.add_argument("--replay-mode", choices=("kernel", "application"), default="kernel", help="ncu's, see there")
+    parser.add_argument(
+        "--read", type=Path, metavar="FILE", help="read ncu's output for such a step from FILE instead of running it"
+    )
+    parser.add_argument(
+        "--gpu",
+        choices=predict.GPUS,
+        default=problem.H200.name,
+        help="the GPU of --read's output; otherwise it is detected",
+    )
+    parser.add_argument(
+        "--replay-mode", choices=("kernel", "application"), default="kernel", help="ncu's option of that name"
+    )
     parser.add_argument("--step", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     case = (options.depth, options.batch, options.mode, options.dtype)
@@ -323,7 +343,7 @@ def main(arguments: list[str] | None = None) -> int:
     log = options.read or options.csv.with_suffix(".ncu.csv")
     if not options.read:
         if not torch.cuda.is_available():
-            parser.error("no CUDA GPU, whose counters this reads")
+            parser.error("no CUDA GPU: this script reads its counters")
         if shutil.which(NCU[0]) is None:
             parser.error("no ncu (Nsight Compute) on the PATH")
         names = ("--depth", "--batch", "--mode", "--dtype")
@@ -337,21 +357,21 @@ def main(arguments: list[str] | None = None) -> int:
     device = predict.GPUS[gpu][0] if gpu in predict.GPUS else None
     try:
         if device is None:
-            raise ValueError(f"there is no model of {gpu}, but of {', '.join(predict.GPUS)}")
+            raise ValueError(f"there is no model of {gpu}, only of {', '.join(predict.GPUS)}")
         dtype = layers.DTYPES[options.dtype]
         launches = predict.step(options.depth, options.batch, options.mode, dtype, "fastres")
         rows = label(counted, launches, *predict.GPUS[gpu])
     except ValueError as error:
-        print(f"rows have no layers and nothing of the model: {error}")
+        print(f"rows have neither layers nor predictions: {error}")
         rows = [Labelled(one) for one in counted]
     lines = grouped(rows, device)
     layers.write_csv(options.csv, [*lines[0]], lines)
     passes = max(map(int, re.findall(r"- (\d+) pass", text)), default=0)
     us = sum(one.values["us"] for one in counted)
     print(f"ResNet-{options.depth}, {options.mode}, batch {options.batch}, {options.dtype}, by Nsight Compute:")
-    print(f"{len(rows)} kernels, {us:,.0f} us, at most {passes or '?'} passes of ncu a kernel")
+    print(f"{len(rows)} kernels, {us:,.0f} us, at most {passes or '?'} passes of ncu per kernel")
     print(f"{sum(not row.launches for row in rows)} kernels belong to no known layer")
-    print(f"what is lost to the floor, the largest first:\n{printed(lines[:TOP])}\n")
+    print(f"time lost to the lower bound, the largest first:\n{printed(lines[:TOP])}\n")
     print(f"by kernel:\n{printed(grouped(rows, device, by=('kernel',)))}")
     return 0
 

@@ -1,34 +1,35 @@
-"""Everything that needs a GPU, in parts with limits, and in plans of ten minutes.
+"""Run everything that needs a GPU, in parts with time limits, or in plans of ten minutes.
 
     python bench/gpu.py --list
     python bench/gpu.py --plan 1 --jobs 14 --archive gpu-1.tar.gz
     python bench/gpu.py --jobs 14 status tests-kernels tune-50
     python bench/gpu.py --plan 1 --rehearse
 
-Each part writes OUT/<part>.log as it goes and OUT/<part>.json when it ends: command, exit status, seconds, last lines.
-A part that fails, dies or hangs costs only itself: at its limit it is killed with all that it started. Only where a
-proof fails, the parts behind it are not begun, since what they measure would be worth nothing (--keep-going runs them).
+Each part writes OUT/<part>.log while it runs and OUT/<part>.json when it ends: command, exit status, seconds, last
+lines. A part that fails, dies or hangs does not affect the others: at its limit it is killed with all processes that it
+started. The exception is a proof, a part without which later measurements are worthless: if a proof fails, the parts
+after it are not started (--keep-going starts them anyway).
 
-OUT/tests.md is the record of all parts that are tests (bench/pytest_logs.py), OUT/record.json that of the `bench-*`
-parts; rows that can't be compared with those before go to OUT/record-2.json. Plan 1 keeps its numbers in
+OUT/tests.md is the record of all parts that are tests (bench/pytest_logs.py). OUT/record.json is the record of the
+`bench-*` parts; rows that can't be compared with the earlier ones go to OUT/record-2.json. Plan 1 writes its rows to
 OUT/first.json.
 
-Tables of tiles and built extensions lie in the cache folder, which outlives an emptied OUT. After every part, however
-it ended, its tables are copied to OUT/tables; `python bench/tune.py --merge FILE` puts one into kernels/tables. Tables
-of an earlier machine are found in OUT/tables, out/tables of the checkout, and the folder named by --tables.
+Tables of tiles and built extensions are stored in the cache folder, which is not part of OUT. After every part, even
+one that failed, its tables are copied to OUT/tables. `python bench/tune.py --merge FILE` puts a table into
+kernels/tables. Tables of an earlier machine are read from OUT/tables, from out/tables of the checkout, and from the
+folder given by --tables.
 
---plan: its parts, then its spare parts while time is left. --jobs: processes that share the tests of a part
-(with pytest-xdist) and compile; measurements always run alone. --minutes: the time for all parts together; a part that
-meets its end is stopped, one that would get less than half of its limit isn't begun. --archive: OUT as one file,
-rewritten after every part.
+--plan: run the plan's parts, then its spare parts while time is left. --jobs: number of processes that share a part's
+tests (with pytest-xdist) and that compile. Measurements always run alone. --minutes: time for all parts together. A
+part that is still running when it is over is stopped, and a part that would get less than half of its limit is not
+started. --archive: pack OUT into one file, again after every part.
 
---rehearse: run the same parts without a GPU, as far as possible.
-Tests that need no GPU run; the bench measures a few small images on the CPU; tuning launches its kernels on a stub
-driver that runs nothing; of other parts only the command line is checked. Everything goes to a folder `rehearsal` in
-OUT, and nothing in it is a measurement.
+--rehearse: run the same parts without a GPU, as far as that is possible. Tests that need no GPU run. The bench measures
+a few small images on the CPU. Tuning launches its kernels on a stub driver that runs nothing. For other parts only the
+command line is checked. Everything is written to OUT/rehearsal, and nothing in it is a measurement.
 
-The exit status is the number of parts that failed or were not begun. The environment is the running interpreter's;
-nothing is downloaded. Where fastres can't be installed, the parts find the checkout by PYTHONPATH.
+The exit status is the number of parts that failed or were not started. Parts run in the environment of this
+interpreter, and nothing is downloaded. If fastres can't be installed, the parts find the checkout through PYTHONPATH.
 """
 
 from __future__ import annotations
@@ -60,15 +61,16 @@ from worker import PR_SET_PDEATHSIG
 
 ROOT = Path(__file__).resolve().parent.parent
 TAIL_LINES = 30
-NEEDED = ("torchvision", "triton", "numpy", "tqdm", "pytest", "sklearn", "matplotlib")  # without them parts fail late
+# Packages without which parts would fail late.
+NEEDED = ("torchvision", "triton", "numpy", "tqdm", "pytest", "sklearn", "matplotlib")
 REHEARSAL = "rehearsal: no GPU, nothing measured"
-# On a machine that others use, too, threads would mostly wait for each other.
+# A rehearsal may share its machine with other work, and threads would then mostly wait for each other.
 WITHOUT_GPU = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 
 
 @dataclass(frozen=True)
 class Run:
-    """Where the parts write, and what they share."""
+    """Where the parts write, and the settings they share."""
 
     out: Path
     cache: Path
@@ -79,40 +81,43 @@ class Run:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Run the parts and return how many failed or were not started."""
     begun = time.monotonic()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", metavar="PART", help="parts to run; default: all, for hours")
-    parser.add_argument("--plan", type=int, choices=PLANS, help="the parts of a plan, and its time")
-    parser.add_argument("--out", type=Path, default=ROOT / "out", help="folder of logs and summaries")
+    parser.add_argument("parts", nargs="*", metavar="PART", help="parts to run; default: all, which takes hours")
+    parser.add_argument("--plan", type=int, choices=PLANS, help="run the parts of a plan, within its time")
+    parser.add_argument("--out", type=Path, default=ROOT / "out", help="folder for logs and summaries")
     parser.add_argument("--cache", type=Path, help="default: $FASTRES_CACHE_DIR, else out/cache of the checkout")
     parser.add_argument("--tables", type=Path, metavar="FOLDER", help="tables of tiles from an earlier machine")
     jobs = min(14, len(os.sched_getaffinity(0)))
     parser.add_argument("--jobs", type=int, default=jobs, help=f"processes for tests and compilation; default: {jobs}")
-    parser.add_argument("--minutes", type=float, help="for all parts together; default: no end, of a plan 9.75")
-    parser.add_argument("--archive", type=Path, metavar="FILE", help="OUT as one .tar.gz, after every part")
-    parser.add_argument("--keep-going", action="store_true", help="run what follows a proof that failed, too")
-    parser.add_argument("--rehearse", action="store_true", help="what of the parts a machine without a GPU can run")
-    parser.add_argument("--list", action="store_true", help="print the parts and plans with their limits and stop")
+    parser.add_argument("--minutes", type=float, help="time for all parts; default: no limit, 9.75 for a plan")
+    parser.add_argument("--archive", type=Path, metavar="FILE", help="pack OUT into one .tar.gz, after every part")
+    parser.add_argument("--keep-going", action="store_true", help="also run the parts after a proof that failed")
+    parser.add_argument("--rehearse", action="store_true", help="run what is possible without a GPU")
+    parser.add_argument("--list", action="store_true", help="print the parts and plans with their limits, and exit")
     options = parser.parse_args(arguments)
     if unknown := [part for part in options.parts if part not in PARTS]:
-        parser.error(f"unknown part {', '.join(unknown)}; accepted: {', '.join(PARTS)}")
+        parser.error(f"unknown part {', '.join(unknown)}; accepted are {', '.join(PARTS)}")
     if options.plan and options.parts:
-        parser.error(f"--plan {options.plan} has parts of its own; accepted: either of the two")
+        parser.error(f"give either names of parts or --plan {options.plan}, not both")
     if options.minutes is None:
         options.minutes = PLAN_S / 60 if options.plan else math.inf
     if options.jobs < 1 or not options.minutes > 0:
-        parser.error(f"--jobs {options.jobs} --minutes {options.minutes}; accepted: jobs from 1, minutes above 0")
+        parser.error(
+            f"--jobs must be at least 1 and --minutes greater than 0: got {options.jobs} and {options.minutes}"
+        )
     if options.tables and not options.tables.is_dir():
         parser.error(f"--tables {options.tables}: there is no such folder")
     if options.list:
         print(listing(options.plan))
         return 0
     if not (options.rehearse or sees_gpu()):
-        parser.error("torch sees no CUDA GPU here; --rehearse runs these parts without one, as far as possible")
+        parser.error("torch sees no CUDA GPU; --rehearse runs these parts without one, as far as that is possible")
     if lacking := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
         parser.error(f"{', '.join(lacking)} not installed: pip install -e '.[test]'")
     if importlib.util.find_spec("pytest_timeout") is None:
-        print("== pytest-timeout is not installed: a test that hangs takes its whole part with it", flush=True)
+        print("== pytest-timeout is not installed: a test that hangs uses up the time of its whole part", flush=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that every `finally` runs
     out = options.out
     cache = options.cache or Path(os.environ.get("FASTRES_CACHE_DIR") or ROOT / "out" / "cache").expanduser()
@@ -139,7 +144,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def listing(number: int | None) -> str:
-    """The plan of that number, or all parts and plans, with limits."""
+    """Return the plan with that number, or all parts and plans, with limits."""
     lines = []
     shown = PLANS if number is None else {number: PLANS[number]}
     for n, plan in shown.items():
@@ -156,14 +161,19 @@ def listing(number: int | None) -> str:
 
 
 def sees_gpu() -> bool:
-    """Whether torch does; asked in a process of its own, since this one stays to the end."""
+    """Return whether torch sees a GPU. A child process asks, so that this process, which runs to the end, doesn't start
+    CUDA."""
     question = "import torch; raise SystemExit(not torch.cuda.is_available())"
     return subprocess.run([sys.executable, "-c", question], check=False).returncode == 0
 
 
 def find_fastres(cache: Path) -> dict[str, str]:
-    """What the parts' environment needs to import fastres: nothing where it is or can be installed, editable, without
-    index or build isolation, since GPU machines often reach no package index; else a tree of links."""
+    """Return the environment variables with which the parts can import fastres.
+
+    There are none if fastres is installed or can be installed now. It is installed in editable mode, without package
+    index or build isolation, because GPU machines often reach no index. Otherwise the variables point to a tree of
+    links.
+    """
     if importlib.util.find_spec("fastres") is not None:
         return {}
     command = ["-m", "pip", "install", "--no-index", "--no-deps", "--no-build-isolation", "-e", str(ROOT)]
@@ -172,18 +182,19 @@ def find_fastres(cache: Path) -> dict[str, str]:
         return {}
     said = (pip.stderr or pip.stdout).strip().splitlines()
     if sys.version_info < (3, 11):
-        sys.exit("\n".join(["fastres isn't installed, and pip can't:", *said]))
+        sys.exit("\n".join(["fastres isn't installed, and pip can't install it:", *said]))
     tree = link_tree(cache / "tree")
-    print(f"== pip can't install fastres here ({said[-1] if said else 'no word'}): the parts find it in {tree}")
-    # Safe: else the folder where a part runs comes first, and the checkout's fastres/ lacks two of the packages.
+    print(f"== pip can't install fastres here ({said[-1] if said else 'no message'}): the parts find it in {tree}")
+    # PYTHONSAFEPATH: otherwise the folder in which a part runs would come first, and the checkout's fastres/ lacks two
+    # of the packages.
     paths = [tree, ROOT / "bench", ROOT / "tests" / "helpers", *filter(None, [os.environ.get("PYTHONPATH")])]
     return {"PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join(map(str, paths))}
 
 
 def link_tree(tree: Path) -> Path:
-    """A folder for PYTHONPATH that holds fastres as an install would, of links to the checkout, entry points
-    included."""
-    import tomllib  # since Python 3.11, as PYTHONSAFEPATH
+    """Make a folder for PYTHONPATH that contains fastres as an installation would, entry points included, as links to
+    the checkout."""
+    import tomllib  # new in Python 3.11, like PYTHONSAFEPATH
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     name, version = (project["project"][field] for field in ("name", "version"))
@@ -206,7 +217,8 @@ def link_tree(tree: Path) -> Path:
 
 
 def bring_tables(folders: Iterable[Path], there: Path) -> None:
-    """Copy to `there` the tables of tiles it lacks. Files that aren't tables would stop every part: they stay."""
+    """Copy the tables of tiles that are missing in `there`. Files that aren't tables are skipped, since they would stop
+    every part."""
     for file in (file for folder in folders for file in sorted(folder.glob("*.json"))):
         if (there / file.name).exists():
             continue
@@ -214,11 +226,11 @@ def bring_tables(folders: Iterable[Path], there: Path) -> None:
             print(f"== {file} was not copied: {why}", flush=True)
         else:
             copy(file, there / file.name)
-            print(f"== {file} brought to {there}", flush=True)
+            print(f"== {file} copied to {there}", flush=True)
 
 
 def why_no_table(file: Path) -> str | None:
-    """Why a file isn't a GPU's table of tiles; None where it is one."""
+    """Return why a file isn't a GPU's table of tiles, or None if it is."""
     try:
         content = json.loads(file.read_text())
         gpu, problems = content["gpu"]["name"], content["problems"]
@@ -226,14 +238,14 @@ def why_no_table(file: Path) -> str | None:
         if not (content["gpu"].keys() >= {"sms", "capability"} and all(row.keys() >= fields for row in problems)):
             return "it lacks fields of a table of tiles"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"it is no table of tiles ({error!r})"
+        return f"it is not a table of tiles ({error!r})"
     if gpu == "rehearsal":
         return "it comes from a rehearsal"
     return None if problems else "it is empty"
 
 
 def copy(file: Path, to: Path) -> None:
-    """In one step: whoever is stopped leaves no half a file."""
+    """Copy a file atomically, so that an interrupted copy leaves no partial file."""
     to.parent.mkdir(parents=True, exist_ok=True)
     fresh = to.with_name(f".{to.name}.new")
     shutil.copyfile(file, fresh)
@@ -241,14 +253,15 @@ def copy(file: Path, to: Path) -> None:
 
 
 def run_parts(run: Run, parts: Iterable[str], spare: Sequence[str], end: float, keep_going: bool) -> list[str]:
-    """What failed or was not begun, in words. A spare part that doesn't fit is no failure."""
+    """Run the parts and return the names and reasons of those that failed or were not started. A spare part for which
+    no time is left is not a failure."""
     failed, unproved = [], None
     for name in (*parts, *spare):
         part, left = PARTS[name], end - time.monotonic()
         if unproved and not keep_going:
-            why = f"not begun: {unproved} did not pass"
+            why = f"not started: {unproved} did not pass"
         elif left < part.seconds / 2:
-            why = f"not begun: {max(0, left):.0f} s are left, its limit is {part.seconds:.0f} s"
+            why = f"not started: {max(0, left):.0f} s are left, its limit is {part.seconds:.0f} s"
             if name in spare:
                 print(f"== {name} ({why})", flush=True)
                 continue
@@ -265,26 +278,27 @@ def run_parts(run: Run, parts: Iterable[str], spare: Sequence[str], end: float, 
 
 
 def command(part: Part, run: Run, limit: float) -> list[str]:
-    """The arguments to Python. The last fifteen seconds are for a tuning run to end by itself."""
+    """Return the arguments to Python. A tuning run gets 15 seconds less than the limit, so that it can end normally."""
     values = {"{jobs}": str(run.jobs), "{seconds}": f"{max(0.0, limit - 15):.0f}"}
     given = rehearsed(part.command) if run.rehearsal else part.command
     arguments = [values.get(argument, argument.replace("{out}", str(run.out))) for argument in given]
     if arguments[: len(PYTEST)] != PYTEST:
         return arguments
-    if run.jobs > 1 and importlib.util.find_spec("xdist"):  # a kernel that breaks its process takes one worker with it
+    if run.jobs > 1 and importlib.util.find_spec("xdist"):  # a kernel that breaks its process costs a single worker
         arguments += ["-n", str(run.jobs), "--dist", "worksteal", "--max-worker-restart", "100"]
-    if importlib.util.find_spec("pytest_timeout"):  # a kernel may hang; the thread ends the process, a signal can't
+    # A kernel may hang: only a thread can end the process then, not a signal.
+    if importlib.util.find_spec("pytest_timeout"):
         arguments += ["--timeout", "120", "--timeout-method", "thread"]
     return arguments
 
 
 def run_part(name: str, part: Part, run: Run, limit: float) -> int:
-    """Run one part and keep what it left; returns its exit status, 124 when it ran out of time."""
+    """Run one part, save its results and return its exit status, 124 if it ran out of time."""
     arguments = command(part, run, limit)
     print(f"== {name}: {shlex.join([*part.watch, 'python', *arguments])}", flush=True)
     if run.rehearsal and arguments[-1] == "--help":
-        print(f"== {name} needs CUDA; only its command line is read", flush=True)
-    start, status = time.monotonic(), 143  # that of a part which ends with this process
+        print(f"== {name} needs CUDA; only its command line is checked", flush=True)
+    start, status = time.monotonic(), 143  # the status if this process is terminated
     try:
         status = execute(arguments, part.watch, run, run.out / f"{name}.log", limit)
     finally:
@@ -293,13 +307,14 @@ def run_part(name: str, part: Part, run: Run, limit: float) -> int:
 
 
 def execute(arguments: list[str], watch: Sequence[str], run: Run, log: Path, limit: float) -> int:
-    """The exit status of Python with these arguments, which writes to `log`."""
+    """Run Python with these arguments, write its output to `log` and return the exit status, 124 if it ran out of
+    time."""
     environment = {"PYTHONUNBUFFERED": "1"}
-    if "-n" in arguments:  # else each of Inductor's users among the tests has processes for every CPU
+    if "-n" in arguments:  # otherwise every test that uses Inductor starts a process per CPU
         environment["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
     if watch:
         environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
-    # What a part leaves in its temporary folder when it is killed, such as images of a batch, goes with the folder.
+    # Temporary files of a killed part, such as images of a batch, are removed with the folder.
     with TemporaryDirectory(prefix="fastres-part-", ignore_cleanup_errors=True) as scratch, log.open("w") as sink:
         process = subprocess.Popen(
             [*watch, sys.executable, *arguments],
@@ -318,29 +333,34 @@ def execute(arguments: list[str], watch: Sequence[str], run: Run, log: Path, lim
 
 
 def tie() -> None:
-    """In the part's process: its workers are stopped with it, and if this process is killed, so is the part."""
+    """Prepare the part's process: it leads a process group, so that its children are stopped with it, and it is killed
+    if this process dies."""
     os.setpgrp()
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def stop(process: subprocess.Popen) -> None:
-    """End what is left of the process and of those that it started."""
+    """Kill the process and all processes that it started."""
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    with suppress(subprocess.TimeoutExpired):  # a driver that hangs holds even a killed process
+    with suppress(subprocess.TimeoutExpired):  # a hanging driver can delay even a killed process
         process.wait(timeout=10)
 
 
 def in_words(status: int) -> str:
+    """Describe an exit status."""
     if status < 0:
         return f"killed by signal {-status}"
     return "out of time" if status == 124 else f"exit {status}"
 
 
 def keep(name: str, command: list[str], status: int, seconds: float, limit: float, run: Run) -> None:
-    """Save the tables first: they took longest. Then write and print the part's summary, the record of tests and the
-    archive. An error here is printed and affects no other part."""
+    """Save what a part left: first the tables, which took longest, then its summary, the record of tests and the
+    archive.
+
+    Prints the summary. An error here is printed and affects no other part.
+    """
     try:
         for file in sorted((run.cache / "tables").glob("*.json")):
             copy(file, run.out / "tables" / file.name)
@@ -358,16 +378,16 @@ def keep(name: str, command: list[str], status: int, seconds: float, limit: floa
         if run.archive:
             pack(run.out, run.cache, run.archive)
     except Exception as error:
-        print(f"== not all of {name} is kept: {error!r}", flush=True)
+        print(f"== not all results of {name} could be saved: {error!r}", flush=True)
 
 
 def reported(log: str) -> dict[str, int]:
-    """How many lines of a sanitizer's name each kernel."""
+    """Count the lines of a sanitizer's log that name each kernel."""
     return dict(Counter(re.findall(r"^=========.*?(\w+_kernel)\b", log, re.MULTILINE)).most_common())
 
 
 def write_proof(out: Path) -> None:
-    """OUT/tests.md, of the logs that hold results."""
+    """Write OUT/tests.md from the logs that contain results."""
     logs = []
     for log in sorted(out.glob("tests-*.log")):
         with suppress(ValueError):
@@ -376,12 +396,12 @@ def write_proof(out: Path) -> None:
     if logs:
         try:
             pytest_logs.main([*logs, "--record", str(out / "tests.md")])
-        except SystemExit:  # it has said why
-            print("== no new tests.md: the logs don't make one record", flush=True)
+        except SystemExit:  # pytest_logs has printed the reason
+            print("== tests.md is not updated: the logs can't be combined into one record", flush=True)
 
 
 def pack(out: Path, cache: Path, file: Path) -> None:
-    """OUT as one compressed file, without what was built or rehearsed there."""
+    """Pack OUT into a compressed archive, without the cache folder and the rehearsal."""
     fresh = file.with_name(f".{file.name}.new")
     left_out = {cache, file, fresh, out / "rehearsal"}
 

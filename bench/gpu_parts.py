@@ -1,7 +1,7 @@
-"""The parts of `bench/gpu.py`: what each runs, how long it may take, and the plans that put them in order.
+"""The parts of `bench/gpu.py`: their commands and time limits, and the plans that put them in order.
 
-The limits are 1.3 to 2 times what an H200 took, or what is expected of one, with 14 processes for tests and
-compilation: a part that hangs costs little more than one that runs.
+The limits are 1.3 to 2 times what an H200 took or is expected to take, with 14 processes for tests and compilation, so
+that a part that hangs costs little more time than one that runs.
 """
 
 from __future__ import annotations
@@ -9,15 +9,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-PLAN_S = 585  # of a plan: what starts the next ten minutes and packs the last ones takes the rest
+PLAN_S = 585  # a plan's time; of its ten minutes, the rest is for starting it and for packing the results
 PYTEST = ["-m", "pytest", "-p", "no:cacheprovider", "-v", "--tb=short", "--continue-on-collection-errors"]
-PYTEST += ["-m", "not slow"]  # the extra cases, too; a later -m takes its place
+PYTEST += ["-m", "not slow"]  # includes the cases marked extra; a later -m replaces it
 
 
 @dataclass(frozen=True)
 class Part:
-    """command: the arguments to Python; gpu.py fills in {out}, {jobs} and {seconds}. seconds: its limit. watch: the
-    command it runs under. proof: whether what follows is worthless where this fails."""
+    """A command with a time limit.
+
+    command: the arguments to Python. gpu.py replaces {out}, {jobs} and {seconds}.
+    seconds: the time limit.
+    watch: a command under which Python runs, such as a sanitizer.
+    proof: whether later measurements are worthless if this part fails.
+    """
 
     command: Sequence[str]
     seconds: float = 480
@@ -26,30 +31,38 @@ class Part:
 
 
 def checks(*arguments: str, seconds: float = 480, watch: Sequence[str] = (), proof: bool = False) -> Part:
+    """Return a part that runs tests with these arguments to pytest."""
     return Part([*PYTEST, *arguments], seconds, watch, proof)
 
 
 def bench(*arguments: str, record: str = "record", seconds: float = 480) -> Part:
-    """Parts with the same record add to one file. A row may take two minutes to get ready, or half of the limit."""
+    """Return a part that runs bench/run.py. Parts with the same record add rows to one file.
+
+    The patience for a row is two minutes, or half of the limit if that is longer.
+    """
     shared = ["--resume", "--json", f"{{out}}/{record}.json", "--patience", f"{max(120, seconds / 2):.0f}"]
     return Part(["bench/run.py", *shared, *arguments], seconds)
 
 
 def tune(depth: str, *arguments: str, seconds: float = 480) -> Part:
+    """Return a part that runs bench/tune.py."""
     command = ["bench/tune.py", "--depth", depth, *arguments]
     return Part([*command, "--jobs", "{jobs}", "--seconds", "{seconds}"], seconds)
 
 
 def timeline(mode: str, backend: str, seconds: float) -> Part:
+    """Return a part that runs bench/timeline.py."""
     command = ["bench/timeline.py", "--net", "resnet50", "--mode", mode, "--backend", backend]
     return Part([*command, "--csv", f"{{out}}/timeline-{mode}.csv"], seconds)
 
 
 def counters(mode: str, seconds: float) -> Part:
+    """Return a part that runs bench/counters.py."""
     return Part(["bench/counters.py", "--mode", mode, "--csv", f"{{out}}/counters-{mode}.csv"], seconds)
 
 
 def kernels(depth: str, seconds: float) -> Part:
+    """Return a part that runs bench/kernels.py."""
     return Part(["bench/kernels.py", "--depth", depth, "--csv", f"{{out}}/kernels-{depth}.csv"], seconds)
 
 
@@ -60,31 +73,32 @@ NETS = [f"tests/ops/test_{name}.py" for name in ("training", "operators")] + ["t
 NETS += [f"tests/inference/test_{name}.py" for name in ("program", "optimized", "float8")]
 OTHERS = ["tests", *(f"--ignore={file}" for file in (*KERNELS, *NETS, "tests/kernels/test_layers.py"))]
 ON_GPU = ["-m", "(gpu or interpret) and not slow"]
-# Every launch of ResNet-50 in bf16, with each tile that tuning tries, and option A's operator.
+# Every launch of ResNet-50 in bf16, with each tile that tuning tries, and the operator of option A.
 OF_50 = "resnet50 and bfloat16"
 FIRST = [f"tests/{name}.py" for name in ("kernels/test_layers", "kernels/test_shortcut", "ops/test_extension")]
 FIRST += ["-k", f"({OF_50}) or cuda"]
 FIRST_REST = ["tests/kernels/test_layers.py", "-m", "gpu and not slow", "-k", f"not ({OF_50})"]
-# Whole nets at real sizes: 200 steps beside stock, the same bits 20 times, peaks of memory.
+# Whole nets at real sizes: 200 steps compared with stock PyTorch, identical bits in 20 runs, peak memory.
 CURVES = ["tests/ops/test_training.py", "tests/ops/test_determinism.py", "-m", "gpu and not slow"]
 CURVES += ["-k", "200_steps or 20_runs or peak_memory"]
-# For every kernel at small sizes, in all of pytest's processes; what it says names the kernel.
+# The sanitizer follows every kernel at small sizes, in all of pytest's processes, and names the kernel in its reports.
 SANITIZER = ["compute-sanitizer", "--target-processes", "all", "--max-connections", "64"]
 SANITIZER += ["--error-exitcode", "9", "--show-backtrace", "no", "--print-limit", "2000"]
-# No allocation hides in a larger one, nor lies behind another. An API's error is an exception in Python as well.
+# PyTorch's allocator doesn't pool memory here (gpu.py), and padding separates allocations, so that accesses out of
+# bounds are seen. An error of the API raises an exception in Python anyway.
 MEMCHECK = [*SANITIZER, "--tool", "memcheck", "--padding", "512", "--report-api-errors", "no"]
-# Hazards in shared memory alone: a report for each two accesses of a kernel, with their number.
+# Hazards in shared memory only: a report for each pair of conflicting accesses of a kernel, with their number.
 RACECHECK = [*SANITIZER, "--tool", "racecheck", "--racecheck-report", "analysis"]
 
 TRAIN_50, INFER_50 = (["--depth", "50", "--mode", mode] for mode in ("train", "infer"))
-# The strongest peers and ours; what else there is has parts of its own, and max-autotune compiles for minutes.
+# The strongest peers and fastres. The other backends have their own parts, and max-autotune compiles for minutes.
 TRAIN = "eager-channels-last,inductor,timm,eager-graph,fastres,fastres-graph"
 INFER = "eager-channels-last,inductor,reduce-overhead,timm,fastres,fastres-optimize,fastres-optimize-fp8"
 ONE_IMAGE = "eager-channels-last,inductor,reduce-overhead,fastres-optimize"
 OTHER_TRAIN = "eager,timm-inductor,reduce-overhead,cudagraphs,fastres-compile"
 OTHER_INFER = "eager,aot-eager,timm-inductor,cudagraphs,fastres-compile,fastres-inductor"
 GRAPHS = "eager-channels-last,eager-graph,reduce-overhead,fastres,fastres-graph"
-# The other depths in one call, with the strongest peer, eager PyTorch and ours.
+# The other depths in one call, with the strongest peer, eager PyTorch and fastres.
 OTHER_DEPTHS = ["--net", "resnet18,resnet34,resnet101,resnet152"]
 DEEP_TRAIN, DEEP_INFER = "inductor,eager-graph,fastres-graph", "inductor,eager-channels-last,fastres-optimize"
 AUTOTUNE = "max-autotune,max-autotune-no-cudagraphs"
@@ -157,7 +171,7 @@ PARTS: dict[str, Part] = {
 
 @dataclass(frozen=True)
 class Plan:
-    """parts: together they keep to `PLAN_S`. spare: begun in what time those leave."""
+    """Parts that together take at most `PLAN_S` seconds, and spare parts that run if time is left."""
 
     says: str
     parts: tuple[str, ...]
@@ -194,8 +208,11 @@ ON_CPU = {"train": "eager-channels-last,fastres", "infer": "eager-channels-last,
 
 
 def rehearsed(command: Sequence[str]) -> list[str]:
-    """What of a part's command runs without a GPU: tests as they are, measurements of next to nothing, and of what
-    can't run at all the command line."""
+    """Return what a part's command becomes without a GPU.
+
+    Tests run as they are, measurements are reduced to tiny sizes, and for commands that can't run at all only the
+    command line is checked (--help).
+    """
     tiny = ["--batch", "1", "--size", "32"]
     if command[0] == "bench/run.py":
         mode = command[command.index("--mode") + 1]
@@ -206,7 +223,7 @@ def rehearsed(command: Sequence[str]) -> list[str]:
         return ["bench/rehearse.py", *command, *tiny, "--tiles", "1"]
     if command[0] == "bench/kernels.py":
         return ["bench/rehearse.py", *command, *tiny]
-    if command[len(PYTEST) :] == FIRST:  # the same launches as far as a driver that runs nothing; of all, some
+    if command[len(PYTEST) :] == FIRST:  # some of the same launches, against a stub driver that runs nothing
         return [*command, "-m", "slow or not slow", "-k", "(driver and resnet50-1) or cuda"]
     runs = command[: len(PYTEST)] == PYTEST or command == STATUS
     return [*command] if runs else [*command, "--help"]

@@ -1,17 +1,19 @@
-"""What the kernels take for granted of a Hopper GPU, its driver and Triton, or might one day: asked of the hardware.
+"""Check on the hardware what the kernels assume of a Hopper GPU, its driver and Triton, or may assume in the future.
 
     python bench/hopper.py --markdown out/hopper.md
     python bench/hopper.py --question halo
 
-oob: what TMA fills in outside a tensor with padding="nan", and whether `fma.oob.relu` makes it the zero of a padding.
-strides: whether the driver takes the views of kernels/stem.py (overlapping windows) and kernels/fprop.py (5-D pairs).
+oob: which value TMA fills in outside a tensor with padding="nan", and whether `fma.oob.relu` turns it into the zero of
+    a padding.
+strides: whether the driver accepts the views of kernels/stem.py (overlapping windows) and kernels/fprop.py (5-D pairs).
 halo: whether wgmma's second operand may start at any swizzle atom (8 rows, 1 KiB) of shared memory.
-register-operand: whether a wgmma reads registers already overwritten (triton#9433); what wgrad's wait for it costs.
-l2: the bandwidth from L2 to the multiprocessors, beside memory's and the rate of a large matmul.
+register-operand: whether a wgmma reads registers that are already overwritten (triton#9433), and what the wait in wgrad
+    that prevents it costs.
+l2: the bandwidth from L2 to the multiprocessors, next to that of memory and the rate of a large matmul.
 
-Prints a line `question | answer | figures` for each. Every question has a process and 40 seconds of its own; what it
-raises is its answer. All compile side by side and time one after the other. The exit status is the number of failures.
-Needs a CUDA GPU of compute capability 9.0.
+Prints a line `question | answer | figures` for each. Every question has its own process and 40 seconds. An exception
+becomes its answer. All processes compile at the same time and then time one after the other. The exit status is the
+number of failures. Needs a CUDA GPU of compute capability 9.0.
 """
 
 from __future__ import annotations
@@ -41,8 +43,8 @@ from triton.experimental.gluon.nvidia import hopper
 from triton.testing import do_bench
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-Answer = tuple[str, str]  # a sentence, and the figures behind it
-Ready = Callable[[], object]  # returns once nothing else runs on the GPU
+Answer = tuple[str, str]  # a sentence, and the figures that support it
+Ready = Callable[[], object]  # returns when nothing else runs on the GPU
 
 DEVICE, BF16 = "cuda", torch.bfloat16
 LIMIT_S = 40
@@ -50,7 +52,8 @@ LIMIT_S = 40
 
 @triton.jit
 def oob_kernel(x, loaded, result, scale, shift, row, col, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """The box of x at (row, col) as loaded, and relu(scale x + shift) of it, which is 0 where x is the fill."""
+    """Store the box of x at (row, col) as loaded, and relu(scale x + shift) of it, which is 0 where x is the fill
+    value."""
     box = x.load([row, col])
     c = tl.arange(0, COLS)[None, :]
     at = tl.arange(0, ROWS)[:, None] * COLS + c
@@ -62,6 +65,7 @@ def oob_kernel(x, loaded, result, scale, shift, row, col, ROWS: tl.constexpr, CO
 
 
 def oob(ready: Ready) -> Answer:
+    """Ask what TMA fills in outside a tensor, and whether it becomes 0."""
     rows, cols, top, left = 20, 48, 4, 8  # a box [32, 64] leaves the tensor on all four sides
     x = torch.randn(rows, cols).to(BF16)
     nans = [0x7FC0, 0xFFC0, 0x7F81, 0x7FFF, 0xFFFF]
@@ -88,6 +92,7 @@ def oob(ready: Ready) -> Answer:
 
 
 def strides(ready: Ready) -> Answer:
+    """Ask whether the driver accepts the kernels' views and the convolutions on them are exact."""
     from fastres.kernels.fprop import conv_fprop
     from fastres.kernels.problem import ConvProblem
     from fastres.kernels.stem import conv_stem, pack_filters, pack_images, stem_columns
@@ -106,11 +111,11 @@ def strides(ready: Ready) -> Answer:
     found = {}
     for name, conv, C, R in (("overlapping windows", windows, 3, 7), ("5-D pairs", pairs, 64, 3)):
         x, w = (torch.randint(-1, 2, (n, C, size, size)).to(BF16) for n, size in ((2, 64), (64, R)))
-        want = F.conv2d(x.double(), w.double(), stride=2, padding=R // 2)  # exact in bf16, too
+        want = F.conv2d(x.double(), w.double(), stride=2, padding=R // 2)  # exact in bf16 as well
         try:
             y = conv(x.to(DEVICE), w.to(DEVICE)).double().cpu()
             found[name] = "convolution exact" if torch.equal(y, nhwc(want)) else "accepted, convolution WRONG"
-        except Exception as error:  # the other view still has its turn
+        except Exception as error:  # the other view is still tried
             found[name] = f"failed with {brief(error)}"
     good = set(found.values()) == {"convolution exact"}
     return "both accepted and right" if good else "NOT both right", "; ".join(map(": ".join, found.items()))
@@ -122,7 +127,7 @@ def nhwc(tensor: Tensor) -> Tensor:
 
 @contextmanager
 def waiting(on: bool) -> Iterator[None]:
-    """wgrad within as shipped, or without the wait for wgmma."""
+    """Within the context, run wgrad as shipped, or without the wait for wgmma."""
     from fastres.kernels import launcher, wgrad
 
     def launch(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
@@ -137,13 +142,14 @@ def waiting(on: bool) -> Iterator[None]:
 
 
 def register_operand(ready: Ready) -> Answer:
+    """Ask whether wgrad is right with and without the wait for wgmma, and what the wait costs."""
     from fastres.kernels.problem import ConvProblem
     from fastres.kernels.tiles import H200, wgrad_tiles
     from fastres.kernels.wgrad import conv_wgrad
 
     problem, runs = ConvProblem(256, 28, 28, 256, 128), 50
 
-    def dyadic(*shape: int) -> Tensor:  # so that no rounding decides a ReLU
+    def dyadic(*shape: int) -> Tensor:  # exact values, so that no rounding decides a ReLU
         return (torch.randn(shape, device=DEVICE).clamp(-4, 4) * 8).round() / 8
 
     dy, z = torch.randn(problem.N, 28, 28, problem.K, device=DEVICE).to(BF16), dyadic(problem.N, 28, 28, problem.K)
@@ -153,7 +159,7 @@ def register_operand(ready: Ready) -> Answer:
     a = F.relu(scale * x + shift).view(-1, problem.C)
     want = dz.T @ a.double()
 
-    def error(dw: Tensor) -> float:  # the largest of several results, or NaN
+    def error(dw: Tensor) -> float:  # the largest over several results, or NaN
         return ((dw.reshape(-1, *want.shape).to(BF16).double() - want).abs().max() / want.abs().max()).item()
 
     stock = error(dz.to(BF16).T @ a.to(BF16))
@@ -186,8 +192,10 @@ def register_operand(ready: Ready) -> Answer:
 
 @gluon.jit
 def halo_kernel(x, w, out):
-    """out[p] [64, 64] = w times the transposed rows 8 p to 8 p + 63 of x [160, 64], a window of what lies in shared
-    memory by atoms of 8 rows; p is the program."""
+    """Compute out[p] [64, 64] = w times the transpose of rows 8 p to 8 p + 63 of x [160, 64], for program p.
+
+    The rows are a window of shared memory, which has them in atoms of 8 rows.
+    """
     layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     mma: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16])
     atoms = gl.allocate_shared_memory(gl.bfloat16, [20, 8, 64], layout)
@@ -208,6 +216,7 @@ def halo_kernel(x, w, out):
 
 
 def halo(ready: Ready) -> Answer:
+    """Ask whether the window may start at any atom."""
     layout = gl.NVMMASharedLayout(128, 16, 2)
     x, w = torch.randn(160, 64, device=DEVICE).to(BF16), torch.eye(64, device=DEVICE, dtype=BF16)
     out = torch.empty(13, 64, 64, device=DEVICE)
@@ -219,8 +228,11 @@ def halo(ready: Ready) -> Answer:
 
 @gluon.jit
 def l2_kernel(x, cycles, boxes, steps, STAGES: gl.constexpr):
-    """Every program fetches `steps` of x's boxes [128, 64], STAGES at a time, looks at none, and stores the clock's
-    cycles that it took. One warp, which alone waits and issues."""
+    """Fetch `steps` of x's boxes [128, 64] in every program, STAGES at a time, without reading them, and store the
+    clock cycles that this took.
+
+    A program has one warp, which issues and waits.
+    """
     ring = gl.allocate_shared_memory(gl.bfloat16, [STAGES, 128, 64], gl.NVMMASharedLayout(128, 16, 2))
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
@@ -240,6 +252,7 @@ def l2_kernel(x, cycles, boxes, steps, STAGES: gl.constexpr):
 
 
 def l2(ready: Ready) -> Answer:
+    """Measure the bandwidth from L2, and for comparison a copy of 1 GiB and a matmul."""
     box_bytes, boxes, steps, per_sm = 128 * 64 * 2, 1024, 2048, 2
     sms = torch.cuda.get_device_properties(0).multi_processor_count
     x = torch.randn(boxes * 128, 64, device=DEVICE).to(BF16)  # 16 MiB
@@ -267,11 +280,13 @@ QUESTIONS = {"oob": oob, "strides": strides, "halo": halo, "register-operand": r
 
 
 def brief(error: Exception) -> str:
+    """Return the error in one line that fits into a Markdown table."""
     return " ".join([f"{type(error).__name__}:", *str(error).replace("|", "/").split()])[:400]
 
 
 def line_of(child: subprocess.Popen, name: str) -> tuple[str, int]:
-    """A question's line and exit status from its process, which times nothing before it gets `communicate`'s line."""
+    """Return a question's line and exit status from its process. The process times nothing before it gets the line that
+    `communicate` sends."""
     why = "stopped"
     try:
         out, err = child.communicate("\n", timeout=LIMIT_S)
@@ -285,8 +300,8 @@ def line_of(child: subprocess.Popen, name: str) -> tuple[str, int]:
 
 
 def head() -> str:
-    """What a Markdown file of answers starts with."""
-    import record as records  # brings the whole bench, which the questions' processes don't need
+    """Return the beginning of the Markdown file of answers."""
+    import record as records  # imports the whole bench, which the questions' processes don't need
 
     where, code = records.environment(torch.device("cuda", torch.cuda.current_device())), records.code()
     versions = ", ".join(f"{name} {where['versions'][name]}" for name in ("torch", "triton"))
@@ -298,12 +313,12 @@ def head() -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the answers here as well")
-    parser.add_argument("--question", choices=QUESTIONS, help="ask only this one, in this process")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="also write the answers to FILE")
+    parser.add_argument("--question", choices=QUESTIONS, help="ask only this question, in this process")
     parser.add_argument("--wait", action="store_true", help="read a line from stdin before timing anything")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
-        parser.error("the questions are about Hopper: this needs a CUDA GPU of compute capability 9.0")
+        parser.error("the questions are about Hopper: this script needs a CUDA GPU of compute capability 9.0")
     if options.question:
         try:
             answer = QUESTIONS[options.question](sys.stdin.readline if options.wait else lambda: None)

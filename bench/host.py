@@ -1,16 +1,17 @@
-"""What the host (Python) takes for a residual block, without a GPU: microseconds per forward, backward, eval forward.
+"""Measure the time that the host (Python) needs for a residual block, without a GPU: microseconds per forward, backward
+and eval-mode forward.
 
     python bench/host.py
     python bench/host.py --rounds 1000 --json out/host.json
-    python bench/host.py --forgetful                         # what it takes where no launch is remembered
+    python bench/host.py --forgetful                         # with launchers that remember no launch
 
 Kernels are compiled for an H200 and launched against a stub driver that runs nothing (tests/helpers/stub_cuda.py), on
-tensors in the CPU's memory. All convolutions and passes between them are kernels, in bf16, and each launch is
-remembered before anything is timed: what is left is the host's part of every later step. A call of the driver costs
-next to nothing here, and an operator of PyTorch what it costs on the CPU; images are few and small.
+tensors in CPU memory. All convolutions and the passes between them run as kernels, in bf16. Each launch is remembered
+before anything is timed, so the figures are the host's part of every later step. A call of the driver costs next to
+nothing here, and a PyTorch operator costs what it costs on the CPU; the images are few and small.
 
-States of the sources are compared by their minima, measured in turns on one machine. Where `launches` differ, they do
-not do the same.
+To compare two states of the sources, measure them in turns on one machine and compare the minima. If their `launches`
+differ, they don't do the same work.
 """
 
 from __future__ import annotations
@@ -36,18 +37,18 @@ sys.path.append(str(Path(__file__).resolve().parent.parent / "tests" / "helpers"
 import stub_cuda
 
 WARM_UPS = 5
-PASSES = {True: ("forward", "backward"), False: ("eval forward",)}  # by whether they train
+PASSES = {True: ("forward", "backward"), False: ("eval forward",)}  # the key says whether the call trains
 COLUMNS = ("min us", "median us", "launches")
 
 
 def stem_alone() -> nn.Module:
-    """A ResNet-50 without blocks and head; what it returns is flattened, by a copy."""
+    """Return a ResNet-50 without blocks and head. Its output is flattened, which copies it."""
     net = fastres.resnet50()
     net.layer1 = net.layer2 = net.layer3 = net.layer4 = net.avgpool = net.fc = nn.Identity()
     return net
 
 
-# What is called, and the shape of its input.
+# The modules that are called, and the shapes of their inputs.
 CALLS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "basic block": (lambda: fastres.resnet18().layer1[0], (2, 64, 16, 16)),
     "bottleneck": (lambda: fastres.resnet50().layer1[1], (2, 256, 16, 16)),
@@ -58,16 +59,16 @@ CALLS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 
 
 def feign_gpu() -> None:
-    """Tensors on the CPU take the path of tensors on an H200, for as long as this process lives."""
+    """Make CPU tensors take the path of tensors on an H200, for the lifetime of this process."""
     dispatch._kernel_less = lambda device: None
     dispatch.passes_engine = lambda *_: "triton"
-    checks.INTERPRETER = checks.H200  # it stands for the CPU
+    checks.INTERPRETER = checks.H200  # the GPU reported for CPU tensors
     for module in (fprop, stem):
         module.check_device = lambda *_: None
 
 
 class Call:
-    """A module in bf16 with its input, in training or in eval mode."""
+    """A module in bf16 with its input, in training or eval mode."""
 
     def __init__(self, name: str, train: bool) -> None:
         make, shape = CALLS[name]
@@ -79,7 +80,7 @@ class Call:
         self.dy = torch.ones_like(self.net(self.x).detach())
 
     def __call__(self, clock: Callable[[], int]) -> list[int]:
-        """By how much the clock goes on in each pass."""
+        """Run the module and return how far `clock` advances in each pass."""
         with torch.set_grad_enabled(self.train):
             stamps = [clock()]
             y = self.net(self.x)
@@ -93,7 +94,7 @@ class Call:
 
 
 def measure(rounds: int, forgetful: bool = False) -> list[dict[str, str | float]]:
-    """A row for each pass of each call. forgetful: with launchers that decide everything again in each call."""
+    """Return a row for each pass of each call. With `forgetful`, launchers decide everything again in each call."""
     rows = []
     deciding = launcher.forgetful() if forgetful else nullcontext()
     with deciding, stub_cuda.driver() as launched, fastres.backend("triton"):
@@ -110,14 +111,14 @@ def measure(rounds: int, forgetful: bool = False) -> list[dict[str, str | float]
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=300, help="timed repetitions of each call")
+    parser.add_argument("--rounds", type=int, default=300, help="timed repetitions of each call; default: 300")
     parser.add_argument("--forgetful", action="store_true", help="let launchers decide everything again in each call")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows here, too")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows to FILE")
     options = parser.parse_args(arguments)
     if options.rounds < 1:
-        parser.error("accepted: --rounds from 1")
+        parser.error("--rounds must be at least 1")
     if torch.cuda.is_available():
-        parser.error("torch sees a CUDA GPU; CUDA_VISIBLE_DEVICES= in the environment hides it")
+        parser.error("torch sees a CUDA GPU; set CUDA_VISIBLE_DEVICES= in the environment to hide it")
     torch.set_num_threads(1)
     feign_gpu()
     rows = measure(options.rounds, options.forgetful)

@@ -1,12 +1,13 @@
-"""Every convolution of a net on its own: our kernels, cuDNN's, the roofline.
+"""Time every convolution of a net on its own: our kernels, cuDNN's, and the roofline.
 
     python bench/kernels.py --depth 50 --batch 256 --csv out/kernels-50.csv
 
-One line per distinct layer and pass: microseconds, TFLOP/s and GB/s of our kernel, its share of the roofline, and how
-many times faster it is than the library at the same work, which is what the net does around the layer in its most
-frequent role (bench/layers.py): in training cuDNN's convolution plus our passes, as of
-`fastres.backend("cudnn")`, in inference cuDNN's fused convolution where that serves. Needs a CUDA GPU. Two forms run
-anywhere: --roofline prints only the floor, --losses FILE the ten layers of a written table that lose most to it.
+Prints a line for each distinct layer and pass: microseconds, TFLOP/s and GB/s of our kernel, its share of the roofline,
+and how many times faster it is than the library at the same work. That work is what the net does around the layer in
+its most frequent role (bench/layers.py). In training the library's side is cuDNN's convolution plus our memory-bound
+kernels, as with `fastres.backend("cudnn")`; in inference it is cuDNN's fused convolution where cuDNN has one. Needs a
+CUDA GPU. Two options run anywhere: --roofline prints only each layer's lower bound, and --losses FILE prints the ten
+layers of a written table that are furthest from it.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ COLUMNS = ("pass", "layer", "role", "count", "us", "tflops", "gbs", "roofline", 
 
 
 def floor_us(problem: ConvProblem, pass_: str, dtype: torch.dtype, role: Role) -> float:
-    """The longer of compute and memory time on an H200."""
+    """Return the lower bound on an H200: the longer of compute and memory time."""
     moved = layers.moved_bytes(problem, pass_, dtype.itemsize, role)
     return max(problem.roofline_us(dtype.itemsize), 1e6 * moved / H200.bandwidth)
 
@@ -36,7 +37,7 @@ def floor_us(problem: ConvProblem, pass_: str, dtype: torch.dtype, role: Role) -
 def row(
     problem: ConvProblem, count: int, role: Role, pass_: str, dtype: torch.dtype, device: torch.device
 ) -> dict[str, Any]:
-    """One measured line."""
+    """Measure one line of the table."""
     operands = layers.Operands.random(problem, dtype, device)
     times, stores = {}, {}
     for backend in ("triton", "cudnn"):
@@ -63,6 +64,7 @@ def row(
 
 
 def line(values: dict[str, Any]) -> str:
+    """Return a measured line as text."""
     return (
         f"{values['pass']:6} {values['layer']:28} {values['role']:7} x{values['count']:<3} {values['us']:9.1f} us "
         f"{values['tflops']:7.1f} TFLOP/s {values['gbs']:7.0f} GB/s {100 * values['roofline']:5.0f} % of roofline "
@@ -71,7 +73,8 @@ def line(values: dict[str, Any]) -> str:
 
 
 def totals(rows: list[dict[str, Any]]) -> str:
-    """How much of the convolutions' time our kernels would win, before dispatch."""
+    """Say, for each pass, how much of the convolutions' time our kernels would win if each layer had the faster
+    engine."""
     lines = []
     for pass_ in dict.fromkeys(r["pass"] for r in rows):
         of_pass = [r for r in rows if r["pass"] == pass_]
@@ -79,7 +82,7 @@ def totals(rows: list[dict[str, Any]]) -> str:
         best = sum(r["count"] * min(r["us"], r["cudnn_us"]) for r in of_pass)
         share = sum(r["count"] * r["us"] for r in won) / best
         lines.append(
-            f"{pass_:6} ours wins {len(won)} of {len(of_pass)} layers, {100 * share:.0f} % of the time after dispatch; "
+            f"{pass_:6} ours win {len(won)} of {len(of_pass)} layers, {100 * share:.0f} % of the time after dispatch; "
             f"all layers: {best / 1e3:.2f} ms after dispatch, "
             f"{sum(r['count'] * r['us'] for r in of_pass) / 1e3:.2f} ms ours alone, "
             f"{sum(r['count'] * r['cudnn_us'] for r in of_pass) / 1e3:.2f} ms cuDNN"
@@ -88,7 +91,8 @@ def totals(rows: list[dict[str, Any]]) -> str:
 
 
 def losses(rows: list[dict[str, Any]]) -> str:
-    """The ten lines that lose most to their floor in a step of the net, with the faster of ours and the library's."""
+    """Return the ten lines that lose most time to their lower bounds in a step of the net, each with the faster of our
+    kernel and the library's."""
 
     def lost(r: dict[str, Any]) -> float:
         us, theirs = float(r["us"]), float(r["cudnn_us"])
@@ -104,12 +108,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--depth", type=int, choices=(18, 34, 50, 101, 152), default=50)
     parser.add_argument("--batch", type=int, default=256)
-    parser.add_argument("--size", type=int, default=224, help="height and width of the images")
+    parser.add_argument("--size", type=int, default=224, help="height and width of the images; default: 224")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument("--pass", dest="passes", action="append", choices=PASSES, help="default: all of them")
-    parser.add_argument("--csv", type=Path, help="write the rows here as well")
-    parser.add_argument("--roofline", action="store_true", help="print each layer's floor on an H200 and stop")
-    parser.add_argument("--losses", type=Path, metavar="FILE", help="of a table that --csv wrote, then stop")
+    parser.add_argument("--csv", type=Path, help="also write the rows to this file")
+    parser.add_argument("--roofline", action="store_true", help="print each layer's lower bound on an H200, and exit")
+    parser.add_argument(
+        "--losses", type=Path, metavar="FILE", help="print the ten largest losses in a table that --csv wrote, and exit"
+    )
     options = parser.parse_args(arguments)
     if options.losses:
         with options.losses.open(newline="") as source:
@@ -124,7 +130,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"{pass_:6} {name(problem):28} {role.place:7} x{count:<3} {us:9.1f} us")
         return 0
     if not torch.cuda.is_available():
-        parser.error("no CUDA GPU; --roofline prints the floor of every layer without one")
+        parser.error("no CUDA GPU; --roofline prints every layer's lower bound without one")
     device = torch.device("cuda")
     torch.backends.cudnn.benchmark = True
     print(f"ResNet-{options.depth}, batch {options.batch}, {options.dtype}, {torch.cuda.get_device_name()}", flush=True)
@@ -134,7 +140,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(line(rows[-1]), flush=True)
         if options.csv:
             layers.write_csv(options.csv, COLUMNS, rows)
-    print(f"{totals(rows)}\nlost to the floor in a step:\n{losses(rows)}")
+    print(f"{totals(rows)}\ntime lost to the lower bound in a step:\n{losses(rows)}")
     return 0
 
 

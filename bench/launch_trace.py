@@ -1,12 +1,12 @@
-"""Every kernel that a step launches, in order, with what it moves and computes: found without a GPU, by running the
-step on tensors without memory.
+"""Record every kernel that a step launches, in order, with the bytes it moves and its FLOPs. No GPU is needed, because
+the step runs on meta tensors.
 
     with recorded(torch.bfloat16) as recorder:
         net(images)                           # on the meta device
     recorder.launches()[0].kernel
 
-Our kernels are seen where they are launched (`kernels.launcher.launch`), whatever they are called; all else, the
-library's convolutions included, as PyTorch's operators, each of which counts as one kernel.
+Our kernels are recorded where they are launched (`kernels.launcher.launch`), whatever their names. Everything else,
+including the library's convolutions, is recorded as PyTorch operators, each of which counts as one kernel.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ META = torch.device("meta")
 
 
 class Part(NamedTuple):
-    """A tensor as far as one kernel touches it: which memory, and how many bytes of it."""
+    """The part of a tensor that one kernel touches: the number of the storage, and how many bytes of it."""
 
     memory: int
     bytes: int
@@ -57,9 +57,13 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel. pass_: what it is done for, "infer", "fprop", "dgrad", "wgrad", "norm" or "pytorch". layer, flops: of
-    the convolution, as `layers.name` and as the problem has it; empty and 0 where it is none. ours: by Triton, with
-    its grid and its arguments by name, a `Part` for each tensor."""
+    """One kernel.
+
+    pass_: what the kernel works for: "infer", "fprop", "dgrad", "wgrad", "norm" or "pytorch".
+    layer, flops: the convolution's `layers.name`, and its FLOPs; empty and 0 if there is none.
+    ours: whether it is a Triton kernel of ours. If so, it has its grid and its arguments by name, with a `Part` for
+        each tensor.
+    """
 
     kernel: str
     pass_: str
@@ -73,7 +77,8 @@ class Launch:
 
     @property
     def bytes(self) -> int:
-        """What it moves, every tensor once: of ours nobody says which are read and which are written."""
+        """The bytes that it moves, every tensor once. For kernels of ours all tensors are in `reads`, because their
+        arguments don't tell reads from writes."""
         return sum(part.bytes for part in (*self.reads, *self.writes))
 
     @property
@@ -83,7 +88,7 @@ class Launch:
 
 @dataclass
 class Work:
-    """What the kernels that are launched within belong to; flops are shared by those of them that multiply."""
+    """The work to which the kernels launched within it belong. Those of them that multiply share its FLOPs."""
 
     pass_: str
     problem: ConvProblem | None = None
@@ -91,16 +96,17 @@ class Work:
 
 
 class Recorder(TorchDispatchMode):
-    """Notes launches of kernels and calls of operators, as long as it is entered."""
+    """Record launches of kernels and calls of operators while it is entered."""
 
     def __init__(self) -> None:
         super().__init__()
         self.noted: list[tuple[Launch, Work]] = []
         self.work = [Work("norm")]
-        self.memories: dict[int, tuple[int, Any]] = {}  # storages are kept alive, or another could get the same name
+        # Keeps the storages alive, so that no other gets the same address.
+        self.memories: dict[int, tuple[int, Any]] = {}
 
     def launches(self) -> list[Launch]:
-        """What was noted, the FLOPs of each work shared by its kernels that multiply."""
+        """Return what was recorded, with the FLOPs of each work divided among its kernels that multiply."""
         shares: dict[int, int] = {}
         for one, work in self.noted:
             if one.ours and one.flops:
@@ -113,7 +119,7 @@ class Recorder(TorchDispatchMode):
         return found
 
     def kernel(self, kernel: Any, grid: tuple[int, ...], arguments: Mapping[str, Any]) -> None:
-        """Stands for `launcher.launch`."""
+        """Record a launch of ours. Replaces `launcher.launch`."""
         work = self.work[-1]
         p = work.problem
         flops = work.flops if multiplies(kernel) else 0
@@ -125,7 +131,7 @@ class Recorder(TorchDispatchMode):
                 part = self.part(tensor, reached(p, work.pass_) if flops and name == "x" and p is not None else 1.0)
                 known = parts.get(part.memory, part)
                 parts[part.memory] = max(part, known, key=lambda one: one.bytes)
-            # No tensor is kept: autograd copies a gradient that somebody else holds.
+            # Keep no tensor: autograd would copy a gradient to which another reference exists.
             numbers[name] = self.part(tensor) if isinstance(tensor, Tensor) else value
         layer = "" if p is None else layers.name(p)
         self.noted.append(
@@ -133,7 +139,7 @@ class Recorder(TorchDispatchMode):
         )
 
     def part(self, tensor: Tensor, share: float = 1.0) -> Part:
-        """That share of a tensor; of overlapping or repeated elements each once."""
+        """Return a share of a tensor. Elements that overlap or repeat count once."""
         storage = tensor.untyped_storage()
         memory, _ = self.memories.setdefault(storage._cdata, (len(self.memories), storage))
         elements = math.prod(n for n, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride)
@@ -155,7 +161,7 @@ class Recorder(TorchDispatchMode):
             read = tuple(self.part(t, reached(problem, "fprop") if problem and t is args[0] else 1.0) for t in given)
             fresh = {part.memory: part for part in map(self.part, [*made, *mutated])}
             if not read and not any(part.bytes > 4 for part in fresh.values()):
-                return result  # a number on the host
+                return result  # a scalar on the host
             pass_ = work.pass_ if len(self.work) > 1 else "pytorch" if problem is None else "fprop"
             flops = 2 * problem.multiply_adds if problem else _matmul_flops(name, args)
             layer = layers.name(problem or work.problem) if problem or work.problem else ""
@@ -164,7 +170,7 @@ class Recorder(TorchDispatchMode):
         return result
 
     def _backward(self, args: Any, made: list[Tensor], work: Work) -> None:
-        """A convolution's two gradients are two kernels; each reads the other operand."""
+        """Record a convolution's two gradients as two kernels, each of which reads the other operand."""
         dy, x, w, *_, mask = args
         problem = conv_problem(x, w, *(args[i][0] for i in (4, 5, 6)), args[9])
         gradients = iter(made)
@@ -178,28 +184,29 @@ class Recorder(TorchDispatchMode):
                 self.noted.append((moved, work))
 
 
-OPERANDS = ("dy", "z", "w")  # of a data gradient: pixels that no tap reaches get theirs from elsewhere
+OPERANDS = ("dy", "z", "w")  # not read by a data gradient's launch for pixels that no filter tap reaches
 
 
 def taps(arguments: Mapping[str, Any]) -> int:
-    """Filter taps that reach the pixels of one launch, where a kernel has them in classes; else 1."""
+    """Return the number of filter taps that reach the pixels of one launch if the kernel divides pixels into classes,
+    else 1."""
     return int(arguments.get("TAPS_R", 1) * arguments.get("TAPS_S", 1))
 
 
 def reached(problem: ConvProblem, pass_: str) -> float:
-    """The share of x that a convolution reads: where its stride passes over pixels, not all."""
+    """Return the share of x that a convolution reads: less than 1 if its stride skips pixels."""
     rows, columns = min(1.0, problem.R / problem.stride), min(1.0, problem.S / problem.stride)
     return rows * columns if pass_ != "dgrad" else 1.0
 
 
 def conv_problem(x: Tensor, w: Tensor, stride: int, pad: int, dilation: int, groups: int) -> ConvProblem:
-    """Of x [N, C, H, W] and filters w [K, C/groups, R, S]."""
+    """Return the problem of a convolution of x [N, C, H, W] with filters w [K, C/groups, R, S]."""
     (N, C, H, W), (K, _, R, S) = x.shape, w.shape
     return ConvProblem(N, H, W, C, K, R, S, stride, pad, dilation, groups)
 
 
 def _problem(name: str, args: Any) -> ConvProblem | None:
-    """The convolution that an operator computes."""
+    """Return the problem of the convolution that an operator computes, or None."""
     if name == "convolution":
         return conv_problem(args[0], args[1], *(args[i][0] for i in (3, 4, 5)), args[8])
     if name.startswith("cudnn_convolution"):
@@ -209,18 +216,19 @@ def _problem(name: str, args: Any) -> ConvProblem | None:
 
 
 def _matmul_flops(name: str, args: Any) -> int:
+    """Return the FLOPs of a matrix product, or 0 for other operators."""
     if name not in ("mm", "addmm"):
         return 0
     a, b = args[-2:]
     return 2 * a.shape[0] * a.shape[1] * b.shape[1]
 
 
-# What an operator is given and its kernel never reads, by position.
+# Positions of arguments that an operator gets but its kernel never reads.
 UNREAD = {"max_pool2d_with_indices_backward": (1,), "copy_": (0,), "zero_": (0,), "fill_": (0,)}
 
 
 def _operands(func: Any, args: Any, kwargs: Any) -> tuple[list[Tensor], list[Tensor]]:
-    """The tensors that an operator reads, and those given ones that it writes."""
+    """Return the tensors that an operator reads, and those of its arguments that it writes."""
     read, mutated = [], []
     unread = UNREAD.get(func.overloadpacket.__name__, ())
     for i, parameter in enumerate(func._schema.arguments):
@@ -228,14 +236,16 @@ def _operands(func: Any, args: Any, kwargs: Any) -> tuple[list[Tensor], list[Ten
         tensors = [t for t in tree_leaves(value) if isinstance(t, Tensor)]
         read += [] if i in unread else tensors
         writes = parameter.alias_info is not None and parameter.alias_info.is_write
-        mutated += tensors if writes and parameter.name != "grads" else []  # scaled in place at most, which nobody asks
+        # Grads are written only if they are scaled, which no step does.
+        mutated += tensors if writes and parameter.name != "grads" else []
     return read, mutated
 
 
 def _passes(
     name: str, args: Any, reads: tuple[Part, ...], writes: tuple[Part, ...]
 ) -> list[tuple[str, tuple[Part, ...], tuple[Part, ...]]]:
-    """An operator's kernels. PyTorch's BatchNorm in training reduces in one and reads the same again in another."""
+    """Return an operator's kernels. PyTorch's BatchNorm in training has two: one reduces, the other reads the same
+    again."""
     training = {"native_batch_norm": 5, "native_batch_norm_backward": 7}
     if name in training and args[training[name]]:
         return [(f"{name}_sums", reads, ()), (name, reads, writes)]
@@ -243,7 +253,7 @@ def _passes(
 
 
 def _run(func: Any, args: Any, kwargs: Any) -> Any:
-    """The operator; what has no form for tensors without memory in words of what has."""
+    """Run the operator on meta tensors. Operators without a meta implementation are expressed by others."""
     name = func.overloadpacket.__name__
     if name == "_fused_sgd_":
         return None
@@ -253,7 +263,7 @@ def _run(func: Any, args: Any, kwargs: Any) -> Any:
         func, name = torch.ops.aten.convolution.default, "convolution"
     result = func(*args, **kwargs)
     if name == "convolution" and args[0].is_contiguous(memory_format=torch.channels_last):
-        return result.contiguous(memory_format=torch.channels_last)  # as on a GPU
+        return result.contiguous(memory_format=torch.channels_last)  # the layout that a GPU returns
     return result
 
 
@@ -263,7 +273,7 @@ def name_of(kernel: Any) -> str:
 
 @cache
 def multiplies(kernel: Any) -> bool:
-    """Whether a Triton kernel, or a function of this package that it calls, uses tensor cores."""
+    """Return whether a Triton kernel, or a function of this package that it calls, uses tensor cores."""
     source = inspect.getsource(kernel.fn)
     if "tl.dot(" in source:
         return True
@@ -272,7 +282,7 @@ def multiplies(kernel: Any) -> bool:
 
 
 class Autocast(TorchFunctionMode):
-    """`torch.autocast`, which doesn't exist for tensors without memory, as far as a ResNet needs it."""
+    """Stands in for `torch.autocast`, which meta tensors don't have, for the operators of a ResNet."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
@@ -287,15 +297,15 @@ class Autocast(TorchFunctionMode):
 
 @cache
 def launching() -> list[ModuleType]:
-    """The modules of `fastres.kernels` whose launchers launch."""
+    """Return the modules of `fastres.kernels` with launchers."""
     modules = [import_module(f"{kernels.__name__}.{one.name}") for one in pkgutil.iter_modules(kernels.__path__)]
     return [module for module in modules if getattr(module, "launch", None) is launcher.launch]
 
 
 @contextmanager
 def recorded(dtype: torch.dtype) -> Iterator[Recorder]:
-    """Within, tensors on the meta device take the path of tensors on an H200 with that autocast dtype, and every kernel
-    is noted."""
+    """Within the context, treat meta tensors like tensors on an H200 under autocast with `dtype`, and record every
+    kernel."""
     recorder = Recorder()
     why_engine = dispatch.why_engine
 
@@ -314,9 +324,9 @@ def recorded(dtype: torch.dtype) -> Iterator[Recorder]:
         for name, function in replaced.items():
             stack.enter_context(patch.object(dispatch, name, function))
         stack.enter_context(patch.object(torch, "autocast", lambda *_, **__: nullcontext()))
-        # A capture is the place where nobody times alternatives.
+        # While a graph is captured, nothing times alternatives.
         stack.enter_context(patch.object(torch.cuda, "is_current_stream_capturing", lambda: True))
-        # fastres leaves its kernels where somebody watches the operators.
+        # fastres doesn't use its kernels under a dispatch mode, which `recorder` is.
         stack.enter_context(patch.object(torch._C, "_len_torch_dispatch_stack", lambda: 0))
         for module in launching():
             stack.enter_context(patch.object(module, "launch", lambda k, g, **a: recorder.kernel(k, g, a)))
@@ -332,7 +342,7 @@ def recorded(dtype: torch.dtype) -> Iterator[Recorder]:
 
 
 def _noting(bind: Callable[..., conv_bn.ConvBN], recorder: Recorder) -> Callable[..., conv_bn.ConvBN]:
-    """`bind`, each of whose pairs notes its kernels as its problem's."""
+    """Return `bind` with pairs (a convolution with its BatchNorm) whose kernels are recorded as their problem's."""
 
     def noted(pass_: str | None, problem: ConvProblem, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -357,7 +367,7 @@ def _noting(bind: Callable[..., conv_bn.ConvBN], recorder: Recorder) -> Callable
 
 
 def _by_folded(function: Callable[..., Any], recorder: Recorder) -> Callable[..., Any]:
-    """A function of `folded` that runs a plan's convolution, or three of them."""
+    """Wrap a function of `folded` that runs one convolution of a plan, or three."""
 
     @wraps(function)
     def call(x: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -365,7 +375,7 @@ def _by_folded(function: Callable[..., Any], recorder: Recorder) -> Callable[...
         if isinstance(weights, folded.Folded):
             problem = ConvProblem.of(x.shape, weights.w.shape, *geometry)
             flops = 2 * problem.multiply_adds
-        elif weights is not None:  # a chain: all three over x's pixels, the first one 3x3
+        elif weights is not None:  # a chain: all three convolutions have x's pixels, and the first is 3x3
             spatial = weights[0].w
             problem = ConvProblem(*x.shape, spatial.shape[0], *spatial.shape[1:3], 1, spatial.shape[1] // 2)
             flops = sum(2 * problem.pixels * one.w.numel() for one in weights)
@@ -379,13 +389,16 @@ def _by_folded(function: Callable[..., Any], recorder: Recorder) -> Callable[...
 
 
 def images(batch: int, size: int, dtype: torch.dtype) -> Tensor:
-    """[N, 3, H, W], channels last, without memory."""
+    """Return images [N, 3, H, W] in channels_last on the meta device."""
     return torch.empty(batch, 3, size, size, dtype=dtype, device=META).to(memory_format=torch.channels_last)
 
 
 def train(net: nn.Module, batch: int, size: int, dtype: torch.dtype) -> list[Launch]:
-    """The kernels of a training step of `net` as bench/measure.py runs it in a CUDA graph: a batch copied to where the
-    graph reads it, forward, cross-entropy, backward, fused SGD with momentum. fp16's loss scale is left out."""
+    """Return the kernels of a training step of `net` as bench/measure.py runs it in a CUDA graph.
+
+    These are a copy of the batch to where the graph reads it, forward, cross-entropy, backward, and fused SGD with
+    momentum. The loss scale of fp16 is left out.
+    """
     net = net.to(META).to(memory_format=torch.channels_last).train()
     x, fed = images(batch, size, dtype), images(batch, size, dtype)
     labels = torch.empty(batch, dtype=torch.int64, device=META)
@@ -403,7 +416,7 @@ def train(net: nn.Module, batch: int, size: int, dtype: torch.dtype) -> list[Lau
 
 
 def infer(net: nn.Module, batch: int, size: int, dtype: torch.dtype) -> list[Launch]:
-    """The kernels of `net` itself in eval mode and `dtype`."""
+    """Return the kernels of `net` in eval mode and `dtype`, without `fastres.optimize`."""
     net = net.to(META).to(dtype=dtype, memory_format=torch.channels_last).eval()
     x = images(batch, size, dtype)
     with recorded(dtype) as recorder, torch.no_grad():
@@ -412,8 +425,8 @@ def infer(net: nn.Module, batch: int, size: int, dtype: torch.dtype) -> list[Lau
 
 
 def infer_optimized(net: nn.Module, batch: int, size: int, dtype: torch.dtype) -> list[Launch]:
-    """The kernels of `fastres.optimize(net)` in a CUDA graph, which copies images in and scores out. Every BatchNorm is
-    taken to have a shift."""
+    """Return the kernels of `fastres.optimize(net)` in a CUDA graph, with the copies of images in and scores out. Every
+    BatchNorm is assumed to have a shift."""
     net = net.to(META).eval()
     steps, output = trace(copy.deepcopy(net))
     steps = plan.fuse_chains(plan.fuse(steps, output), output)
@@ -435,19 +448,23 @@ def infer_optimized(net: nn.Module, batch: int, size: int, dtype: torch.dtype) -
     return recorder.launches()
 
 
-# What Inductor computes where it is read, and the kernels of `_passes` that reduce what they read.
+# Operators that Inductor computes where their result is read, and the kernels of `_passes` that reduce what they read.
 POINTWISE = ("relu", "relu_", "add", "add_", "threshold_backward", "_to_copy", "div", "mul")
 NORMS = ("native_batch_norm", "native_batch_norm_backward")
-MOST_READ, SMALL = 4, 2**16  # Inductor's `realize_reads_threshold`; bytes of what counts as a tensor here
+MOST_READ, SMALL = 4, 2**16  # Inductor's `realize_reads_threshold`; smaller values, in bytes, are ignored here
 
 
 def as_inductor(launches: Sequence[Launch]) -> list[Launch]:
-    """The kernels of an eager step as Inductor would fuse them: what is pointwise runs within the kernel that reads it,
-    unless that is one of the library's, or it would read too many tensors; then it is stored. Reductions stay apart,
-    because what follows them needs their sums."""
+    """Return the kernels of an eager step as Inductor would fuse them.
+
+    A pointwise operator runs within the kernel that reads its result, unless that is a kernel of the library or it
+    would then read too many tensors; in these cases the result is stored. Reductions stay separate, because the next
+    kernel needs their sums.
+    """
     fused: list[Launch] = []
     sizes: dict[int, int] = {}
-    pending: dict[int, frozenset[int]] = {}  # values not yet computed -> the stored tensors that they are computed from
+    # Values that aren't computed yet -> the stored tensors to compute them from.
+    pending: dict[int, frozenset[int]] = {}
 
     def parts(memories: Iterable[int]) -> tuple[Part, ...]:
         return tuple(Part(memory, sizes[memory]) for memory in sorted(memories))

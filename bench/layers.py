@@ -1,5 +1,8 @@
-"""What the commands about single kernels share: the convolutions of a net, each in its role and with random operands;
-the work of a pass as the net runs it; timing on a GPU; tables as CSV."""
+"""Code shared by the scripts that measure single kernels.
+
+It has the convolutions of a net, each in its role and with random operands; the work of a pass as the net runs it;
+timing on a GPU; and tables as CSV.
+"""
 
 from __future__ import annotations
 
@@ -24,19 +27,22 @@ from fastres.ops.layout import Geometry
 from fastres.ops.reference import BNBackward
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-# What a user waits for: inference with everything in one epilogue, and the three passes of training.
+# The kinds of work that take a user's time: inference with everything in one epilogue, and the three passes of
+# training.
 PASSES = ("infer", "fprop", "dgrad", "wgrad")
 
 
 class Role(NamedTuple):
-    """What stands around a convolution in a net.
+    """What surrounds a convolution in a net.
 
-    place: "stem"; "first" of a block, which reads a finished activation; "inner" and "last", which read z of the
-    convolution before them through BatchNorm and ReLU; "project", on the shortcut.
-    border: a "first" whose block follows another one, whose end is fused with it forward and backward.
-    summed: the gradient comes masked and with its sums, so that our dgrad and wgrad may compute dz on load; elsewhere
-    dz is stored, whatever the engine. It comes so from our dgrad of the convolution behind: where the library wins that
-    one, dz is stored here, too, and what is measured here is not quite what runs.
+    place: "stem"; "first" of a block, which reads a finished activation; "inner" and "last", which read z, the raw
+        output of the convolution before them, through BatchNorm and ReLU; "project", on the shortcut.
+    border: a "first" whose block follows another block, so that the end of that block (addition and ReLU) is fused with
+        it, forward and backward.
+    summed: whether the gradient arrives masked and with its sums, so that our dgrad and wgrad may compute dz, the
+        gradient of z, on load. Otherwise dz is stored, whatever the engine. The gradient comes from our dgrad of the
+        next convolution. If the library computes that one, dz is stored here too, and the measured work differs from
+        the work in the net.
     """
 
     place: Literal["stem", "first", "inner", "last", "project"]
@@ -45,11 +51,12 @@ class Role(NamedTuple):
 
     @property
     def normed(self) -> bool:
+        """Whether the convolution reads its input through a BatchNorm."""
         return self.place in ("inner", "last")
 
 
 def roles(depth: int, batch: int, size: int) -> Counter[tuple[ConvProblem, Role]]:
-    """The convolutions of torchvision's ResNet of that depth in their roles, and how often each occurs."""
+    """Count the convolutions of torchvision's ResNet of that depth by problem and role."""
     found: Counter[tuple[ConvProblem, Role]] = Counter()
     with torch.device("meta"), torch.no_grad():
         net = getattr(fastres, f"resnet{depth}")().eval()
@@ -75,8 +82,11 @@ def roles(depth: int, batch: int, size: int) -> Counter[tuple[ConvProblem, Role]
 
 
 def problems(depths: Iterable[int], batch: int, size: int) -> dict[ConvProblem, tuple[int, Role]]:
-    """The convolutions of torchvision's ResNets of those depths: how often each occurs, and its most frequent role, for
-    which it is measured: a table has one entry a problem."""
+    """Return, for each convolution of torchvision's ResNets of those depths, how often it occurs and its most frequent
+    role.
+
+    It is measured in that role, because a table has one entry per problem.
+    """
     found: dict[ConvProblem, Counter[Role]] = {}
     for depth in depths:
         for (problem, role), count in roles(depth, batch, size).items():
@@ -85,7 +95,7 @@ def problems(depths: Iterable[int], batch: int, size: int) -> dict[ConvProblem, 
 
 
 def _usual(counts: Counter[Role]) -> Role:
-    """The most frequent role in the most frequent place."""
+    """Return the most frequent role in the most frequent place."""
     places: Counter[str] = Counter()
     for role, count in counts.items():
         places[role.place] += count
@@ -93,7 +103,7 @@ def _usual(counts: Counter[Role]) -> Role:
 
 
 def name(p: ConvProblem) -> str:
-    """The layer as a table names it: filter/stride, channels, image."""
+    """Return the layer's name in a table: filter/stride, channels, image."""
     stride = f"/{p.stride}" if p.stride > 1 else ""
     groups = f" g{p.groups}" if p.groups > 1 else ""
     return f"{p.R}x{p.S}{stride} {p.C}->{p.K} @{p.H}x{p.W}{groups}"
@@ -101,10 +111,14 @@ def name(p: ConvProblem) -> str:
 
 @dataclass
 class Operands:
-    """Random tensors for every pass of one convolution, as a net holds them.
+    """Random tensors for every pass of one convolution, as they are in a net.
 
-    x, shortcut, below: like the input; z, dz: like the output. a_affine, mean: of the BatchNorm before it; bn: what
-    makes dz of g behind its own; shift: its folded one.
+    x, shortcut, below: shaped like the input [N, H, W, C].
+    z, dz: shaped like the output [N, P, Q, K].
+    w: the filters [K, R, S, C/groups].
+    a_affine, mean: scale and shift, and batch mean, of the BatchNorm before the convolution.
+    bn: what turns g into dz in the BatchNorm after it.
+    shift: the shift of that BatchNorm, folded.
     """
 
     x: Tensor
@@ -145,7 +159,7 @@ class Operands:
 
 
 def pair(problem: ConvProblem, dtype: torch.dtype, device: torch.device) -> ConvBN:
-    """The convolution with a BatchNorm that takes the batch's statistics, by the engines that are in force
+    """Return the pair (the convolution with a BatchNorm in training mode), run by the engines that are in force
     (`fastres.backend`)."""
     p = problem
     geometry, choice = Geometry(p.stride, p.pad, p.dilation, p.groups), dispatch.choice(dtype, device)
@@ -154,15 +168,19 @@ def pair(problem: ConvProblem, dtype: torch.dtype, device: torch.device) -> Conv
 
 
 def call(pair: ConvBN, pass_: str, operands: Operands, role: Role) -> Callable[[], Any]:
-    """The work of one pass with what the net does around it in that role, by the engines of `pair`.
+    """Return the work of one pass, with what the net does around it in that role, by the engines of `pair`.
 
-    It returns, for "infer", the activation; "fprop": (z, partials), or (x, z, partials) where x is the end of the block
-    before, which our kernel may compute on load; "dgrad": dx, or (dx, the mask still to apply, partials of the
-    BatchNorm below); "wgrad": dw.
+    The result of the work depends on the pass:
+
+    - "infer": the activation.
+    - "fprop": (z, partials), or (x, z, partials) where x is the output of the previous block, which our kernel may
+      compute on load.
+    - "dgrad": dx, or (dx, the mask still to apply, partials of the BatchNorm below).
+    - "wgrad": dw.
     """
     o, prologue = operands, operands.a_affine if role.normed else None
     if pass_ == "infer":
-        projects = role.place == "project"  # its shift is folded into that of the convolution it is added to
+        projects = role.place == "project"  # its shift is folded into that of the convolution to which it is added
         inputs = (o.x, o.z) if role.place == "last" else (o.x,)
         return partial(infer(pair, o.w, None if projects else o.shift, inputs, relu=not projects), *inputs)
     if pass_ == "fprop":
@@ -181,7 +199,7 @@ def call(pair: ConvBN, pass_: str, operands: Operands, role: Role) -> Callable[[
 
     def into_the_block_before() -> tuple[Tensor, Tensor | None, Tensor]:
         dx, sums = pair.dgrad_joined(dz, o.w, bn, o.x, ((o.below, o.mean), None), residual=o.shortcut)
-        if sums is None:  # that block then takes them in a pass of its own
+        if sums is None:  # the previous block then needs a separate reduction
             return dx, o.x, pair.passes.backward_reduce(dx, o.below, o.mean, mask=o.x)
         return dx, None, sums
 
@@ -191,11 +209,14 @@ def call(pair: ConvBN, pass_: str, operands: Operands, role: Role) -> Callable[[
 def infer(
     pair: ConvBN, w: Tensor, shift: Tensor | None, inputs: tuple[Tensor, ...], relu: bool
 ) -> Callable[..., Tensor]:
-    """What computes [relu](conv(x, w) + shift + residual) of inputs like (x,) or (x, residual) in `optimize`, which
-    folds weights: our kernel, or what it binds of the library, which has an operator for all of it.
+    """Return a callable that computes [relu](conv(x, w) + shift + residual) as `optimize` does, with folded weights.
 
-    A table's "infer" decides the live eval path, too, whose library convolution has the normalise pass behind it and so
-    loses to ours more often than what ours is set against here; `optimize` is where speed is asked for.
+    `inputs` are tensors like those of a call, (x,) or (x, residual). It is our kernel, or what `optimize` binds of the
+    library, which has an operator for all of it.
+
+    A table's "infer" entry also decides the eval-mode path without `optimize`. There the library's convolution is
+    followed by a normalise pass, and so loses to ours more often than in the comparison here, which is made for
+    `optimize`, since that is for users who need speed.
     """
     weights = folded.Folded(w, shift, None if shift is None else shift.to(w.dtype))
     if pair.engines.infer in ("triton", "stem"):
@@ -209,23 +230,23 @@ def infer(
 
 
 def joins(problem: ConvProblem, role: Role) -> bool:
-    """Whether the end of the block before belongs to fprop's work: our kernel may do it on load. Elsewhere it is the
-    same pass whatever the engine."""
+    """Return whether fprop's work includes the end of the previous block, which our kernel may compute on load.
+    Otherwise it is the same pass for all engines."""
     return role.border and dispatch.joins(problem)
 
 
 def stores_dz(pair: ConvBN, role: Role, operands: Operands) -> bool:
-    """Whether a pass has to store dz before dgrad and wgrad, where another engine may need none."""
+    """Return whether a pass has to store dz before dgrad and wgrad, which another engine may not need."""
     return role.summed and not pair.fuses(operands.bn)
 
 
 def half_of_dz(pair: ConvBN, operands: Operands) -> float:
-    """Microseconds of the pass that stores dz, of which dgrad and wgrad owe one half each."""
+    """Return half of the microseconds of the pass that stores dz. dgrad and wgrad are charged one half each."""
     return microseconds(lambda: pair.passes.backward_apply(operands.dz, *operands.bn)) / 2
 
 
 def moved_bytes(problem: ConvProblem, pass_: str, itemsize: int, role: Role) -> int:
-    """The fewest bytes that `call` can move, by the rules for what is computed on load."""
+    """Return the fewest bytes that `call` can move, given dispatch's rules for what is computed on load."""
     p = problem
     z_numel = p.y_numel if role.summed and dispatch.bn_backward_on_load(p) else 0
     extra = {
@@ -238,13 +259,16 @@ def moved_bytes(problem: ConvProblem, pass_: str, itemsize: int, role: Role) -> 
 
 
 def met_by_dx(role: Role) -> int:
-    """Tensors like dx that dgrad's epilogue reads: z of the BatchNorm below, or the shortcut's gradient, with which the
-    end of a block brings its output and its z."""
+    """Return how many tensors like dx the epilogue of dgrad reads.
+
+    It is z of the BatchNorm below or the shortcut's gradient. If the end of the previous block is fused (`border`), it
+    is the shortcut's gradient and that block's output and z.
+    """
     return 0 if role.place == "project" else 3 if role.border else 1
 
 
 def write_csv(file: Path, columns: Sequence[str], rows: Iterable[dict[str, Any]]) -> None:
-    """A table of `columns`; makes the folder if it is missing."""
+    """Write a table with these columns, and make its folder if it is missing."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("w", newline="") as sink:
         writer = csv.DictWriter(sink, columns)
@@ -253,23 +277,23 @@ def write_csv(file: Path, columns: Sequence[str], rows: Iterable[dict[str, Any]]
 
 
 def applicable(problem: ConvProblem, pass_: str) -> bool:
-    """No net asks its stem for the image's gradient in training."""
+    """Return whether the net needs this pass. A stem needs no gradient of the images in training."""
     return pass_ != "dgrad" or problem.C >= 8
 
 
 def microseconds(work: Callable[[], Any]) -> float:
-    """Median time on the GPU, L2 flushed before each run.
+    """Return the median time on the GPU, with L2 flushed before each run.
 
-    Replayed as a CUDA graph: a small layer takes less time than the host needs to launch it, and that is another
-    question (a net's `optimize` replays a graph, training runs ahead of the GPU).
+    The work is replayed as a CUDA graph, because a small layer takes less time than the host needs to launch it. Launch
+    costs are a separate question: `optimize` replays a graph, and in training the host runs ahead of the GPU.
     """
     from triton.testing import do_bench
 
-    work()  # compiles, and lets cuDNN choose
+    work()  # compiles the kernels and lets cuDNN choose its algorithm
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        # `torch.cuda.graph` also collects garbage, which takes longer than the measurement.
+        # `torch.cuda.graph` would also collect garbage, which takes longer than the measurement.
         graph.capture_begin(capture_error_mode="thread_local")
         try:
             kept = work()
@@ -277,5 +301,5 @@ def microseconds(work: Callable[[], Any]) -> float:
             graph.capture_end()
     us = 1e3 * do_bench(graph.replay, warmup=10, rep=40, return_mode="median")
     del kept, graph
-    torch.cuda.empty_cache()  # a graph's memory is its own and is only given back here
+    torch.cuda.empty_cache()  # a graph has its own memory pool, which is only freed here
     return us

@@ -1,11 +1,11 @@
-"""Where a CPU's time goes, layer by layer: `fastres.optimize`'s steps beside ONNX Runtime's profile of the same net.
+"""Compare the time of each step of `fastres.optimize` on a CPU with ONNX Runtime's profile of the same net.
 
     python bench/layers_cpu.py --depth 50 --batch 1
     python bench/layers_cpu.py --depth 50 --batch 1 --dtype int8 --csv out/layers.csv
 
-Steps are timed one by one, so that their sum is a little more than a whole call takes; the same goes for a profiled
-ONNX Runtime. What is no convolution is summed up by operation. ONNX Runtime may run an addition as an operation of its
-own where our step before has it inside.
+Steps are timed one by one, so their sum is a little more than the time of a whole call. The same holds for ONNX
+Runtime's profile. Operations other than convolutions are summed by kind. ONNX Runtime may run an addition separately
+that is part of the previous step here.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ COLUMNS = ["layer", "ours us", "ONNX Runtime us", "difference us", "ratio"]
 
 
 class Place(NamedTuple):
-    """Channels and height before and after a convolution: what both sides tell of it."""
+    """Channels and height before and after a convolution, which identify it on both sides."""
 
     channels: int
     height: int
@@ -51,7 +51,7 @@ class Place(NamedTuple):
 
 
 class Timed(NamedTuple):
-    """A step or node. place: None where it is no convolution. order: rank among those of the same place."""
+    """A step or node. place: None if it is not a convolution. order: its rank among those of the same place."""
 
     name: str
     place: Place | None
@@ -60,7 +60,8 @@ class Timed(NamedTuple):
 
 
 def steps(net: Any, images: Tensor, calls: int) -> dict[str, list[float]]:
-    """Microseconds of each step of an optimized `net`, by the name of what it writes, in so many calls on `images`."""
+    """Return the microseconds of each step of an optimized `net` in `calls` calls on `images`, by the name of its
+    result."""
     program = program_of(net)
     taken = defaultdict(list)
     for _ in range(calls):
@@ -77,12 +78,13 @@ def steps(net: Any, images: Tensor, calls: int) -> dict[str, list[float]]:
 
 
 def program_of(net: Any) -> Any:
-    """The one used last."""
+    """Return the program that the net used last."""
     return [*net._programs.values()][-1]
 
 
 def ours(net: Any, images: Tensor, taken: dict[str, list[float]]) -> list[Timed]:
-    """In the order in which they run. Convolutions of one place are ranked as the net's modules are."""
+    """Return our steps in the order in which they run. Convolutions of the same place are ranked in the order of the
+    net's modules."""
     order = {name: i for i, (name, _) in enumerate(net.named_modules())}
     shapes, found = {INPUT: tuple(images.shape)}, []
     for bound in program_of(net).bound:
@@ -97,8 +99,11 @@ def ours(net: Any, images: Tensor, taken: dict[str, list[float]]) -> list[Timed]
 
 
 def nodes(profile: Path) -> list[Timed]:
-    """Of a profile that ONNX Runtime wrote. Convolutions of one place are ranked by the numbers that the exporter gave
-    their results, in the order of the traced net. The first call is left out."""
+    """Read ONNX Runtime's profile. The first call is left out.
+
+    Convolutions of the same place are ranked by the numbers that the exporter gave their results, which follow the
+    order of the traced net.
+    """
     taken: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for event in json.loads(profile.read_text()):
         if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
@@ -112,7 +117,7 @@ def nodes(profile: Path) -> list[Timed]:
             before, after = (
                 next(iter(events[0]["args"][which][0].values())) for which in ("input_type_shape", "output_type_shape")
             )
-            # int8 runs in NHWC: [N, H, W, C], and height is width
+            # int8 runs in NHWC
             channels, height = (before[3], before[1]) if operation == "QLinearConv" else before[1:3]
             filters, out_height = (after[3], after[1]) if operation == "QLinearConv" else after[1:3]
             place = Place(channels, height, filters, out_height)
@@ -121,8 +126,11 @@ def nodes(profile: Path) -> list[Timed]:
 
 
 def matched(mine: Sequence[Timed], theirs: Sequence[Timed]) -> list[tuple[str, float | None, float | None]]:
-    """(layer, our microseconds, theirs): a line a convolution in our order, then one for each other operation of either
-    side. Raises ValueError where the convolutions aren't the same."""
+    """Return lines (layer, our microseconds, theirs).
+
+    There is a line for each convolution in our order, then one for each other kind of operation on either side. Raises
+    ValueError if the two sides have different convolutions.
+    """
     places: list[dict[Place, list[Timed]]] = [defaultdict(list), defaultdict(list)]
     for side, found in zip((mine, theirs), places, strict=True):
         for timed in sorted((t for t in side if t.place), key=lambda t: t.order):
@@ -143,7 +151,7 @@ def matched(mine: Sequence[Timed], theirs: Sequence[Timed]) -> list[tuple[str, f
 
 
 def table(lines: Sequence[tuple[str, float | None, float | None]]) -> list[list[str]]:
-    """`COLUMNS` of every line, with the sums last."""
+    """Return the `COLUMNS` of every line, with the sums at the end."""
     total = ("all", *(sum(line[side] or 0 for line in lines) for side in (1, 2)))
     cells = []
     for name, mine, theirs in (*lines, total):
@@ -157,12 +165,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--depth", type=int, choices=backends.DEPTHS, default=50)
     parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--size", type=int, default=224, help="side of the images")
+    parser.add_argument("--size", type=int, default=224, help="height and width of the images; default: 224")
     parser.add_argument("--dtype", choices=ROWS, default="fp32")
-    parser.add_argument("--csv", type=Path, metavar="FILE", help="write the table here, too")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="also write the table to FILE")
     options = parser.parse_args(arguments)
     if options.batch < 1 or options.size < 32:
-        parser.error("accepted: --batch from 1, --size from 32")
+        parser.error("--batch must be at least 1 and --size at least 32")
     case = backends.Case(
         f"resnet{options.depth}", "infer", options.batch, torch.float32, options.size, torch.device("cpu")
     )

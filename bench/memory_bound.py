@@ -1,11 +1,12 @@
-"""The passes over activations by how their tiles are cut: what `kernels/rows.py` chooses beside what it could.
+"""Time the memory-bound kernels with different tile shapes: the one that `kernels/rows.py` chooses, and the
+alternatives.
 
     python bench/memory_bound.py
     python bench/memory_bound.py --batch 64 --dtype fp16
 
-A line for each pass at activations of ResNet-50: microseconds and GB/s as shipped (every tensor moved once), then the
-three fastest of all cuts as microseconds, elements/channels of a tile and warps. The L2 is flushed before each run.
-Needs a CUDA GPU.
+Prints a line for each pass at activations of ResNet-50: microseconds and GB/s (every tensor moved once) as shipped,
+then the three fastest choices, each as microseconds (elements/channels of a tile, warps). L2 is flushed before each
+run. Needs a CUDA GPU.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ CUTS = {
     "REDUCED": [Cut(*cut) for cut in product((2048, 4096), (64, 128))],
     "WINDOWED": [Cut(elements, 64) for elements in (1024, 2048, 4096)],
 }
-# (pass, H = W, K): where ResNet-50 spends most on it, and where its activations are small.
+# (pass, H = W, K): where ResNet-50 spends most time on the pass, and where its activations are small.
 PLACES = [
     *(("normalize", 56, 64), ("normalize", 14, 1024), ("normalize, add", 56, 256)),
     *(("reduce", 56, 64), ("reduce", 14, 256), ("reduce, project", 56, 256), ("reduce, project", 14, 1024)),
@@ -40,7 +41,7 @@ PLACES = [
 
 
 def work(name: str, N: int, side: int, K: int, dtype: torch.dtype, device: torch.device) -> tuple[Callable, str, int]:
-    """(the pass called `name` on [N, side, side, K], the kind of its cut, the bytes it has to move)."""
+    """Return (the pass called `name` on [N, side, side, K], the kind of its tile shape, the bytes it has to move)."""
 
     def activation(size: int = side) -> Tensor:
         return torch.randn(N, size, size, K, device=device).to(dtype)
@@ -75,7 +76,7 @@ def work(name: str, N: int, side: int, K: int, dtype: torch.dtype, device: torch
 
 @contextmanager
 def cut_by(kind: str, cut: Cut, warps: int) -> Iterator[None]:
-    """Within, tiles of that kind are cut so and their programs have so many warps."""
+    """Within the context, give tiles of that kind this shape and their programs this number of warps."""
     with ExitStack() as stack:
         launcher.forget()
         stack.callback(launcher.forget)
@@ -87,7 +88,7 @@ def cut_by(kind: str, cut: Cut, warps: int) -> Iterator[None]:
 
 
 def line(place: tuple[str, int, int], batch: int, dtype: torch.dtype, device: torch.device, time: Callable) -> str:
-    """`time`: a call -> its microseconds."""
+    """Return a place's line. `time` maps a call to its microseconds."""
     name, side, K = place
     call, kind, moved = work(name, batch, side, K, dtype, device)
     shipped = getattr(max_pool if kind == "WINDOWED" else batch_norm, kind), WARPS
@@ -109,7 +110,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
-        parser.error("no CUDA GPU, on which the passes are timed")
+        parser.error("no CUDA GPU: the passes are timed on one")
     from triton.testing import do_bench
 
     def time(call: Callable) -> float:

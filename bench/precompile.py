@@ -1,7 +1,7 @@
-"""Kernels compiled before they are timed, by several processes at once, into Triton's cache on disk.
+"""Compile kernels before they are timed, in several processes, into Triton's cache on disk.
 
-A launcher called on meta tensors binds and specialises its kernels as on real ones: what it compiles is what the GPU
-loads.
+A launcher that is called on meta tensors binds and specialises its kernels as on real ones, so what it compiles is what
+the GPU loads later.
 """
 
 from __future__ import annotations
@@ -17,29 +17,31 @@ from unittest.mock import patch
 
 from triton.runtime.jit import JITFunction
 
-Task = tuple[Callable[..., Any], tuple[Any, ...]]  # what a process calls; both must pickle
+Task = tuple[Callable[..., Any], tuple[Any, ...]]  # a call for a process; function and arguments must be picklable
 
 
 def cpus() -> int:
-    """CPUs this process may run on."""
+    """Return the number of CPUs this process may run on."""
     return len(os.sched_getaffinity(0))
 
 
 @contextmanager
 def compiling() -> Iterator[None]:
-    """Within, `fn[grid](...)` compiles for the current GPU, loads what it compiled and launches nothing."""
+    """Within the context, let `fn[grid](...)` compile for the current GPU and load the result without launching it."""
     run = JITFunction.run
 
     def compile_only(self: JITFunction[Any], *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        run(self, *args, grid=grid, warmup=True, **kwargs)._init_handles()  # its launcher is compiled there, by gcc
+        run(self, *args, grid=grid, warmup=True, **kwargs)._init_handles()  # this also compiles its launcher, with gcc
 
     with patch.object(JITFunction, "run", compile_only):
         yield
 
 
 def compile_all(tasks: Sequence[Task], processes: int) -> list[str]:
-    """Runs every task within `compiling`; returns what went wrong, in words. Nothing depends on success: a kernel that
-    is missing is compiled when it is launched."""
+    """Run every task within `compiling`, and return the error messages.
+
+    Errors do no harm: a kernel that is missing is compiled when it is launched.
+    """
     if not tasks or processes < 2:
         return []
     try:
@@ -50,6 +52,7 @@ def compile_all(tasks: Sequence[Task], processes: int) -> list[str]:
 
 
 def _compile(task: Task) -> str | None:
+    """Run one task and return its error message, or None."""
     function, arguments = task
     try:
         with compiling():

@@ -1,30 +1,31 @@
-"""A step's time as a model predicts it, kernel by kernel, without a GPU.
+"""Predict the time of a step, kernel by kernel, by a model. No GPU is needed.
 
     python bench/predict.py --depth 50 --batch 256 --mode train
-    python bench/predict.py --goal 9000              # what separates a training step from so many img/s
+    python bench/predict.py --goal 9000              # where a training step must save time to reach 9,000 img/s
     python bench/predict.py --backend inductor       # a peer by the same model
-    python bench/predict.py --untried                # with tiles that wait for bench/tune.py, where they win
+    python bench/predict.py --untried                # with tiles that bench/tune.py hasn't measured, where they win
     python bench/predict.py --fusions keep_activation=1
     python bench/predict.py --measured bench/records/nvidia-h200-kernels-50.csv
 
-The step runs on tensors without memory (bench/launch_trace.py), by the engines and tiles that the GPU's table chooses.
-A line for each pass, layer and kernel: how often a step has it, its tile, programs and waves, the floor by bytes (every
-tensor moved once) and by FLOPs, what the model predicts and what bounds it there. Nothing is measured here. What a GPU
-measured is read from bench/records and stands beside the step, or with --measured beside every convolution on its own,
-as bench/kernels.py timed it; the prediction there is for the same work.
+The step runs on meta tensors (bench/launch_trace.py), with the engines and tiles that the GPU's table chooses. There is
+a line for each pass, layer and kernel: how often a step runs it, its tile, programs and waves, the lower bounds by
+bytes (every tensor moved once) and by FLOPs, the predicted time and what bounds it. Nothing is measured here.
+Measurements are read from bench/records and printed next to the step's prediction. With --measured, a prediction is
+also printed for every convolution on its own, for the same work as bench/kernels.py timed, next to the measured time.
 
-A kernel takes the longest of
+A kernel takes GAP plus the longest of these times:
 
     bytes     bytes / (EFFICIENCY bandwidth)
-    rounds    waves x the longer of the work of all programs that a multiprocessor holds, and LATENCY + the work of one
+    waves     number of waves x the longer of the work of all programs that a multiprocessor holds, and LATENCY + the
+              work of one program
     start     LATENCY for a kernel of ours, SHORTEST for another
 
-and GAP on top. Work is the longer of tensor-core time and of fetching operands from L2, plus the instructions that
-compute an operand. LATENCY is what a program waits for: its first load, its last sums, its last store. A 1x1
-convolution of few input channels reduces in a step or two, so that its programs do little else: waves, not bytes, bound
-it. A program that stays (`kernels.persistent`) waits once, as its loads then run ahead; sums and stores of other tiles
-cost it nothing here, so that its time is the least to hope for. Of kernels that aren't ours no tile is known: they are
-one wave at full rate. Nothing overlaps.
+Work is the longer of tensor-core time and the time to fetch operands from L2, plus the instructions that compute an
+operand. LATENCY is the time that a program waits for its first load, its last sums and its last store. A 1x1
+convolution with few input channels has only one or two reduction steps, so that its programs do little else: it is
+bound by waves, not bytes. A persistent program (`kernels.persistent`) waits once, because its loads run ahead after
+that; the model charges nothing for the sums and stores of its other tiles, so the prediction is optimistic. The tiles
+of other kernels aren't known: they count as one wave at the full rate. No kernels overlap.
 """
 
 from __future__ import annotations
@@ -56,14 +57,14 @@ from fastres.kernels.problem import ConvProblem, Device
 from fastres.kernels.tiles import AFFINE, COMPUTED, H200, ISSUE, MMA, STEM_WINDOW, WGMMA, Gpu, Tile, buffered
 from fastres.ops import dispatch
 
-# The one set of constants; none belongs to a kernel. Bandwidth and FLOP/s are `kernels.problem.Device`'s, instructions
-# `kernels.tiles`'s. From bench/records: bytes/s from L2 by TMA, and the clock then (nvidia-h200-hopper.md); the
-# shortest kernels (nvidia-h200-timeline-train.csv); what a step in a CUDA graph takes beyond its kernels, for each of
-# them (nvidia-h200-first-table-*.json beside the timelines). Times in microseconds.
+# One set of constants for all kernels. Bandwidth and FLOP/s are in `kernels.problem.Device`, instruction counts in
+# `kernels.tiles`. From bench/records: bytes/s from L2 by TMA, and the clock during that (nvidia-h200-hopper.md); the
+# time of the shortest kernels (nvidia-h200-timeline-train.csv); the time per kernel that a step in a CUDA graph takes
+# in addition to its kernels (nvidia-h200-first-table-*.json compared with the timelines). Times are in microseconds.
 L2, CLOCK, SHORTEST, GAP = 9.85e12, 1.91e9, 1.3, 0.5
-# Fitted to our kernels in every second row of nvidia-h200-kernels-50.csv: the least median of
-# |log(predicted / measured)|. The stem's rows are left out: its kernels gather, for which there is no term.
-# tests/bench/test_predict.py fits again and holds the result against the other rows.
+# Fitted to our kernels in every second row of nvidia-h200-kernels-50.csv: the smallest median of |log(predicted /
+# measured)|. The stem's rows are left out, because its kernels gather, for which the model has no term.
+# tests/bench/test_predict.py repeats the fit and checks it on the other rows.
 EFFICIENCY, LATENCY = 0.79, 5.0
 
 GPUS: dict[str, tuple[Device, Gpu]] = {problem.H200.name: (problem.H200, H200)}
@@ -75,7 +76,7 @@ RECORDS = Path(__file__).resolve().parent / "records"
 
 @dataclass(frozen=True)
 class Time:
-    """Microseconds of one launch: its floors, and what the model says; what bounds it; how its programs run."""
+    """Microseconds of one launch: its lower bounds, the prediction, what bounds it, and the number of waves."""
 
     by_bytes: float
     by_flops: float
@@ -85,17 +86,19 @@ class Time:
 
     @property
     def floor(self) -> float:
+        """The lower bound by bytes and FLOPs."""
         return max(self.by_bytes, self.by_flops)
 
 
 def time(launch: Launch, device: Device, gpu: Gpu) -> Time:
-    """What the model says of one launch. Of a kernel that multiplies and has no tile by name, FLOPs and one wave."""
+    """Predict one launch. A kernel that multiplies but whose tile is unknown is predicted from its FLOPs, in one
+    wave."""
     by_bytes, by_flops = 1e6 * launch.bytes / device.bandwidth, 1e6 * launch.flops / device.flops_16bit
     waves = rounds = work = 0.0
     cut, compute, fetch, issue = tile_of(launch), by_flops, 0.0, 0.0
     if cut.BM:
         flops = max(launch.flops, executed(launch))
-        steps = flops / (2 * cut.BM * cut.BN * cut.BK * cut.taps)  # of all programs
+        steps = flops / (2 * cut.BM * cut.BN * cut.BK * cut.taps)  # of all programs together
         compute = 1e6 * flops / device.flops_16bit * (WGMMA / MMA if cut.BM < 64 else 1.0)
         fetch = 1e6 * steps * cut.BK * cut.fetched * 2 / L2
         issue = 1e6 * steps * cut.BK * cut.instructions / (ISSUE * gpu.sms * CLOCK)
@@ -103,7 +106,7 @@ def time(launch: Launch, device: Device, gpu: Gpu) -> Time:
         held = held if cut.stays else min(held, resident(launch, cut, gpu))
         waves = launch.programs / (gpu.sms * held)
         busy = (max(compute, fetch) + issue) / waves  # of `held` programs together
-        waves = waves if waves > 8 else math.ceil(waves)  # many waves don't end together
+        waves = waves if waves > 8 else math.ceil(waves)  # many waves don't end at the same time
         work, rounds = waves * busy, waves * max(busy, busy / held + LATENCY)
     elif launch.flops:
         work, rounds = compute, compute + LATENCY
@@ -118,10 +121,15 @@ def time(launch: Launch, device: Device, gpu: Gpu) -> Time:
 
 @dataclass(frozen=True)
 class Cut:
-    """A multiplying kernel's tile as its arguments tell it, BM 0 where they don't: `taps` sums of BM x BN, in `steps`
-    steps of BK. Rows of BK values: those that a step fetches, and those that a stage of its pipeline holds.
-    instructions: of a step, for each of BK, to compute what it doesn't fetch. stays: all programs run at once and go
-    through the tiles; `steps` are those of all tiles of one."""
+    """How a multiplying kernel's work is divided, according to its arguments; BM is 0 if they don't tell.
+
+    BM, BN, BK, steps, taps: a program computes `taps` sums of BM x BN, in `steps` steps of BK.
+    fetched: rows of BK values that a step fetches.
+    held: rows of BK values in a stage of its pipeline.
+    instructions: per step and per value of BK, to compute operands that aren't fetched.
+    stays: whether the programs are persistent: all run at the same time and loop over the tiles. `steps` then counts
+        the steps of all tiles of a program.
+    """
 
     BM: int = 0
     BN: int = 0
@@ -135,26 +143,27 @@ class Cut:
 
 
 def tile_of(launch: Launch) -> Cut:
-    """By the names that kernels give their arguments."""
+    """Return how a launch's work is divided, from the names that kernels give their arguments."""
     given = launch.arguments
     BM, BN, BK = (given.get(side, 0) for side in ("BM", "BN", "BK"))
     BN = BN or given.get("TN", 0) * given.get("TH", 0) * given.get("TW", 0)
     if not (launch.flops and BM and BN and BK):
         return Cut()
     steps = given.get("steps_per_split") or given.get("steps") or 0
-    if "packed" in given:  # the stem's: of the values under its filter BN a product, or BK a step
+    if "packed" in given:  # the stem: a product has BN of the values under its filter, or a step has BK of them
         values = given["R"] * STEM_WINDOW
         products, steps = (math.ceil(values / BN), steps) if "dw" in given else (1, math.ceil(values / BK))
         return Cut(BM, BN, BK, steps, products, BM + BN * products, BM + BN * products)
-    operands = 1 + any(given.get(name) is not None for name in ("z", "shortcut"))  # what one operand is computed from
+    # Number of tensors from which one operand is computed.
+    operands = 1 + any(given.get(name) is not None for name in ("z", "shortcut"))
     stages = given.get("num_stages", 1)
     buffers = buffered(stages, operands) / stages
-    if "dw" in given:  # wgrad: BM filters of dz, BN channels of a; the side that is computed serves all taps
+    if "dw" in given:  # wgrad: BM filters of dz, BN channels of a; an operand that is computed serves all taps
         taps, normed = given.get("TAPS", 1), given.get("scale") is not None
         of_dz, of_a = (taps, 1) if normed and operands == 1 else (1, taps)
         fetched, held = BM * operands * of_dz + BN * of_a, BM * buffers * of_dz + BN * of_a
         return Cut(BM, BN, BK, steps, taps, fetched, held, COMPUTED * (BM * (operands > 1) + BN * normed))
-    if "STEPS" in given:  # by programs that stay, and the filters with them
+    if "STEPS" in given:  # persistent programs, which also keep the filters
         backward = "dx" in given
         tiles = given["tiles"] * math.ceil(given["C" if backward else "K"] / BM)
         steps = math.ceil(tiles / launch.programs) * given["STEPS"]
@@ -170,20 +179,21 @@ def tile_of(launch: Launch) -> Cut:
 
 
 def tile_name(launch: Launch) -> str:
-    """As a table has it; empty where the arguments don't tell."""
+    """Return the tile's name as in a table, or an empty string if the arguments don't tell."""
     cut = tile_of(launch)
     return f"{cut.BM}x{cut.BN}x{cut.BK} w{launch.arguments.get('num_warps', 0)}" if cut.BM else ""
 
 
 def executed(launch: Launch) -> int:
-    """FLOPs of all tiles, those of pixels and channels beyond the edge included; 0 where the arguments don't tell."""
+    """Return the FLOPs of all tiles, with those of pixels and channels beyond the edge, or 0 if the arguments don't
+    tell."""
     cut = tile_of(launch)
     return 2 * launch.programs * cut.BM * cut.BN * cut.BK * cut.steps * cut.taps
 
 
 def resident(launch: Launch, cut: Cut, gpu: Gpu) -> int:
-    """Programs that one multiprocessor holds, by registers as `tiles` reckons them and by shared memory, of which CUDA
-    takes a KiB for each."""
+    """Return how many programs fit on one multiprocessor, by registers as `tiles` estimates them and by shared memory,
+    of which CUDA reserves 1 KiB for each."""
     warps, stages = launch.arguments.get("num_warps", 4), launch.arguments.get("num_stages", 1)
     shared = 2 * max(stages * cut.held * cut.BK, cut.BM * cut.BN) + 1024
     registers = cut.BM * cut.BN * cut.taps + 64 * 32 * warps
@@ -191,7 +201,7 @@ def resident(launch: Launch, cut: Cut, gpu: Gpu) -> int:
 
 
 def step(depth: int, batch: int, mode: str, dtype: torch.dtype, backend: str) -> list[Launch]:
-    """The kernels of one step of a ResNet, in order."""
+    """Return the kernels of one step of a ResNet, in order."""
     ours = backend == "fastres"
     with launch_trace.META:
         net = backends.BACKENDS["fastres" if ours else "eager"].net(f"resnet{depth}")
@@ -201,13 +211,15 @@ def step(depth: int, batch: int, mode: str, dtype: torch.dtype, backend: str) ->
     return launch_trace.as_inductor(launches) if backend == "inductor" else launches
 
 
-Key = tuple[str, str]  # pass and layer, as launches name them
+Key = tuple[str, str]  # pass and layer, as in `Launch`
 
 
 @contextmanager
 def tiles(wanted: Mapping[Key, Tile], untried: dict[Key, list[Tile]]) -> Iterator[None]:
-    """Within, a convolution runs by its tile in `wanted`, where that is one of its candidates. `untried` gets those of
-    them that came after the tables: persistent programs, and splits of fprop."""
+    """Within the context, run each convolution with its tile in `wanted` if that is one of its candidates.
+
+    `untried` is filled with the candidates that are newer than the tables: persistent programs, and splits of fprop.
+    """
     usual = tables._measured_tile
 
     def tile(
@@ -228,8 +240,8 @@ def tiles(wanted: Mapping[Key, Tile], untried: dict[Key, list[Tile]]) -> Iterato
 
 
 def by_untried(record: Callable[[], list[Launch]], device: Device, gpu: Gpu) -> list[Launch]:
-    """The step that `record` gives, each convolution of ours by the tile that the model prefers: the one it has, or one
-    that is untried. What the library computes stays there."""
+    """Return the step that `record` returns, with the tile that the model prefers for each of our convolutions: the one
+    it has, or one that is untried. Convolutions of the library stay there."""
 
     def cost(launches: Iterable[Launch]) -> dict[Key, float]:
         us: dict[Key, float] = defaultdict(float)
@@ -255,8 +267,11 @@ def by_untried(record: Callable[[], list[Launch]], device: Device, gpu: Gpu) -> 
 def of_layer(
     p: ConvProblem, role: Role, pass_: str, dtype: torch.dtype, engine: str
 ) -> tuple[list[Launch], Launch | None]:
-    """What bench/kernels.py times as one layer's "us" (engine "triton") or "cudnn_us" ("cudnn"): the kernels, and the
-    pass that stores dz where the library's way needs one that ours doesn't, of which half is added to the time."""
+    """Return the kernels that bench/kernels.py times as a layer's "us" (engine "triton") or "cudnn_us" ("cudnn").
+
+    The second result is the pass that stores dz if the library needs it and our kernels don't, else None. Half of it is
+    added to the library's time.
+    """
     stores = {}
     for name in dict.fromkeys(("triton", engine)):
         with fastres.backend(name), launch_trace.recorded(dtype) as recorder:
@@ -276,7 +291,7 @@ def of_layer(
 
 @dataclass
 class Row:
-    """Launches of one kernel for one pass of one layer, in a step; microseconds of all of them together."""
+    """The launches of one kernel for one pass of one layer in a step. Microseconds are sums over these launches."""
 
     pass_: str
     layer: str
@@ -310,7 +325,7 @@ class Row:
 
 
 def rows(launches: Iterable[Launch], device: Device, gpu: Gpu) -> list[Row]:
-    """In the order in which a step first comes to them."""
+    """Group the launches into rows, in the order in which a step first runs them."""
     found: dict[tuple[str, ...], Row] = {}
     for launch in launches:
         key = (launch.pass_, launch.layer, launch.kernel, tile_name(launch))
@@ -334,6 +349,7 @@ COLUMNS = (
 
 
 def cells(row: Row) -> dict[str, Any]:
+    """Return the row's `COLUMNS`."""
     numbers = {name: round(float(getattr(row, name)), 1) for name in ("waves", "bytes_us", "flops_us", "predicted_us")}
     same = {name: getattr(row, name) for name in ("layer", "kernel", "count", "tile", "programs", "bound")}
     every = {"pass": row.pass_, **same, **numbers}
@@ -341,7 +357,7 @@ def cells(row: Row) -> dict[str, Any]:
 
 
 def table(lines: Sequence[dict[str, Any]]) -> str:
-    """The lines as columns, words to the left and numbers to the right."""
+    """Format the lines as columns, with words left-aligned and numbers right-aligned."""
     text = [[*lines[0]], *[[f"{v:,.1f}" if isinstance(v, float) else str(v) for v in line.values()] for line in lines]]
     words = [isinstance(value, str) for value in lines[0].values()]
     widths = [max(len(line[i]) for line in text) for i in range(len(words))]
@@ -352,7 +368,7 @@ def table(lines: Sequence[dict[str, Any]]) -> str:
 
 
 def by_kernel(found: Iterable[Row]) -> list[dict[str, Any]]:
-    """Sums over all layers, the longest first."""
+    """Return sums over all layers for each kernel, the longest first."""
     sums: dict[str, Row] = {}
     for row in found:
         total = sums.setdefault(row.kernel, Row("", "", row.kernel, ""))
@@ -365,7 +381,7 @@ def by_kernel(found: Iterable[Row]) -> list[dict[str, Any]]:
 
 
 def on_record(gpu: str, depth: int, batch: int, mode: str, dtype: str, backend: str) -> tuple[str, float] | None:
-    """What bench/records holds of such a step, as (row, img/s); of ours the fastest."""
+    """Return (backend, img/s) of such a step in bench/records, or None. For fastres it is the fastest row."""
     file = RECORDS / tables.table_file(gpu).name
     if not file.exists():
         return None
@@ -384,13 +400,13 @@ SUMMED = ("bytes_us", "flops_us", "floor_us")
 
 
 def summary(found: Sequence[Row], launches: Sequence[Launch], batch: int, measured: tuple[str, float] | None) -> str:
-    """The step in all, and what it would take if bytes or FLOPs were all."""
+    """Summarize the whole step: the prediction, its time by bytes or FLOPs alone, and the measurement."""
     us, moved = sum(row.predicted_us for row in found), sum(launch.bytes for launch in launches)
     by_bytes, by_flops, floor = (sum(getattr(row, name) for row in found) / 1e3 for name in SUMMED)
     said = [
         f"predicted: {us / 1e3:.2f} ms, {1e6 * batch / us:,.0f} img/s, {len(launches)} kernels",
-        f"bytes alone: {moved / batch / 1e6:.0f} MB an image, {by_bytes / EFFICIENCY:.2f} ms at {EFFICIENCY:.0%} of "
-        f"the bandwidth; FLOPs alone: {by_flops:.2f} ms; each kernel at its own floor: {floor:.2f} ms",
+        f"bytes alone: {moved / batch / 1e6:.0f} MB per image, {by_bytes / EFFICIENCY:.2f} ms at {EFFICIENCY:.0%} of "
+        f"the bandwidth; FLOPs alone: {by_flops:.2f} ms; every kernel at its lower bound: {floor:.2f} ms",
     ]
     if measured is not None:
         name, rate = measured
@@ -402,18 +418,22 @@ def summary(found: Sequence[Row], launches: Sequence[Launch], batch: int, measur
 
 
 def towards(goal: float, found: Sequence[Row], batch: int, measured: tuple[str, float] | None) -> str:
-    """The rows that lose most to their floors, until they cover what separates the step from `goal` img/s. The step is
-    the measured one, where there is one: what the model doesn't explain of it is said, not shared out."""
+    """List the rows that lose most to their lower bounds, until these losses cover what the step must save for `goal`
+    img/s.
+
+    The step's time is measured if there is a measurement; the part of it that the model doesn't explain is printed but
+    not assigned to rows.
+    """
     wanted, us = 1e6 * batch / goal, sum(row.predicted_us for row in found)
     start = us if measured is None else 1e6 * batch / measured[1]
     gap = start - wanted
     start_is = "predicted" if measured is None else "measured"
     said = [f"goal: {goal:,.0f} img/s, {wanted / 1e3:.1f} ms; {start_is}: {start / 1e3:.1f} ms"]
     if measured is not None:
-        said.append(f"{start - us:,.0f} us of the measured step are not in the model")
+        said.append(f"{start - us:,.0f} us of the measured step are not explained by the model")
     if gap <= 0:
-        return "\n".join([*said, "nothing separates them"])
-    said.append(f"{gap:,.0f} us separate them; what is lost to the floor, the largest first:")
+        return "\n".join([*said, "the goal is reached"])
+    said.append(f"{gap:,.0f} us must be saved; the rows that lose most to their lower bounds:")
     lines, covered = [], 0.0
     for row in sorted(found, key=lambda row: -row.lost_us):
         if covered >= gap or row.lost_us <= 0:
@@ -432,16 +452,16 @@ def towards(goal: float, found: Sequence[Row], batch: int, measured: tuple[str, 
         )
     said += [table(lines)] if lines else []
     if covered < gap:
-        said.append(f"{gap - covered:,.0f} us are left: every kernel at its floor is too slow, bytes or FLOPs must go")
+        said.append(f"{gap - covered:,.0f} us remain with every kernel at its lower bound; bytes or FLOPs must go")
     return "\n".join(said)
 
 
-ACCEPTED = "accepted is what bench/kernels.py --csv wrote of this depth and batch"
+ACCEPTED = "accepted is a table that bench/kernels.py --csv wrote for this depth and batch"
 
 
 def beside(file: Path, depth: int, batch: int, dtype: torch.dtype, device: Device, gpu: Gpu) -> list[dict[str, Any]]:
-    """A line for each row of a table that bench/kernels.py wrote, ours and the library's: predicted beside measured.
-    Raises ValueError for another file, and for one of other layers."""
+    """Return predicted and measured times for each row of a table of bench/kernels.py, for our kernels and the
+    library's. Raises ValueError if the file is not such a table or has other layers."""
     with file.open(newline="") as source:
         measured = {(row.get("pass"), row.get("layer")): row for row in csv.DictReader(source)}
     lines = []
@@ -451,9 +471,9 @@ def beside(file: Path, depth: int, batch: int, dtype: torch.dtype, device: Devic
             try:
                 numbers = {name: float(row[name]) for name in ("us", "cudnn_us", "tflops")}
             except (KeyError, TypeError, ValueError) as error:
-                raise ValueError(f"{file} doesn't tell of {pass_} {layers.name(p)}; {ACCEPTED}") from error
+                raise ValueError(f"{file} has no row for {pass_} {layers.name(p)}; {ACCEPTED}") from error
             if not math.isclose(numbers["tflops"] * numbers["us"], 2e-6 * p.multiply_adds, rel_tol=1e-3):
-                raise ValueError(f"{file} holds {pass_} {layers.name(p)} of another batch size; {ACCEPTED}")
+                raise ValueError(f"{file} has {pass_} {layers.name(p)} for another batch size; {ACCEPTED}")
             for engine, us in (("triton", numbers["us"]), ("cudnn", numbers["cudnn_us"])):
                 launches, half = of_layer(p, role, pass_, dtype, engine)
                 times = [time(launch, device, gpu) for launch in launches]
@@ -471,13 +491,13 @@ def beside(file: Path, depth: int, batch: int, dtype: torch.dtype, device: Devic
 
 
 def spread(ratios: Sequence[float]) -> tuple[float, float, float]:
-    """Median, 10th and 90th percentile."""
+    """Return the median, 10th and 90th percentile."""
     tenths = statistics.quantiles(ratios, n=10, method="inclusive")
     return statistics.median(ratios), tenths[0], tenths[8]
 
 
 def spreads(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Predicted / measured by engine and pass."""
+    """Return the spread of predicted / measured by engine and pass."""
     found = []
     for engine in ("triton", "cudnn"):
         for pass_ in (*PASSES, "all"):
@@ -492,20 +512,23 @@ def spreads(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def positive(kind: type) -> Callable[[str], Any]:
+    """Return an argparse type that accepts positive finite numbers."""
+
     def parse(text: str) -> Any:
         value = kind(text)
         if not 0 < value < math.inf:
             raise ValueError
         return value
 
-    parse.__name__ = f"positive {kind.__name__}"  # argparse names it in its error
+    parse.__name__ = f"positive {kind.__name__}"  # the name in argparse's error message
     return parse
 
 
 def switch(text: str) -> tuple[str, bool]:
+    """Parse a fusion switch, NAME=0 or NAME=1."""
     name, _, value = text.partition("=")
     if value not in ("0", "1"):
-        raise argparse.ArgumentTypeError(f"{text!r}; accepted: NAME=0 and NAME=1")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a switch; accepted are NAME=0 and NAME=1")
     try:
         with dispatch.fusions(**{name: value == "1"}):
             return name, value == "1"
@@ -521,12 +544,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument("--backend", choices=BACKENDS, default="fastres")
     parser.add_argument("--gpu", choices=GPUS, default=problem.H200.name)
-    parser.add_argument("--goal", type=positive(float), metavar="IMG_PER_S", help="say what separates the step from it")
     parser.add_argument(
-        "--measured", type=Path, metavar="FILE", help="what bench/kernels.py wrote, of this net and batch"
+        "--goal", type=positive(float), metavar="IMG_PER_S", help="list where a step must save time for this rate"
     )
     parser.add_argument(
-        "--untried", action="store_true", help="take tiles that no GPU has run where the model prefers them"
+        "--measured",
+        type=Path,
+        metavar="FILE",
+        help="compare with a table that bench/kernels.py wrote for this net and batch",
+    )
+    parser.add_argument(
+        "--untried", action="store_true", help="use tiles that no GPU has run where the model prefers them"
     )
     parser.add_argument(
         "--fusions",
@@ -534,20 +562,20 @@ def main(arguments: list[str] | None = None) -> int:
         nargs="+",
         default=[],
         metavar="NAME=0|1",
-        help="of `fastres.ops.dispatch.fusions`, on or off",
+        help="switch fusions of `fastres.ops.dispatch.fusions` on or off",
     )
-    parser.add_argument("--csv", type=Path, help="write the rows here as well")
+    parser.add_argument("--csv", type=Path, help="also write the rows to this file")
     options = parser.parse_args(arguments)
     device, gpu = GPUS[options.gpu]
     dtype = DTYPES[options.dtype]
     if options.backend != "fastres" and (options.untried or options.fusions):
-        parser.error(f"--untried and --fusions are of --backend fastres; got {options.backend}")
+        parser.error(f"--untried and --fusions need --backend fastres: got {options.backend}")
     if options.measured is not None:
         try:
             lines = beside(options.measured, options.depth, options.batch, dtype, device, gpu)
         except (OSError, ValueError, csv.Error) as error:
             parser.error(f"--measured: {error}")
-        print(f"convolutions on their own, predicted beside {options.measured}\n{table(lines)}\n")
+        print(f"convolutions on their own, predictions compared with {options.measured}\n{table(lines)}\n")
         print(f"predicted / measured\n{table(spreads(lines))}\n")
 
     def record() -> list[Launch]:
@@ -561,7 +589,7 @@ def main(arguments: list[str] | None = None) -> int:
     title = f"ResNet-{options.depth}, {options.mode}, batch {options.batch}, {options.dtype}, {options.backend}"
     title += "".join(f", {name}={value:d}" for name, value in options.fusions)
     title += ", with tiles that no GPU has run" if options.untried else ""
-    print(f"{title}, {options.gpu}: microseconds as predicted, of all launches in a line")
+    print(f"{title}, {options.gpu}: predicted microseconds, summed over the launches of a line")
     print(f"{table([cells(row) for row in found])}\n\n{table(by_kernel(found))}\n")
     print(summary(found, launches, options.batch, measured))
     if options.goal is not None:

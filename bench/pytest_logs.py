@@ -1,15 +1,15 @@
-"""The record of what tests said on a machine, from pytest's own logs.
+"""Summarize pytest's logs from a machine in one record of its tests.
 
     python -m pytest -v -n 14 -k every_tile 2>&1 | tee out/tiles.log
     python bench/pytest_logs.py out/tiles.log out/nets.log --record bench/records
 
-Reads logs of `pytest -v` (pytest-xdist's lines too), oldest first by the date in them. Of a test that ran more than
-once the last result counts; a skip counts only where there is no other result, and an earlier failure is told. A file
-that pytest could not collect has failed. How many tests a file holds, chosen or not, is what tests/conftest.py says at
-the end of a run; a run that was killed says nothing, and then it is unknown. What stands in the record below
-"## Failures and their mends" is written by hand and stays.
+Reads logs of `pytest -v`, with or without pytest-xdist, in the order of the dates in them. If a test ran several times,
+its last result counts, except that a skip never replaces another result. Tests that failed earlier and passed later are
+listed. A file that pytest could not collect counts as failed. tests/conftest.py prints the number of tests in each file
+at the end of a run; if a run was killed before that, the number is unknown. The text of the record from the heading "##
+Failures and their mends" on is written by hand and is kept.
 
-The exit status is 1 where a test failed last or a run ended before its last test, else 0.
+The exit status is 1 if the last result of a test is a failure or if a run ended before its last test, else 0.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from pathlib import Path
 BY_HAND = "## Failures and their mends"
 RESULTS = {"PASSED": "passed", "FAILED": "failed", "ERROR": "failed", "SKIPPED": "skipped", "XFAIL": "skipped"}
 RESULTS["XPASS"] = "passed"
-# "[gw3] [ 12%] PASSED tests/x.py::y " of xdist, "tests/x.py::y PASSED   [ 12%]" without it.
+# With pytest-xdist a line is "[gw3] [ 12%] PASSED tests/x.py::y ", without it "tests/x.py::y PASSED   [ 12%]".
 SHARED = re.compile(rf"^\[gw\d+\] \[ *\d+%\] ({'|'.join(RESULTS)}) (tests/\S+?\.py::.*?) *$")
 ALONE = re.compile(rf"^(tests/\S+?\.py::.*?) ({'|'.join(RESULTS)})\b.*\[ *\d+%\] *$")
 COLLECTED = re.compile(r"^(?:collecting \.\.\. )?collected (\d+) items?(?:.* (\d+) selected)?")
@@ -36,7 +36,13 @@ COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 @dataclass
 class Run:
-    """One log: where it ran, how many tests were to run, the results, test by test, and what the files hold."""
+    """One log.
+
+    where: the machine, versions, commit and date, as tests/conftest.py prints them.
+    items: the number of tests that were to run.
+    results: the result of each test.
+    in_files: the number of tests in each file.
+    """
 
     name: str
     where: dict[str, str] = field(default_factory=dict)
@@ -46,7 +52,8 @@ class Run:
 
 
 def read(path: Path) -> Run:
-    """Raises ValueError for a log without results, or without the line by which tests/conftest.py says where it ran."""
+    """Read a log. Raises ValueError if it contains no results or lacks the line of tests/conftest.py that says where it
+    ran."""
     run = Run(path.stem)
     for line in COLOUR.sub("", path.read_text(errors="replace")).splitlines():
         if line.startswith("tested on: "):
@@ -65,18 +72,18 @@ def read(path: Path) -> Run:
         elif found := WORKERS.match(line):
             run.items += int(found[1])
     if not (run.where and run.items and run.results):
-        raise ValueError(f"{path} is no log of `pytest -v` with results and the line 'tested on: ...'")
+        raise ValueError(f"{path} is not a log of `pytest -v` with results and the line 'tested on: ...'")
     return run
 
 
 def note(run: Run, test: str, said: str) -> None:
-    """A test that passed and whose teardown then failed has failed."""
+    """Add a result. A test that passed but whose teardown failed counts as failed."""
     if run.results.get(test) != "failed":
         run.results[test] = RESULTS[said]
 
 
 def render(runs: list[Run]) -> str:
-    """The record's generated part. The runs must share device and versions."""
+    """Return the generated part of the record. Raises ValueError if the runs differ in device or versions."""
     first = runs[0].where
     for run in runs:
         for name in first.keys() | run.where.keys():
@@ -116,7 +123,8 @@ def render(runs: list[Run]) -> str:
 
 
 def held_by(runs: list[Run]) -> dict[str, int]:
-    """How many tests each file holds: the most that a run says, since one may have been given single tests."""
+    """Return the number of tests in each file: the largest of all runs, since a run may have collected only some of
+    them."""
     held: Counter[str] = Counter()
     for run in runs:
         held |= Counter(run.in_files)
@@ -124,19 +132,20 @@ def held_by(runs: list[Run]) -> dict[str, int]:
 
 
 def cells(count: Counter[str], tests: int | None) -> list[str]:
-    """Tests in all, passed, failed, skipped and not run, in words where it isn't known how many there are."""
+    """Return the numbers of tests, in total, passed, failed, skipped and not run; "unknown" if the total isn't
+    known."""
     numbers = [count["passed"], count["failed"], count["skipped"]]
     total, rest = ("unknown", "unknown") if tests is None else (tests, tests - sum(numbers))
     return [str(cell) for cell in (total, *numbers, rest)]
 
 
 def missing(run: Run) -> int:
-    """Tests of a run that was stopped before it reached them."""
+    """Return the number of tests that a run did not reach before it was stopped."""
     return max(0, run.items - len(run.results))
 
 
 def final(runs: list[Run]) -> tuple[dict[str, str], set[str]]:
-    """The last result of every test, and the tests that have failed at least once."""
+    """Return the last result of every test, and the tests that failed at least once."""
     last: dict[str, str] = {}
     failed: set[str] = set()
     for run in runs:
@@ -146,7 +155,7 @@ def final(runs: list[Run]) -> tuple[dict[str, str], set[str]]:
 
 
 def named_by_gpu(folder: Path, run: Run) -> Path:
-    """The record's file in `folder`, named as tables of tiles are."""
+    """Return the record's path in `folder`, with the GPU's name written as in tables of tiles."""
     from fastres.kernels.tables import table_file
 
     return folder / f"{table_file(run.where['device']).stem}-tests.md"
@@ -156,7 +165,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("logs", nargs="+", type=Path, metavar="LOG", help="logs of pytest -v")
     parser.add_argument(
-        "--record", type=Path, metavar="FILE", help="write it here, in a folder as <gpu>-tests.md; default: print it"
+        "--record",
+        type=Path,
+        metavar="FILE",
+        help="write the record to FILE, or to <gpu>-tests.md in a folder; default: print it",
     )
     options = parser.parse_args(arguments)
     try:

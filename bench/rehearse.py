@@ -1,11 +1,11 @@
-"""A script of bench/ that measures on a GPU, rehearsed where there is none: nothing it writes is a measurement.
+"""Rehearse a script of bench/ that measures on a GPU, on a machine without one. Nothing it writes is a measurement.
 
     FASTRES_CACHE_DIR=out/rehearsal/cache python bench/rehearse.py bench/tune.py --batch 1 --size 32 --tiles 1
 
-An H200 is feigned. It is called "rehearsal", and so is the table of tiles that is written for it. Tensors lie in the
-CPU's memory. Kernels are compiled for an H200 and launched against a stub driver that runs nothing
-(tests/helpers/stub_cuda.py): every result counts as right. The library's convolutions run on the CPU. No time is taken:
-each thing that is timed gets a little less than the one before.
+It simulates an H200 that is called "rehearsal", which is also the name of the table of tiles that is written for it.
+Tensors are in CPU memory. Kernels are compiled for an H200 and launched against a stub driver that runs nothing
+(tests/helpers/stub_cuda.py), so every result counts as right. The library's convolutions run on the CPU. Nothing is
+timed: each reported time is a little shorter than the one before.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ NAME = "rehearsal"
 
 
 class CPUInstead:
-    """torch for a script that asks for the device "cuda"."""
+    """Stands in for the module torch in a script and replaces the device "cuda" by the CPU."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(torch, name)
@@ -36,7 +36,7 @@ class CPUInstead:
 
 
 def stand_in(script: ModuleType) -> Any:
-    """Put everything in place, for as long as this process lives; returns what must live as long."""
+    """Put all stand-ins in place for the lifetime of this process. The returned object must be kept alive as long."""
     sys.path.append(str(TESTS))
     import layers
     import stub_cuda
@@ -54,7 +54,7 @@ def stand_in(script: ModuleType) -> Any:
         "synchronize": None,
     }.items():
         setattr(torch.cuda, question, lambda *_, answer=answer: answer)
-    checks.INTERPRETER = checks.H200._replace(name=NAME)  # it stands for the CPU's memory
+    checks.INTERPRETER = checks.H200._replace(name=NAME)  # the GPU reported for tensors in CPU memory
     for module in (fprop, stem):
         module.check_device = lambda *_: None
     dispatch._kernel_less = lambda device: None
@@ -72,7 +72,7 @@ def stand_in(script: ModuleType) -> Any:
     return driver
 
 
-# A process that the script starts imports this file, too, and has the same in place.
+# Processes that the script starts import this file as well, and get the same stand-ins.
 sys.path.insert(0, str(Path(__file__).parent))
 script = importlib.import_module(Path(sys.argv[1]).stem)
 alive = stand_in(script)

@@ -1,10 +1,10 @@
-"""The option-A shortcut on the CPU against its plain-PyTorch formulation: `pytest bench/shortcut.py --benchmark-only`.
+"""Compare the option-A shortcut on the CPU with plain PyTorch: `pytest bench/shortcut.py --benchmark-only`.
 
-Every option-A transition of ResNet-18/34 (224 pixels) and of the CIFAR nets x batch x dtype x memory format, alone and
-fused with the block's end. Rows of one group are one problem: `reference` is F.pad (+ add + relu), `fastres` the
-operator; `forward` records for autograd, `backward` is the gradient of the inputs. Times are one thread's CPU time, on
-which other load on the machine has little influence. A record of this machine, no gate; `--benchmark-json FILE` keeps
-it, `-k` picks ("fused and nhwc and 128").
+Covers every option-A transition of ResNet-18/34 (224 pixels) and of the CIFAR nets, times batch, dtype and memory
+format, alone and fused with the block's addition and ReLU. A group of rows is one problem: `reference` is F.pad (+ add
++ relu), `fastres` the operator. `forward` records for autograd, and `backward` computes the gradients of the inputs.
+Times are the CPU time of one thread, which other load on the machine hardly affects. They describe this machine and
+have no limits to meet. `--benchmark-json FILE` saves them, and `-k` selects ("fused and nhwc and 128").
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 
 from fastres.ops import extension, reference, shortcut
 
-TRANSITIONS = {  # C, H = W; the transition halves H and doubles C
+TRANSITIONS = {  # C and H = W; the transition halves H and doubles C
     "imagenet 56": (64, 56),
     "imagenet 28": (128, 28),
     "imagenet 14": (256, 14),

@@ -1,11 +1,11 @@
-"""Where a step's time on the GPU goes, kernel by kernel.
+"""Show where a step's time on the GPU goes, kernel by kernel.
 
     python bench/timeline.py --backend fastres-graph --mode train
     python bench/timeline.py --backend fastres-optimize --mode infer --batch 1 --csv out/timeline.csv
 
-Runs one backend of bench/run.py on ResNet-50 (or --net) under PyTorch's profiler and prints, for every kernel, how
-often a step runs it, its microseconds a step and its share; then the sum, and the time from the first kernel's start to
-the last one's end: the difference is the GPU waiting. Needs a CUDA GPU.
+Runs one backend of bench/run.py on ResNet-50 (or --net) under PyTorch's profiler. Prints for every kernel how often a
+step runs it, its microseconds per step and its share; then the sum, and the time from the first kernel's start to the
+last one's end. The difference between the two is time in which the GPU waits. Needs a CUDA GPU.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from torch.profiler import ProfilerActivity, profile
 from fastres.models import families
 
 COLUMNS = ("kernel", "calls", "us", "share")
-STEPS = 3  # profiled, behind as many that warm up
+STEPS = 3  # number of profiled steps, which follow the same number of warm-up steps
 
 
 @contextmanager
 def running(backend: backends.Backend, case: backends.Case) -> Iterator[Callable[[int], Any]]:
-    """Yields the step of `case` as bench/run.py has it, by the number of its batch."""
+    """Yield the step of `case` as bench/run.py runs it, a function of the number of its batch."""
     torch.backends.cudnn.benchmark = True
     batches = inputs(case.batch, case.size)
     generator = torch.Generator().manual_seed(SEED)
@@ -44,7 +44,8 @@ def running(backend: backends.Backend, case: backends.Case) -> Iterator[Callable
 
 
 def kernels(step: Any) -> tuple[dict[str, tuple[float, float]], float]:
-    """name -> (calls, microseconds) a step; and microseconds a step from first start to last end."""
+    """Return a dict name -> (calls, microseconds) per step, and the microseconds per step from first start to last
+    end."""
     for i in range(STEPS):
         step(i)
     torch.cuda.synchronize()
@@ -62,7 +63,7 @@ def kernels(step: Any) -> tuple[dict[str, tuple[float, float]], float]:
 
 
 def short(name: str) -> str:
-    """A kernel's name without its template arguments and parameters."""
+    """Return a kernel's name without template arguments and parameters."""
     while (bare := re.sub(r"<[^<>]*>|\([^()]*\)", "", name)) != name:
         name = bare
     return re.sub(r"^void ", "", name)[:90]
@@ -75,10 +76,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--backend", choices=backends.BACKENDS, default="fastres-graph")
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
-    parser.add_argument("--csv", type=Path, help="write the rows here as well")
+    parser.add_argument("--csv", type=Path, help="also write the rows to this file")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
-        parser.error("no CUDA GPU, whose time this tells")
+        parser.error("no CUDA GPU: this script measures its time")
     size = families.usual_size(options.net)
     device = torch.device("cuda", torch.cuda.current_device())
     case = backends.Case(options.net, options.mode, options.batch, DTYPES[options.dtype], size, device)

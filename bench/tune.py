@@ -1,20 +1,22 @@
-"""Measures every tile of every convolution of a net and writes this GPU's table, which dispatch and kernels follow.
+"""Time every candidate tile of every convolution of a net, and write this GPU's table, which dispatch and kernels
+follow.
 
     python bench/tune.py --depth 50 --batch 256             # into the user's cache folder
     python bench/tune.py --depth all --batch 256 --ship     # into kernels/tables/, to be committed
-    python bench/tune.py --merge nvidia-h200.json           # what another machine measured, into kernels/tables/, too
+    python bench/tune.py --merge nvidia-h200.json           # also into kernels/tables/: another machine's measurements
 
-Per problem and pass: the candidates of `fastres.kernels.tiles` that agree with cuDNN's result are timed; the best is
-set against cuDNN, and the faster of the two is the winner. Either does what the net has it do in the problem's most
-frequent role there (bench/layers.py): in training cuDNN's convolution with our passes around it, in inference cuDNN's
-fused convolution as `fastres.optimize` runs it. What our kernel may compute while it loads is tried both ways, on load
-and stored before. All candidates are compiled first, by as many processes as there are CPUs.
+A problem is the shape of a convolution. For each problem and pass, the candidates of `fastres.kernels.tiles` whose
+result agrees with cuDNN's are timed. The best is compared with cuDNN, and the faster of the two wins. Both do the work
+that the net has around the convolution in the problem's most frequent role (bench/layers.py): in training, cuDNN's
+convolution with our memory-bound kernels around it; in inference, cuDNN's fused convolution as `fastres.optimize` runs
+it. An operand that our kernel can compute while it loads is tried both ways: computed on load, and stored before. All
+candidates are compiled first, by as many processes as there are CPUs.
 
-A process of its own measures, and nothing that happens there ends the run. Where a kernel hangs, breaks the CUDA
-context or takes its process with it, cuDNN keeps that problem, a note in the table says why, and a fresh process
-goes on. The table is rewritten before and after every problem: what was being measured when a run was stopped is
-"unfinished" there. A second run goes on with what is missing, then with what is unfinished; --again measures everything
-once more. Needs a CUDA GPU.
+Measurements run in a separate process, and nothing that happens there ends the run. If a kernel hangs, breaks the CUDA
+context or kills its process, cuDNN wins that problem, a note in the table gives the reason, and a new process
+continues. The table is written before and after every problem; a problem that was being measured when a run was stopped
+is marked "unfinished". The next run measures missing problems first, then unfinished ones. --again measures everything
+again. Needs a CUDA GPU.
 """
 
 from __future__ import annotations
@@ -50,22 +52,23 @@ from fastres.kernels.tiles import Tile
 from fastres.ops import dispatch, reference
 from fastres.ops.conv_bn import ConvBN, bind, conv_bn
 
-TUNED = (*PASSES, "chain")  # the chain last: what it is set against is then tuned
+TUNED = (*PASSES, "chain")  # the chain comes last, when the kernels it is compared with are tuned
 START = 120  # seconds for a process to start and reach the GPU
-PATIENCE, COMPILING = 40, 120  # seconds for a problem; where it may have to compile its candidates first
-NOISE = 1.01  # two timings of one kernel differ by so much; what is as fast as the library stays ours
-FEW = 2  # candidates that have little hope: without TMA where it serves, and see `numbers`
+# Seconds for a problem; the second applies if its candidates may still have to be compiled.
+PATIENCE, COMPILING = 40, 120
+NOISE = 1.01  # two timings of one kernel differ by this factor; our kernel wins if it is as fast as the library
+FEW = 2  # number of candidates that are unlikely to win: those without TMA where TMA serves, and see `numbers`
 ON_LOAD = {"fprop": "fprop_on_load", "dgrad": "dz_on_load", "wgrad": "wgrad_on_load"}  # a table's `on_load`, by pass
 
-Task = tuple[str, ConvProblem, Role]  # what is measured: a pass of a problem in its role
+Task = tuple[str, ConvProblem, Role]  # a pass of a problem in its role, which is measured as a unit
 
 
 def candidates(pair: ConvBN, pass_: str, role: Role, dtype: torch.dtype, device: torch.device, most: int) -> list[Tile]:
-    """The `most` most promising tiles and the persistent ones, by TMA where it can carry the operands, and by
+    """Return the `most` most promising tiles and all persistent ones, with TMA if it can load the operands, and with
     pointers."""
     problem, gpu = pair.problem, gpu_of(device)
     like = torch.empty(0, dtype=dtype, device="meta")
-    refusal = tma_refusal if pass_ == "dgrad" else fprop_tma_refusal  # wgrad reads x as fprop does
+    refusal = tma_refusal if pass_ == "dgrad" else fprop_tma_refusal  # wgrad reads x like fprop
     carried = torch.cuda.get_device_capability(device) >= TMA and refusal(problem, like) is None
     operands = 2 if role.summed and pair.engines.dz_on_load else 1
     tried: list[Tile] = []
@@ -85,8 +88,10 @@ def candidates(pair: ConvBN, pass_: str, role: Role, dtype: torch.dtype, device:
 
 
 def promising(pass_: str, found: Sequence[Tile], most: int) -> list[Tile]:
-    """The first `most` of tiles, for inference of those with splits as many as of those without, and all of persistent
-    programs: nothing that was measured says how well the model compares these with the others."""
+    """Return the first `most` tiles and all persistent ones. For inference, tiles with splits are counted separately.
+
+    Measurements don't say how well the model compares persistent and split tiles with the others.
+    """
     usual = [tile for tile in found if not tile.persistent]
     cut = [tile for tile in usual if tile.splits > 1] if pass_ == "infer" else []
     kept = [tile for tile in usual if tile not in cut][:most] + cut[:most]
@@ -96,8 +101,11 @@ def promising(pass_: str, found: Sequence[Tile], most: int) -> list[Tile]:
 def stem_candidates(
     problem: ConvProblem, pass_: str, dtype: torch.dtype, device: torch.device, most: int
 ) -> list[Tile]:
-    """The `most` most promising tiles of the kernels over packed images; forward by TMA, where each has every box of 8
-    or 16 neighbouring windows, too, and by pointers."""
+    """Return the `most` most promising tiles of the kernels over packed images.
+
+    In the forward pass these are tiles that load by TMA, each also with every box whose rows have 8 or 16 neighbouring
+    windows, and tiles that load by pointers.
+    """
     gpu, ieee = gpu_of(device), dtype == torch.float32
     if pass_ == "wgrad":
         return tiles.stem_wgrad_tiles(problem, dtype.itemsize, gpu, ieee)[:most]
@@ -111,25 +119,28 @@ def stem_candidates(
 
 
 def over_images(pass_: str, problem: ConvProblem) -> bool:
-    """Whether the kernels over packed images serve a pass, too."""
+    """Return whether the kernels over packed images also serve this pass."""
     return pass_ in ("infer", "fprop", "wgrad") and stem_refusal(problem) is None
 
 
 def rebound(pair: ConvBN, **engines: Any) -> ConvBN:
-    """The pair with some of its engines, or what they compute on load, replaced."""
+    """Return the pair (a convolution with its BatchNorm) with some engines, or what they compute on load, replaced."""
     return bind(pair.problem, pair.eps, pair.batch_statistics, replace(pair.engines, **engines))
 
 
 def packed_pair(pair: ConvBN) -> ConvBN:
-    """The pair by the kernels over packed images."""
+    """Return the pair run by the kernels over packed images."""
     return rebound(pair, infer="stem", fprop="stem", wgrad="stem")
 
 
 def our_pairs(
     problem: ConvProblem, pass_: str, role: Role, dtype: torch.dtype, device: torch.device, dz_on_load: bool
 ) -> list[ConvBN]:
-    """The convolution with our kernel for every pass, by what it computes on load: as the rules have it, and
-    where the pass has a choice the other way. dz_on_load: the rule for dgrad; for wgrad what dgrad does."""
+    """Return the pair with our kernel in every pass: first with the default choice of what is computed on load, then,
+    if the pass has a choice, with the opposite one.
+
+    `dz_on_load` is the default for dgrad, and for wgrad what dgrad does.
+    """
     ours: Any = dict.fromkeys(("infer", "fprop", "dgrad", "wgrad"), "triton")
     ours |= {"fprop_on_load": True, "wgrad_on_load": True, "dz_on_load": dz_on_load}
     pair = rebound(layers.pair(problem, dtype, device), **ours)
@@ -141,13 +152,16 @@ def our_pairs(
 
 
 def numbers(pass_: str, most: int) -> tuple[int, int]:
-    """How many candidates are tried by the rule for what is done on load and against it: few but in wgrad, where an
-    H200 stored the activation of most 3x3 convolutions."""
+    """Return the number of candidates to try for the default choice of what is computed on load, and for the opposite
+    choice.
+
+    The second is small, except in wgrad, where storing the activation won for most 3x3 convolutions on an H200.
+    """
     return most, most if pass_ == "wgrad" else min(most, FEW)
 
 
 def with_tile(tile: Tile | None, work: Callable[[], Any]) -> Any:
-    """`work()`, whose convolutions by our kernels run with `tile`."""
+    """Return `work()` with `tile` for all convolutions by our kernels."""
     with ExitStack() as stack:
         of_passes = (fprop, "conv_fprop"), (dgrad, "conv_dgrad"), (wgrad, "conv_wgrad")
         for module, name in (*of_passes, (stem, "conv_stem"), (stem, "conv_stem_wgrad")):
@@ -158,29 +172,31 @@ def with_tile(tile: Tile | None, work: Callable[[], Any]) -> Any:
 def compile_candidate(
     problem: ConvProblem, engines: dispatch.Engines, pass_: str, role: Role, dtype: torch.dtype, tile: Tile
 ) -> None:
-    """What `ways` yields, launched on meta tensors for `precompile`."""
+    """Launch a candidate of `ways` on meta tensors, for `precompile`."""
     operands = Operands.random(problem, dtype, torch.device("meta"))
     with_tile(tile, layers.call(bind(problem, 0.0, True, engines), pass_, operands, role))
 
 
 def tolerance(problem: ConvProblem, pass_: str, dtype: torch.dtype) -> float:
-    """The relative L2 by which two right results of one pass may differ.
+    """Return the relative L2 distance that two correct results of a pass may have.
 
-    Each is rounded once, and may be made of tensors rounded once more, by half of an eps at most: two in all. Sums in
-    fp32 go astray like a random walk.
+    Each is rounded once and may be computed from tensors that were rounded once more, by at most half an eps each time:
+    two eps in all. The error of sums in fp32 grows like a random walk.
     """
     terms = problem.gemm(pass_).k  # type: ignore[arg-type]
     return 2 * (torch.finfo(dtype).eps + math.sqrt(terms) * torch.finfo(torch.float32).eps)
 
 
 def agrees(result: Tensor, expected: Tensor, tolerance: float) -> bool:
-    """Whether two tensors differ by a relative L2 of `tolerance` at most; never true for a NaN."""
+    """Return whether the relative L2 distance of two tensors is at most `tolerance`. It never is if one contains
+    NaN."""
     error = torch.dist(result.double(), expected.double()) / expected.double().norm()
     return error.item() <= tolerance
 
 
 def parts(pass_: str, result: Any, operands: Operands) -> tuple[list[Tensor], Tensor | None]:
-    """What `layers.call` returned: the tensors that both engines compute, and the partials of sums over the last."""
+    """Split a result of `layers.call` into the tensors that both engines compute and the partial sums over the last of
+    them."""
     if isinstance(result, Tensor):
         return [result], None
     *tensors, partials = result
@@ -191,11 +207,14 @@ def parts(pass_: str, result: Any, operands: Operands) -> tuple[list[Tensor], Te
 
 
 def sums_agree(partials: Tensor, value: Tensor, below: tuple[Tensor, Tensor] | None) -> bool:
-    """Whether partials [T, 3 or 2, K], merged, are the sums over `value` [N, H, W, K], as stored: number, mean and
-    squared distances from it; with below = (z, mean) its sum and that of value (z - mean).
+    """Return whether the partial sums [T, 3 or 2, K], merged, are those of `value` [N, H, W, K] as it is stored.
 
-    Each partial sums n/T values in fp32, which errs by up to eps sqrt(n/T) of their magnitudes, like a random walk, and
-    T such errors of either sign meet as sqrt(T). Four times that: of 10^4 channels the worst must pass.
+    They are number, mean and squared distances from the mean or, if below = (z, mean), the sums of value and of value
+    (z - mean).
+
+    Each partial sums n/T values in fp32, with an error of up to eps sqrt(n/T) of their magnitudes, like a random walk.
+    T such errors of either sign add up like sqrt(T). Four times that is accepted, because the worst of 10^4 channels
+    must pass.
     """
     v, pixels = value.double(), (0, 1, 2)
     if below is None:
@@ -217,7 +236,8 @@ def sums_agree(partials: Tensor, value: Tensor, below: tuple[Tensor, Tensor] | N
 def right(
     pass_: str, role: Role, operands: Operands, result: Any, expected: Sequence[Tensor], tolerance: float
 ) -> bool:
-    """Whether `result` is the library's up to rounding, and the sums that come with it are those of its own values."""
+    """Return whether `result` equals the library's up to rounding errors and its partial sums are those of its own
+    values."""
     tensors, partials = parts(pass_, result, operands)
     if not all(agrees(a, b, tolerance) for a, b in zip(tensors, expected, strict=True)):
         return False
@@ -230,7 +250,7 @@ def right(
 def ways(
     ours: Sequence[ConvBN], pass_: str, role: Role, operands: Operands, most: int
 ) -> Iterator[tuple[str, Tile | None, ConvBN, Callable[[], Any]]]:
-    """(engine, tile, pair, work) of everything of ours that may serve; `ours` as of `our_pairs`."""
+    """Yield (engine, tile, pair, work) for every candidate of ours. `ours` comes from `our_pairs`."""
     x = operands.x
     for pair, number in zip(ours, numbers(pass_, most), strict=False):
         work = layers.call(pair, pass_, operands, role)
@@ -252,12 +272,13 @@ def tune(
     most: int,
     dz_on_load: bool,
 ) -> tuple[Measurement, str]:
-    """(Measurement, line): the winner of one problem. dz_on_load as of `our_pairs`.
+    """Measure one problem and return (Measurement, line to print). `dz_on_load` is as in `our_pairs`.
 
-    dz is computed on load only where dgrad and wgrad are both ours, yet each has a winner of its own in the table.
-    dgrad comes first, as if wgrad had the same engine; wgrad then reads dz as dgrad's winner has it. What stores dz
-    where another way needs no pass for it is charged half of that pass; where all of them store it, none is. (Where
-    wgrad then goes to the library after all, dz is stored for both, and the pair takes longer than either line says.)
+    dz, the gradient of a convolution's output, can only be computed on load if dgrad and wgrad both run on our kernels,
+    but each has its own winner in the table. dgrad is measured first, on the assumption that wgrad has the same engine;
+    wgrad then reads dz in the way of dgrad's winner. A candidate that needs a stored dz is charged half of the pass
+    that stores it, but only if some other candidate needs no such pass. (If the library wins wgrad after all, dz is
+    stored for both, and the two together take longer than their lines say.)
     """
     operands = Operands.random(problem, dtype, device)
     with fastres.backend("cudnn"):
@@ -279,7 +300,7 @@ def tune(
                 failed.append(f"{engine} {tile} gives a wrong result")
                 continue
             us = cost(pair, work)
-        except Exception as error:  # a tile that this GPU cannot run is no candidate; say so and go on
+        except Exception as error:  # a tile that this GPU can't run: report it and go on
             if lost_context() is not None:
                 raise RuntimeError(f"{engine} {tile}: {first_line(error)}") from error
             failed.append(f"{engine} {tile}: {first_line(error)}")
@@ -295,7 +316,8 @@ def tune(
 
 
 def dz_on_load(table: tables.Table, pass_: str, problem: ConvProblem, dtype: torch.dtype) -> bool:
-    """Whether dz is computed on load: the rule, but for wgrad what won for dgrad where that was measured or failed."""
+    """Return whether dz is computed on load: by default as dispatch's rule says, but for wgrad as dgrad's winner does
+    if the table has it."""
     found = table.get(("dgrad", problem, dtype)) if pass_ == "wgrad" else None
     if found is None or found.note == tables.UNFINISHED:
         return dispatch.bn_backward_on_load(problem)
@@ -303,20 +325,22 @@ def dz_on_load(table: tables.Table, pass_: str, problem: ConvProblem, dtype: tor
 
 
 def first_line(error: Exception) -> str:
+    """Return the error's type and the first line of its message."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:160] if lines else 'no message'}"
 
 
 def chained(problem: ConvProblem, role: Role) -> bool:
-    """Whether a bottleneck net continues this 3x3 in a way that `bottleneck_chain` serves."""
+    """Return whether a bottleneck net continues this 3x3 convolution in a way that `bottleneck_chain` serves."""
     p = problem
     return role.place == "inner" and (p.R, p.stride, p.groups) == (3, 1, 1) and p.C == p.K and p.C in (64, 128)
 
 
 def tune_chain(problem: ConvProblem, dtype: torch.dtype, device: torch.device) -> tuple[Any, str]:
-    """(Measurement, line): one kernel for a block's 3x3, its expansion and the next block's reduction, or three."""
+    """Measure a block's 3x3 convolution, its expansion and the next block's reduction as one kernel and as three.
+    Returns (Measurement, line to print)."""
     p = problem
-    tables.forget_tables()  # dispatch goes by what this run has measured so far
+    tables.forget_tables()  # lets dispatch use the measurements of this run
     conv_bn.cache_clear()
     expand, reduce = (ConvProblem(p.N, p.H, p.W, c, k) for c, k in ((p.C, 4 * p.C), (4 * p.C, p.C)))
     three = [(layers.pair(q, dtype, device), Operands.random(q, dtype, device)) for q in (p, expand, reduce)]
@@ -341,19 +365,19 @@ def tune_chain(problem: ConvProblem, dtype: torch.dtype, device: torch.device) -
 
 
 class Tuner:
-    """Measures in a process of its own (`Worker`)."""
+    """The object that measures, in its own process (`Worker`)."""
 
     def __init__(self, dtype: torch.dtype, most: int) -> None:
         self.dtype, self.device, self.most = dtype, torch.device("cuda"), most
         torch.backends.cudnn.benchmark = True
-        torch.backends.cudnn.allow_tf32 = False  # with TF32, fp32 is the library's whatever is faster
+        torch.backends.cudnn.allow_tf32 = False  # with TF32 on, dispatch gives fp32 to the library anyway
 
     def reach(self) -> None:
-        """Waits for the GPU."""
+        """Wait until the GPU answers."""
         torch.zeros(1, device=self.device).item()
 
     def tune(self, problem: ConvProblem, pass_: str, role: Role, dz_on_load: bool) -> tuple[Measurement, str]:
-        """(Measurement, line) of one problem; dz_on_load as of `our_pairs`."""
+        """Return (Measurement, line to print) of one problem. `dz_on_load` is as in `our_pairs`."""
         if pass_ == "chain":
             return tune_chain(problem, self.dtype, self.device)
         return tune(problem, pass_, role, self.dtype, self.device, self.most, dz_on_load)
@@ -366,7 +390,7 @@ def compile_candidates(
     most: int,
     processes: int,
 ) -> bool:
-    """Compiles what will be measured; whether nothing is left to compile then."""
+    """Compile all candidates that will be measured, and return whether none is left to compile."""
     start = time.monotonic()
     tasks: list[precompile.Task] = [
         (compile_candidate, (problem, pair.engines, pass_, role, dtype, tile))
@@ -397,10 +421,11 @@ def measure(
     patience: float,
     end: float,
 ) -> None:
-    """Measures one task after the other, none after `end` of `time.monotonic`, and puts the results into the table.
+    """Measure the tasks one after the other and put the results into the table. No task starts after `end`, a time of
+    `time.monotonic`.
 
-    The table is saved before each, with the task as unfinished, and behind it; a task that raised leaves it as it was.
-    Raises WorkerLost where no process reaches the GPU.
+    The table is saved before each task, with the task marked as unfinished, and after it. A task that raises an error
+    leaves its entry unchanged. Raises WorkerLost if no process can reach the GPU.
     """
     with ExitStack() as stack:
         worker: Worker | None = None
@@ -420,7 +445,7 @@ def measure(
             except WorkerLost as error:
                 worker = None
                 table[key], text = Measurement("cudnn", None, note=error.verdict), f"{title} left to cuDNN: {error}"
-            except Exception as error:  # memory that ran out; the chain on a GPU that can't run it
+            except Exception as error:  # out of memory, or a chain that this GPU can't run
                 text = f"{title} not measured: {first_line(error)}"
                 if before is None or before.note == tables.UNFINISHED:
                     del table[key]
@@ -431,32 +456,39 @@ def measure(
 
 
 def merge(file: Path) -> str:
-    """Put a table's measurements into the shipped table of its GPU; says how many. Raises ValueError for no table."""
+    """Merge a table's measurements into the shipped table of its GPU and return a line that says how many. Raises
+    ValueError if the file is not a table."""
     gpu, measured = tables.read_table_of(file)
     shipped = tables.table_file(gpu.name, tables.SHIPPED)
     new = {key: found for key, found in measured.items() if found.note != tables.UNFINISHED}
     tables.write_table(tables.read_table(shipped) | new, shipped, gpu)
-    return f"{len(new)} problems of {file} are in {shipped}"
+    return f"{len(new)} problems of {file} are now in {shipped}"
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--depth", choices=("18", "34", "50", "101", "152", "all"), default="50")
     parser.add_argument("--batch", type=int, default=256)
-    parser.add_argument("--size", type=int, default=224, help="height and width of the images")
+    parser.add_argument("--size", type=int, default=224, help="height and width of the images; default: 224")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument("--pass", dest="passes", action="append", choices=TUNED, help="default: all of them")
-    of_tiles = "candidate tiles per problem, and for inference as many with splits; default: 6"
+    of_tiles = "candidate tiles per problem, and in inference the same number with splits; default: 6"
     parser.add_argument("--tiles", type=int, default=6, help=of_tiles)
     parser.add_argument(
-        "--seconds", type=float, default=460, help="start no problem after so many seconds; default: 460"
+        "--seconds", type=float, default=460, help="start no problem after this many seconds; default: 460"
     )
-    parser.add_argument("--jobs", type=int, default=precompile.cpus(), help="processes that compile; default: CPUs")
-    patience = f"seconds one problem may take; default: {PATIENCE}, or {COMPILING} if not all was compiled before"
+    parser.add_argument(
+        "--jobs", type=int, default=precompile.cpus(), help="number of processes that compile; default: number of CPUs"
+    )
+    patience = (
+        f"seconds one problem may take; default: {PATIENCE}, or {COMPILING} if candidates are still to be compiled"
+    )
     parser.add_argument("--patience", type=float, help=patience)
-    parser.add_argument("--ship", action="store_true", help="write kernels/tables/ instead of the user's own folder")
-    parser.add_argument("--merge", type=Path, metavar="FILE", help="put a table into kernels/tables/ and stop")
-    parser.add_argument("--again", action="store_true", help="measure what the table has already, too")
+    parser.add_argument(
+        "--ship", action="store_true", help="write to kernels/tables/ instead of the user's cache folder"
+    )
+    parser.add_argument("--merge", type=Path, metavar="FILE", help="merge a table into kernels/tables/ and exit")
+    parser.add_argument("--again", action="store_true", help="also measure problems that the table already has")
     options = parser.parse_args(arguments)
     if options.merge:
         try:
@@ -465,7 +497,7 @@ def main(arguments: list[str] | None = None) -> int:
             parser.error(str(error))
         return 0
     if not torch.cuda.is_available():
-        parser.error("tuning measures on a CUDA GPU, and there is none")
+        parser.error("tuning needs a CUDA GPU, and torch sees none")
     device, dtype = torch.device("cuda"), DTYPES[options.dtype]
     gpu = gpu_of(device)
     path = tables.table_file(gpu.name, tables.SHIPPED if options.ship else None)

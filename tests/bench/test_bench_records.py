@@ -106,7 +106,11 @@ def test_what_is_no_log_or_another_machines_is_refused(
     bare, empty = tmp_path / "bare.log", log(tmp_path / "empty.log", result[0])
     bare.write_text("\n".join(result) + "\n")
     here, there = (log(tmp_path / f"{name}.log", *result, where=WHERE | {"device": name}) for name in ("here", "there"))
-    told = [([bare], "is no log of"), ([empty], "is no log of"), ([here, there], "there ran with device there")]
+    told = [
+        ([bare], "is not a log of"),
+        ([empty], "is not a log of"),
+        ([here, there], "there ran with device there"),
+    ]
     for arguments, message in told:
         with pytest.raises(SystemExit):
             proof.main(list(map(str, arguments)))

@@ -149,7 +149,7 @@ def test_a_failed_proof_ends_what_follows(
 ) -> None:
     given = {"a": "raise SystemExit(1)", "proof": gpu.Part(["-c", "raise SystemExit(1)"], proof=True), "b": "0"}
     assert run(gpu, monkeypatch, given, "--out", str(tmp_path)) == 3
-    assert "a (exit 1), proof (exit 1), b (not begun: proof did not pass)" in capsys.readouterr().out
+    assert "a (exit 1), proof (exit 1), b (not started: proof did not pass)" in capsys.readouterr().out
     assert not (tmp_path / "b.log").exists()
     assert run(gpu, monkeypatch, given, "--out", str(tmp_path), "--keep-going") == 2
     given["proof"] = gpu.Part(["-c", "0"], proof=True)
@@ -163,11 +163,11 @@ def test_what_does_not_fit_is_not_begun(
 ) -> None:
     given = {"a": "0", "b": gpu.Part(["-c", "0"], 20)}
     assert run(gpu, monkeypatch, given, "--out", str(tmp_path), "--minutes", "0.5") == 1
-    assert "failed: a (not begun: 30 s are left, its limit is 480 s)" in capsys.readouterr().out
+    assert "failed: a (not started: 30 s are left, its limit is 480 s)" in capsys.readouterr().out
     assert status(tmp_path, "b") == 0
     monkeypatch.setattr(gpu, "PLANS", {1: type(gpu.PLANS[1])("some", ("b",), ("a",))})
     assert gpu.main(["--plan", "1", "--minutes", "0.5", "--out", str(tmp_path)]) == 0
-    assert "== a (not begun: " in capsys.readouterr().out
+    assert "== a (not started: " in capsys.readouterr().out
     for options in (["--jobs", "0"], ["--minutes", "0"], ["--plan", "1", "a"], ["c"], ["--tables", "/nowhere"]):
         with pytest.raises(SystemExit):
             gpu.main(options)
@@ -277,7 +277,7 @@ def test_tables_of_an_earlier_machine_are_found(
     assert run(gpu, monkeypatch, {"look": code}, *options) == 0
     assert (out / "look.log").read_text().splitlines() == [f"{name}: {name}" for name in sorted(folders)]
     said = capsys.readouterr().out.splitlines()
-    brought = [line.split(" brought to ")[0].rpartition("/")[2] for line in said if " brought to " in line]
+    brought = [line.split(" copied to ")[0].rpartition("/")[2] for line in said if " copied to " in line]
     assert brought == ["out.json", "named.json", "checkout.json"]
     stayed = {line.split(".json was not")[0].rpartition("/")[2] for line in said if "was not copied" in line}
     assert stayed == refused.keys()
@@ -305,7 +305,7 @@ def test_the_record_of_tests_always_stands(
     assert "| tests-bad | 2026-01-01T00:00 | c | 2 | 1 | 1 |" in said
     other = log_of_tests("PASSED").replace("GPU", "another")
     assert run(gpu, monkeypatch, {"tests-other": f"print({other!r})"}, "--out", str(tmp_path)) == 0
-    assert "no new tests.md" in capsys.readouterr().out
+    assert "tests.md is not updated" in capsys.readouterr().out
     assert (tmp_path / "tests.md").read_text() == said
 
 
@@ -432,7 +432,7 @@ def rehearse(*options: str) -> str:
 
 def test_rehearsal_says_what_it_is(tmp_path: Path) -> None:
     said = rehearse("--out", str(tmp_path), "--archive", str(tmp_path / "r.tar.gz"), "hopper")
-    assert "hopper needs CUDA; only its command line is read" in said
+    assert "hopper needs CUDA; only its command line is checked" in said
     assert {path.name for path in tmp_path.iterdir()} == {"rehearsal", "r.tar.gz"}
     assert "nothing measured" in json.loads((tmp_path / "rehearsal" / "hopper.json").read_text())["rehearsal"]
     assert packed_files(tmp_path / "r.tar.gz") == {"rehearsal/hopper.json", "rehearsal/hopper.log"}

@@ -40,4 +40,4 @@ def test_every_pass_is_timed(tmp_path: Path) -> None:
 def test_no_round_is_refused() -> None:
     done = subprocess.run([sys.executable, str(SCRIPT), "--rounds", "0"], capture_output=True, text=True)
     assert done.returncode == 2
-    assert "--rounds from 1" in done.stderr
+    assert "--rounds must be at least 1" in done.stderr

@@ -75,7 +75,7 @@ def test_what_cannot_run_is_refused(
 ) -> None:
     monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
     monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
-    for arguments, said in ((["--dtype", "int8"], "no AVX512-VNNI"), (["--batch", "0"], "--batch from 1")):
+    for arguments, said in ((["--dtype", "int8"], "no AVX512-VNNI"), (["--batch", "0"], "--batch must be at least 1")):
         with pytest.raises(SystemExit):
             layers.main(arguments)
         assert said in capsys.readouterr().err

@@ -416,16 +416,16 @@ def test_a_goal_is_covered_by_what_is_lost(bench: SimpleNamespace) -> None:
     total, lost = sum(row.predicted_us for row in found), sorted((row.lost_us for row in found), reverse=True)
     goal = 256e6 / (total - 1000)
     said = bench.predict.towards(goal, found, 256, None).splitlines()
-    assert "1,000 us separate them" in said[1]
+    assert "1,000 us must be saved" in said[1]
     listed = [float(line.split()[0].replace(",", "")) for line in said[3:]]
     assert listed == pytest.approx(lost[: len(listed)], abs=PRINTED)
     assert sum(listed[:-1]) < 1000 <= sum(listed) + 0.1
     assert all(any(bound in line for bound in ("bytes", "FLOPs", "latency", "L2", "start")) for line in said[3:])
     # From what was measured: what the model leaves open is said, and the gap is that of the measured step.
     said = bench.predict.towards(goal, found, 256, ("x", 256e6 / (total + 500))).splitlines()
-    assert "500 us of the measured step are not in the model" in said[1]
-    assert "1,500 us separate them" in said[2]
-    assert "nothing separates them" in bench.predict.towards(goal / 2, found, 256, None)
+    assert "500 us of the measured step are not explained by the model" in said[1]
+    assert "1,500 us must be saved" in said[2]
+    assert "the goal is reached" in bench.predict.towards(goal / 2, found, 256, None)
     assert "bytes or FLOPs must go" in bench.predict.towards(10 * goal, found, 256, None)
 
 
@@ -435,7 +435,7 @@ def test_the_command_runs_on_a_machine_without_a_gpu(tmp_path: Path) -> None:
     hidden = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "FASTRES_CACHE_DIR": str(tmp_path)}
     run = subprocess.run([*command, "--csv", str(sink)], capture_output=True, text=True, env=hidden, timeout=60)
     assert run.returncode == 0, run.stderr
-    for word in ("predicted / measured", "measured (fastres-graph)", "separate them", "conv_fprop_tma_kernel"):
+    for word in ("predicted / measured", "measured (fastres-graph)", "must be saved", "conv_fprop_tma_kernel"):
         assert word in run.stdout
     with sink.open(newline="") as source:
         written = list(csv.DictReader(source))
@@ -468,18 +468,18 @@ def test_a_fusion_that_is_asked_for_is_in_the_prediction(
         (["--gpu", "NVIDIA T4"], "choose from"),
         (["--dtype", "fp32"], "choose from"),
         (["--mode", "tune"], "choose from"),
-        (["--fusions", "keep_activation"], "'keep_activation'; accepted: NAME=0 and NAME=1"),
+        (["--fusions", "keep_activation"], "'keep_activation' is not a switch; accepted are NAME=0 and NAME=1"),
         (["--fusions", "prologue=1", "keep=1"], "unknown fusion keep; accepted: statistics"),
-        (["--fusions", "prologue=2"], "'prologue=2'; accepted"),
-        (["--fusions", "prologue=0", "--backend", "eager"], "are of --backend fastres; got eager"),
-        (["--untried", "--backend", "inductor"], "are of --backend fastres; got inductor"),
+        (["--fusions", "prologue=2"], "'prologue=2' is not a switch; accepted"),
+        (["--fusions", "prologue=0", "--backend", "eager"], "need --backend fastres: got eager"),
+        (["--untried", "--backend", "inductor"], "need --backend fastres: got inductor"),
         (["--measured", "nowhere.csv"], "No such file"),
         (
             ["--measured", str(BENCH / "records" / "nvidia-h200-timeline-train.csv")],
-            "accepted is what bench/kernels.py",
+            "accepted is a table that bench/kernels.py",
         ),
         (["--measured", str(KERNELS), "--batch", "128"], "another batch size"),
-        (["--measured", str(KERNELS), "--depth", "18"], "doesn't tell of"),
+        (["--measured", str(KERNELS), "--depth", "18"], "has no row for"),
     ],
 )
 def test_what_is_asked_wrongly_is_refused(

@@ -824,7 +824,7 @@ def test_merging_loses_no_entry(
     unfinished = NOTED._replace(note=tables.UNFINISHED)
     tables.write_table({("fprop", SQUARE, BF16): OURS, ("fprop", STEM, BF16): unfinished}, brought, NONE)
     assert tune.main(["--merge", str(brought)]) == 0
-    assert f"1 problems of {brought} are in {shipped}" in capsys.readouterr().out
+    assert f"1 problems of {brought} are now in {shipped}" in capsys.readouterr().out
     assert tables.read_table_of(shipped) == (NONE, {("fprop", SQUARE, BF16): OURS, ("fprop", STEM, BF16): NOTED})
     brought.write_text("[]")
     with pytest.raises(SystemExit):
