@@ -21,8 +21,8 @@ def advice(rows: list[Row]) -> str:
 def _line(case: tuple[Any, ...], modes: dict[str, list[Row]]) -> str:
     """Return the line of one net, batch, dtype and size; `modes` maps each mode to its rows."""
     net, batch, dtype, size = case
-    said = [{"infer": _inference, "train": _training}[mode](mine, dtype) for mode, mine in modes.items()]
-    return f"What to use on this machine for {net}, batch {batch}, {dtype}, {size}x{size}. {' '.join(said)}"
+    sentences = [{"infer": _inference, "train": _training}[mode](mine, dtype) for mode, mine in modes.items()]
+    return f"What to use on this machine for {net}, batch {batch}, {dtype}, {size}x{size}. {' '.join(sentences)}"
 
 
 def _inference(rows: list[Row], dtype: str) -> str:
@@ -36,13 +36,13 @@ def _inference(rows: list[Row], dtype: str) -> str:
         "Without calibration": [row for row in ours if not BACKENDS[row["backend"]].quantises],
         f"In {dtype}": [row for row in ours if records.arithmetic(row) == dtype],
     }
-    said, told = [], set[str]()
+    sentences, named = [], set[str]()
     for when, some in fits.items():
         best = max(some, key=lambda row: row["img_s"], default=None)
-        if best is not None and best["backend"] not in told:
-            told.add(best["backend"])
-            said.append(f"{when}: {_worth(best, rows)}.")
-    return " ".join(said)
+        if best is not None and best["backend"] not in named:
+            named.add(best["backend"])
+            sentences.append(f"{when}: {_worth(best, rows)}.")
+    return " ".join(sentences)
 
 
 def _training(rows: list[Row], dtype: str) -> str:
@@ -51,9 +51,9 @@ def _training(rows: list[Row], dtype: str) -> str:
         return f"Training: {why}."
     best = max((row for row in rows if row["ours"] and row["status"] == "ok"), key=lambda row: row["img_s"])
     if "fused in" not in best["path"] and not BACKENDS[best["backend"]].compile:
-        beside = records.ratio(best, records.eager(rows))
+        gain = records.ratio(best, records.eager(rows))
         return (
-            f"Training: fastres runs PyTorch's own operations here, at {beside.value:.2f} x the speed of eager PyTorch."
+            f"Training: fastres runs PyTorch's own operations here, at {gain.value:.2f} x the speed of eager PyTorch."
         )
     return f"Training: {_worth(best, rows)}."
 
@@ -71,12 +71,12 @@ def _worth(row: Row, rows: list[Row]) -> str:
     """Return what to write to get a row, its rate, and the rate relative to eager PyTorch and, if it is lower, to the
     best peer."""
     eager, peer = records.eager(rows), records.best_peer(rows, records.arithmetic(row))
-    beside = records.ratio(row, eager)
+    gain = records.ratio(row, eager)
     rate = f"{row['img_s']:,.4g}" if row["img_s"] < 1e4 else f"{row['img_s']:,.0f}"
     text = f"{BACKENDS[row['backend']].use}, {rate} img/s"
-    if beside.low <= 1:
-        return f"nothing is reliably faster than eager PyTorch in channels_last ({text}, {beside.value:.2f} x)"
-    text += f", {beside.value:.2f} x eager PyTorch in channels_last"
+    if gain.low <= 1:
+        return f"nothing is reliably faster than eager PyTorch in channels_last ({text}, {gain.value:.2f} x)"
+    text += f", {gain.value:.2f} x eager PyTorch in channels_last"
     if peer is not None and peer is not eager and records.ratio(row, peer).high < 1:
         text += f", but {records.ratio(row, peer).value:.2f} x {peer['backend']}"
     if (agreement := row.get("agreement")) is not None:

@@ -180,8 +180,8 @@ def label(counted: Sequence[Counted], launches: Sequence[Launch], device: Device
     if len(own) != len(recorded):
         raise ValueError(f"{len(own)} launches of ours were counted, but {len(recorded)} were recorded")
     found = [*library(others[0], operators[0])]
-    for one, launch, behind, calling in zip(own, recorded, others[1:], operators[1:], strict=True):
-        found += [Labelled(one, (launch,)), *library(behind, calling)]
+    for one, launch, after, calling in zip(own, recorded, others[1:], operators[1:], strict=True):
+        found += [Labelled(one, (launch,)), *library(after, calling)]
     for row in found:
         row.model = [predict.time(launch, device, gpu) for launch in row.launches]
     return found
@@ -214,9 +214,9 @@ def library(counted: Sequence[Counted], operators: Sequence[Launch]) -> Iterator
 
 def contradicts(counted: Counted, operator: Launch) -> bool:
     """Return whether the kernel's name tells of another pass than the operator's."""
-    told = {word for word in ("fprop", "dgrad", "wgrad") if word in counted.name.lower()}
+    named = {word for word in ("fprop", "dgrad", "wgrad") if word in counted.name.lower()}
     pass_ = "fprop" if operator.pass_ == "infer" else operator.pass_
-    return bool(told) and operator.layer != "" and pass_ not in told
+    return bool(named) and operator.layer != "" and pass_ not in named
 
 
 def cells(rows: Sequence[Labelled], device: Device | None) -> dict[str, Any]:
@@ -295,8 +295,8 @@ def count(log: Path, replay: str, step: Sequence[str]) -> None:
     options = ["--replay-mode", replay, "--log-file", str(log), "--metrics", ",".join(metrics)]
     status = subprocess.run([*NCU, *options, sys.executable, __file__, "--step", *step], check=False).returncode
     if status:
-        said = log.read_text().splitlines()[-5:] if log.exists() else []
-        sys.exit("\n".join([f"ncu failed with status {status}; its output is in {log}", *said]))
+        tail = log.read_text().splitlines()[-5:] if log.exists() else []
+        sys.exit("\n".join([f"ncu failed with status {status}; its output is in {log}", *tail]))
 
 
 def one_step(depth: int, batch: int, mode: str, dtype: str) -> None:

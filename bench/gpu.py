@@ -180,11 +180,13 @@ def find_fastres(cache: Path) -> dict[str, str]:
     pip = subprocess.run([sys.executable, *command], capture_output=True, text=True, check=False)
     if pip.returncode == 0:
         return {}
-    said = (pip.stderr or pip.stdout).strip().splitlines()
+    messages = (pip.stderr or pip.stdout).strip().splitlines()
     if sys.version_info < (3, 11):
-        sys.exit("\n".join(["fastres isn't installed, and pip can't install it:", *said]))
+        sys.exit("\n".join(["fastres isn't installed, and pip can't install it:", *messages]))
     tree = link_tree(cache / "tree")
-    print(f"== pip can't install fastres here ({said[-1] if said else 'no message'}): the parts find it in {tree}")
+    print(
+        f"== pip can't install fastres here ({messages[-1] if messages else 'no message'}): the parts find it in {tree}"
+    )
     # PYTHONSAFEPATH: otherwise the folder in which a part runs would come first, and the checkout's fastres/ lacks two
     # of the packages.
     paths = [tree, ROOT / "bench", ROOT / "tests" / "helpers", *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -280,8 +282,8 @@ def run_parts(run: Run, parts: Iterable[str], spare: Sequence[str], end: float, 
 def command(part: Part, run: Run, limit: float) -> list[str]:
     """Return the arguments to Python. A tuning run gets 15 seconds less than the limit, so that it can end normally."""
     values = {"{jobs}": str(run.jobs), "{seconds}": f"{max(0.0, limit - 15):.0f}"}
-    given = rehearsed(part.command) if run.rehearsal else part.command
-    arguments = [values.get(argument, argument.replace("{out}", str(run.out))) for argument in given]
+    template = rehearsed(part.command) if run.rehearsal else part.command
+    arguments = [values.get(argument, argument.replace("{out}", str(run.out))) for argument in template]
     if arguments[: len(PYTEST)] != PYTEST:
         return arguments
     if run.jobs > 1 and importlib.util.find_spec("xdist"):  # a kernel that breaks its process costs a single worker

@@ -171,14 +171,14 @@ def register_operand(ready: Ready) -> Answer:
         options: dict[str, Any] = {"bn_backward": (z, c_g, c_z, c_1), "prologue": (scale, shift), "tile": tile}
         return conv_wgrad(dy, x, problem, **options)
 
-    said, broken, ms = [], [], {}
+    texts, broken, ms = [], [], {}
     for on in (True, False):
         with waiting(on):
             results = torch.stack([run(tile) for tile in programs for _ in range(runs)])
         bits = results.view(len(programs), runs, -1).view(torch.int32)
         differ, worst = int((bits != bits[:, :1]).any(2).sum()), error(results)
         broken.append(differ > 0 or not worst <= 4 * stock)
-        said.append(f"{differ} of {len(results)} runs differ, largest error {worst:.2e}")
+        texts.append(f"{differ} of {len(results)} runs differ, largest error {worst:.2e}")
     ready()
     for on in (True, False):
         with waiting(on):
@@ -186,7 +186,7 @@ def register_operand(ready: Ready) -> Answer:
                 ms[tile, on] = do_bench(lambda tile=tile: run(tile), warmup=10, rep=40, return_mode="median")
     shipped, bare = ("WRONG" if wrong else "right" for wrong in broken)
     times = ", ".join(f"{t.BM}x{t.BN} {1e3 * ms[t, True]:.1f} / {1e3 * ms[t, False]:.1f} us" for t in programs)
-    figures = f"as shipped {said[0]}; without {said[1]}; PyTorch's in bf16 {stock:.2e}; with / without: {times}"
+    figures = f"as shipped {texts[0]}; without {texts[1]}; PyTorch's in bf16 {stock:.2e}; with / without: {times}"
     return f"as shipped {shipped}, without the wait {bare}", figures
 
 

@@ -151,14 +151,14 @@ class Recorder(TorchDispatchMode):
         name = func.overloadpacket.__name__
         if func.is_view or name.startswith(("empty", "new_empty", "_unsafe_view", "_local_scalar")):
             return result
-        given, mutated = _operands(func, args, kwargs or {})
+        inputs, mutated = _operands(func, args, kwargs or {})
         made = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
         work = self.work[-1]
         if name == "convolution_backward":
             self._backward(args, made, work)
         else:
             problem = _problem(name, args)
-            read = tuple(self.part(t, reached(problem, "fprop") if problem and t is args[0] else 1.0) for t in given)
+            read = tuple(self.part(t, reached(problem, "fprop") if problem and t is args[0] else 1.0) for t in inputs)
             fresh = {part.memory: part for part in map(self.part, [*made, *mutated])}
             if not read and not any(part.bytes > 4 for part in fresh.values()):
                 return result  # a scalar on the host

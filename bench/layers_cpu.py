@@ -135,12 +135,12 @@ def matched(mine: Sequence[Timed], theirs: Sequence[Timed]) -> list[tuple[str, f
     for side, found in zip((mine, theirs), places, strict=True):
         for timed in sorted((t for t in side if t.place), key=lambda t: t.order):
             found[timed.place].append(timed)  # type: ignore[index]
-    ours, beside = places
-    if {place: len(some) for place, some in ours.items()} != {place: len(some) for place, some in beside.items()}:
+    ours, others = places
+    if {place: len(some) for place, some in ours.items()} != {place: len(some) for place, some in others.items()}:
         raise ValueError("the convolutions of ONNX Runtime's net are not those of the plan")
     lines: list[tuple[str, float | None, float | None]] = []
     for timed in (t for t in mine if t.place):
-        twin = beside[timed.place][ours[timed.place].index(timed)]  # type: ignore[index]
+        twin = others[timed.place][ours[timed.place].index(timed)]  # type: ignore[index]
         lines.append((timed.name, timed.microseconds, twin.microseconds))
     for side, whose in enumerate(("ours", "ONNX Runtime")):
         sums: dict[str, float] = defaultdict(float)

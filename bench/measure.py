@@ -532,8 +532,8 @@ def release(device: torch.device) -> None:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether the error means that memory ran out."""
-    said = str(error)  # compilers wrap the error in their own, and the CPU's allocator raises a plain RuntimeError
-    wrapped = "out of memory" in said or "can't allocate memory" in said
+    message = str(error)  # compilers wrap the error in their own, and the CPU's allocator raises a plain RuntimeError
+    wrapped = "out of memory" in message or "can't allocate memory" in message
     return wrapped or isinstance(error, (torch.OutOfMemoryError, MemoryError))
 
 
@@ -549,7 +549,7 @@ def clocks_under_load(step: Callable[[int], Any], seconds: float, device: torch.
     `seconds` is the duration of a step. nvidia-smi averages the power over a second, so steps run for longer than that
     before it is asked, and until it has answered.
     """
-    with ThreadPoolExecutor(1) as beside:
+    with ThreadPoolExecutor(1) as executor:
         began, answer = time.perf_counter(), None
         while answer is None or not answer.done():
             # Short bursts, since queued work would run on long after the answer.
@@ -558,7 +558,7 @@ def clocks_under_load(step: Callable[[int], Any], seconds: float, device: torch.
             synchronize(device)
             if answer is None and time.perf_counter() - began > 1.2:
                 fields = ("clocks.sm", "clocks.mem", "power.draw", "temperature.gpu")
-                answer = beside.submit(nvidia_smi, device, *fields)
+                answer = executor.submit(nvidia_smi, device, *fields)
     return answer.result()
 
 

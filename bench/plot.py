@@ -127,14 +127,14 @@ def compile_times(record: dict[str, Any]) -> Any:
     grid = figure.subplots(lines, columns, squeeze=False, sharex=True).ravel()
     for axes in grid[len(cases) :]:
         axes.set_axis_off()
-    for axes, ((net, mode, batch, dtype, _), mine) in zip(grid, cases.items(), strict=False):
-        for row in mine:
+    for axes, ((net, mode, batch, dtype, _), of_case) in zip(grid, cases.items(), strict=False):
+        for row in of_case:
             style = {"marker": "o", "color": OURS} if row["ours"] else {"marker": "s", "color": PEER}
             axes.scatter(row["first_call_s"], row["img_s"], s=30, **style)
         axes.set_title(f"{net_of(net)} {MODES[mode]}, {dtype}, batch {batch}")
         axes.set_xscale("log")
         axes.margins(x=0.3)
-        axes.set_ylim(0, 1.2 * max(row["img_s"] for row in mine))
+        axes.set_ylim(0, 1.2 * max(row["img_s"] for row in of_case))
         axes.set_xlabel("first call, s")
         axes.set_ylabel("img/s")
         axes.grid()
@@ -142,8 +142,8 @@ def compile_times(record: dict[str, Any]) -> Any:
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
         _plain_numbers(axes.xaxis)
     figure.draw_without_rendering()
-    for axes, mine in zip(grid, cases.values(), strict=False):
-        _label(axes, mine)
+    for axes, of_case in zip(grid, cases.values(), strict=False):
+        _label(axes, of_case)
     return figure
 
 
@@ -161,18 +161,18 @@ def roofline(rows: Sequence[Row]) -> Any:
     grid = figure.subplots(2, 2, sharex=True, sharey=True, subplot_kw={"xscale": "log", "yscale": "log"})
     intensities, reached = [], []
     for axes, (pass_, title) in zip(grid.ravel(), PASSES.items(), strict=True):
-        mine = [{name: float(row[name]) for name in FIGURES} for row in rows if row["pass"] == pass_]
-        for row in mine:
+        of_pass = [{name: float(row[name]) for name in FIGURES} for row in rows if row["pass"] == pass_]
+        for row in of_pass:
             if abs(max(row["tflops"] / peak, row["gbs"] / bandwidth / 1e3) / row["roofline"] - 1) > 0.01:
                 raise ValueError(f"this table's roofline is not that of an {H200.name} in 16 bits")
-        at = [1e3 * row["tflops"] / row["gbs"] for row in mine]
-        ours = [row["tflops"] for row in mine]
-        library = [row["tflops"] * row["us"] / row["cudnn_us"] for row in mine]
+        at = [1e3 * row["tflops"] / row["gbs"] for row in of_pass]
+        ours = [row["tflops"] for row in of_pass]
+        library = [row["tflops"] * row["us"] / row["cudnn_us"] for row in of_pass]
         axes.vlines(at, ours, library, color=LINE, lw=1.2, zorder=1)
         axes.scatter(at, library, marker="s", s=26, facecolors="none", edgecolors=PEER, label="cuDNN, the same work")
         axes.scatter(at, ours, marker="o", s=22, color=OURS, label="fastres")
-        won = sum(row["us"] <= row["cudnn_us"] for row in mine)
-        axes.set_title(f"{title}: fastres faster in {won} of {len(mine)}")
+        won = sum(row["us"] <= row["cudnn_us"] for row in of_pass)
+        axes.set_title(f"{title}: fastres faster in {won} of {len(of_pass)}")
         intensities += at
         reached += ours + library
         axes.grid()
@@ -277,8 +277,10 @@ def net_of(name: str) -> str:
 def _panel(rows: Sequence[Row], net: str, setting: tuple[Any, ...]) -> list[Row]:
     """Return the rows of one panel, slowest first, since bars are drawn from bottom to top. Rows without a rate come
     first."""
-    mine = [row for row in rows if row["net"] == net and _setting(row) == setting and row["status"] != "not available"]
-    return sorted(mine, key=lambda row: row["img_s"] if row["status"] == "ok" else -1)
+    of_panel = [
+        row for row in rows if row["net"] == net and _setting(row) == setting and row["status"] != "not available"
+    ]
+    return sorted(of_panel, key=lambda row: row["img_s"] if row["status"] == "ok" else -1)
 
 
 def _flops(record: dict[str, Any], net: str) -> str:
@@ -287,8 +289,8 @@ def _flops(record: dict[str, Any], net: str) -> str:
     if measured is None:
         return ""
     paper = [row for row in record["flops"] if row["net"] == measured["beside"] and row["paper"] is not None]
-    beside = "".join(f"; the paper's {row['net']} {row['ours']:.2f}, printed {row['paper']:.1f}" for row in paper)
-    return f"{net_of(net)}: {measured['ours']:.2f}·10⁹ multiply-adds an image{beside}"
+    compared = "".join(f"; the paper's {row['net']} {row['ours']:.2f}, printed {row['paper']:.1f}" for row in paper)
+    return f"{net_of(net)}: {measured['ours']:.2f}·10⁹ multiply-adds an image{compared}"
 
 
 def _say(figure: Any, text: str) -> None:
@@ -359,10 +361,10 @@ def _label(axes: Any, rows: Sequence[Row]) -> None:
             fits = within and min(away) > 4 and not box.padded(scale).count_overlaps(taken)
             astray = away[number] - min(away) > 2
             places.append((not fits, reach + 20 * astray, reach > 7 or astray, dx, dy, box))
-        *_, told, dx, dy, box = min(places, key=lambda place: place[:2])
+        *_, apart, dx, dy, box = min(places, key=lambda place: place[:2])
         name.set_position((dx, dy))
         taken.append(box)
-        if told:
+        if apart:
             x, y = (min(max(dot, low), high) for dot, low, high in zip(dots[number], box.min, box.max, strict=True))
             end = (x - dots[number][0]) / scale, (y - dots[number][1]) / scale
             line = {"arrowstyle": "-", "color": FAINT, "lw": 0.6, "shrinkA": 0, "shrinkB": 3}

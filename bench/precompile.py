@@ -46,7 +46,7 @@ def compile_all(tasks: Sequence[Task], processes: int) -> list[str]:
         return []
     try:
         with ProcessPoolExecutor(min(processes, len(tasks)), mp_context=get_context("spawn")) as pool:
-            return [said for said in pool.map(_compile, tasks, chunksize=4) if said is not None]
+            return [error_text for error_text in pool.map(_compile, tasks, chunksize=4) if error_text is not None]
     except BrokenProcessPool as error:
         return [f"a process died while compiling: {error}"]
 

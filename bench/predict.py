@@ -144,37 +144,37 @@ class Cut:
 
 def tile_of(launch: Launch) -> Cut:
     """Return how a launch's work is divided, from the names that kernels give their arguments."""
-    given = launch.arguments
-    BM, BN, BK = (given.get(side, 0) for side in ("BM", "BN", "BK"))
-    BN = BN or given.get("TN", 0) * given.get("TH", 0) * given.get("TW", 0)
+    arguments = launch.arguments
+    BM, BN, BK = (arguments.get(side, 0) for side in ("BM", "BN", "BK"))
+    BN = BN or arguments.get("TN", 0) * arguments.get("TH", 0) * arguments.get("TW", 0)
     if not (launch.flops and BM and BN and BK):
         return Cut()
-    steps = given.get("steps_per_split") or given.get("steps") or 0
-    if "packed" in given:  # the stem: a product has BN of the values under its filter, or a step has BK of them
-        values = given["R"] * STEM_WINDOW
-        products, steps = (math.ceil(values / BN), steps) if "dw" in given else (1, math.ceil(values / BK))
+    steps = arguments.get("steps_per_split") or arguments.get("steps") or 0
+    if "packed" in arguments:  # the stem: a product has BN of the values under its filter, or a step has BK of them
+        values = arguments["R"] * STEM_WINDOW
+        products, steps = (math.ceil(values / BN), steps) if "dw" in arguments else (1, math.ceil(values / BK))
         return Cut(BM, BN, BK, steps, products, BM + BN * products, BM + BN * products)
     # Number of tensors from which one operand is computed.
-    operands = 1 + any(given.get(name) is not None for name in ("z", "shortcut"))
-    stages = given.get("num_stages", 1)
+    operands = 1 + any(arguments.get(name) is not None for name in ("z", "shortcut"))
+    stages = arguments.get("num_stages", 1)
     buffers = buffered(stages, operands) / stages
-    if "dw" in given:  # wgrad: BM filters of dz, BN channels of a; an operand that is computed serves all taps
-        taps, normed = given.get("TAPS", 1), given.get("scale") is not None
+    if "dw" in arguments:  # wgrad: BM filters of dz, BN channels of a; an operand that is computed serves all taps
+        taps, normed = arguments.get("TAPS", 1), arguments.get("scale") is not None
         of_dz, of_a = (taps, 1) if normed and operands == 1 else (1, taps)
         fetched, held = BM * operands * of_dz + BN * of_a, BM * buffers * of_dz + BN * of_a
         return Cut(BM, BN, BK, steps, taps, fetched, held, COMPUTED * (BM * (operands > 1) + BN * normed))
-    if "STEPS" in given:  # persistent programs, which also keep the filters
-        backward = "dx" in given
-        tiles = given["tiles"] * math.ceil(given["C" if backward else "K"] / BM)
-        steps = math.ceil(tiles / launch.programs) * given["STEPS"]
-        computed = operands > 1 if backward else given.get("prologue_scale") is not None
+    if "STEPS" in arguments:  # persistent programs, which also keep the filters
+        backward = "dx" in arguments
+        tiles = arguments["tiles"] * math.ceil(arguments["C" if backward else "K"] / BM)
+        steps = math.ceil(tiles / launch.programs) * arguments["STEPS"]
+        computed = operands > 1 if backward else arguments.get("prologue_scale") is not None
         instructions = (COMPUTED if backward else AFFINE * operands) * BN * computed
         return Cut(BM, BN, BK, steps, 1, BN * operands, BN * operands, instructions, stays=True)
-    if "TAPS_R" in given:  # dgrad
-        steps = launch_trace.taps(given) * math.ceil(given["K_GROUP"] / BK)
+    if "TAPS_R" in arguments:  # dgrad
+        steps = launch_trace.taps(arguments) * math.ceil(arguments["K_GROUP"] / BK)
         instructions = COMPUTED * BN if operands > 1 else 0
     else:
-        instructions = AFFINE * operands * BN if given.get("prologue_scale") is not None else 0
+        instructions = AFFINE * operands * BN if arguments.get("prologue_scale") is not None else 0
     return Cut(BM, BN, BK, steps, 1, BM + BN * operands, BM + BN * buffers, instructions)
 
 
@@ -403,18 +403,18 @@ def summary(found: Sequence[Row], launches: Sequence[Launch], batch: int, measur
     """Summarize the whole step: the prediction, its time by bytes or FLOPs alone, and the measurement."""
     us, moved = sum(row.predicted_us for row in found), sum(launch.bytes for launch in launches)
     by_bytes, by_flops, floor = (sum(getattr(row, name) for row in found) / 1e3 for name in SUMMED)
-    said = [
+    lines = [
         f"predicted: {us / 1e3:.2f} ms, {1e6 * batch / us:,.0f} img/s, {len(launches)} kernels",
         f"bytes alone: {moved / batch / 1e6:.0f} MB per image, {by_bytes / EFFICIENCY:.2f} ms at {EFFICIENCY:.0%} of "
         f"the bandwidth; FLOPs alone: {by_flops:.2f} ms; every kernel at its lower bound: {floor:.2f} ms",
     ]
     if measured is not None:
         name, rate = measured
-        said.append(
+        lines.append(
             f"measured ({name}): {1e3 * batch / rate:.2f} ms, {rate:,.0f} img/s; predicted / measured time: "
             f"{us / 1e6 * rate / batch:.2f}"
         )
-    return "\n".join(said)
+    return "\n".join(lines)
 
 
 def towards(goal: float, found: Sequence[Row], batch: int, measured: tuple[str, float] | None) -> str:
@@ -428,12 +428,12 @@ def towards(goal: float, found: Sequence[Row], batch: int, measured: tuple[str, 
     start = us if measured is None else 1e6 * batch / measured[1]
     gap = start - wanted
     start_is = "predicted" if measured is None else "measured"
-    said = [f"goal: {goal:,.0f} img/s, {wanted / 1e3:.1f} ms; {start_is}: {start / 1e3:.1f} ms"]
+    text = [f"goal: {goal:,.0f} img/s, {wanted / 1e3:.1f} ms; {start_is}: {start / 1e3:.1f} ms"]
     if measured is not None:
-        said.append(f"{start - us:,.0f} us of the measured step are not explained by the model")
+        text.append(f"{start - us:,.0f} us of the measured step are not explained by the model")
     if gap <= 0:
-        return "\n".join([*said, "the goal is reached"])
-    said.append(f"{gap:,.0f} us must be saved; the rows that lose most to their lower bounds:")
+        return "\n".join([*text, "the goal is reached"])
+    text.append(f"{gap:,.0f} us must be saved; the rows that lose most to their lower bounds:")
     lines, covered = [], 0.0
     for row in sorted(found, key=lambda row: -row.lost_us):
         if covered >= gap or row.lost_us <= 0:
@@ -450,10 +450,10 @@ def towards(goal: float, found: Sequence[Row], batch: int, measured: tuple[str, 
                 "kernel": row.kernel,
             }
         )
-    said += [table(lines)] if lines else []
+    text += [table(lines)] if lines else []
     if covered < gap:
-        said.append(f"{gap - covered:,.0f} us remain with every kernel at its lower bound; bytes or FLOPs must go")
-    return "\n".join(said)
+        text.append(f"{gap - covered:,.0f} us remain with every kernel at its lower bound; bytes or FLOPs must go")
+    return "\n".join(text)
 
 
 ACCEPTED = "accepted is a table that bench/kernels.py --csv wrote for this depth and batch"

@@ -76,10 +76,10 @@ def read(path: Path) -> Run:
     return run
 
 
-def note(run: Run, test: str, said: str) -> None:
+def note(run: Run, test: str, outcome: str) -> None:
     """Add a result. A test that passed but whose teardown failed counts as failed."""
     if run.results.get(test) != "failed":
-        run.results[test] = RESULTS[said]
+        run.results[test] = RESULTS[outcome]
 
 
 def render(runs: list[Run]) -> str:

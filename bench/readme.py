@@ -133,9 +133,9 @@ def summary_of_gpu(record: dict[str, Any], source: str) -> str:
         lines.append([*cells, times(best, peer), times(best, eager)])
     head = ["img/s", "eager PyTorch", "best peer", "fastres", "x best peer", "x eager PyTorch"]
     alt = f"{record['environment']['name']}: training and inference compared with the peers"
-    said = f"One {where(record, 'torch', 'triton', 'cudnn')}. "
+    machine = f"One {where(record, 'torch', 'triton', 'cudnn')}. "
     return f"![{alt}]({_beside(source, '-summary.svg')})\n\n{table(head, lines)}\n" + paragraph(
-        f"{said}[Every row, with its error against float64]({source})."
+        f"{machine}[Every row, with its error against float64]({source})."
     )
 
 
@@ -245,15 +245,15 @@ def pages(sources: dict[str, str]) -> dict[str, str]:
     """Return the text of each page with its blocks rewritten from `sources`, which is as in `shown`. Raises ValueError
     if a page lacks marks."""
     with (records.ROOT / MEMORY).open(newline="") as file:
-        given: dict[str, tuple[Any, str]] = {"memory": (list(csv.DictReader(file)), MEMORY)}
+        blocks_of: dict[str, tuple[Any, str]] = {"memory": (list(csv.DictReader(file)), MEMORY)}
     for device, source in sources.items():
-        given[BLOCKS[device]] = records.read(records.ROOT / source), source
+        blocks_of[BLOCKS[device]] = records.read(records.ROOT / source), source
     found = {}
     for page, blocks in PAGES.items():
         text = (records.ROOT / page).read_text()
         for name, block in blocks.items():
-            if name in given:
-                text = written(text, name, block(*given[name]), page)
+            if name in blocks_of:
+                text = written(text, name, block(*blocks_of[name]), page)
         found[page] = text
     return found
 

@@ -50,8 +50,8 @@ def now(timespec: str = "seconds") -> str:
 def code() -> dict[str, Any]:
     """Return the state of the code: the commit, whether the tree differs from it, and a digest of the sources and tile
     tables."""
-    head, given = _git("rev-parse", "HEAD"), os.environ.get("FASTRES_COMMIT")
-    commit, changes = given or head, None
+    head, stated = _git("rev-parse", "HEAD"), os.environ.get("FASTRES_COMMIT")
+    commit, changes = stated or head, None
     if commit == head:
         changes = _git("status", "--porcelain", "--", "fastres", "kernels", "csrc", "bench", ":!bench/records")
     return {"commit": commit, "dirty": None if changes is None else bool(changes), "sources": _digest()}
@@ -231,9 +231,9 @@ def ratios(rows: list[dict[str, Any]], to_eager: bool = False) -> dict[tuple[Any
     """Return, for every row that is ok, the ratio of its img/s to that of the best peer in the same case and dtype, by
     `key`. With `to_eager`, the ratio is to `eager`'s row of the same case."""
     found = {}
-    for mine in by_case(rows).values():
-        for row in (row for row in mine if row["status"] == "ok"):
-            other = eager(mine) if to_eager else best_peer(mine, arithmetic(row))
+    for of_case in by_case(rows).values():
+        for row in (row for row in of_case if row["status"] == "ok"):
+            other = eager(of_case) if to_eager else best_peer(of_case, arithmetic(row))
             if other is not None:
                 found[key(row)] = ratio(row, other)
     return found

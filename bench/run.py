@@ -155,15 +155,15 @@ def parse(arguments: list[str] | None) -> Plan:
         default=300,
         help="seconds for a row to get ready, finish or be inspected before its process is killed; default: 300",
     )
-    given = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
 
     try:
-        device = pick_device(given.device)
+        device = pick_device(options.device)
     except ValueError as error:
         parser.error(str(error))
     defaults = DEFAULTS[device.type]
     sizes, dtype, seconds = (
-        defaults[name] if getattr(given, name) is None else getattr(given, name)
+        defaults[name] if getattr(options, name) is None else getattr(options, name)
         for name in ("batch", "dtype", "seconds")
     )
     try:
@@ -172,42 +172,44 @@ def parse(arguments: list[str] | None) -> Plan:
         batches = [0]
     if min(batches) < 1:
         parser.error(f"--batch must be whole numbers of at least 1, separated by commas: got {sizes}")
-    if given.size is not None and given.size < 32:
-        parser.error(f"--size must be at least 32: got {given.size}")
-    for option, value in (("--seconds", seconds), ("--patience", given.patience)):
+    if options.size is not None and options.size < 32:
+        parser.error(f"--size must be at least 32: got {options.size}")
+    for option, value in (("--seconds", seconds), ("--patience", options.patience)):
         if not value > 0:
             parser.error(f"{option} must be greater than 0: got {value}")
     if dtype == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         parser.error(f"{torch.cuda.get_device_name(device)} does not support bf16; use --dtype fp16 or fp32")
-    if given.resume and not given.json:
+    if options.resume and not options.json:
         parser.error("--resume continues a record: name it with --json FILE")
-    if given.json and given.json.exists() and not given.resume:
-        parser.error(f"{given.json} exists: continue it with --resume, or name another --json FILE")
+    if options.json and options.json.exists() and not options.resume:
+        parser.error(f"{options.json} exists: continue it with --resume, or name another --json FILE")
     for option, package in (("--plot", "matplotlib"), ("photographs", "sklearn")):
-        if (option != "--plot" or given.plot) and importlib.util.find_spec(package) is None:
+        if (option != "--plot" or options.plot) and importlib.util.find_spec(package) is None:
             parser.error(f"{option}: {package} is not installed: pip install 'fastres[bench]'")
-    if given.plot and given.json and given.plot.resolve() == given.json.resolve():
-        parser.error(f"--json and --plot must name different files: both name {given.json}")
-    if given.plot and given.plot.suffix not in picture.SUFFIXES:
-        parser.error(f"--plot must be a name that ends in {', '.join(picture.SUFFIXES)}: got {given.plot}")
+    if options.plot and options.json and options.plot.resolve() == options.json.resolve():
+        parser.error(f"--json and --plot must name different files: both name {options.json}")
+    if options.plot and options.plot.suffix not in picture.SUFFIXES:
+        parser.error(f"--plot must be a name that ends in {', '.join(picture.SUFFIXES)}: got {options.plot}")
 
-    named = None if given.backend in (None, "all") else given.backend.split(",")
+    named = None if options.backend in (None, "all") else options.backend.split(",")
     for name in named or ():
         if name not in BACKENDS:
             parser.error(f"unknown backend {name!r}; accepted are {', '.join(BACKENDS)}, all")
         if reason := BACKENDS[name].why_not_here(device):
             parser.error(f"backend {name!r} can't run here: {reason}")
     nets = (
-        given.net.split(",") if given.net else [net for net, d in TORCHVISION.items() if given.depth in (str(d), "all")]
+        options.net.split(",")
+        if options.net
+        else [net for net, d in TORCHVISION.items() if options.depth in (str(d), "all")]
     )
     rows = []
     for net in nets:
         try:
-            size = given.size or families.usual_size(net)
+            size = options.size or families.usual_size(net)
             layers = cost(net, size).layers
         except ValueError as error:
             parser.error(str(error))
-        for mode in MODES if given.mode == "both" else [given.mode]:
+        for mode in MODES if options.mode == "both" else [options.mode]:
             if (
                 mode == "train"
                 and 1 in batches
@@ -217,12 +219,12 @@ def parse(arguments: list[str] | None) -> Plan:
                     f"training {net} with batch 1 at size {size} leaves BatchNorm a single value per channel; "
                     "increase --batch or --size"
                 )
-            default = BACKENDS if given.backend == "all" else backends.by_default(device, net, mode)
+            default = BACKENDS if options.backend == "all" else backends.by_default(device, net, mode)
             for batch in dict.fromkeys(batches):
                 case = Case(net, mode, batch, DTYPES[dtype], size, device)
                 rows += [(case, name) for name in named or default]
-    isolated = given.isolate or device.type == "cuda"
-    return Plan(rows, device, seconds, dtype, given.json, given.plot, given.resume, isolated, given.patience)
+    isolated = options.isolate or device.type == "cuda"
+    return Plan(rows, device, seconds, dtype, options.json, options.plot, options.resume, isolated, options.patience)
 
 
 def pick_device(name: str | None) -> torch.device:
@@ -390,18 +392,18 @@ def flops_table(nets: tuple[str, ...]) -> list[dict[str, Any]]:
     paper's table comes first, each figure next to our count of the paper's variant, and our counts include all five of
     torchvision's ResNets.
     """
-    beside = {net: paper_row(net) for net in nets}
+    paper_rows = {net: paper_row(net) for net in nets}
     table = []
-    if any(beside.values()):
-        beside = {net: paper_row(net) for net in TORCHVISION} | beside
+    if any(paper_rows.values()):
+        paper_rows = {net: paper_row(net) for net in TORCHVISION} | paper_rows
         for row in flops.PAPER_TABLE:
-            if row.gflops is None or not (row.family == "paper" or row.name == "VGG-19" or row in beside.values()):
+            if row.gflops is None or not (row.family == "paper" or row.name == "VGG-19" or row in paper_rows.values()):
                 continue
             form = "the baseline" if row.family == "vgg" else "the paper's"
             form += f", shortcut {row.shortcut}" if row.shortcut else ""
             ours = row.cost().multiply_adds / 1e9
             table.append({"net": paper_name(row), "variant": form, "paper": row.gflops, "ours": ours, "beside": None})
-    for net, row in beside.items():
+    for net, row in paper_rows.items():
         size = families.usual_size(net)
         form = f"as measured below, at {size}x{size}"
         if net in TORCHVISION:
@@ -442,8 +444,8 @@ def one_line(row: dict[str, Any]) -> str:
     start = f"{row['net']} {row['mode']} {row['batch']} {row['backend']}: "
     if row["status"] not in ("ok", "noisy"):
         return f"{start}{row['status']}: {row['reason']}"
-    said = f"{start}{row['img_s']:.4g} img/s, {row['latency_ms']:.4g} ms per batch, error {row['error']:.1e}"
-    return said if row["status"] == "ok" else f"{said}; noisy: {row['reason']}"
+    text = f"{start}{row['img_s']:.4g} img/s, {row['latency_ms']:.4g} ms per batch, error {row['error']:.1e}"
+    return text if row["status"] == "ok" else f"{text}; noisy: {row['reason']}"
 
 
 COUNTS = {"graphs": "graphs", "graph_breaks": "breaks", "recompiles": "recompiles", "kernels_per_step": "kernels"}
@@ -459,16 +461,16 @@ def render_rows(rows: list[dict[str, Any]]) -> str:
     """
     ratio, to_eager = records.ratios(rows), records.ratios(rows, to_eager=True)
     blocks = []
-    for (net, mode, batch, dtype, size), mine in records.by_case(rows).items():
+    for (net, mode, batch, dtype, size), of_case in records.by_case(rows).items():
         lines, remarks = [COLUMNS], []
-        mixed = len({records.arithmetic(row) for row in mine}) > 1
-        for row in sorted(mine, key=lambda row: (row["status"] != "ok", -row.get("img_s", 0))):
+        mixed = len({records.arithmetic(row) for row in of_case}) > 1
+        for row in sorted(of_case, key=lambda row: (row["status"] != "ok", -row.get("img_s", 0))):
             agrees, images = row.get("agreement"), row.get("agreement_images")
-            said = [row.get("path"), row.get("reason"), *row.get("notes", ())]
+            details = [row.get("path"), row.get("reason"), *row.get("notes", ())]
             if agrees is not None:
                 of = "" if images is None else f" {images}"
-                said.append(f"{100 * agrees:.1f} % of{of} images get the same class as in eager PyTorch in {dtype}")
-            remarks += [f"  {row['backend']}: {remark}" for remark in said if remark]
+                details.append(f"{100 * agrees:.1f} % of{of} images get the same class as in eager PyTorch in {dtype}")
+            remarks += [f"  {row['backend']}: {remark}" for remark in details if remark]
             named = [row["backend"], records.arithmetic(row) if mixed else ""]
             if "error" not in row:
                 lines.append([*named, "", row["status"], *[""] * (len(COLUMNS) - 4)])
@@ -477,7 +479,7 @@ def render_rows(rows: list[dict[str, Any]]) -> str:
                 row.get(name) for name in ("peak_reserved_mib", "host_ms", "error", "joules_per_image")
             )
             rate, right = ratio.get(records.key(row)), row["status"] != "wrong"
-            beside = to_eager.get(records.key(row))
+            eager_ratio = to_eager.get(records.key(row))
             lines.append(
                 [
                     *named,
@@ -493,18 +495,18 @@ def render_rows(rows: list[dict[str, Any]]) -> str:
                     "NaN" if error is None else f"{error:.1e}",
                     f"{rate.value:.2f}" if rate else "",
                     f"{rate.low:.2f}..{rate.high:.2f}" if rate and rate.value != 1 else "",
-                    f"{beside.value:.2f}" if beside else "",
+                    f"{eager_ratio.value:.2f}" if eager_ratio else "",
                 ]
             )
         title = f"{net}, {mode}, batch {batch}, {dtype}, {size}x{size}"
         errors = {"infer": "scores", "train": "gradients, median over the parameters"}[mode]
         allowed = (
-            row.get("error_allowed") for row in mine if records.arithmetic(row) == dtype
+            row.get("error_allowed") for row in of_case if records.arithmetic(row) == dtype
         )  # rows in another dtype have another limit
         limit = next((f", at most {error:.1e} accepted" for error in allowed if error is not None), "")
         title += f"; error: relative error of the {errors}, against fp64{limit}"
-        told = [column for column in zip(*lines, strict=True) if set(column[1:]) - {"", "-"}]
-        blocks.append("\n".join([title, columns([*map(list, zip(*told, strict=True))], left={0}), *remarks]))
+        shown = [column for column in zip(*lines, strict=True) if set(column[1:]) - {"", "-"}]
+        blocks.append("\n".join([title, columns([*map(list, zip(*shown, strict=True))], left={0}), *remarks]))
     return "\n\n".join(blocks)
 
 

@@ -131,12 +131,12 @@ def _serve(connection: Connection, make: Callable[..., Any], arguments: tuple[An
     served = None
     while True:
         try:
-            method, given = connection.recv()
+            method, arguments_of_call = connection.recv()
         except EOFError:
             return
         try:
             served = make(*arguments) if served is None else served
-            reply = "answered", getattr(served, method)(*given)
+            reply = "answered", getattr(served, method)(*arguments_of_call)
         except Exception as error:
             traceback.print_exc()  # the parent gets the error without its traceback
             reply = "raised", _portable(error)

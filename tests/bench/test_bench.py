@@ -1,4 +1,4 @@
-"""The bench's command line on a tiny configuration, and that it calls wrong what is wrong."""
+"""Tests of the bench's command line on tiny configurations, and that wrong rows are reported as wrong."""
 
 from __future__ import annotations
 
@@ -51,19 +51,20 @@ PAPER_NETS = ["paper-18-A", "paper-18-C", "paper-50-A", "paper-50-B", "plain-18"
 PAPER_NETS += ["cifar-stem-18"]
 FEW = ["--batch", "2", "--seconds", "0.05", "--device", "cpu"]
 TINY = ["--net", "cifar-8", *FEW]
-RESNET = ["--depth", "18", "--size", "64", *FEW]  # with the paper's table of FLOPs and every peer
+RESNET = ["--depth", "18", "--size", "64", *FEW]  # prints the paper's FLOPs table and can run every peer
 
 
 @pytest.fixture(autouse=True)
 def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
-    """The bench's modules by name, imported as `python bench/run.py` does: from its own folder."""
+    """The bench's modules by name, imported as in `python bench/run.py`: from their folder."""
     monkeypatch.syspath_prepend(str(BENCH))
     modules: dict[str, ModuleType] = {name: importlib.import_module(name) for name in MODULES}
-    # Sources may be edited while the tests run; what --resume makes of a change has its own test.
+    # Sources may be edited while the tests run. How --resume handles a change has its own test.
     monkeypatch.setattr(modules["record"], "_digest", lambda: "sha256:0")
-    monkeypatch.setattr(modules["measure"], "NOISY", float("inf"))  # windows of milliseconds, beside other tests
+    # Windows take milliseconds here, while other tests run.
+    monkeypatch.setattr(modules["measure"], "NOISY", float("inf"))
     benchmark, threads = torch.backends.cudnn.benchmark, torch.get_num_threads()
-    torch.set_num_threads(1)  # steps this small only lose by threads, most of all beside other work
+    torch.set_num_threads(1)  # small steps only get slower with threads, above all while other tests run
     yield SimpleNamespace(**modules)
     torch.backends.cudnn.benchmark = benchmark
     torch.set_num_threads(threads)
@@ -74,7 +75,7 @@ def rows_of(path: Path) -> dict[tuple[str, str], dict[str, Any]]:
 
 
 def documented(heading: str) -> set[str]:
-    """The fields that bench/records/README.md lists in the table after `heading`."""
+    """Return the fields that bench/records/README.md lists in the table after `heading`."""
     text = (BENCH / "records" / "README.md").read_text().split(heading, 1)[1]
     table = re.search(r"\n((?:\|.*\n)+)", text).group(1)  # type: ignore[union-attr]
     cells = [line.split("|")[1] for line in table.splitlines()[2:]]
@@ -82,7 +83,7 @@ def documented(heading: str) -> set[str]:
 
 
 def check_schema(record: dict[str, Any]) -> None:
-    """The record holds what its README says, no more and no less, in the types and relations it says."""
+    """Check that the record has exactly the fields in its README, with the documented types and relations."""
     assert record.keys() == documented("## Schema")
     assert record["schema"] == "fastres.bench/3"
     assert record["environment"]["versions"]["torch"] == torch.__version__.split("+")[0]
@@ -99,13 +100,14 @@ def check_schema(record: dict[str, Any]) -> None:
             assert row["warm_up_s"] > row["first_call_s"] > 0
             assert row["latency_ms"] > 0
             for name in ("peak_reserved_mib", "host_ms", "joules_per_image"):
-                assert row[name] is None, "a CPU run has no GPU to report on"
+                assert row[name] is None, "a CPU run reports nothing about a GPU"
             assert row["reference"] == "float64"
         assert row.keys() == expected
 
 
 def test_the_script_writes_table_record_and_picture(tmp_path: Path) -> None:
-    """As the README runs it: FLOPs table, both modes, record, picture."""
+    """Runs the script as README.md does: it prints the FLOPs table, measures both modes, and writes record and
+    picture."""
     path, picture = tmp_path / "new" / "r.json", tmp_path / "r.png"
     command = [sys.executable, str(BENCH / "run.py"), *RESNET, "--backend", "eager,timm,fastres"]
     done = subprocess.run(
@@ -154,8 +156,9 @@ def test_the_flops_table_holds_the_papers_figures_and_ours(bench: SimpleNamespac
     }
 
 
-def test_other_nets_stand_beside_the_papers_in_the_flops_table(bench: SimpleNamespace) -> None:
-    """Beside the paper's figures where it prints any for nets of the kind; by themselves elsewhere."""
+def test_the_flops_table_compares_other_nets_with_the_papers(bench: SimpleNamespace) -> None:
+    """Other nets are listed with the paper's figures if the paper has any for nets of their kind, and alone
+    otherwise."""
     table = bench.run.flops_table(("paper-34-B", "plain-18"))
     assert {"net": "plain-18", "paper": 1.8}.items() <= table[1].items()
     assert [(row["net"], row["beside"]) for row in table[-2:]] == [
@@ -230,12 +233,12 @@ def test_a_run_stopped_before_anything_is_measured_says_so(
     assert capsys.readouterr().err.endswith("\nstopped\n")
 
 
-def test_nobody_reads_what_is_printed() -> None:
+def test_a_closed_stdout_ends_the_run_quietly() -> None:
     read, closed = os.pipe()
     os.close(read)
-    with os.fdopen(closed, "w") as nobody:
+    with os.fdopen(closed, "w") as sink:
         command = [sys.executable, str(BENCH / "run.py"), *TINY]
-        done = subprocess.run(command, stdout=nobody, stderr=subprocess.PIPE, text=True, timeout=120)
+        done = subprocess.run(command, stdout=sink, stderr=subprocess.PIPE, text=True, timeout=120)
     assert (done.returncode, done.stderr) == (141, "")
 
 
@@ -256,7 +259,7 @@ def test_a_record_is_neither_replaced_nor_lost(
     assert bench.run.main(ask) == 130
     assert f"stopped; {path} holds what was measured; continue it with --resume" in capsys.readouterr().err
     eager, ours = (bench.backends.BACKENDS[name] for name in ("eager", "fastres"))
-    assert windows == [ours, eager, eager, ours, ours, eager], "they take turns, and neither always follows the other"
+    assert windows == [ours, eager, eager, ours, ours, eager], "rows take turns, and neither always follows the other"
     for row in rows_of(path).values():
         assert (row["status"], row["reason"]) == ("unfinished", "the run ended after 2 of 7 windows")
         assert (len(row["window_img_s"]), row["finished"]) == (2, None)
@@ -276,7 +279,7 @@ def test_a_gpu_without_bf16_names_what_it_has(
     assert "Old GPU does not support bf16; use --dtype fp16 or fp32" in capsys.readouterr().err
 
 
-def test_without_matplotlib_a_picture_is_refused(
+def test_a_picture_without_matplotlib_is_refused(
     bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     find = importlib.util.find_spec
@@ -287,7 +290,7 @@ def test_without_matplotlib_a_picture_is_refused(
 
 
 class StraightReLU(nn.Module):
-    """Right forward, wrong backward: the gradient passes where the output is zero."""
+    """A ReLU with a right forward and a wrong backward: gradients also pass where the output is zero."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x + (x.relu() - x).detach()
@@ -332,7 +335,7 @@ def test_wrong_outputs_are_not_ranked(
 def test_a_few_gradients_that_are_zero_are_wrong(
     dtype: torch.dtype, bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One in ten: the median over the parameters knows nothing of them."""
+    """If one gradient in ten is zero, the median over the parameters doesn't show it, but the 95th percentile does."""
     case = bench.backends.Case("cifar-8", "train", 4, dtype, 32, torch.device("cpu"))
     inputs = bench.photos.batches(bench.measure.INPUTS, 4, 32, seed=0)
     data = bench.measure.prepare(case, bench.backends.shared_weights(case.net, inputs, 0), inputs, 0)
@@ -359,7 +362,7 @@ def test_a_few_gradients_that_are_zero_are_wrong(
 def test_nothing_excuses_an_unrelated_output(
     baseline: float, mode: str, dtype: torch.dtype, bench: SimpleNamespace
 ) -> None:
-    """Zeros have a relative error of 1 and NaN compares false: neither is ever allowed."""
+    """Zeros have a relative error of 1, and comparisons with NaN are false, so neither is ever accepted."""
     limit = bench.measure.allowed(baseline, dtype, torch.device("cpu"), mode)
     assert 0 < limit < 1
 
@@ -395,7 +398,7 @@ def test_a_row_that_fails_does_not_stop_the_others(
     assert again["infer", "fastres"] == found["infer", "fastres"], "and leaves the others alone"
 
 
-def test_a_reference_that_does_not_fit_is_told(
+def test_a_reference_that_runs_out_of_memory_is_reported(
     bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     def full(*_: Any) -> None:
@@ -434,7 +437,8 @@ def test_resume_fills_one_record(bench: SimpleNamespace, monkeypatch: pytest.Mon
 def test_rows_that_cannot_be_compared_begin_a_new_record(
     bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    """And say why. A later run goes on with the record that it agrees with; none is changed otherwise."""
+    """A new record begins, and the reasons are printed. A later run continues the record that matches it, and no other
+    record changes."""
     paths = [tmp_path / name for name in ("r.json", "r-2.json", "r-3.json", "r-4.json")]
     ask = [*TINY, "--mode", "infer", "--backend", "eager", "--json", str(paths[0]), "--resume"]
     paths[0].write_text('{"schema": "fastres.bench/1"}')
@@ -471,7 +475,7 @@ def row_of(backend: str, *img_s: float, status: str = "ok", batch: int = 1, bega
     return row | {"window_img_s": list(img_s), "began": began}
 
 
-def test_ratios_hold_within_a_case(bench: SimpleNamespace) -> None:
+def test_ratios_compare_rows_of_one_case(bench: SimpleNamespace) -> None:
     rows = [
         row_of("a", 90, 100, 110),
         row_of("b", 50),
@@ -486,12 +490,13 @@ def test_ratios_hold_within_a_case(bench: SimpleNamespace) -> None:
     assert bench.record.ratios([*rows, row_of("e", 101, status="noisy")]).keys() == set(), "which is the best?"
 
 
-def test_ratios_hold_within_a_dtype(bench: SimpleNamespace) -> None:
-    """The best peer computes in the same dtype; eager PyTorch in the case's is what all are compared with."""
+def test_ratios_compare_rows_of_one_dtype(bench: SimpleNamespace) -> None:
+    """The best peer of a row computes in the same dtype, while all rows are compared with eager PyTorch in the case's
+    dtype."""
     rows = [row_of(f"peer-{dtype}", rate) | {"arithmetic": dtype} for dtype, rate in (("bf16", 100), ("int8", 300))]
     rows += [row_of("eager-channels-last", 50) | {"arithmetic": "bf16"}]
     rows += [row_of("fastres", 330) | {"arithmetic": "int8"}]
-    rows += [row_of("fastres-fp8", 400) | {"agreement": 0.9, "ours": True}]  # of an old record
+    rows += [row_of("fastres-fp8", 400) | {"agreement": 0.9, "ours": True}]  # from an old record
     found = {key[-1]: ratio.value for key, ratio in bench.record.ratios(rows).items()}
     assert found == {"peer-bf16": 1, "peer-int8": 1, "eager-channels-last": 0.5, "fastres": 1.1}, "float8 has no peer"
     found = {key[-1]: ratio.value for key, ratio in bench.record.ratios(rows, to_eager=True).items()}
@@ -505,8 +510,9 @@ def advised(backend: str, *img_s: float, mode: str = "infer", **other: Any) -> d
     return row | {"arithmetic": "fp32", "path": "plain path"} | other
 
 
-def test_the_advice_says_what_is_fastest_and_where_nothing_is_won(bench: SimpleNamespace) -> None:
-    """What was measured and is steady; the honest word where a peer is faster or nothing is won."""
+def test_the_advice_names_the_fastest_row_or_says_that_there_is_none(bench: SimpleNamespace) -> None:
+    """Only rows that are ok count, and the text says so if a peer is faster or if nothing is faster than eager
+    PyTorch."""
     int8 = {"arithmetic": "int8", "agreement": 0.75, "agreement_images": 64}
     rows = [advised("eager-channels-last", 32), advised("onnxruntime", 55), advised("fastres-optimize", 52)]
     rows += [advised("fastres-optimize-int8", 160, **int8), advised("onnxruntime-int8", 150, **int8)]
@@ -530,12 +536,13 @@ def test_the_advice_says_what_is_fastest_and_where_nothing_is_won(bench: SimpleN
         assert "img/s" not in bench.advice.advice([slow[0], ours])
 
 
-def test_every_row_of_ours_says_how_to_get_it(bench: SimpleNamespace) -> None:
+def test_every_backend_of_ours_says_how_to_use_it(bench: SimpleNamespace) -> None:
     assert all(bool(backend.use) == backend.ours for backend in bench.backends.BACKENDS.values())
 
 
-def test_what_slows_all_rows_down_is_in_no_ratio(bench: SimpleNamespace) -> None:
-    """Windows that were taken in turns are compared one by one; without turns the interval says how little is known."""
+def test_a_slowdown_of_all_rows_changes_no_ratio(bench: SimpleNamespace) -> None:
+    """Windows that were measured in turns are compared pairwise. Without turns, the wide interval shows the
+    uncertainty."""
     peer, ours = (100, 50, 10), (151, 75, 14.8)
     turns = [row_of("a", *peer, began="now"), row_of("fastres", *ours, began="now")]
     assert bench.record.ratio(turns[1], turns[0]) == pytest.approx((1.5, 1.48, 1.51))
@@ -546,7 +553,7 @@ def test_what_slows_all_rows_down_is_in_no_ratio(bench: SimpleNamespace) -> None
 def test_a_row_whose_windows_spread_is_not_ranked(
     bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    """A busy machine: the row says so, the run succeeds, --resume measures it again."""
+    """On a busy machine the row is marked as noisy, the run succeeds, and --resume measures the row again."""
     monkeypatch.setattr(bench.measure, "NOISY", 0.1)
     busy = [True]
 
@@ -579,7 +586,7 @@ def test_a_row_whose_windows_spread_is_not_ranked(
     assert ratio == (1, 1, 1)
 
 
-def test_photographs_differ_and_come_again_by_their_seed(bench: SimpleNamespace) -> None:
+def test_photographs_differ_and_are_reproducible(bench: SimpleNamespace) -> None:
     first, second = bench.photos.batches(2, 3, 48, seed=1)
     again = bench.photos.batches(2, 3, 48, seed=1)
     assert first.shape == (3, 3, 48, 48)
@@ -591,7 +598,7 @@ def test_photographs_differ_and_come_again_by_their_seed(bench: SimpleNamespace)
     assert all(not torch.equal(a, b) for i, a in enumerate(images) for b in images[:i])
 
 
-def test_each_device_has_the_rows_that_serve_it(bench: SimpleNamespace) -> None:
+def test_each_device_gets_the_backends_that_run_on_it(bench: SimpleNamespace) -> None:
     table, choose = bench.backends.BACKENDS, bench.backends.by_default
     idle = {
         "infer": {name for name, backend in table.items() if backend.graph},
@@ -612,7 +619,7 @@ def test_each_device_has_the_rows_that_serve_it(bench: SimpleNamespace) -> None:
                 assert all(table[name].needs in (None, device) for name in chosen)
                 assert net in families.BUILDERS or not any(table[name].only_torchvision for name in chosen)
     ours = {"fastres", "fastres-optimize", "fastres-optimize-bf16", "fastres-optimize-int8"}
-    chosen = set(choose(torch.device("cpu"), "resnet50", "infer")) - {"openvino"}  # where it is installed
+    chosen = set(choose(torch.device("cpu"), "resnet50", "infer")) - {"openvino"}  # it is only there if it is installed
     assert chosen == ours | {"eager", "inductor", "onnxruntime", "onnxruntime-int8"} | {
         "eager-channels-last",
         "eager-channels-last-bf16",
@@ -620,7 +627,7 @@ def test_each_device_has_the_rows_that_serve_it(bench: SimpleNamespace) -> None:
     assert choose(torch.device("cpu"), "resnet50", "train") == ["eager-channels-last", "fastres"]
 
 
-def test_the_switched_net_is_the_net(bench: SimpleNamespace) -> None:
+def test_a_switched_net_has_its_fusion_on_in_each_forward(bench: SimpleNamespace) -> None:
     net, seen = bench.backends.switched("overlap", "cifar-8"), []
     assert net.state_dict().keys() == bench.stock_nets.net("cifar-8").state_dict().keys()
     net.conv1.register_forward_hook(lambda *_: seen.append(dispatch._fusions.get().overlap))
@@ -645,7 +652,8 @@ def test_a_backend_that_cannot_run_says_why(bench: SimpleNamespace) -> None:
 def test_other_nets_have_their_own_size_and_share_a_record(
     bench: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    """--net: usual image size and number of classes, one record for several nets, drawn."""
+    """With --net, each net has its usual image size and number of classes, and one record of several nets can be
+    drawn."""
     path, picture = tmp_path / "r.json", tmp_path / "r.svg"
     ask = [*FEW, "--json", str(path), "--resume"]
     assert bench.run.main([*ask, "--net", "cifar-8", "--backend", "eager,timm,fastres"]) == 0
@@ -660,7 +668,7 @@ def test_other_nets_have_their_own_size_and_share_a_record(
     assert {row["size"] for row in record["rows"]} == {32}
     assert [row["net"] for row in record["flops"]] == ["cifar-8", "cifar-plain-8"]
     printed = capsys.readouterr().out
-    assert "VGG" not in printed, "the paper prints no FLOPs of its CIFAR nets"
+    assert "VGG" not in printed, "the paper has no FLOPs of its CIFAR nets"
     assert re.search(r"cifar-8, train, batch 2, fp32, 32x32", printed)
     assert "timm: timm has no cifar-8" in printed
     drawn = picture.read_text()
@@ -672,7 +680,7 @@ def test_other_nets_have_their_own_size_and_share_a_record(
 
 
 class Namespaces(TorchDispatchMode):
-    """The namespaces of all operators that run."""
+    """Collects the namespaces of all operators that run."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -687,7 +695,7 @@ class Namespaces(TorchDispatchMode):
     "name", ["resnet18", *(extra(net) if net in ("paper-18-C", "paper-50-A") else net for net in PAPER_NETS)]
 )
 def test_peers_run_no_fastres_code(name: str, bench: SimpleNamespace) -> None:
-    """And compute what our net does, from the same state_dict."""
+    """Peers run only PyTorch's operators, and compute the same as our net from the same state_dict."""
     peers = {
         backend.net for backend in bench.backends.BACKENDS.values() if not (backend.ours or backend.only_torchvision)
     }
@@ -717,7 +725,7 @@ def test_the_peers_shortcut_keeps_channels_last(bench: SimpleNamespace) -> None:
 
 
 def stepper(bench: SimpleNamespace, name: str, device: str, dtype: torch.dtype, **changes: Any) -> Any:
-    """A training step of the backend `name` on CIFAR's smallest net."""
+    """Return a training step of the backend `name` on the smallest CIFAR net."""
     case = bench.backends.Case("cifar-8", "train", 4, dtype, 32, torch.device(device))
     inputs = [torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(i)) for i in range(4)]
     weights = bench.backends.shared_weights(case.net, inputs, 0)
@@ -727,7 +735,8 @@ def stepper(bench: SimpleNamespace, name: str, device: str, dtype: torch.dtype, 
 
 
 def follow(eager: Any, graphed: Any, **tolerance: float) -> None:
-    """Five steps: the same losses, parameters, running statistics and momenta; then the same gradients."""
+    """Check that five steps give the same losses, parameters, running statistics and momenta, and a further step the
+    same gradients."""
     for i in range(5):
         torch.testing.assert_close(graphed(i), eager(i), **tolerance)
     expected = eager.model.state_dict() | {f"momentum of {name}": m for name, m in eager.momenta.items()}
@@ -738,7 +747,8 @@ def follow(eager: Any, graphed: Any, **tolerance: float) -> None:
 
 
 def test_a_graphed_row_trains_as_the_eager_one(bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By graphs' stand-in: recorded once, before anything is timed."""
+    """Runs against a stand-in for CUDA graphs, which also shows that the graph is recorded once, before anything is
+    timed."""
     fake_cuda = FakeCuda(monkeypatch)
     graphed = stepper(bench, "fastres-graph", "cpu", torch.float32)
     # The graph reads the learning rate in float32, the eager step in float64.
@@ -747,8 +757,9 @@ def test_a_graphed_row_trains_as_the_eager_one(bench: SimpleNamespace, monkeypat
     assert WARM_UPS + 1 <= 1 + bench.measure.WARM_UPS
 
 
-def test_a_float8_row_is_held_against_its_definition(bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Twice the error of the same numbers multiplied by PyTorch is allowed; the row says how many classes agree."""
+def test_a_float8_row_is_compared_with_its_definition(bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A float8 row may have twice the error of PyTorch with the same quantised values, and reports how many classes
+    agree."""
     case = bench.backends.Case("cifar-8", "infer", 4, torch.bfloat16, 32, torch.device("cpu"))
     inputs = bench.photos.batches(bench.measure.INPUTS, 4, 32, seed=0)
     data = bench.measure.prepare(case, bench.backends.shared_weights(case.net, inputs, 0), inputs, 0)
@@ -774,8 +785,9 @@ def test_a_float8_row_is_held_against_its_definition(bench: SimpleNamespace, mon
             assert f"scores differ by {departure:.2g} from PyTorch's with the same quantised values" in row["reason"]
 
 
-def test_a_row_in_another_dtype_has_its_own_yardstick(bench: SimpleNamespace) -> None:
-    """Eager PyTorch's error in that dtype, not in the case's; its classes are compared with the case's."""
+def test_a_row_in_another_dtype_has_its_own_limit(bench: SimpleNamespace) -> None:
+    """The limit comes from eager PyTorch's error in the row's dtype. Classes are compared with those in the case's
+    dtype."""
     case = bench.backends.Case("cifar-8", "infer", 4, torch.float32, 32, torch.device("cpu"))
     inputs = bench.photos.batches(bench.measure.INPUTS, 4, 32, seed=0)
     data = bench.measure.prepare(case, bench.backends.shared_weights(case.net, inputs, 0), inputs, 0)
@@ -794,8 +806,11 @@ def test_a_row_in_another_dtype_has_its_own_yardstick(bench: SimpleNamespace) ->
 
 
 def test_onnxruntime_answers_as_eager(bench: SimpleNamespace) -> None:
-    """So does OpenVINO, where it is installed. For the batch the net was exported for; with as many threads as PyTorch
-    has, which leave the cores to others after a call."""
+    """ONNX Runtime and, where it is installed, OpenVINO give eager PyTorch's scores, with the same number of threads as
+    PyTorch.
+
+    ONNX Runtime's threads stop spinning after a call, so that they leave the cores to others.
+    """
     pytest.importorskip("onnxruntime")
     case = bench.backends.Case("cifar-8", "infer", 4, torch.float32, 32, torch.device("cpu"))
     inputs = bench.photos.batches(bench.measure.INPUTS, 4, 32, seed=0)
@@ -837,22 +852,23 @@ def test_a_cpu_without_the_instructions_refuses_such_rows(
         assert "ONEDNN_MAX_CPU_ISA=AVX2" in bench.backends.BACKENDS[name].why_not(case)
 
 
-def test_what_is_missing_is_named_at_once(bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_missing_packages_are_named(bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     reason = bench.backends.BACKENDS["onnxruntime"].why_not_here(torch.device("cpu"))
     assert reason == "not installed: pip install onnx onnxscript onnxruntime"
 
 
 def test_a_peer_quantises_fp32(bench: SimpleNamespace) -> None:
-    """ONNX Runtime has no bfloat16 to quantise; our int8 takes the case's net as it is."""
+    """ONNX Runtime can't quantise bfloat16, so it gets the net in fp32. Our int8 gets it in the case's dtype."""
     case = bench.backends.Case("resnet18", "infer", 2, torch.bfloat16, 64, torch.device("cpu"))
     table = bench.backends.BACKENDS
     assert table["onnxruntime-int8"].own(case).dtype == torch.float32
     assert table["fastres-optimize-int8"].own(case).dtype == torch.bfloat16
 
 
-def test_without_a_yardstick_nothing_is_right(bench: SimpleNamespace) -> None:
-    """Eager PyTorch's own error may be NaN, in fp16 or in a deep plain net; a record holds no NaN."""
+def test_no_row_is_right_without_an_error_of_eager(bench: SimpleNamespace) -> None:
+    """Eager PyTorch's own error may be NaN, in fp16 or in a deep plain net. The row is then wrong, and stores no
+    NaN."""
     case = bench.backends.Case("cifar-8", "infer", 2, torch.float32, 32, torch.device("cpu"))
     inputs = bench.photos.batches(bench.measure.INPUTS, 2, 32, seed=0)
     data = bench.measure.prepare(case, bench.backends.shared_weights(case.net, inputs, 0), inputs, 0)
@@ -874,14 +890,14 @@ def test_float8_needs_a_gpu_that_has_it(bench: SimpleNamespace, monkeypatch: pyt
 
 
 @pytest.mark.parametrize(("reading", "joules"), [("500.00", 5.0), ("[N/A]", None)])
-def test_energy_of_an_image_is_power_by_speed(reading: str, joules: float | None, bench: SimpleNamespace) -> None:
+def test_energy_per_image_is_power_divided_by_speed(reading: str, joules: float | None, bench: SimpleNamespace) -> None:
     row = {"status": "ok", "img_s": 100.0, "window_img_s": [100.0] * 7}
     assert bench.measure.settled(row | {"clocks": {"power.draw": reading}})["joules_per_image"] == joules
     assert bench.measure.settled(row | {"clocks": None})["joules_per_image"] is None
 
 
 def test_power_is_read_while_the_load_lasts(bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
-    """nvidia-smi averages over a second: the steps begin before that and end after its answer."""
+    """nvidia-smi averages over a second, so the steps must begin before that second and end after its answer."""
     did: list[str] = []
 
     def answer(device: torch.device, *fields: str) -> dict[str, str]:
@@ -911,7 +927,8 @@ def test_power_is_read_while_the_load_lasts(bench: SimpleNamespace, monkeypatch:
 def test_a_graphed_step_follows_the_eager_one(ours: bool, dtype: torch.dtype, bench: SimpleNamespace) -> None:
     names = ("fastres", "fastres-graph") if ours else ("eager-channels-last", "eager-graph")
     eager, graphed = (stepper(bench, name, "cuda", dtype) for name in names)
-    # The same kernels, but for libraries that choose others while a graph records; steps amplify what that rounds.
+    # The kernels are the same, except where a library chooses others during the recording. Steps amplify that
+    # difference in rounding.
     tolerance = REPLAYED if dtype == torch.float32 else REPLAYED_16
     with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
         follow(eager, graphed, rtol=tolerance, atol=tolerance)
@@ -926,7 +943,7 @@ def test_lost_layouts_are_noted(bench: SimpleNamespace) -> None:
 
 
 class Unsteady(nn.Linear):
-    """Breaks the graph and asks for another one at each of the first calls."""
+    """Breaks the graph and needs another graph in each of the first calls."""
 
     calls = 0
 
@@ -975,7 +992,8 @@ def test_compiled_rows_count_graphs_breaks_and_recompiles(
 
 
 def test_transposed_layouts_are_noted(bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of what a profiler saw on a GPU: cuDNN's kernels that turn a layout, their share of the time; not the host's."""
+    """In a profiler's events, cuDNN's transposing kernels are counted, with their share of the GPU's time. CPU events
+    and annotations don't count."""
 
     def event(name: str, time: float, on: str = "CUDA", annotation: bool = False) -> SimpleNamespace:
         device = getattr(torch.autograd.DeviceType, on)
@@ -1007,7 +1025,7 @@ def test_every_backend_of_this_device_runs(bench: SimpleNamespace, tmp_path: Pat
 
 @pytest.mark.slow
 def test_a_run_that_is_terminated_leaves_nothing_behind(tmp_path: Path) -> None:
-    """No process, no data on disk; the record holds what was measured."""
+    """After SIGTERM there is no process and no temporary data, and the record has what was measured."""
     path = tmp_path / "r.json"
     ask = ["--net", "cifar-8", "--batch", "2", "--seconds", "20", "--device", "cpu", "--mode", "infer", "--isolate"]
     command = [sys.executable, str(BENCH / "run.py"), *ask, "--backend", "eager,fastres", "--json", str(path)]
@@ -1022,12 +1040,12 @@ def test_a_run_that_is_terminated_leaves_nothing_behind(tmp_path: Path) -> None:
     assert running.returncode == 143, said
     assert f"stopped; {path} holds what was measured" in said
     assert not [*tmp_path.glob("fastres-bench-*")]
-    for _ in range(100):  # multiprocessing's own helper goes a moment later
+    for _ in range(100):  # multiprocessing's helper process ends a moment later
         try:
             os.killpg(running.pid, 0)
         except ProcessLookupError:
             break
         time.sleep(0.1)
     else:
-        pytest.fail("a process runs on")
+        pytest.fail("a process is still running")
     assert {row["status"] for row in rows_of(path).values()} == {"unfinished"}

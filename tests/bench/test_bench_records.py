@@ -1,4 +1,4 @@
-"""Records: bench/pytest_logs.py reads pytest's logs; pages and pictures show what bench/readme.py makes of them."""
+"""Tests of records: bench/pytest_logs.py reads pytest's logs, and pages and pictures agree with bench/readme.py."""
 
 from __future__ import annotations
 
@@ -48,13 +48,13 @@ def log(path: Path, *lines: str, where: dict[str, str] | None = None) -> Path:
 
 
 def row_of(text: str, start: str) -> list[str]:
-    """The cells of the table row that starts with `start`."""
+    """Return the cells of the table row that starts with `start`."""
     (line,) = (line for line in text.splitlines() if line.startswith(f"| {start} |"))
     return [cell.strip() for cell in line.strip("|").split("|")]
 
 
 def test_this_run_says_where_it_runs(proof: ModuleType, tmp_path: Path) -> None:
-    """The header that tests/conftest.py writes is the one that pytest_logs.py reads."""
+    """pytest_logs.py can read the header that tests/conftest.py writes."""
     run = proof.read(
         log(tmp_path / "x.log", pytest_report_header(), "1 worker [1 item]", "[gw0] [100%] PASSED tests/a.py::b ")
     )
@@ -90,7 +90,7 @@ def test_the_last_result_counts(proof: ModuleType, tmp_path: Path) -> None:
 
     record.write_text(text + f"\n{proof.BY_HAND}\n\nwritten by hand\n")
     assert proof.main([str(again), "--record", str(record)]) == 0
-    assert proof.main([str(first), str(again), "--record", str(record)]) == 1, "a test was never reached"
+    assert proof.main([str(first), str(again), "--record", str(record)]) == 1, "one test was never reached"
     text = record.read_text()
     assert row_of(text, "**all**") == ["**all**", "**12**", "**3**", "**0**", "**1**", "**8**"]
     assert "Failed first, passed after a mend:\n\n- `tests/test_a.py" in text
@@ -99,7 +99,7 @@ def test_the_last_result_counts(proof: ModuleType, tmp_path: Path) -> None:
     assert (tmp_path / "nvidia-h200-tests.md").exists()
 
 
-def test_what_is_no_log_or_another_machines_is_refused(
+def test_files_without_results_and_logs_of_two_machines_are_refused(
     proof: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     result = "1 worker [1 item]", "[gw0] [100%] PASSED tests/test_a.py::test_one "
@@ -117,8 +117,9 @@ def test_what_is_no_log_or_another_machines_is_refused(
         assert message in capsys.readouterr().err
 
 
-def test_what_was_lost_is_no_success(proof: ModuleType, tmp_path: Path) -> None:
-    """A file that can't be collected, a run that was killed, a failure that is skipped later; logs in any order."""
+def test_lost_results_are_failures(proof: ModuleType, tmp_path: Path) -> None:
+    """The exit status is 1 for a file that can't be collected, a run that was killed, and a failure that is skipped
+    later, with logs in any order."""
     broken = log(
         tmp_path / "broken.log",
         "collecting ... collected 1 item / 1 error",
@@ -158,7 +159,8 @@ def test_the_readme_s_tables_are_narrow(readme: ModuleType) -> None:
 
 @pytest.mark.parametrize("name", PICTURES)
 def test_committed_pictures_are_what_their_scripts_draw(name: str, readme: ModuleType) -> None:
-    """To the byte, by the matplotlib of constraints.txt; that of another version may lay out otherwise."""
+    """Pictures must be identical byte by byte with the matplotlib of constraints.txt. Other versions may lay them out
+    differently."""
     matplotlib = pytest.importorskip("matplotlib")
     if f"matplotlib=={matplotlib.__version__}\n" not in (ROOT / "constraints.txt").read_text():
         pytest.skip(f"constraints.txt has another matplotlib than {matplotlib.__version__}")
@@ -179,7 +181,8 @@ def test_every_picture_of_the_records_is_committed(readme: ModuleType) -> None:
 
 @pytest.mark.parametrize("name", PICTURES)
 def test_pictures_are_readable_in_both_modes(name: str) -> None:
-    """Every text is switched; whatever isn't switched stands out from both cards."""
+    """In dark mode every text changes its colour, and colours that don't change have enough contrast on both
+    backgrounds."""
     text = (ROOT / name).read_text()
     style = text.partition("@media (prefers-color-scheme: dark)")[2].partition("</style>")[0]
     assert all(f'[style*="{part}: {light}"]{{{part}: {dark} !important}}' in style
@@ -196,7 +199,7 @@ def test_pictures_are_readable_in_both_modes(name: str) -> None:
 
 @pytest.mark.parametrize("kind", ["svg", "png", "pdf"])
 def test_the_same_picture_gives_the_same_bytes(kind: str) -> None:
-    """A PNG is opaque and light in all its corners."""
+    """Encoding a picture twice gives the same bytes. A PNG is opaque and white in its corners."""
     pytest.importorskip("matplotlib")
 
     def drawn() -> bytes:
@@ -221,7 +224,7 @@ def test_ink_stands_out_from_its_card() -> None:
 
 
 def contrast(a: str, b: str) -> float:
-    """Of two colours, as the Web Content Accessibility Guidelines define it: 1 to 21."""
+    """Return the contrast of two colours as the Web Content Accessibility Guidelines define it: 1 to 21."""
 
     def luminance(colour: str) -> float:
         parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
@@ -234,7 +237,7 @@ def contrast(a: str, b: str) -> float:
 
 @pytest.mark.parametrize("name", [name for name in PICTURES if "experiment" not in name])
 def test_no_text_covers_another(name: str, readme: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nor leaves the picture, by the bounding boxes of all texts."""
+    """No text overlaps another or leaves the picture, by the bounding boxes of all texts."""
     text = pytest.importorskip("matplotlib.text").Text
     kind, source = readme.pictures(readme.shown())[name]
     figure = importlib.import_module("plot").drawn(kind, ROOT / source)
@@ -251,9 +254,9 @@ def test_no_text_covers_another(name: str, readme: ModuleType, monkeypatch: pyte
 
 
 @pytest.mark.parametrize(("depth", "part", "recomputed"), [(18, 0.63, 0.57), (34, 0.67, 0.55), (50, 0.79, 0.60)])
-def test_bytes_kept_for_backward_are_few_beside_stocks(depth: int, part: float, recomputed: float) -> None:
-    """Every raw convolution output and every block's output once, the last only where they are not recomputed; stock
-    keeps the activations between them, too. The committed table holds what is counted."""
+def test_fastres_saves_fewer_bytes_for_backward_than_stock(depth: int, part: float, recomputed: float) -> None:
+    """fastres saves every raw convolution output and every block's output once, and the block's output only if it is
+    not recomputed; stock also saves the activations between them. The committed table agrees with the count."""
     memory = importlib.import_module("memory")
     row = memory.row(depth, 224)
     assert row["fastres"] <= part * row["pytorch"]
@@ -263,10 +266,13 @@ def test_bytes_kept_for_backward_are_few_beside_stocks(depth: int, part: float, 
     assert {name: int(value) for name, value in committed[depth].items()} == row
 
 
-def test_a_blocks_bytes_are_those_counted_by_hand() -> None:
-    """Of ResNet-18 eager PyTorch keeps, in elements of a 224 x 224 image: the image; the stem's convolution, its
-    activation and the pool's indices (8 bytes each); for each of 8 blocks both convolutions, the activation between
-    them and the block's output; 3 projections; the average. The pool's output is the first block's input."""
+def test_saved_bytes_are_those_counted_by_hand() -> None:
+    """The saved bytes of eager PyTorch's ResNet-18 agree with a count by hand.
+
+    The count, in elements of a 224 x 224 image: the image; the stem's convolution, its activation and the pool's
+    indices (8 bytes each); for each of 8 blocks both convolutions, the activation between them and the block's output;
+    3 projections; the average. The pool's output is the first block's input.
+    """
     stem, maps = 64 * 112**2, [64 * 56**2 >> s for s in range(4)]
     elements = 3 * 224**2 + 2 * stem + maps[0] + sum(2 * 4 * size for size in maps) + sum(maps[1:]) + 512
     assert importlib.import_module("memory").per_image(torchvision.models, 18, 224) == 2 * elements + 8 * maps[0]
@@ -296,19 +302,21 @@ def test_a_table_compares_what_was_measured(readme: ModuleType) -> None:
     want = ["100", "200 torch.compile", "**300** fastres, step in a CUDA graph", "1.50", "3.00"]
     alone = ["10.0 (5.00 ms)", "", "**30.0 (2.50 ms)** fastres.optimize", "", "3.00"]
     training = "ResNet-50 training, bf16, batch 256"
-    assert lines() == {training: want, "ResNet-50 inference, bf16, batch 1": alone}, "one peer is best of nothing"
+    assert lines() == {training: want, "ResNet-50 inference, bf16, batch 1": alone}, (
+        "eager PyTorch is not also listed as the best peer"
+    )
     assert lines(row("train", "fastres-fp8", 900.0, agreement=0.9))[training] == want
     noisy = row("train", "max-autotune", 201.0, status="noisy")
     assert lines(noisy)[training] == ["100", "", "**300** fastres, step in a CUDA graph", "", "3.00"]
     shown = {one["backend"] for one in importlib.import_module("plot").chosen({"rows": [*rows, noisy]})}
-    assert {"max-autotune", "fastres-graph", "eager-channels-last"} <= shown, "nobody else passes for the best peer"
+    assert {"max-autotune", "fastres-graph", "eager-channels-last"} <= shown, "no other row is shown as the best peer"
     assert not {"inductor", "timm"} & shown
     with pytest.raises(ValueError, match=r"README\.md lacks the line <!-- results: bench/readme\.py -->"):
         readme.written("no marks", "results", "text", "README.md")
 
 
 def of_a_cpu() -> dict[str, Any]:
-    """A small record: inference at two batches."""
+    """Return a small record of a CPU: inference at two batch sizes."""
     dtypes = {"eager-channels-last": "fp32", "onnxruntime": "fp32", "onnxruntime-int8": "int8"}
     dtypes |= {"fastres-optimize": "fp32", "fastres-optimize-bf16": "bf16", "fastres-optimize-int8": "int8"}
     rates = {1: (30, 50, 150, 51, 88, 156), 16: (40, 60, 200, 60, 90, 190)}
@@ -327,11 +335,11 @@ def of_a_cpu() -> dict[str, Any]:
     return made | {"environment": where, "flops": flops, "rows": rows}
 
 
-def test_the_pages_of_a_cpu_show_each_dtype_beside_the_best_peer(
+def test_the_pages_of_a_cpu_compare_each_dtype_with_the_best_peer(
     readme: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each dtype beside eager PyTorch and beside the best peer in it; what is noisy stays out. A record that is named
-    replaces the one that is shown."""
+    """Each dtype is compared with eager PyTorch and with the best peer in it, and noisy rows are left out. A record
+    given as an argument replaces the one that is shown."""
     folder = tmp_path / "bench" / "records"
     folder.mkdir(parents=True)
     (tmp_path / "docs").mkdir()
@@ -341,7 +349,7 @@ def test_the_pages_of_a_cpu_show_each_dtype_beside_the_best_peer(
         marks = [f"<!-- {name}: bench/readme.py -->\nold\n<!-- /{name} -->\n" for name in blocks]
         (tmp_path / page).write_text(f"before\n{''.join(marks)}after\n")
     monkeypatch.setattr(readme.records, "ROOT", tmp_path)
-    for arguments in ([str(folder / "cpu.json")], []):  # the second time the page names it
+    for arguments in ([str(folder / "cpu.json")], []):  # the second time, the page links to the record
         assert readme.main(arguments) == 0
         text = (tmp_path / "README.md").read_text()
         assert row_of(text, "eager PyTorch, fp32")[1:] == ["30.0", "40.0"]
@@ -371,7 +379,7 @@ def test_a_cpus_record_without_inference_is_refused(readme: ModuleType) -> None:
         readme.summary_of_cpu({"rows": []}, "bench/records/x.json")
 
 
-def test_what_no_picture_can_be_drawn_of_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_files_that_cannot_be_drawn_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     plot, table = importlib.import_module("plot"), ROOT / "bench" / "records" / "nvidia-h200-kernels-50.csv"
     doubled = tmp_path / "fp32.csv"
     with table.open(newline="") as file:
@@ -428,14 +436,14 @@ def test_pictures_need_matplotlib(
     ],
 )
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_its_scripts_say_so(script: str, message: str, capsys: pytest.CaptureFixture) -> None:
+def test_scripts_for_a_gpu_refuse_to_run_without_one(script: str, message: str, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit):
         importlib.import_module(script).main([])
     assert message in capsys.readouterr().err
 
 
-def test_every_pass_is_timed_by_every_cut() -> None:
-    """What is in force while a pass is timed is what its line says; afterwards what was before."""
+def test_every_pass_is_timed_with_every_tile_shape() -> None:
+    """While a pass is timed, the tile shape of its line is in force. Afterwards the previous one is restored."""
     memory_bound, norm = importlib.import_module("memory_bound"), importlib.import_module("fastres.kernels.batch_norm")
     before = norm.STREAMED, norm.REDUCED, norm.WINDOWED, norm.WARPS
     seen: list[Any] = []
@@ -448,7 +456,7 @@ def test_every_pass_is_timed_by_every_cut() -> None:
         seen.clear()
         text = memory_bound.line((name, 8, 16), 1, torch.float32, torch.device("cpu"), time)
         kind = memory_bound.work(name, 1, 8, 16, torch.float32, torch.device("cpu"))[1]
-        assert seen[0] == before, "the shipped cut first"
+        assert seen[0] == before, "the shipped shape comes first"
         assert (
             len(set(seen))
             == len(seen)
@@ -464,7 +472,7 @@ def test_kernels_have_short_names() -> None:
     assert short("dgrad_kernel") == "dgrad_kernel"
 
 
-def test_losses_of_a_written_table_come_largest_first(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_losses_of_a_written_table_are_sorted(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     kernels = importlib.import_module("kernels")
     table = tmp_path / "table.csv"
     lines = ["dgrad,1x1,last,4,100,0,0,0.5,80,0.8,cudnn", "wgrad,3x3,inner,1,300,0,0,0.5,900,3,triton"]
@@ -495,7 +503,7 @@ def test_a_damaged_record_is_refused_by_name(tmp_path: Path, damage: Any, said: 
         records.read(path)
 
 
-def test_nesting_without_end_is_no_record(tmp_path: Path) -> None:
+def test_deeply_nested_json_is_not_a_record(tmp_path: Path) -> None:
     path = tmp_path / "record.json"
     path.write_text("[" * 200_000)
     with pytest.raises(ValueError, match=r"record\.json is not a record"):

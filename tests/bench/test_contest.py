@@ -1,4 +1,5 @@
-"""bench/contest.py: a row that hangs, dies or loses its CUDA context costs only itself; memory is shared in turns."""
+"""Tests of bench/contest.py: a row that hangs, dies or loses its CUDA context affects no other, and rows share the
+GPU's memory."""
 
 from __future__ import annotations
 
@@ -30,7 +31,7 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
 
 
 class Delicate:
-    """Stands for `measure.Row`; what its name says goes wrong when its time has come."""
+    """Stands in for `measure.Row`. The fault and the moment in its name happen: "hang in window 3"."""
 
     def __init__(self, name: str) -> None:
         self.trouble, _, self.when = name.partition(" in ")
@@ -72,7 +73,7 @@ class Delicate:
 def contest(
     bench: SimpleNamespace, patience: float, device: str = "cpu"
 ) -> tuple[Any, dict[str, list[dict[str, Any]]]]:
-    """And what it tells, by row."""
+    """Return a contest and the fields that it reports, by row."""
     told: dict[str, list[dict[str, Any]]] = {}
     case = bench.backends.Case("resnet18", "infer", 2, torch.float32, 64, torch.device(device))
     tell = lambda name, row: told.setdefault(name, []).append(row)  # noqa: E731
@@ -80,7 +81,7 @@ def contest(
 
 
 def test_each_trouble_costs_only_its_row(bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And not what it has measured before. Where only what is good to know is missing, the row is ok."""
+    """A fault affects neither other rows nor the row's earlier measurements. If only `inspect` fails, the row is ok."""
     monkeypatch.setattr(bench.contest, "WINDOW_S", 5)
     trouble = {
         "hang in window 3": "no answer within 5 s, so its process was killed",
@@ -95,7 +96,7 @@ def test_each_trouble_costs_only_its_row(bench: SimpleNamespace, monkeypatch: py
     with ExitStack() as life:
         places = {name: life.enter_context(bench.worker.Worker(Delicate, name)) for name in names}
         for place in places.values():
-            place.ask("ready", seconds=100)  # a busy machine starts slowly
+            place.ask("ready", seconds=100)  # starting is slow on a busy machine
         match.measure(names, places.pop)
     final = {name: rows[-1] for name, rows in told.items()}
     assert {name for name, row in final.items() if row["status"] == "ok"} == {"sound", *harmless, "sound, too"}
@@ -122,9 +123,9 @@ def test_what_is_known_is_told_after_every_round(bench: SimpleNamespace) -> None
 
 
 class Large:
-    """Needs so much of a GPU of 100 MiB; holds a tenth of it all the time."""
+    """A row that needs the MiB in its name, on a GPU of 100 MiB, and keeps a tenth of it between calls."""
 
-    held: dict[str, int] = {}  # noqa: RUF012 - of all rows
+    held: dict[str, int] = {}  # noqa: RUF012 - shared by all rows
     log: list[str] = []  # noqa: RUF012
 
     def __init__(self, name: str) -> None:
@@ -171,7 +172,9 @@ def test_rows_that_do_not_fit_together_follow(bench: SimpleNamespace, monkeypatc
     )
     began = {name: row.get("began") for name, row in final.items()}
     assert Large.log.index("30 b ready") < Large.log.index("30 a done"), "together"
-    assert Large.log.index("99 c ready") > Large.log.index("30 a done"), "what ran out of memory beside others is alone"
+    assert Large.log.index("99 c ready") > Large.log.index("30 a done"), (
+        "a row that ran out of memory with others runs alone"
+    )
     assert not Large.held
     assert began["200 f"] is None
 
@@ -192,7 +195,7 @@ def measured(bench: SimpleNamespace, tiny: tuple[Any, Any], names: list[str], wh
 
 
 def test_rows_get_their_data_from_a_file(bench: SimpleNamespace, tiny: tuple[Any, Any]) -> None:
-    """The process of a row begins with the case's data and gives what a row in this process gives."""
+    """A row in its own process reads the case's data from a file and gives the same fields as a row in this process."""
     before = {*Path(tempfile.gettempdir()).glob("fastres-bench-*")}
     there = measured(bench, tiny, ["eager"], bench.contest.in_workers(["eager"], tiny[0], 0.05, 120))["eager"]
     here = measured(bench, tiny, ["eager"], bench.contest.in_process(tiny[0], 0.05))["eager"]
@@ -205,7 +208,7 @@ def test_rows_get_their_data_from_a_file(bench: SimpleNamespace, tiny: tuple[Any
 def test_compiled_rows_of_one_process_stay_compiled(
     bench: SimpleNamespace, tiny: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Another row's beginning, end or failure makes none compile again."""
+    """No row compiles again because another row begins, ends or fails."""
     table = bench.backends.BACKENDS
     for name, compiler in (("first", "aot_eager"), ("second", "eager")):
         entry = bench.backends.Backend(table["eager"].net, "", compile={"backend": compiler})

@@ -1,4 +1,4 @@
-"""bench/counters.py: what ncu writes is read, every launch gets its layer or none, and no other."""
+"""Tests of bench/counters.py: it reads ncu's output, and every launch gets its own layer or none."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ LABELS += ["Block Size", "Grid Size", "Device", "CC"]
 
 @pytest.fixture(autouse=True)
 def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
-    """The modules, imported as `python bench/counters.py` does; tables are the shipped ones."""
+    """The modules, imported as in `python bench/counters.py`, with the shipped tables."""
     monkeypatch.syspath_prepend(str(BENCH))
     monkeypatch.setenv("FASTRES_CACHE_DIR", os.devnull + "/none")
     tables.forget_tables()
@@ -44,7 +44,7 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
 
 
 def written(launches: Sequence[tuple[str, Sequence[int]]], numbers: Sequence[str] = NUMBERS) -> str:
-    """What ncu 2025.3 writes of (kernel's name, grid), one each."""
+    """Return what ncu 2025.3 writes for launches (kernel's name, grid), each with the same numbers."""
 
     def line(values: Sequence[str]) -> str:
         return ",".join(f'"{value}"' for value in values)
@@ -70,7 +70,8 @@ CUDNN["fprop"] = CUDNN["infer"]
 
 
 def as_on_a_gpu(launches: Sequence[Any]) -> list[tuple[str, Sequence[int]]]:
-    """Names and grids of a recorded step, the library's as its own kernels are called; copies are none."""
+    """Return the names and grids that a GPU would run for a recorded step, with typical names for the library's
+    kernels. Copies are not kernels."""
     found: list[tuple[str, Sequence[int]]] = []
     for one in launches:
         if one.ours:
@@ -88,7 +89,7 @@ def test_numbers_are_read_in_their_units(bench: SimpleNamespace) -> None:
     (one,) = parse(written([("void at::native::reduce_kernel<512, 1, at::native::R<float>>(T3)", (4, 5))]))
     assert (one.kernel, one.grid) == ("at::native::reduce_kernel", (4, 5, 1))
     right = {"us": 2.0, "dram_read_mb": 3.0, "dram_write_mb": 1.0, "l2_mb": 8.0, "tensor_pct": 60.0, "issue_pct": 40.5}
-    assert one.values == pytest.approx({**right, "mhz": 3600.0}), "n/a isn't there"
+    assert one.values == pytest.approx({**right, "mhz": 3600.0}), "n/a is left out"
     abbreviated = written([("k", (1,))]).replace("nsecond", "us").replace('"byte"', '"Mbyte"')
     assert parse(abbreviated)[0].values["us"] == 2000.0
     assert parse(abbreviated)[0].values["dram_write_mb"] == 1e6
@@ -104,7 +105,7 @@ def test_numbers_are_read_in_their_units(bench: SimpleNamespace) -> None:
         (written([("k", (1,))]).replace("gpu__time", "cpu__time"), "has no gpu__time_duration.sum"),
     ],
 )
-def test_what_is_not_counted_is_no_number(text: str, said: str, bench: SimpleNamespace) -> None:
+def test_output_without_counts_is_refused(text: str, said: str, bench: SimpleNamespace) -> None:
     with pytest.raises(ValueError, match=said):
         bench.counters.parse(text)
 
@@ -176,16 +177,16 @@ def test_a_kernel_of_the_library_between_two_of_ours_gets_its_layer(bench: Simpl
         return [",".join(one.pass_ for one in row.launches) + f" {row.share:.2f}" for row in rows]
 
     aside, reduction = "void cudnn::ops::nchwToNhwcKernel<float>()", "void cutlass::splitK_reduce_kernel<float>()"
-    assert labels([aside, CUDNN["wgrad"]], [wgrad]) == ["wgrad 0.33", "wgrad 0.67"], "they share one operator"
+    assert labels([aside, CUDNN["wgrad"]], [wgrad]) == ["wgrad 0.33", "wgrad 0.67"], "both kernels share one operator"
     both = [CUDNN["wgrad"], reduction, CUDNN["dgrad"]]
-    assert labels(both, pair) == ["wgrad 1.00", " 1.00", "dgrad 1.00"], "a reduction might be of either"
-    assert labels(both[::-1], pair) == [" 1.00"] * 3, "the names tell of another order"
-    assert labels([CUDNN["wgrad"]] * 2 + [CUDNN["dgrad"]], pair) == [" 1.00"] * 3, "one has two kernels"
+    assert labels(both, pair) == ["wgrad 1.00", " 1.00", "dgrad 1.00"], "a reduction could belong to either"
+    assert labels(both[::-1], pair) == [" 1.00"] * 3, "the names contradict the order"
+    assert labels([CUDNN["wgrad"]] * 2 + [CUDNN["dgrad"]], pair) == [" 1.00"] * 3, "one operator has two kernels"
     cast, workspace = (
         "void at::native::unrolled_elementwise_kernel<float>()",
         "a::xmma__5x_cudnn::init_device_workspace",
     )
-    assert labels([CUDNN["wgrad"], cast], [wgrad]) == ["wgrad 1.00", " 1.00"], "a cast is no convolution"
+    assert labels([CUDNN["wgrad"], cast], [wgrad]) == ["wgrad 1.00", " 1.00"], "a cast is not part of a convolution"
     assert labels([workspace, CUDNN["wgrad"], CUDNN["dgrad"]], pair) == [" 1.00", "wgrad 1.00", "dgrad 1.00"]
     assert labels([aside], []) == [" 1.00"]
 
@@ -207,8 +208,10 @@ def test_a_table_is_read_again_without_a_gpu(
     assert sum(float(row["predicted_us"]) for row in rows) == pytest.approx(predicted, abs=1), "each is rounded"
 
 
-def test_ncu_is_asked_for_what_it_has(bench: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By a stand-in that lacks a metric, and writes what it was given."""
+def test_ncu_is_asked_only_for_metrics_that_it_has(
+    bench: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stand-in for ncu lacks one metric and writes the arguments that it gets."""
     ncu = tmp_path / "ncu"
     listed = [one.split(".")[0] for one in METRICS if not one.startswith("lts")]
     lines = ["Device NVIDIA H200 (GH100)", *(f"{name}   Counter   unit   # of it" for name in listed)]
@@ -229,8 +232,8 @@ def test_ncu_is_asked_for_what_it_has(bench: SimpleNamespace, tmp_path: Path, mo
         bench.counters.count(log, "kernel", [])
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
-def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_the_script_refuses_to_run(tmp_path: Path) -> None:
     command = [sys.executable, BENCH / "counters.py", "--csv", tmp_path / "x.csv"]
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
     assert ended.returncode == 2

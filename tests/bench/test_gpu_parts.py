@@ -1,5 +1,8 @@
-"""bench/gpu.py: a part that is killed, hangs or loses the CUDA context costs only itself; tables, plans, the archive,
-and the rehearsal without a GPU. Compiling ahead of a measurement."""
+"""Tests of bench/gpu.py and bench/precompile.py.
+
+A part that is killed, hangs or loses the CUDA context affects no other. Further tests are on tables, plans, the
+archive, the rehearsal without a GPU, and compiling before a measurement.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +38,7 @@ def _bench_on_path(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
-    """It, where torch sees a GPU, in a checkout of its own."""
+    """The module gpu in an empty checkout, on a machine where torch seems to see a GPU."""
     module = importlib.import_module("gpu")
     monkeypatch.setattr(module, "ROOT", tmp_path / "checkout")
     (tmp_path / "checkout").mkdir()
@@ -52,7 +55,7 @@ def parts() -> ModuleType:
 
 
 def run(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch, given: dict[str, Any], *options: str) -> int:
-    """gpu.py with these parts, each some Python code or a `Part`, all of them in plan 1."""
+    """Run gpu.py with these parts, each some Python code or a `Part`, all of them in plan 1."""
     made = {name: code if isinstance(code, gpu.Part) else gpu.Part(["-c", code]) for name, code in given.items()}
     monkeypatch.setattr(gpu, "PARTS", made)
     monkeypatch.setattr(gpu, "PLANS", {1: gpu.PLANS[1].__class__("all", tuple(made), ())})
@@ -69,7 +72,7 @@ def packed_files(archive: Path) -> set[str]:
 
 
 def gone(pid: int) -> bool:
-    """Whether the process ends within some seconds."""
+    """Return whether the process ends within five seconds."""
     said = Path("/proc", str(pid), "status")
     for _ in range(50):
         if not said.exists() or "State:\tZ" in said.read_text():
@@ -85,7 +88,7 @@ def test_parts_leave_logs_summaries_and_an_archive(
     save = "import os, pathlib; p = pathlib.Path(os.environ['FASTRES_CACHE_DIR']); (p / 'tables').mkdir(parents=True); "
     save += "(p / 'tables' / 'a.json').write_text('[]'); (p / 'built.so').write_text('x'); print('fine')"
     given = {"good": save, "bad": "print('no'); raise SystemExit(3)"}
-    cache = ("--cache", str(out / "cache"))  # as by default
+    cache = ("--cache", str(out / "cache"))  # inside OUT, where it must not be packed
     assert run(gpu, monkeypatch, given, "--out", str(out), *cache, "--archive", str(packed)) == 1
     assert (out / "good.log").read_text() == "fine\n"
     assert (status(out, "good"), status(out, "bad")) == (0, 3)
@@ -107,7 +110,7 @@ raise RuntimeError("CUDA error: an illegal memory access was encountered")
 """
 
 
-def test_what_dies_hangs_or_loses_its_context_costs_only_itself(
+def test_a_part_that_dies_hangs_or_loses_its_context_affects_no_other(
     gpu: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     out, packed = tmp_path / "out", tmp_path / "all.tar.gz"
@@ -122,10 +125,10 @@ def test_what_dies_hangs_or_loses_its_context_costs_only_itself(
     assert packed_files(packed) == {f"out/{part}.{kind}" for part in given for kind in ("log", "json")}
 
 
-def test_a_process_lost_within_a_part_costs_not_the_part(
+def test_a_process_lost_within_a_part_does_not_end_the_part(
     gpu: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """As rows of the bench and problems of tuning are measured: what each does to its process, the part goes on."""
+    """A part goes on after its worker processes die or hang, as in the bench and in tuning."""
     code = f"""
 import importlib, sys
 sys.path.insert(0, {str(BENCH)!r})
@@ -144,7 +147,7 @@ for module, function, argument in (("os", "_exit", 7), ("time", "sleep", 99), ("
     assert answered == "3"
 
 
-def test_a_failed_proof_ends_what_follows(
+def test_no_part_is_started_after_a_failed_proof(
     gpu: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     given = {"a": "raise SystemExit(1)", "proof": gpu.Part(["-c", "raise SystemExit(1)"], proof=True), "b": "0"}
@@ -155,10 +158,12 @@ def test_a_failed_proof_ends_what_follows(
     given["proof"] = gpu.Part(["-c", "0"], proof=True)
     assert run(gpu, monkeypatch, given, "--out", str(tmp_path)) == 1
     given["proof"] = gpu.Part(["-c", "0"], 9999, proof=True)
-    assert run(gpu, monkeypatch, given, "--out", str(tmp_path), "--minutes", "30") == 3, "nothing without it, either"
+    assert run(gpu, monkeypatch, given, "--out", str(tmp_path), "--minutes", "30") == 3, (
+        "a proof that was not started stops the parts after it as well"
+    )
 
 
-def test_what_does_not_fit_is_not_begun(
+def test_a_part_without_enough_time_is_not_started(
     gpu: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     given = {"a": "0", "b": gpu.Part(["-c", "0"], 20)}
@@ -173,7 +178,7 @@ def test_what_does_not_fit_is_not_begun(
             gpu.main(options)
 
 
-def test_without_a_gpu_nothing_is_called_a_success(
+def test_without_a_gpu_no_part_is_started(
     gpu: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.setattr(gpu, "sees_gpu", lambda: False)
@@ -217,19 +222,21 @@ table.write_text("measured")
 
 
 @pytest.mark.parametrize("end", ["time.sleep(99)", "os.kill(os.getpid(), 9)", "raise SystemExit(1)"])
-def test_a_table_is_safe_however_tuning_ended(
+def test_a_table_is_saved_however_tuning_ended(
     end: str, gpu: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     out, packed = tmp_path / "out", tmp_path / "all.tar.gz"
     given = {"tune": gpu.Part(["-c", TUNED + end], 3)}
     assert run(gpu, monkeypatch, given, "--out", str(out), "--archive", str(packed)) == 1
     assert (out / "tables" / "this-gpu.json").read_text() == "measured"
-    assert (tmp_path / "checkout/out/cache/tables/this-gpu.json").read_text() == "measured", "an emptied OUT keeps it"
+    assert (tmp_path / "checkout/out/cache/tables/this-gpu.json").read_text() == "measured", (
+        "the cache folder has it even if OUT is emptied"
+    )
     assert "out/tables/this-gpu.json" in packed_files(packed)
 
 
-def test_a_table_is_safe_when_the_time_of_all_is_over(tmp_path: Path) -> None:
-    """A limit from outside sends SIGTERM."""
+def test_a_table_is_saved_when_the_program_is_terminated(tmp_path: Path) -> None:
+    """The table is saved when the program gets SIGTERM, for example from an outer time limit."""
     end = "print(os.getpid(), flush=True); os.kill(os.getppid(), 15); time.sleep(99)"
     code = f"""
 import sys
@@ -258,8 +265,10 @@ def table_of(gpu: str, *passes: str) -> str:
 def test_tables_of_an_earlier_machine_are_found(
     gpu: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    """In OUT, in the folder named, in the checkout's out; none takes the place of one that is there, and what is no
-    table of a GPU, which would stop every part, isn't taken."""
+    """Tables are read from OUT, from the folder given, and from out/ of the checkout.
+
+    None replaces a table that exists, and files that aren't a GPU's tables, which would stop every part, are skipped.
+    """
     out, cache = tmp_path / "out", tmp_path / "cache"
     folders = {"cache": cache / "tables", "out": out / "tables", "named": tmp_path / "named"}
     folders["checkout"] = tmp_path / "checkout" / "out" / "tables"
@@ -289,10 +298,10 @@ def log_of_tests(*results: str) -> str:
     return "\n".join([f"tested on: {where}", f"collected {len(results)} items", *lines])
 
 
-def test_the_record_of_tests_always_stands(
+def test_bad_logs_do_not_prevent_the_record_of_tests(
     gpu: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    """A log without results, and logs that don't go together, keep nothing from being run or recorded."""
+    """A log without results, or logs that can't be combined, prevent neither the parts nor the record of the others."""
     given = {
         "tests-early": "print('tested on: nothing'); raise SystemExit(1)",
         "tests-good": f"print({log_of_tests('PASSED', 'PASSED')!r})",
@@ -334,7 +343,7 @@ class AskedError(Exception):
 
 @pytest.fixture
 def scripts() -> dict[str, argparse.ArgumentParser]:
-    """The parsers of bench/'s scripts, by file, as they are when the script asks for its arguments."""
+    """The argument parsers of the scripts in bench/, by file, when they are about to parse."""
     found: list[argparse.ArgumentParser] = []
 
     def stop(parser: argparse.ArgumentParser, *_: Any) -> None:
@@ -351,7 +360,7 @@ def scripts() -> dict[str, argparse.ArgumentParser]:
 
 
 def test_every_command_line_is_understood(gpu: ModuleType, parts: ModuleType, scripts: dict[str, Any]) -> None:
-    """For a GPU, and rehearsed."""
+    """Checks the commands for a GPU and those of the rehearsal."""
     backends = importlib.import_module("backends")
     run = gpu.Run(Path("/o"), Path("/c"), None, 5, False, {})
     for name, part in parts.PARTS.items():
@@ -376,7 +385,7 @@ def test_every_command_line_is_understood(gpu: ModuleType, parts: ModuleType, sc
 def test_tests_share_their_processes_and_measurements_run_alone(
     gpu: ModuleType, parts: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Tests share their processes with the plugins that are there; measurements run alone."""
+    """Parts with tests use pytest-xdist and pytest-timeout if they are installed. Measurements run alone."""
     run = gpu.Run(Path("/o"), Path("/c"), None, 5, False, {})
     for found in (True, False):
         monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name, found=found: found or None)
@@ -393,7 +402,7 @@ def test_tests_share_their_processes_and_measurements_run_alone(
 
 @pytest.fixture
 def bare_python(tmp_path: Path) -> Path:
-    """This interpreter with all packages but fastres, and with a pip that installs nothing."""
+    """This interpreter with all packages except fastres, and with a pip that installs nothing."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "bare")], check=True)
     (site,) = (tmp_path / "bare").glob("lib/python3*/site-packages")
     (site / "packages.pth").write_text("\n".join(path for path in sys.path if path.endswith("site-packages")))
@@ -402,7 +411,7 @@ def bare_python(tmp_path: Path) -> Path:
 
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="PYTHONSAFEPATH")
-def test_where_nothing_can_be_installed_the_parts_find_the_checkout(bare_python: Path, tmp_path: Path) -> None:
+def test_parts_find_the_checkout_if_it_cannot_be_installed(bare_python: Path, tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "FASTRES_CACHE_DIR")}
 
     def said(*arguments: str, **more: str) -> str:
@@ -430,7 +439,7 @@ def rehearse(*options: str) -> str:
     return done.stdout
 
 
-def test_rehearsal_says_what_it_is(tmp_path: Path) -> None:
+def test_a_rehearsal_is_marked_as_one(tmp_path: Path) -> None:
     said = rehearse("--out", str(tmp_path), "--archive", str(tmp_path / "r.tar.gz"), "hopper")
     assert "hopper needs CUDA; only its command line is checked" in said
     assert {path.name for path in tmp_path.iterdir()} == {"rehearsal", "r.tar.gz"}
@@ -441,7 +450,7 @@ def test_rehearsal_says_what_it_is(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("plan", range(1, 8))
 def test_every_plan_can_be_rehearsed(plan: int, parts: ModuleType, tmp_path: Path) -> None:
-    """All of a plan in order, as far as a machine without a GPU goes."""
+    """Runs all parts of a plan in order, as far as that is possible without a GPU."""
     rehearse("--plan", str(plan), "--minutes", "60", "--jobs", "2", "--out", str(tmp_path))
     out = tmp_path / "rehearsal"
     assert {path.stem for path in out.glob("*.log")} == {*parts.PLANS[plan].parts, *parts.PLANS[plan].spare}
@@ -451,7 +460,7 @@ def test_every_plan_can_be_rehearsed(plan: int, parts: ModuleType, tmp_path: Pat
 
 
 @pytest.mark.slow
-def test_every_part_of_tests_names_some(parts: ModuleType) -> None:
+def test_every_part_with_tests_collects_some(parts: ModuleType) -> None:
     for name, part in parts.PARTS.items():
         if name.startswith("tests-"):
             command = [sys.executable, *part.command, "--collect-only", "-q"]
@@ -466,7 +475,7 @@ def add_kernel(x, y, BLOCK: tl.constexpr):
 
 
 class Driver:
-    """A Hopper GPU that compiles and can't launch."""
+    """A Triton driver for a Hopper GPU that can compile but not launch."""
 
     def get_current_device(self) -> int:
         return 0
@@ -492,7 +501,7 @@ def test_compiling_launches_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert precompile.compile_all([(print, ("x",))], 1) == []
 
 
-def test_compiling_in_processes_says_what_failed(capfd: pytest.CaptureFixture) -> None:
+def test_compiling_in_processes_reports_errors(capfd: pytest.CaptureFixture) -> None:
     precompile = importlib.import_module("precompile")
     found = precompile.compile_all([(os.path.getsize, ("/nowhere",)), (os.getpid, ()), (os.getpid, ())], 2)
     assert len(found) == 1

@@ -1,4 +1,4 @@
-"""bench/host.py: every pass of every call is launched and timed."""
+"""Tests of bench/host.py: every pass of every call is launched and timed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ SCRIPT = Path(__file__).resolve().parents[2] / "bench" / "host.py"
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has a driver")
 @pytest.mark.skipif(stub_cuda.unbuildable() is not None, reason=str(stub_cuda.unbuildable()))
 def test_every_pass_is_timed(tmp_path: Path) -> None:
-    """In a process of its own, which feigns a GPU to its end. In eval mode a block is one kernel a convolution."""
+    """The script runs in its own process, because it simulates a GPU until the process ends. In eval mode a block has
+    one kernel per convolution."""
     file = tmp_path / "new" / "host.json"
     done = subprocess.run(
         [sys.executable, str(SCRIPT), "--rounds", "3", "--json", str(file)], capture_output=True, text=True
@@ -37,7 +38,7 @@ def test_every_pass_is_timed(tmp_path: Path) -> None:
     assert launches["ResNet-50", "eval forward"] >= 53
 
 
-def test_no_round_is_refused() -> None:
+def test_zero_rounds_are_refused() -> None:
     done = subprocess.run([sys.executable, str(SCRIPT), "--rounds", "0"], capture_output=True, text=True)
     assert done.returncode == 2
     assert "--rounds must be at least 1" in done.stderr

@@ -1,4 +1,4 @@
-"""bench/layers_cpu.py: each convolution of the plan beside the one of ONNX Runtime that computes the same."""
+"""Tests of bench/layers_cpu.py: each convolution of the plan is matched with the same convolution in ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def layers(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 def test_the_table_has_every_convolution_and_the_sum(
     layers: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    """Every convolution of the net with both times, and what the whole takes."""
+    """The table has every convolution of the net with both times, and the totals."""
     file = tmp_path / "new" / "layers.csv"
     assert layers.main(["--depth", "18", "--size", "32", "--csv", str(file)]) == 0
     printed = capsys.readouterr().out
@@ -42,9 +42,11 @@ def test_the_table_has_every_convolution_and_the_sum(
 
 
 @pytest.mark.parametrize("dtype", ["fp32", extra("int8")])
-def test_convolutions_find_their_twins(layers: ModuleType, dtype: str, tmp_path: Path) -> None:
-    """By channels and heights, then by the order of the net: a projection runs before or after the others of its block,
-    and may have the shape of one of them."""
+def test_convolutions_are_matched_with_onnxruntimes(layers: ModuleType, dtype: str, tmp_path: Path) -> None:
+    """Convolutions are matched by channels and heights, then by their order in the net.
+
+    A projection may run before or after the other convolutions of its block, and may have the shape of one of them.
+    """
     net = fastres.resnet50().eval()
     images = torch.rand(1, 3, 32, 32)
     fast = fastres.optimize(net, images)
@@ -70,7 +72,7 @@ def test_convolutions_find_their_twins(layers: ModuleType, dtype: str, tmp_path:
         layers.matched(mine[1:], nodes)
 
 
-def test_what_cannot_run_is_refused(
+def test_impossible_arguments_are_refused(
     layers: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)

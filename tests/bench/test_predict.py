@@ -1,5 +1,8 @@
-"""bench/predict.py: every kernel of a step is found and counted once, with its bytes and FLOPs; the model is as far
-from the records as it was when they were compared; what is asked wrongly is refused."""
+"""Tests of bench/predict.py and bench/launch_trace.py.
+
+Every kernel of a step is recorded once, with its bytes and FLOPs. The model's distance from the records is as large as
+when it was fitted. Invalid arguments are refused.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +44,7 @@ H200 = problem.H200, tiles.H200
 
 @pytest.fixture(autouse=True)
 def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
-    """The modules, imported as `python bench/predict.py` does; tables are the shipped ones."""
+    """The modules, imported as in `python bench/predict.py`, with the shipped tables."""
     monkeypatch.syspath_prepend(str(BENCH))
     monkeypatch.setenv("FASTRES_CACHE_DIR", os.devnull + "/none")
     tables.forget_tables()
@@ -68,8 +71,8 @@ def flops_by_layer(launches: list[Any]) -> Counter[tuple[str, str]]:
 
 
 @pytest.mark.parametrize("depth", [18, 50])
-def test_a_training_step_multiplies_what_its_convolutions_say(bench: SimpleNamespace, depth: int) -> None:
-    """Each convolution once in each pass, whoever computes it and in however many launches."""
+def test_a_training_step_has_the_flops_of_its_convolutions(bench: SimpleNamespace, depth: int) -> None:
+    """A step's FLOPs are those of each convolution in each pass, whatever the engine and the number of launches."""
     wanted: Counter[tuple[str, str]] = Counter()
     for (p, _), count in bench.layers.roles(depth, 256, 224).items():
         for pass_ in ("fprop", "dgrad", "wgrad"):
@@ -81,7 +84,7 @@ def test_a_training_step_multiplies_what_its_convolutions_say(bench: SimpleNames
         assert found[key] == pytest.approx(flops, rel=COUNTS), key
 
 
-def test_who_computes_each_convolution_is_what_dispatch_says(bench: SimpleNamespace) -> None:
+def test_each_convolution_runs_on_the_engine_that_dispatch_chooses(bench: SimpleNamespace) -> None:
     with bench.launch_trace.recorded(BF16):
         wanted = {
             (pass_, bench.layers.name(p)): dispatch.conv_engine(pass_, p, BF16, bench.launch_trace.META) != "cudnn"
@@ -95,20 +98,20 @@ def test_who_computes_each_convolution_is_what_dispatch_says(bench: SimpleNamesp
 
 
 def test_a_training_step_has_the_kernels_that_a_profiler_saw() -> None:
-    """Of those that each BatchNorm needs once; the others have changed since that record."""
+    """Compares the kernels that each BatchNorm needs once. Others have changed since the record."""
     with (BENCH / "records" / "nvidia-h200-timeline-train.csv").open(newline="") as source:
         seen = {row["kernel"]: float(row["calls"]) for row in csv.DictReader(source)}
     found = Counter(one.kernel for one in steps_of(50, 256, "train", "fastres"))
     for kernel in ("finish_statistics_kernel", "finish_backward_kernel"):
         assert found[kernel] == seen[kernel] == 53
     assert found["_fused_sgd_"] == 1
-    # The batch. Autograd would copy a gradient that somebody else holds. Weights are cast in each of the four stages,
-    # and gradients, since some of them are the library's everywhere.
+    # copy_ is the copy of the batch: autograd would copy a gradient to which another reference exists. _foreach_copy_
+    # casts weights and gradients in each of the four stages, since the library computes some of them everywhere.
     assert (found["copy_"], found["_foreach_copy_"]) == (1, 4 + 4)
 
 
-def test_optimized_inference_multiplies_what_its_convolutions_say(bench: SimpleNamespace) -> None:
-    """In chains, too, which stand under their first convolution."""
+def test_optimized_inference_has_the_flops_of_its_convolutions(bench: SimpleNamespace) -> None:
+    """This includes the convolutions in chains, which are recorded under the name of their first convolution."""
     launches = steps_of(50, 256, "infer", "fastres")
     wanted = sum(2 * p.multiply_adds * count for (p, _), count in bench.layers.roles(50, 256, 224).items())
     assert sum(one.flops for one in launches if one.layer) == pytest.approx(wanted, rel=COUNTS)
@@ -139,7 +142,7 @@ def test_a_1x1_of_stride_2_reads_a_quarter_of_its_pixels(bench: SimpleNamespace)
     for backend in ("triton", "cudnn"):
         (one,) = kernels_of(bench, p, "infer", role, backend)
         assert one.bytes == x // 4 + y + w
-        gradient = kernels_of(bench, p, "dgrad", role, backend)  # of ours a launch for each class of pixels
+        gradient = kernels_of(bench, p, "dgrad", role, backend)  # our kernel has a launch for each class of pixels
         assert sum(one.bytes for one in gradient) == x + y + w
         assert sum(one.flops for one in gradient) == pytest.approx(2 * p.multiply_adds, rel=COUNTS)
 
@@ -151,7 +154,7 @@ def test_bytes_of_a_pass_are_those_counted_by_hand(bench: SimpleNamespace) -> No
         batch_norm.normalize(z, v, v, relu=True, residual=residual)
     (one,) = recorder.launches()
     assert (one.kernel, one.flops, one.ours) == ("normalize_kernel", 0, True)
-    assert one.bytes == 3 * z.nbytes + v.nbytes  # the vector that is given twice is one
+    assert one.bytes == 3 * z.nbytes + v.nbytes  # the vector that is passed twice counts once
 
 
 @triton.jit
@@ -169,7 +172,7 @@ def plain_kernel(a, b, BLOCK: tl.constexpr):
     tl.store(b + tl.arange(0, BLOCK), tl.load(a + tl.arange(0, BLOCK)))
 
 
-def test_a_kernel_that_nobody_told_of_counts_by_its_arguments(bench: SimpleNamespace) -> None:
+def test_an_unknown_kernel_is_counted_by_its_arguments(bench: SimpleNamespace) -> None:
     x = torch.empty(64, 64, dtype=BF16, device="meta")
     half = torch.empty(128, 64, dtype=BF16, device="meta")[:64]
     boxes = TensorDescriptor.from_tensor(x, [16, 16])
@@ -180,14 +183,14 @@ def test_a_kernel_that_nobody_told_of_counts_by_its_arguments(bench: SimpleNames
         batch_norm.launch(plain_kernel, (5,), a=x, b=None, BLOCK=16)
     multiplying, plain = recorder.launches()
     assert (multiplying.programs, multiplying.flops, plain.flops) == (21, 1000, 0)
-    assert multiplying.bytes == 2 * x.nbytes  # `half` is all that is touched of a larger tensor
+    assert multiplying.bytes == 2 * x.nbytes  # counts the view `half`, not the larger tensor
     assert plain.bytes == x.nbytes
     time = bench.predict.time(multiplying, *H200)
     assert time.predicted >= time.floor
     assert time.by_bytes == pytest.approx(1e6 * multiplying.bytes / problem.H200.bandwidth)
 
 
-def test_nothing_is_left_behind(bench: SimpleNamespace) -> None:
+def test_recording_restores_what_it_replaces(bench: SimpleNamespace) -> None:
     before = dispatch.why_engine, conv_bn.bind, batch_norm.launch, torch.autocast, dispatch._kernel_less
     with pytest.raises(ValueError, match="shape"), bench.launch_trace.recorded(BF16):
         batch_norm.normalize(torch.empty(2, 8, 8, 64, device="meta"), *[torch.empty(3, device="meta")] * 2, relu=True)
@@ -199,8 +202,8 @@ def test_nothing_is_left_behind(bench: SimpleNamespace) -> None:
 
 
 def test_bytes_bound_one_layer_and_waves_another(bench: SimpleNamespace) -> None:
-    """The fact behind LATENCY: 64 -> 256 channels take twice their bytes' time by a program a tile, 256 -> 64 don't.
-    Programs that stay, which the table has for the former, don't wait either."""
+    """Shows the reason for LATENCY: from 64 to 256 channels, one program per tile takes twice the time of its bytes,
+    but not from 256 to 64. Persistent programs, which the table has for the former, don't wait either."""
     narrow, wide = ConvProblem(256, 56, 56, 64, 256), ConvProblem(256, 56, 56, 256, 64)
     (staying,) = kernels_of(bench, narrow, "fprop", bench.layers.Role("last"), "triton")
     assert bench.predict.time(staying, *H200).bound == "bytes"
@@ -215,8 +218,8 @@ def test_bytes_bound_one_layer_and_waves_another(bench: SimpleNamespace) -> None
     assert fast.predicted < 1.3 * fast.floor
 
 
-def test_two_programs_to_a_multiprocessor_wait_together(bench: SimpleNamespace) -> None:
-    """Twice as many programs of half the registers take no longer."""
+def test_programs_on_a_multiprocessor_wait_at_the_same_time(bench: SimpleNamespace) -> None:
+    """Twice as many programs with half the registers take no longer."""
     given = {"BM": 64, "BN": 128, "BK": 64, "steps": 1, "num_warps": 4, "num_stages": 2, "K": 64}
     one = bench.launch_trace.Launch("k", "fprop", "l", 10**6, (), (), True, (132 * 40,), given)
     time = bench.predict.time(one, *H200)
@@ -226,8 +229,9 @@ def test_two_programs_to_a_multiprocessor_wait_together(bench: SimpleNamespace) 
     assert time.predicted == pytest.approx(10 * bench.predict.LATENCY, rel=0.1)
 
 
-def test_a_program_that_stays_waits_once(bench: SimpleNamespace) -> None:
-    """It computes all tiles, those of channels beyond the edge included, and fetches no filters again."""
+def test_a_persistent_program_waits_once(bench: SimpleNamespace) -> None:
+    """A persistent program computes all its tiles, with channels beyond the edge, and doesn't fetch the filters
+    again."""
     p = ConvProblem(256, 56, 56, 64, 192)
     tile = tiles.Tile(128, 64, 64, 8, 3, (1, 1, 64), persistent=2)
     x, w = (torch.empty(shape, dtype=BF16, device="meta") for shape in ((256, 56, 56, 64), (192, 1, 1, 64)))
@@ -238,7 +242,7 @@ def test_a_program_that_stays_waits_once(bench: SimpleNamespace) -> None:
     (one,) = recorder.launches()
     assert (one.kernel, one.programs, one.flops) == ("pointwise_fprop_kernel", 264, 2 * p.multiply_adds)
     cut = bench.predict.tile_of(one)
-    each = 2 * 12544 / 264  # tiles of 128 channels and 64 pixels
+    each = 2 * 12544 / 264  # tiles of 128 channels and 64 pixels per program
     assert (cut.steps, cut.fetched, cut.instructions, cut.stays) == (math.ceil(each), 64, 64 * tiles.AFFINE, True)
     assert bench.predict.executed(one) == pytest.approx(2 * p.multiply_adds * 256 / 192, rel=TILED)
     time = bench.predict.time(one, *H200)
@@ -259,7 +263,7 @@ def test_a_program_that_stays_waits_once(bench: SimpleNamespace) -> None:
 
 
 def test_the_stem_fetches_windows_and_multiplies_whole_rows(bench: SimpleNamespace) -> None:
-    """dz once and every pixel's 7 windows of 32 values, of which 21 count."""
+    """The kernel fetches dz once and, for every pixel, 7 windows of 32 values, of which 21 are used."""
     p = ConvProblem(256, 224, 224, 3, 64, 7, 7, 2, 3)
     launches = kernels_of(bench, p, "wgrad", bench.layers.Role("stem"), "triton")
     (one,) = (launch for launch in launches if launch.flops)
@@ -297,7 +301,7 @@ def test_a_split_convolution_is_two_kernels(bench: SimpleNamespace) -> None:
 
 
 @pytest.mark.parametrize(("batch", "mode"), [(256, "train"), (256, "infer"), (1, "infer")])
-def test_untried_tiles_are_taken_where_they_win(bench: SimpleNamespace, batch: int, mode: str) -> None:
+def test_untried_tiles_are_used_where_they_win(bench: SimpleNamespace, batch: int, mode: str) -> None:
     def record() -> list[Any]:
         return bench.predict.step(50, batch, mode, BF16, "fastres")
 
@@ -328,15 +332,15 @@ def ratios(lines: list[dict[str, Any]]) -> list[float]:
     return [line["predicted_us"] / line["measured_us"] for line in lines]
 
 
-def test_the_model_is_as_far_from_the_record_as_it_was(bench: SimpleNamespace) -> None:
-    """(median, p10, p90) of predicted / measured."""
+def test_the_model_is_as_close_to_the_kernels_record_as_before(bench: SimpleNamespace) -> None:
+    """Pins the median, 10th and 90th percentile of predicted / measured."""
     by = {engine: [line for line in compared() if line["by"] == engine] for engine in ("triton", "cudnn")}
     assert len(by["triton"]) == len(by["cudnn"]) == 91
     assert bench.predict.spread(ratios(by["triton"])) == pytest.approx((0.99, 0.78, 1.19), abs=RECORDED)
     assert bench.predict.spread(ratios(by["cudnn"])) == pytest.approx((0.89, 0.69, 1.09), abs=RECORDED)
 
 
-def test_the_constants_are_what_a_fit_gives_and_hold_where_they_were_not_fitted(
+def test_a_fit_gives_the_constants_and_they_hold_on_other_rows(
     bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with KERNELS.open(newline="") as source:
@@ -369,7 +373,7 @@ def test_the_constants_are_what_a_fit_gives_and_hold_where_they_were_not_fitted(
 @pytest.mark.parametrize(
     ("mode", "backend", "low", "high"),
     [
-        ("train", "fastres", 0.80, 1.00),  # 0.94 when the kernels were those that the record was measured with
+        ("train", "fastres", 0.80, 1.00),  # it was 0.94 with the kernels of the record
         ("infer", "fastres", 0.75, 0.90),
         ("train", "eager", 0.65, 0.75),
         ("infer", "eager", 0.72, 0.82),
@@ -377,10 +381,10 @@ def test_the_constants_are_what_a_fit_gives_and_hold_where_they_were_not_fitted(
         ("infer", "inductor", 0.78, 0.88),
     ],
 )
-def test_a_step_is_as_near_to_the_record_as_it_was(
+def test_a_predicted_step_is_as_close_to_the_record_as_before(
     bench: SimpleNamespace, mode: str, backend: str, low: float, high: float
 ) -> None:
-    """Predicted / measured time: the library's kernels are given no tile and so are predicted too fast."""
+    """Pins predicted / measured time. The library's kernels have no known tile, so their predictions are too fast."""
     _, img_s = bench.predict.on_record("NVIDIA H200", 50, 256, mode, "bf16", backend)
     us = sum(bench.predict.time(one, *H200).predicted for one in steps_of(50, 256, mode, backend))
     assert low < us / 1e6 * img_s / 256 < high
@@ -395,7 +399,7 @@ def test_inductor_moves_less_than_eager_and_multiplies_the_same(bench: SimpleNam
     assert names["native_batch_norm"] == names["native_batch_norm_sums"] == names["convolution"] == 53
 
 
-def test_inductor_computes_what_is_pointwise_where_it_is_read(bench: SimpleNamespace) -> None:
+def test_inductor_fuses_pointwise_operators_into_their_readers(bench: SimpleNamespace) -> None:
     part, launch_of = bench.launch_trace.Part, bench.launch_trace.Launch
 
     def op(kernel: str, reads: str, writes: str) -> Any:
@@ -411,7 +415,7 @@ def test_inductor_computes_what_is_pointwise_where_it_is_read(bench: SimpleNames
     assert [one.kernel for one in bench.launch_trace.as_inductor(many)] == ["fused_pointwise", "fused_pointwise", "mm"]
 
 
-def test_a_goal_is_covered_by_what_is_lost(bench: SimpleNamespace) -> None:
+def test_the_listed_losses_cover_a_goal(bench: SimpleNamespace) -> None:
     found = bench.predict.rows(steps_of(50, 256, "train", "fastres"), *H200)
     total, lost = sum(row.predicted_us for row in found), sorted((row.lost_us for row in found), reverse=True)
     goal = 256e6 / (total - 1000)
@@ -421,7 +425,7 @@ def test_a_goal_is_covered_by_what_is_lost(bench: SimpleNamespace) -> None:
     assert listed == pytest.approx(lost[: len(listed)], abs=PRINTED)
     assert sum(listed[:-1]) < 1000 <= sum(listed) + 0.1
     assert all(any(bound in line for bound in ("bytes", "FLOPs", "latency", "L2", "start")) for line in said[3:])
-    # From what was measured: what the model leaves open is said, and the gap is that of the measured step.
+    # With a measurement, the gap is that of the measured step, and the part that the model doesn't explain is printed.
     said = bench.predict.towards(goal, found, 256, ("x", 256e6 / (total + 500))).splitlines()
     assert "500 us of the measured step are not explained by the model" in said[1]
     assert "1,500 us must be saved" in said[2]
@@ -443,10 +447,8 @@ def test_the_command_runs_on_a_machine_without_a_gpu(tmp_path: Path) -> None:
     assert all(row["bound"] and int(row["count"]) > 0 for row in written)
 
 
-def test_a_fusion_that_is_asked_for_is_in_the_prediction(
-    bench: SimpleNamespace, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """An activation that is kept is normalised once, not twice."""
+def test_a_fusion_switch_changes_the_prediction(bench: SimpleNamespace, capsys: pytest.CaptureFixture[str]) -> None:
+    """An activation that is kept is normalised once instead of twice."""
     kernels = []
     for arguments in ([], ["--fusions", "keep_activation=1", "overlap=0"]):
         assert bench.predict.main(["--batch", "8", *arguments]) == 0
@@ -482,7 +484,7 @@ def test_a_fusion_that_is_asked_for_is_in_the_prediction(
         (["--measured", str(KERNELS), "--depth", "18"], "has no row for"),
     ],
 )
-def test_what_is_asked_wrongly_is_refused(
+def test_invalid_arguments_are_refused(
     bench: SimpleNamespace, capsys: pytest.CaptureFixture[str], arguments: list[str], said: str
 ) -> None:
     with pytest.raises(SystemExit) as raised:
@@ -494,8 +496,11 @@ def test_what_is_asked_wrongly_is_refused(
 
 
 def drawn_kernels(bench: SimpleNamespace, net: Any, make: Any, blocks: int) -> tuple[int, int]:
-    """How many kernels forward and backward of `blocks` bottleneck blocks have, without those that merge partials,
-    count batches or convert dtypes and layouts; PyTorch's BatchNorm as one."""
+    """Return the number of forward and backward kernels of `blocks` bottleneck blocks.
+
+    Kernels that merge partial sums, count batches or convert dtypes and layouts are left out. PyTorch's BatchNorm
+    counts as one.
+    """
     with bench.launch_trace.META:
         made = [make(256, 64).to(memory_format=torch.channels_last) for _ in range(blocks)]
     small = ("merge", "finish", "wgrad_reduce", "_sums", "clone", "_copy")
@@ -508,8 +513,9 @@ def drawn_kernels(bench: SimpleNamespace, net: Any, make: Any, blocks: int) -> t
     return sum(big[:forward]), sum(big[forward:])
 
 
-def test_blocks_have_the_kernels_that_are_drawn(bench: SimpleNamespace) -> None:
-    """docs/fused.svg: an inner block of a stage by the H200's shipped table. A stage's last block ends by itself."""
+def test_blocks_have_the_number_of_kernels_that_is_drawn(bench: SimpleNamespace) -> None:
+    """docs/fused.svg shows an inner block of a stage with the H200's shipped table. The last block of a stage has more
+    kernels, because its end is not fused with a next block."""
 
     def ours(x: torch.Tensor, blocks: list[Any]) -> torch.Tensor:
         return stages(x, [[(block.pairs(), block.downsample) for block in blocks]])

@@ -1,4 +1,4 @@
-"""What bench/tune.py and bench/kernels.py time is what the nets run, and a wrong result never wins."""
+"""Tests of bench/tune.py and bench/kernels.py: they time what the nets run, and a wrong result never wins."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ BENCH = Path(__file__).resolve().parents[2] / "bench"
 SQUARE = ConvProblem(2, 8, 8, 16, 16, 3, 3, 1, 1)
 STEM = ConvProblem(1, 16, 16, 3, 16, 7, 7, 2, 3)
 POINTWISE = ConvProblem(2, 8, 8, 16, 32)
-NONE = tiles.Gpu("none", 1, tiles.H200.shared, (9, 0))  # no table serves it
+NONE = tiles.Gpu("none", 1, tiles.H200.shared, (9, 0))  # a GPU without a table
 META, CPU, BF16 = torch.device("meta"), torch.device("cpu"), torch.bfloat16
 
 interpreted = pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="for the interpreter")
@@ -63,15 +63,15 @@ def tune(layers: ModuleType) -> ModuleType:
 
 @pytest.fixture
 def on_meta(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tensors without memory take the path of tensors on a GPU."""
+    """Meta tensors take the path of tensors on a GPU."""
     monkeypatch.setattr(dispatch, "_kernel_less", lambda device: None)
     monkeypatch.setattr(dispatch, "passes_engine", lambda *_: "triton")
     monkeypatch.setattr(dispatch, "compute_dtype", lambda x: x.dtype)
-    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # there is none for meta
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # meta tensors have no autocast
 
 
 class Calls(list[tuple[str, ConvProblem, frozenset[str]]]):
-    """(launcher, problem, what is fused) of every convolution that our kernels run."""
+    """The (launcher, problem, fused options) of every convolution that our kernels run."""
 
     def watch(self, monkeypatch: pytest.MonkeyPatch) -> None:
         for module, name in ((fprop, "conv_fprop"), (dgrad, "conv_dgrad"), (wgrad, "conv_wgrad")):
@@ -91,7 +91,7 @@ class Calls(list[tuple[str, ConvProblem, frozenset[str]]]):
 def test_every_role_is_timed_as_the_net_runs_it(
     depth: int, layers: ModuleType, tune: ModuleType, on_meta: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A training step of the whole net on our kernels launches, convolution by convolution, what the roles launch."""
+    """A training step of the whole net on our kernels launches the same convolutions as the roles."""
     monkeypatch.setattr(dispatch, "conv_engine", lambda *_: "triton")
     calls = Calls()
     calls.watch(monkeypatch)
@@ -110,7 +110,8 @@ def test_every_role_is_timed_as_the_net_runs_it(
                     layers.call(tune.our_pairs(problem, pass_, role, BF16, META, dz)[0], pass_, operands, role)()
                     assert len(calls) == 1
                     timed[calls[0]] += count
-    # The pool's side of the stem's BatchNorm and a stage's two ends are fused with no convolution.
+    # The pool's side of the stem's BatchNorm and the two ends of a stage are fused with no convolution, and so are not
+    # counted.
     assert timed == run
 
 
@@ -139,7 +140,7 @@ def test_a_problem_is_measured_in_its_most_frequent_role(layers: ModuleType) -> 
     found = layers.problems([50], 256, 224)
     expand = ConvProblem(256, 56, 56, 64, 256)
     assert found[expand] == (4, layers.Role("last", summed=True)), (
-        "three times, beside the projection of the same sizes"
+        "three times as the last of a block, once as a projection"
     )
     assert found[ConvProblem(256, 14, 14, 1024, 256)] == (5, layers.Role("first", border=True, summed=True))
     of_two = layers.problems([18, 50], 256, 224)
@@ -167,7 +168,8 @@ def test_either_way_of_loading_is_launched(
     on_meta: None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """As the rules have it, dz on load for 1x1 filters only, and the other way; one way where there is no choice."""
+    """The first way is the default, which computes dz on load for 1x1 filters only, and the second is the opposite.
+    Passes without a choice have one way."""
     calls = Calls()
     calls.watch(monkeypatch)
     operands, rule = layers.Operands.random(problem, BF16, META), dispatch.bn_backward_on_load(problem)
@@ -192,7 +194,7 @@ def test_either_way_of_loading_is_launched(
 @pytest.mark.parametrize("pass_", ["dgrad", "wgrad"])
 @pytest.mark.parametrize("on_load", [True, False])
 @pytest.mark.parametrize("summed", [True, False])
-def test_half_of_a_stored_dz_is_on_who_needs_it(
+def test_half_of_the_pass_that_stores_dz_is_charged_to_who_needs_it(
     pass_: str,
     on_load: bool,
     summed: bool,
@@ -201,7 +203,8 @@ def test_half_of_a_stored_dz_is_on_who_needs_it(
     tune: ModuleType,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Half of the pass, on whoever needs it where another way doesn't; and the entry says which way was the best."""
+    """Candidates that need a stored dz are charged half of the pass if another candidate doesn't need it, and the
+    table's entry says which way was the best."""
     role = layers.Role("inner", summed=summed)
     monkeypatch.setattr(dispatch, "_kernel_less", lambda device: None)
     monkeypatch.setattr(tune, "right", lambda *_: True)
@@ -211,7 +214,7 @@ def test_half_of_a_stored_dz_is_on_who_needs_it(
     monkeypatch.setattr(layers, "half_of_dz", lambda step, operands: charged.append(step) or 4.0)
     monkeypatch.setattr(layers, "microseconds", lambda work: 20.0 if type(work()) is str else 17.0)
     found, line = tune.tune(problem, pass_, role, torch.float32, CPU, 6, on_load)
-    free = summed and (on_load or pass_ == "dgrad")  # dgrad tries both ways, wgrad has dz as dgrad has it
+    free = summed and (on_load or pass_ == "dgrad")  # dgrad tries both ways; wgrad reads dz in dgrad's way
     assert len(charged) == free
     assert f"ours {20.0:9.1f} us, cuDNN {21.0 if free else 17.0:9.1f} us" in line
     assert found.winner == ("triton" if free else "cudnn")
@@ -234,17 +237,18 @@ def test_wgrad_reads_dz_as_the_winner_for_dgrad_has_it(tune: ModuleType) -> None
     assert asked() == [True, True], "the rule for 1x1 filters"
     assert asked("triton", None, True) == [True, True]
     assert asked("triton", None, False) == [True, False]
-    assert asked("cudnn", None, True) == [True, False], "it takes both to compute dz on load"
+    assert asked("cudnn", None, True) == [True, False], "dz is only computed on load if both passes are ours"
     assert asked("cudnn", None, True, "hung") == [True, False], "the library computes it"
-    assert asked("cudnn", None, True, "unfinished") == [True, True], "nobody knows"
+    assert asked("cudnn", None, True, "unfinished") == [True, True], "dgrad's winner is unknown"
     assert tune.dz_on_load({}, "wgrad", SQUARE, BF16) is False
 
 
 @pytest.mark.parametrize("pass_", ["infer", "fprop", "dgrad", "wgrad"])
-def test_candidates_are_what_the_launchers_would_choose_among(
+def test_candidates_are_those_of_the_launchers(
     pass_: str, layers: ModuleType, tune: ModuleType, on_meta: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Tiles for the same operands and epilogue, the most promising one first; behind it all of persistent programs."""
+    """Candidates are tiles for the same operands and epilogue as the launcher's, the most promising first, then all
+    persistent ones."""
     asked: list[Any] = []
 
     def watched(tiles: Callable[..., Any]) -> Callable[..., Any]:
@@ -257,7 +261,7 @@ def test_candidates_are_what_the_launchers_would_choose_among(
 
     for name in ("fprop_tiles", "dgrad_tiles", "wgrad_tiles"):
         seen = watched(getattr(tiles, name))
-        for module in (tables, tiles):  # a launcher asks by way of the tables
+        for module in (tables, tiles):  # launchers call it through the tables
             monkeypatch.setattr(module, name, seen)
     for problem in (ConvProblem(256, 28, 28, 128, 512), ConvProblem(256, 56, 56, 256, 64), SQUARE):
         operands = layers.Operands.random(problem, BF16, META)
@@ -268,14 +272,14 @@ def test_candidates_are_what_the_launchers_would_choose_among(
                     tables.forget_tables()
                     with record():
                         layers.call(step, pass_, operands, role)()
-                    by_launcher = asked[0]  # then by pointers, among which a table's tile may be
+                    by_launcher = asked[0]  # the second call is for pointers, among which a table's tile may be
                     asked.clear()
                     found = tune.candidates(step, pass_, role, BF16, META, 1)
                     assert asked[0] == by_launcher, (step, role)
                     assert found[0] == by_launcher[1]
                     usual = [tile for tile in found if not tile.persistent]
                     kinds = {tile.splits > 1 for tile in usual} if pass_ == "infer" else {0}
-                    assert len(usual) == len(kinds), "in inference one with splits, one without"
+                    assert len(usual) == len(kinds), "in inference one with splits and one without"
                     few_steps = problem.pointwise and problem.gemm(pass_).k <= 256  # type: ignore[arg-type]
                     assert (len(found) > len(usual)) == (few_steps and pass_ != "wgrad")
 
@@ -293,10 +297,10 @@ def test_few_candidates_by_pointers_where_tma_serves(tune: ModuleType, layers: M
         assert boxed(problem, 5) == [True] * 5 + [False] * 2
         assert boxed(problem, 2) == [True] * 2
         if pass_ != "dgrad":
-            assert boxed(odd, 3) == [False] * 3, "no view as pairs of rows: pointers are all there is"
+            assert boxed(odd, 3) == [False] * 3, "x can't be viewed as pairs of rows, so only pointers work"
 
 
-def test_the_way_against_the_rule_gets_few_candidates_but_in_wgrad(tune: ModuleType, layers: ModuleType) -> None:
+def test_the_opposite_way_gets_few_candidates_except_in_wgrad(tune: ModuleType, layers: ModuleType) -> None:
     problem, role = ConvProblem(256, 56, 56, 64, 64, 3, 3, 1, 1), layers.Role("inner", summed=True)
     for pass_ in ("fprop", "dgrad", "wgrad"):
         ours = tune.our_pairs(problem, pass_, role, BF16, META, False)
@@ -311,10 +315,11 @@ def test_the_way_against_the_rule_gets_few_candidates_but_in_wgrad(tune: ModuleT
 @pytest.mark.parametrize(
     ("place", "operator"), [("last", "cudnn_convolution_add_relu"), ("inner", "cudnn_convolution_relu")]
 )
-def test_inference_is_set_against_the_fused_operator(
+def test_inference_is_compared_with_the_fused_operator(
     place: str, operator: str, layers: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """cuDNN's own of convolution, bias, addition and ReLU; where it refuses, the convolution and one pass of ours."""
+    """The library's side is cuDNN's operator for convolution, bias, addition and ReLU. If cuDNN refuses it, it is the
+    convolution and one pass of ours."""
     monkeypatch.setattr(dispatch, "_kernel_less", lambda device: None)
     monkeypatch.setattr(dispatch, "why_engine", lambda *_: ("cudnn", ""))
     monkeypatch.setattr(dispatch, "passes_engine", lambda *_: "aten" if dispatch.wants_reference() else "triton")
@@ -354,7 +359,8 @@ def test_inference_is_set_against_the_fused_operator(
 def test_every_candidate_agrees_with_the_library(
     pass_: str, tune: ModuleType, layers: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Otherwise a tuning run would refuse all of ours. Times are made up: later is faster, so the last one wins."""
+    """If a candidate disagreed, tuning would refuse all of ours. The times are invented: each is shorter than the one
+    before, so the last candidate wins."""
     times = iter(range(1000, 0, -1))
     monkeypatch.setattr(tune.layers, "microseconds", lambda work: float(next(times)))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
@@ -372,10 +378,8 @@ def test_every_candidate_agrees_with_the_library(
 
 @pytest.mark.interpret
 @interpreted
-def test_a_candidate_that_is_wrong_never_wins(
-    tune: ModuleType, layers: ModuleType, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Not even one that is fast, has the right tensor and forgets a pixel in the sums that come with it."""
+def test_a_wrong_candidate_never_wins(tune: ModuleType, layers: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It doesn't win even if it is fast and its tensor is right, but the sums that come with it are wrong."""
     monkeypatch.setattr(tune.layers, "microseconds", lambda work: 1.0)
     launcher = fprop.conv_fprop
 
@@ -391,7 +395,7 @@ def test_a_candidate_that_is_wrong_never_wins(
 
 
 @pytest.mark.parametrize("lost", [None, "an illegal memory access"])
-def test_a_tile_that_raises_costs_itself_or_with_the_context_the_process(
+def test_a_tile_that_raises_is_skipped_unless_the_context_is_lost(
     lost: str | None, tune: ModuleType, layers: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def ways(*_: Any) -> Iterator[Any]:
@@ -419,7 +423,7 @@ def test_two_roundings_agree_and_three_do_not(dtype: torch.dtype, tune: ModuleTy
     assert not tune.agrees(x * (1 + 2.5 * torch.finfo(dtype).eps), x, allowed)
     assert not tune.agrees(x.clone().fill_(torch.nan), x, allowed)
     wrong = x.clone()
-    wrong[0, 0, 0] = 0  # one pixel of a thousand
+    wrong[0, 0, 0] = 0  # one pixel in a thousand
     assert not tune.agrees(wrong, x, allowed)
 
 
@@ -427,8 +431,8 @@ def tiled(v: Tensor, *others: Tensor) -> list[Tensor]:
     return [t.reshape(-1, 128, v.shape[-1]) for t in (v, *others)]
 
 
-def test_sums_are_checked_by_what_they_mean(tune: ModuleType) -> None:
-    """fp32 sums over tiles of 128 pass; a tile left out, or sums of what wasn't rounded yet, don't."""
+def test_sums_are_checked_against_their_values(tune: ModuleType) -> None:
+    """fp32 sums over tiles of 128 are accepted. Sums without one tile, and sums of values before rounding, are not."""
     z, below, mean = torch.randn(2, 64, 64, 32), torch.randn(2, 64, 64, 32), torch.randn(32)
     raw, z = z, z.bfloat16()
 
@@ -455,7 +459,7 @@ def test_sums_are_checked_by_what_they_mean(tune: ModuleType) -> None:
     assert not tune.sums_agree(sums(z), z, (below, mean + 1e-2))
 
 
-def test_masks_that_wait_are_applied_before_comparing(tune: ModuleType) -> None:
+def test_pending_masks_are_applied_before_comparing(tune: ModuleType) -> None:
     x, dx = torch.randn(1, 4, 4, 8), torch.randn(1, 4, 4, 8)
     o = SimpleNamespace(x=x)
     sums = torch.zeros(1, 2, 8)
@@ -467,10 +471,10 @@ def test_masks_that_wait_are_applied_before_comparing(tune: ModuleType) -> None:
     assert tune.parts("wgrad", dx, o) == ([dx], None)
 
 
-def test_the_chain_is_set_against_tuned_kernels(
+def test_the_chain_is_compared_with_tuned_kernels(
     tune: ModuleType, layers: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What dispatch read before this run measured anything is forgotten."""
+    """Results that dispatch cached before this run's measurements are dropped."""
     tables.measured("infer", SQUARE, BF16, NONE)
     layers.pair(SQUARE, BF16, META)
     assert tables.serving.cache_info().currsize == conv_bn.conv_bn.cache_info().currsize == 1
@@ -489,7 +493,8 @@ def test_the_chain_is_set_against_tuned_kernels(
 def test_three_kernels_are_those_of_optimize(
     tune: ModuleType, layers: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The chain's rival has the residual and the folded shifts, each convolution by what dispatch chose."""
+    """The chain is compared with three convolutions that have the residual and the folded shifts, by dispatch's
+    engines."""
     times = iter((2.0, 1.0))
     monkeypatch.setattr(layers, "microseconds", lambda work: work() and next(times))
     made = []
@@ -524,7 +529,7 @@ def test_only_bottlenecks_are_chained(tune: ModuleType, layers: ModuleType) -> N
 
 
 class LocalWorker:
-    """`Worker` in this process."""
+    """A `Worker` in this process."""
 
     def __init__(self, make: Callable[..., Any], *arguments: Any) -> None:
         self.made = make(*arguments)
@@ -541,7 +546,7 @@ class LocalWorker:
 
 @pytest.fixture
 def on_gpu(tune: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """As far as `main` sees; nothing is compiled."""
+    """`main` finds a GPU, and nothing is compiled."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(tune, "compile_candidates", lambda *_: True)
     monkeypatch.setattr(tune, "Worker", LocalWorker)
@@ -557,7 +562,8 @@ def test_main_measures_what_is_missing(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Pass by pass, wgrad with what dgrad found, the chain last; a second run has nothing to do. fp32 means it."""
+    """Problems are measured pass by pass: wgrad with dgrad's result, the chain last. A second run has nothing to
+    measure. TF32 is off."""
     monkeypatch.setattr(tune, "compile_candidates", lambda missing, *_: compiled_first.append(len(missing)))
     compiled_first: list[int] = []
     measured: list[Any] = []
@@ -618,7 +624,7 @@ def fprop_problems(layers: ModuleType) -> list[ConvProblem]:
 
 
 def written() -> dict[ConvProblem, tables.Measurement]:
-    """What the table says of the forward pass."""
+    """Return the table's entries for fprop."""
     table = tables.read_table(tables.table_file(NONE.name))
     assert {(pass_, dtype) for pass_, _, dtype in table} <= {("fprop", BF16)}
     return {problem: found for (_, problem, _), found in table.items()}
@@ -635,7 +641,7 @@ OURS, NOTED = tables.Measurement("triton", None), tables.Measurement("cudnn", No
         ("its process ended (exit status -11)", "died"),
     ],
 )
-def test_what_breaks_costs_its_problem_once(
+def test_a_problem_that_breaks_its_process_is_left_to_the_library(
     said: str,
     note: str,
     tune: ModuleType,
@@ -644,7 +650,7 @@ def test_what_breaks_costs_its_problem_once(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """The library keeps it, a fresh process measures the rest, and no later run tries again unless it is told to."""
+    """cuDNN wins the problem, a new process measures the rest, and later runs don't try it again without --again."""
     problems = fprop_problems(layers)
     bad, asked, processes, patience = problems[3], [], [], set()
 
@@ -687,7 +693,7 @@ def test_what_breaks_costs_its_problem_once(
     assert written() == expected
 
 
-def test_what_raises_leaves_the_table_as_it_was(
+def test_a_problem_that_raises_leaves_the_table_unchanged(
     tune: ModuleType,
     layers: ModuleType,
     on_gpu: None,
@@ -712,10 +718,10 @@ def test_what_raises_leaves_the_table_as_it_was(
         assert written().get(problems[1]) == after
 
 
-def test_a_run_that_is_stopped_costs_its_problem_until_the_next(
+def test_a_stopped_run_leaves_its_problem_unfinished(
     tune: ModuleType, layers: ModuleType, on_gpu: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What was being measured comes last then."""
+    """The next run measures the unfinished problem last."""
     problems, measured = fprop_problems(layers), []
 
     def stopped(problem: ConvProblem, *_: Any) -> Any:
@@ -737,7 +743,7 @@ def test_a_run_that_is_stopped_costs_its_problem_until_the_next(
     assert written() == dict.fromkeys(problems, OURS)
 
 
-def test_without_a_gpu_that_answers_nothing_is_marked(
+def test_nothing_is_marked_if_the_gpu_does_not_answer(
     tune: ModuleType, on_gpu: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def silent(self: Any) -> None:
@@ -750,7 +756,7 @@ def test_without_a_gpu_that_answers_nothing_is_marked(
 
 
 class Hanging:
-    """A `Tuner` that measures nothing, hangs on images of 56 pixels a side and dies on 28."""
+    """A `Tuner` that measures nothing, hangs on images of 56 x 56 and dies on 28 x 28."""
 
     def __init__(self, dtype: torch.dtype, most: int) -> None:
         self.given = dtype, most
@@ -767,14 +773,14 @@ class Hanging:
         return OURS, f"{os.getpid()} measured"
 
 
-def test_a_process_that_hangs_is_left_behind(
+def test_a_process_that_hangs_is_replaced(
     tune: ModuleType,
     layers: ModuleType,
     on_gpu: None,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """In processes of their own, as a run has them."""
+    """Runs with real worker processes."""
     monkeypatch.setattr(tune, "Worker", importlib.import_module("worker").Worker)
     monkeypatch.setattr(tune, "Tuner", Hanging)
     by_size = {problem.H: problem for problem in fprop_problems(layers)}
@@ -785,13 +791,14 @@ def test_a_process_that_hangs_is_left_behind(
     hung, died = (NOTED._replace(note=note) for note in ("hung", "died"))
     assert list(written().items()) == list(zip(chosen, (OURS, hung, OURS, died, OURS), strict=True))
     lines = [line for line in capsys.readouterr().out.splitlines() if line.endswith(" measured")]
-    assert len(set(lines)) == 3, "by three processes"
+    assert len(set(lines)) == 3, "three processes measured"
 
 
-def test_what_is_compiled_ahead_is_what_is_timed(
+def test_the_compiled_candidates_are_those_that_are_timed(
     tune: ModuleType, layers: ModuleType, on_meta: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every way of every problem, wgrad with dz either way: it isn't known yet what dgrad finds."""
+    """All candidates of every problem are compiled, for wgrad with dz both ways, because dgrad's result isn't known
+    yet."""
     monkeypatch.setattr(checks, "_gpu", lambda index: tiles.H200)
     tasks: list[Any] = []
     monkeypatch.setattr(tune.precompile, "compile_all", lambda found, processes: tasks.extend(found) or [])
@@ -814,10 +821,10 @@ def test_what_is_compiled_ahead_is_what_is_timed(
         assert [one.kwargs["BM"] for one in convolutions] == [arguments[-1].BM]
 
 
-def test_merging_loses_no_entry(
+def test_merging_keeps_all_entries(
     tune: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Of the shipped table, which may have other batches; what was not finished stays away."""
+    """Entries of the shipped table, which may be for other batch sizes, stay. Unfinished entries are not merged."""
     monkeypatch.setattr(tables, "SHIPPED", tmp_path / "shipped")
     shipped, brought = tables.table_file(NONE.name, tables.SHIPPED), tmp_path / "brought.json"
     tables.write_table({("fprop", SQUARE, BF16): NOTED, ("fprop", STEM, BF16): NOTED}, shipped, NONE)
@@ -832,11 +839,11 @@ def test_merging_loses_no_entry(
     assert "brought.json is not a table of tiles" in capsys.readouterr().err
 
 
-def test_the_heuristic_beside_what_an_h200_measured(
+def test_the_heuristic_agrees_better_with_the_measured_latency(
     layers: ModuleType, tune: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its first tile, but for box, splits and stages, is more often the one that won for ResNet-50 at batch 256 than
-    with the latency that was assumed before there was a measurement."""
+    """For ResNet-50 at batch 256, the first candidate (except box, splits and stages) is the measured winner more often
+    than with the latency that was assumed before the measurements."""
     monkeypatch.setattr(dispatch, "_kernel_less", lambda device: None)
     monkeypatch.setattr(tune, "gpu_of", lambda device: tiles.H200)
     table = tables.read_table(tables.table_file(tiles.H200.name, tables.SHIPPED))

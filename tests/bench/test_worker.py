@@ -1,4 +1,4 @@
-"""bench/worker.py: what hangs, dies or loses its CUDA context in a process of its own harms nobody else."""
+"""Tests of bench/worker.py: an object that hangs, dies or loses its CUDA context in its own process harms no other."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 BENCH = Path(__file__).resolve().parents[2] / "bench"
-LONG = 120  # what a process may take to start on a busy machine
+LONG = 120  # seconds that a process may need to start on a busy machine
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def worker(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
 
 
 class Delicate:
-    """Answers, raises, hangs, dies, or breaks what CUDA keeps in this process."""
+    """Answers, raises, hangs, dies, or loses the CUDA context."""
 
     def __init__(self, start: int) -> None:
         self.value = start
@@ -68,7 +68,7 @@ def alive(pid: int) -> bool:
     return True
 
 
-def test_it_answers_and_keeps_its_state(worker: ModuleType) -> None:
+def test_a_worker_answers_and_keeps_its_state(worker: ModuleType) -> None:
     with worker.Worker(Delicate, 40) as there:
         assert there.ask("add", 1, seconds=LONG)[0] == 41
         with pytest.raises(ValueError, match="not this one"):
@@ -89,30 +89,30 @@ def test_it_answers_and_keeps_its_state(worker: ModuleType) -> None:
         ("lose_the_context", (), "lost the CUDA context", "lost the CUDA context.*launch failure"),
     ],
 )
-def test_what_goes_wrong_costs_only_itself(
+def test_a_lost_worker_affects_no_other(
     worker: ModuleType, method: str, arguments: Any, verdict: str, said: str
 ) -> None:
-    with worker.Worker(Delicate, 0) as there, worker.Worker(Delicate, 0) as beside:
-        pids = [process.ask("add", 1, seconds=LONG)[1] for process in (there, beside)]
+    with worker.Worker(Delicate, 0) as there, worker.Worker(Delicate, 0) as other:
+        pids = [process.ask("add", 1, seconds=LONG)[1] for process in (there, other)]
         with pytest.raises(worker.WorkerLost, match=said) as gone:
             there.ask(method, *arguments, seconds=1 if verdict == "hung" else LONG)
         assert gone.value.verdict == verdict
         assert [alive(pid) for pid in pids] == [False, True]
-        assert beside.ask("add", 1, seconds=LONG)[0] == 2
-        with pytest.raises(worker.WorkerLost, match=said):  # whoever asks later hears the same
+        assert other.ask("add", 1, seconds=LONG)[0] == 2
+        with pytest.raises(worker.WorkerLost, match=said):  # later calls raise the same error
             there.ask("add", 1, seconds=LONG)
 
 
-def test_what_cannot_be_made_is_raised_by_every_question(worker: ModuleType) -> None:
+def test_an_error_in_making_the_object_is_raised_by_every_call(worker: ModuleType) -> None:
     with worker.Worker(Delicate) as there:
         for _ in range(2):
             with pytest.raises(TypeError, match="start"):
                 there.ask("add", 1, seconds=LONG)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere it ends when it next listens")
-def test_it_does_not_outlive_who_asks(worker: ModuleType) -> None:
-    """Even where both hang and the asking process is killed."""
+@pytest.mark.skipif(sys.platform != "linux", reason="on other systems it ends when it next reads its connection")
+def test_a_worker_does_not_outlive_its_parent(worker: ModuleType) -> None:
+    """A process ends even if it hangs and its parent hangs and is killed."""
     with worker.Worker(Asking) as middle:
         pid = middle.ask("start", seconds=LONG)
         assert alive(pid)
@@ -122,11 +122,11 @@ def test_it_does_not_outlive_who_asks(worker: ModuleType) -> None:
             if not alive(pid) or "State:\tZ" in Path("/proc", str(pid), "status").read_text():
                 return
             time.sleep(0.1)
-    pytest.fail("a process whose asker is gone runs on")
+    pytest.fail("a process is still running after its parent was killed")
 
 
 class Asking:
-    """Asks a process that hangs."""
+    """Starts a worker that hangs."""
 
     def start(self) -> int:
         self.there = sys.modules["worker"].Worker(Delicate, 0)
