@@ -213,7 +213,7 @@ def library(counted: Sequence[Counted], operators: Sequence[Launch]) -> Iterator
 
 
 def contradicts(counted: Counted, operator: Launch) -> bool:
-    """Return whether the kernel's name tells of another pass than the operator's."""
+    """Return whether the kernel's name contains another pass than the operator's."""
     named = {word for word in ("fprop", "dgrad", "wgrad") if word in counted.name.lower()}
     pass_ = "fprop" if operator.pass_ == "infer" else operator.pass_
     return bool(named) and operator.layer != "" and pass_ not in named

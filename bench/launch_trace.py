@@ -78,7 +78,7 @@ class Launch:
     @property
     def bytes(self) -> int:
         """The bytes that it moves, every tensor once. For kernels of ours all tensors are in `reads`, because their
-        arguments don't tell reads from writes."""
+        arguments don't show which of them are written."""
         return sum(part.bytes for part in (*self.reads, *self.writes))
 
     @property
@@ -282,7 +282,7 @@ def multiplies(kernel: Any) -> bool:
 
 
 class Autocast(TorchFunctionMode):
-    """Stands in for `torch.autocast`, which meta tensors don't have, for the operators of a ResNet."""
+    """Casts the operands of a ResNet's operators as `torch.autocast` does, which doesn't support meta tensors."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()

@@ -282,7 +282,7 @@ class Row:
         self.single: list[float] = []
 
     def ready(self) -> None:
-        """Do what a process does once: imports, starting CUDA and the compiler."""
+        """Do the work that is needed once per process: imports, starting CUDA and the compiler."""
         if self.case.device.type == "cuda":
             torch.cuda.set_device(self.case.device)
             torch.zeros(1, device=self.case.device)

@@ -121,11 +121,11 @@ def time(launch: Launch, device: Device, gpu: Gpu) -> Time:
 
 @dataclass(frozen=True)
 class Cut:
-    """How a multiplying kernel's work is divided, according to its arguments; BM is 0 if they don't tell.
+    """How a multiplying kernel's work is divided, according to its arguments. BM is 0 if they don't show it.
 
     BM, BN, BK, steps, taps: a program computes `taps` sums of BM x BN, in `steps` steps of BK.
     fetched: rows of BK values that a step fetches.
-    held: rows of BK values in a stage of its pipeline.
+    held: rows of BK values that a stage of its pipeline buffers.
     instructions: per step and per value of BK, to compute operands that aren't fetched.
     stays: whether the programs are persistent: all run at the same time and loop over the tiles. `steps` then counts
         the steps of all tiles of a program.
@@ -179,14 +179,14 @@ def tile_of(launch: Launch) -> Cut:
 
 
 def tile_name(launch: Launch) -> str:
-    """Return the tile's name as in a table, or an empty string if the arguments don't tell."""
+    """Return the tile's name as in a table, or an empty string if it isn't known."""
     cut = tile_of(launch)
     return f"{cut.BM}x{cut.BN}x{cut.BK} w{launch.arguments.get('num_warps', 0)}" if cut.BM else ""
 
 
 def executed(launch: Launch) -> int:
-    """Return the FLOPs of all tiles, with those of pixels and channels beyond the edge, or 0 if the arguments don't
-    tell."""
+    """Return the FLOPs of all tiles, with those of pixels and channels beyond the edge, or 0 if the tile isn't
+    known."""
     cut = tile_of(launch)
     return 2 * launch.programs * cut.BM * cut.BN * cut.BK * cut.steps * cut.taps
 

@@ -146,7 +146,7 @@ def parse(arguments: list[str] | None) -> Plan:
     parser.add_argument(
         "--resume",
         action="store_true",
-        help="keep the rows of --json FILE and measure the rest; if these could not be compared, write to FILE-2",
+        help="keep the rows of --json FILE and measure the rest; if rows can't be compared, write to FILE-2",
     )
     parser.add_argument("--isolate", action="store_true", help="run each row in its own process; always on for a GPU")
     parser.add_argument(
@@ -277,7 +277,7 @@ def resumed(path: Path, fresh: dict[str, Any]) -> tuple[dict[str, Any], Path]:
 
 
 def introduction(plan: Plan, record: dict[str, Any]) -> str:
-    """Return the lines that say on what the rows run and, on a CPU, what would differ on a GPU."""
+    """Return the lines that describe the machine and the settings and, on a CPU, what would differ on a GPU."""
     environment = record["environment"]
     cases = [case for case, _ in plan.rows]
     sizes = ", ".join(dict.fromkeys(f"{case.size}x{case.size}" for case in cases))

@@ -57,7 +57,7 @@ START = 120  # seconds for a process to start and reach the GPU
 # Seconds for a problem; the second applies if its candidates may still have to be compiled.
 PATIENCE, COMPILING = 40, 120
 NOISE = 1.01  # two timings of one kernel differ by this factor; our kernel wins if it is as fast as the library
-FEW = 2  # number of candidates that are unlikely to win: those without TMA where TMA serves, and see `numbers`
+FEW = 2  # number of candidates that are unlikely to win: those without TMA if TMA can be used, and see `numbers`
 ON_LOAD = {"fprop": "fprop_on_load", "dgrad": "dz_on_load", "wgrad": "wgrad_on_load"}  # a table's `on_load`, by pass
 
 Task = tuple[str, ConvProblem, Role]  # a pass of a problem in its role, which is measured as a unit
@@ -119,7 +119,7 @@ def stem_candidates(
 
 
 def over_images(pass_: str, problem: ConvProblem) -> bool:
-    """Return whether the kernels over packed images also serve this pass."""
+    """Return whether the kernels over packed images support this pass of the problem."""
     return pass_ in ("infer", "fprop", "wgrad") and stem_refusal(problem) is None
 
 
@@ -331,7 +331,7 @@ def first_line(error: Exception) -> str:
 
 
 def chained(problem: ConvProblem, role: Role) -> bool:
-    """Return whether a bottleneck net continues this 3x3 convolution in a way that `bottleneck_chain` serves."""
+    """Return whether a bottleneck net continues this 3x3 convolution in a way that `bottleneck_chain` supports."""
     p = problem
     return role.place == "inner" and (p.R, p.stride, p.groups) == (3, 1, 1) and p.C == p.K and p.C in (64, 128)
 
