@@ -5,8 +5,8 @@ the step runs on meta tensors.
         net(images)                           # on the meta device
     recorder.launches()[0].kernel
 
-Our kernels are recorded where they are launched (`kernels.launcher.launch`), whatever their names. Everything else,
-including the library's convolutions, is recorded as PyTorch operators, each of which counts as one kernel.
+Our kernels are recorded where they are launched (`kernels.launcher.launch`), whichever they are. Everything else,
+including the library's convolutions, is recorded as PyTorch operators. Each operator counts as one kernel.
 """
 
 from __future__ import annotations

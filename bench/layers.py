@@ -211,12 +211,12 @@ def infer(
 ) -> Callable[..., Tensor]:
     """Return a callable that computes [relu](conv(x, w) + shift + residual) as `optimize` does, with folded weights.
 
-    `inputs` are tensors like those of a call, (x,) or (x, residual). It is our kernel, or what `optimize` binds of the
-    library, which has an operator for all of it.
+    `inputs` are tensors like those of a call, (x,) or (x, residual). The callable is our kernel, or what `optimize`
+    binds of the library, which has an operator for all of it.
 
-    A table's "infer" entry also decides the eval-mode path without `optimize`. There the library's convolution is
-    followed by a normalise pass, and so loses to ours more often than in the comparison here, which is made for
-    `optimize`, since that is for users who need speed.
+    A table's "infer" entry also decides the eval-mode path without `optimize`. There a normalise pass follows the
+    library's convolution, so the library loses to our kernel more often than in the comparison here. The comparison is
+    made for `optimize`, because users who need speed use that.
     """
     weights = folded.Folded(w, shift, None if shift is None else shift.to(w.dtype))
     if pair.engines.infer in ("triton", "stem"):

@@ -418,8 +418,8 @@ def summary(found: Sequence[Row], launches: Sequence[Launch], batch: int, measur
 
 
 def towards(goal: float, found: Sequence[Row], batch: int, measured: tuple[str, float] | None) -> str:
-    """List the rows that lose most to their lower bounds, until these losses cover what the step must save for `goal`
-    img/s.
+    """List the rows that lose most to their lower bounds, until these losses cover the time that the step must save for
+    `goal` img/s.
 
     The step's time is measured if there is a measurement; the part of it that the model doesn't explain is printed but
     not assigned to rows.

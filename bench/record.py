@@ -103,7 +103,7 @@ def _cpu_name() -> str:
 
 
 def write(record: dict[str, Any], path: Path) -> None:
-    """Replace `path` atomically, so that neither a reader nor a killed run ever leaves or sees half a record."""
+    """Replace `path` atomically, so that a reader never sees, and a killed run never leaves, half a record."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
