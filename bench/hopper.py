@@ -30,7 +30,6 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-import gpu
 import torch
 import torch.nn.functional as F
 import triton
@@ -327,7 +326,6 @@ def main(arguments: list[str] | None = None) -> int:
             answer = "failed", brief(error)
         print(options.question, *answer, sep=" | ", flush=True)
         return int(answer[0] == "failed")
-    gpu.ensure_installed()
     command = [sys.executable, __file__, "--wait", "--question"]
     pipes: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
     children = {name: subprocess.Popen([*command, name], text=True, **pipes) for name in QUESTIONS}

@@ -427,6 +427,25 @@ def test_pictures_need_matplotlib(
     assert "matplotlib" in capsys.readouterr().err
 
 
+def test_hopper_asks_every_question_in_a_process(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """On a machine that claims to be a Hopper GPU, up to the processes, which have no GPU."""
+    hopper, started = importlib.import_module("hopper"), []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(hopper, "head", lambda: "questions\n")
+    monkeypatch.setattr(hopper.subprocess, "Popen", lambda command, **_: started.append(command[-1]))
+    monkeypatch.setattr(hopper, "line_of", lambda child, name: (f"{name} | yes | 1", 0))
+    assert hopper.main(["--markdown", str(tmp_path / "answers.md")]) == 0
+    assert started == list(hopper.QUESTIONS)
+    assert (tmp_path / "answers.md").read_text().splitlines() == [
+        "questions",
+        *(f"| {name} | yes | 1 |" for name in hopper.QUESTIONS),
+    ]
+    assert capsys.readouterr().out.splitlines() == [f"{name} | yes | 1" for name in hopper.QUESTIONS]
+
+
 @pytest.mark.parametrize(
     ("script", "message"),
     [
