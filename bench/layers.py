@@ -37,8 +37,8 @@ class Role(NamedTuple):
 
     place: "stem"; "first" of a block, which reads a finished activation; "inner" and "last", which read z, the raw
         output of the convolution before them, through BatchNorm and ReLU; "project", on the shortcut.
-    border: a "first" whose block follows another block, so that the end of that block (addition and ReLU) is fused with
-        it, forward and backward.
+    boundary: a "first" whose block follows another block, so that the end of that block (addition and ReLU) is fused
+        with it, forward and backward.
     summed: whether the gradient arrives masked and with its sums, so that our dgrad and wgrad may compute dz, the
         gradient of z, on load. Otherwise dz is stored, whatever the engine. The gradient comes from our dgrad of the
         next convolution. If the library computes that one, dz is stored here too, and the measured work differs from
@@ -46,7 +46,7 @@ class Role(NamedTuple):
     """
 
     place: Literal["stem", "first", "inner", "last", "project"]
-    border: bool = False
+    boundary: bool = False
     summed: bool = False
 
     @property
@@ -62,9 +62,9 @@ def roles(depth: int, batch: int, size: int) -> Counter[tuple[ConvProblem, Role]
         net = getattr(fastres, f"resnet{depth}")().eval()
         x = torch.empty(batch, 3, size, size)
 
-        def count(conv: torch.nn.Module, x: Tensor, place: Any, border: bool = False, summed: bool = False) -> Tensor:
+        def count(conv: torch.nn.Module, x: Tensor, place: Any, boundary: bool = False, summed: bool = False) -> Tensor:
             (problem,) = model_problems(conv, tuple(x.shape))  # type: ignore[arg-type]
-            found[problem, Role(place, border, summed)] += 1
+            found[problem, Role(place, boundary, summed)] += 1
             return conv(x)
 
         x = net.maxpool(count(net.conv1, x, "stem"))
@@ -74,7 +74,7 @@ def roles(depth: int, batch: int, size: int) -> Counter[tuple[ConvProblem, Role]
             if shortcut is not None:
                 count(shortcut[0], x, "project")
             first, *inner, last = (conv for conv, _ in pairs)
-            x = count(first, x, "first", border=b > 0, summed=True)
+            x = count(first, x, "first", boundary=b > 0, summed=True)
             for conv in inner:
                 x = count(conv, x, "inner", summed=True)
             x = count(last, x, "last", summed=shortcut is None and b + 1 < len(blocks))
@@ -99,7 +99,7 @@ def _usual(counts: Counter[Role]) -> Role:
     places: Counter[str] = Counter()
     for role, count in counts.items():
         places[role.place] += count
-    return max(counts, key=lambda role: (places[role.place], role.place, counts[role], role.summed, role.border))
+    return max(counts, key=lambda role: (places[role.place], role.place, counts[role], role.summed, role.boundary))
 
 
 def name(p: ConvProblem) -> str:
@@ -193,7 +193,7 @@ def call(pair: ConvBN, pass_: str, operands: Operands, role: Role) -> Callable[[
         return lambda: pair.wgrad(dz, o.x, bn, prologue, torch.float32)
     if role.normed:
         return lambda: pair.dgrad_masked(dz, o.w, bn, o.x, o.mean, o.a_affine)
-    if not role.border:
+    if not role.boundary:
         residual = {} if role.place == "project" else {"residual": o.shortcut}
         return lambda: pair.dgrad(dz, o.w, bn, **residual)
 
@@ -232,7 +232,7 @@ def infer(
 def joins(problem: ConvProblem, role: Role) -> bool:
     """Return whether fprop's work includes the end of the previous block, which our kernel may compute on load.
     Otherwise it is the same pass for all engines."""
-    return role.border and dispatch.joins(problem)
+    return role.boundary and dispatch.joins(problem)
 
 
 def stores_dz(pair: ConvBN, role: Role, operands: Operands) -> bool:
@@ -261,10 +261,10 @@ def moved_bytes(problem: ConvProblem, pass_: str, itemsize: int, role: Role) -> 
 def met_by_dx(role: Role) -> int:
     """Return how many tensors like dx the epilogue of dgrad reads.
 
-    It is z of the BatchNorm below or the shortcut's gradient. If the end of the previous block is fused (`border`), it
-    is the shortcut's gradient and that block's output and z.
+    It is z of the BatchNorm below or the shortcut's gradient. If the end of the previous block is fused (`boundary`),
+    it is the shortcut's gradient and that block's output and z.
     """
-    return 0 if role.place == "project" else 3 if role.border else 1
+    return 0 if role.place == "project" else 3 if role.boundary else 1
 
 
 def write_csv(file: Path, columns: Sequence[str], rows: Iterable[dict[str, Any]]) -> None:

@@ -243,7 +243,7 @@ def right(
         return False
     if partials is None:
         return True
-    z_below = operands.below if role.border else operands.x
+    z_below = operands.below if role.boundary else operands.x
     return sums_agree(partials, tensors[-1], (z_below, operands.mean) if pass_ == "dgrad" else None)
 
 

@@ -3,7 +3,7 @@
 Consecutive blocks (one stage, or a single block) are one autograd node, fused across the blocks. In the forward, the
 end of a block, relu(BN(z) + shortcut), is left to the next block's first convolution, which may compute it on load. In
 the backward, the gradient that a block passes to the previous one may already be masked by that block's last ReLU, with
-the partial sums of its last BatchNorms computed. A `Border` does the same between two stages. Stages remain separate
+the partial sums of its last BatchNorms computed. A `Boundary` does the same between two stages. Stages remain separate
 autograd nodes, so that a stage's saved tensors are freed and its gradients are ready before the backward of the
 previous stage begins.
 
@@ -104,7 +104,7 @@ def stages(x: Tensor, of_stages: Sequence[Sequence[tuple[Sequence[Pair], nn.Modu
     """
     before = None
     for i, blocks in enumerate(of_stages):
-        after = Border() if i + 1 < len(of_stages) else None
+        after = Boundary() if i + 1 < len(of_stages) else None
         x, before = _run(x, [_residual(*block) for block in blocks], before, after), after
     return x
 
@@ -216,7 +216,7 @@ def _prepare(shape: Sequence[int], blocks: Sequence[Block], *facts: Any) -> tupl
     return tuple(calls), parameters
 
 
-def _run(x: Tensor, blocks: Sequence[Block], before: Border | None = None, after: Border | None = None) -> Tensor:
+def _run(x: Tensor, blocks: Sequence[Block], before: Boundary | None = None, after: Boundary | None = None) -> Tensor:
     for _, bn in chain.from_iterable(pairs for pairs, _ in blocks):
         refuse_capture(bn)
     if dispatch.wants_reference():
@@ -319,7 +319,7 @@ def _convolutions(call: Call, x: Tensor | Pending, weights: Sequence[Tensor], pa
     return BlockKept(x, kept)
 
 
-class Border:
+class Boundary:
     """The boundary between two stages, which are separate autograd nodes.
 
     The output y of the first stage is computed by the second one. So the first node returns z, the result of its last
@@ -428,7 +428,7 @@ class _Blocks(torch.autograd.Function):
 class _InPlaceOf(torch.autograd.Function):
     """Return `value` in the forward, but send the gradient to x in the backward.
 
-    At a stage boundary (see `Border`), value is the first stage's output y, and x is z, which stands for y.
+    At a stage boundary (see `Boundary`), value is the first stage's output y, and x is z, which stands for y.
     """
 
     @staticmethod

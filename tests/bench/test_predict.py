@@ -210,7 +210,7 @@ def test_bytes_bound_one_layer_and_waves_another(bench: SimpleNamespace) -> None
     by_tile = tiles.fprop_tiles(narrow, 2, True, computed=1)[0]
     with bench.predict.tiles({("fprop", bench.layers.name(narrow)): by_tile}, {}):
         (waiting,) = kernels_of(bench, narrow, "fprop", bench.layers.Role("last"), "triton")
-    (moving,) = kernels_of(bench, wide, "infer", bench.layers.Role("first", border=True), "triton")
+    (moving,) = kernels_of(bench, wide, "infer", bench.layers.Role("first", boundary=True), "triton")
     slow, fast = (bench.predict.time(one, *H200) for one in (waiting, moving))
     assert slow.bound == "latency"
     assert slow.predicted > 1.7 * slow.floor

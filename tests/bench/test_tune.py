@@ -142,7 +142,7 @@ def test_a_problem_is_measured_in_its_most_frequent_role(layers: ModuleType) -> 
     assert found[expand] == (4, layers.Role("last", summed=True)), (
         "three times as the last of a block, once as a projection"
     )
-    assert found[ConvProblem(256, 14, 14, 1024, 256)] == (5, layers.Role("first", border=True, summed=True))
+    assert found[ConvProblem(256, 14, 14, 1024, 256)] == (5, layers.Role("first", boundary=True, summed=True))
     of_two = layers.problems([18, 50], 256, 224)
     square = ConvProblem(256, 56, 56, 64, 64, 3, 3, 1, 1)
     assert [one[square] for one in (found, of_two)] == [
@@ -182,7 +182,7 @@ def test_either_way_of_loading_is_launched(
             for step in ours:
                 layers.call(step, pass_, operands, role)()
         loaded = [bool(of_pass & fused) for _, _, fused in calls]
-        joined = role.border and rule
+        joined = role.boundary and rule
         choice = {"fprop": role.normed or joined, "dgrad": role.summed, "wgrad": role.normed}[pass_]
         first = rule if pass_ == "dgrad" else True
         assert loaded == ([first, not first] if choice else [False]), role

@@ -23,7 +23,7 @@ import torch.utils.checkpoint
 import torchvision
 from cases import assert_close_to_reference, relative_error
 from covering import extra
-from tolerances import BORDERS, CURVES, FUSED, REPLAYED, ROUNDING, SUMS, TWICE, WHOLE_NETS, lost_in_sums
+from tolerances import CURVES, FUSED, REPLAYED, ROUNDING, STAGES, SUMS, TWICE, WHOLE_NETS, lost_in_sums
 from torch import Tensor, nn
 
 import fastres
@@ -392,7 +392,7 @@ def test_fusion_across_stage_boundaries_changes_no_gradient(recompute: bool, mon
     want = found(True, "triton")
     for by in ("triton", "library"):
         for a, b in zip(found(False, by), want, strict=True):
-            assert relative_error(a, b) < BORDERS
+            assert relative_error(a, b) < STAGES
 
 
 @pytest.mark.extra
@@ -416,23 +416,23 @@ def test_stage_boundaries_work_with_checkpoints_and_saved_tensor_hooks() -> None
     want = gradients(lambda one: one(images))
     for run in (moved, lambda one: torch.utils.checkpoint.checkpoint(one, images, use_reentrant=False)):
         for a, b in zip(gradients(run), want, strict=True):
-            assert relative_error(a, b) < BORDERS
+            assert relative_error(a, b) < STAGES
 
 
 def test_a_gradient_other_than_the_one_handed_over_loses_its_sums() -> None:
-    """`Border.take_back` must not return the sums of another tensor. If nothing was handed over, it returns no output
+    """`Boundary.take_back` must not return the sums of another tensor. If nothing was handed over, it returns no output
     either."""
-    from fastres.ops.block import Border
+    from fastres.ops.block import Boundary
     from fastres.ops.ends import Gradient
 
-    border, dx, out = Border(), torch.ones(1, 2, 2, 4), torch.ones(1, 2, 2, 4)
+    boundary, dx, out = Boundary(), torch.ones(1, 2, 2, 4), torch.ones(1, 2, 2, 4)
     for dy, sums in ((dx, "sums"), (dx.clone(), None)):
-        border.back = Gradient(dx, "sums"), out
-        read, gradient = border.take_back(dy)
+        boundary.back = Gradient(dx, "sums"), out
+        read, gradient = boundary.take_back(dy)
         assert read is out
         assert gradient.value is dy
         assert gradient.sums == sums
-    assert border.take_back(dx) == (None, Gradient(dx))
+    assert boundary.take_back(dx) == (None, Gradient(dx))
 
 
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
