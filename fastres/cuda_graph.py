@@ -31,7 +31,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from fastres.ops import dispatch
 
-WARM_UPS = 2  # eager calls of a signature before its capture
+WARM_UPS = 2  # calls with the same `_signature` that run eagerly before the next one is recorded
 SHARED = {"DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule", "DataParallel", "SyncBatchNorm"}
 PLAIN = {bool, int, float, str, type(None), torch.dtype}
 BOXES = {dict, OrderedDict, set, list}  # most attributes of a module; skipped, because a graph depends on none of them

@@ -85,7 +85,10 @@ class Net:
 
 @dataclass(frozen=True)
 class Trained:
-    """A finished training. Errors are fractions in [0, 1]; train_error is a mean over the last `TAIL` of iterations."""
+    """A finished training run. Errors are fractions in [0, 1].
+
+    train_error: the mean over the last part of the iterations, whose share is `TAIL`.
+    """
 
     net: Net
     seed: int

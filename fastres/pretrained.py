@@ -24,9 +24,10 @@ _USUAL = {"digits": "digits", "cifar10": "cifar-2015", "cifar100": "cifar-2015"}
 class TrainedNets:
     """One net, or an ensemble, with its weights loaded.
 
-    weights, models, names: one entry per net, in the same order. recipe: the recipe of the first net, None if unknown.
-    preset: "size" (side of the crop) and "resize" (shorter side before cropping) for testing; empty if unknown.
-    channels: the number of image channels, the same for all nets.
+    weights, models, names: one entry per net, in the same order. recipe: the one asked for, else the first net's, else
+    the usual one for the data; None if unknown. preset: "size" (side of the crop) and "resize" (shorter side before
+    cropping) for testing, from the first net or the recipe; empty if unknown. channels: the number of image channels,
+    the same for all nets.
     """
 
     weights: list[Weights]

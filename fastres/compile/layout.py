@@ -127,7 +127,7 @@ def _reading(user: fx.Node, root: fx.Node, observed: bool) -> str:
     result = value(user)
     put_in = "example_value" not in user.meta and calls(user, _aten.contiguous.default, _aten.to.dtype)
     if put_in or calls(user, *_OPERATORS):
-        return "ends"  # operators, and the casts and copies inserted for them, return channels_last for any format
+        return "ends"  # an operator returns channels_last for any input; inserted casts and copies only feed operators
     if calls(user, getattr, "size", "dim"):
         return "depends" if isinstance(result, Tensor) else "ends"
     if not isinstance(result, Tensor) or isinstance(user.kwargs.get("out"), fx.Node):

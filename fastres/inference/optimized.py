@@ -26,7 +26,8 @@ from fastres.ops.quantised import FLOAT8
 
 MAX_SHAPES = 8  # bound programs kept per net (LRU)
 SPECIALISED_AFTER = 10  # calls with one shape on a CPU, after which it is worth compiling for that shape
-# Limit on the values alive at the same time on a CPU: about a large cache, and the most that glibc's heap reuses.
+# Limit on the bytes of all values alive at the same time on a CPU: about the size of a large cache. It also keeps each
+# value small enough for glibc's heap, which reuses freed memory (see `onednn.HEAP_BLOCK`).
 MAX_ALIVE_BYTES = 32 * 2**20
 FIRST_SLICE = 4  # images in the first slice of a new image size, which shows how many bytes one image takes
 _MAX_COMPARED = 16  # most images in the comparison with the model, if the model accepts only its caller's batch size

@@ -63,7 +63,7 @@ class Compiled(NamedTuple):
     call: Callable[[Tensor], Tensor]
     steps: int
     writes: str
-    form: str  # for `Program.how_it_runs`
+    form: str  # how the compiled steps run, as `Program.how_it_runs` words it, e.g. "as a oneDNN graph"
 
 
 class Program:
@@ -101,7 +101,7 @@ class Program:
         self.shares_packings = False  # whether int8 weights were packed by a program for another batch size
 
     def bind(self, x: Tensor) -> Tensor:
-        """Choose an engine for every step while computing the output for x [N, H, W, C]. Return that output as NCHW."""
+        """Choose an engine for every step while computing the output for x [N, H, W, C]; return that as `run` does."""
         unread = readers(self.unchained, self.output)
         values: dict[str, Any] = {INPUT: x}
         for step in self.steps:

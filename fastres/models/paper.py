@@ -83,14 +83,14 @@ class _PadEnd:
 
 
 class PadBasicBlock(_PadEnd, BasicBlock):
-    """`BasicBlock` for a change of shape, with an option-A shortcut."""
+    """A `BasicBlock` whose output shape differs from its input shape, with an option-A (zero-padding) shortcut."""
 
     def branch(self, x: Tensor) -> Tensor:
         return self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
 
 
 class PadBottleneck(_PadEnd, Bottleneck):
-    """`Bottleneck` for a change of shape, with an option-A shortcut."""
+    """A `Bottleneck` whose output shape differs from its input shape, with an option-A (zero-padding) shortcut."""
 
     def branch(self, x: Tensor) -> Tensor:
         return self.bn3(self.conv3(self.relu(self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x))))))))
@@ -212,7 +212,7 @@ class ResNet(v15.ResNet):
 
 
 class _SmallImageStem(nn.Module):
-    """The stem of the nets for 32x32 images: a 3x3 convolution of stride 1, without a pool."""
+    """The stem of the nets for 32x32 images: a 3x3 convolution with stride 1, BN and ReLU, but no max pooling."""
 
     def __init__(self, in_channels: int, width: int) -> None:
         super().__init__()

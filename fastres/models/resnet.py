@@ -317,7 +317,8 @@ def resnext50_32x4d(*, weights: ResNeXt50_32X4D_Weights | None = None, progress:
         torchvision.models.resnext50_32x4d(weights=weights, progress=progress, **kwargs)
 
     Raises TypeError for other weights, KeyError for an unknown name, and ValueError for a num_classes other than that
-    of the weights. Source: Xie et al.: Aggregated Residual Transformations for Deep Neural Networks (2016).
+    of the weights or another groups or width_per_group than 32x4d has. Source: Xie et al.: Aggregated Residual
+    Transformations for Deep Neural Networks (2016).
     """
     _ovewrite_named_param(kwargs, "groups", 32)
     _ovewrite_named_param(kwargs, "width_per_group", 4)
@@ -337,7 +338,8 @@ def resnext101_32x8d(
         torchvision.models.resnext101_32x8d(weights=weights, progress=progress, **kwargs)
 
     Raises TypeError for other weights, KeyError for an unknown name, and ValueError for a num_classes other than that
-    of the weights. Source: Xie et al.: Aggregated Residual Transformations for Deep Neural Networks (2016).
+    of the weights or another groups or width_per_group than 32x8d has. Source: Xie et al.: Aggregated Residual
+    Transformations for Deep Neural Networks (2016).
     """
     _ovewrite_named_param(kwargs, "groups", 32)
     _ovewrite_named_param(kwargs, "width_per_group", 8)
@@ -357,7 +359,8 @@ def resnext101_64x4d(
         torchvision.models.resnext101_64x4d(weights=weights, progress=progress, **kwargs)
 
     Raises TypeError for other weights, KeyError for an unknown name, and ValueError for a num_classes other than that
-    of the weights. Source: Xie et al.: Aggregated Residual Transformations for Deep Neural Networks (2016).
+    of the weights or another groups or width_per_group than 64x4d has. Source: Xie et al.: Aggregated Residual
+    Transformations for Deep Neural Networks (2016).
     """
     _ovewrite_named_param(kwargs, "groups", 64)
     _ovewrite_named_param(kwargs, "width_per_group", 4)
@@ -375,7 +378,7 @@ def wide_resnet50_2(*, weights: Wide_ResNet50_2_Weights | None = None, progress:
         torchvision.models.wide_resnet50_2(weights=weights, progress=progress, **kwargs)
 
     Raises TypeError for other weights, KeyError for an unknown name, and ValueError for a num_classes other than that
-    of the weights. Source: Zagoruyko, Komodakis: Wide Residual Networks (2016).
+    of the weights or another width_per_group than 128. Source: Zagoruyko, Komodakis: Wide Residual Networks (2016).
     """
     _ovewrite_named_param(kwargs, "width_per_group", 128)
     return _build(Bottleneck, [3, 4, 6, 3], Wide_ResNet50_2_Weights.verify(weights), progress, **kwargs)
@@ -394,7 +397,7 @@ def wide_resnet101_2(
         torchvision.models.wide_resnet101_2(weights=weights, progress=progress, **kwargs)
 
     Raises TypeError for other weights, KeyError for an unknown name, and ValueError for a num_classes other than that
-    of the weights. Source: Zagoruyko, Komodakis: Wide Residual Networks (2016).
+    of the weights or another width_per_group than 128. Source: Zagoruyko, Komodakis: Wide Residual Networks (2016).
     """
     _ovewrite_named_param(kwargs, "width_per_group", 128)
     return _build(Bottleneck, [3, 4, 23, 3], Wide_ResNet101_2_Weights.verify(weights), progress, **kwargs)

@@ -10,7 +10,10 @@ from fastres.models.flops import PAPER_TABLE, Cost
 
 
 def table(model: nn.Module, cost: Cost) -> str:
-    """Return Table 1 for a net of `fastres.models` as aligned text. cost: the result of `flops.count`."""
+    """Return `model`, a net of `fastres.models`, in the form of the paper's Table 1, as aligned text.
+
+    cost: the result of `flops.count`.
+    """
     pool, head = model.get_submodule("maxpool") if hasattr(model, "maxpool") else None, _head(model)
     stages = [name for name, _ in model.named_children() if name.startswith("layer")]
     rows = [("layer", "output", "blocks", "multiply-adds", "parameters")]

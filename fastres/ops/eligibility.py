@@ -109,7 +109,7 @@ def _is_ours(block: nn.Module) -> bool:
 
 
 def foreign(parts: Parts) -> str | None:
-    """Return the reason why no input can run fused through `parts`: a module has a wrong type or unsupported settings.
+    """Return why `parts` can never run fused, whatever the input: a module has the wrong type or unsupported settings.
 
     None if every module fits its role. Hooks are not checked here.
     """

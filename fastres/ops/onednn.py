@@ -26,8 +26,8 @@ HEAP_BLOCK = 2**25 - 2**16  # bytes: just below 32 MiB, the largest block that g
 class Packings:
     """A cache of one net's weights in oneDNN's packed formats, with one copy per layer and format.
 
-    The format depends on the layer, the size of its input, the number of threads, and on whether the batch has one
-    image or more.
+    The format depends on the layer, the size of its input, the number of threads, and whether the batch has more than
+    one image. `int8` caches int8 weights separately, by layer and input size.
     """
 
     def __init__(self) -> None:
@@ -94,10 +94,10 @@ def keep_heap() -> None:
 def graph(function: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[Tensor], Tensor]:
     """Trace `function` on x [N, C, H, W] and compile it with oneDNN's graph compiler, through TorchScript.
 
-    Returns a function that accepts inputs with x's shape and strides only. One or more oneDNN graph partitions compute
-    the convolutions and what follows them. This is faster than single primitives: each partition is compiled once
-    instead of looked up per call, and values between partitions keep oneDNN's own layouts. Raises RuntimeError if
-    oneDNN's graph compiler accepts no part of `function`.
+    Returns a function meant for inputs with x's shape and strides; it does not check them. One or more oneDNN graph
+    partitions compute the convolutions and what follows them. This is faster than single primitives: each partition is
+    compiled once instead of looked up per call, and values between partitions keep oneDNN's own layouts. Raises
+    RuntimeError if oneDNN's graph compiler accepts no part of `function`.
     """
     with _FUSION:
         before = torch.jit.onednn_fusion_enabled()

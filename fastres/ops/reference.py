@@ -155,8 +155,8 @@ def _conv_backward(
 def statistics(z: Tensor) -> Tensor:
     """Return partial statistics [tiles, 3, K] of z [N, P, Q, K]: (count, mean, M2) for each tile and channel.
 
-    M2 is the sum of squared distances from the tile's mean. All three refer to the values as stored, that is, rounded
-    to z's dtype. This function returns one tile; kernels return one for each program. `finish_statistics` merges them.
+    M2 is the sum of squared distances from the tile's mean. Mean and M2 are of the values as stored, that is, rounded
+    to z's dtype. This function treats all pixels as one tile; kernels return several. `finish_statistics` merges them.
     """
     var, mean = torch.var_mean(z.to(wide(z.dtype)), (0, 1, 2), correction=0)
     count = z.numel() // z.shape[-1]

@@ -314,7 +314,7 @@ class CentreCrop(v2.Transform):
 
 
 def train_transform(recipe: Recipe) -> v2.Transform:
-    """Return the transform of a photograph to the uint8 crop that the recipe trains on, without random erasing."""
+    """Return the transform that crops and augments a PIL image as the recipe does, except for random erasing."""
     steps: list[v2.Transform] = []
     if isinstance(recipe.crop, ScaleCrop):
         steps.append(ScaledCrop(recipe.crop.low, recipe.crop.high, recipe.size))

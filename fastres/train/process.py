@@ -150,7 +150,8 @@ class Signals:
 
     A second Ctrl-C ends the process immediately. A second SIGTERM doesn't, because torchrun sends one to processes that
     are still saving. If a signal was received and the context ends without an exception, for instance because the last
-    iteration was already done, the signal is raised again on exit, so that `experiment` stops, too.
+    iteration was already done, the signal is raised again on exit. This also stops the `experiment` command, which
+    would otherwise continue with its next training run.
     """
 
     def __init__(self) -> None:
