@@ -223,7 +223,8 @@ def rehearsed(command: Sequence[str]) -> list[str]:
         return ["bench/rehearse.py", *command, *tiny, "--tiles", "1"]
     if command[0] == "bench/kernels.py":
         return ["bench/rehearse.py", *command, *tiny]
-    if command[len(PYTEST) :] == FIRST:  # some of the same launches, against a stub driver that runs nothing
+    # On a GPU, FIRST makes every launch of ResNet-50. Here, some of these go to a stub driver, which runs nothing.
+    if command[len(PYTEST) :] == FIRST:
         return [*command, "-m", "slow or not slow", "-k", "(driver and resnet50-1) or cuda"]
     runs = command[: len(PYTEST)] == PYTEST or command == STATUS
     return [*command] if runs else [*command, "--help"]

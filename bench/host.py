@@ -94,7 +94,7 @@ class Call:
 
 
 def measure(rounds: int, forgetful: bool = False) -> list[dict[str, str | float]]:
-    """Return a row for each pass of each call. With `forgetful`, launchers decide everything again in each call."""
+    """Return a row for each pass of each entry of CALLS. With `forgetful`, launchers don't remember their launches."""
     rows = []
     deciding = launcher.forgetful() if forgetful else nullcontext()
     with deciding, stub_cuda.driver() as launched, fastres.backend("triton"):
@@ -112,7 +112,7 @@ def measure(rounds: int, forgetful: bool = False) -> list[dict[str, str | float]
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=300, help="timed repetitions of each call; default: 300")
-    parser.add_argument("--forgetful", action="store_true", help="let launchers decide everything again in each call")
+    parser.add_argument("--forgetful", action="store_true", help="let launchers remember no launches")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows to FILE")
     options = parser.parse_args(arguments)
     if options.rounds < 1:

@@ -293,7 +293,7 @@ def microseconds(work: Callable[[], Any]) -> float:
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        # `torch.cuda.graph` would also collect garbage, which takes longer than the measurement.
+        # `torch.cuda.graph` would also synchronize and empty PyTorch's caches before each capture.
         graph.capture_begin(capture_error_mode="thread_local")
         try:
             kept = work()

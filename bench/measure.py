@@ -488,7 +488,7 @@ def measure(backend: Backend, case: Case, data: Data, seconds: float, multiply_a
 
 
 def failure(error: BaseException) -> dict[str, Any]:
-    """Return status and reason of a row that raised `error`."""
+    """Return the status and the reason to record for a row whose measurement raised `error`."""
     return {"status": "out of memory" if is_out_of_memory(error) else "failed", "reason": first_line(error)}
 
 

@@ -267,10 +267,10 @@ def by_untried(record: Callable[[], list[Launch]], device: Device, gpu: Gpu) -> 
 def of_layer(
     p: ConvProblem, role: Role, pass_: str, dtype: torch.dtype, engine: str
 ) -> tuple[list[Launch], Launch | None]:
-    """Return the kernels that bench/kernels.py times as a layer's "us" (engine "triton") or "cudnn_us" ("cudnn").
+    """Return the launches whose time bench/kernels.py reports as "us" (engine "triton") or "cudnn_us" ("cudnn").
 
-    The second result is the pass that stores dz if the library needs it and our kernels don't, else None. Half of it is
-    added to the library's time.
+    The second result is the launch that stores dz for dgrad and wgrad, if the library needs it and our kernels don't,
+    else None. The caller adds half of its time to each of the two passes.
     """
     stores = {}
     for name in dict.fromkeys(("triton", engine)):

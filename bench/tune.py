@@ -370,7 +370,7 @@ class Tuner:
     def __init__(self, dtype: torch.dtype, most: int) -> None:
         self.dtype, self.device, self.most = dtype, torch.device("cuda"), most
         torch.backends.cudnn.benchmark = True
-        torch.backends.cudnn.allow_tf32 = False  # with TF32 on, dispatch gives fp32 to the library anyway
+        torch.backends.cudnn.allow_tf32 = False  # with TF32 on, dispatch leaves fp32 to the library: nothing to tune
 
     def reach(self) -> None:
         """Wait until the GPU answers."""

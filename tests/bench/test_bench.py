@@ -652,8 +652,7 @@ def test_a_backend_that_cannot_run_says_why(bench: SimpleNamespace) -> None:
 def test_other_nets_have_their_own_size_and_share_a_record(
     bench: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    """With --net, each net has its usual image size and number of classes, and one record of several nets can be
-    drawn."""
+    """With --net, each net has its usual image size, and --plot can draw several nets from one record."""
     path, picture = tmp_path / "r.json", tmp_path / "r.svg"
     ask = [*FEW, "--json", str(path), "--resume"]
     assert bench.run.main([*ask, "--net", "cifar-8", "--backend", "eager,timm,fastres"]) == 0
@@ -786,8 +785,8 @@ def test_a_float8_row_is_compared_with_its_definition(bench: SimpleNamespace, mo
 
 
 def test_a_row_in_another_dtype_has_its_own_limit(bench: SimpleNamespace) -> None:
-    """The limit comes from eager PyTorch's error in the row's dtype. Classes are compared with those in the case's
-    dtype."""
+    """The limit comes from eager PyTorch's error in the row's dtype, but predicted classes are compared with eager's in
+    the case's dtype."""
     case = bench.backends.Case("cifar-8", "infer", 4, torch.float32, 32, torch.device("cpu"))
     inputs = bench.photos.batches(bench.measure.INPUTS, 4, 32, seed=0)
     data = bench.measure.prepare(case, bench.backends.shared_weights(case.net, inputs, 0), inputs, 0)

@@ -247,8 +247,10 @@ def test_wgrad_reads_dz_as_the_winner_for_dgrad_has_it(tune: ModuleType) -> None
 def test_candidates_are_those_of_the_launchers(
     pass_: str, layers: ModuleType, tune: ModuleType, on_meta: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Candidates are tiles for the same operands and epilogue as the launcher's, the most promising first, then all
-    persistent ones."""
+    """`candidates` passes the launcher's own arguments to the tile functions and puts the launcher's tile first.
+
+    It adds persistent tiles only for 1x1 filters with few steps, and never in wgrad.
+    """
     asked: list[Any] = []
 
     def watched(tiles: Callable[..., Any]) -> Callable[..., Any]:

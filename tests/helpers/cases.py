@@ -79,7 +79,7 @@ def _check_statistics(partials: Tensor, y: Tensor) -> None:
     assert ((total - values.mean(0)).abs() <= 4 * eps * values.abs().mean(0)).all()
     # The mean of a tile is rounded, and so is every distance from it. A thread adds a quarter of a tile's squares one
     # after the other, and each addition rounds the growing sum by up to eps / 2. After a ReLU, one tile may have nearly
-    # all of a channel's sum, so the errors of other tiles do not average its own out.
+    # all of a channel's sum, so its errors are not averaged with those of other tiles.
     slack = eps * values.abs().mean(0) * distances.abs().sum(0)
     rounded = max(8.0, (float(count.max()) / 4 + 4) / 2) * eps if y.is_cuda else 8 * eps
     assert ((merged - (distances**2).sum(0)).abs() <= rounded * (distances**2).sum(0) + slack).all()

@@ -101,7 +101,7 @@ INT8_SIMULATED = 0.02  # a small net in int8, simulated compared with oneDNN
 INT8_STEPS = 0.025  # two steps of a quantisation grid over [-1, 2], for the input and the output; absolute
 INT8_TOP1 = 0.005  # the top-1 accuracy of a trained net
 HALF_STEP = 0.5001  # half a step of a quantisation grid, plus float32's rounding error
-TIES = 1e-3  # largest distance from a tie, in steps, at which the neighbour may result; and how often it may
+TIES = 1e-3  # rounding may miss by one step this close to a tie (in steps), for at most this fraction of the values
 
 # Pictures and random draws; absolute.
 NEAR_A_PIXEL = 1e-3  # the edges of a window, in pixels

@@ -193,7 +193,7 @@ class Clock:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, takes: tuple[float, float]) -> None:
         self.takes, self.capturing, self.asked = list(takes), False, 0
         self.fused: list[tuple[int, ...]] = []
-        # The plan that is compared with the model at the first call is in float64.
+        # On the first call, a plan in float64 is checked against the model. The library runs its convolutions.
         engine = {torch.float64: "aten"}
         monkeypatch.setattr(
             dispatch, "why_engine", lambda _, problem, dtype, on: (engine.get(dtype, "cudnn"), "as chosen")
