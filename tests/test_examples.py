@@ -100,7 +100,7 @@ def test_help_tells_commands_and_defaults(
         ("finetune.py --weights nowhere", "nowhere does not exist, neither as a file nor as torchvision weights"),
         ("finetune.py --weights text", "text is truncated, damaged or not a file of weights"),
         ("finetune.py --freeze", "--freeze needs --weights"),
-        ("finetune.py --out text", "text can't hold checkpoints"),
+        ("finetune.py --out text", "can't write checkpoints to text: File exists"),
         ("serve.py --weights text", "text is truncated, damaged or not a file of weights"),
         ("serve.py --model resnet18", "--model needs --weights"),
         ("serve.py --port 65536", "--port from 0 to 65535"),

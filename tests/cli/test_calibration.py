@@ -278,7 +278,7 @@ def test_calibration_is_refused_before_an_image_is_read(
     ("dtype", "more", "needed"),
     [
         ("int8", [], "VNNI"),
-        ("fp8", [], "needs a CUDA GPU, the model is on cpu"),
+        ("fp8", [], "needs a CUDA GPU, but the model is on cpu"),
         ("int8", ["--percentile", "0"], "percentile"),
     ],
 )

@@ -235,7 +235,7 @@ def test_two_processes_test_as_one(photos: Path, tmp_path: Path, capfd: pytest.C
         (["--size", "0"], "--size must be a whole number of at least 1: got 0"),
         (["--batch", "0"], "--batch must be a whole number of at least 1: got 0"),
         (["--workers", "-1"], "--workers must be a whole number of at least 0: got -1"),
-        (["--size", "32", "--resize", "30"], "shorter side of 30"),
+        (["--size", "32", "--resize", "30"], "got size=32, resize=30"),
         (["--crops", "multiscale", "--scales", "16", "64"], "[16, 64]"),
         (["--csv", "nowhere/a.csv"], "nowhere does not exist"),
         (["--csv", "/"], "--csv / can't be written"),
