@@ -98,7 +98,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--list", action="store_true", help="print the parts and plans with their limits, and exit")
     options = parser.parse_args(arguments)
     if unknown := [part for part in options.parts if part not in PARTS]:
-        parser.error(f"unknown part {', '.join(unknown)}; accepted are {', '.join(PARTS)}")
+        parser.error(f"unknown part {', '.join(unknown)}; accepted: {', '.join(PARTS)}")
     if options.plan and options.parts:
         parser.error(f"give either names of parts or --plan {options.plan}, not both")
     if options.minutes is None:

@@ -528,7 +528,7 @@ def switch(text: str) -> tuple[str, bool]:
     """Parse a fusion switch, NAME=0 or NAME=1."""
     name, _, value = text.partition("=")
     if value not in ("0", "1"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a switch; accepted are NAME=0 and NAME=1")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a switch; accepted: NAME=0 and NAME=1")
     try:
         with dispatch.fusions(**{name: value == "1"}):
             return name, value == "1"

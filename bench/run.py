@@ -194,7 +194,7 @@ def parse(arguments: list[str] | None) -> Plan:
     named = None if options.backend in (None, "all") else options.backend.split(",")
     for name in named or ():
         if name not in BACKENDS:
-            parser.error(f"unknown backend {name!r}; accepted are {', '.join(BACKENDS)}, all")
+            parser.error(f"unknown backend {name!r}; accepted: {', '.join(BACKENDS)}, all")
         if reason := BACKENDS[name].why_not_here(device):
             parser.error(f"backend {name!r} can't run here: {reason}")
     nets = (

@@ -92,7 +92,9 @@ def graphed(
     - draw random numbers from a global generator of the CPU (dropout on the GPU is fine: each replay draws new ones);
     - assign an attribute of a layer, such as a counter or a tensor (changing a buffer in place is fine);
     - change an input in place;
-    - leave gradients in parameters that neither `model` nor `optimizer` has.
+    - leave gradients in parameters that neither `model` nor `optimizer` has;
+    - change parameters in place that are not in `optimizer`;
+    - call another optimizer than `optimizer`.
 
     Raises ValueError for a model that runs on several processes or devices (DistributedDataParallel, DataParallel,
     FSDP, SyncBatchNorm). Record forward and backward of the unwrapped model instead. After each call, average the
@@ -114,12 +116,12 @@ class Graphed:
         limit: int,
     ) -> None:
         if not callable(step):
-            raise TypeError(f"step must be a function of tensors, not a {type(step).__name__}")
+            raise TypeError(f"step must be a function of tensors, got {type(step).__name__}")
         for name, value, kind in (("optimizer", optimizer, Optimizer), ("scaler", scaler, torch.amp.GradScaler)):
             if value is not None and not isinstance(value, kind):
-                raise TypeError(f"{name} must be a {kind.__name__} or None, not a {type(value).__name__}")
+                raise TypeError(f"{name} must be of type {kind.__name__} or None, got {type(value).__name__}")
         if not isinstance(model, nn.Module) or next(model.parameters(), None) is None:
-            raise TypeError(f"model must be an nn.Module with parameters, not a {type(model).__name__}")
+            raise TypeError(f"model must be an nn.Module that has parameters, got {type(model).__name__}")
         if limit < 1:
             raise ValueError(f"limit must be at least 1: got {limit}")
         self.step, self.model, self.optimizer, self.scaler, self.limit = step, model, optimizer, scaler, limit
@@ -475,7 +477,7 @@ def _refuse_shared(model: nn.Module) -> None:
         kinds += [{type(o).__name__} for o in wrappers if any(layer is model for layer in o.modules())]
     if found := sorted(set().union(*kinds)):
         raise ValueError(
-            f"graphed takes no {', '.join(found)}, because its processes or devices wait for each other. Record "
+            f"graphed does not accept {', '.join(found)}, because its processes or devices wait for each other. Record "
             "forward and backward of the plain model, average the gradients after each call with "
             "fastres.train.process.average(model.parameters()), then call the optimizer"
         )

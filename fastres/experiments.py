@@ -234,15 +234,15 @@ def degradation(wanted: Plan, trained: Sequence[Trained]) -> Finding:
         worse = degraded(means[first], [means[net] for net in deeper])
         names = [str(net) for net, bad in zip(deeper, worse, strict=True) if bad]
         words.append(
-            f"Deeper {kind} nets whose mean training error is more than {100 * RISE:g} point above that of {first}: "
-            f"{', '.join(names) or 'none'}."
+            f"Deeper {kind} nets whose mean training error is more than {100 * RISE:g} percentage points above that of "
+            f"{first}: {', '.join(names) or 'none'}."
         )
         verdicts.append(all(worse) if plain else not any(worse))
     seen = all(verdicts) if len(wanted.study.depths) > 1 else None
     if seen is not None:
         claims = ("all deeper plain nets train worse", "no deeper residual net does")
         missing = [claim for claim, verdict in zip(claims, verdicts, strict=True) if not verdict]
-        words.append(f"The paper's claim is not seen. Not true here: {'; '.join(missing)}." if missing else SEEN)
+        words.append(f"The paper's claim was not confirmed. Not true here: {'; '.join(missing)}." if missing else SEEN)
         if missing:
             words.append(_why_unseen(means))
     return _errors(wanted, trained, words, seen)

@@ -62,16 +62,16 @@ def opened(path: str | Path) -> Iterator[Image.Image]:
         with Image.open(path) as image:
             yield image
     except ImageError as error:
-        raise ImageError(f"{name} is no image that can be read ({error}); convert it to 8 bits") from error
+        raise ImageError(f"{name} is not a readable image ({error}); convert it to 8 bits") from error
     except Exception as error:
         if isinstance(error, OSError) and error.errno is not None:  # raised by the operating system, not by Pillow
             raise ImageError(f"{name} can't be read: {error.strerror}") from error
-        why, mend = printable(error) or type(error).__name__, "fetch it again or remove it"
+        why, remedy = printable(error) or type(error).__name__, "fetch it again or remove it"
         if isinstance(error, UnidentifiedImageError):
-            why = "in no format that Pillow knows"
+            why = "not in a format that Pillow supports"
         elif isinstance(error, (Image.DecompressionBombError, MemoryError)):
-            mend = "make it smaller or remove it"
-        raise ImageError(f"{name} is no image that can be read ({why.rstrip('.')}); {mend}") from error
+            remedy = "make it smaller or remove it"
+        raise ImageError(f"{name} is not a readable image ({why.rstrip('.')}); {remedy}") from error
 
 
 def require_file(path: str | Path) -> None:
@@ -92,7 +92,7 @@ def eight_bits(image: Image.Image, mode: str = "RGB") -> Image.Image:
     white = _white(image)
     if white is None:
         raise ImageError(
-            f"mode {image.mode} in a {image.format} file, which does not define the value of white; accepted are "
+            f"mode {image.mode} in a {image.format} file, which does not define the value of white; accepted: "
             f"{_ACCEPTED}"
         )
     image.load()
@@ -165,5 +165,5 @@ class ClassFolders(ImageFolder):
         empty = [name for name, found in files.items() if not found]
         if empty:
             named = ", ".join(empty[:5]) + ", ..." * (len(empty) > 5)
-            raise FileNotFoundError(f"no images in {named}; accepted are {', '.join(IMG_EXTENSIONS)}")
+            raise FileNotFoundError(f"no images in {named}; accepted: {', '.join(IMG_EXTENSIONS)}")
         return [(path, class_to_idx[name]) for name in files for path in sorted(files[name], key=os.path.split)]

@@ -77,7 +77,7 @@ def status(model: nn.Module | None = None) -> Status:
     initialised if there is a GPU. Raises TypeError if `model` is not an `nn.Module`.
     """
     if model is not None and not isinstance(model, nn.Module):
-        raise TypeError(f"status takes an nn.Module, not {type(model).__name__}")
+        raise TypeError(f"status() takes an nn.Module, got {type(model).__name__}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with torch.random.fork_rng(devices=[]), torch.device(device):
         block = BasicBlock(64, 64)

@@ -318,7 +318,7 @@ def _checked(
     if statistics and not _are_statistics(statistics, weights.channels):
         found = " and ".join(f"a {name} of shape {_described(value)}" for name, value in reversed(statistics.items()))
         raise ValueError(
-            f"{source} has {found} for a net of {weights.channels} channels; expected are a finite mean [channels, "
+            f"{source} has {found} for a net of {weights.channels} channels; expected a finite mean [channels, "
             "height, width] and a positive std [channels, 1, 1]"
         )
     return weights

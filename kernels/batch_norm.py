@@ -446,7 +446,7 @@ def finish_statistics(
         running_var.lerp_(var * M / (M - 1), momentum)      # M = z.numel() // K
         counter += 1
 
-    Raises ValueError if shapes, dtypes or devices don't match.
+    Raises ValueError for a wrong shape, dtype, layout or device.
 
     Source: Ioffe & Szegedy (2015), algorithm 1; Chan, Golub & LeVeque (1979).
     """
@@ -472,7 +472,9 @@ def running_statistics(
         mean, rstd = running_mean.float(), (running_var.float() + eps).rsqrt()
         scale, shift = weight * rstd, bias - mean * weight * rstd
 
-    Raises ValueError if shapes, dtypes or devices don't match.
+    Raises ValueError for a wrong shape, dtype, layout or device.
+
+    Source: Ioffe & Szegedy (2015), algorithm 2.
     """
     return _finish_statistics(
         running_mean.numel(), running_mean, weight=weight, bias=bias, eps=eps,
@@ -647,7 +649,7 @@ def finish_backward(
         c_z = -c_g * rstd * dweight / count
         c_1 = -c_g * dbias / count - c_z * mean
 
-    Raises ValueError if shapes, dtypes or devices don't match, and if count < 1.
+    Raises ValueError for a wrong shape, dtype, layout or device, and if count < 1.
 
     Source: Ioffe & Szegedy (2015), section 3.
     """

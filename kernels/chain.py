@@ -103,7 +103,9 @@ def bottleneck_chain(
     w2 [C, 3, 3, C], w3 [4C, 1, 1, C]: the block's 3x3 and last convolution. w1 [C, 1, 1, 4C]: the first convolution of
     the next block. All have BatchNorm folded in and x's dtype.
     shift2 [C], shift3 [4C], shift1 [C]: their biases, fp32.
-    tile: by default `chain_tile`'s. All tensors are contiguous.
+    tile: by default `chain_tile`'s.
+
+    All tensors must be contiguous and on one device.
 
     Equivalent to, on NCHW views of activations and filters, for example w2.permute(0, 3, 1, 2):
 

@@ -256,7 +256,8 @@ def conv_dgrad(
         kernel recomputes the ReLU's input scale z_below + shift. dx, residual included, is set to 0 where it is <= 0.
     below: (z_below, mean) of the BatchNorm whose output dx is the gradient of: its input z_below [N, H, W, C] and batch
         mean, fp32 [C]. dx is then returned with partial sums, fp32 [tiles, 2, C]: for every tile of pixels and every
-        channel the sum of dx and the sum of dx (z_below - mean), for dx as stored.
+        channel the sum of dx and the sum of dx (z_below - mean), for dx as stored. A persistent program accumulates all
+        its tiles into one row.
     projection: (z_proj, mean_proj), likewise, of a second BatchNorm whose output was added to the first one's. The
         partial sums are then a pair, (below's, projection's).
     precision: of fp32 products, "ieee" or "tf32".

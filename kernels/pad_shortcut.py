@@ -50,7 +50,7 @@ def pad_shortcut_backward(dx: Tensor, dy: Tensor, *, stride: int, mask: Tensor |
         g = dy if mask is None else torch.where(mask <= 0, 0, dy)
         dx[:, ::stride, ::stride] += g[..., : dx.shape[-1]]
 
-    Raises ValueError if shapes, dtypes or devices don't match.
+    Raises ValueError for a wrong shape, dtype, layout or device.
 
     Source: paper, section 3.3, option A.
     """

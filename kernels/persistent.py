@@ -51,7 +51,7 @@ def programs(pixels: int, channels: int, tile: Tile, device: torch.device) -> in
 
 
 @triton.jit
-def load_beside(operand, tensor, row, column):
+def load_ahead(operand, tensor, row, column):
     """Return (operand, box): a dot's operand, unchanged, and a box of `tensor` that is used only after that dot.
 
     The purpose is that the box is loaded ahead, too. Triton's pipeliner loads ahead only what a dot's operands depend
@@ -113,13 +113,13 @@ def pointwise_fprop_kernel(
             elif prologue_scale is not None:
                 a = affine_relu(a, slopes[step], starts[step], None, False)
             if step == 0:
-                a, res = load_beside(a, residual, pixel, k0)
+                a, res = load_ahead(a, residual, pixel, k0)
             acc = tl.dot(filters[step], a.T, acc, input_precision=PRECISION)
         acc = wait_for_wgmma(acc, COMPILED)  # else the product starts from the epilogue's addend (ptxas: C7519)
-        met = None
+        addend = None
         if residual is not None:
-            met = res.T
-        out = finish(acc, met, scale, shift, mean, var, eps, k, k < K, residual_scale, out_scale, RELU, y.dtype)
+            addend = res.T
+        out = finish(acc, addend, scale, shift, mean, var, eps, k, k < K, residual_scale, out_scale, RELU, y.dtype)
         y.store([pixel, k0], out.T)
         if partials is not None:
             n = tl.minimum(BN, pixels - pixel).to(tl.float32)
@@ -185,11 +185,11 @@ def pointwise_dgrad_kernel(
                 x = z.load([pixel, step * BK]).to(tl.float32)
                 dz = (c_gs[step] * dz.to(tl.float32) + (c_zs[step] * x + c_1s[step])).to(dz.dtype)
             if step == 0:
-                dz, res = load_beside(dz, residual, pixel, c0)
-                dz, passed = load_beside(dz, residual_mask, pixel, c0)
-                dz, saved = load_beside(dz, relu_mask, pixel, c0)
-                dz, before = load_beside(dz, z_below, pixel, c0)
-                dz, beside = load_beside(dz, z_proj, pixel, c0)
+                dz, res = load_ahead(dz, residual, pixel, c0)
+                dz, passed = load_ahead(dz, residual_mask, pixel, c0)
+                dz, saved = load_ahead(dz, relu_mask, pixel, c0)
+                dz, before = load_ahead(dz, z_below, pixel, c0)
+                dz, z_tile = load_ahead(dz, z_proj, pixel, c0)
             acc = tl.dot(filters[step], dz.T, acc, input_precision=PRECISION)
         acc = wait_for_wgmma(acc, COMPILED)
         if residual is not None:
@@ -211,7 +211,7 @@ def pointwise_dgrad_kernel(
             total += tl.sum(stored, 1)
             of_below += tl.sum(stored * (before - centre), 1)
             if z_proj is not None:
-                of_proj += tl.sum(stored * (beside.T.to(tl.float32) - centre_proj), 1)
+                of_proj += tl.sum(stored * (z_tile.T.to(tl.float32) - centre_proj), 1)
     if z_below is not None:
         at = first * 2 * C + c
         tl.store(partials + at, total, mask=c < C)

@@ -312,7 +312,7 @@ PERSISTENT += [(128, 128, 128, 8), (128, 64, 128, 8), (128, 32, 128, 4), (256, 6
 
 
 def persistent_tiles(
-    problem: ConvProblem, reduced: int, outputs: int, operands: int, met: int, instructions: int, width: int, gpu: Gpu
+    problem: ConvProblem, reduced: int, outputs: int, operands: int, added: int, instructions: int, width: int, gpu: Gpu
 ) -> list[Tile]:
     """Return the four most promising tiles for `kernels.persistent`: fprop and dgrad of a 1x1 convolution in 16 bits.
 
@@ -322,20 +322,20 @@ def persistent_tiles(
     outputs: channels of the result.
     operands: the number of tensors that the second operand is read or computed from.
     instructions: instructions per element to compute it, 0 if it is only read.
-    met: the number of tensors that the epilogue reads. They are loaded ahead only if BM = BK (`load_beside`).
+    added: the number of tensors that the epilogue reads. They are loaded ahead only if BM = BK (`load_ahead`).
     width: the largest size in bytes of a stored value.
     """
     timed = []
     for BM, BN, BK, warps in PERSISTENT:
-        if reduced > 256 or max(64, outputs) < BM or max(64, reduced) < BK or (met and BM != BK):
+        if reduced > 256 or max(64, outputs) < BM or max(64, reduced) < BK or (added and BM != BK):
             continue
         steps, tiles_k, tiles = math.ceil(reduced / BK), math.ceil(outputs / BM), math.ceil(problem.pixels / BN)
         # Shared memory in bytes: two buffers of all that is read per tile; for wgmma's operand, one step if it is
         # computed and a third buffer if not; the result; the filters.
         operand, result, sums = 2 * BN * BK * steps, 2 * BN * BM, BM * BN // (32 * warps)
-        shared = 2 * (operands * operand + met * result) + (2 * BN * BK if instructions else operand)
+        shared = 2 * (operands * operand + added * result) + (2 * BN * BK if instructions else operand)
         shared += result + 2 * BM * BK * steps + 1024
-        registers = 16 + sums * 5 // 4 + sums * met + (24 + BK // 8) * steps * (instructions > 0)
+        registers = 16 + sums * 5 // 4 + sums * added + (24 + BK // 8) * steps * (instructions > 0)
         resident = min((gpu.shared + 1024) // (shared + 1024), 65536 // (32 * warps * registers))
         if shared + (width - 2) * BN * BM > gpu.shared or registers > 255:
             continue
@@ -343,8 +343,8 @@ def persistent_tiles(
         if tiles_each == 1:
             continue
         compute = BM * BN * BK * steps / WGMMA + instructions * BN * BK * steps / ISSUE
-        memory = (1 + met) * result + operands * operand * min(1, BM / outputs)
-        busy = max(compute, (operands * operand + (1 + met) * result) / L2, memory / MEMORY)
+        memory = (1 + added) * result + operands * operand * min(1, BM / outputs)
+        busy = max(compute, (operands * operand + (1 + added) * result) / L2, memory / MEMORY)
         cycles = tiles_each * resident * (busy + OVERHEAD) + LATENCY  # only the first tile waits for its loads
         timed.append((cycles, Tile(BM, BN, BK, warps, 3, (1, 1, BN), persistent=resident)))
     return [tile for _, tile in sorted(timed, key=lambda pair: pair[0])][:4]
@@ -414,9 +414,8 @@ def wgrad_tiles(
             cycles = _cycles(tiles * splits, resident, busy, gpu) + reduce
             for depth in (stages, stages + 1) if deeper else (stages,):
                 timed.append((cycles, Tile(BM, BN, BK, warps, depth, box if tma else None, splits, row)))
-    return [
-        *dict.fromkeys(tile for _, tile in sorted(timed, key=lambda pair: pair[0]))
-    ]  # if steps are few, splits can be equal
+    # If steps are few, different numbers of waves give equal splits: keep each tile once.
+    return [*dict.fromkeys(tile for _, tile in sorted(timed, key=lambda pair: pair[0]))]
 
 
 def buffered(stages: int, operands: int) -> int:

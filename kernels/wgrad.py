@@ -239,6 +239,8 @@ def conv_wgrad(
     All tensors must be contiguous and on one device. There are no atomics, so equal inputs give equal bits.
 
     Raises ValueError for a wrong shape, dtype, layout or device, and for a tile that cannot serve.
+
+    Source: Ioffe and Szegedy (2015), section 3, for BatchNorm's backward pass; `batch_norm` has it in these symbols.
     """
     load = check_dz(dy, problem, bn_backward, precision)
     check_tensor("x", x, problem.x_shape, dy)

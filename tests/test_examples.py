@@ -222,7 +222,7 @@ def test_finetune_starts_from_a_state_dict_of_torchvision(
     assert trained["model"]["fc.weight"].shape == (2, 512)
     (tmp_path / "data/train/b/2.png").write_text("no image")
     error = run(tmp_path, *few, "--workers", "1", status=2)
-    assert "2.png is no image that can be read" in error.splitlines()[-1]
+    assert "2.png is not a readable image" in error.splitlines()[-1]
     (tmp_path / "data/val/c").mkdir()
     Image.effect_noise((64, 64), 90).save(tmp_path / "data/val/c/1.png")
     assert ended(monkeypatch, tmp_path, *few) == 2
@@ -397,9 +397,9 @@ def test_a_server_refuses_with_status_and_words(folder: Path) -> None:
     assert len(huge.getvalue()) < 2**20
     with served(folder, "--weights", "net.pt", "--limit", "1", "--wait", "0") as server:
         for data, code, said in [
-            (b"no image", 400, "the upload is no image that can be read"),
-            (b"", 400, "the upload is no image that can be read"),
-            (picture[: len(picture) // 2], 400, "the upload is no image that can be read"),
+            (b"no image", 400, "the upload is not a readable image"),
+            (b"", 400, "the upload is not a readable image"),
+            (picture[: len(picture) // 2], 400, "the upload is not a readable image"),
             (huge.getvalue(), 400, "exceeds limit"),
             (large.getvalue(), 400, "8000x8000: up to 50,000,000 pixels"),
             (thin.getvalue(), 400, "10000000x2: up to 50,000,000 pixels and sides up to 20:1 are accepted"),

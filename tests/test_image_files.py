@@ -95,12 +95,15 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "device": (lambda path: path.symlink_to(os.devnull), "can't be read: it is a device, not a file"),
     "dangling": (lambda path: path.symlink_to("nowhere"), "can't be read: No such file or directory"),
     "loop": (lambda path: path.symlink_to(path.name), "can't be read: Too many levels of symbolic links"),
-    "empty": (Path.touch, "is no image that can be read (in no format that Pillow knows); fetch it again or remove it"),
-    "text": (lambda path: path.write_text("text"), "is no image that can be read (in no format that Pillow knows)"),
-    "cut": (cut, "is no image that can be read (image file is truncated"),
+    "empty": (
+        Path.touch,
+        "is not a readable image (not in a format that Pillow supports); fetch it again or remove it",
+    ),
+    "text": (lambda path: path.write_text("text"), "is not a readable image (not in a format that Pillow supports)"),
+    "cut": (cut, "is not a readable image (image file is truncated"),
     "no pixels": (
         lambda path: path.write_bytes(b"P5 0 7 255\n"),
-        "is no image that can be read (in no format that Pillow knows)",
+        "is not a readable image (not in a format that Pillow supports)",
     ),
     "bomb": (bomb, "could be decompression bomb DOS attack); make it smaller or remove it"),
 }
@@ -243,7 +246,7 @@ def test_classes_without_images_are_named(tmp_path: Path) -> None:
     for name in ("full", "album.jpg"):
         (tmp_path / name).mkdir()
     picture().save(tmp_path / "full" / "a.png")
-    with pytest.raises(ValueError, match=r"has no classes to test on: no images in album\.jpg; accepted are \.jpg"):
+    with pytest.raises(ValueError, match=r"has no classes to test on: no images in album\.jpg; accepted: \.jpg"):
         eval_command._image_folder(tmp_path, "to test on")
 
 

@@ -546,7 +546,7 @@ MEAN, STD = torch.full((3, 1, 1), 0.5), torch.full((3, 1, 1), 0.25)
 )
 def test_statistics_that_are_none_are_refused(preprocess: Any, state: dict[str, Tensor], tmp_path: Path) -> None:
     file = with_metadata(tmp_path / "a.pt", META, state, preprocess)
-    assert "for a net of 3 channels; expected are a finite mean [channels, height, width] and a positive std" in unread(
+    assert "for a net of 3 channels; expected a finite mean [channels, height, width] and a positive std" in unread(
         file
     )
     good = with_metadata(tmp_path / "a.pt", META, state, {"mean": MEAN, "std": STD, "axes": 3})

@@ -46,7 +46,7 @@ def named_images(named: Sequence[Path]) -> tuple[list[str], list[str]]:
             before = len(errors)
             found = image_files(path, errors.append)
             if not found and len(errors) == before:
-                raise ValueError(f"{path} contains no images; accepted are {', '.join(IMG_EXTENSIONS)}")
+                raise ValueError(f"{path} contains no images; accepted: {', '.join(IMG_EXTENSIONS)}")
             paths += sorted(found, key=lambda file: file.split(os.sep))
             continue
         try:

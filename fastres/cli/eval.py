@@ -236,9 +236,7 @@ def _test_images(args: argparse.Namespace, name: str, nets: TrainedNets) -> _Tes
         return _TestImages(test, dataset.classes, dataset.preprocess, (train, f"training images of {name}"))
     root = Path(name)
     if not root.is_dir():
-        raise ValueError(
-            f"--data {root} must be a folder or one of {', '.join(_NAMED)}: neither exists under that name"
-        )
+        raise ValueError(f"--data {root} is neither an existing folder nor one of {', '.join(_NAMED)}")
     place = root / "val" if (root / "val").is_dir() else root
     items, classes = _image_folder(place, "to test on")
     training = None

@@ -105,7 +105,7 @@ def check(args: argparse.Namespace) -> None:
     cards = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     there = ["cpu", "cuda", *cards] if cards else ["cpu"]
     if args.device not in (None, *there):
-        raise ValueError(f"this machine has no --device {args.device}; accepted are {', '.join(there)}")
+        raise ValueError(f"--device {args.device} is not available on this machine; accepted: {', '.join(there)}")
     calibrated = args.dtype in CALIBRATED
     if calibrated and not args.optimize:
         raise ValueError(f"--dtype {args.dtype} requires --optimize")

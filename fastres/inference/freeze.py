@@ -82,9 +82,10 @@ def optimize(
     The comparison finds, for example, code that checks `type(x)`, which behaves differently during tracing.
 
     Raises TypeError for something that is not a plain `nn.Module`, such as a compiled or optimized model. Raises
-    ValueError if the model is in training mode, has hooks, uses an unsupported operation, changes a tensor in place
-    and later reads a view of it, or differs from its plan; if folded weights are not finite; or if the dtype or the
-    device is not supported. Raises RuntimeError if `backend` forces kernels that cannot run on the device.
+    ValueError if the model is in training mode, has hooks, has no convolution, uses an unsupported operation, changes a
+    tensor in place and later reads a view of it, or differs from its plan; if folded weights are not finite; if the
+    dtype or the device is not supported; or if `calibration` or `percentile` is missing, superfluous, empty or out of
+    range. Raises RuntimeError if `backend` forces kernels that cannot run on the device.
     """
     refuse_wrapper(model, "optimize")
     if any(isinstance(module, Optimized) for module in model.modules()):

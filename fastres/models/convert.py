@@ -57,7 +57,7 @@ def convert(model: nn.Module) -> Conversion:
     Raises TypeError if `model` is not an `nn.Module`.
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(f"convert takes an nn.Module, not {type(model).__name__}")
+        raise TypeError(f"convert() takes an nn.Module, got {type(model).__name__}")
     families = _families()
     ours, theirs = tuple(families.values()), tuple(families)
     converted: list[str] = []

@@ -76,13 +76,13 @@ def build(family: str, depth: int, shortcut: str | None = None, **sizes: int) ->
     or shortcut.
     """
     if family not in FAMILIES:
-        raise ValueError(f"family {family!r} does not exist; there are {', '.join(FAMILIES)}")
+        raise ValueError(f"unknown family {family!r}; accepted: {', '.join(FAMILIES)}")
     chosen = FAMILIES[family]
     if shortcut is not None and not chosen.shortcuts:
         choosing = ", ".join(name for name, other in FAMILIES.items() if other.shortcuts)
         raise ValueError(f"family {family} has no choice of shortcut; only {choosing} has")
     if family == "torchvision" and depth not in chosen.depths:
-        raise ValueError(f"depth {depth} does not exist; there are {', '.join(map(str, chosen.depths))}")
+        raise ValueError(f"unknown depth {depth}; accepted: {', '.join(map(str, chosen.depths))}")
     return chosen.build(depth, shortcut, **sizes)
 
 
@@ -111,7 +111,8 @@ def split(name: str) -> tuple[str, int, str | None]:
         family, _, rest = family.rpartition("-")
     if family not in FAMILIES or not rest.isdecimal():
         raise ValueError(
-            f"model {name!r} does not exist; there are {', '.join(BUILDERS)}, and {', '.join(FAMILIES)} as cifar-20"
+            f"unknown model {name!r}; accepted: {', '.join(BUILDERS)}, and families with a depth, such as cifar-20: "
+            f"{', '.join(FAMILIES)}"
         )
     return family, int(rest), shortcut
 

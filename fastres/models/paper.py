@@ -292,7 +292,7 @@ CIFAR_DEPTHS = (20, 32, 44, 56, 110, 1202)
 
 def _one_of(what: str, value: object, accepted: Collection[object], more: str = "") -> None:
     if value not in list(accepted):
-        raise ValueError(f"{what} {value!r} does not exist; there are {', '.join(map(str, accepted))}{more}")
+        raise ValueError(f"unknown {what} {value!r}; accepted: {', '.join(map(str, accepted))}{more}")
 
 
 def _positive(**sizes: int) -> None:
@@ -312,6 +312,12 @@ def resnet(depth: int, shortcut: str | None = None, *, num_classes: int = 1000, 
     shortcut: "A", "B" or "C", see `SHORTCUTS`; None for "A" with 18 and 34 layers and "B" with more. The net maps
     images [N, in_channels, H, W] to scores [N, num_classes] in the dtype of its parameters or of autocast.
 
+    Equivalent, with shortcut "B" and up to 34 layers, to
+
+        net = torchvision.models.resnet34(num_classes=num_classes)  # its classifier is called `fc` instead of `linear`
+
+    apart from the weights, which are drawn from N(0, 2 / fan_in). A bottleneck has its stride in the first 1x1.
+
     Raises ValueError for any other depth or shortcut, and for num_classes or in_channels below 1. Source: Table 1,
     sections 3.3 and 3.4.
     """
@@ -326,8 +332,8 @@ def resnet(depth: int, shortcut: str | None = None, *, num_classes: int = 1000, 
 def plain(depth: int, *, num_classes: int = 1000, in_channels: int = 3) -> ResNet:
     """Build the plain net of 18 or 34 layers: the layers of `resnet` without shortcuts.
 
-    It maps images [N, in_channels, H, W] to scores [N, num_classes]. Raises ValueError for any other depth, and for
-    num_classes or in_channels below 1. Source: Fig. 3 (middle), Table 2.
+    It maps images [N, in_channels, H, W] to scores [N, num_classes] in the dtype of its parameters or of autocast.
+    Raises ValueError for any other depth, and for num_classes or in_channels below 1. Source: Fig. 3 (middle), Table 2.
     """
     _one_of("plain depth", depth, PLAIN_DEPTHS)
     _positive(num_classes=num_classes, in_channels=in_channels)
@@ -338,7 +344,8 @@ def cifar(depth: int, residual: bool = True, *, num_classes: int = 10, in_channe
     """Build the net of section 4.2 for 32x32 images: 6n+2 layers, in three stages of 16, 32 and 64 channels.
 
     residual: whether blocks have option-A shortcuts or none (plain nets). The net maps images [N, in_channels, H, W] to
-    scores [N, num_classes]. The paper trains 20, 32, 44, 56, 110 and 1202 layers.
+    scores [N, num_classes] in the dtype of its parameters or of autocast. The paper trains 20, 32, 44, 56, 110 and 1202
+    layers. Source: section 4.2.
 
     Raises ValueError for a depth that is not 6n+2 with n >= 1, and for num_classes or in_channels below 1.
     """
@@ -355,7 +362,7 @@ def cifar_stem(depth: int, *, num_classes: int = 10, in_channels: int = 3) -> Ci
     The stem is a 3x3 convolution of stride 1 without a pool. The four stages have widths of 64 to 512 channels at 32x32
     to 4x4 pixels, with projection shortcuts where the shape changes and the stride of a bottleneck in its 3x3. A global
     average pool and the classifier `linear` follow. The net maps images [N, in_channels, H, W] to scores
-    [N, num_classes].
+    [N, num_classes] in the dtype of its parameters or of autocast. It is not in the paper.
 
     Raises ValueError for any other depth, and for num_classes or in_channels below 1.
     """

@@ -236,8 +236,8 @@ def resnet18(*, weights: ResNet18_Weights | None = None, progress: bool = True, 
 
         torchvision.models.resnet18(weights=weights, progress=progress, **kwargs)
 
-    Raises TypeError for other weights, KeyError for an unknown name, and ValueError for a num_classes other than that
-    of the weights. Source: Table 1 of the ResNet paper (2015).
+    Raises TypeError for the weights of another net, KeyError for an unknown name, and ValueError for a num_classes
+    other than that of the weights. Source: Table 1 of the ResNet paper (2015).
     """
     return _build(BasicBlock, [2, 2, 2, 2], ResNet18_Weights.verify(weights), progress, **kwargs)
 
@@ -252,8 +252,8 @@ def resnet34(*, weights: ResNet34_Weights | None = None, progress: bool = True, 
 
         torchvision.models.resnet34(weights=weights, progress=progress, **kwargs)
 
-    Raises TypeError for other weights, KeyError for an unknown name, and ValueError for a num_classes other than that
-    of the weights. Source: Table 1 of the ResNet paper (2015).
+    Raises TypeError for the weights of another net, KeyError for an unknown name, and ValueError for a num_classes
+    other than that of the weights. Source: Table 1 of the ResNet paper (2015).
     """
     return _build(BasicBlock, [3, 4, 6, 3], ResNet34_Weights.verify(weights), progress, **kwargs)
 
@@ -268,8 +268,9 @@ def resnet50(*, weights: ResNet50_Weights | None = None, progress: bool = True, 
 
         torchvision.models.resnet50(weights=weights, progress=progress, **kwargs)
 
-    Raises TypeError for other weights, KeyError for an unknown name, and ValueError for a num_classes other than that
-    of the weights. Source: Table 1 of the ResNet paper (2015), in the v1.5 form with the stride in the 3x3.
+    Raises TypeError for the weights of another net, KeyError for an unknown name, and ValueError for a num_classes
+    other than that of the weights. Source: Table 1 of the ResNet paper (2015), in the v1.5 form with the stride in the
+    3x3.
     """
     return _build(Bottleneck, [3, 4, 6, 3], ResNet50_Weights.verify(weights), progress, **kwargs)
 
@@ -280,12 +281,14 @@ def resnet101(*, weights: ResNet101_Weights | None = None, progress: bool = True
     """Build ResNet-101 as a drop-in replacement for torchvision's.
 
     weights: None, a `ResNet101_Weights` or its name. kwargs: those of torchvision's `ResNet`, e.g. num_classes=1000.
-    The net maps images [N, 3, H, W] to scores [N, num_classes]. Equivalent to
+    The net maps images [N, 3, H, W] to scores [N, num_classes] in the dtype of its
+    parameters or of autocast. Equivalent to
 
         torchvision.models.resnet101(weights=weights, progress=progress, **kwargs)
 
-    Raises TypeError for other weights, KeyError for an unknown name, and ValueError for a num_classes other than that
-    of the weights. Source: Table 1 of the ResNet paper (2015), in the v1.5 form with the stride in the 3x3.
+    Raises TypeError for the weights of another net, KeyError for an unknown name, and ValueError for a num_classes
+    other than that of the weights. Source: Table 1 of the ResNet paper (2015), in the v1.5 form with the stride in the
+    3x3.
     """
     return _build(Bottleneck, [3, 4, 23, 3], ResNet101_Weights.verify(weights), progress, **kwargs)
 
@@ -296,12 +299,14 @@ def resnet152(*, weights: ResNet152_Weights | None = None, progress: bool = True
     """Build ResNet-152 as a drop-in replacement for torchvision's.
 
     weights: None, a `ResNet152_Weights` or its name. kwargs: those of torchvision's `ResNet`, e.g. num_classes=1000.
-    The net maps images [N, 3, H, W] to scores [N, num_classes]. Equivalent to
+    The net maps images [N, 3, H, W] to scores [N, num_classes] in the dtype of its
+    parameters or of autocast. Equivalent to
 
         torchvision.models.resnet152(weights=weights, progress=progress, **kwargs)
 
-    Raises TypeError for other weights, KeyError for an unknown name, and ValueError for a num_classes other than that
-    of the weights. Source: Table 1 of the ResNet paper (2015), in the v1.5 form with the stride in the 3x3.
+    Raises TypeError for the weights of another net, KeyError for an unknown name, and ValueError for a num_classes
+    other than that of the weights. Source: Table 1 of the ResNet paper (2015), in the v1.5 form with the stride in the
+    3x3.
     """
     return _build(Bottleneck, [3, 8, 36, 3], ResNet152_Weights.verify(weights), progress, **kwargs)
 
@@ -312,13 +317,14 @@ def resnext50_32x4d(*, weights: ResNeXt50_32X4D_Weights | None = None, progress:
     """Build ResNeXt-50 32x4d as a drop-in replacement for torchvision's.
 
     weights: None, a `ResNeXt50_32X4D_Weights` or its name. kwargs: those of torchvision's `ResNet`, e.g.
-    num_classes=1000. The net maps images [N, 3, H, W] to scores [N, num_classes]. Equivalent to
+    num_classes=1000. The net maps images [N, 3, H, W] to scores [N, num_classes] in the dtype of its
+    parameters or of autocast. Equivalent to
 
         torchvision.models.resnext50_32x4d(weights=weights, progress=progress, **kwargs)
 
-    Raises TypeError for other weights, KeyError for an unknown name, and ValueError for a num_classes other than that
-    of the weights or another groups or width_per_group than 32x4d has. Source: Xie et al.: Aggregated Residual
-    Transformations for Deep Neural Networks (2016).
+    Raises TypeError for the weights of another net, KeyError for an unknown name, and ValueError for a num_classes
+    other than that of the weights and for another groups or width_per_group than the net's. Source: Xie et al.:
+    Aggregated Residual Transformations for Deep Neural Networks (2016).
     """
     _ovewrite_named_param(kwargs, "groups", 32)
     _ovewrite_named_param(kwargs, "width_per_group", 4)
@@ -333,13 +339,14 @@ def resnext101_32x8d(
     """Build ResNeXt-101 32x8d as a drop-in replacement for torchvision's.
 
     weights: None, a `ResNeXt101_32X8D_Weights` or its name. kwargs: those of torchvision's `ResNet`, e.g.
-    num_classes=1000. The net maps images [N, 3, H, W] to scores [N, num_classes]. Equivalent to
+    num_classes=1000. The net maps images [N, 3, H, W] to scores [N, num_classes] in the dtype of its
+    parameters or of autocast. Equivalent to
 
         torchvision.models.resnext101_32x8d(weights=weights, progress=progress, **kwargs)
 
-    Raises TypeError for other weights, KeyError for an unknown name, and ValueError for a num_classes other than that
-    of the weights or another groups or width_per_group than 32x8d has. Source: Xie et al.: Aggregated Residual
-    Transformations for Deep Neural Networks (2016).
+    Raises TypeError for the weights of another net, KeyError for an unknown name, and ValueError for a num_classes
+    other than that of the weights and for another groups or width_per_group than the net's. Source: Xie et al.:
+    Aggregated Residual Transformations for Deep Neural Networks (2016).
     """
     _ovewrite_named_param(kwargs, "groups", 32)
     _ovewrite_named_param(kwargs, "width_per_group", 8)
@@ -354,13 +361,14 @@ def resnext101_64x4d(
     """Build ResNeXt-101 64x4d as a drop-in replacement for torchvision's.
 
     weights: None, a `ResNeXt101_64X4D_Weights` or its name. kwargs: those of torchvision's `ResNet`, e.g.
-    num_classes=1000. The net maps images [N, 3, H, W] to scores [N, num_classes]. Equivalent to
+    num_classes=1000. The net maps images [N, 3, H, W] to scores [N, num_classes] in the dtype of its
+    parameters or of autocast. Equivalent to
 
         torchvision.models.resnext101_64x4d(weights=weights, progress=progress, **kwargs)
 
-    Raises TypeError for other weights, KeyError for an unknown name, and ValueError for a num_classes other than that
-    of the weights or another groups or width_per_group than 64x4d has. Source: Xie et al.: Aggregated Residual
-    Transformations for Deep Neural Networks (2016).
+    Raises TypeError for the weights of another net, KeyError for an unknown name, and ValueError for a num_classes
+    other than that of the weights and for another groups or width_per_group than the net's. Source: Xie et al.:
+    Aggregated Residual Transformations for Deep Neural Networks (2016).
     """
     _ovewrite_named_param(kwargs, "groups", 64)
     _ovewrite_named_param(kwargs, "width_per_group", 4)
@@ -373,12 +381,14 @@ def wide_resnet50_2(*, weights: Wide_ResNet50_2_Weights | None = None, progress:
     """Build Wide ResNet-50-2 as a drop-in replacement for torchvision's.
 
     weights: None, a `Wide_ResNet50_2_Weights` or its name. kwargs: those of torchvision's `ResNet`, e.g.
-    num_classes=1000. The net maps images [N, 3, H, W] to scores [N, num_classes]. Equivalent to
+    num_classes=1000. The net maps images [N, 3, H, W] to scores [N, num_classes] in the dtype of its
+    parameters or of autocast. Equivalent to
 
         torchvision.models.wide_resnet50_2(weights=weights, progress=progress, **kwargs)
 
-    Raises TypeError for other weights, KeyError for an unknown name, and ValueError for a num_classes other than that
-    of the weights or another width_per_group than 128. Source: Zagoruyko, Komodakis: Wide Residual Networks (2016).
+    Raises TypeError for the weights of another net, KeyError for an unknown name, and ValueError for a num_classes
+    other than that of the weights and for another width_per_group than 128. Source: Zagoruyko, Komodakis: Wide Residual
+    Networks (2016).
     """
     _ovewrite_named_param(kwargs, "width_per_group", 128)
     return _build(Bottleneck, [3, 4, 6, 3], Wide_ResNet50_2_Weights.verify(weights), progress, **kwargs)
@@ -392,12 +402,14 @@ def wide_resnet101_2(
     """Build Wide ResNet-101-2 as a drop-in replacement for torchvision's.
 
     weights: None, a `Wide_ResNet101_2_Weights` or its name. kwargs: those of torchvision's `ResNet`, e.g.
-    num_classes=1000. The net maps images [N, 3, H, W] to scores [N, num_classes]. Equivalent to
+    num_classes=1000. The net maps images [N, 3, H, W] to scores [N, num_classes] in the dtype of its
+    parameters or of autocast. Equivalent to
 
         torchvision.models.wide_resnet101_2(weights=weights, progress=progress, **kwargs)
 
-    Raises TypeError for other weights, KeyError for an unknown name, and ValueError for a num_classes other than that
-    of the weights or another width_per_group than 128. Source: Zagoruyko, Komodakis: Wide Residual Networks (2016).
+    Raises TypeError for the weights of another net, KeyError for an unknown name, and ValueError for a num_classes
+    other than that of the weights and for another width_per_group than 128. Source: Zagoruyko, Komodakis: Wide Residual
+    Networks (2016).
     """
     _ovewrite_named_param(kwargs, "width_per_group", 128)
     return _build(Bottleneck, [3, 4, 23, 3], Wide_ResNet101_2_Weights.verify(weights), progress, **kwargs)

@@ -348,7 +348,7 @@ def folded_engine(
     """Return the engine for [relu](conv(x, w) + shift + residual) in a plan.
 
     dtype: of w; may be float8_e4m3fn or int8. relu: whether the step ends with a ReLU. added: whether there is a
-    residual. alike: whether the residual has the output's shape; only int8 asks.
+    residual. alike: whether the residual has the output's shape, which matters for int8 only.
     """
     engine, why = why_engine("infer", problem, dtype, device)
     if dtype == torch.int8:

@@ -3,7 +3,7 @@
 `why_plain` gives the reason when it may not.
 
 A call may run fused only if the result is the same as calling its modules one by one. So every module must have exactly
-the type that its role requires and carry no hooks, nothing may trace or transform the call, and the input must be a
+the type that its role requires and have no hooks, nothing may trace or transform the call, and the input must be a
 plain tensor that fits the weights. Whether kernels exist for a dtype and device is decided in `dispatch`.
 """
 

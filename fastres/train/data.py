@@ -635,9 +635,9 @@ def load(
     data set has no use for.
     """
     if name not in DATA:
-        raise DataError(f"unknown data {name!r}; accepted are {', '.join(DATA)}")
+        raise DataError(f"unknown data {name!r}; accepted: {', '.join(DATA)}")
     if root is not None and name in ("digits", "synthetic"):
-        raise DataError(f"data {name} takes no --root: leave it out")
+        raise DataError(f"--data {name} does not use --root: leave it out")
     if download and name not in ("cifar10", "cifar100"):
         raise DataError(f"--download fetches cifar10 and cifar100, not {name}: leave it out")
     if name in ("imagenet", "folder"):
@@ -759,7 +759,7 @@ def _photographs(
     if name == "imagenet" and not are_imagenet_ids(trained.classes):
         raise DataError(
             f"{root / 'train'} has 1000 classes ({', '.join(trained.classes[:3])}, ...), but their folders are not "
-            f"named by ImageNet's WordNet ids; data folder accepts any names. {HOW_TO_GET[name]}"
+            f"named by ImageNet's WordNet ids; --data folder accepts any names. {HOW_TO_GET[name]}"
         )
     if holdout:
         kept, apart = _split(len(trained.samples), holdout)

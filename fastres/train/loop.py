@@ -122,9 +122,7 @@ class Run:
         choices = {"dtype": [None, *DTYPES], "compile": COMPILE, "loader": LOADERS, "cuda_graph": GRAPHS}
         for name, accepted in choices.items():
             if getattr(self, name) not in accepted:
-                raise ValueError(
-                    f"unknown {name} {getattr(self, name)!r}; accepted are {', '.join(map(str, accepted))}"
-                )
+                raise ValueError(f"unknown {name} {getattr(self, name)!r}; accepted: {', '.join(map(str, accepted))}")
 
 
 def _at_least(name: str, value: int | None, least: int) -> None:
@@ -332,13 +330,13 @@ class Trainer:
             average(self.model.parameters())
         self._update(total)
         self.iteration += 1
-        self._heed(self.lag)
+        self._read_flags(self.lag)
         self._average()
 
     def _update(self, loss: Tensor) -> None:
         """Take the optimizer's step, which the device skips if the loss or the gradient isn't finite.
 
-        It also exchanges, between all processes, whether that was so and whether a signal was received. `_heed` reads
+        It also shares with all processes whether that happened and whether a signal was received; `_read_flags` reads
         the result later.
         """
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
@@ -361,7 +359,7 @@ class Trainer:
             event.record()
         self.pending.append((self.iteration, flags, event))
 
-    def _heed(self, lag: int) -> None:
+    def _read_flags(self, lag: int) -> None:
         """Read the reports of all but the last `lag` iterations: set `stopping`, or raise NonFiniteError.
 
         Before it raises, it restores the state from before the bad iteration and saves it.
@@ -387,7 +385,7 @@ class Trainer:
         rule, done = self.recipe.ema, self.iteration - 1
         if self.ema is None or rule is None or done % rule.every:
             return
-        self._heed(0)
+        self._read_flags(0)
         self.ema.update_parameters(self.model)
         if done < rule.warm * self.steps_per_epoch:
             self.ema.n_averaged.zero_()
@@ -565,7 +563,7 @@ class Trainer:
                 report.advance()
             every = self._log_every()
             if self.iteration % every == 0 or self.iteration == self.total:
-                self._heed(0)
+                self._read_flags(0)
                 now = self.clock.training()
                 row = self.log(now - start, (self.iteration - logged) * self.recipe.batch)
                 start, logged = now, self.iteration
@@ -594,7 +592,7 @@ class Trainer:
         if not self.iteration:
             return
         if self.iteration != self.evaluated and (self.iteration % self.eval_every == 0 or self.iteration == self.total):
-            self._heed(0)
+            self._read_flags(0)
             with self.clock.pause():
                 if report is not None:
                     report.evaluating()
@@ -609,7 +607,7 @@ class Trainer:
                 if report is not None:
                     report.evaluated(loss)
         elif self.iteration % self.save_every == 0:
-            self._heed(0)
+            self._read_flags(0)
             with self.clock.pause():
                 self.save()
 
@@ -625,7 +623,7 @@ class Trainer:
 
     def _leave(self, number: int) -> None:
         """Save a checkpoint and raise SystemExit with 128 + the signal's number."""
-        self._heed(0)
+        self._read_flags(0)
         self.save()
         if self.main:
             how = "the same command" if self.run.resume else "--resume"

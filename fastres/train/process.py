@@ -40,7 +40,7 @@ def device_named(name: str | None) -> torch.device:
     try:
         return torch.device(name)
     except RuntimeError as error:
-        raise ValueError(f"unknown device {name!r}; accepted are cpu, cuda and cuda:<number>") from error
+        raise ValueError(f"unknown device {name!r}; accepted: cpu, cuda and cuda:<number>") from error
 
 
 @contextmanager

@@ -155,7 +155,7 @@ class Report:
         return duration(each * (self.total - self.iteration))
 
     def _speed(self) -> str:
-        """Return the images per second since the last evaluation, or its own speed if no images followed it."""
+        """Return the images per second since the last evaluation, or that evaluation's if no images followed it."""
         if not self.images:
             return self.speed
         return f"{rate(self.images / (self.clock.training() - self.since))} images/s"

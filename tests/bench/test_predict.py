@@ -470,7 +470,7 @@ def test_a_fusion_switch_changes_the_prediction(bench: SimpleNamespace, capsys: 
         (["--gpu", "NVIDIA T4"], "choose from"),
         (["--dtype", "fp32"], "choose from"),
         (["--mode", "tune"], "choose from"),
-        (["--fusions", "keep_activation"], "'keep_activation' is not a switch; accepted are NAME=0 and NAME=1"),
+        (["--fusions", "keep_activation"], "'keep_activation' is not a switch; accepted: NAME=0 and NAME=1"),
         (["--fusions", "prologue=1", "keep=1"], "unknown fusion keep; accepted: statistics"),
         (["--fusions", "prologue=2"], "'prologue=2' is not a switch; accepted"),
         (["--fusions", "prologue=0", "--backend", "eager"], "need --backend fastres: got eager"),

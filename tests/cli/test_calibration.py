@@ -201,7 +201,7 @@ def test_images_that_calibrate_and_cannot_be_read_are_named(
     assert main(["eval", "--data", str(with_training_images), "--checkpoint", file, *SMALL, *INT8]) == 1
     out, err = capsys.readouterr()
     assert "calibrated with 8 of 9 training images" in out
-    assert f"calibration: {bad} is no image that can be read" in err
+    assert f"calibration: {bad} is not a readable image" in err
     assert "1 of 9 calibration images could not be read" in err
 
 

@@ -69,7 +69,7 @@ def test_eval_continues_after_a_corrupt_image(photos: Path, tmp_path: Path, caps
     out, err = capsys.readouterr()
     assert "(8 images, 2 classes)" in out
     for name in ("bad.jpg", "cut.png"):
-        assert f"{name} is no image that can be read" in err
+        assert f"{name} is not a readable image" in err
     assert "2 of 10 images could not be read" in err
 
 
@@ -225,12 +225,12 @@ def test_two_processes_test_as_one(photos: Path, tmp_path: Path, capfd: pytest.C
     ("more", "named"),
     [
         (["--model", "cifar-14"], "does not fit the architecture cifar-14: 36 missing: layer1.1.bn1.bias"),
-        (["--model", "vgg"], "'vgg' does not exist; there are resnet18, "),
+        (["--model", "vgg"], "unknown model 'vgg'; accepted: resnet18, "),
         (
             ["--model", "cifar-8", "cifar-8"],
             "expected one net name (--model) for all files, or one per file: got 2 for 1",
         ),
-        (["--data", "nowhere"], "--data nowhere must be a folder or one of digits, cifar10"),
+        (["--data", "nowhere"], "--data nowhere is neither an existing folder nor one of digits, cifar10"),
         (["--data", "digits"], "net.pt contains a net with 2 classes, but the data digits has 10"),
         (["--size", "0"], "--size must be a whole number of at least 1: got 0"),
         (["--batch", "0"], "--batch must be a whole number of at least 1: got 0"),
@@ -239,8 +239,8 @@ def test_two_processes_test_as_one(photos: Path, tmp_path: Path, capfd: pytest.C
         (["--crops", "multiscale", "--scales", "16", "64"], "[16, 64]"),
         (["--csv", "nowhere/a.csv"], "nowhere does not exist"),
         (["--csv", "/"], "--csv / can't be written"),
-        (["--device", "abacus"], "this machine has no --device abacus; accepted are cpu"),
-        (["--device", "cuda:77"], "this machine has no --device cuda:77; accepted are cpu"),
+        (["--device", "abacus"], "--device abacus is not available on this machine; accepted: cpu"),
+        (["--device", "cuda:77"], "--device cuda:77 is not available on this machine; accepted: cpu"),
         (["--crops", "10", "--no-flip"], "--no-flip requires --crops multiscale: got --crops 10"),
         (["--scales", "32", "40"], "--scales requires --crops multiscale: got --crops center"),
         (["--recipe", "cifar-2015"], "mean image"),

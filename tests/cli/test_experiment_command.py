@@ -73,7 +73,7 @@ def test_degradation_writes_table_rows_and_picture(whole: tuple[Path, int]) -> N
     assert f"| {mean:.2f} ± " in line
     assert "| digits | images, crop" in line
     assert "iterations: 2 (64000)" in table
-    assert code == 3 * ("claim is not seen" in table)
+    assert code == 3 * ("claim was not confirmed" in table)
     assert (out / "degradation.svg").read_bytes().startswith(SVG)
 
 
@@ -237,7 +237,7 @@ def test_photographs_compare_figure_4_s_nets() -> None:
         (["degradation", "--iterations", "0"], "--iterations: must be a whole number of at least 1: got 0"),
         (["degradation", "--holdout", "-1"], "--holdout: must be a whole number of at least 0: got -1"),
         (["degradation", "--workers", "-1"], "--workers: must be a whole number of at least 0: got -1"),
-        (["degradation", "--quick", "--root", "/nowhere"], "data digits takes no --root"),
+        (["degradation", "--quick", "--root", "/nowhere"], "--data digits does not use --root"),
         (["degradation", "--depths", "21"], "20, 32, 44, 56, 110, 1202"),
         (["shortcuts", "--depths", "20"], "18, 34, 50"),
         (["degradation", "--data", "mnist"], "cifar10"),

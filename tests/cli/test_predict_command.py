@@ -147,7 +147,7 @@ def test_predict_continues_after_a_corrupt_image(
     out, err = capsys.readouterr()
     assert out.splitlines()[0] == str(good)
     assert {line.split()[-1] for line in out.splitlines()[1:]} == {"0", "1"}  # without class names, indices are printed
-    assert f"{bad} is no image that can be read" in err
+    assert f"{bad} is not a readable image" in err
     assert "1 of 2 images could not be read" in err
 
 
@@ -165,7 +165,7 @@ def test_predict_of_16_bits_is_that_of_8(photos: Path, tmp_path: Path, capsys: p
     answers = [out.split(f"{path}\n")[1].splitlines()[:2] for path in images[:3]]
     assert answers[0] == answers[1] == answers[2]
     assert str(images[3]) not in out
-    assert f"{images[3]} is no image that can be read (mode F in a TIFF file" in err
+    assert f"{images[3]} is not a readable image (mode F in a TIFF file" in err
 
 
 def test_a_net_of_one_channel_gets_grey_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -219,7 +219,7 @@ def test_weights_that_cannot_be_fetched_are_refused(
     ("images", "more", "named"),
     [
         ("nowhere.png", [], "nowhere.png does not exist"),
-        ("empty", [], "empty contains no images; accepted are .jpg"),
+        ("empty", [], "empty contains no images; accepted: .jpg"),
         ("photos", ["--top", "0"], "--top must be a whole number of at least 1: got 0"),
         ("photos", ["--labels", "net.pt"], "net.pt can't be read"),
         ("photos", ["--labels", "one.txt"], "one.txt names 1 classes, but net.pt has 2"),

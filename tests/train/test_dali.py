@@ -224,7 +224,7 @@ def test_a_corrupt_picture_is_named(folder: Path, workers: int, what: str) -> No
     bad.write_bytes(whole[: len(whole) // 2] if what == "cut" else b"no picture")
     recipe = dataclasses.replace(SMALL, normalise="channel")
     _, theirs = loaders(data.load("folder", recipe, folder), recipe, workers)
-    with pytest.raises(ReadError, match=rf"^{bad} is no image that can be read .* fetch it again"):
+    with pytest.raises(ReadError, match=rf"^{bad} is not a readable image .* fetch it again"):
         list(theirs.training(0, 3))
 
 

@@ -385,7 +385,7 @@ def test_missing_or_unfit_images(folder: Path, tmp_path: Path) -> None:
     cifar, imagenet, digits = (RECIPES[name] for name in ("cifar-2015", "imagenet-2015", "digits"))
     nowhere = tmp_path / "nowhere"
     cases: list[tuple[str, Recipe, Path | None, int, str]] = [
-        ("mnist", digits, None, 0, "unknown data 'mnist'; accepted are digits, cifar10"),
+        ("mnist", digits, None, 0, "unknown data 'mnist'; accepted: digits, cifar10"),
         ("imagenet", imagenet, None, 0, "needs --root. ImageNet .* image-net.org"),
         ("imagenet", imagenet, nowhere, 0, f"{nowhere}/train: .* image-net.org"),
         ("imagenet", imagenet, folder, 0, "2 classes, but ImageNet has 1000"),
@@ -397,8 +397,8 @@ def test_missing_or_unfit_images(folder: Path, tmp_path: Path) -> None:
         ("digits", imagenet, None, 0, "digits has small images"),
         ("digits", cifar, None, 0, "images of 8x8, but this recipe requires 32x32"),
         ("digits", digits, None, 5000, "--holdout must be from 1 to 1437, as there are 1438 training images: got 5000"),
-        ("digits", digits, folder, 0, "data digits takes no --root"),
-        ("synthetic", cifar, folder, 0, "data synthetic takes no --root"),
+        ("digits", digits, folder, 0, "--data digits does not use --root"),
+        ("synthetic", cifar, folder, 0, "--data synthetic does not use --root"),
     ]
     for name, recipe, root, holdout, message in cases:
         with pytest.raises(DataError, match=message):

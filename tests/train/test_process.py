@@ -155,7 +155,7 @@ def _averaged(rank: int) -> None:
         average(net.parameters())
     wrapped = DistributedDataParallel(net)
     for model in (wrapped, nn.Sequential(wrapped), net):
-        with pytest.raises(ValueError, match=r"takes no DistributedDataParallel.*average the gradients"):
+        with pytest.raises(ValueError, match=r"does not accept DistributedDataParallel.*average the gradients"):
             fastres.graphed(lambda x: wrapped(x).sum(), model)
 
 
