@@ -314,7 +314,7 @@ def resnet(depth: int, shortcut: str | None = None, *, num_classes: int = 1000, 
 
     Equivalent, with shortcut "B" and up to 34 layers, to
 
-        net = torchvision.models.resnet34(num_classes=num_classes)  # its classifier is called `fc` instead of `linear`
+        net = torchvision.models.resnet34(num_classes=num_classes)
 
     apart from the weights, which are drawn from N(0, 2 / fan_in). A bottleneck has its stride in the first 1x1.
 
