@@ -1,4 +1,4 @@
-"""Fixed seeds and thread count for every test, poisoned memory on request, and counts of the tests that can't run here.
+"""Fixed seeds and thread count for every test, poisoned memory on request, and counts of the tests that are left out.
 
 Triton decides when a kernel is defined whether it is interpreted or compiled. A process can do only one of the two, so
 `make test` runs pytest twice:
@@ -40,7 +40,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_report_header() -> str:
     """Return a header line with the date, hardware, versions and commit; `bench/pytest_logs.py` reads it from logs."""
     where = {"date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "device": "CPU"}
-    if torch.cuda.is_available():  # nvidia-smi: it does not start CUDA in xdist's own process
+    if torch.cuda.is_available():  # not torch, which would start CUDA in xdist's main process
         line = _output("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader").partition("\n")[0]
         where["device"], _, where["driver"] = line.partition(", ")
     where |= {"python": platform.python_version(), "numpy": np.__version__, "torch": torch.__version__}
@@ -107,7 +107,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_deselected(items: list[pytest.Item]) -> None:
     """Count the tests that are left out, by reason.
 
-    A deselection that includes tests without a reason comes from the caller's own -k or -m, and is not counted.
+    If a test among them has no such reason, the caller's own -k or -m deselected them, and none of them is counted.
     """
     reasons = [impossible(markers) or postponed(markers) for markers in map(markers_of, items)]
     if None not in reasons:
@@ -131,7 +131,10 @@ def pytest_testnodedown(node: Any) -> None:
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
-    """Succeed if all selected tests were left out: the summary gives the reasons."""
+    """Succeed if all selected tests were left out: the summary gives the reasons.
+
+    A worker of pytest-xdist sends its counts to the main process.
+    """
     config = session.config
     left_out = config.stash.get(LEFT_OUT, {})
     if exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED and left_out:
@@ -203,7 +206,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture
 def compiled_afresh(one_thread: None) -> None:
-    """Clear what Dynamo has compiled before this test."""
+    """Clear Dynamo's cache before the test, so that it compiles everything itself, with one thread."""
     torch._dynamo.reset()
 
 
@@ -223,7 +226,7 @@ def _same_library(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def poison(tensor: Tensor) -> Tensor:
-    """Fill a tensor with NaN, or with the dtype's largest integer: values that no computation gives by chance."""
+    """Fill a tensor with a value that results rarely have: NaN, the dtype's largest integer, or True for bool."""
     if tensor.is_floating_point() or tensor.is_complex():
         return tensor.fill_(float("nan"))
     return tensor.fill_(True if tensor.dtype == torch.bool else torch.iinfo(tensor.dtype).max)

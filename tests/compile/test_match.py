@@ -95,7 +95,7 @@ def of_one_pixel(node: fx.Node) -> bool:
     ],
 )
 def test_safety_checks_cost_no_coverage(name: str) -> None:
-    """The patterns that are left alone for safety do not occur in these nets."""
+    """Some code is left alone for safety; these nets still have all their matches, and no more copies than expected."""
     library, _, builder = name.partition(".")
     with torch.device("meta"):
         if library == "timm":

@@ -180,12 +180,12 @@ def test_autocast_computes_in_bf16_as_eager_does(inside: bool) -> None:
 
 @pytest.mark.slow
 def test_a_data_parallel_net_is_rewritten_part_by_part(tmp_path: Path) -> None:
-    """Two processes over gloo train the same step compiled and uncompiled; `_rank` has the assertions."""
+    """Two processes over gloo run the same step compiled and uncompiled; `_rank` has the assertions."""
     mp.spawn(_rank, (str(tmp_path / "store"),), nprocs=2)
 
 
 def _rank(rank: int, store: str) -> None:
-    """Check one rank: DDP splits the graph at its buckets, each part is rewritten, and the results are eager's."""
+    """Check one rank: DDP splits the graph at its buckets, several parts are rewritten, and the results are eager's."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     torch.manual_seed(0)

@@ -85,7 +85,7 @@ def compile_kernel(
     constexprs: the value of every other argument, including those that are None or the integer 1.
     divisible: the arguments known to be multiples of 16; by default all pointers.
 
-    Raises ValueError if an argument of `fn` is missing from both mappings or in both of them.
+    Raises ValueError unless the two mappings together have each argument of `fn` exactly once, and no other name.
     """
     names = fn.arg_names
     passed = [*signature, *constexprs]
@@ -152,8 +152,8 @@ def check(
 
     These always apply: no spills, no stack, no performance warning of ptxas, no wgmma register hazard.
 
-    registers: the largest number per thread. shared: the largest number of bytes.
-    matrix: the only tensor-core opcode that may and must occur ("HGMMA"), or "" for none.
+    registers: the largest number per thread. shared: the largest number of bytes; None: no limit.
+    matrix: the only tensor-core opcode that may and must occur ("HGMMA"), "" for none; None: not checked.
     present, absent, loop_absent: opcodes, as `Binary.count` takes them, that must occur, must not occur, and must not
     occur in the main loop.
     """

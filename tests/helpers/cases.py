@@ -63,7 +63,8 @@ def assert_close_to_reference(
 def check_statistics(partials: Tensor, y: Tensor) -> None:
     """Assert that the partials [tiles, 3, K] match the float64 moments of y [N, P, Q, K] as stored.
 
-    The tolerance is the rounding error of float32 sums with that many terms: a few epsilons of the terms' sizes.
+    The three partials of a tile and channel are the count, the mean, and the sum of squared distances from it (M2). The
+    tolerance is the rounding error of float32 sums with that many terms: a few epsilons of the terms' sizes.
     """
     for channels in pieces(y.shape[-1], y.shape[:-1].numel()):
         _check_statistics(partials[..., channels], y[..., channels])
@@ -88,7 +89,8 @@ def _check_statistics(partials: Tensor, y: Tensor) -> None:
 def check_sums(partials: Tensor, dx: Tensor, z: Tensor, mean: Tensor) -> None:
     """Assert that the partials [tiles, 2, C] match the float64 sums of dx and dx (z - mean), with dx as stored.
 
-    dx, z: [N, H, W, C]. The tolerance is proportional to the sum of the terms' absolute values.
+    dx, z: [N, H, W, C], the gradient at a BatchNorm's output and the BatchNorm's input. mean: of z, [C]. The tolerance
+    is proportional to the sum of the terms' absolute values.
     """
     assert partials.dtype == torch.float32
     for channels in pieces(dx.shape[-1], dx.shape[:-1].numel()):
@@ -104,7 +106,7 @@ def terms_of(dx: Tensor, z: Tensor, mean: Tensor) -> Tensor:
 
 
 class Broken:
-    """A kernel that replaces some of its arguments in every launch, to test that tests notice it."""
+    """A kernel that replaces some of its arguments by wrong ones in every launch: tests must notice it."""
 
     def __init__(self, kernel: Any, **wrong: Any) -> None:
         self.kernel, self.wrong = kernel, wrong
@@ -117,7 +119,7 @@ class Broken:
 def preload_children() -> None:
     """Preload slow imports into processes of multiprocessing's start method "forkserver".
 
-    The list applies to the whole test process once its first child starts, so all tests use the same one.
+    The list can't change after the test process has started its first child, so all tests use this one.
     """
     slow = ["torch._dynamo", "torchvision", "fastres.train.loop", "sklearn.datasets", "matplotlib.backends.backend_agg"]
     multiprocessing.get_context("forkserver").set_forkserver_preload([*slow, "pytest"])

@@ -79,10 +79,10 @@ def check(
     zero: Sequence[str] = (),
     **kwargs: Any,
 ) -> nn.Module:
-    """Assert that the compiled module has the same results, gradients, buffers and strides as the module.
+    """Assert that compiling does not change the module's results, gradients and buffers; return the compiled copy.
 
-    zero: names of gradients that are exactly zero in the compiled module and only rounding error in eager mode. Returns
-    the module that was compiled.
+    Values may differ by `tolerance`, relative to the largest; strides and dtypes must be equal. zero: names of
+    gradients that are exactly zero in the compiled module and only rounding error in eager mode.
     """
     module.train(train)
     twin = copy.deepcopy(module)

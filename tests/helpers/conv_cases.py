@@ -50,7 +50,8 @@ BOXED = {
 def traits(problem: ConvProblem) -> tuple[Hashable, ...]:
     """Return the properties for which a kernel may have a separate code path.
 
-    They are the filter, stride, dilation and groups, and whether C is not a multiple of a vector.
+    They are the kind of filter (1x1, 3x3 or other), the stride, and whether the convolution is dilated, grouped, or has
+    channels that don't fill vectors of 8.
     """
     filters = "1x1" if problem.R == problem.S == 1 else "3x3" if problem.R == problem.S == 3 else "other"
     return filters, problem.stride, problem.dilation > 1, problem.groups > 1, problem.C % 8 > 0
@@ -102,7 +103,10 @@ def reference(
 
 
 def put(entries: dict[tuple[str, ConvProblem], Measurement], gpu: Gpu = H200, folder: Path | None = None) -> None:
-    """Write a table of measurements in bfloat16, and clear the cache of tables read before."""
+    """Write `entries`, which are measurements in bfloat16 by pass and problem, as the table of a GPU.
+
+    Also clear the cache of tables, so that the next look-up reads this one. folder: None for the default one.
+    """
     table = {(pass_, problem, torch.bfloat16): found for (pass_, problem), found in entries.items()}
     tables.write_table(table, tables.table_file(gpu.name, folder), gpu)  # type: ignore[arg-type]
     tables.forget_tables()

@@ -33,7 +33,7 @@ def covered(
     indirect: Sequence[str] = (),
     **parameters: Iterable[Any] | Mapping[str, Any],
 ) -> pytest.MarkDecorator:
-    """Parametrize a test over all combinations of the parameters' values; mark those beyond the choice `extra`.
+    """Parametrize a test over all combinations of the parameters' values; mark the ones that aren't chosen `extra`.
 
     parameters: the values of each, or a mapping from names to values. Values without a name are named by str().
     by: a function that returns a case's features, given its parameters; by default they are the parameters themselves.

@@ -1,8 +1,9 @@
 """Simulates CUDA streams and graphs without a GPU: a capture records the operators and their tensors, a replay repeats
 them.
 
-As on a GPU, a capture does not change any existing value, and the tensors that it allocates are uninitialised (here
-NaN). Numbers that Python read during the capture are constants. Waiting for the device during a capture is an error.
+As on a GPU, a capture does not change any existing tensor, and the tensors that it allocates are uninitialised (here
+NaN, if their dtype has it). Python numbers that the captured code computes are constants of the graph. Reading the
+value of a tensor in Python during a capture is an error.
 """
 
 from __future__ import annotations
@@ -70,7 +71,10 @@ class Tape(TorchDispatchMode):
 
 
 class FakeCuda:
-    """Replaces functions and classes of torch.cuda for tensors on the CPU. modes: the error mode of every capture."""
+    """Replaces functions and classes of torch.cuda for tensors on the CPU.
+
+    modes: the `capture_error_mode` of every capture so far.
+    """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.stream: Any = self

@@ -3,7 +3,7 @@
     python tests/helpers/fuzz.py --nets 5000                 # seeds 0 to 4999
     python tests/helpers/fuzz.py --first 123 --nets 1 --show # repeat one net and print its source
 
-A net is written line by line: convolutions, BatchNorm, all ways to write a ReLU, additions, pools, views, modules used
+A net is written line by line: convolutions, BatchNorm, ReLUs in ten spellings, additions, pools, views, modules used
 twice, values changed in place and read again under another name. Each line runs as soon as it is written, and is kept
 only if PyTorch accepts it. The nets run in float64, in which a correct rewriting agrees up to rounding error, and on a
 CPU, where the fused operators call PyTorch's own functions. So the test is of the rewriting, not of the kernels.
@@ -169,7 +169,7 @@ class Writer:
     # Writing of lines.
 
     def module(self, kind: str, constructor: str, again: float = 0.2) -> str:
-        """Return the name of a module made by `constructor`, sometimes an existing one. again: the probability."""
+        """Return the name of a module made by `constructor`: a new one, or with probability `again` an existing one."""
         same = [name for name, made in self.program.modules.items() if made == constructor]
         if same and self.chance.random() < again:
             return self.chance.choice(same)
@@ -292,7 +292,7 @@ class Writer:
         return self.say(self.chance.choice(served if self.plain else served + others))
 
     def keep(self) -> str | None:
-        """Write a view of a value, a change of the value or the view, and a read of the other one."""
+        """Write a view of a value, then a change or a ReLU of one of the two, then a read of the other one."""
         x = self.any()
         y = self.view(x)
         if y is None:
@@ -391,7 +391,10 @@ class Writer:
 
 @dataclass
 class Outcome:
-    """The results, gradients, buffers and input after a call, by name, and the pairs of them that share memory."""
+    """A call's outputs and their strides, the input after it, gradients and buffers, by name.
+
+    shared: the pairs of outputs and input that share memory.
+    """
 
     values: dict[str, Tensor | None]
     shared: set[tuple[str, str]]
@@ -450,7 +453,7 @@ def differences(got: Outcome, want: Outcome, sharing: bool = True) -> list[str]:
 
 @dataclass
 class Verdict:
-    """The differences from eager PyTorch, and the numbers of comparisons by kind."""
+    """The differences from eager PyTorch, and counts of comparisons and rewritten matches by kind."""
 
     faults: list[str] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
@@ -537,7 +540,10 @@ def one_line(error: Exception) -> str:
 
 
 def optimized(model: nn.Module, x: Tensor) -> Verdict:
-    """Compare `optimize(model)` with the model: equal results and an unchanged input, unless `optimize` rejects it."""
+    """Compare `optimize(model)` with the model, in float64 and float32, unless `optimize` rejects the model.
+
+    In float64 the input must also be unchanged afterwards.
+    """
     model.eval()
     with torch.no_grad():
         want = model(x.clone())

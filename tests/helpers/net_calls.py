@@ -44,8 +44,8 @@ class Call:
     """A call of a convolution's launcher.
 
     given: all arguments by name, except the tile; activations and filters are bfloat16, and all tensors are on the meta
-    device. pass_: "infer", "fprop", "dgrad" or "wgrad". by_rule: whether `dispatch`'s rules choose what is computed on
-    load, rather than a measured table.
+    device. pass_: "infer", "fprop", "dgrad" or "wgrad". by_rule: True if `dispatch`'s rules chose what is computed on
+    load; False if the opposite was chosen in some pass, as a measured table may do.
     """
 
     launcher: str
@@ -79,7 +79,7 @@ def _mapped(function: Callable[[str, int, Tensor], Any], given: Mapping[str, Any
 def calls(tune: ModuleType, depths: tuple[int, ...], batch: int, size: int = 224) -> tuple[Call, ...]:
     """Return the distinct calls of ResNets of these depths in a training step, in eval mode and in `optimize`.
 
-    Training runs both ways where measurements may choose whether an operand is computed on load or stored first.
+    Where measurements may choose whether an operand is computed on load or stored first, training runs both ways.
     batch, size: the images are [batch, 3, size, size]. tune: the module bench/tune.py.
     """
     found: dict[tuple[str, str], Call] = {}
@@ -167,9 +167,9 @@ def _noted(launcher: Callable[..., Any], found: dict[tuple[str, str], Call], by_
 def drawn(call: Call, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
     """Return random operands for a call, with bfloat16 tensors in `dtype`, such that its results are about 1.
 
-    A ReLU's mask never depends on rounding: the mask's scale is a power of two, by which the product is exact, so that
-    the sum with the shift has the right sign. c_1 is as small as a mean of gradients: a larger one would dominate
-    wgrad's sums.
+    A ReLU's mask never depends on rounding: where it is the sign of scale z + shift, the scale is a power of two, so
+    the product is exact and the sum has the right sign. c_1, the constant of BatchNorm's backward, is as small as a
+    mean of gradients: a larger one would dominate wgrad's sums.
     """
 
     def draw(name: str, i: int, like: Tensor) -> Tensor:
@@ -196,10 +196,10 @@ Launched = tuple[str, list[Tensor], list[Tensor]]  # how it was launched, the re
 
 
 def launched(tune: ModuleType, call: Call, given: Mapping[str, Any], most: int) -> Iterator[Launched]:
-    """Launch the call with every tile that may be used for it.
+    """Launch the call with every tile that may be used for it; yield the tile's name, the results and the partial sums.
 
-    They are the default, the choices of all shipped tables and the user's, and up to `most` of the tiles that tuning
-    tries. A stem's convolution also runs on the stem's kernel.
+    The tiles are the default, the choices of all shipped tables and the user's, and up to `most` of the tiles that
+    tuning tries. A stem's convolution also runs on the stem's kernel.
     """
     like = given["dy" if "dy" in given else "x"]
     most = tune.numbers(call.pass_, most)[not call.by_rule]

@@ -26,7 +26,7 @@ needs_kernels = pytest.mark.skipif(
 
 
 def lived_in(model: nn.Module) -> nn.Module:
-    """Put `model` into eval mode, with random BN statistics and parameters, as after some training; return it."""
+    """Draw the statistics and parameters of all BatchNorms, put `model` into eval mode and return it."""
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.running_mean, -0.3, 0.3)
@@ -94,7 +94,7 @@ class Adds(nn.Module):
 
 
 class Asks(nn.Module):
-    """A model with a user-defined body, forward arguments, buffers and attributes, for tests of tracing."""
+    """A model whose forward calls body(self, x, mask, scale, twice), with a buffer, attributes and a method to use."""
 
     def __init__(self, body: Callable[..., Tensor]) -> None:
         super().__init__()

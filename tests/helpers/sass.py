@@ -46,7 +46,10 @@ def _target(instruction: Instruction, labels: Mapping[str, int]) -> int | None:
 
 
 def main_loop(code: Sequence[Instruction], labels: Mapping[str, int]) -> tuple[Instruction, ...]:
-    """Return the innermost loop with the most tensor-core instructions; if no loop has any, the longest one."""
+    """Return the innermost loop with the most tensor-core instructions; if no loop has any, the longest innermost one.
+
+    The result is empty without a loop.
+    """
     loops = []
     for end, instruction in enumerate(code):
         start = _target(instruction, labels)
@@ -91,7 +94,7 @@ def _written(instruction: Instruction) -> range:
 
 
 def hazards(code: Sequence[Instruction], labels: Mapping[str, int]) -> tuple[str, ...]:
-    """Return descriptions of writes to a wgmma's first-operand registers while it may still be in flight.
+    """Return descriptions of writes to registers that a wgmma in flight may still read as its first operand.
 
     All paths through the program are followed. wgmma is asynchronous: `gsb0` closes a group of them, and
     `WARPGROUP.DEPBAR.LE gsb0, n` waits until at most n groups are in flight. The state on a path is the set of fragment

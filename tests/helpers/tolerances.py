@@ -49,7 +49,7 @@ def lost_in_sums(summed: int, operands: Tensor) -> float:
     return 0.0
 
 
-# Factors of the error of PyTorch's own result in the same dtype.
+# How many times the error of PyTorch's own result in the same dtype is allowed.
 TWICE = 2.0  # the same number of roundings, at other places
 FUSED = 3.0  # a convolution with fused steps: values are rounded at other places than in separate steps
 GRADIENTS = 4.0  # dgrad and wgrad after BatchNorm's backward, in which differences cancel

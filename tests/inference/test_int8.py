@@ -230,7 +230,7 @@ class Residuals(nn.Module):
 
 
 def stepwise(net: Optimized, x: Tensor) -> dict[str, Tensor]:
-    """Return a copy of every value of one call, by name. A step may overwrite a value that is not read later."""
+    """Return every value of one call, by name: copies, because a step may overwrite a value that is not read later."""
     values: dict[str, Tensor] = {}
     net.observed(x, lambda name, value: values.__setitem__(name, value.clone() if isinstance(value, Tensor) else value))
     return values
@@ -323,7 +323,7 @@ def test_inputs_of_all_shapes_dtypes_and_layouts_work() -> None:
 
 @served
 def test_a_convolution_that_adds_its_own_input_does_not_overwrite_it() -> None:
-    """It still reads its input while it writes, and here the input is also the caller's tensor."""
+    """The convolution still reads its input while it writes, and here the input is also the caller's tensor."""
 
     class Adds(nn.Module):
         def __init__(self) -> None:
@@ -474,7 +474,10 @@ def test_the_output_may_precede_unread_steps() -> None:
 
 @served
 def test_a_residual_that_is_read_again_stays_out_of_torchscript() -> None:
-    """TorchScript does not know that the operator overwrites its residual, so it could merge two copies of one."""
+    """TorchScript does not know that the operator overwrites its residual.
+
+    Of two copies of one residual, which protect it, TorchScript could make one.
+    """
 
     class Again(nn.Module):
         def __init__(self) -> None:
@@ -517,7 +520,7 @@ def test_weights_are_packed_for_another_batch_size_only_if_it_is_used_often(monk
 
 @served
 def test_a_pool_of_a_model_tensor_stays_in_float32() -> None:
-    """It reads no value of the plan, so its input is never in 8 bits."""
+    """The pool's input is a parameter, which no step computes, so it is never in 8 bits."""
 
     class Table(nn.Module):
         def __init__(self) -> None:

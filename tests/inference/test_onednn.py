@@ -128,7 +128,7 @@ def test_dispatch_decides_the_engine() -> None:
 
 @pytest.mark.skipif(not HAS_BF16, reason="this CPU has no bfloat16 convolutions")
 def test_a_grouped_convolution_with_a_residual_falls_back() -> None:
-    """PyTorch's operator has no kernel for it in bfloat16 and raises an error, so a fallback must compute it."""
+    """PyTorch's oneDNN operator raises an error for this case in bfloat16, so the fallback must compute it."""
 
     class Grouped(nn.Module):
         def __init__(self) -> None:
@@ -299,7 +299,10 @@ def test_a_batch_whose_images_depend_on_each_other_stays_whole(name: str, monkey
 
 
 class AddsMean(nn.Module):
-    """A net whose residual has lost dimensions, so that its images broadcast over rows."""
+    """A net that adds the means [N, C] of its input to a result [N, C, H, W].
+
+    They broadcast as if they were [H, W], so a row of every image gets the mean of another image.
+    """
 
     def __init__(self) -> None:
         super().__init__()

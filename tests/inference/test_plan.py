@@ -35,7 +35,7 @@ def test_a_resnet_fuses_completely() -> None:
 
 
 FUSED = {
-    # net: convolutions with a BatchNorm folded in, with a ReLU, with a residual; chains of three
+    # net: the least numbers of convolutions with a BatchNorm folded in, with a ReLU, with a residual; of chains
     "torchvision.resnet18": (20, 17, 8, 0),
     "torchvision.resnet34": (36, 33, 16, 0),
     "torchvision.resnet50": (53, 49, 16, 9),
@@ -61,7 +61,7 @@ FUSED = {
 
 @pytest.mark.parametrize("name", FUSED)
 def test_safety_checks_cost_no_fusion(name: str) -> None:
-    """The code that `optimize` refuses or leaves unfused for safety does not occur in these nets."""
+    """`optimize` refuses some code and leaves some unfused for safety; these nets still have all their fusions."""
     library, _, builder = name.partition(".")
     with torch.device("meta"):
         model = timm.create_model(builder) if library == "timm" else getattr(torchvision.models, builder)()

@@ -28,7 +28,10 @@ from fastres.ops.layout import Geometry
 
 @pytest.fixture
 def chains_run_as_one(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
-    """Make dispatch run every chain as one kernel, replaced by plain PyTorch. Returns the shapes of its inputs."""
+    """Make dispatch run every chain as one kernel, replaced by plain PyTorch; return a list of its inputs' shapes.
+
+    Each call of the kernel appends the shape of x.
+    """
     calls: list[tuple[int, ...]] = []
 
     def bottleneck_chain(
@@ -160,7 +163,7 @@ def test_a_function_named_like_a_module_is_not_confused_with_it() -> None:
     ids=str,
 )
 def test_our_kernel_computes_the_pools_that_it_supports(pool: nn.Module, ours: bool) -> None:
-    """The result is PyTorch's, with fastres's kernel and with PyTorch's own."""
+    """PyTorch computes the other pools. In both cases the result is that of the original."""
     model = nn.Sequential(nn.Conv2d(3, 8, 1), pool).eval().to(DEVICE)
     x = images(2, 18).to(DEVICE)
     with fastres.backend("triton"):

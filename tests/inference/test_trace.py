@@ -106,7 +106,7 @@ def _view_changed(z: Tensor, view: Any, change: Any) -> Tensor:
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("view", VIEWS)
 def test_a_view_is_not_read_after_its_memory_changed(view: str, change: str, body: Callable[..., Tensor]) -> None:
-    """In eager, whether the view sees the change can depend on the memory format. A plan refuses the model."""
+    """In eager, whether the view sees the change can depend on the memory format, so `optimize` refuses the model."""
     with pytest.raises(ValueError, match=r"that writes into '\w+': '\w+' may share its memory and is read later"):
         optimize(Shared(VIEWS[view], CHANGES[change], body).double().eval())
 

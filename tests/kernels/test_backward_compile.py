@@ -185,7 +185,7 @@ def test_boxes(pass_: str, problem: ConvProblem, features: str, sm: int) -> None
 @pytest.mark.parametrize("problem", [LATE, extra(STRIDED)])
 @pytest.mark.parametrize("sm", [90, extra(100)])
 def test_large_tiles_of_plain_operands(problem: ConvProblem, sm: int) -> None:
-    """wgrad tiles with three taps of 128 x 128, which fill an H200 in one wave, and tiles with four stages."""
+    """Check a wgrad tile of three taps of 128 x 128 and one with four stages; on an H200 the first fills one wave."""
     tiles = wgrad_tiles(problem, 2, True, GPUS[sm])[: 6 if sm == 90 else None]
     three = [tile for tile in tiles if (tile.BM, tile.BN, tile.taps) == (128, 128, 3)]
     deep = [tile for tile in tiles if tile.stages == 4]
@@ -241,7 +241,7 @@ def test_every_layer_of_resnet_18_to_152(pass_: str, sm: int, dtype: torch.dtype
         try:
             verify(launch, sm)
         except AssertionError as error:
-            # For sm_100, Triton divides a program's registers among warp roles. In one wgrad, one role is two short.
+            # For sm_100, Triton divides a program's registers among warp roles. In one wgrad, a role spills two.
             if pass_ == "wgrad" and str(error).endswith("for sm_100: 8 B spilled, 8 B of stack"):
                 continue
             wrong.append(f"{error} with {launch.kwargs}")

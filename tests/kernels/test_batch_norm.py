@@ -190,16 +190,16 @@ def ours(t: dict[str, Tensor], case: Case) -> dict[str, Tensor]:
 
 
 def masked_gradient(dy: Tensor, z: Tensor, mask: batch_norm.Mask, pool: Pool | None) -> Tensor:
-    """Return g, which is dz for c_g = 1 and fixed statistics."""
+    """Return g, the gradient dy after the backward of pool and ReLU: it is dz for c_g = 1 without c_z and c_1."""
     return batch_norm.backward_apply(dy, z, torch.ones(z.shape[-1], device=DEVICE), None, None, mask=mask, pool=pool)
 
 
 def hold(case: Case) -> None:
-    """Assert that the kernels' error against float64 is at most twice that of PyTorch in the same dtype.
+    """Assert that the kernels' error against float64 is at most twice that of PyTorch in the same dtype, plus rounding.
 
-    The tolerance is larger in two cases. Vectors are fp32 sums over pixels, while PyTorch on the CPU sums in float64.
-    And if |mean| >> std, the terms of y = scale z + shift and the last two of dz = c_g g + c_z z + c_1 cancel, which
-    leaves rounding errors of their size; PyTorch on a GPU subtracts the mean first.
+    The allowance for rounding is `TOLERANCES`; it is larger in two cases. Vectors are fp32 sums over pixels, while
+    PyTorch on the CPU sums in float64. And if |mean| >> std, the terms of y = scale z + shift and the last two of dz =
+    c_g g + c_z z + c_1 cancel, which leaves rounding errors of their size; PyTorch on a GPU subtracts the mean first.
     """
     t = inputs(case)
     truth, baseline, actual = stock(t, case, torch.float64), stock(t, case, case.dtype), ours(t, case)
@@ -240,7 +240,7 @@ def test_no_affine(end: str) -> None:
 
 
 def test_pad_shortcut_keeps_the_branch_gradient() -> None:
-    """g is added to dx at the strided pixels only. K and C are multiples of 8, so accesses are vectorised."""
+    """dy is added to dx at the strided pixels only. K and C are multiples of 8, so accesses are vectorised."""
     dx = torch.randint(-9, 9, (2, 5, 6, 16), device=DEVICE).half()
     dy = torch.randint(-9, 9, (2, 3, 3, 24), device=DEVICE).half()
     expected = dx.clone()
@@ -351,7 +351,7 @@ def test_only_one_running_buffer() -> None:
 
 
 def stock_pool(a: Tensor, kernel: int, stride: int, pad: int) -> tuple[Tensor, Tensor]:
-    """Return the values of F.max_pool2d and the taps of its maxima, both NHWC."""
+    """Return the values of F.max_pool2d and the tap of each maximum, which is its index in the window; both NHWC."""
     y, flat = F.max_pool2d(nchw(a), kernel, stride, pad, return_indices=True)
     top = torch.arange(y.shape[2], device=a.device)[:, None] * stride - pad
     left = torch.arange(y.shape[3], device=a.device) * stride - pad
@@ -406,7 +406,7 @@ def hold_pool(shape: tuple[int, int, int, int], dtype: torch.dtype, kernel: int,
 
 
 def test_max_pool_of_reals() -> None:
-    """Random reals have no ties, so the taps must equal those of float64."""
+    """Random reals have no ties above 0, so the taps of positive maxima must equal those of float64."""
     z = torch.randn(2, 7, 9, 24, device=DEVICE)
     scale, shift = torch.randn(24, device=DEVICE), torch.randn(24, device=DEVICE)
     y, tap = batch_norm.normalize_max_pool(z, scale, shift)
@@ -465,7 +465,7 @@ def test_integers_are_exact(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("end", ["linear", "relu", "add", "project"])
 def test_bad_values_spread_as_in_stock(end: str, value: float) -> None:
-    """A NaN or infinity in z, dy or the shortcut reaches the same results as in PyTorch."""
+    """A NaN or infinity in z, dy and an added shortcut makes the same results non-finite as in PyTorch."""
     case = Case((2, 3, 5, 6), end=end)
     t = inputs(case)
     t["z"][1, 2, 3, 4] = value

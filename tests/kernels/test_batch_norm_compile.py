@@ -26,7 +26,7 @@ def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def calls(K: int, dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
-    """Return calls that launch every specialisation of the kernels, for activations of K channels."""
+    """Return, by name, calls that launch each kernel with each set of options, for activations of K channels."""
     z = meta(N, P, Q, K, dtype=dtype)
     half = meta(N, 2 * P, 2 * Q, max(1, K // 2), dtype=dtype)
     pooled = meta(N, P // 2, Q // 2, K, dtype=dtype)
@@ -94,10 +94,10 @@ def compiled(call: Callable[[], Any], sm: int) -> list[Binary]:
 
 
 def hold(name: str, K: int, dtype: torch.dtype, sm: int) -> None:
-    """Assert that a kernel has no spills and at most 128 registers, so that 16 warps fit on a multiprocessor.
+    """Assert that a kernel has no spills or atomics and at most 128 registers (16 warps fit on a multiprocessor).
 
-    If 8 divides K, all accesses must be 16 bytes per thread, except for taps (one byte per channel) and for the few
-    partials that a reduction writes.
+    If 8 divides K, all accesses must be 16 bytes per thread, except for a max pool's taps (one byte per channel) and
+    the few partials that a reduction writes.
     """
     (binary,) = compiled(calls(K, dtype)[name], sm)
     check(binary, registers=128, matrix="", absent=FORBIDDEN)
@@ -113,7 +113,8 @@ def hold(name: str, K: int, dtype: torch.dtype, sm: int) -> None:
 
 FORBIDDEN = ("LDL", "STL", "ATOM", "ATOMG", "RED", "REDG")
 NAMES = list(calls(64, torch.bfloat16))
-# Hopper compiles every specialisation, other GPUs these, which keep the most values in flight.
+# Every call is compiled for Hopper. Outside the slow sweeps, only these, which keep the most values in registers, are
+# compiled for other GPUs.
 HEAVY = [
     "statistics",
     "normalize max pool",

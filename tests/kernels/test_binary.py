@@ -17,7 +17,7 @@ def gemm_kernel(
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     RELU: tl.constexpr, WAIT: tl.constexpr,
 ):  # fmt: skip
-    """Compute one tile of y = x wᵀ. RELU: of relu(x) wᵀ, which puts wgmma's first operand into registers (RS)."""
+    """Compute one tile of y = x wᵀ. With RELU, y = relu(x) wᵀ: wgmma's first operand is then in registers (RS)."""
     tl.assume(steps > 0)
     acc = tl.zeros((BM, BN), tl.float32)
     for k in range(steps):

@@ -15,7 +15,7 @@ from fastres.kernels.wgrad import conv_wgrad
 
 @pytest.mark.parametrize("name", ["fprop", "dgrad", "wgrad", "stem", "stem's wgrad", "chain"])
 def test_the_interpreter_does_not_multiply_bfloat16(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Launchers reject bfloat16 there, because `tl.dot` would multiply its bits as if they were integers."""
+    """In the interpreter launchers reject bfloat16, because `tl.dot` would multiply its bits as integers."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     x, w, dy = (torch.ones(size, dtype=torch.bfloat16) for size in ((1, 4, 4, 16), (16, 1, 1, 16), (1, 4, 4, 16)))
     problem = ConvProblem(1, 8, 8, 3, 16, 7, 7, 2, 3)

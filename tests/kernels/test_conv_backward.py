@@ -1,7 +1,7 @@
 """dgrad and wgrad against float64, with every prologue and epilogue.
 
 On a CPU the kernels run in the interpreter, in float32 and float16, because the interpreter multiplies bfloat16
-wrongly. On a GPU the same tests run compiled, in bfloat16, too, and there are tests of the layers of ResNet-50.
+wrongly. On a GPU the same tests run compiled, also in bfloat16, and there are tests of the layers of ResNet-50.
 """
 
 from __future__ import annotations
@@ -80,7 +80,9 @@ FEATURES = {
 class Operands:
     """The tensors of one backward step.
 
-    Masks depend on the signs of dyadic numbers, which every dtype represents exactly, so no rounding can flip a mask.
+    dz is c_g dy + c_z z + c_1, or dy itself. dout is the gradient through the shortcut, masked where out <= 0. A mask
+    is the sign of a tensor, or of scale x + shift, computed from dyadic numbers without rounding: it is equal in all
+    dtypes.
     """
 
     problem: ConvProblem
@@ -561,7 +563,7 @@ def test_more_than_2_31_elements() -> None:
 
 
 def test_a_mask_to_recompute_may_be_any_pair() -> None:
-    """relu_mask may also be a list. If a list were ignored, dx and the sums would silently stay unmasked."""
+    """The pair (scale, shift) may also be a list. If a list were ignored, dx and the sums would stay unmasked."""
     o = make(SHAPES["3x3"], torch.float32)
     pair = torch.ones_like(o.scale), torch.full_like(o.shift, -1e9)
     for mask in (pair, [*pair]):

@@ -239,7 +239,7 @@ def test_stem(use: str) -> None:
     ],
 )
 def test_stem_by_pointers(use: str, sm: int, most: int) -> None:
-    """Every candidate tile copies windows and dz asynchronously into shared memory, 16 bytes at a time."""
+    """Windows and dz are copied asynchronously into shared memory, 16 bytes at a time. most: the number of tiles."""
     for tile in stem_tiles_of(STEM, use, sm, itemsize=2)[:most]:
         (launch,) = (one for one in stem_launches(STEM, use, tile=tile) if one.fn.__name__.startswith("stem_"))
         binary = launch.compile(sm)
@@ -260,7 +260,7 @@ def stem_tiles_of(n: ConvProblem, use: str, sm: int, itemsize: int) -> list[Tile
 
 
 def test_the_stems_wgrad_reads_its_gradient_once() -> None:
-    """A thread and step of 32 pixels has 2 copies for dz (4 KB), 7 for the windows (14 KB), and 14 wgmma."""
+    """For each step of 32 pixels a thread issues 2 copies of dz (4 KB in all), 7 of windows (14 KB) and 14 wgmma."""
     launch = stem_launches(STEM, "wgrad")[1]
     assert (launch.fn.__name__, launch.grid) == ("stem_wgrad_kernel", (1, 264))
     binary = launch.compile(90)

@@ -1,8 +1,8 @@
 """conv_fprop against float64, with tiles for TMA and for pointers.
 
 On a CPU the kernels run in the interpreter, at small shapes, in float32 and float16, because the interpreter multiplies
-bfloat16 wrongly. On a GPU the same tests run compiled, in bfloat16, too, and so does every tile at every layer of the
-nets.
+bfloat16 wrongly. On a GPU the same tests run compiled, also in bfloat16, and so does every candidate tile at every
+layer of three nets.
 """
 
 from __future__ import annotations
@@ -159,7 +159,10 @@ def check_block_end(problem: ConvProblem, dtype: torch.dtype, projection: bool, 
 @pytest.mark.parametrize("projection", [False, True], ids=["identity", "projection"])
 @pytest.mark.parametrize("boxed", [False, True], ids=["gather", "TMA"])
 def test_end_of_the_block_before(boxed: bool, projection: bool, dtype: torch.dtype) -> None:
-    """The join, with masked channels and pixels, and with one or more tiles of channels, which store equal values."""
+    """Compute the end of the previous block on load (the join), with partly masked tiles.
+
+    If there are several tiles of output channels, each of them stores the same output of that block.
+    """
     problem = ConvProblem(2, 5, 7, 40, 24)
     check_block_end(problem, dtype, projection, small_tile(problem, boxed), None)
 
@@ -211,7 +214,7 @@ def test_statistics_survive_a_mean_far_from_zero(boxed: bool) -> None:
 
 @pytest.mark.parametrize("boxed", [False, True], ids=["gather", "TMA"])
 def test_padding_is_zero_after_the_prologue(boxed: bool) -> None:
-    """x = 0 and shift = 1 make every pixel 1 and the padding 0, so y counts the taps inside the image."""
+    """x = 0 and shift = 1 make every pixel 1 and the padding 0, so y is 16 channels times the taps inside the image."""
     problem = ConvProblem(1, 6, 6, 16, 16, 3, 3, 1, 1)
     x, w = torch.zeros(1, 6, 6, 16, device=DEVICE), torch.ones(16, 3, 3, 16, device=DEVICE)
     for slope in (1.0, -1.0):
@@ -304,7 +307,7 @@ def test_other_output_dtype() -> None:
 @pytest.mark.parametrize("splits", [1, 3])
 @pytest.mark.parametrize("boxed", [False, True], ids=["gather", "TMA"])
 def test_fp8(boxed: bool, splits: int) -> None:
-    """e4m3 operands, with sums dequantised by `scale`; and an e4m3 result, scaled by `out_scale`, saturated at 448."""
+    """e4m3 operands, with sums dequantised by `scale`. On a GPU also an e4m3 result, times `out_scale`, at most 448."""
     if DEVICE == "cuda" and torch.cuda.get_device_capability() < (8, 9):
         pytest.skip("fp8 needs compute capability 8.9")
     problem = ConvProblem(2, 6, 4, 32, 16, 3, 3, 1, 1)

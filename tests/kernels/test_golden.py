@@ -37,7 +37,7 @@ def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
 
 
 def launches() -> dict[str, Callable[[], Any]]:
-    """Return one call for each kind of kernel, mostly at batch 256 in ResNet-50's stages 1 and 3 and its stem."""
+    """Return calls by name, mostly with the sizes of ResNet-50's stages 1 and 3 and its stem at batch 256."""
     x, wide = meta(N, SIZE, SIZE, C), meta(N, SIZE, SIZE, 4 * C)
     v, v4 = meta(C, dtype=torch.float32), meta(4 * C, dtype=torch.float32)
     spatial, expand = meta(C, 3, 3, C), meta(4 * C, 1, 1, C)

@@ -32,7 +32,7 @@ DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 
 
 class Operands:
-    """Return new random tensors of one dtype on each call.
+    """A source of random tensors: a call returns a new one of the shape and dtype.
 
     `vectors` returns fp32 vectors that are views of one tensor, like the vectors of a BatchNorm.
     """
@@ -199,7 +199,7 @@ def leaves(result: Any) -> Iterator[Tensor]:
 
 
 def decided() -> Any:
-    """Return a mock that is called, in a `with` block, whenever a launcher runs in full."""
+    """Return a patch for a `with` block; its mock is called whenever a launcher runs in full, not from the cache."""
     return patch.object(launcher, "_record", wraps=launcher._record)
 
 
@@ -310,7 +310,10 @@ def add() -> Callable[..., Tensor]:
 
 
 def test_what_makes_a_launcher_run_in_full(add: Callable[..., Tensor]) -> None:
-    """A launcher runs in full if a shape, dtype, stride, alignment or the identity of tensors is new."""
+    """A launcher runs in full if shapes, dtypes, strides or alignments are new.
+
+    It also does for a new set of arguments, and if other arguments than before are one and the same tensor.
+    """
     a, b = torch.arange(16.0), torch.ones(16)
 
     def decides(*args: Any, **kwargs: Any) -> bool:

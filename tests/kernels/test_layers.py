@@ -39,7 +39,7 @@ from fastres.kernels.tiles import H200
 BENCH = Path(__file__).resolve().parents[2] / "bench"
 PASSES = ("infer", "fprop", "dgrad", "wgrad")
 NETS = {"resnet50": (50,), "resnet34": (18, 34)}  # deeper nets have the launches of ResNet-50
-TILES = 6  # the number of tiles that tuning tries
+TILES = 6  # the most of tuning's candidate tiles that a test launches
 
 dtypes = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 interpreted = pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="for the interpreter")
@@ -266,7 +266,7 @@ def test_every_output_is_checked(
 @interpreted
 @pytest.mark.parametrize("wanted", [FOLDED, JOINED, INTO_TWO, WEIGHTS], ids=str)
 def test_references_in_pieces_equal_the_whole(wanted: Any, tune: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    """References of large tensors are computed image by image, and sums channel by channel. The results are equal."""
+    """References of large tensors are computed image by image, and sums channel by channel, with the same results."""
     call = first(tune, *wanted)
     given = drawn(call, torch.float16, torch.device("cpu"))
     whole = by_pytorch(call, given, torch.float64)
@@ -309,7 +309,7 @@ def test_launches_include_wgmma_and_large_boxes(pass_: str, tune: ModuleType) ->
 
 
 def test_launches_of_a_single_image_include_splits(tune: ModuleType) -> None:
-    """Every layer with few tiles and long sums is tried with splits, but only for inference."""
+    """At inference, every layer with an input of at most 14 x 14 is tried with splits; no other pass is."""
     split: Counter[str] = Counter()
     for call in calls(tune, (50,), 1):
         with record() as launches:
@@ -326,9 +326,10 @@ def test_launches_of_a_single_image_include_splits(tune: ModuleType) -> None:
 
 
 def test_calls_include_ends_of_blocks(tune: ModuleType) -> None:
-    """The calls of dgrad cover the ends of blocks in a stage.
+    """The calls cover the ends of blocks, with and without a projection, in dgrad and in fprop's joins.
 
-    After the first block, there is a projection's BatchNorm. In the last block, the residual is not masked yet.
+    In dgrad, the end after a stage's first block has a projection's BatchNorm, and in its last block the residual is
+    not masked yet. Every pass has more than 22 calls by the rules.
     """
     found = calls(tune, (50,), 2, 64)
     ends = [c.given for c in found if c.launcher == "conv_dgrad" and isinstance(c.given["relu_mask"], torch.Tensor)]

@@ -48,7 +48,7 @@ tiles = pytest.mark.parametrize("tile", TILES.values(), ids=TILES)
 @problems
 @tiles
 def test_fprop(problem: ConvProblem, tile: Tile, sms: int) -> None:
-    """A prologue with statistics, as in training, and all epilogues."""
+    """A prologue with statistics, as in training, and all epilogues; most cases have only every fourth epilogue."""
     x, w = forward.operands(problem, HALF)
     given = forward.extras(problem, HALF, "prologue")
     y, partials = conv_fprop(x, w, ConvProblem.of(x.shape, w.shape), **given, statistics=True, tile=tile)
@@ -86,7 +86,7 @@ def test_dgrad(problem: ConvProblem, tile: Tile, features: str, sms: int) -> Non
 
 
 def test_statistics_survive_a_mean_far_from_zero(sms: int) -> None:
-    """The mean is 50 standard deviations, and a program merges the statistics of many tiles."""
+    """The mean is about 50 standard deviations. With few multiprocessors, a program merges statistics of many tiles."""
     problem = ConvProblem(8, 16, 16, 16, 16)
     x, w = forward.operands(problem, HALF)
     shift = torch.full((16,), 50.0, device=DEVICE)

@@ -1,7 +1,7 @@
 """Persistent kernels with the tiles that tuning tries at ResNet-50's layers, compiled without a GPU.
 
-As many programs fit a multiprocessor as the tile says, wgmma reads both operands from shared memory, and the boxes of
-the next tiles are loaded while a tile is finished.
+As many programs fit on a multiprocessor as the tile says, wgmma reads both operands from shared memory, and the boxes
+of the next tiles are loaded while a tile is finished.
 """
 
 from __future__ import annotations

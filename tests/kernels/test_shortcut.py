@@ -273,7 +273,7 @@ def test_more_elements_than_int32_counts() -> None:
 
 @pytest.fixture
 def smooth() -> tuple[Tensor, Tensor]:
-    """Return y and x in float64 whose sum is not near 0, where ReLU has no derivative."""
+    """Return y and x in float64 such that y plus the shortcut of x is not near 0, where ReLU has no derivative."""
     y, x = torch.randn(2, 4, 3, 2, dtype=torch.float64), torch.randn(2, 3, 5, 4, dtype=torch.float64)
     y = y + 0.1 * torch.sign(y + reference.pad_shortcut(x, 2, 4))
     return y.requires_grad_(), x.requires_grad_()
@@ -299,7 +299,7 @@ def cubes(f: Callable[..., Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
 
 @pytest.mark.parametrize("through", ["function", "op"])
 def test_functorch(smooth: tuple[Tensor, Tensor], through: str) -> None:
-    """Nested functorch transforms equal the reference's; a custom operator may easily return zeros in them silently."""
+    """functorch transforms, nested ones too, equal the reference's: a custom operator may silently give zeros there."""
     func = torch.func
     y, x = (t.detach() for t in smooth)
     tangents = torch.randn_like(y), torch.randn_like(x)

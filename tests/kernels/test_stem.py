@@ -185,7 +185,7 @@ def test_a_conv_bn_pair_uses_the_stem(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("tile", FPROP.values(), ids=FPROP)
 def test_pixels_that_are_infinite(tile: Tile) -> None:
-    """An infinite pixel reaches exactly the windows that contain it, including the unused columns next to a filter."""
+    """An infinite pixel reaches exactly the windows that contain it: they are 8 columns wide, a filter only 7."""
     problem = PROBLEMS["7x7"]
     images, w, _ = drawn(problem, torch.float16)
     for column in (4, 5):

@@ -361,7 +361,7 @@ def test_boxes_waste_no_pixel_of_a_large_batch() -> None:
 
 
 def test_the_stems_tile_comes_from_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The tile of the same pass is used. If the gather kernel won or nothing was measured, the first candidate is."""
+    """The tile measured for the same pass is used; if there is none, or another kernel won, the first candidate is."""
     monkeypatch.setattr(tables, "SHIPPED", Path("none"))
     problem, dtype = ConvProblem(24, 224, 224, 3, 64, 7, 7, 2, 3), torch.bfloat16
     columns = stem_columns(problem)

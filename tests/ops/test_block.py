@@ -165,7 +165,10 @@ def test_unusual_batch_counters_behave_as_in_pytorch(counter: Tensor | None) -> 
 
 
 def test_a_batch_is_counted_when_its_statistics_are_finished(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in PyTorch, an error before a BatchNorm leaves its count unchanged, and a checkpoint counts a batch twice."""
+    """As in PyTorch, an error before a BatchNorm leaves its count unchanged.
+
+    Activation checkpointing, which runs the forward twice, counts a batch twice.
+    """
     block, x = Block("bottleneck").double(), torch.randn(2, 6, 5, 5, dtype=torch.double)
     norms = [layer[1] for layer in block.layers]
     convolve, calls = reference.conv_fprop, []
@@ -254,8 +257,9 @@ def test_each_activation_is_saved_once(kind: str) -> None:
 def test_keep_activation_costs_the_activations_bytes_and_saves_a_pass(
     kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The library's convolutions read stored activations. `keep_activation` saves each one whose weight gradient is
-    required, which costs its bytes and saves one elementwise pass. The results stay bit-identical."""
+    """PyTorch's convolutions read stored activations, which are normally computed again in backward. `keep_activation`
+    saves those whose weight gradient is required. Each costs its bytes and saves one elementwise pass. The results stay
+    bit-identical."""
     blocks = [Block(name).double() for name in (("projection", "wide", "wide") if kind == "stage" else (kind,))]
     passes = Mock(wraps=reference.normalize)
     monkeypatch.setattr(reference, "normalize", passes)
@@ -354,7 +358,10 @@ def test_a_stage_equals_its_blocks_and_can_recompute_their_outputs(recompute: bo
 def test_a_stage_under_autocast_equals_its_blocks(
     memory_format: torch.memory_format, first: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A stage casts its weights and gradients together, a single block its own. The results must be bit-identical."""
+    """A stage casts the weights and gradients of its blocks together; run one by one, each block casts its own.
+
+    The results must be bit-identical.
+    """
     one_by_one = nn.ModuleList([Block("projection"), Block("wide"), Block("wide")]).to(memory_format=memory_format)
     if first == "last":
         one_by_one[:2].requires_grad_(False)

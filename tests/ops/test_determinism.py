@@ -1,8 +1,7 @@
 """On a GPU, 20 runs from the same weights on the same images give bit-identical results.
 
-The results are a training step's loss, gradients and running statistics, and the outputs of `optimize`. They are
-checked with the engines that the tables choose, with deterministic cuDNN, and with fastres's kernels only, which are
-always deterministic.
+The results are a training step's loss, gradients and buffers, and the outputs of `optimize`. They are checked twice:
+with the engines that the tables choose and deterministic cuDNN, and with backend("triton"), which needs no such switch.
 """
 
 from __future__ import annotations

@@ -284,7 +284,7 @@ def test_float32_precision_follows_pytorchs_switch_for_convolutions(monkeypatch:
 
 
 def test_which_engine_computes_the_stem(gpu: Any) -> None:
-    """The stem's own kernels compute it on Ampere and later, in 16 bits, unless another engine was measured faster."""
+    """The stem's own kernels compute it on Ampere and later, in 16 bits, unless another engine is forced or faster."""
 
     def engines(problem: ConvProblem, dtype: torch.dtype = BF16) -> list[str]:
         return [dispatch.conv_engine(pass_, problem, dtype, CUDA) for pass_ in ("infer", "fprop", "wgrad")]

@@ -1,4 +1,4 @@
-"""Eligibility for the fused path: everything that would make it differ from running the modules is detected and
+"""Eligibility for the fused path: a call that might differ from running the modules is not served, and the reason is
 named."""
 
 from __future__ import annotations

@@ -114,7 +114,7 @@ def test_every_launch_respects_the_hardware_limits(
 
 
 def test_tensors_that_are_not_computed_on_load_are_stored_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Turning computation on load off by measurement or by `fusions` gives the same launches."""
+    """Turning computation on load off by measurement or by `fusions` launches the same kernels."""
     monkeypatch.setattr(dispatch, "conv_engine", lambda *_: "triton")
 
     def names() -> list[str]:

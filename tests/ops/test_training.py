@@ -297,7 +297,7 @@ def test_a_stage_excludes_blocks_that_it_cannot_fuse(monkeypatch: pytest.MonkeyP
 
 
 def test_autocast_keeps_master_weights_and_parameter_strides(monkeypatch: pytest.MonkeyPatch) -> None:
-    """After the first convolution, activations have 16 bits, and everything still runs on the kernels."""
+    """All convolutions run on the kernels, forward and wgrad. Gradients are float32 and have the parameters' strides."""
     torch.manual_seed(0)
     net = paper.cifar(8).to(DEVICE)
     images, labels = batches(1, 3, 8)[0]
@@ -364,8 +364,8 @@ def test_gradients_accumulate_and_checkpoints_change_none() -> None:
 @pytest.mark.parametrize("recompute", [False, True])
 def test_fusion_across_stage_boundaries_changes_no_gradient(recompute: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Compares stages that are fused across their boundaries with stages that aren't: outputs, gradients, a repeated
-    backward pass and second-order gradients. If the library computes the next stage's dgrad, the gradient that it hands
-    over is not masked."""
+    backward pass and second-order gradients. In the case "library", PyTorch computes the next stage's dgrad, and the
+    gradient that this stage hands over is not masked."""
     torch.manual_seed(0)
     net = Narrow().to(DEVICE)
     layers = net.layer1, net.layer2, net.layer3
