@@ -37,7 +37,7 @@ def ids() -> list[str]:
 
 
 def folders(root: Path, names: list[str]) -> Path:
-    """Create [val/]<name>/0.png for each name, each with other noise."""
+    """Create <name>/0.png in `root` for each name, each with other noise; return `root`."""
     generator = np.random.default_rng(0)
     for name in names:
         (root / name).mkdir(parents=True)

@@ -94,7 +94,11 @@ def follow(
     between: Callable[[Training, int], Any] = lambda training, i: None,
     under: Callable[[], Any] = contextlib.nullcontext,
 ) -> None:
-    """Check that results and state equal those of eager steps after each of `calls` calls."""
+    """Check that results and state equal those of eager steps after each of `calls` calls.
+
+    count: the batch size of call i. between: called with each training and i after call i. under: makes the context of
+    each call.
+    """
     for i in range(calls):
         with under():
             result = call(*batch(i, count(i)))
@@ -660,7 +664,7 @@ def test_gpu_adamw_and_autocast_are_recorded(monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.gpu
 def test_another_thread_may_allocate_pinned_memory() -> None:
-    """The thread keeps its memory, so that every allocation calls the driver."""
+    """A capture succeeds while another thread pins memory, and keeps it so that each allocation calls the driver."""
     started, done = threading.Event(), threading.Event()
 
     def pin() -> None:

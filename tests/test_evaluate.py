@@ -134,7 +134,7 @@ def test_the_resize_is_pillows(photos: list[Tensor]) -> None:
 
 @pytest.fixture
 def exact_resize(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Use Pillow's resize in the tested code, too. The test above covers the differences of 1/255 between the two."""
+    """Use Pillow's resize in the tested code, too; `test_the_resize_is_pillows` allows differences of 1/255."""
     own = torchvision.transforms.v2.functional.resize
 
     def resize(image: Tensor, size: list[int], **kwargs: Any) -> Tensor:
@@ -194,8 +194,8 @@ def without_padding() -> nn.Module:
 
 
 def test_fully_convolutional_is_a_sliding_window_where_strides_align() -> None:
-    """Without padding, every position of the score map equals a crop at a multiple of the net's stride, up to rounding
-    errors."""
+    """Without padding, every position of the score map has the scores of a crop at a multiple of the net's stride, up
+    to rounding errors."""
     net, size, stride = without_padding(), 19, 4
     image = torch.rand(1, 3, size + 3 * stride, size + 5 * stride, dtype=torch.float64)
     with torch.no_grad():

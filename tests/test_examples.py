@@ -207,7 +207,7 @@ def test_finetune_writes_what_eval_and_predict_read(tmp_path: Path) -> None:
 def test_finetune_starts_from_a_state_dict_of_torchvision(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The state dict has a thousand classes. Then finetune gets a folder with one broken image."""
+    """The state dict has a thousand classes. Then a broken image, and a class that only val/ has, are refused."""
     net = torchvision.models.resnet18()
     torch.save(net.state_dict(), tmp_path / "theirs.pth")
     for part, name in ((part, name) for part in ("train", "val") for name in ("a", "b")):

@@ -33,8 +33,8 @@ def modules() -> dict[str, Path]:
 
 
 def level(module: str) -> str:
-    """Return the level of a module: fastres.models.x -> models. paths and capability are the base; fastres's other
-    modules are the public API."""
+    """Return the level of a module: fastres.models.x -> models. csrc belongs to kernels, paths and capability to base,
+    and fastres's other modules to api."""
     parts = module.split(".")
     part = parts[1] if len(parts) > 1 else ""
     return {"csrc": "kernels", "paths": "base", "capability": "base"}.get(part, part if part in LEVELS else "api")
@@ -295,8 +295,11 @@ def is_error(node: ast.expr) -> bool:
 
 
 def own_tolerances(code: str) -> list[int]:
-    """Return the lines of a test that set their own tolerance: a number below 0.1 with such a name or as the bound of
-    an error, or a number as `assert_close_to_reference`'s factor."""
+    """Return the lines of a test that set their own tolerance.
+
+    They have a number below 0.1 as the value of a name in `TOLERANCE`, as the bound of an error, or as an argument of a
+    function named ...close; or a number as the factor of `assert_close_to_reference`.
+    """
     values: list[ast.expr | None] = []
     lines = []
     for node in ast.walk(ast.parse(code)):

@@ -168,7 +168,7 @@ def test_what_is_named_itself_is_refused_before_any_work(
 
 
 def test_pillow_warns_of_nothing(tmp_path: Path) -> None:
-    """Pillow warns about images of 90 to 179 million pixels without naming the file, although they are read."""
+    """Pillow's warning about images of 90 to 179 million pixels, which are read, names no file and is suppressed."""
     command = f"""
 import warnings
 from PIL import Image

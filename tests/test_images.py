@@ -1,4 +1,4 @@
-"""Every reader gives the right pixels for every kind of image file, or refuses it with an error that names it."""
+"""All readers give the right pixels for many kinds of image files, and refuse others with an error that names them."""
 
 from __future__ import annotations
 

@@ -120,7 +120,7 @@ INT8 = ["--optimize", "--dtype", "int8"]
 
 
 def read_by(folder: Path, count: int = 256) -> Tensor:
-    """Return the preprocessed input of the net for a sample of the images in `folder`."""
+    """Return the preprocessed images of the expected sample: at most `count` from `folder`, in alphabetical order."""
     images = [Views("center", 32, 40).prepare(image) for _, image in images_of(folder)]
     picked = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:count].sort().values
     return by_channel()(torch.stack(images)[picked])

@@ -301,7 +301,7 @@ def test_a_batch_whose_images_depend_on_each_other_stays_whole(name: str, monkey
 class AddsMean(nn.Module):
     """A net that adds the means [N, C] of its input to a result [N, C, H, W].
 
-    They broadcast as if they were [H, W], so a row of every image gets the mean of another image.
+    They broadcast as if they were [H, W]: row n of every image gets the means of image n.
     """
 
     def __init__(self) -> None:

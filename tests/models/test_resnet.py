@@ -1,7 +1,7 @@
 """The drop-in nets have torchvision's interface and numerical results, and work wherever torchvision's nets work.
 
-Every case that runs a net does so twice: with the path that dispatch chooses ("auto"), and with all supported calls on
-the fused entry points ("reference"). The second one checks that unsupported calls still take the plain path.
+Most tests run their nets twice: with the path that dispatch chooses ("auto"), and with all supported calls on the fused
+entry points ("reference"). The second run checks that unsupported calls still take the plain path.
 """
 
 from __future__ import annotations
@@ -165,7 +165,7 @@ def test_a_builder_has_torchvisions_layers(name: str) -> None:
     assert list(shapes[0].items()) == list(shapes[1].items())
 
 
-# Deeper nets have more of the same blocks; blocks as wide as those left out stand in `test_options_are_torchvisions`.
+# Deeper nets have more of the same blocks; other widths are in `test_options_are_torchvisions`.
 KINDS = ["resnet18", "resnet50", "resnext50_32x4d"]
 
 
@@ -437,7 +437,7 @@ def test_autocast_is_as_near_as_torchvisions(path: str, training: bool, dtype: t
 
 @pytest.mark.parametrize("block", BLOCKS)
 def test_any_size_gives_torchvisions_result_or_error(path: str, block: str) -> None:
-    """Any image size gives torchvision's result, or torchvision's error."""
+    """Images of unusual sizes, batches and shapes give torchvision's result, or torchvision's error."""
     nets = [net.double() for net in pair(block)]
     sizes = [(1, 3, 1, 1), (1, 3, 7, 9), (3, 3, 32, 32), (1, 3, 97, 8)]
     odd = [(0, 3, 32, 32), (3, 32, 32), (2, 4, 32, 32)]
@@ -717,8 +717,8 @@ def test_two_processes_train_alike(tmp_path: Path) -> None:
 
 
 def _rank(rank: int, store: str) -> None:
-    """Train like torchvision's net under the same DDP. In eval mode, compare with one process that has both ranks'
-    images."""
+    """Compare one step with that of torchvision's net under the same DDP. In eval mode, also compare with one process
+    that has both ranks' images."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     everything = images(4).double()

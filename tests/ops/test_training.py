@@ -297,7 +297,7 @@ def test_a_stage_excludes_blocks_that_it_cannot_fuse(monkeypatch: pytest.MonkeyP
 
 
 def test_autocast_keeps_master_weights_and_parameter_strides(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All convolutions run on the kernels, forward and wgrad. Gradients are float32 and have the parameters' strides."""
+    """All convolutions run on the kernels, forward and wgrad. Gradients have the parameters' dtype and strides."""
     torch.manual_seed(0)
     net = paper.cifar(8).to(DEVICE)
     images, labels = batches(1, 3, 8)[0]
@@ -365,7 +365,7 @@ def test_gradients_accumulate_and_checkpoints_change_none() -> None:
 def test_fusion_across_stage_boundaries_changes_no_gradient(recompute: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Compares stages that are fused across their boundaries with stages that aren't: outputs, gradients, a repeated
     backward pass and second-order gradients. In the case "library", PyTorch computes the next stage's dgrad, and the
-    gradient that this stage hands over is not masked."""
+    gradient that it hands back is not masked."""
     torch.manual_seed(0)
     net = Narrow().to(DEVICE)
     layers = net.layer1, net.layer2, net.layer3

@@ -39,7 +39,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Folders train and val with two classes each, and photographs in all common file formats and colour modes."""
+    """Folders train and val with two classes each, and photographs in common file formats and colour modes."""
     turned = Image.Exif()
     turned[0x0112] = 6  # EXIF orientation, which Pillow doesn't apply
     codings: list[tuple[str, str, dict[str, Any]]] = [
@@ -165,7 +165,8 @@ def run(root: Path, out: Path, **options: Any) -> Run:
 def test_resumed_to_the_bit(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A run stopped in its fourth iteration resumes with the same bits, although DALI had prefetched more batches.
+    """A run that is interrupted after its fourth iteration resumes from the checkpoint of the second and ends with the
+    same weights and history as an uninterrupted one, although DALI had prefetched more batches.
 
     The number of workers may differ.
     """

@@ -213,7 +213,7 @@ def test_small_images_with_all_augmentations() -> None:
 
 
 def assert_coloured(batches: Loader) -> None:
-    """Assert that each image differs from the same image without colour shift by its own constant shift."""
+    """Assert that the colour shift adds one constant per image and channel, which the image's draws determine."""
     plain = dataclasses.replace(batches, recipe=dataclasses.replace(batches.recipe, colour=0.0))
     for block, ((x, _), (y, _)) in enumerate(zip(batches.training(0, 1), plain.training(0, 1), strict=True)):
         alphas = batches._colour(batches.stream.positions(0, block))
