@@ -65,7 +65,7 @@ def mean_image(size: int = 32) -> Preprocess:
 
 
 def resized(image: Tensor, side: int) -> Tensor:
-    """Resize by Pillow, which rounds to 8 bits as well."""
+    """Resize the image by Pillow to a shorter side of `side`. Like `Views`, Pillow rounds to 8 bits."""
     height, width = image.shape[1:]
     scale = side / min(height, width)
     picture = Image.fromarray(image.permute(1, 2, 0).numpy())

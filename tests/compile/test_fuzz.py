@@ -71,7 +71,7 @@ def _reading(user: Any, root: Any, observed: bool) -> str:
 
 
 MENDS: dict[str, tuple[Any, str, Any, Callable[[int], fuzz.Verdict], int]] = {
-    # fix: (owner and name of the function that has the fix, a replacement without it, the form that fails, first seed)
+    # fix: (owner and name of the function that has the fix, a replacement without it, what then fails, first seed)
     "memory that is written into has one format": (graph.Memory, "is_observed", lambda *_: False, compiled("eval"), 0),
     "a write is known by any spelling": (graph, "nodes_in", lambda tree: [], compiled("eval"), 0),
     "dependent readers get the traced format": (layout, "_reading", _reading, compiled("eval"), 0),

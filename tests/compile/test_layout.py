@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("compiled_afresh")
 
 
 def then(change: Callable[[Tensor], Any], kept: Callable[[Tensor], Tensor] = lambda y: y) -> Callable[..., Any]:
-    """Return a net that calls `kept` on a pair's result, changes the result in place, and returns `kept`'s result."""
+    """Return a body: it applies `kept` to a conv-BN pair's result, changes the result, and returns what `kept` gave."""
 
     def body(x: Tensor, a: nn.Module) -> Tensor:
         y = a(x)
@@ -32,7 +32,7 @@ def then(change: Callable[[Tensor], Any], kept: Callable[[Tensor], Tensor] = lam
 
 
 def later(value: Callable[[Tensor], Tensor], change: Callable[[Tensor], Any]) -> Callable[..., Any]:
-    """Return a net that computes `value` of a pair's result, applies the other layers, and changes the outcome."""
+    """Return a body: `value` of a conv-BN pair's result, then the other layers, then the outcome's change in place."""
 
     def body(x: Tensor, a: nn.Module, *rest: nn.Module) -> Tensor:
         y = value(a(x))
@@ -84,7 +84,7 @@ def other_shape(x: Tensor, a: nn.Module, b: nn.Module) -> Tensor:
 
 
 def statistics_of_another_mode(x: Tensor, a: nn.Module) -> Tensor:
-    """The second call reads running statistics that the first one updates."""
+    """The second, functional BatchNorm reads the running statistics that the first one updates."""
     conv, norm = a
     y = F.relu(norm(conv(x)))
     return F.relu(F.batch_norm(conv(y), norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0.1, 1e-5))

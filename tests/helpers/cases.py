@@ -131,8 +131,8 @@ FALLBACKS: Counter[str] = Counter()  # how often cuDNN had no engine, by functio
 def by_library(convolve: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Return convolve(*args, **kwargs); fall back to PyTorch's own loops if cuDNN has no engine for it.
 
-    Examples are float64 with groups, and a padding wider than the filter. Fallbacks are counted in `FALLBACKS`, and the
-    summary of a test run lists them.
+    It has none for float64 with groups, for example, or for a padding wider than the filter. Fallbacks are counted in
+    `FALLBACKS`, and the summary of a test run lists them.
     """
     try:
         return convolve(*args, **kwargs)

@@ -54,7 +54,7 @@ def photos(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def scored(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
-    """The scores of every batch that a command computes. The command itself prints only the top class."""
+    """The scores of every batch that commands compute, of which they print only a few, rounded, or an accuracy."""
     batches: list[Tensor] = []
     call = Predictor.__call__
 

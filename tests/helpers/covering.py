@@ -35,6 +35,7 @@ def covered(
 ) -> pytest.MarkDecorator:
     """Parametrize a test over all combinations of the parameters' values; mark the ones that aren't chosen `extra`.
 
+    The chosen cases are enough to cover every feature and every pair of features of a case.
     parameters: the values of each, or a mapping from names to values. Values without a name are named by str().
     by: a function that returns a case's features, given its parameters; by default they are the parameters themselves.
     indirect: as in `pytest.mark.parametrize`.

@@ -3,7 +3,7 @@
     python tests/helpers/fuzz.py --nets 5000                 # seeds 0 to 4999
     python tests/helpers/fuzz.py --first 123 --nets 1 --show # repeat one net and print its source
 
-A net is written line by line: convolutions, BatchNorm, ReLUs in ten spellings, additions, pools, views, modules used
+A net is written line by line: convolutions, BatchNorm, many spellings of ReLU, additions, pools, views, modules used
 twice, values changed in place and read again under another name. Each line runs as soon as it is written, and is kept
 only if PyTorch accepts it. The nets run in float64, in which a correct rewriting agrees up to rounding error, and on a
 CPU, where the fused operators call PyTorch's own functions. So the test is of the rewriting, not of the kernels.
@@ -105,8 +105,8 @@ def settled(module: nn.Module, seed: int) -> nn.Module:
 
 
 class Writer:
-    """Writes a random program. `chance` makes all choices. With `plain` the program has no operation that `optimize`
-    can't run."""
+    """Writes a random program. `chance` makes all choices. With `plain` the program has only operations that `optimize`
+    supports, although it may refuse a combination of them."""
 
     def __init__(self, seed: int) -> None:
         self.chance = chance = random.Random(seed)

@@ -95,7 +95,10 @@ KINDS: dict[str, dict[str, Any]] = {
 def exact(
     x: Tensor, residual: Tensor | None, p: Folded, geometry: Geometry, relu: bool, x_on: Grid, residual_on: Grid | None
 ) -> Tensor:
-    """Return [relu](conv + shift + residual) of the dequantised tensors, in float64: [N, P, Q, K]."""
+    """Return [relu](conv + shift + residual) of the dequantised tensors, in float64: [N, P, Q, K].
+
+    x_on, residual_on: the quantisation grids on which x and residual are stored.
+    """
     assert p.scale is not None
     whole = x.int_repr().double() - x_on.zero
     stride, pad, dilation, groups = geometry
@@ -476,7 +479,7 @@ def test_the_output_may_precede_unread_steps() -> None:
 def test_a_residual_that_is_read_again_stays_out_of_torchscript() -> None:
     """TorchScript does not know that the operator overwrites its residual.
 
-    Of two copies of one residual, which protect it, TorchScript could make one.
+    It could therefore merge the two copies that protect a residual which is read again.
     """
 
     class Again(nn.Module):

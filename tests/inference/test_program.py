@@ -188,7 +188,7 @@ def test_our_pass_after_the_librarys_convolution_gives_the_same_result() -> None
 
 
 class Clock:
-    """Runs every step by the library and fakes cuDNN's fused convolution and the timing.
+    """Runs every step in PyTorch and fakes cuDNN's fused convolution and the timing.
 
     takes: the microseconds reported for the fused and the separate call.
     """

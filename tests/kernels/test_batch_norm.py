@@ -48,7 +48,8 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 class Case:
     """The end of a block: z [N, P, Q, K] through BatchNorm, the shortcut `end` and ReLU.
 
-    "linear" has neither shortcut nor ReLU, and "relu" has no shortcut.
+    "linear" has neither shortcut nor ReLU, and "relu" has no shortcut. The others are "add" (the identity), "project"
+    (a projection with a BatchNorm) and "pad" (option A).
     """
 
     shape: tuple[int, int, int, int]
@@ -535,7 +536,7 @@ def wrong_normalize_kernel(
 
 @triton.jit(do_not_specialize=["steps"])
 def wrong_statistics_kernel(z, partials, M, K_VECS, steps, VEC: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr):
-    """A `statistics_kernel` that counts the masked rows at the end."""
+    """A `statistics_kernel` that also counts the masked rows after the last pixel."""
     K = K_VECS * VEC
     chunk = tl.program_id(0)
     row, channel = rows.tile_of(tl.program_id(1), K, BM, BK)

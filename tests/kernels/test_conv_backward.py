@@ -311,7 +311,8 @@ def test_training_chain_against_autograd() -> None:
     o = make(ConvProblem(N=2, H=8, W=6, C=16, K=8, R=3, S=3, stride=2, pad=1), torch.float32)
 
     def chain(dtype: torch.dtype) -> list[Tensor]:
-        """Return y's gradient g, z, and the gradients of the first ReLU's input and of w, channels last."""
+        """Return the gradient g of the second BatchNorm's output, its input z, and the gradients of the first ReLU's
+        input and of w; channels last."""
         weight = torch.ones(16, dtype=dtype, device=DEVICE)
         x, w, bias = nchw(o.x).to(dtype), nchw(o.w).to(dtype).requires_grad_(), o.shift.to(dtype)
         before = F.batch_norm(x, None, None, weight, bias, training=True).requires_grad_()

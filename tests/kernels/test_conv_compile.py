@@ -48,7 +48,7 @@ USES = (
 
 
 def launches(n: ConvProblem, use: str, tile: Tile | None, dtype: torch.dtype = torch.bfloat16) -> list[Launch]:
-    """Return the launches of one conv_fprop. By default the tile is that of an H200."""
+    """Return the launches of one conv_fprop. tile: None for the one that is chosen on an H200."""
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -78,7 +78,7 @@ def stem_launches(
 ) -> list[Launch]:
     """Return the launches of the stem's forward pass or, for use "wgrad", of its filter gradient.
 
-    By default the tile is that of an H200.
+    tile: None for the one that is chosen on an H200.
     """
     filters = pack_filters(torch.empty(n.K, n.R, n.S, n.C, dtype=dtype, device="meta"))
     vector = torch.empty(n.K, device="meta") if "shift" in use else None
@@ -239,7 +239,7 @@ def test_stem(use: str) -> None:
     ],
 )
 def test_stem_by_pointers(use: str, sm: int, most: int) -> None:
-    """Windows and dz are copied asynchronously into shared memory, 16 bytes at a time. most: the number of tiles."""
+    """Windows and dz are copied asynchronously into shared memory, 16 bytes at a time. most: of how many tiles."""
     for tile in stem_tiles_of(STEM, use, sm, itemsize=2)[:most]:
         (launch,) = (one for one in stem_launches(STEM, use, tile=tile) if one.fn.__name__.startswith("stem_"))
         binary = launch.compile(sm)
@@ -250,7 +250,7 @@ def test_stem_by_pointers(use: str, sm: int, most: int) -> None:
 
 
 def stem_tiles_of(n: ConvProblem, use: str, sm: int, itemsize: int) -> list[Tile]:
-    """Return the candidate tiles for pointers, one per program (tiles that differ only in splits share one)."""
+    """Return the candidate tiles without TMA, one per binary (tiles that differ only in splits share a binary)."""
     gpu = GPUS[sm]
     if use == "wgrad":
         tiles = stem_wgrad_tiles(n, itemsize, gpu)

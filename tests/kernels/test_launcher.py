@@ -312,7 +312,8 @@ def add() -> Callable[..., Tensor]:
 def test_what_makes_a_launcher_run_in_full(add: Callable[..., Tensor]) -> None:
     """A launcher runs in full if shapes, dtypes, strides or alignments are new.
 
-    It also does for a new set of arguments, and if other arguments than before are one and the same tensor.
+    It also does if an argument is passed that was left out before, or if two arguments that were different tensors are
+    now the same one.
     """
     a, b = torch.arange(16.0), torch.ones(16)
 

@@ -224,7 +224,7 @@ def test_the_shipped_table_holds_what_was_measured() -> None:
 def test_the_nearest_batch_decides(pass_: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nearness is the ratio of batch sizes; of two equally near ones, the larger is taken.
 
-    Only N may differ, and an entry with a note is used for its own batch size only.
+    Only N may differ. An entry with a note, whose measurement failed, is used for its own batch size only.
     """
     at = {N: replace(PROBLEM, N=N) for N in (1, 8, 64, 512)}
     found = {N: Measurement("triton", replace(TILE, warps=N)) for N in at}
@@ -248,7 +248,10 @@ def test_the_nearest_batch_decides(pass_: str, monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize("pass_", ["infer", "fprop", "dgrad", "wgrad"])
 @pytest.mark.parametrize("tma", [False, True])
 def test_another_batch_gets_the_measured_program_with_its_own_sizes(pass_: str, tma: bool) -> None:
-    """For another batch size, box, splits and stages are those of a candidate for the problem itself."""
+    """For another batch size, the measured tile keeps its block sizes and warps.
+
+    Box, splits and stages are those of a candidate for the problem itself.
+    """
 
     def candidates(problem: ConvProblem) -> list[Tile]:
         if pass_ in ("infer", "fprop"):

@@ -391,7 +391,7 @@ def test_the_fused_entry_points_give_the_same(name: str) -> None:
 
 @pytest.fixture
 def ends(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
-    """Record the inputs of every block end (padded shortcut, addition, ReLU) that ran as one operation."""
+    """Record the shortcut's input at every block end (padded shortcut, addition, ReLU) that runs as one operation."""
     seen: list[Tensor] = []
 
     def end(y: Tensor, x: Tensor, stride: int) -> Tensor:

@@ -389,7 +389,7 @@ def test_a_stage_under_autocast_equals_its_blocks(
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("frozen", ["first", "both"])
 def test_frozen_stages_equal_their_blocks(frozen: str, training: bool) -> None:
-    """A stage without gradients still hands its pending output to the next stage."""
+    """A stage leaves the end of its last block to the next stage; it must also do so if it needs no gradients."""
     blocks = nn.ModuleList([Block("basic"), Block("bottleneck")]).double()
     blocks[0].requires_grad_(False).train(training)
     blocks[1].requires_grad_(frozen == "first").eval()

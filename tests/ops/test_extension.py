@@ -22,7 +22,7 @@ from fastres.ops import extension
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Return a cache folder that doesn't exist yet, in a process without earlier outcomes or environment variables."""
+    """Return a cache folder that doesn't exist yet; forget earlier builds and unset the variables that affect them."""
     for name in ("FASTRES_CUDA_EXT", "CXX", "CUDA_HOME", "CUDA_PATH"):
         monkeypatch.delenv(name, raising=False)
     folder = tmp_path / "cache"

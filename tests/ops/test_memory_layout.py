@@ -35,7 +35,7 @@ def test_an_input_is_copied_only_to_change_layout_or_dtype(
 
 
 def test_a_result_allows_in_place_operations() -> None:
-    """Autograd forbids them on a view that a custom function returns, so the result must not be marked as a view."""
+    """Autograd forbids changing a view that a custom function returns, so the result must not be marked as a view."""
     out = torch.zeros(1, 2, 2, 3)
     assert layout.nchw(out)._is_view()
     result = layout.unaliased(out)
@@ -100,8 +100,8 @@ def test_weights_on_other_devices_stay_there() -> None:
 
 
 def test_gradients_of_a_stage_are_cast_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One cast for each pair of dtypes gives the parameters' strides. Gradients that have the parameter's dtype are
-    returned unchanged."""
+    """There is one cast for each pair of dtypes, and its results have the parameters' strides. Gradients that have the
+    parameter's dtype are returned unchanged."""
     copied, copy_ = [], torch._foreach_copy_
     monkeypatch.setattr(torch, "_foreach_copy_", lambda to, given: copied.append(len(given)) or copy_(to, given))
     shapes = [(5, 3, 7, 7), (6, 5, 1, 1), (3, 1, 3, 3), (1, 1, 1, 1), (4,)]

@@ -77,7 +77,7 @@ NETS = {
     "plain-20": lambda: paper.cifar(20, residual=False),
     "bottleneck": Narrow,
 }
-# Launches of (normalize, backward_reduce) in one step, + those of the stem. normalize runs for each block that no 1x1
+# Launches of (normalize, backward_reduce) in one step: blocks + stem. normalize runs for each block that no 1x1
 # convolution follows. backward_reduce runs for each block that is followed by a block with option A's shortcut, or by
 # none that is fused with it. A stem with a pool has another kernel instead of normalize.
 PASSES = {
@@ -420,8 +420,8 @@ def test_stage_boundaries_work_with_checkpoints_and_saved_tensor_hooks() -> None
 
 
 def test_a_gradient_other_than_the_one_handed_over_loses_its_sums() -> None:
-    """`Boundary.take_back` must not return the sums of another tensor. If nothing was handed over, it returns no output
-    either."""
+    """`Boundary.take_back` must not return the sums of another tensor. If nothing was handed over, it returns None in
+    place of the output."""
     from fastres.ops.block import Boundary
     from fastres.ops.ends import Gradient
 

@@ -125,7 +125,7 @@ def test_images_per_second_are_of_the_time_spent_training(
 ) -> None:
     """Rates in log.csv and in the lines exclude evaluations, checkpoints and images of the process before a resumption.
 
-    The elapsed time includes all of them.
+    The elapsed time includes the time of all of them.
     """
     ticking(monkeypatch)
     with pytest.raises(SystemExit):
