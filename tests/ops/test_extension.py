@@ -226,7 +226,7 @@ def test_a_toolkit_of_another_major_version_is_refused(
         extension.build("cuda", ("90",))
 
 
-def test_two_processes_build_once(cache: Path, compiler: Callable[[str], Path]) -> None:
+def test_processes_build_once(cache: Path, compiler: Callable[[str], Path]) -> None:
     log = compiler("sleep 0.5; echo library > $out")
     context = multiprocessing.get_context("fork")
     processes = [context.Process(target=extension.build, args=("cpu",)) for _ in range(3)]
