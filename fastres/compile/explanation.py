@@ -21,7 +21,7 @@ from fastres.ops import dispatch
 class Explanation:
     """What the backend "fastres" rewrites in a model and what it leaves. `str()` gives a table."""
 
-    findings: tuple[Finding, ...]
+    findings: tuple[Finding, ...]  # in the order of the graphs
     graphs: int  # number of graphs that Dynamo makes of the model
     graph_breaks: Mapping[str, int] = field(default_factory=dict)  # reason -> number of breaks
     here: str | None = None  # why nothing is rewritten on this device; None if the backend does rewrite here

@@ -37,12 +37,12 @@ BN_ARGUMENTS = defaults(F.batch_norm)
 
 
 def value(node: Any) -> Any:
-    """Return the result of `node` when the graph was traced; None if that is unknown or `node` is not an fx.Node."""
+    """Return the result that `node` had during tracing; None if it is unknown or `node` is not an fx.Node."""
     return node.meta.get("example_value") if isinstance(node, fx.Node) else None
 
 
 def arguments(node: fx.Node, parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the argument that `node` passes for each parameter, or its default.
+    """Return parameter name -> the argument that `node` passes for it, or else its default.
 
     parameters: the parameter names of the node's function in order, each with its default.
     """
@@ -52,7 +52,7 @@ def arguments(node: fx.Node, parameters: Mapping[str, Any]) -> dict[str, Any]:
 def argument(node: fx.Node, name: str) -> Any:
     """Return the argument that `node` passes for the parameter `name`.
 
-    None if the node passes none, or if it does not call a Python function.
+    None if the node doesn't pass it, or if the node does not call a Python function.
     """
     if not inspect.isfunction(node.target):
         return None
@@ -77,7 +77,7 @@ def addends(node: Any) -> tuple[fx.Node, fx.Node] | None:
 
 
 def only_user(node: Any) -> Any:
-    """Return the only node that reads `node`; None if there are more or none."""
+    """Return the node that reads `node`; None unless there is exactly one."""
     return next(iter(node.users)) if isinstance(node, fx.Node) and len(node.users) == 1 else None
 
 

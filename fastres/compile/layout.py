@@ -33,7 +33,7 @@ def _channels_last(graph: fx.Graph, node: fx.Node) -> fx.Node:
 
 
 class Layout:
-    """Tracks the nodes that were replaced, and the nodes that are channels_last now but were not when traced."""
+    """Tracks the nodes that were replaced, and the nodes whose memory format may differ from the traced one."""
 
     def __init__(self, graph: fx.Graph) -> None:
         self._graph = graph
@@ -46,10 +46,7 @@ class Layout:
         return self._replacements.get(node, node)
 
     def operand(self, node: fx.Node, dtype: torch.dtype) -> fx.Node:
-        """Return `node` in `dtype` and channels_last, inserting a cast or a copy if needed.
-
-        At most one copy of the value is made; it is also the tensor that the operator saves for backward.
-        """
+        """Return `node` in `dtype` and channels_last, inserting a cast or a copy if needed."""
         node = self.current(node)
         if value(node).dtype != dtype:
             node = self._graph.call_function(_aten.to.dtype, (node, dtype))
@@ -64,7 +61,7 @@ class Layout:
         self._replacements[node] = result
 
     def gives_channels_last(self, result: fx.Node) -> None:
-        """Register `result` as an operator's output, which is channels_last whatever its traced format was."""
+        """Register `result` as an operator's output, which is channels_last in any case."""
         self._results.add(result)
         _, c, h, w = value(result).shape
         # Compare strides: a tensor with one channel or one pixel has both memory formats, but not both strides.

@@ -136,9 +136,10 @@ class PaddedSum(NamedTuple):
 def search(
     graph: fx.Graph, example_inputs: Sequence[Any], *, always: bool
 ) -> tuple[list[Match], list[PaddedSum], list[Finding]]:
-    """Return what fastres's operators can replace in `graph`, and a finding for each match or layer in graph order.
+    """Return (matches, padded sums, findings): all that operators can replace in `graph`, and what to report.
 
-    always: also match on devices without kernels. Placeholders without an example value get theirs from
+    There is a finding for each match and padded sum, and for each convolution, BatchNorm or add-ReLU outside them, in
+    graph order. always: also match on devices without kernels. Placeholders without an example value get theirs from
     `example_inputs`.
     """
     for node, example in zip(graph.find_nodes(op="placeholder"), example_inputs, strict=False):
@@ -213,7 +214,7 @@ def _why_unserved(z: Tensor, always: bool) -> str | None:
 
 
 def _number(sizes: Any) -> int | None:
-    """Return the int of a size that is given once or for height and width; None if the two differ or are no ints."""
+    """Return a size, one int or a list for height and width, as one int; None if the two differ or are no ints."""
     values = set(sizes) if isinstance(sizes, (tuple, list)) else {sizes}
     number = values.pop()
     return number if not values and isinstance(number, int) else None
@@ -252,7 +253,7 @@ def _pair(bn: fx.Node) -> Pair | str:
 
 
 def _share_statistics(pairs: Sequence[Pair], another: Pair) -> bool:
-    """Return whether one BatchNorm updates running statistics that another reads or updates.
+    """Return whether `another` and one of `pairs` share running statistics that one of the two updates.
 
     Such pairs can't be in one match, because one operator call does not keep the order of the two accesses.
     """
@@ -260,7 +261,7 @@ def _share_statistics(pairs: Sequence[Pair], another: Pair) -> bool:
 
 
 def _open_matches(pairs: Sequence[Pair]) -> list[Match]:
-    """Join pairs with nothing but a ReLU between them to matches. Their ends are set by `_with_ends`."""
+    """Join consecutive pairs with only a ReLU between them into matches. `_with_ends` sets what follows each match."""
     matches = []
     by_result: dict[Any, Match] = {}
     for pair in pairs:
@@ -424,7 +425,9 @@ def _obstacle(
 
 
 def _sharing_statistics(graph: fx.Graph, matches: Sequence[Match]) -> list[Match]:
-    """Return the matches that update running statistics read outside all matches, or use ones written there.
+    """Return the matches that must not be replaced because nodes outside all matches use their running statistics.
+
+    These are the matches that update statistics which such a node reads, or use statistics which such a node writes.
 
     A BatchNorm outside the matches saves its running statistics for backward, and autograd raises an error if a match
     then updates them in place. If a node outside the matches writes into them, eager's backward reads the written

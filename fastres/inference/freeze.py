@@ -41,7 +41,8 @@ def optimize(
     tensor and consists of supported operations (the error for an unsupported operation lists them). It is not changed.
 
     The returned module takes x [N, C, H, W] of any floating dtype, in any memory format, on the device of the weights,
-    and returns a tensor in `dtype`. Equivalent to, up to rounding:
+    and returns a tensor in `dtype` (in bfloat16 for float8, in float32 for int8). Equivalent to, up to rounding and,
+    for float8 and int8, quantisation:
 
         frozen = copy.deepcopy(model).to(dtype)
         with torch.no_grad():
@@ -54,7 +55,7 @@ def optimize(
         engines are chosen, kernels are compiled, and on a GPU a CUDA graph is captured.
     dtype: bfloat16, float16, float32 or float64; float8_e4m3fn on GPUs of compute capability 8.9 and above; int8 on
         x86-64 CPUs with AVX512-VNNI. Default: the dtype of the model's convolutions.
-    cuda_graph: on a GPU, replay one CUDA graph per input shape. The last 8 shapes are kept.
+    cuda_graph: on a GPU, replay one CUDA graph per input shape. The 8 shapes that were used last are kept.
     torchscript: on a CPU, let TorchScript compile the plan for an input shape after ten calls with that shape, or
         immediately for `example` and `ready`. The compiled plan is used if it is faster than running step by step. In
         float32 and bfloat16 it is a oneDNN graph, whose results may differ from those of the steps in the last bits. In
@@ -72,10 +73,10 @@ def optimize(
     convolutions run in 8 bits, and the classifier, all other steps and the result are in float32. Under
     `backend("reference")` both dtypes are simulated on any device.
 
-    On an x86-64 CPU, oneDNN computes each convolution with its bias, addition and ReLU in one call: in float32, in int8
-    and, if the CPU has the instructions, in bfloat16 and float16. Images with NaN or infinity give the same result as
-    in PyTorch, except that in int8 their result is NaN. In float32 and bfloat16 one difference remains: if an
-    activation overflows inside the net and becomes NaN, oneDNN's ReLU turns the NaN into 0.
+    On an x86-64 CPU, oneDNN computes each convolution, with the bias, the addition of the residual and the ReLU after
+    it, in one call: in float32, in int8 and, if the CPU has the instructions, in bfloat16 and float16. Images with NaN
+    or infinity give the same result as in PyTorch, except that in int8 their result is NaN. In float32 and bfloat16 one
+    difference remains: if an activation overflows inside the net and becomes NaN, oneDNN's ReLU turns the NaN into 0.
 
     The first call of the net (`optimize` itself, if `example` is given) also compares the plan with the model, both in
     float64 on the CPU, on random images of the input's size. A float8 or int8 net is compared before it is quantised.
@@ -180,7 +181,10 @@ def _dtype(model: nn.Module, steps: Iterable[Step]) -> torch.dtype:
 
 
 def _require_engine(dtype: torch.dtype, device: torch.device) -> None:
-    """Raise ValueError if no engine computes convolutions in `dtype`, float8_e4m3fn or int8, on `device`."""
+    """Raise ValueError if no engine computes convolutions in `dtype`, float8_e4m3fn or int8, on `device`.
+
+    Under `backend("reference")`, which simulates both dtypes on any device, nothing is raised.
+    """
     if dispatch.wants_reference():
         return
     reason = None

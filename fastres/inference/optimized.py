@@ -1,8 +1,8 @@
 """`Optimized`: the module that `optimize` returns. It stores the folded weights and one bound program per input shape.
 
 BatchNorm is folded into the weights once, in float64. For each input shape, the steps of the plan are bound to the
-engines that `fastres.ops.dispatch` chooses. On a GPU the bound program is then captured as a CUDA graph, which later
-calls with that shape replay.
+engines that `fastres.ops.dispatch` chooses. On a GPU the bound program is then captured as a CUDA graph (unless
+`cuda_graph` is False), which later calls with that shape replay.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ SPECIALISED_AFTER = 10  # calls with one shape on a CPU, after which it is worth
 # Limit on the bytes of all values alive at the same time on a CPU: about the size of a large cache. It also keeps each
 # value small enough for glibc's heap, which reuses freed memory (see `onednn.HEAP_BLOCK`).
 MAX_ALIVE_BYTES = 32 * 2**20
-FIRST_SLICE = 4  # images in the first slice of a new image size, which shows how many bytes one image takes
-_MAX_COMPARED = 16  # most images in the comparison with the model, if the model accepts only its caller's batch size
+FIRST_SLICE = 4  # images of a new size that run first, to learn how many bytes one image takes
+_MAX_COMPARED = 16  # largest batch in the comparison with the model, if the model fails on a batch of two
 # Attributes that are rebuilt after a copy or an unpickling instead of being stored.
 _DERIVED = {"_lock", "_programs", "_image_bytes", "_folded", "_packings", "_layers", "_unbound", "_weight"}
 _DERIVED |= {"_last_use", "_graph_memory"}  # on a GPU
@@ -45,12 +45,13 @@ def batch_inputs(batches: Iterable[Any]) -> Iterator[Tensor]:
 class Optimized(nn.Module):
     """The module that `optimize` returns. It has a copy of the model's submodules, parameters and buffers.
 
-    Its `state_dict` therefore has the model's names and shapes. Loading a whole state dict of the model folds the
-    weights again, and so does moving the net to another device. Loading into a submodule or writing into a weight has
-    no effect on the results. deepcopy and pickle work.
+    Its `state_dict` therefore has the model's names and shapes. Calls compute with the folded weights. Loading a whole
+    state dict of the model folds the weights again, and so does moving the net to another device. Loading into a
+    submodule or writing into a weight does not fold them, so the results stay the same. deepcopy and pickle work.
 
-    A bound program is cached per input shape, `backend` in force and numerical switches of PyTorch (TF32, cuDNN,
-    deterministic algorithms; on a CPU also oneDNN and the number of threads).
+    Bound programs are cached. The key is the input shape, the `backend` in force, and the switches of PyTorch that
+    affect the arithmetic: on a GPU TF32, cuDNN and deterministic algorithms, on a CPU oneDNN, the number of threads and
+    deterministic algorithms.
     """
 
     dtype: torch.dtype
@@ -68,8 +69,9 @@ class Optimized(nn.Module):
     ) -> None:
         """Adopt the modules, parameters and buffers of `model` without copying them, freeze them, and fold the weights.
 
-        steps: the plan. output: the name of the value that the plan returns. dtype: of all steps that are not
-        quantised, and of the result. compared: whether to compare the plan with `model` before the first result.
+        steps: the plan. output: the name of the value that the plan returns. dtype: the dtype of all steps that are
+        not quantised, and of the result. cuda_graph, torchscript: as for `optimize`. compared: whether to compare the
+        plan with `model` before the first result.
         """
         super().__init__()
         self._uncompared = (model if compared else None,)  # in a tuple, so that it does not become a submodule
@@ -87,9 +89,9 @@ class Optimized(nn.Module):
         self._reset()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the model's output for x [N, C, H, W] in `self.dtype`.
+        """Return the model's output, in `self.dtype`, for x [N, C, H, W].
 
-        x has any floating dtype and memory format and is on the device of the weights. Raises TypeError for another
+        x has any floating dtype and memory format and is on the device of the weights. Raises TypeError for any other
         dtype, ValueError for another number of dimensions or another device.
         """
         x = self._checked(x)
@@ -101,8 +103,8 @@ class Optimized(nn.Module):
     def ready(self, example: Tensor) -> None:
         """Prepare the net for inputs of `example`'s shape, so that the next call with this shape runs at full speed.
 
-        Engines are chosen and kernels compiled. On a GPU a CUDA graph is captured; on a CPU TorchScript compiles the
-        plan now instead of after ten calls.
+        Engines are chosen and kernels compiled. On a GPU a CUDA graph is captured, if `cuda_graph` is True. On a CPU
+        TorchScript compiles the plan now instead of after ten calls, if `torchscript` is True.
         """
         self(example)
         if not example.is_cuda:
@@ -113,7 +115,7 @@ class Optimized(nn.Module):
         """Return a table of the plan's steps: layer, output shape, engine, and the reason for that engine.
 
         shape: describe the plan for inputs of this shape [N, C, H, W]; by default, the plan that was used last. Raises
-        ValueError if there is no such plan yet.
+        ValueError if the net has not been called with such an input yet.
         """
         with self._lock:
             programs = [p for key, p in self._programs.items() if shape is None or key[0] == tuple(shape)]
@@ -153,7 +155,8 @@ class Optimized(nn.Module):
         return f"optimized {self._model_name}, dtype={self.dtype}"
 
     def observed(self, x: Tensor, observer: Callable[[str, Any], None]) -> Tensor:
-        """Return `forward(x)`, run without a CUDA graph, and call `observer(name, value)` for every value of the plan.
+        """Return `forward(x)`, run step by step, and call `observer(name, value)` for the input and
+        each output of each step.
 
         Later steps may overwrite a value in place, so the observer must copy what it keeps.
         """
@@ -164,14 +167,14 @@ class Optimized(nn.Module):
     def _reset(self) -> None:
         self._lock = threading.RLock()
         self._programs: OrderedDict[Any, Program] = OrderedDict()
-        self._image_bytes: dict[Any, float] = {}  # image size (C, H, W) -> peak bytes of values alive, per image
+        self._image_bytes: dict[Any, float] = {}  # image size (C, H, W) -> peak bytes per image
         self._fold()
 
     def _fold(self) -> None:
         self._drop_programs()
         self._folded: dict[str, folded.Folded] = {}
         self._packings = onednn.Packings()
-        self._layers: dict[str, Any] = {}  # path -> module or tensor that an ATen step uses, in `dtype`
+        self._layers: dict[str, Any] = {}  # path -> module or tensor that an `Aten` step uses, in `dtype`
         for step in self._steps:
             if isinstance(step, Aten):
                 self._convert(step)
@@ -180,7 +183,8 @@ class Optimized(nn.Module):
         self._unbound = self._new_program()
         self._weight = next(iter(self._folded.values())).w
         if self._weight.is_cuda:
-            # The last use of the weights or of a graph's static buffers; every call waits for it on its own stream.
+            # Recorded after the fold and after each replay. The stream of every call waits for it, because the call
+            # uses the same weights and, in a replay, the graph's static input and output.
             self._last_use = torch.cuda.Event()
             self._last_use.record(torch.cuda.current_stream(self._weight.device))
             self._graph_memory = _new_graph_memory(self._weight.device)
@@ -244,20 +248,26 @@ class Optimized(nn.Module):
         self._reset()
 
     def _checked(self, x: Tensor) -> Tensor:
-        """Return x as a plain tensor. Raise TypeError or ValueError if the net can't take it."""
+        """Return x, unwrapped if it is a tensor subclass that only carries metadata.
+
+        Raises TypeError or ValueError if the net can't take x.
+        """
         if not isinstance(x, Tensor) or not x.is_floating_point():
             raise TypeError(f"the input must have a floating dtype, got {getattr(x, 'dtype', type(x))}")
         if x.dim() != 4:
             raise ValueError(f"the input must be [N, C, H, W], got shape {list(x.shape)}")
         if x.device != self._weight.device:
             raise ValueError(f"the net is on {self._weight.device}, but the input is on {x.device}")
-        # Unwrap a subclass that only carries metadata, such as torchvision.tv_tensors.Image. Keep one that changes what
-        # operations do.
+        # torchvision.tv_tensors.Image, for example, only carries metadata. A subclass with its own __torch_dispatch__
+        # changes what operations do, so it stays.
         carries = type(x) is not Tensor and type(x).__torch_dispatch__ is Tensor.__torch_dispatch__
         return x.as_subclass(Tensor) if carries else x
 
     def _run_recorded(self, x: Tensor) -> Tensor:
-        """Return the output for x [N, C, H, W], computed by PyTorch operations only. The sizes of x may be symbolic."""
+        """Return the output for x [N, C, H, W], computed by PyTorch operations only. The sizes of x may be symbolic.
+
+        Raises RuntimeError for a float8 or int8 net.
+        """
         if small := self._small_dtype():
             raise RuntimeError(
                 f"this {small} net can't be traced, exported, compiled or transformed; to do so, optimize the original "
@@ -270,7 +280,7 @@ class Optimized(nn.Module):
         return nhwc(x.to(self.dtype, memory_format=torch.channels_last))
 
     def _program_for(self, x: Tensor) -> tuple[Program, Tensor | None]:
-        """Return the bound program for inputs like x, and its output for x if it was bound in this call (else None).
+        """Return the bound program for inputs like x, and its output for x if this call had to bind it (else None).
 
         The caller must hold the lock.
         """
@@ -304,9 +314,9 @@ class Optimized(nn.Module):
         """Raise ValueError if the plan and the original model give different outputs.
 
         Both run on the CPU in float64, where only rounding may differ, on random images of x's size (C, H, W). The
-        batch has two images (one if x has one). If the model fails on it, x's own batch size is tried, at most 16. If
-        the model fails again, nothing is compared. Later calls skip the comparison once it has passed or proved
-        impossible. An empty x, or one under CUDA graph capture, postpones it.
+        batch has two images (one if x has one). If the model raises an exception for it, the batch size of x is tried,
+        limited to 16. If the model fails again, nothing is compared. Later calls skip the comparison once it has passed
+        or proved impossible. An empty x, or one under CUDA graph capture, postpones it.
         """
         (original,) = self._uncompared
         if original is None or not _is_plain(x):
@@ -335,7 +345,7 @@ class Optimized(nn.Module):
         self._uncompared = (None,)
 
     def _on_cpu(self, x: Tensor, specialises_after: int = SPECIALISED_AFTER) -> Tensor:
-        """Return the output for x on a CPU. specialises_after: calls with a shape before TorchScript compiles it."""
+        """Return the output for x on a CPU. specialises_after: calls with a shape before `Program.specialise` runs."""
         plain, fused = _is_plain(x), dispatch.optimizes_by_onednn(self.dtype, x.device)
         x = x.to(self.dtype)  # may overflow to infinity, so check afterwards
         finite = not plain or bool(x.sum(dtype=torch.float32).isfinite())

@@ -1,10 +1,12 @@
 """The static plan of a net for inference: its steps, and the passes that merge and quantise them.
 
 `fuse` merges a convolution with the BatchNorm, the addition of a residual and the ReLU after it. `quantise` makes
-convolutions read and write 8 bits. `fuse_chains` merges three convolutions of a bottleneck that one kernel may compute.
+convolutions read and write 8 bits. `fuse_chains` merges three successive convolutions, from two neighbouring
+bottlenecks, that one kernel may compute.
 
 Every step names the values that it reads and writes. Each value is written once: an in-place operation of the model
-writes a new value here. A step may therefore move anywhere between its inputs and the first step that reads its output.
+writes a new value here. A step may therefore move anywhere between the steps that write its inputs and the first step
+that reads its output.
 """
 
 from __future__ import annotations
@@ -94,14 +96,17 @@ class _WritesOne:
 
 @dataclass(frozen=True)
 class Aten(_WritesOne):
-    """A step that PyTorch computes on NCHW views, by a module or a function."""
+    """A step that is one PyTorch module or function, whose 4-D inputs are NCHW.
+
+    Some modules, such as max pools and linear layers, may run on another engine.
+    """
 
     name: str  # the module's path, or the name of the function's node
     kind: str  # "module", "norm" (a BatchNorm not folded into a convolution), or a key of FUNCTIONS
     args: tuple[Any, ...]
     out: str
     kwargs: Mapping[str, Any] = field(default_factory=dict)
-    selects: bool = False  # True for a max pool: it only selects input elements, so int8 values pass unchanged
+    selects: bool = False  # True for a max pool: it only selects input elements, so it works on int8 values as well
 
     @property
     def reads(self) -> tuple[str, ...]:
@@ -120,9 +125,10 @@ class Pair:
 class Conv(_WritesOne):
     """out = [relu](conv(x, w) + shift + residual), with w and shift folded from `pair`.
 
-    absorbed: the projection on the residual whose shift is added here. The projection (`bare`) then adds no shift,
-        which saves a pass over its output.
-    quantised: how x, residual and out are stored, if the convolution is float8 or int8.
+    x, residual, out: names of values.
+    absorbed: the projection that computes the residual, if this step adds its shift too; else None.
+    bare: whether this step is such a projection. It then adds no shift, which can save a pass over its output.
+    quantised: how x, residual and out are stored, if the convolution is float8 or int8; else None.
     """
 
     pair: Pair
@@ -206,7 +212,7 @@ def unchained(steps: Iterable[Step]) -> list[Step]:
 
 
 def mapped(tree: Any, function: Callable[[Any], Any]) -> Any:
-    """Return `tree`, nested tuples, lists, dicts and slices, with `function` applied to its leaves."""
+    """Return `tree` (nested tuples, lists, dicts and slices) with each leaf replaced by `function(leaf)`."""
     if isinstance(tree, (tuple, list)):
         return (tuple if isinstance(tree, tuple) else list)(mapped(item, function) for item in tree)
     if isinstance(tree, Mapping):
@@ -231,10 +237,10 @@ def readers(steps: Iterable[Step], output: str) -> Counter[str]:
 
 
 def overwritable(steps: Sequence[Step], output: str) -> set[str]:
-    """Return the outputs that a convolution may write in place, over its residual.
+    """Return the names of the outputs that a convolution may write in place, over its residual.
 
-    That is safe if the residual was written by a step that always allocates its output, if no other value may alias
-    it, and if no later step or caller reads it.
+    That is safe if the residual was written by a step that never returns a view of its input, if no other value may
+    alias it, and if neither the convolution itself (as x), nor a later step, nor the caller reads it.
     """
     owned = {step.out for step in steps if not isinstance(step, Chain) and not _may_share(step)} - {output}
     for step in steps:
@@ -274,7 +280,7 @@ def _aten_by_image(step: Aten, model: nn.Module, layer: nn.Module | None, reads_
     layer: the module that it calls, if any. reads_flat: whether an input may have lost dimensions.
     """
     tensors = [leaf for leaf in leaves((step.args, step.kwargs)) if isinstance(leaf, ModelTensor)]
-    # A step that reads only model tensors gives one result, whatever the batch size.
+    # A step that reads model tensors but no value of the plan gives one result for the whole batch.
     if tensors and not (step.kind in ARITHMETIC and step.reads and all(_is_one_for_all(t, model) for t in tensors)):
         return False
     rest, named = step.args[1:], step.kwargs
@@ -295,7 +301,7 @@ def _aten_by_image(step: Aten, model: nn.Module, layer: nn.Module | None, reads_
 
 
 def _is_one_for_all(argument: ModelTensor, model: nn.Module) -> bool:
-    """Return whether a model tensor has no batch dimension, so that it broadcasts over the images."""
+    """Return whether a model tensor has no batch dimension, or one of size 1, so that it broadcasts over the images."""
     tensor = argument.of(model)
     return tensor.dim() < 4 or (tensor.dim() == 4 and len(tensor) == 1)
 
@@ -315,7 +321,7 @@ def fuse(steps: Sequence[Step], output: str, *, absorb: bool = True) -> list[Ste
     """Merge BatchNorm, the addition of a residual and ReLU into the convolution before them.
 
     A step is merged only if it is the only reader of the convolution's output. absorb: let the convolution that adds a
-    projection also add the projection's shift. That saves a pass, but without its shift the projection's output may
+    projection also add the projection's shift. That can save a pass, but without its shift the projection's output may
     have a wider range, which matters for int8.
     """
     uses = readers(steps, output)
@@ -349,7 +355,9 @@ def _merges(step: Aten, plan: Mapping[str, Step], uses: Counter[str]) -> Iterato
 def _absorb_shifts(steps: list[Step], output: str) -> list[Step]:
     """Move the shift of each projection to the convolution that adds the projection as its residual.
 
-    Projections that have another reader, a ReLU or a residual keep their shift, and so do those that broadcast.
+    A projection here is a convolution whose output another convolution adds. It keeps its shift if its output has
+    another reader, if it has a ReLU or a residual, or if the numbers of output channels differ, so that one of the two
+    outputs broadcasts.
     """
     uses, plan = readers(steps, output), {step.writes[0]: step for step in steps}
     for step in steps:
@@ -401,7 +409,8 @@ def quantise(
 
     In int8 every convolution reads and writes 8 bits, and a max pool between two of them stays in 8 bits. In float8
     every ungrouped convolution except the net's first reads float8, and it writes float8 if another such convolution
-    reads its output. All other steps keep their dtype. `Convert` steps are inserted between the two kinds.
+    reads its output. All other steps keep their dtype. A `Convert` step is inserted wherever a step reads a value that
+    is stored in the other form.
 
     ranges: the range (lower, upper) of each value. A convolution that reads a value without a range stays as it is.
     """

@@ -51,7 +51,7 @@ class Bound:
     call: Callable[..., Sequence[Any]]  # the values that the step reads -> the values that it writes
     shape: tuple[int, ...] = ()  # of the first value written, as NCHW
     bytes: int = 0  # of the first value written
-    dies: tuple[str, ...] = ()  # values that no later step reads
+    dies: tuple[str, ...] = ()  # values that no later step reads, dropped after this step
 
     def __post_init__(self) -> None:
         self.reads, self.writes = self.step.reads, self.step.writes  # stored, because a step's property recomputes them
@@ -86,7 +86,7 @@ class Program:
         """weights: the folded weights of each convolution, by the name of its output.
 
         layers: the modules and model tensors of ATen steps, by path. dtype: of all values that are not quantised.
-        packings: oneDNN's packed weights, which all programs with the same weights share.
+        packings: oneDNN's packed weights, which all programs with the same weights share; None to start without any.
         """
         self.steps, self.output, self.dtype = steps, output, dtype
         self.weights, self.layers, self.packings = weights, layers, packings or onednn.Packings()
@@ -98,10 +98,10 @@ class Program:
         self.compiled: Compiled | None = None
         self.why_not_compiled: str | None = None
         self.calls, self.specialised = 0, False
-        self.shares_packings = False  # whether int8 weights were packed by a program for another batch size
+        self.shares_packings = False  # whether another program, e.g. for another batch size, packed int8 weights
 
     def bind(self, x: Tensor) -> Tensor:
-        """Choose an engine for every step while computing the output for x [N, H, W, C]; return that as `run` does."""
+        """Choose an engine for every step while computing the output for x [N, H, W, C]; return it like `run`."""
         unread = readers(self.unchained, self.output)
         values: dict[str, Any] = {INPUT: x}
         for step in self.steps:
@@ -144,7 +144,10 @@ class Program:
         return values[wanted]
 
     def most_bytes(self) -> int:
-        """Return the peak size in bytes of the values that are alive at the same time, without the input."""
+        """Return the peak size in bytes of the values that are alive at the same time.
+
+        The input and the second output of a chain are not counted.
+        """
         alive: dict[str, int] = {}
         most = 0
         for bound in self.bound:
@@ -163,9 +166,10 @@ class Program:
         return answer.clone() if self.borrows else answer
 
     def specialise(self, x: Tensor, script: bool) -> None:
-        """Do the work that pays off only for a shape that is used often: that of x [N, H, W, C].
+        """Do the work that pays off only if inputs with the shape of x [N, H, W, C] come often.
 
-        Pack int8 weights for this shape alone. With `script`, also let TorchScript compile the steps.
+        Pack the int8 weights again for this shape if they are shared with programs for other shapes. With `script`,
+        also let TorchScript compile the steps.
         """
         self.specialised = True
         if self.shares_packings:
@@ -224,10 +228,10 @@ class Program:
         return Compiled(lambda x: graph(_canonical(nchw(x))), len(self.bound), self.output, "as a oneDNN graph")
 
     def _script_steps(self, x: Tensor, int8: Sequence[quantised.ByOneDNN]) -> Compiled:
-        """Compile the steps before the first floating-point step of oneDNN.
+        """Compile the steps before the first floating-point step that runs on oneDNN.
 
-        TorchScript can't hold the weights of such a step, because they have oneDNN's own layout. Raises ValueError if
-        the rest needs more than the last value of the compiled steps.
+        TorchScript can't store the weights of such a step, because they have oneDNN's own layout. Raises ValueError if
+        the remaining steps read more than the last value of the compiled steps.
         """
         steps = next((i for i, bound in enumerate(self.bound) if bound.engine == "onednn"), len(self.bound))
         head, rest = self.bound[:steps], self.bound[steps:]
@@ -248,7 +252,8 @@ class Program:
     def _why_steps_serve(self, compiled: Compiled, x: Tensor, want: Tensor, allowed: float) -> str | None:
         """Return why running step by step is better than `compiled`; None if it is not.
 
-        want: the output of the steps for x. allowed: the largest relative difference of the two outputs.
+        want: the output for x when running step by step. allowed: the largest accepted relative difference between the
+        two outputs.
         """
         difference = _relative_distance(self._run_compiled(compiled, x), want)
         if not difference <= allowed:
@@ -336,9 +341,9 @@ class Program:
         return layer if layer is not None else FUNCTIONS[step.kind]
 
     def _bind(self, step: Step, values: dict[str, Any]) -> Iterator[Bound]:
-        """Bind and run `step`, adding its results to `values`. Yield the bound step.
+        """Bind and run `step`, add its results to `values`, and yield the bound step.
 
-        A chain that is not to run as one kernel is bound as its three convolutions.
+        A chain that does not run as one kernel yields three bound steps, one for each of its convolutions.
         """
         why = self._why_chained(step, *(values[name] for name in step.reads)) if isinstance(step, Chain) else None
         for single in unchained([step]) if why is None else (step,):
@@ -412,7 +417,10 @@ class Program:
         return _bind_candidate(step, candidate, engines, (x, residual) if added else (x,))
 
     def _scales(self, grids: Quantised | None) -> dict[str, Any]:
-        """Return the arguments of fastres's kernel that describe the quantisation grids of a float8 convolution."""
+        """Return the arguments of fastres's kernel that describe the quantisation grids of a float8 convolution.
+
+        {} for None, a convolution that is not quantised.
+        """
         if grids is None:
             return {}
         out = (1.0, self.dtype) if grids.out is None else (1 / grids.out.scale, FLOAT8)
@@ -478,7 +486,10 @@ def _bind_candidate(
     """Return `step` bound to `candidate` or to one of its fallbacks, and its results for `inputs`.
 
     A fallback is taken if the candidate raises RuntimeError, or if it is timed and found slower. Out-of-memory errors
-    are not caught. engines: builds the call, by the engine's name or by the dtype in which 8 bits are simulated.
+    are not caught.
+
+    engines: functions that build the call. The key is the engine's name or, if the step simulates 8 bits, the dtype in
+    which it computes.
     """
     error = ""
     while True:
@@ -501,7 +512,7 @@ def _bind_candidate(
     return Bound(step, candidate.engine, why, call), results
 
 
-_fused_times: dict[Any, list[float]] = {}  # facts of `_faster_fused` -> microseconds of (fused, separate)
+_fused_times: dict[Any, list[float]] = {}  # `facts` of `_faster_fused` -> microseconds of [fused, separate]
 
 
 def _faster_fused(
@@ -509,8 +520,9 @@ def _faster_fused(
 ) -> tuple[bool, str]:
     """Return whether cuDNN's fused convolution is at least as fast as separate passes, and the measured times as text.
 
-    The two are timed once per process and `facts`, all that the times may depend on. Nothing is timed during a capture
-    or for an empty input, or if the separate passes fail: then the fused convolution is used.
+    fused: the convolution with shift, residual and ReLU in one call. separate: the convolution, then a pass for these.
+    facts: everything that the times may depend on; each `facts` is timed once per process. Nothing is timed during a
+    capture, for an empty input, or if `separate` fails: the result is then True.
     """
     if facts not in _fused_times:
         if torch.cuda.is_current_stream_capturing() or not inputs[0].numel():
@@ -527,7 +539,7 @@ def _faster_fused(
 def _microseconds(calls: Sequence[Callable[[], Any]], device: torch.device) -> list[float]:
     """Return the GPU time of each call in microseconds: the fastest of three runs, with the calls interleaved.
 
-    All calls must have run before.
+    Each call must have run before, so that nothing is compiled during the timing.
     """
     spans: list[list[tuple[torch.cuda.Event, torch.cuda.Event]]] = [[] for _ in calls]
     with torch.cuda.device(device):
@@ -543,7 +555,7 @@ def _microseconds(calls: Sequence[Callable[[], Any]], device: torch.device) -> l
 
 
 def _as_values(call: Callable[..., Tensor], *inputs: Tensor, **static: Any) -> tuple[Tensor]:
-    """Return the result of `call` as the tuple of values that a bound step returns."""
+    """Return the result of `call` in a tuple, because a bound step returns a tuple of the values that it writes."""
     return (call(*inputs, **static),)
 
 
@@ -583,7 +595,7 @@ def _relative_distance(y: Tensor, want: Tensor) -> float:
 def _seconds(calls: Sequence[Callable[[], Any]]) -> list[float]:
     """Return the wall time of each call on a CPU in seconds: the faster of two runs, with the calls interleaved.
 
-    All calls must have run before.
+    Each call must have run before, so that nothing is compiled during the timing.
     """
     spans: list[list[float]] = [[] for _ in calls]
     for _ in range(2):

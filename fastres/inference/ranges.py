@@ -14,10 +14,10 @@ _BINS = 8192  # histogram bins on each side of 0
 class Ranges:
     """The range of each named value: its minimum and maximum, or a range that leaves out the outermost elements.
 
-    percentile: this percentage of the elements is at most the upper end, and the same percentage is at least the lower
-    end. 100 gives the minimum and maximum. Below 100 the ends come from a histogram and are edges of its bins, which
-    are at most 1/4096 of the largest magnitude wide, so a range is too wide by at most that much at each end. Raises
-    ValueError if percentile is not above 0 and at most 100.
+    percentile: at least this percentage of the elements is at or below the upper end, and at least the same percentage
+    is at or above the lower end. 100 gives the minimum and maximum. Below 100 the ends come from a histogram and are
+    edges of its bins, which are at most 1/4096 of the largest magnitude wide, so a range is too wide by at most that
+    much at each end. Raises ValueError if percentile is not above 0 and at most 100.
     """
 
     def __init__(self, percentile: float) -> None:
@@ -62,7 +62,7 @@ class Ranges:
 
 
 class _Histogram:
-    """A histogram of 2 `_BINS` bins of equal width, centred on 0. The width doubles when a larger element comes."""
+    """A histogram of 2 `_BINS` bins of equal width, centred on 0. The width doubles when an element does not fit."""
 
     def __init__(self) -> None:
         self.reach = 0.0  # outer edge of the last bin; a power of two, so that all edges are exact
