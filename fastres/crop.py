@@ -2,7 +2,7 @@
 
 An image of 2x6000 pixels whose shorter side is resized to 256 has about 200 million pixels, of which a 224x224 crop
 shows 50,000. Up to `MOST_PIXELS` pixels, torchvision resizes the image and crops it. Beyond that, Pillow resizes only
-the part of the image that the crop shows; the result is the same as that of a crop of the whole resized image.
+the part of the image that the crop shows; its pixels differ by at most 1/255 from a crop of the whole resized image.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def resized_crop(image: Any, size: tuple[int, int], box: tuple[int, int, int, in
     """Resize `image` to `size`, (height, width), and return the crop `box`, (top, left, height, width).
 
     image: a Pillow image, a uint8 tensor [..., H, W], or any other type that torchvision's `resize` accepts. The result
-    has the same type. Equivalent to
+    has the same type. Equivalent to, up to differences of 1/255 beyond `MOST_PIXELS` pixels,
 
         tvf.crop(tvf.resize(image, size, antialias=True), *box)
     """

@@ -32,6 +32,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from fastres.ops import dispatch
 
 WARM_UPS = 2  # calls with the same `_signature` that run eagerly before the next one is recorded
+# Names of classes whose processes or devices wait for each other. Recorded models must not have them.
 SHARED = {"DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule", "DataParallel", "SyncBatchNorm"}
 PLAIN = {bool, int, float, str, type(None), torch.dtype}
 BOXES = {dict, OrderedDict, set, list}  # most attributes of a module; skipped, because a graph depends on none of them
@@ -61,7 +62,7 @@ def graphed(
     step: takes tensors on the model's device that do not require gradients. It returns a tensor, a tuple of tensors or
     None.
     model: the module that the step trains. Put several models into one `nn.ModuleList`.
-    optimizer, scaler: those that the step calls. SGD needs fused=True. Adam and similar optimizers need
+    optimizer, scaler: those that the step calls, None for none. SGD needs fused=True. Adam and similar optimizers need
     capturable=True, and with a scaler fused=True as well.
     limit: the largest number of graphs.
 
@@ -96,7 +97,7 @@ def graphed(
     - change parameters in place that are not in `optimizer`;
     - call another optimizer than `optimizer`.
 
-    Raises ValueError for a model that runs on several processes or devices (DistributedDataParallel, DataParallel,
+    Raises ValueError for a model that works on several processes or devices (DistributedDataParallel, DataParallel,
     FSDP, SyncBatchNorm). Record forward and backward of the unwrapped model instead. After each call, average the
     gradients with `fastres.train.process.average` and call the optimizer; `torchrun ... -m fastres train --cuda-graph`
     does so.
@@ -306,7 +307,7 @@ class Graphed:
         return recording
 
     def _other_parameters(self, device: torch.device) -> list[Tensor]:
-        """Return all parameters of this process that may get gradients and are not the model's or the optimizer's."""
+        """Return all parameters on `device` that may get gradients and are not the model's or the optimizer's."""
         known = {id(p) for p in self.parameters}
         found = [o for o in gc.get_objects() if issubclass(type(o), nn.Parameter) and id(o) not in known]
         return [p for p in found if p.device == device and p.requires_grad]
@@ -425,7 +426,10 @@ def _constant(value: Any, device: torch.device) -> Any:
 
 
 def _attributes(layer: nn.Module, device: torch.device) -> list[Any]:
-    """Return `_constant` of a layer's own attributes that are plain values, tuples of plain values or tensors."""
+    """Return the layer's own attributes that are plain values, tuples of these, NumPy numbers or tensors.
+
+    A tensor or NumPy number is returned as `_constant` of it.
+    """
     found: list[Any] = []
     for value in vars(layer).values():
         kind = type(value)
@@ -442,12 +446,12 @@ def _hooks(tensor: Tensor) -> list[Any]:
 
 
 def _version(tensor: Tensor | None) -> int | None:
-    """Return how often the tensor was changed in place; None for None and for inference tensors, which don't count."""
+    """Return the tensor's version, which each in-place change raises; None for None and inference tensors."""
     return None if tensor is None or tensor.is_inference() else tensor._version
 
 
 def _reads_rate(group: dict[str, Any], device: torch.device) -> bool:
-    """Return whether the group's learning rate is on the host, but its optimizer can read one from GPU memory."""
+    """Return whether the group's learning rate is on the host, but its optimizer can read a rate from GPU memory."""
     rate = group.get("lr")
     on_host = isinstance(rate, int | float) or (isinstance(rate, Tensor) and rate.device != device)
     return on_host and bool(group.get("fused") or group.get("capturable"))

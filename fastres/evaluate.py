@@ -78,11 +78,12 @@ class Views:
     def prepare(self, image: Tensor) -> Tensor:
         """Resize and crop an image, uint8 [..., C, H, W], before it is batched (for example in a loader's worker).
 
-        Returns uint8 [..., C, size, size] for a centre crop. Returns [..., C, resize, resize] for 10 crops, because
-        [21] takes them from the central square. Returns the image unchanged for the fully convolutional form.
+        Returns uint8 [..., C, size, size] for a centre crop. Returns the central square for 10 crops, from which the
+        paper's reference [21] takes them: [..., C, resize, resize], or the shorter side if resize is None. Returns the
+        image unchanged for the fully convolutional form.
 
-        Raises ValueError for an image that is smaller than its crop, or that has more than `MOST_PIXELS` pixels at the
-        largest scale.
+        Raises ValueError for an image that, resized, is smaller than its crop, or that has more than `MOST_PIXELS`
+        pixels at the largest scale.
         """
         height, width = image.shape[-2:]
         if self.crops == "multiscale":
@@ -100,7 +101,7 @@ class Views:
         return resized_crop(image, (height, width), centre((height, width), side))
 
     def of(self, images: Tensor) -> Iterator[Tensor]:
-        """Yield the views, uint8 [N, C, h, w], of images uint8 [N, C, H, W] that `prepare` returned."""
+        """Yield one batch of views, uint8 [N, C, h, w], at a time, of images uint8 [N, C, H, W] from `prepare`."""
         if self.crops == "center":
             yield images
         elif self.crops == "10":
@@ -169,14 +170,15 @@ class Predictor:
     """A function from images to the mean scores of one net or of an ensemble, over the given views.
 
     models: one or several nets, [N, C, H, W] -> [N, K], on one device and with one number of classes. They are put into
-    eval mode.
+    eval mode (for multiscale, copies of them are).
     views: the views of each image.
     preprocess: maps uint8 [N, C, H, W] to the input of a net, e.g. a `fastres.train.data.Preprocess`, which resizes its
     mean image to each view. Pass one module for all nets, or one for each net.
-    dtype: dtype of the convolutions; None for that of the nets. 16-bit dtypes run under autocast, unless `fast`.
+    dtype: dtype of the convolutions; None for that of the nets. Without `fast`, 16-bit dtypes run under autocast, and
+    float32 leaves the nets as they are.
     fast: run the nets through `fastres.optimize`.
     calibration: as for `fastres.optimize`, but (images, ...) tuples with images as `__call__` takes them. They are
-    iterated over once per net, and calibrate it with all their views.
+    iterated over once per net, and all their views are used.
     percentile: as for `fastres.optimize`.
 
     Raises ValueError for another number of preprocess modules than nets, for a dtype that needs `fast`, and where
@@ -319,10 +321,10 @@ def evaluate(
     """Count the top-1 and top-5 hits of `predict` over (images, labels) batches.
 
     predict: a `Predictor`, or any function from images to scores [N, classes] on `device`.
-    batches: images as `predict` takes them, and labels int64 [N].
+    batches: images as `predict` takes them, and labels int64 [N]; in several processes, the share of this process.
 
     Counting runs on `device` and does not synchronise with it until the end. If torch.distributed is initialised, every
-    process evaluates its share of the images and gets the sum over all processes.
+    process gets the sum over all processes.
 
     Raises ImportError if torchmetrics is missing, and ValueError for no images, a label outside 0 to classes - 1,
     scores of another shape, and scores that aren't finite.

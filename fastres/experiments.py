@@ -74,7 +74,10 @@ class Net:
         return f"{name} {self.shortcut}" if self.shortcut else name
 
     def errors_of_paper(self) -> str:
-        """Return the first error in per cent that the paper prints for this net, with its table or figure."""
+        """Return the first error that the paper prints for this net, in per cent, e.g. "24.52/7.46 (Table 3)".
+
+        Two numbers are top-1 and top-5. Returns "none printed" if there is no error.
+        """
         for row in PAPER_TABLE:
             if (row.family, row.depth, row.shortcut) == (self.family, self.depth, self.shortcut) and row.errors:
                 error = row.errors[0]

@@ -105,7 +105,7 @@ def eight_bits(image: Image.Image, mode: str = "RGB") -> Image.Image:
 
 
 def _white(image: Image.Image) -> int | None:
-    """Return the pixel value of white in such a file, or None if the file doesn't define it reliably."""
+    """Return the pixel value of white, judged by mode and format; None if the file doesn't define it reliably."""
     white = 255 if image.mode in _EIGHT_BITS else None
     if image.format == "TIFF":
         tags = image.tag_v2  # type: ignore[attr-defined]

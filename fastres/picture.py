@@ -5,8 +5,9 @@
         figure.subplots().plot(...)
     picture.save(figure, Path("picture.svg"))
 
-The style sheet of an SVG replaces the colours of `DARK` if the reader prefers a dark colour scheme. All other colours
-are medium tones, which contrast with both backgrounds. PNG and PDF files are always light and opaque.
+If the reader prefers a dark colour scheme, the style sheet of an SVG replaces the colours that are keys of `DARK` by
+their values. All other colours are medium tones, which contrast with both backgrounds. PNG and PDF files are always
+light and opaque.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Load trained nets from their weights, with the image sizes and normalisation that they were trained with."""
+"""Load trained nets from their weights, with the image sizes and the normalisation to test them with."""
 
 from __future__ import annotations
 
@@ -66,8 +66,9 @@ class TrainedNets:
     ) -> Views:
         """Return the `Views` to test the nets with.
 
-        crops: a key of `evaluate.CROPS`. size, resize: None for the sizes the nets were trained with, else 224 and 256.
-        scales: None for the paper's scales, multiplied by size / 224. flip: for multiscale, also test mirror images.
+        crops: a key of `evaluate.CROPS`. size, resize: None for those of `preset`, or 224 and 256 if unknown; the
+        default of resize is never below size. scales: None for the paper's scales, multiplied by size / 224. flip: for
+        multiscale, also test mirror images.
         """
         size = size or self.preset.get("size", 224)
         resize = resize or max(size, self.preset.get("resize", 256))
@@ -76,8 +77,9 @@ class TrainedNets:
     def predictor(self, views: Views, preprocess: nn.Module | None = None, **options: Any) -> Predictor:
         """Return a `Predictor` of the nets.
 
-        preprocess: normalisation computed from the data, for nets whose weights don't contain their own. options:
-        passed on to `Predictor`. Raises ValueError if the normalisation of a net is unknown.
+        preprocess: normalisation computed from the data, for nets whose weights don't contain their own; None for
+        ImageNet's mean and std. options: passed on to `Predictor`. Raises ValueError if the normalisation of a net is
+        unknown.
         """
         return Predictor(self.models, views, [self._preprocess(each, preprocess) for each in self.weights], **options)
 

@@ -30,8 +30,8 @@ _ON_CPUS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16
 class Status:
     """The result of `status`; `str()` formats it as text.
 
-    A path is `FUSED`, `PLAIN` followed by a colon and the reason, or "refused: " and the reason if a forced backend
-    can't run it.
+    training, inference and the values of blocks are paths. A path is `FUSED`, `PLAIN` followed by a colon and the
+    reason, or "refused: " and the reason if a forced backend can't run the block.
     """
 
     summary: str  # what runs fused on this machine, in one or two sentences

@@ -415,7 +415,7 @@ def _missing(own: Iterable[str], theirs: Iterable[str]) -> set[str]:
 
 
 def _fitting(own: Iterable[str], theirs: Iterable[str]) -> str:
-    """Name the nets in a file of several nets, each under another prefix, whose tensor names fit."""
+    """Return a hint for a file of several nets, each under another prefix: the nets that fit. "" if there are none."""
     parts: dict[str, set[str]] = {}
     for key in theirs:
         prefix, _, rest = key.partition(".")

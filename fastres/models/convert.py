@@ -40,13 +40,13 @@ def convert(model: nn.Module) -> Conversion:
     or a feature extractor. Its parameters stay the same objects under the same names.
 
     Returns a `Conversion` with the net, the names of the converted modules, and the modules that were kept with the
-    reasons. Only blocks that are equivalent to fastres's are converted. Subclasses and modules with another `forward`
-    are kept, and so are timm's blocks with attention, anti-aliasing, dropped blocks or paths, or an activation other
-    than ReLU.
+    reasons. Only blocks for which fastres's are equivalent are converted. Subclasses and modules with a replaced
+    `forward` are kept, and so are timm's blocks with attention, anti-aliasing, dropped blocks or paths, or an
+    activation other than ReLU.
 
-    Every forward decides whether a converted block runs fused; `fastres.status(model)` reports it. A torchvision block
-    with FrozenBatchNorm2d, for example, is converted but runs as plain PyTorch. The converted net computes the same
-    function; the fused path may round differently. Equivalent to
+    A converted block decides in each call whether it runs fused; `fastres.status(model)` reports it. A torchvision
+    block with FrozenBatchNorm2d, for example, is converted but runs as plain PyTorch. The converted net computes the
+    same function; the fused path may round differently. Equivalent to
 
         for block in model.modules():
             if type(block) is torchvision.models.resnet.Bottleneck:

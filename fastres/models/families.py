@@ -15,7 +15,8 @@ class Family:
     """A family of nets.
 
     meaning: a description for help texts.
-    build: build(depth, shortcut, **sizes), where sizes may be num_classes and in_channels. It may accept more depths.
+    build: build(depth, shortcut, **sizes), where sizes may be num_classes and in_channels. It may accept depths that
+    are not in `depths`.
     depths: the depths that help texts list.
     size: side of the images that the family is made for.
     shortcuts: the accepted shortcuts; empty if there is no choice.

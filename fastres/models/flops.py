@@ -35,7 +35,10 @@ class Layer:
 
 @dataclass(frozen=True)
 class Cost:
-    """Total multiply-adds and parameters, and the layers in the order of their first call."""
+    """Total multiply-adds and parameters, and the layers in the order of their first call.
+
+    The total of the parameters includes modules that are not among the layers.
+    """
 
     multiply_adds: int
     parameters: int
@@ -135,7 +138,7 @@ class PaperRow:
     """A net of the paper with the figures that the paper prints for it.
 
     family, depth, shortcut: arguments of `fastres.models.families.build`, or "vgg" for torchvision's VGG baselines.
-    gflops: 1e9 multiply-adds. mparams: 1e6 parameters. Both are None if the paper prints none.
+    gflops: 1e9 multiply-adds. mparams: 1e6 parameters. Each is None if the paper doesn't print it.
     """
 
     name: str

@@ -1,7 +1,7 @@
 """The nets of the 2015 paper, which differ in some details from torchvision's.
 
 `resnet` and `plain` are the nets of Table 1 and Fig. 3. Their bottlenecks have the stride in the first 1x1 convolution
-(torchvision's v1.5 has it in the 3x3), and a shortcut across a change of shape is one of section 3.3's three options.
+(torchvision's v1.5 has it in the 3x3), and a shortcut between different shapes is one of section 3.3's three options.
 `cifar` is section 4.2's 6n+2-layer family. `cifar_stem` is not in the paper: it is the common adaptation of the
 ImageNet nets to 32x32 images.
 
@@ -302,7 +302,7 @@ def _positive(**sizes: int) -> None:
 
 
 def default_shortcut(depth: int) -> str:
-    """Return the shortcut of the paper's FLOPs and main results: A for 18 and 34 layers (Table 2), else B."""
+    """Return the shortcut of the paper's FLOPs and main results: "A" for 18 and 34 layers (Table 2), "B" for more."""
     return "A" if depth < 50 else "B"
 
 

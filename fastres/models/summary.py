@@ -33,9 +33,10 @@ def table(model: nn.Module, cost: Cost) -> str:
 
 
 def beside_the_paper(family: str, depth: int, shortcut: str | None, cost: Cost) -> str:
-    """Return the paper's figures for this net with the relative difference of ours; "" if the paper prints none.
+    """Return the paper's figures for a net, with ours and the relative difference; "" if the paper prints none.
 
-    The paper's figures are for images of 224x224, or 32x32 for the CIFAR nets. `cost` should be for the same size.
+    family, depth, shortcut: the net, as for `families.build`. cost: of our net, for images of the paper's size, 224x224
+    or 32x32 for the CIFAR nets.
     """
     lines = []
     for row in PAPER_TABLE:
@@ -60,7 +61,10 @@ def _line(row: Sequence[str], widths: Sequence[int]) -> str:
 
 
 def _row(name: str, shown: Cost, blocks: str, more: Cost | None = None) -> tuple[str, str, str, str, str]:
-    """Return the row of a part of the net. The output size is that of its last layer; the cost of `more` is added."""
+    """Return the row of a part of the net.
+
+    shown: the cost of the part, whose last layer gives the output size. more: a cost to add to it, None for none.
+    """
     shares = [shown] if more is None else [shown, more]
     p, q = shown.layers[-1].output[-2:]
     work, parameters = sum(share.multiply_adds for share in shares), sum(share.parameters for share in shares)
