@@ -101,7 +101,7 @@ def _collate(pairs: Sequence[tuple[Tensor | str, int]]) -> tuple[Tensor | list[T
 class Batches:
     """An iterable of batches (images, labels), which can be iterated more than once.
 
-    Images that can't be read are skipped and named on stderr; `failed` is their number in the current pass.
+    Images that can't be read are skipped and named on stderr; `failed` is their number in the latest pass.
 
     items: paths with labels, or (images, labels). args: `batch` and `workers` are read. views: prepare the images.
     sample_of: for calibration images, a description of the images that they were sampled from; None for others. A pass
@@ -164,8 +164,8 @@ def calibrating(
 ) -> Batches | None:
     """Return the batches of calibration images, or None if the dtype needs no calibration.
 
-    They are a sample, drawn with a fixed seed, of the images in --calibration, or else of `default`, which is (images,
-    their description). Raises ValueError if --calibration has no images or can't be listed.
+    They are a sample, drawn with a fixed seed, of the images in --calibration or, without that option, of `default`:
+    (items, their description). Raises ValueError if --calibration has no images or can't be listed.
     """
     if args.dtype not in CALIBRATED:
         return None

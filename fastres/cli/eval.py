@@ -154,7 +154,7 @@ def _described(views: Views) -> str:
 
 
 def _published(nets: TrainedNets, name: str, images: _TestImages, views: Views) -> dict[int, float]:
-    """Return the published top-1 and top-5 accuracy in percent, by k.
+    """Return k -> published top-k accuracy in percent, for k = 1 and, if known, 5.
 
     Raises ValueError for an ensemble, if none is published for the weights, and if `images` or `views` are not those
     that it was measured with.
@@ -256,7 +256,8 @@ def _image_folder(place: Path, what_for: str) -> tuple[list[tuple[str, int]], li
 def _mean_image(args: argparse.Namespace, name: str, nets: TrainedNets) -> nn.Module | None:
     """Return a `Preprocess` with the mean image of the folder's training images, or None.
 
-    It is computed only if the recipe subtracts a mean image, some weights don't contain it, and the folder has train/.
+    It is computed only if the data are a folder that has train/, the recipe subtracts a mean image, and some weights
+    don't contain their normalisation. `name`: the data set or folder.
     """
     pixel = nets.recipe is not None and nets.recipe.normalise == "pixel"
     if (

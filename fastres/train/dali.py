@@ -33,7 +33,7 @@ from fastres.images import ImageError, eight_bits, opened
 from fastres.train.data import Batches, DataError, Dataset, Folder, Pairs, ReadError, fetched, seeded
 from fastres.train.recipe import Recipe, ScaleCrop
 
-Item = tuple[int, Tensor, Tensor, int]  # index, bytes of the file (uint8), window (see `window`), label
+Item = tuple[int, Tensor, Tensor, int]  # index, bytes of the file (uint8), result of `window`, label
 
 
 def chosen(asked: str, dataset: Dataset, recipe: Recipe, device: torch.device) -> str:

@@ -1,8 +1,9 @@
 """Data sets for training: load the images, order and augment them, and copy them to the device.
 
-All randomness is a function of (seed, position). The n-th image of a training takes its crop, flip and colour from the
-four words that the Philox generator returns at counter n. So the number of workers or processes, or a restart, doesn't
-change what a net is trained on, and a checkpoint only needs to store the position.
+All randomness is a function of (seed, position). The n-th image of a training takes its crop and flip from the four
+words that a Philox generator returns at counter n, and its colour from those of another generator. So the number of
+workers or processes, or a restart, doesn't change what a net is trained on, and a checkpoint only needs to store the
+position.
 
 There are two kinds of images. `Resident` images are small and all of one size; they stay on the device and are cropped
 there. `Folder` images are photographs that workers decode and crop; they are copied to the device as uint8, and are
@@ -131,8 +132,8 @@ class Stream:
     def words(self, positions: np.ndarray, purpose: int) -> np.ndarray:
         """Return four random words for each position, uint64 [len(positions), 4].
 
-        purpose: ORDER, SAMPLE, COLOUR or MIX. It generates the words of all positions in between, too, so the positions
-        should be close together.
+        purpose: ORDER, SAMPLE, COLOUR or MIX. The words of all positions from the first to the last are generated, so
+        the positions should be close together.
         """
         first, last = int(positions.min()), int(positions.max())
         philox = np.random.Philox(key=[self.seed, purpose], counter=first)
@@ -239,7 +240,7 @@ class Folder:
     """Photographs of an ImageFolder, read by `fastres.images`.
 
     `dataset[(index, word)]` is (the transformed image, uint8 [H, W, C]; its label). word: the seed of the transform. If
-    the file can't be read, the item is a ReadError, so that a worker can return it to the main process.
+    the file can't be read, the ReadError is returned and not raised, so that it gets from a worker to the main process.
     """
 
     def __init__(self, files: datasets.ImageFolder, transform: v2.Transform, erase: v2.Transform | None = None) -> None:
@@ -388,8 +389,8 @@ Decoder = Callable[[Folder, Batches, int, torch.device], Pairs]  # a function li
 class Loader:
     """Iterate over training and validation batches on the device.
 
-    A batch is (x, float32 [n, C, H, W] in channels_last format; y, int64 [n], or probabilities [n, classes] with MixUp
-    or CutMix).
+    A batch is (x, float32 [n, C, H, W] in channels_last format; y, int64 [n], or in training with MixUp or CutMix
+    probabilities [n, classes]).
 
     stream: the order of the training images. workers: processes that decode photographs. rank, world: this process's
     rank and the number of processes, which share the validation images. decode: the function that decodes photographs;
@@ -483,7 +484,8 @@ def _serve(worker: int) -> None:
 def decoded(folder: Folder, batches: Batches, workers: int, device: torch.device) -> Pairs:
     """Yield the images and labels of each batch, on the device: uint8 [N, 3, H, W] in channels_last strides, int64 [N].
 
-    batches: lists of (index, word), as `Folder` takes them. On a GPU, the next batch is copied while one is used.
+    batches: lists of (index, word), as `Folder` takes them. On a GPU, each batch is copied while the one before
+    is used.
     """
     pinned = device.type == "cuda"
     pairs = fetched(folder, batches, workers, collate, pinned=pinned)

@@ -80,8 +80,9 @@ class Run:
     one. dtype: a key of `DTYPES`; None for bf16 on a GPU and fp32 elsewhere. compile: an entry of `COMPILE`.
     cuda_graph: a key of `GRAPHS`. deterministic: use only cuDNN algorithms that give the same bits each time.
     micro_batch: images per forward pass, None for the recipe's. workers: processes that read photographs, None for one
-    per CPU. loader: a key of `LOADERS`. log_every, eval_every, save_every: in iterations; None is one epoch for
-    eval_every and the value of eval_every for save_every. resume: continue from out/last.pt if it exists.
+    per CPU. loader: a key of `LOADERS`. log_every, eval_every, save_every: iterations between two rows of the
+    log, evaluations and checkpoints; None is one epoch for eval_every and the value of eval_every for save_every.
+    tensorboard: also write the log for TensorBoard. resume: continue from out/last.pt if it exists.
 
     Raises ValueError for values out of range and for unknown keys.
     """
@@ -171,7 +172,9 @@ class Errors:
 def errors(
     net: Callable[[Tensor], Tensor], batches: Iterable[tuple[Tensor, Tensor]], device: torch.device, classes: int
 ) -> Errors:
-    """Return the loss and errors of a net over `batches`, summed over all processes under torch.distributed.
+    """Return the mean loss and the errors of a net over `batches`.
+
+    Under torch.distributed, they are means over the batches of all processes.
 
     net: in eval mode; maps images to logits [n, classes]. batches: (images, labels [n]) on `device`.
     """
@@ -233,9 +236,10 @@ class Trainer:
         self.latest: Errors | None = None
         self.history: list[dict[str, float]] = []
         self.clock = Clock()
-        self.meter = torch.zeros(3, dtype=torch.float64, device=place.device)  # loss, errors, images since last log
+        # sums since the last log: loss, errors, images
+        self.meter = torch.zeros(3, dtype=torch.float64, device=place.device)
         self.losses = [0.0, 0.0]  # loss and images since the last evaluation, without those still in the meter
-        self.held = torch.zeros((), device=place.device)  # becomes 1 at the first loss that isn't finite, and stays 1
+        self.held = torch.zeros((), device=place.device)  # becomes 1 at the first bad iteration, and stays 1
         self.pending: deque[tuple[int, Tensor, torch.cuda.Event | None]] = deque()
         self.touched = [*self.model.buffers(), self.meter]  # changed by a forward pass, even of a bad iteration
         self.before = [[tensor.clone() for tensor in self.touched] for _ in range(2)]
@@ -391,15 +395,15 @@ class Trainer:
             self.ema.n_averaged.zero_()
 
     def _gather_meter(self) -> None:
-        """Add up the meters of all processes. The sum is valid in the main process; the others must zero theirs."""
+        """Replace each process's meter by the sum over all. All but the main process must then zero theirs."""
         if self.place.world > 1:
             dist.all_reduce(self.meter)
 
     def log(self, seconds: float, images: int) -> dict[str, float]:
         """Record the mean training loss and error since the last call; return the row for log.csv.
 
-        It also passes the error to the warm-up rule. seconds, images: what this process took, and the images of all
-        processes, for the rate in the row. Collective under torch.distributed.
+        It also passes the error to the warm-up rule. seconds, images: the training time and the images of all
+        processes since then, for the rate in the row. Collective under torch.distributed.
         """
         self._gather_meter()
         loss, wrong, count = self.meter.tolist()

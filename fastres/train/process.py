@@ -111,7 +111,7 @@ def usable_cpus() -> int:
 
 
 class Clock:
-    """Measures a training in seconds: the total over all its processes, and the time this process spent training."""
+    """Measures a training in seconds: its total over all resumptions, and the time this process spent training."""
 
     def __init__(self, before: float = 0.0) -> None:
         """Create a stopped clock. before: seconds that earlier processes of a resumed training took; may be nan."""
@@ -124,7 +124,7 @@ class Clock:
         self._began = time.perf_counter()
 
     def total(self) -> float:
-        """Return the seconds of all processes of this training, pauses included; nan if those before are unknown."""
+        """Return the seconds of this training with pauses and earlier processes; nan if the latter are unknown."""
         return self.before + self._running()
 
     def training(self) -> float:

@@ -123,8 +123,9 @@ class Recipe:
     divides by the channel deviations. Pixels are in [0, 1]; the BatchNorm after conv1 cancels that scale. colour:
     standard deviation of the coefficients of the PCA colour shift, 0 for none. bn_batch: images that BatchNorm
     normalises together, which is the batch of one forward pass; None for all images of a process. norm_decay: weight
-    decay of BatchNorm's parameters, None for `weight_decay`. repeats: how often in a row an image is shown, see
-    `data.Stream`. Exactly one of epochs and iterations is set, as in the source.
+    decay of BatchNorm's parameters, None for `weight_decay`. erase: probability of random erasing. mixup, cutmix: alpha
+    of MixUp and CutMix, 0 for none. repeats: how often in a row an image is shown, see `data.Stream`. Exactly one of
+    epochs and iterations is set, as in the source.
 
     Raises ValueError for a count below 1, a learning rate that isn't positive and finite, and for both or neither of
     epochs and iterations.
@@ -290,6 +291,7 @@ class Study:
     points: int = 40
 
 
+# Data set -> recipe of its trainings in an experiment.
 STUDY_RECIPES = {
     "digits": "digits-depths",
     "cifar10": "cifar-2015",

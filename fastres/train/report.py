@@ -74,15 +74,15 @@ class Report:
         """Open the report and write log.csv with the rows that `history` already has.
 
         title: the label of the curves. batch: images per iteration. start, total: the current and the last iteration.
-        epochs: the length of the training. history: the training's own list of rows, to which it keeps adding. clock:
-        the training's clock.
+        epochs: the length of the training in epochs. history: the training's own list of rows, to which it keeps
+        adding. clock: the training's clock.
         """
         self.out, self.title, self.batch, self.history = out, title, batch, history
         self.iteration, self.total, self.epochs, self.clock = start, total, epochs, clock
         self.first: tuple[int, float] | None = None  # this process's first, slow iteration, and when it ended
         self.due = time.monotonic()
         self.images, self.since = 0, clock.training()  # images since the last evaluation, and when that ended
-        self.speed = "- images/s"  # at the last evaluation
+        self.speed = "- images/s"  # up to the last evaluation
         self.bar = _Bar(
             lambda: f"{self._left()} left, {self._speed()}",
             total=total,

@@ -9,7 +9,7 @@ from fastres.train.recipe import Cosine, Plateau, Recipe, Steps
 
 
 class LearningRate:
-    """A function of the iteration: `lr(iteration)` is its learning rate.
+    """A function of the iteration: an instance `lr` returns the learning rate of an iteration as `lr(iteration)`.
 
     The plateau and warm-up rules also depend on the errors reported so far. `state_dict` contains that state;
     everything else follows from the recipe.
@@ -40,7 +40,7 @@ class LearningRate:
         return (1 + math.cos(math.pi * (epoch - schedule.rise) / max(self.epochs - schedule.rise, 1))) / 2
 
     def training_error(self, error: float) -> None:
-        """Report a mean training error in [0, 1]; the warm-up ends once it is below the warm-up rule's `error`.
+        """Report a mean training error in [0, 1]; the warm-up ends if it is below the warm-up rule's `error`.
 
         The caller averages over the rule's `window` of iterations.
         """
