@@ -60,10 +60,11 @@ def _window(image: Image.Image, size: tuple[int, int], box: tuple[int, int, int,
 
 
 def _span(length: int, resized: int, start: int, extent: int) -> tuple[int, int, float, float]:
-    """Return for one axis (first pixel to read, end, start of the window in those pixels, its end).
+    """Return (low, high, first, last) for one axis: the pixels [low, high) to read, and the window in them.
 
-    Pillow takes the window's coordinates in float32, so they are relative to the pixels that are read: large
-    coordinates would lose precision.
+    length: pixels of the image. resized: its length after resizing. start, extent: the window in the resized image.
+    Pillow takes the window's coordinates in float32, where large numbers lose precision. So first and last are relative
+    to low.
     """
     scale = length / resized
     first, last = start * scale, min((start + extent) * scale, length)

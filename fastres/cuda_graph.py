@@ -106,7 +106,7 @@ def graphed(
 
 
 class Graphed:
-    """The callable that `graphed` returns. graphs: signature -> the graph recorded for it."""
+    """The callable that `graphed` returns. graphs: result of `_signature` -> the graph recorded for such calls."""
 
     def __init__(
         self,

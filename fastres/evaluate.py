@@ -78,9 +78,9 @@ class Views:
     def prepare(self, image: Tensor) -> Tensor:
         """Resize and crop an image, uint8 [..., C, H, W], before it is batched (for example in a loader's worker).
 
-        Returns uint8 [..., C, size, size] for a centre crop. Returns the central square for 10 crops, from which the
-        paper's reference [21] takes them: [..., C, resize, resize], or the shorter side if resize is None. Returns the
-        image unchanged for the fully convolutional form.
+        Returns uint8 [..., C, size, size] for a centre crop. Returns the central square for 10 crops,
+        [..., C, resize, resize] (with the image's shorter side if resize is None), from which the paper's reference
+        [21] takes the crops. Returns the image unchanged for the fully convolutional form.
 
         Raises ValueError for an image that, resized, is smaller than its crop, or that has more than `MOST_PIXELS`
         pixels at the largest scale.

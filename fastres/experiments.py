@@ -90,7 +90,8 @@ class Net:
 class Trained:
     """A finished training run. Errors are fractions in [0, 1].
 
-    train_error: the mean over the last part of the iterations, whose share is `TAIL`.
+    history: the rows of the training's log and evaluations. train_error: the mean over the last `TAIL` of the
+    iterations.
     """
 
     net: Net
@@ -190,7 +191,7 @@ class Finding:
     """The result of an experiment.
 
     rows: for the CSV file. head, body: the table of the report. words: the sentences of the report. seen: whether the
-    paper's claim holds here; None if the experiment tests no claim.
+    paper's claim holds here; None if no claim was tested.
     """
 
     rows: Sequence[Row]
@@ -262,8 +263,10 @@ def _why_unseen(means: Mapping[Net, float]) -> str:
 
 
 def shortcuts(wanted: Plan, trained: Sequence[Trained]) -> Finding:
-    """Compare the validation errors of shortcuts A, B and C with Table 3, where C is slightly better than B, and B than
-    A."""
+    """Compare the validation errors of shortcuts A, B and C, as in Table 3.
+
+    There C is slightly better than B, and B than A.
+    """
     words = ["In the paper C is slightly better than B, and B than A; all are far better than the plain net."]
     nets = by_net(trained)
     for depth in wanted.study.depths:
@@ -344,7 +347,10 @@ def layer_responses(model: nn.Module, batches: Iterable[Tensor]) -> dict[str, fl
 
 
 def responses(wanted: Plan, trained: Sequence[Trained]) -> Finding:
-    """Measure Fig. 7 on the validation images, with BN's running statistics. The paper prints no numbers for it."""
+    """Measure the responses of Fig. 7 on the validation images, with BN's running statistics.
+
+    The paper prints no numbers for Fig. 7.
+    """
     device = wanted.device
     options = {name: wanted.options[name] for name in ("root", "holdout", "cache", "workers")}
     dataset = data.load(wanted.data, wanted.recipe, **options, device=device)
@@ -426,7 +432,7 @@ def curves(trained: Sequence[Trained]) -> list[Row]:
 
 
 def redraw(name: str, folder: Path) -> Path:
-    """Draw an experiment's picture from the table in `folder`, and return the picture's path.
+    """Draw an experiment's picture from the table in `folder` into that folder, and return the picture's path.
 
     Raises ValueError if the table is missing or damaged.
     """
@@ -448,14 +454,15 @@ def redraw(name: str, folder: Path) -> Path:
 def draw(name: str, rows: Sequence[Row]) -> bytes:
     """Return an experiment's picture as an SVG.
 
-    rows: those of `curves`, or of `responses` for that experiment. Values may be numbers or text, as read from a CSV.
+    rows: those of `curves` or, for the experiment "responses", those of its `Finding`. Values may be numbers or text,
+    as read from a CSV.
     """
     with picture.style():
         return picture.encode(draw_responses(rows) if name == "responses" else draw_errors(rows), "svg")
 
 
 def draw_errors(rows: Sequence[Row]) -> Any:
-    """Return Fig. 6: errors by iteration, with one panel for plain and one for residual nets.
+    """Return a figure like Fig. 6: errors by iteration, with one panel for plain and one for residual nets.
 
     Lines are means over seeds, thin for training errors and bold for validation errors. The range of the validation
     errors over seeds is shaded.
@@ -492,7 +499,7 @@ def draw_errors(rows: Sequence[Row]) -> Any:
 
 
 def draw_responses(rows: Sequence[Row]) -> Any:
-    """Return Fig. 7: standard deviations by layer in the upper panel, sorted by size in the lower panel.
+    """Return a figure like Fig. 7: standard deviations by layer in the upper panel, sorted by size in the lower panel.
 
     Values are means over seeds. Lines of plain nets are dashed.
     """

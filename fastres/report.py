@@ -173,7 +173,7 @@ def _optimize() -> str:
 
 
 def _blocks(model: nn.Module) -> dict[str, str]:
-    """Return name -> path of every block and stem of the model that can run fused."""
+    """Return name -> path, as in `Status`, of fastres's blocks and stems in the model."""
     return {name: _path(module) for name, module in model.named_modules() if _parts(module) is not None}
 
 

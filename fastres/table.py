@@ -16,12 +16,11 @@ __all__ = ["Table"]
 
 
 class Table:
-    """A context manager that writes a CSV file: each row goes to PATH.part immediately, and at the end PATH.part
-    replaces PATH.
+    """A context manager that writes the CSV file PATH.
 
-    An interrupted run leaves its rows in PATH.part and does not touch PATH. Links and devices are written in place.
-    Text that UTF-8 can't encode is escaped by `terminal.utf8`. Raises OSError, which names the file and the number of
-    complete rows in it.
+    Each row is written to PATH.part immediately, and at the end PATH.part replaces PATH. An interrupted run leaves its
+    rows in PATH.part and does not touch PATH. Links and devices are written in place. Text that UTF-8 can't encode is
+    escaped by `terminal.utf8`. Raises OSError, which names the file and the number of complete rows in it.
     """
 
     def __init__(self, path: str | Path) -> None:

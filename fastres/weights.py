@@ -89,8 +89,10 @@ class Weights:
 
 
 def read(source: str, model: str | None = None) -> Weights:
-    """Read the weights of `source`: a file, a name like `ResNet50_Weights.IMAGENET1K_V2`, or `IMAGENET1K_V2` of
-    `model`.
+    """Read trained weights.
+
+    source: a file, a name like `ResNet50_Weights.IMAGENET1K_V2`, or a name like `IMAGENET1K_V2`, which requires
+    `model`. model: torchvision's name of the net; any other name or None if the source is not such a short name.
 
     A file has a dict of tensors, at the top level or under one of the keys `_WRAPPERS`. If it has several, averaged
     weights come first. Prefixes that all names share, such as "module.", are removed. Files are read with
@@ -270,8 +272,7 @@ def _pickled(name: str) -> str:
 
 
 def _states(content: dict[Any, Any], depth: int = 2) -> dict[str, dict[str, Tensor]]:
-    """Return the dicts of tensors in `content`, in the order of `_WRAPPERS`: dotted key, e.g. "model.state_dict" ->
-    dict.
+    """Return the dicts of tensors in `content` by dotted key, e.g. "model.state_dict", in the order of `_WRAPPERS`.
 
     If there are none, returns `content` itself under the key "", provided that it has tensors. depth: levels to search.
     """

@@ -221,7 +221,7 @@ def _number(sizes: Any) -> int | None:
 
 
 def _pair(bn: fx.Node) -> Pair | str:
-    """Return the pair that ends with `bn`, or the reason why it can't be one ("" if no convolution precedes `bn`)."""
+    """Return the pair that ends with `bn`, or the reason why there is none ("" if no convolution precedes `bn`)."""
     norm = arguments(bn, BN_ARGUMENTS)
     if not calls(norm["input"], *CONV):
         return ""

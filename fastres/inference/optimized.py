@@ -131,7 +131,7 @@ class Optimized(nn.Module):
         """Return the share of images, from 0 to 1, for which the net and `model` have the same top-1 class.
 
         batches: tensors [N, C, H, W] or (tensor, ...) tuples. `model` gets each batch in the dtype and on the device of
-        its parameters, if it has any. Raises ValueError if there are no images.
+        its first parameter, or unchanged if it has none. Raises ValueError if there are no images.
         """
         same = total = 0
         for x in batch_inputs(batches):
@@ -155,8 +155,9 @@ class Optimized(nn.Module):
         return f"optimized {self._model_name}, dtype={self.dtype}"
 
     def observed(self, x: Tensor, observer: Callable[[str, Any], None]) -> Tensor:
-        """Return `forward(x)`, run step by step, and call `observer(name, value)` for the input and
-        each output of each step.
+        """Return `forward(x)`, run step by step, and call `observer(name, value)` for every value.
+
+        The values are the input and the outputs of the steps.
 
         Later steps may overwrite a value in place, so the observer must copy what it keeps.
         """

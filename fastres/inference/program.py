@@ -101,7 +101,7 @@ class Program:
         self.shares_packings = False  # whether another program, e.g. for another batch size, packed int8 weights
 
     def bind(self, x: Tensor) -> Tensor:
-        """Choose an engine for every step while computing the output for x [N, H, W, C]; return it like `run`."""
+        """Return the output for x [N, H, W, C] in the form of `run`, and choose an engine for every step on the way."""
         unread = readers(self.unchained, self.output)
         values: dict[str, Any] = {INPUT: x}
         for step in self.steps:
@@ -117,8 +117,8 @@ class Program:
     def run(self, x: Tensor, observer: Callable[[str, Any], None] | None = None) -> Tensor:
         """Return the output for x [N, H, W, C], as NCHW if it has four dimensions.
 
-        observer: called as observer(name, value) for every value. The program then runs step by step. A later step may
-        overwrite a value that the observer has seen.
+        observer: called as observer(name, value) for the input and the outputs of the steps. The program then runs step
+        by step. A later step may overwrite a value that the observer has seen.
         """
         if self.compiled is not None and observer is None:
             return self._run_compiled(self.compiled, x)
@@ -560,7 +560,7 @@ def _as_values(call: Callable[..., Tensor], *inputs: Tensor, **static: Any) -> t
 
 
 def _run_aten(step: Aten, function: Callable[..., Any], layers: Mapping[str, Any], *inputs: Any) -> tuple[Any]:
-    """Run a PyTorch operation on NCHW views of 4-D inputs and return its result with 4-D results as NHWC."""
+    """Run a PyTorch operation on NCHW views of 4-D inputs; return a tuple with its result, as NHWC if it is 4-D."""
     views = [nchw(value) if isinstance(value, Tensor) and value.dim() == 4 else value for value in inputs]
     result = _call_aten(step, function, layers, views)
     return (nhwc(result) if isinstance(result, Tensor) and result.dim() == 4 else result,)

@@ -41,7 +41,7 @@ def convert(model: nn.Module) -> Conversion:
 
     Returns a `Conversion` with the net, the names of the converted modules, and the modules that were kept with the
     reasons. Only blocks for which fastres's are equivalent are converted. Subclasses and modules with a replaced
-    `forward` are kept, and so are timm's blocks with attention, anti-aliasing, dropped blocks or paths, or an
+    `forward` are kept, and so are timm's blocks with attention, anti-aliasing, DropBlock, drop path, or an
     activation other than ReLU.
 
     A converted block decides in each call whether it runs fused; `fastres.status(model)` reports it. A torchvision

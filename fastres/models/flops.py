@@ -24,7 +24,11 @@ from fastres.models import families
 
 @dataclass(frozen=True)
 class Layer:
-    """The cost of one module. output: shape of its output in its last call; () if the output is not a tensor."""
+    """The cost of one module.
+
+    name: the module's path. kind: its class. output: shape of its output in its last call; () if the output is not a
+    tensor. parameters: without those that an earlier layer shares.
+    """
 
     name: str
     kind: str
@@ -124,7 +128,10 @@ def _input_shape(model: nn.Module, size: int | Sequence[int]) -> tuple[int, ...]
 
 @dataclass(frozen=True)
 class Error:
-    """An error rate of the paper, in per cent. source: table or figure. top1, top5: None if the paper prints none."""
+    """An error rate of the paper, in per cent.
+
+    source: table or figure. protocol: images and testing method. top1, top5: None if the paper prints none.
+    """
 
     source: str
     protocol: str

@@ -10,7 +10,7 @@ from fastres.models.flops import PAPER_TABLE, Cost
 
 
 def table(model: nn.Module, cost: Cost) -> str:
-    """Return `model`, a net of `fastres.models`, in the form of the paper's Table 1, as aligned text.
+    """Return a table of `model`, a net of `fastres.models`, as aligned text in the form of the paper's Table 1.
 
     cost: the result of `flops.count`.
     """
@@ -85,7 +85,7 @@ def _conv(conv: nn.Module, stride: bool = True) -> str:
 
 
 def _blocks(stage: nn.Module) -> str:
-    """Return a stage in the form of Table 1, e.g. [3x3, 64; 3x3, 64] x 3. Output sizes show strides, so these don't."""
+    """Return a stage as in Table 1, e.g. [3x3, 64; 3x3, 64] x 3, without strides, which the output sizes show."""
     blocks = list(stage.children())
     convs = [conv for conv in blocks[0].children() if isinstance(conv, nn.Conv2d)]
     return f"[{'; '.join(_conv(conv, stride=False) for conv in convs)}] x {len(blocks)}"

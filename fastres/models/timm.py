@@ -71,7 +71,7 @@ class Bottleneck(timm_resnet.Bottleneck):
 
 
 class ResNet(timm_resnet.ResNet):
-    """timm's `ResNet`, whose stem is fused if it is the 7x7 convolution with a max pool."""
+    """timm's `ResNet`, whose stem is fused if it is a single convolution with BatchNorm, ReLU and a max pool."""
 
     def parts(self) -> eligibility.Parts:
         """Return the stem's modules by role, for `eligibility`."""

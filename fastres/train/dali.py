@@ -39,8 +39,8 @@ Item = tuple[int, Tensor, Tensor, int]  # index, bytes of the file (uint8), resu
 def chosen(asked: str, dataset: Dataset, recipe: Recipe, device: torch.device) -> str:
     """Return the loader that decodes photographs: "torch" or "dali".
 
-    asked: a key of `LOADERS`. "auto" selects "dali" on a GPU if DALI supports the data and recipe, else "torch". Raises
-    DataError if "dali" is asked for and DALI doesn't support them or isn't installed.
+    asked: a key of `LOADERS`. "auto" selects "dali" on a GPU if DALI is installed and supports the data and recipe,
+    else "torch". Raises DataError if "dali" is asked for and DALI doesn't support them or isn't installed.
     """
     if asked == "torch" or (asked == "auto" and device.type != "cuda"):
         return "torch"

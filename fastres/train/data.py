@@ -146,7 +146,10 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def uniform(words: np.ndarray) -> Tensor:
-    """Convert random words, uint64, to uniform numbers in the open interval (0, 1), float64 of the same shape."""
+    """Convert random words, uint64, to uniform numbers, float64 of the same shape.
+
+    They are above 0 and below 1; only a word whose upper 53 bits are all set rounds to 1.
+    """
     return torch.from_numpy(((words >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53)
 
 

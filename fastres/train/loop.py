@@ -428,7 +428,7 @@ class Trainer:
                 yield batch
 
     def evaluate(self) -> Errors:
-        """Validate the averaged weights, or the trained ones if the recipe doesn't average.
+        """Return the validation errors of the averaged weights, or of the trained ones if the recipe doesn't average.
 
         It also records the errors and passes them to the plateau rule. Collective under torch.distributed, where rank
         0's BatchNorm statistics are sent to all processes first. Raises Interrupted.
@@ -523,7 +523,7 @@ class Trainer:
             checkpoint.set_rng_state(state["rng"][self.place.rank])
 
     def report(self) -> Report:
-        """Return the report of this training from the current iteration on."""
+        """Return a `Report` that shows and writes the progress from the current iteration on."""
         title = f"{self.family}-{self.depth} on {self.meta['data']}"
         span = (self.recipe.batch, self.iteration, self.total, self.total / self.steps_per_epoch)
         return Report(self.run.out, title, *span, self.history, self.clock, tensorboard=self.run.tensorboard)

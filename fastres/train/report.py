@@ -147,7 +147,7 @@ class Report:
     def _left(self) -> str:
         """Return the remaining time, estimated from this process's mean time per iteration after its first.
 
-        That includes evaluations and checkpoints.
+        The mean includes evaluations and checkpoints.
         """
         if self.first is None or self.iteration == self.first[0]:
             return "?"
