@@ -92,7 +92,7 @@ def read(source: str, model: str | None = None) -> Weights:
     """Read trained weights.
 
     source: a file, a name like `ResNet50_Weights.IMAGENET1K_V2`, or a name like `IMAGENET1K_V2`, which requires
-    `model`. model: torchvision's name of the net; any other name or None if the source is not such a short name.
+    `model`. model: the name of the net; None if unknown. Published weights of another net of torchvision are refused.
 
     A file has a dict of tensors, at the top level or under one of the keys `_WRAPPERS`. If it has several, averaged
     weights come first. Prefixes that all names share, such as "module.", are removed. Files are read with

@@ -41,8 +41,8 @@ def optimize(
     tensor and consists of supported operations (the error for an unsupported operation lists them). It is not changed.
 
     The returned module takes x [N, C, H, W] of any floating dtype, in any memory format, on the device of the weights,
-    and returns a tensor in `dtype` (in bfloat16 for float8, in float32 for int8). Equivalent to, up to rounding and,
-    for float8 and int8, quantisation:
+    and returns a tensor in `dtype` (for float8 in bfloat16, for int8 in float32). Equivalent to, up to rounding and
+    with quantisation errors in float8 and int8:
 
         frozen = copy.deepcopy(model).to(dtype)
         with torch.no_grad():
@@ -57,15 +57,15 @@ def optimize(
         x86-64 CPUs with AVX512-VNNI. Default: the dtype of the model's convolutions.
     cuda_graph: on a GPU, replay one CUDA graph per input shape. The 8 shapes that were used last are kept.
     torchscript: on a CPU, let TorchScript compile the plan for an input shape after ten calls with that shape, or
-        immediately for `example` and `ready`. The compiled plan is used if it is faster than running step by step. In
-        float32 and bfloat16 it is a oneDNN graph, whose results may differ from those of the steps in the last bits. In
-        int8 it consists of the same steps and gives the same results. Nothing is compiled while
+        immediately for `example` and `ready`. The compiled plan is used if it is not slower than running step by step.
+        In float32 and bfloat16 it is a oneDNN graph, whose results may differ from those of the steps in the last bits.
+        In int8 it consists of the same steps and gives the same results. Nothing is compiled while
         `torch.use_deterministic_algorithms` is on.
     calibration: required for float8 and int8, not accepted otherwise. Batches, or (batch, ...) tuples, that represent
         the real input. They set the range of each activation; later values outside the range are clamped.
     percentile: above 0 and at most 100, the default; only with `calibration`. This percentage of an activation's values
-        lies below the upper end of its range, and the same percentage above the lower end. 100 takes the minimum and
-        maximum.
+        is at or below the upper end of its range, and the same percentage is at or above the lower end. 100 takes the
+        minimum and maximum.
 
     In float8 and int8, weights have one scale per output channel. In float8, the first convolution, grouped
     convolutions, the classifier and all other steps run in bfloat16, and the result is bfloat16. In int8, weights are

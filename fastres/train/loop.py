@@ -76,13 +76,14 @@ class Run:
 
     name: the recipe's name, for the metadata. out: the folder to write to. family, depth, data: None for the recipe's.
     shortcut: None for the family's default. root: the folder of the images. holdout: how many training images to
-    validate on instead of the validation images. download, cache: see `data.load`. device: None for a GPU if there is
-    one. dtype: a key of `DTYPES`; None for bf16 on a GPU and fp32 elsewhere. compile: an entry of `COMPILE`.
-    cuda_graph: a key of `GRAPHS`. deterministic: use only cuDNN algorithms that give the same bits each time.
-    micro_batch: images per forward pass, None for the recipe's. workers: processes that read photographs, None for one
-    per CPU. loader: a key of `LOADERS`. log_every, eval_every, save_every: iterations between two rows of the
-    log, evaluations and checkpoints; None is one epoch for eval_every and the value of eval_every for save_every.
-    tensorboard: also write the log for TensorBoard. resume: continue from out/last.pt if it exists.
+    validate on instead of the validation images. download, cache: see `data.load`. seed: of the weights and of the
+    images' order and augmentation. device: None for a GPU if there is one. dtype: a key of `DTYPES`; None for bf16 on a
+    GPU and fp32 elsewhere. compile: an entry of `COMPILE`. cuda_graph: a key of `GRAPHS`. deterministic: use only cuDNN
+    algorithms that give the same bits each time. micro_batch: images per forward pass, None for the recipe's. workers:
+    processes that read photographs, None for one per CPU. loader: a key of `LOADERS`. log_every, eval_every,
+    save_every: iterations between two rows of the log, evaluations and checkpoints; None is one epoch for eval_every
+    and the value of eval_every for save_every. tensorboard: also write the log for TensorBoard. resume: continue from
+    out/last.pt if it exists.
 
     Raises ValueError for values out of range and for unknown keys.
     """
