@@ -17,15 +17,21 @@ from fastres.ops.side_stream import SideStream
 
 @dataclass
 class Backward:
-    """The backward pass of one block; `run` returns its gradients. Gradients that aren't required are not computed.
+    """The backward pass of one block; `run` returns the block's gradients.
 
-    g_i is the gradient at the output of BatchNorm i with the ReLU mask applied, and dz_i = c_g g_i + c_z z_i + c_1 is
-    the gradient at its input.
+    No dgrad or wgrad runs for a gradient that isn't required.
 
-    out: the block's output [N, P, Q, K], if its end reads it. taps: the pool's taps, if the block ends in a pool.
-    parameters: (filters, BN weight, BN bias) of each pair; needs: which of them require a gradient. end_below: the
-    BatchNorms that end the previous block, if that block's backward follows. Then dx may be returned with that block's
-    ReLU mask applied and the partial sums of those BatchNorms.
+    z_i is the output of the convolution of pair i, g_i the gradient at the output of its BatchNorm with the mask of the
+    following ReLU applied, and dz_i = c_g g_i + c_z z_i + c_1 the gradient at z_i.
+
+    pairs: the block's pairs; a projection's pair comes last. kept: the tensors that the block's forward saved.
+    out: the block's output [N, P, Q, K], or None if the backward of `end` doesn't read it.
+    taps: the max pool's taps (`reference.normalize_max_pool`), or None if the block doesn't end in a pool.
+    parameters: (filters, BN weight, BN bias) of each pair, as one flat list. needs_x, needs: whether x and each of the
+    parameters require a gradient.
+    end_below: (z, mean) of the BatchNorms that end the previous block, or None if that block's backward doesn't follow.
+    If given, dx may be returned with the previous block's last ReLU mask applied and the partial sums of these
+    BatchNorms.
     """
 
     pairs: Sequence[ConvBN]
@@ -39,10 +45,10 @@ class Backward:
     end_below: EndNorms | None = None
 
     def run(self, dout: Gradient) -> tuple[Gradient | None, list[Tensor | None]]:
-        """Return dx and one gradient for each parameter, with None for each that isn't required.
+        """Return dx and a list with one gradient for each parameter. Gradients that aren't required are None.
 
         dout: the gradient at the block's output. A filter gradient [K, C/groups, R, S] may have another dtype than its
-        parameter; `layout.cast_gradients` casts it later, together with others.
+        parameter; the caller casts all such gradients together (`layout.cast_gradients`).
         """
         self.grads: list[Tensor | None] = [None] * len(self.parameters)
         device = self.kept.x.device
@@ -56,7 +62,7 @@ class Backward:
 
     def _run(self, dout: Gradient) -> Gradient | None:
         i = len(self.pairs) + self.end.last
-        # If bn is None, `dz` is the stored dz. Else it is g, and dgrad and wgrad compute c_g g + c_z z + c_1 on load.
+        # If bn is None, `dz` holds dz_i. Else it holds g_i, and dgrad and wgrad compute dz_i from g_i and bn.
         dz, bn, dx_proj = self._end(i, dout)
         while dz is not None and i > 0:
             pair, kept, below = self.pairs[i], self.kept.pairs[i], self.kept.pairs[i - 1]
@@ -80,11 +86,13 @@ class Backward:
         return self._into_input(dz, bn, dout, dx_proj) if self.needs_x else None
 
     def _end(self, i: int, dout: Gradient) -> tuple[Tensor | None, OnLoad, Tensor | None]:
-        """Return dz of the main branch's last pair (None if no convolution requires it), its bn, and the projection's
-        share of dx.
+        """Return (dz, bn, the projection's share of dx) for the main branch's last pair, whose index is i.
 
-        dz is computed on load only if g is masked already and there is no projection. An unmasked g would make dgrad
-        and wgrad each read a third tensor, the mask; instead dz is written once and read twice.
+        dz is None if no convolution's gradient depends on it. If bn is not None, the first entry holds g instead of dz
+        (see `_run`). The third entry is None without a projection, or if dx isn't required.
+
+        The entry is g only if dout is masked already and there is no projection. With an unmasked gradient, dgrad and
+        wgrad would each have to read a third tensor, the mask; instead dz is written once and read twice.
         """
         pair, last, projection = self.pairs[i], self.kept.pairs[i], self.kept.pairs[-1]
         dy, sums = dout
@@ -116,7 +124,10 @@ class Backward:
         return self._needed_below(i) or self.needs[3 * i]
 
     def _bn(self, i: int, partials: Tensor) -> BNBackward:
-        """Store dweight and dbias of BN i, if required; return the coefficients that turn g into dz."""
+        """Store the weight and bias gradients of BN i, if required; return z and the coefficients that turn g into dz.
+
+        partials: the partial sums of `reference.backward_reduce`.
+        """
         pair, kept = self.pairs[i], self.kept.pairs[i]
         weight, count = self.parameters[3 * i + 1], pair.problem.pixels
         dweight, dbias, *coefficients = pair.passes.finish_backward(

@@ -8,10 +8,10 @@ autograd nodes, so that a stage's saved tensors are freed and its gradients are 
 previous stage begins.
 
 `ends.BlockKept` and `conv_bn.Kept` list the tensors that are saved for backward. `_Blocks.forward` saves them together
-with the original input, the parameters, the output if the end's backward reads it, and a pool's taps. The activation
-between two convolutions, a = relu(scale z + shift), is recomputed from z wherever it is read, unless the fusion
-`keep_activation` saves it. With the fusion `recompute`, the inputs of all blocks but the first are recomputed, too, in
-one elementwise pass each.
+with the original input, the parameters, the output if the end's backward reads it, and a pool's taps (the position of
+each maximum within its window). The activation between two convolutions, a = relu(scale z + shift), is recomputed from
+z wherever it is read, unless the fusion `keep_activation` saves it. With the fusion `recompute`, the inputs of all
+blocks but the first are recomputed, too, in one elementwise pass each.
 """
 
 from __future__ import annotations
@@ -248,7 +248,10 @@ def _split(calls: Sequence[Call], tensors: Sequence[Any], per_pair: int) -> list
 
 
 def _by_operator(call: Call, x: Tensor, parameters: Sequence[Any]) -> Tensor:
-    """Run one block as the operator `conv_bn_act`, then copy the new running statistics that it returns."""
+    """Run one block as the operator `conv_bn_act`, which mutates nothing; then update the BatchNorm buffers.
+
+    The operator returns the new running statistics, which are copied into the buffers. The batch counters go up by one.
+    """
     read = [b.moves or not pair.batch_statistics for pair, b in zip(call.pairs, call.buffers, strict=True)]
     running = [t if reads else None for b, reads in zip(call.buffers, read, strict=True) for t in (b.mean, b.var)]
     out, moved, _, _ = torch.ops.fastres.conv_bn_act(x, list(parameters), running, None, *call.words)
@@ -265,8 +268,8 @@ def _by_operator(call: Call, x: Tensor, parameters: Sequence[Any]) -> Tensor:
 def _infer(call: Call, x: Tensor, dtype: torch.dtype, parameters: Sequence[Any]) -> Tensor:
     """Run one block on x [N, H, W, C] with running statistics and without saving anything for backward.
 
-    Each BatchNorm becomes a scale and shift, computed from its current running statistics. Engines that can apply it in
-    the convolution's epilogue do so.
+    Each BatchNorm becomes a scale and a shift, computed from its current running statistics. Engines that can apply
+    them in the convolution's epilogue do so.
     """
 
     def operands(i: int) -> tuple[Tensor, tuple[Any, ...]]:
@@ -332,7 +335,7 @@ class Boundary:
     back: tuple[Gradient, Tensor] | None = None  # the gradient at y, and y, handed from the second's backward
 
     def take(self) -> tuple[Pending, EndNorms]:
-        """Return y, not computed yet, and the BatchNorms before its ReLU, and forget them."""
+        """Return y, not computed yet, and (z, mean) of the BatchNorms before its ReLU, and forget both."""
         pending, end_below = self.pending, self.end_below
         self.pending = self.end_below = None
         assert pending is not None
@@ -445,7 +448,8 @@ def _differentiable(
 ) -> list[Tensor | None]:
     """Return the gradients of x and the parameters, computed by autograd through the definition with `create_graph`.
 
-    value: the first block's input, if x only stands for it (after a stage boundary), else None.
+    needs: whether x and each parameter require a gradient; the others get None. value: the first block's input, if x
+    only stands for it (after a stage boundary, see `Boundary`), else None.
     """
     with torch.enable_grad():
         out = x.to(dtype) if value is None else _InPlaceOf.apply(x, value)

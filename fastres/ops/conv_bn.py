@@ -1,7 +1,7 @@
 """One pair (a convolution with its BatchNorm) of a block: its static properties, and one callable for each step.
 
-`conv_bn` asks `dispatch` once for each shape and caches the pair with its steps bound to engines, so later code makes
-no choice again.
+`conv_bn` asks `dispatch` once for each combination of shape and settings and caches the pair with its steps bound to
+engines, so that later calls don't choose again.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class ConvBN(Facts):
     prologue: (s, t), each [C], if the convolution's input is relu(s a + t); None if it is a.
     partials: partial results of z's batch statistics (`reference.statistics`); None with running statistics.
     norm: (running mean, running variance, weight, bias) of the BatchNorm.
-    bn: the coefficients of BatchNorm's backward, or None. With bn, the argument `dz` holds g, and the operation
-    computes dz = c_g g + c_z z + c_1.
+    bn: z and the coefficients of BatchNorm's backward, or None. With bn, the argument `dz` holds g, and the operation
+    computes dz = c_g g + c_z z + c_1; without, it holds dz.
     """
 
     # (x, w, scale, shift, residual=None, relu=True): [relu](scale conv(x) + shift + residual)
@@ -43,10 +43,11 @@ class ConvBN(Facts):
     # convolution; x = relu(scale z + shift + shortcut): the previous block's output; affine: (scale, shift); addend:
     # the keyword arguments that `End.addend` returns
     fprop_joined: Callable[..., tuple[Tensor, Tensor, Tensor | None]]
-    # (dz, w, bn, residual=, residual_mask=): dx + residual, where residual counts as 0 if residual_mask <= 0
+    # (dz, w, bn, residual=, residual_mask=): dx + residual; the residual counts as 0 where residual_mask <= 0
     dgrad: Callable[..., Tensor]
-    # (dz, w, bn, z, mean, affine): the gradient at the output of the BN below, whose input is z, as (dy, the mask that
-    # is still to be applied or None, partials of sum g and sum g (z - mean))
+    # (dz, w, bn, z, mean, affine): the gradient at the output of the block's previous BN, as (dy, the mask that is
+    # still to be applied to dy or None, partials of sum g and sum g (z - mean), where g is the masked dy). z, mean and
+    # affine = (scale, shift) are the previous BN's
     dgrad_masked: Callable[..., tuple[Tensor, reference.Affine | None, Tensor]]
     # (dz, w, bn, out, end_below, residual=, residual_mask=): the gradient at `out`, the previous block's output, as
     # (dx, None); or, if one kernel does both, as (dx masked to out > 0, partials as `reference.backward_reduce`)
@@ -60,9 +61,10 @@ class ConvBN(Facts):
         return self.problem.P, self.problem.Q
 
     def statistics(self, partials: Tensor | None, weight: Tensor | None, bias: Tensor | None, buffers: Buffers) -> Any:
-        """Return (mean, rstd, scale, shift), each [K], from partials if given, else from the running statistics.
+        """Return (mean, rstd, scale, shift), each [K], from `partials`, or if None from the running statistics.
 
-        With partials, this also updates the running statistics (if `buffers.moves`) and the batch counter in place.
+        With partials, this also updates in place the running statistics (if `buffers.moves`) and the batch counter (if
+        `buffers` has one).
         """
         if partials is None:
             return self.passes.running_statistics(buffers.mean, buffers.var, weight, bias, self.eps)
@@ -95,8 +97,9 @@ class Kept(NamedTuple):
 class Buffers(NamedTuple):
     """A BatchNorm's buffers during one forward.
 
-    moves: whether this forward updates mean and var in place, by momentum, with the batch's statistics. counter: an
-    integer [] that goes up by one with that update; None if the batch is counted already, or not at all.
+    mean, var: the running statistics [K], both None if the BatchNorm lacks either. moves: whether this forward updates
+    them in place with the batch's statistics, of which momentum is the weight. counter: an integer [] that goes up by
+    one with that update; None if `of` has counted the batch already, or if batches are not counted.
     """
 
     mean: Tensor | None
@@ -136,7 +139,8 @@ def refuse_capture(bn: nn.BatchNorm2d) -> None:
 
 def bind(problem: ConvProblem, eps: float, batch_statistics: bool, engines: Engines) -> ConvBN:
     """Return the pair with each operation bound to its engine; only this function maps a block's engines to code."""
-    # oneDNN's fused primitives serve only plans, which pack their weights once; in a block, ATen runs the steps.
+    # oneDNN's fused primitives are used only in the plans of `optimize`, which pack their weights once. In a block,
+    # ATen runs the steps.
     by: dict[str, type[Library]] = dict.fromkeys(("cudnn", "onednn", "aten"), Library)
     passes: Any = reference
     if {"triton", "stem"} & {engines.infer, engines.fprop, engines.dgrad, engines.wgrad, engines.passes}:
@@ -175,8 +179,8 @@ def conv_bn(
     """Return the pair for one input shape, bound to the engines that `dispatch` chooses; cached (LRU).
 
     x_shape: (N, H, W); the number of channels follows from w_shape (K, C/groups, R, S) and the groups. dtype: of the
-    activations. choice: `dispatch.choice`, all further facts that the engines depend on; it only completes the cache
-    key.
+    activations. choice: the result of `dispatch.choice`, all other settings that the engines depend on; it is only part
+    of the cache key.
     """
     from fastres.kernels.problem import ConvProblem
 

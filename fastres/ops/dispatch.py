@@ -287,10 +287,10 @@ def why_engine(pass_: Pass, problem: ConvProblem, dtype: torch.dtype, device: to
 
 
 def _over_packed_images(pass_: Pass, problem: ConvProblem, dtype: torch.dtype) -> bool:
-    """Return whether the stem's kernels (kernels/stem.py) compute a convolution that has not been measured.
+    """Return whether the stem's kernels (kernels/stem.py) compute a convolution if no measurement decides.
 
-    They copy 16 bytes at a time, where the kernels for all shapes load single values. They are not used in float32,
-    in which they were never measured.
+    They copy 16 bytes at a time, where the kernels for all shapes load single values. Without a measurement they are
+    not used in float32.
     """
     from fastres.kernels.stem import stem_refusal
 
@@ -301,8 +301,9 @@ def _over_packed_images(pass_: Pass, problem: ConvProblem, dtype: torch.dtype) -
 def on_load(pass_: Pass, problem: ConvProblem, dtype: torch.dtype, device: torch.device) -> bool:
     """Return whether our kernel computes its operand while loading it; otherwise a separate pass stores it first.
 
-    The operand is the activation in "fprop" and "wgrad" (for a block's first pair: the end of the block before it), and
-    dz in "dgrad"; the answer for "dgrad" applies to wgrad's dz too. Measurements decide; a rule decides without them.
+    The operand is the activation in "fprop" and "wgrad" (in "fprop" of a block's first pair: the end of the previous
+    block), and dz in "dgrad"; the answer for "dgrad" applies to wgrad's dz too. A measurement decides, if there is one.
+    Without one, the answer is True for activations and `bn_backward_on_load` for dz.
     """
     found = _measured(pass_, problem, dtype, device)
     if found is not None and not found.measurement.note:
@@ -327,9 +328,10 @@ def optimizes_by_onednn(dtype: torch.dtype, device: torch.device) -> bool:
 class Candidate(NamedTuple):
     """The engine chosen for a step of a plan, and the reason as text.
 
-    engine: its name as tables print it.
-    otherwise: the fallback if this engine raises RuntimeError. The first line of the error replaces "{error}" in the
-        fallback's reason.
+    engine: the engine's name, as the tables of plans print it.
+    why: the reason.
+    otherwise: the fallback if this engine raises RuntimeError; None if there is none. The first line of the error
+        replaces "{error}" in the fallback's reason.
     timed: if not empty and this engine works, it is timed against `otherwise`; steps with equal `timed` share the
         result.
     wide: the dtype in which an engine without 8-bit arithmetic simulates it; None where nothing is simulated.
@@ -345,7 +347,7 @@ class Candidate(NamedTuple):
 def folded_engine(
     problem: ConvProblem, dtype: torch.dtype, device: torch.device, *, relu: bool, added: bool, alike: bool = True
 ) -> Candidate:
-    """Return the engine for [relu](conv(x, w) + shift + residual) in a plan.
+    """Return the engine for [relu](conv(x, w) + shift + residual) in a plan of `optimize`.
 
     dtype: of w; may be float8_e4m3fn or int8. relu: whether the step ends with a ReLU. added: whether there is a
     residual. alike: whether the residual has the output's shape, which matters for int8 only.
@@ -380,10 +382,10 @@ def _simulated(engine: str, why: str, wide: torch.dtype = torch.float32) -> Cand
 
 
 def layer_engine(layer: Any, pool: tuple[int, int, int] | None, inputs: Sequence[Any]) -> Candidate:
-    """Return the engine for a step of a plan that is not a convolution.
+    """Return the engine for a step of `optimize`'s plan that is not a convolution.
 
-    layer: its module, or None if the step calls a function. pool: (kernel, stride, pad) of a max pool that our kernel
-    supports, else None. inputs: the operands; images are [N, H, W, C].
+    layer: the step's module, or None if the step calls a function. pool: (kernel, stride, pad) of a max pool that our
+    kernel supports, else None. inputs: the operands; images are [N, H, W, C].
     """
     library = Candidate("aten", "no fused kernel")
     x = inputs[0] if len(inputs) == 1 else None
@@ -482,7 +484,10 @@ def passes_engine(dtype: torch.dtype, device: torch.device) -> Engine:
 
 @dataclass(frozen=True)
 class Engines:
-    """The engines of one convolution's passes and of the memory-bound steps around it, and what our kernels fuse."""
+    """The engines of one convolution's passes and of the memory-bound steps around it, and what our kernels fuse.
+
+    passes: the engine of the memory-bound steps (`passes_engine`).
+    """
 
     infer: Engine
     fprop: Engine
@@ -490,7 +495,7 @@ class Engines:
     wgrad: Engine
     passes: Engine
     fprop_on_load: bool  # fprop computes the activation while loading; see `on_load`
-    wgrad_on_load: bool  # wgrad does
+    wgrad_on_load: bool  # wgrad computes the activation while loading
     dz_on_load: bool  # dgrad and wgrad compute dz while loading
     joins: bool  # the shape lets fprop compute the end of the block before it; see `joins`
     fusions: Fusions
@@ -512,10 +517,10 @@ class Engines:
         return self.fusions.keep_activation and not (self.fusions.prologue and on_load)
 
     def fuses_bn_backward(self, batch_statistics: bool) -> bool:
-        """Whether dgrad and wgrad read g and compute dz = c_g g + c_z z + c_1 themselves.
+        """Return whether dgrad and wgrad take g and account for dz = c_g g + c_z z + c_1 themselves.
 
-        They do it while loading. With running statistics dz = c_g g, which needs no work on load: dgrad scales its
-        filters by c_g, wgrad its result.
+        batch_statistics: whether BatchNorm uses the batch's statistics. If so, both compute dz while loading. With
+        running statistics dz = c_g g, which needs no work on load: dgrad scales its filters by c_g, wgrad its result.
         """
         on_load = self.dz_on_load and self.dgrad == self.wgrad == "triton"
         return self.fusions.bn_backward and (on_load or not batch_statistics)

@@ -1,6 +1,6 @@
 """Decides whether a call may run fused: `serves` for a block or the stem, `serves_stages` for whole stages.
 
-`why_plain` gives the reason when it may not.
+`why_plain` returns the reason if a block or stem may not.
 
 A call may run fused only if the result is the same as calling its modules one by one. So every module must have exactly
 the type that its role requires and have no hooks, nothing may trace or transform the call, and the input must be a

@@ -36,9 +36,10 @@ class BlockKept(NamedTuple):
 
 @dataclass(frozen=True)
 class Pending:
-    """A block's output that is not computed yet: relu(scale z + shift + shortcut).
+    """A block's output that is not computed yet: [relu](scale z + shift [+ shortcut]).
 
-    affine: (scale, shift). addend: the keyword arguments of `reference.normalize` for the ReLU and the shortcut.
+    z: the output [N, P, Q, K] of the main branch's last convolution, whose pair is `pair`. affine: (scale, shift).
+    addend: the keyword arguments of `reference.normalize` for the ReLU and the shortcut.
     """
 
     pair: ConvBN
@@ -76,7 +77,7 @@ class End:
 
     @property
     def sizes(self) -> tuple[int, int, int]:
-        """(kernel, stride, pad) of a pool or of option A's subsampling, for the operators' schemas."""
+        """(kernel, stride, pad) of a pool, (0, stride, 0) for option A, else (0, 1, 0); for the operators' schemas."""
         return 0, 1, 0
 
     @property
@@ -98,15 +99,18 @@ class End:
         return Pending(pairs[self.last], last.z, (last.scale, last.shift), self.addend(kept))
 
     def finish(self, pairs: Sequence[ConvBN], kept: BlockKept) -> tuple[Tensor, Tensor | None]:
-        """Compute the block's output [N, P, Q, K]; return it and a pool's taps, else None."""
+        """Compute the block's output; return it, NHWC, and the taps of a max pool or None if there is no pool.
+
+        A tap is the position of a maximum within its window (`reference.normalize_max_pool`).
+        """
         return self.pending(pairs, kept).compute(), None
 
     def added(self, x: Tensor, projected: Tensor | None) -> Tensor | None:
-        """Return the tensor that inference adds before the ReLU: x, the projection's output or None."""
+        """Return the tensor that `infer` adds before the ReLU: x, the projection's output or, if nothing, None."""
         return None
 
     def infer(self, pair: ConvBN, a: Tensor, w: Tensor, norm: Any, x: Tensor, projected: Tensor | None) -> Tensor:
-        """Run the last convolution and everything after it, with running statistics; return [N, P, Q, K].
+        """Run the last convolution and everything after it, with running statistics; return the block's output, NHWC.
 
         a: the convolution's input, NHWC; norm: (running mean, running variance, weight, bias); x: the block's input;
         projected: the projection's output, if there is one.
@@ -114,7 +118,11 @@ class End:
         return pair.infer_live(a, w, norm, self.added(x, projected))
 
     def gradient_arguments(self, out: Tensor | None, last: Kept, taps: Tensor | None) -> dict[str, Any]:
-        """Return the keyword arguments of `reference.gradient` at the last BatchNorm: the ReLU's mask, and a pool."""
+        """Return the arguments `mask` and, after a pool, `pool` of `reference.gradient` at the last BatchNorm.
+
+        out: the block's output, if `reads_output`. last: the tensors saved by the main branch's last pair. taps: the
+        pool's.
+        """
         return {"mask": (last.scale, last.shift)}  # the mask is recomputed from z, which backward reads anyway
 
     def residual(self, dout: Gradient, mask: Tensor | None, dx_proj: Tensor | None) -> dict[str, Any]:
@@ -128,8 +136,9 @@ class End:
     def backward(self, pair: ConvBN, dgrad: Callable[..., Gradient], *given: Any) -> Gradient:
         """Return the gradient at the block's input.
 
-        dgrad(joins=True, **residual) runs the dgrad of the first convolution; if `joins`, it may also apply the mask
-        and compute the sums of the previous block's end. given: the arguments of `residual`.
+        pair: the block's first. dgrad(joins=True, **residual) runs the dgrad of the pair's convolution; if `joins`, it
+        may also apply the previous block's ReLU mask and compute the partial sums of the BatchNorms before that ReLU.
+        given: the arguments of the method `residual`.
         """
         return dgrad(**self.residual(*given))
 

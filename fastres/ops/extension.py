@@ -60,8 +60,9 @@ class Status:
 def load(device: str) -> bool:
     """Build and load the kernels for tensors of `device` if necessary; return True if they are loaded.
 
-    device: a type such as "cpu" or "cuda"; other devices have no library. Tries once per process. Raises BuildError if
-    this fails under `FASTRES_CUDA_EXT=1`, and ValueError for an unknown value of `FASTRES_CUDA_EXT`.
+    device: a type such as "cpu" or "cuda"; other devices have no library. Unless it raises, the result holds for the
+    rest of the process. Raises BuildError if this fails under `FASTRES_CUDA_EXT=1`, and ValueError for an unknown value
+    of `FASTRES_CUDA_EXT`.
     """
     if device in _outcome:
         return _outcome[device] is None

@@ -87,7 +87,7 @@ def by_library_and_kernel(
 ) -> Tensor:
     """Return [relu](conv(x, w) + shift + residual) [N, P, Q, K]: ATen convolves, one kernel of ours does the rest.
 
-    ones [K]: the scale that this kernel, which applies scale and shift, takes.
+    ones [K]: float32 ones, because this kernel (`normalize`) also multiplies by a scale.
     """
     from fastres.kernels.batch_norm import normalize
 

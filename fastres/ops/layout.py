@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-_ALIGNED = 128  # bytes, of each weight in a shared allocation; TMA requires 16
+_ALIGNED = 128  # alignment in bytes of each weight in a shared allocation; TMA requires 16
 
 
 class Geometry(NamedTuple):

@@ -62,7 +62,7 @@ def conv(
 ) -> Tensor:
     """Return [relu](conv(x, w) + bias + residual) [N, P, Q, K], as one oneDNN primitive (float16's ReLU is separate).
 
-    x, residual: NHWC. w: from `Packings.conv`. bias [K] or None. overwrite: a residual's memory takes the result.
+    x, residual: NHWC. w: from `Packings.conv`. bias [K] or None. overwrite: write the result into the residual.
     """
     stride, pad, dilation, groups = geometry.both
     terms, unary = (w, bias, pad, stride, dilation, groups), "relu" if relu and x.dtype not in _OVERFLOWS else None

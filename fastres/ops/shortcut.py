@@ -325,7 +325,7 @@ def _autograd(op: Any, function: Any) -> Callable[..., Any]:
 def _call(op: Any, function: Any, *args: Any) -> Any:
     """Return op(*args), without going through the dispatcher's Python autograd kernel if the tensors are plain.
 
-    That kernel takes as long as a small shortcut.
+    Going through that kernel takes as long as computing a small shortcut.
     """
     if (
         torch.compiler.is_compiling()
