@@ -1,7 +1,7 @@
-// Option-A shortcut on the CPU, parallel over planes (NCHW) or rows of pixels (NHWC). A task first copies its elements,
-// a few KB, in short rows. Then it does the arithmetic in one long loop, while they are still in the L1 cache. All
-// loops are plain and free of branches, so that the compiler can vectorise them for the instruction set that the build
-// selects.
+// Option-A shortcut on the CPU, parallel over planes (NCHW) or rows of pixels (NHWC). Some loops move elements, others
+// do arithmetic. They run one after the other over the same few KB (a plane, a row or a pixel), so that the later loop
+// finds its data in the L1 cache. The inner loops are plain and free of branches, so that the compiler can vectorise
+// them for the instruction set that the build selects.
 
 #include "shortcut.h"
 
@@ -10,7 +10,7 @@
 namespace fastres {
 namespace {
 
-constexpr int64_t kGrain = 1 << 15;  // elements per task, as at::internal::GRAIN_SIZE
+constexpr int64_t kGrain = 1 << 15;  // minimum number of elements per task, as at::internal::GRAIN_SIZE
 
 template <class F>
 void parallel_rows(int64_t rows, int64_t row_size, const F& f) {
@@ -120,15 +120,16 @@ inline void relu_row(Bits<T>* __restrict out, const Bits<T>* __restrict y, int64
   for (int64_t i = 0; i < size; ++i) out[i] = relu<T>(y[i]);
 }
 
-// dy[i] = grad[i] where the relu passed out[i], else 0.
+// dy[i] = grad[i] where relu passes the gradient at its output out[i] (see `passes`), else 0.
 template <class T>
 inline void mask_row(Bits<T>* __restrict dy, const Bits<T>* __restrict grad, const Bits<T>* __restrict out,
                       int64_t size) {
   for (int64_t i = 0; i < size; ++i) dy[i] = masked<T>(grad[i], out[i]);
 }
 
-// Calls f(plane, planes, n, k) for ranges that cover the planes [begin, end) of all N * K. A range is one plane of x's
-// channels, or consecutive planes of one image's appended channels; (n, k) is its first plane.
+// Calls f(plane, planes, n, k) for ranges of planes that cover [begin, end), where the N * K planes of the output are
+// numbered n * K + k. A range is one plane of x's channels, or consecutive planes of one image's appended channels.
+// `plane` is the number of its first plane, of image n and channel k; `planes` is the length of the range.
 template <class F>
 void for_planes(const Problem& s, int64_t begin, int64_t end, const F& f) {
   while (begin < end) {

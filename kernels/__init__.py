@@ -1,4 +1,5 @@
 """Triton kernels and their launchers, called by `fastres.ops`.
 
-They import torch, triton, `fastres.paths` and `fastres.capability` only.
+Besides the standard library and each other, these modules import only torch, triton, `fastres.paths` and
+`fastres.capability`.
 """

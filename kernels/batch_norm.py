@@ -1,4 +1,4 @@
-"""BatchNorm around convolutions, forward and backward, each with the fewest passes over memory.
+"""BatchNorm around convolutions, forward and backward, with few passes over memory.
 
 z is the output of a convolution. M = N P Q is the number of pixels that enter the statistics of each channel (Ioffe &
 Szegedy, 2015):
@@ -15,10 +15,11 @@ stride-th pixel with zero channels appended.
     dz = c_g g + c_z z + c_1,  c_g = weight rstd,                          `backward_apply`
          c_z = -c_g rstd dweight / M,  c_1 = -c_g dbias / M - c_z mean
 
-With fixed statistics (eval mode) no gradient flows through mean and rstd, so c_z = c_1 = 0.
+With fixed statistics (eval mode) no gradient flows through mean and rstd, so c_z = c_1 = 0; the launchers then use
+None for both.
 
-g is never stored. Both backward passes compute it from dy and the ReLU's mask. If a max pool follows the ReLU, they
-gather it from the gradient of the pool's output (`max_pool.gather`).
+These kernels never store g. `backward_reduce` and `backward_apply` both compute it from dy and the ReLU's mask. If a
+max pool follows the ReLU, they gather g from the gradient of the pool's output (`max_pool.gather`).
 
 Reductions are deterministic and run in two stages. First each program reduces one chunk of pixels to fp32 partials.
 Then a small kernel merges the partials of all chunks; more than 512 are merged in groups before that. The epilogues of
@@ -125,7 +126,7 @@ def merged_statistics(partials, first, last, channel, K, BT: tl.constexpr, BK: t
 
 @triton.jit
 def merged_sums(partials, first, last, channel, K, BT: tl.constexpr, BK: tl.constexpr):
-    """Return both sums, each [BK], over the partials first <= t < last."""
+    """Return Σ g and Σ g (z - mean), each [BK], summed over the backward partials first <= t < last."""
     a = tl.zeros((BT, BK), tl.float32)
     b = tl.zeros((BT, BK), tl.float32)
     for t in range(first, last, BT):
@@ -167,8 +168,8 @@ def finish_statistics_kernel(
 ):  # fmt: skip
     """Write vectors [4, K] = mean, rstd, scale, shift, and increment counter, if there is one.
 
-    With partials [T, 3, K] the statistics are those of the batch, and the running statistics are updated in place.
-    Without partials they are the running statistics.
+    With partials [T, 3, K], the statistics are those of the batch, and running_mean and running_var, where given, are
+    updated in place. If partials is None, the statistics are running_mean and running_var.
     """
     if counter is not None:
         tl.store(counter, tl.load(counter) + 1, mask=tl.program_id(0) == 0)
@@ -201,8 +202,9 @@ def normalize_kernel(
     z, scale, shift, residual, residual_scale, residual_shift, y, M, K_VECS, P, Q, H, W, C_VECS,
     RELU: tl.constexpr, STRIDE: tl.constexpr, VEC: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """Compute one tile of y [M, K].
+    """Compute one tile of y = [relu](scale z + shift [+ shortcut]), [M, K].
 
+    The shortcut is `residual` or, if residual_scale is given, residual_scale residual + residual_shift.
     STRIDE 0: residual is [M, K]. STRIDE > 0: residual is [N, H, W, C], the input of an option-A shortcut. It is read at
     every STRIDE-th row and column, and its channels from C to K count as zero.
     """
@@ -233,9 +235,10 @@ def gradient(
 ):  # fmt: skip
     """Return g, fp32 [BM, BK], the gradient at the BatchNorm's output for pixel (a, b) of each of BM blocks.
 
-    Without a pool (tap is None) a block is one pixel, and g is dy. If a max pool follows, a block is STRIDE x STRIDE
-    pixels, and dy is gathered by tap. Where given, y or scale and shift set g to zero where y <= 0 or
-    scale z + shift <= 0. `here` [BM, BK] are the element offsets of the pixels in dy, y and z.
+    Without a pool (tap is None), a block is one pixel, and g is dy before masking. If a max pool follows the ReLU, a
+    block is STRIDE x STRIDE pixels, and g is gathered from dy by tap. Then g is set to zero where y <= 0, if y is
+    given, and where scale z + shift <= 0, if scale is given. `here` [BM, BK]: the element offsets of the pixels in y
+    and, without a pool, in dy.
     """
     if tap is None:
         g = tl.load(dy + here, mask=valid, other=0.0).to(tl.float32)
@@ -337,7 +340,7 @@ def backward_apply_kernel(
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, PAD: tl.constexpr, VEC: tl.constexpr, BM: tl.constexpr,
     BK: tl.constexpr,
 ):  # fmt: skip
-    """Compute one tile of dz and, with a projection, the same tile of dz_proj.
+    """Compute one tile of dz = c_g g + c_z z + c_1 and, if dz_proj is given, the same tile of dz_proj.
 
     If a max pool follows the ReLU, the rows of a tile are blocks of STRIDE x STRIDE pixels, and M counts the blocks.
     """
@@ -364,7 +367,7 @@ def backward_apply_kernel(
 
 
 class Statistics(NamedTuple):
-    """Vectors of a BatchNorm, fp32 [K], from batch or running statistics.
+    """Per-channel vectors of a BatchNorm, fp32 [K], from batch or running statistics.
 
     scale = weight rstd and shift = bias - mean scale, so that the BatchNorm is scale z + shift.
     """

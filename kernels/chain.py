@@ -33,10 +33,10 @@ CHANNELS = (16, 32, 64, 128)
 
 
 class ChainTile(NamedTuple):
-    """The tile of `bottleneck_chain_kernel`.
+    """The sizes of the work of one program of `bottleneck_chain_kernel`.
 
-    pixels: per program. expanded: of the 4C channels of out, per step. BK: of the C channels of x, per step of the 3x3
-    convolution. warps: per program. stages: of the software pipeline.
+    pixels: pixels per program. expanded: how many of out's 4C channels one step computes. BK: how many of x's C
+    channels one step of the 3x3 convolution reads. warps: warps per program. stages: stages of the software pipeline.
     """
 
     pixels: int

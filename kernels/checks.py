@@ -55,7 +55,7 @@ def check_vectors(K: int, like: Tensor, *dtypes: torch.dtype, **vectors: Tensor 
 
 
 def check_product(x: Tensor, precision: str = "ieee") -> None:
-    """Raise ValueError if the precision of fp32 products is unknown, or if x is bfloat16 in Triton's interpreter.
+    """Raise ValueError if `precision` is neither "ieee" nor "tf32", or if x is bfloat16 in Triton's interpreter.
 
     The interpreter's `tl.dot` multiplies the bits of bfloat16 values as if they were integers.
     """

@@ -11,9 +11,10 @@ Epilogue, before storing. Every part is optional:
     1. dx += residual, the gradient that arrives through the shortcut; not where residual_mask is <= 0.
     2. dx is masked by the ReLU whose output the convolution read (the ReLU below): dx = 0 where relu_mask, the saved
        output of that ReLU, is <= 0, or where scale[c] z_below + shift[c], its recomputed input, is <= 0.
-    3. Each tile of pixels stores its partial sums of dx and of dx (z_below - mean[c]). `batch_norm.finish_backward`
-       computes the gradients and the coefficients of the BatchNorm below from them. If the output of a projection's
-       BatchNorm was added there, its partial sums, with z_proj and mean_proj, are stored as well.
+    3. Each tile of pixels stores its partial sums of dx and of dx (z_below - mean[c]), where z_below and mean are the
+       input and batch mean of the BatchNorm before the ReLU below. From these sums, `batch_norm.finish_backward`
+       computes that BatchNorm's parameter gradients and its coefficients of dz. If the output of a projection's
+       BatchNorm was added before the ReLU, the same sums with z_proj and mean_proj are stored as well.
 
 Layouts: activations [N, H, W, C] and [N, P, Q, K], filters [K, R, S, C/groups], all contiguous. As a GEMM: channels c
 are GEMM_M, pixels are GEMM_N, and the sum over (tap, k) is GEMM_K. This makes dz, which the prologue computes, the
@@ -175,10 +176,10 @@ def load_across(tensor, n0, i0, j0, c0, at, writable, BM: tl.constexpr, BN: tl.c
 
 @triton.jit
 def store_sums(sums, total, stored, before, mean, channel, c_valid, C):
-    """Store a tile's sums over pixels: of dx at sums[0] and of dx (z - mean) at sums[C], for BM channels each.
+    """Store a tile's sums over pixels for BM channels each: of dx at `sums`, and of dx (z - mean) at `sums` + C.
 
-    total: the sum of dx [BM], already reduced. stored: dx [BM, BN] rounded to its dtype, as fp32. before: z [BM, BN].
-    Subtracting the mean first keeps the second sum from cancelling.
+    total: the sums of dx [BM]. stored: dx [BM, BN] rounded to its dtype, as fp32. before: z [BM, BN]. mean: a pointer.
+    Subtracting the mean from z first avoids cancellation in the second sum.
     """
     centre = tl.load(mean + channel, mask=c_valid, other=0.0)[:, None]
     tl.store(sums, total, mask=c_valid)
@@ -318,8 +319,9 @@ def _launch_classes(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Launch `dgrad_kernel` once per class of input pixels and return (partials, partials_proj).
 
-    Each of these is None unless like_dx has z_below or z_proj. like_dy, like_dx: tensors of the shapes of dy and dx (dx
-    among them) by the kernel's argument names. rest: the kernel's other arguments.
+    partials is None if like_dx["z_below"] is None, and partials_proj if like_dx["z_proj"] is None. like_dy, like_dx:
+    the kernel's tensors with the shape of dy (dy, z) and of dx (dx and others), by argument name; None where absent.
+    rest: the kernel's other arguments.
     """
     N, H, W, C, P, Q, K = *problem.x_shape, *problem.y_shape[1:]
     c_group, k_group, stride = C // problem.groups, K // problem.groups, problem.stride

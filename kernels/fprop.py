@@ -154,8 +154,9 @@ def conv_fprop_gather_kernel(
 
     program_id(1) is the group that the channels belong to.
 
-    A reduction step covers BK channels of one filter tap. If there are too few channels to fill a step, the launcher
-    sets ROW = C_GROUP; a step then covers BK of the S ROW values under one row of the filter. Otherwise ROW is 0.
+    A reduction step covers BK channels of one filter tap. If there are too few channels per group to fill a step, the
+    launcher sets ROW = C_GROUP (`tiles.row_channels`); a step then covers BK of the S ROW values under one row of the
+    filter. Otherwise ROW is 0.
 
     FULL: BN divides the number of pixels, so every tile is full and the statistics need no mask. INT64: element offsets
     can exceed 2**31 - 1. With steps_per_split, y is [splits, N, P, Q, K], and program_id(2) is the split, a sum over
@@ -555,9 +556,9 @@ def _steps(problem: ConvProblem, tile: Tile, y: Tensor) -> dict[str, int | None]
 def _launch_reduce(sums: Tensor, y: Tensor, residual: Tensor | None, **epilogue: Any) -> None:
     """Launch `fprop_reduce_kernel` with one warp per program.
 
-    A launch has many small programs even at batch 1, so one warp each is enough. For 8 splits and two warps, ptxas
-    stops at 32 registers per thread, and in some variants no longer issues all loads before the first addition; with
-    one warp it uses about 60 registers and does.
+    A launch has many small programs even at batch 1, so one warp each is enough. For 8 splits and two warps, ptxas uses
+    no more than 32 registers per thread, and in some variants of the kernel it no longer issues all loads before the
+    first addition. With one warp it uses about 60 registers and issues all loads first.
     """
     splits, N, P, Q, K = sums.shape
     BM = min(64, triton.next_power_of_2(K))

@@ -1,9 +1,10 @@
 """A cache of kernel launches, which keeps the host time of a launcher short.
 
-Everything that a launcher does depends on sizes, dtypes and options only: checks, choice of a tile, allocations, grids,
-TMA descriptors. The first call records its allocations and launches. A later call whose arguments differ only in the
-addresses of tensors (with equal alignment to 16 bytes) repeats them with the new addresses. Without the cache, the host
-would take longer than the GPU for small problems.
+What a launcher does (checks, choice of a tile, allocations, launch grids, TMA descriptors) depends on the sizes, dtypes
+and layouts of its tensors and on its options, but not on the tensors' contents. So the first call records its
+allocations and launches. A later call whose arguments differ only in the addresses of tensors (with equal alignment to
+16 bytes) repeats them with the new addresses. Without the cache, the host would take longer than the GPU for small
+problems.
 
     @remembered
     def negate(x):
@@ -13,8 +14,8 @@ would take longer than the GPU for small problems.
 
 Rules for a function with `@remembered`: it launches kernels by `launch` only and allocates memory by `empty` only. It
 does nothing else to the contents of tensors, since a repeated call would skip that. It returns arguments, tensors from
-`empty`, views of either, and constants, also in tuples. A call is not remembered if a tensor that it launches with or
-returns belongs to none of these or to more than one.
+`empty`, views of either, and constants, also in tuples. A call is not remembered if it launches with or returns a
+tensor that is in the memory of none of its arguments and `empty` tensors, or of more than one.
 """
 
 from __future__ import annotations
@@ -112,9 +113,9 @@ def forget() -> None:
 
 
 def _facts(value: Any, tensors: list[Tensor]) -> Any:
-    """Return the part of a cache key for one argument: everything except the addresses of its tensors.
+    """Return the part of a cache key for one argument: everything but the contents and addresses of its tensors.
 
-    Appends these tensors to `tensors`.
+    Of an address, only the alignment to 16 bytes is part of the key. Appends the argument's tensors to `tensors`.
     """
     if isinstance(value, Tensor):
         tensors.append(value)
@@ -200,7 +201,7 @@ def _extent(tensor: Tensor) -> int:
 
 
 class _Address(NamedTuple):
-    """An address in place of a tensor: Triton's launcher only calls `data_ptr()`."""
+    """An address that replaces a descriptor's tensor: of that tensor, Triton's launcher only calls `data_ptr()`."""
 
     value: int
 

@@ -85,9 +85,10 @@ def max_pool_kernel(
 
 @triton.jit
 def block_pixel(block, M, P, Q, a: tl.constexpr, b: tl.constexpr, SIDE: tl.constexpr):
-    """Return the rows in [N P Q, K] of pixel (a, b) of blocks [BM] of SIDE x SIDE pixels, and whether it exists.
+    """Return (row, exists), each [BM], for pixel (a, b) of each of BM blocks of SIDE x SIDE pixels.
 
-    M blocks cover all images; those at the bottom and right edges may be incomplete.
+    block: the numbers of these blocks [BM]. row: the pixel's row in the matrix [N P Q, K]. M blocks cover all images;
+    those at the bottom and right edges may be incomplete, and then some of their pixels don't exist.
     """
     if SIDE == 1:
         return block, block < M
@@ -135,7 +136,8 @@ def normalize_max_pool(
     """Return y = max_pool(relu(scale z + shift)) and the tap of each maximum, both [N, U, V, K].
 
     z: [N, P, Q, K], contiguous, bfloat16, float16 or float32. scale, shift: fp32 [K].
-    kernel, stride, pad: of the square window, 1 <= kernel <= 15, 1 <= stride <= 4, 0 <= pad <= kernel / 2.
+    kernel, stride, pad: size, stride and padding of the square window, 1 <= kernel <= 15, 1 <= stride <= 4 and
+    0 <= pad <= kernel / 2.
     taps: True if a backward pass follows. If False, the second result is None.
 
     y has the dtype of z. The taps are uint8: r kernel + s for row r and column s of the window. Equivalent to:

@@ -1,6 +1,6 @@
-"""Backward pass of the option-A shortcut (paper, section 3.3): add its gradient to that of the block's branch.
+"""Backward pass of the option-A shortcut (paper, section 3.3): add its share of dx to that of the block's branch.
 
-    dx[n, p stride, q stride, c] += g[n, p, q, c]   for c < C,    g = dy where y > 0, else 0
+    dx[n, p stride, q stride, c] += g[n, p, q, c]   for c < C,    g = 0 where y <= 0, else dy
 
 The forward pass is part of `batch_norm.normalize`, which reads x at these pixels. Layouts: dx [N, H, W, C], dy and y
 [N, P, Q, K], all contiguous. One thread updates each element of dx, without atomics, so equal inputs give equal bits.

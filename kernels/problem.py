@@ -156,7 +156,7 @@ class ConvProblem:
 
     @property
     def multiply_adds(self) -> int:
-        """The number of multiply-adds, which is the same for every pass."""
+        """The number of multiply-adds, which is the same for fprop, dgrad and wgrad."""
         return self.pixels * self.K * self.R * self.S * (self.C // self.groups)
 
     @property
@@ -207,7 +207,9 @@ def pool_refusal(kernel: int, stride: int, pad: int) -> str | None:
 
 
 def model_problems(model: nn.Module, shape: tuple[int, int, int, int]) -> Counter[ConvProblem]:
-    """Return the convolutions that `model` runs on an input of `shape` [N, C, H, W], in order, with their counts.
+    """Return the convolutions that `model` runs on an input of `shape` [N, C, H, W], with their counts.
+
+    They are in the order of their first call.
 
     Runs a forward pass, which computes nothing if the model is on the meta device. Raises ValueError for a convolution
     whose stride, padding or dilation differs between the axes, or whose padding is a string.

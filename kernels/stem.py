@@ -2,7 +2,7 @@
 
 With so few channels, the kernels for all shapes load one value at a time. These kernels copy 16 bytes at a time,
 because `pack_images` first pads the images to 4 channels. One row of a filter, at most 8 pixels wide, then covers a
-window of 32 consecutive values. Window q of an image row starts at its pixel 2 q:
+window of 32 consecutive values. Window q of a packed row, which includes the left padding, starts at its pixel 2 q:
 
     y[n, p, q, k]  = sum over r, j of w[k, r, j] window[n, 2 p - pad + r, q, j],   j = 4 s + c
     dw[k, r, j]    = sum over n, p, q of dz[n, p, q, k] window[n, 2 p - pad + r, q, j]
@@ -73,8 +73,9 @@ def stem_fprop_kernel(
 ):  # fmt: skip
     """Compute one tile of y, [BM channels, BN consecutive pixels]; a step reduces over BK of a filter's R x 32 values.
 
-    packed: [N, rows, 2 pairs, 4]; filters: [K, R, 32]; y: [pixels, K]; scale, shift: fp32 [K] or None; partials: fp32
-    [tiles, 3, K] or None. FULL: BN divides the number of pixels. INT64: element offsets can exceed 2**31 - 1.
+    packed: [N, rows, columns, 4], where `pairs` is half the number of columns; filters: [K, R, 32]; y: [pixels, K];
+    scale, shift: fp32 [K] or None; partials: fp32 [tiles, 3, K] or None. FULL: BN divides the number of pixels. INT64:
+    element offsets can exceed 2**31 - 1.
     """
     tiles_k = tl.cdiv(K, BM)
     tile_k = tl.program_id(0) % tiles_k
@@ -108,11 +109,12 @@ def stem_wgrad_kernel(
     R: tl.constexpr, PAD: tl.constexpr, INT64: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """Sum all R x 32 values of BM filters over one split of the pixels, BK consecutive pixels per step.
+    """Sum all R x 32 values of dw for BM filters over one split of the pixels, BK consecutive pixels per step.
 
     The R x 32 values are divided into products of BN values (a multiple of 32: whole rows of the filter). All products
-    of a step use the same tile of dz, so dz is read only once. dz: [pixels, K]; packed: [N, rows, 2 pairs, 4]; dw:
-    [splits, K, R, S, C] in any floating-point dtype. INT64: element offsets can exceed 2**31 - 1.
+    of a step use the same tile of dz, so dz is read only once. dz: [pixels, K]; packed: [N, rows, columns, 4], where
+    `pairs` is half the number of columns; dw: [splits, K, R, S, C] in any floating-point dtype. INT64: element offsets
+    can exceed 2**31 - 1.
     """
     PRODUCTS: tl.constexpr = (R * ROW + BN - 1) // BN
     split = tl.program_id(1)

@@ -1,8 +1,8 @@
 """Tables of measured tiles, one file per GPU, and the choice of a launcher's tile.
 
 A table (`tables/<gpu>.json`, written by `bench/tune.py`) takes precedence over the model of `tiles`. It also serves
-problems that differ from a measured one only in the batch size N, and GPUs without a table that have the same compute
-capability and number of multiprocessors.
+problems that differ from a measured one only in the batch size N. A GPU whose own table lacks a problem uses that of
+another GPU with the same compute capability and number of multiprocessors.
 
 Nothing in this module times a kernel, because autotuning during a CUDA-graph capture would invalidate the capture.
 """
@@ -59,7 +59,7 @@ class Found(NamedTuple):
 class Entries(NamedTuple):
     """The table of one GPU, and the same measurements indexed by batch size.
 
-    by_batch: for a key whose problem has N = 1, the measurements without a note by their actual N.
+    by_batch: for each key of the table with its problem's N replaced by 1, the measurements without a note, by N.
     """
 
     gpu: str

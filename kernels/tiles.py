@@ -83,13 +83,15 @@ def fprop_tiles(
     """Return the candidate tiles for `conv_fprop`, the most promising first: BM output channels, BN output pixels.
 
     A model ranks them: programs run in waves, and a wave takes the longest of its tensor-core, L2 and memory times.
+    Persistent tiles, which only some problems have, come last, ranked among themselves.
 
-    tma: for the TMA kernel, otherwise for the gather kernel.
-    ieee: for fp32 products on FMA units, which keep their operands in registers and therefore require small tiles.
+    tma: True for tiles of the TMA kernel, False for those of the gather kernel.
+    ieee: whether fp32 products run on FMA units, which keep their operands in registers and therefore require small
+        tiles.
     computed: the number of tensors that a prologue computes the activation from: 0 without one; 1 for x; 2 for x and a
         shortcut (a join), where the activation is stored, too. Computing takes instructions and registers.
-    split: also return tiles with splits, where whole sums would give fewer programs than multiprocessors. Splits' sums
-        are written and read once more, by a second launch.
+    split: also return tiles with splits, for shapes whose whole sums would give fewer programs than multiprocessors.
+        The partial sums of the splits are written, and read again by a second launch.
     """
     channels, outputs = problem.C // problem.groups, problem.K // problem.groups
     if ieee:
@@ -169,8 +171,8 @@ def stem_wgrad_tiles(problem: ConvProblem, itemsize: int, gpu: Gpu = H200, ieee:
     """Return the candidate tiles for `conv_stem_wgrad`, the most promising first, with splits for one to three waves.
 
     A tile has BM filters, BN of a filter's values per product and BK pixels per step. The order follows the compiled
-    instructions: a product of one row of the filter (BN = 32) takes the fewest. Its neighbouring windows also share a
-    request, which L2 answers once. wgmma keeps no operand in registers, which allows longer steps.
+    instructions: a product of one row of the filter (BN = 32) takes the fewest. Also, one request to L2 then loads
+    several neighbouring windows, which overlap. wgmma keeps no operand in registers, which allows longer steps.
     """
     BM = max(16, min(64, _power_of_2(problem.K)))
     if ieee or itemsize > 2:
@@ -262,7 +264,7 @@ def dgrad_tiles(
 
     operands: the number of tensors read for dz, 1 (dy) or 2 (dy and z, so dz is computed). epilogue: the number of
     tensors of dx's shape that the epilogue reads. Both take registers and so exclude the largest tiles. The model of
-    `fprop_tiles` ranks the tiles.
+    `fprop_tiles` ranks the tiles; persistent tiles, which only some problems have, come last.
     """
     channels, outputs = problem.K // problem.groups, problem.C // problem.groups
     rows, cols = math.ceil(problem.H / problem.stride), math.ceil(problem.W / problem.stride)
@@ -314,12 +316,14 @@ PERSISTENT += [(128, 128, 128, 8), (128, 64, 128, 8), (128, 32, 128, 4), (256, 6
 def persistent_tiles(
     problem: ConvProblem, reduced: int, outputs: int, operands: int, added: int, instructions: int, width: int, gpu: Gpu
 ) -> list[Tile]:
-    """Return the four most promising tiles for `kernels.persistent`: fprop and dgrad of a 1x1 convolution in 16 bits.
+    """Return the most promising tiles for `kernels.persistent`, at most four: fprop and dgrad of a 16-bit 1x1
+    convolution.
 
-    For Hopper only, because Triton 3.6 does not compile all of them for Blackwell.
+    Call this for Hopper only, because Triton 3.6 does not compile all of them for Blackwell.
 
-    reduced: channels that are summed over. At most 256, so that a sum takes a few steps.
-    outputs: channels of the result.
+    reduced: the number of channels that are summed over. If there are more than 256, a sum takes too many steps, and
+        the list is empty.
+    outputs: the number of channels of the result.
     operands: the number of tensors that the second operand is read or computed from.
     instructions: instructions per element to compute it, 0 if it is only read.
     added: the number of tensors that the epilogue reads. They are loaded ahead only if BM = BK (`load_ahead`).

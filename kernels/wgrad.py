@@ -274,8 +274,9 @@ def conv_wgrad(
 class _View(NamedTuple):
     """How `wgrad_kernel` reads its operands: x as [N, H, W, C], dy and z as [N, P, Q, K].
 
-    box: the pixels of a step, or None for consecutive ones. tma_dz, tma_a: which operands are loaded by TMA. shift_dz:
-    whether dz is shifted from tap to tap, or a. steps: along images, rows and columns.
+    box: the pixels of a step, or None for consecutive pixels. tma_dz, tma_a: whether dz and a are loaded by TMA.
+    shift_dz: True if dz is shifted from tap to tap, False if a is. steps: the number of steps along images, rows and
+    columns; without a box, all count along images. steps_per_split, splits: how the steps are divided.
     """
 
     N: int

@@ -238,7 +238,7 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 
 def conv_engine(pass_: Pass, problem: ConvProblem, dtype: torch.dtype, device: torch.device) -> Engine:
-    """Return the engine of one convolution.
+    """Return the engine that computes the pass `pass_` of a convolution.
 
     "triton": our kernels for all shapes. "stem": our kernels for packed images of few channels. "cudnn": ATen on a CUDA
     device. "onednn": one fused primitive for the convolution and what follows it, in inference on a CPU. "aten": ATen
@@ -455,7 +455,7 @@ def _how_measured(found: Found, problem: ConvProblem, device: torch.device) -> s
 
 
 def table_in_force(device: torch.device) -> str:
-    """Describe the measurements that choose engines and tiles on a GPU."""
+    """Describe in one line the tables of measurements that choose engines and tiles on a GPU."""
     from fastres.kernels import checks, tables
 
     gpu = checks.gpu_of(device)
