@@ -368,9 +368,10 @@ def wgrad_tiles(
     operands: the number of tensors read for dz, 1 (dy) or 2 (dy and z). prologue: whether the activation is computed.
 
     The model of `fprop_tiles` ranks the tiles, each with the splits that fill one to four waves; the partial sums of
-    splits are written and read once. The model does not depend on the number of stages. If neither operand is computed
-    and a program needs more than half of the registers, a tile with one more stage is a candidate, too. Of the shapes
-    128 x 256 and 256 x 128, which load the same number of bytes, only the one with more channels gets it.
+    splits are written and read once. The model does not depend on the number of stages. If TMA loads the operands,
+    neither of them is computed and a program needs more than half of the registers, then a tile with one more stage, if
+    shared memory allows it, is a candidate, too. Of the shapes 128 x 256 and 256 x 128, which load the same number of
+    bytes, only the one with more channels gets it.
     """
     channels, outputs = problem.C // problem.groups, problem.K // problem.groups
     taps = problem.R * problem.S

@@ -110,7 +110,11 @@ class Buffers(NamedTuple):
 
     @staticmethod
     def of(bn: nn.BatchNorm2d, device: torch.device) -> Buffers:
-        """Return the buffers of bn. This counts the batch here if no kernel on `device` can (see `counter`)."""
+        """Return the buffers of bn for one forward on `device`.
+
+        If bn counts batches, but the update can't be left to a kernel (so that `counter` is None), this counts the
+        batch.
+        """
         mean, var, momentum, counter = bn.running_mean, bn.running_var, bn.momentum, None
         moves = bn.training and bn.track_running_stats
         if moves and (count := bn.num_batches_tracked) is not None:

@@ -33,7 +33,7 @@ Engine = Literal["triton", "stem", "cudnn", "onednn", "aten"]
 BACKENDS = {
     "auto": "the fastest implementation known for each call",
     "triton": "fastres's own kernels for every step",
-    "cudnn": "the library's convolutions, fastres's kernels for everything else",
+    "cudnn": "PyTorch's convolutions (cuDNN on a GPU), fastres's kernels for everything else",
     "reference": "plain PyTorch through the same entry points as the fused kernels",
 }
 
@@ -55,7 +55,8 @@ class Fusions:
 
     The others are off by default.
 
-    recompute: backward recomputes the outputs of a stage's blocks instead of saving them. Saves memory, not time.
+    recompute: backward recomputes the outputs of a stage's blocks, except the last, instead of saving them. Saves
+        memory, not time.
     keep_activation: if a convolution and its weight gradient both read the activation from memory, it is saved instead
         of computed twice. Costs memory.
     overlap: on a GPU, weight gradients run on a second stream, concurrently with the rest of their block's backward.
@@ -121,7 +122,7 @@ def fusions(**switches: bool) -> Iterator[None]:
 
 
 def fuses_blocks() -> bool:
-    """Return True if a fusion across blocks is on: `recompute`, or `block_end` with a backend that uses our kernels."""
+    """Return True if a fusion across blocks is on: `recompute`, or `block_end` under backend "auto" or "triton"."""
     wanted = _fusions.get()
     return wanted.recompute or (wanted.block_end and _forced.get() in ("auto", "triton"))
 

@@ -201,7 +201,7 @@ def _watched(parts: Parts) -> str | None:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Return True if `module` has hooks, or a `forward` set on the instance.
+    """Return True if `module` has hooks of its own (global ones don't count), or a `forward` set on the instance.
 
     In both cases calling it runs more than, or something other than, its class's `forward`.
     """
@@ -227,5 +227,8 @@ def pool_sizes(pool: nn.Module | None) -> tuple[int, int, int] | None:
 
 
 def is_bare(module: nn.Module) -> bool:
-    """Return True if calling `module` runs its class's `forward` and nothing else: no hooks, no `module.compile()`."""
+    """Return True if calling `module` runs only its class's `forward`: it has no hooks and isn't compiled.
+
+    Compiled means by `module.compile()`. Global module hooks are not checked here.
+    """
     return not has_hooks(module) and module._compiled_call_impl is None

@@ -1,8 +1,8 @@
 """Builds and loads csrc/: the CPU and the CUDA kernels of the option-A shortcut, one shared library each.
 
-ninja builds a library at the first call of an operator with a tensor of its device. This takes seconds, because the
-sources use torch's stable ABI without Python and torch/extension.h. The library is stored in the cache folder
-(`fastres.paths`); its name contains a hash of sources, flags and torch version.
+If the cache folder (`fastres.paths`) doesn't have a library yet, ninja builds it at the first call of an operator with
+a tensor of its device. This takes seconds, because the sources use torch's stable ABI without Python and
+torch/extension.h. The library's name contains a hash of the sources, flags, torch version and platform.
 
 The building process holds a file lock, which the system releases when the process dies. It builds in a temporary folder
 and renames the result into place, so neither a killed build nor a second process leaves a partial library. The file
@@ -10,7 +10,7 @@ ends with the SHA-256 of everything before it. Loading a file that a full disk o
 end the process with a bus error: such a file fails the check and is built again.
 
 `FASTRES_CUDA_EXT` controls both libraries. `0`: never build or load. `1`: raise `BuildError` if a library can't be
-built or loaded. `auto` (the default): warn once in that case, and use the ATen implementation.
+built or loaded. `auto` (the default): in that case, warn once per device, and use the ATen implementation.
 """
 
 from __future__ import annotations

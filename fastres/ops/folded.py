@@ -21,8 +21,9 @@ class Folded(NamedTuple):
     """The weights of a convolution with folded BatchNorm.
 
     w [K, R, S, C/groups]: in the dtype of the computation. shift [K]: float32 (float64 for float64 weights).
-    bias [K]: shift rounded to w's dtype, as ATen requires it. Both are None if nothing is added. For w in 8 bits, bias
-    is None and scale [K] is float32: the weights are scale w, and scale includes that of the input.
+    bias [K]: shift rounded to w's dtype, as ATen requires it. Both are None if nothing is added.
+    scale [K]: only for w in 8 bits, else None. float32, the scale of the weights times that of the input, so that the
+    result is scale conv(x, w) + shift for the stored numbers x (minus the zero point in int8) and w. bias is then None.
     """
 
     w: Tensor

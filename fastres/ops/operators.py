@@ -3,11 +3,11 @@
     conv_bn_act       a whole block, as `block` runs one: conv-BN pairs and the block's end; differentiable once
     conv_affine_act   [relu](scale conv(x, w) + shift + residual), one pair in inference; not differentiable
 
-On every device, an operator runs the same code as the eager call. PyTorch allows no autograd formula for an operator
-that mutates its inputs, so `conv_bn_act` returns the updated running statistics, and the caller copies them into the
-buffers. Inputs may have any strides; results and the gradient of x are channels_last. The caller casts x under
-autocast, so that the cast is visible in a graph. Weights and BatchNorm vectors are passed in their own dtype, as in the
-eager call.
+On every device, an operator runs the same code as the eager call of a single block, but never uses the fusions
+`keep_activation` and `overlap`. PyTorch allows no autograd formula for an operator that mutates its inputs, so
+`conv_bn_act` returns the updated running statistics, and the caller copies them into the buffers. Inputs may have any
+strides; results and the gradient of x are channels_last. The caller casts x under autocast, so that the cast is visible
+in a graph. Weights and BatchNorm vectors are passed in their own dtype, as in the eager call.
 
 BN -> ReLU and add -> ReLU without a convolution have no operators: Inductor generates the same memory-bound kernels for
 them (two reductions and two elementwise kernels for a BatchNorm's forward and backward, fused with their neighbours),

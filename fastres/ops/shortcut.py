@@ -59,11 +59,12 @@ def pad_shortcut(x: Tensor, stride: int, channels: int) -> Tensor:
 
 
 def pad_shortcut_add_relu(y: Tensor, x: Tensor, stride: int) -> Tensor:
-    """Return relu(y + pad_shortcut(x, stride, K)), computed in one pass over memory.
+    """Return relu(y + pad_shortcut(x, stride, K)).
 
-    The backward is one pass too, and needs only the output saved. y [N, K, ceil(H/stride), ceil(W/stride)] and
-    x [N, C, H, W] have the same dtype (float64, float32, bfloat16 or float16) and device, and any strides; K >= C.
-    Returns a tensor with y's shape, dtype and memory format. Equivalent to:
+    The kernels in csrc/ compute it in one pass over memory, and its backward in another one. Only the output is saved
+    for backward. y [N, K, ceil(H/stride), ceil(W/stride)] and x [N, C, H, W] have the same dtype (float64, float32,
+    bfloat16 or float16) and device, and any strides; K >= C. Returns a tensor with y's shape, dtype and memory format.
+    Equivalent to:
 
         return F.relu(y + pad_shortcut(x, stride, y.shape[1]))
 
