@@ -164,9 +164,9 @@ def finish(
     if out_scale is not None:
         acc *= out_scale
     if COMPILED and DTYPE.is_fp16() and var is None and scale is None and shift is None and res is None:
-        # Without any arithmetic in between, ptxas 12.8 takes fp16 rounding of single values, which statistics widen
-        # again, for a read of wgmma's sums in flight, and serialises wgmma (C7514). Rounding in pairs avoids this; bf16
-        # is rounded in pairs anyway.
+        # Without any arithmetic in between, the sums would be rounded to fp16 one by one, and statistics widen them
+        # again. ptxas 12.8 mistakes this for a read of sums that wgmma is still computing, and serialises wgmma
+        # (warning C7514). Rounding in pairs avoids this; bf16 is rounded in pairs anyway.
         pair: tl.constexpr = "cvt.rn.f16x2.f32 $0, $2, $1;"
         return tl.inline_asm_elementwise(pair, "=r,r,r", [acc], dtype=tl.float16, is_pure=True, pack=2)
     return acc.to(DTYPE)  # e4m3 has no infinity, so the conversion saturates at +-448

@@ -103,7 +103,7 @@ def conv_fprop_tma_kernel(
         if STRIDE == 1:
             a = x.load([n0, p0 + r * DILATION - PAD_H, q0 + s * DILATION - PAD_W, c0])
         else:
-            down, right = r * DILATION + PAD_H, s * DILATION + PAD_W  # offset + 2 PAD: never negative
+            down, right = r * DILATION + PAD_H, s * DILATION + PAD_W  # the tap's offset + 2 PAD, never negative
             a = x.load([n0, p0 + down // 2 - PAD_H, down % 2, q0 + right // 2 - PAD_W, right % 2 * C + c0])
         a = a.reshape((BN, BK))
         if shortcut is not None:

@@ -127,7 +127,7 @@ def _facts(value: Any, tensors: list[Tensor]) -> Any:
 
 
 class _Recording:
-    """What a launcher's current call has done so far.
+    """The record of what a launcher's current call has done so far.
 
     owners: its tensor arguments, then the tensors that it allocated. launches: kernel, grid, arguments and what
     `kernel[grid]` returned, of each launch.

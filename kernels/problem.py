@@ -27,7 +27,7 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
-FLOATS = (torch.bfloat16, torch.float16, torch.float32)  # of operands; `chain` and `persistent` support 16 bits only
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)  # operands' dtypes; `chain` and `persistent` need 16 bits
 
 
 class Gemm(NamedTuple):

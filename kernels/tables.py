@@ -193,9 +193,10 @@ def measured(pass_: Pass, problem: ConvProblem, dtype: torch.dtype, gpu: Gpu) ->
 
 @lru_cache
 def serving(gpu: Gpu) -> tuple[Entries, ...]:
-    """Return the GPU's own table, if any, then that of a similar GPU for the problems that the GPU's own lacks.
+    """Return the entries of the GPU's own table, then those of a similar GPU's table (`_lender`); none if both are
+    empty.
 
-    Raises ValueError if the GPU's own table is broken.
+    `measured` searches them in this order. Raises ValueError if the GPU's own table is broken.
     """
     own = _finished(read_table(table_file(gpu.name, SHIPPED))) | _finished(read_table(table_file(gpu.name)))
     lender, lent = _lender(gpu)

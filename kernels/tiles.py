@@ -118,7 +118,8 @@ def fprop_tiles(
         steps = math.ceil(in_all / parts)
         splits = math.ceil(in_all / steps)
         step_bytes = (BM + max(computed, 1) * BN) * BK * itemsize
-        # Without the computed activation and, for a join, the buffer from which TMA stores it.
+        # What is left for the pipeline besides the computed activation and, for a join, the buffer from which TMA
+        # stores it.
         shared = gpu.shared - computed * BN * BK * itemsize - SMALL
         tiles = math.ceil(outputs / BM) * problem.groups * pixel_tiles(problem, BN, box)
         programs = tiles * splits
@@ -146,7 +147,7 @@ def fprop_tiles(
         timed.append((_cycles(programs, resident, busy, gpu) + reduce, Tile(BM, BN, BK, warps, stages, box, splits)))
     found = [tile for _, tile in sorted(timed, key=lambda pair: pair[0])]
     if tma and problem.pointwise and itemsize == 2 and gpu.capability[0] == 9:
-        residuals = int(not computed)  # the epilogue may add one
+        residuals = int(not computed)  # without a prologue, the epilogue may add a residual
         found += persistent_tiles(problem, channels, outputs, max(computed, 1), residuals, computed * AFFINE, 4, gpu)
     return found
 
@@ -287,7 +288,7 @@ def dgrad_tiles(
         else:
             box = cover(problem.N, rows, cols, BN)
             pixels = boxes(problem.N, rows, cols, box) if tma else math.ceil(problem.N * rows * cols / BN)
-        for stages in range(max(2, min(3, steps)), 0, -1):  # at most one per step, to leave memory
+        for stages in range(max(2, min(3, steps)), 0, -1):  # 2 suffice for few steps; fewer if memory is short
             shared = (stages * BM + buffered(stages, operands) * BN) * BK * itemsize + SMALL
             if max(shared, BM * BN * itemsize) <= gpu.shared:
                 break
@@ -316,8 +317,7 @@ PERSISTENT += [(128, 128, 128, 8), (128, 64, 128, 8), (128, 32, 128, 4), (256, 6
 def persistent_tiles(
     problem: ConvProblem, reduced: int, outputs: int, operands: int, added: int, instructions: int, width: int, gpu: Gpu
 ) -> list[Tile]:
-    """Return the most promising tiles for `kernels.persistent`, at most four: fprop and dgrad of a 16-bit 1x1
-    convolution.
+    """Return the most promising tiles, at most four, for `kernels.persistent`: fprop or dgrad of a 1x1, 16 bits.
 
     Call this for Hopper only, because Triton 3.6 does not compile all of them for Blackwell.
 
@@ -334,8 +334,8 @@ def persistent_tiles(
         if reduced > 256 or max(64, outputs) < BM or max(64, reduced) < BK or (added and BM != BK):
             continue
         steps, tiles_k, tiles = math.ceil(reduced / BK), math.ceil(outputs / BM), math.ceil(problem.pixels / BN)
-        # Shared memory in bytes: two buffers of all that is read per tile; for wgmma's operand, one step if it is
-        # computed and a third buffer if not; the result; the filters.
+        # Shared memory in bytes: two buffers for all that is read per tile; for the operand that wgmma reads, one more
+        # step if it is computed and a third buffer if not; the result; the filters.
         operand, result, sums = 2 * BN * BK * steps, 2 * BN * BM, BM * BN // (32 * warps)
         shared = 2 * (operands * operand + added * result) + (2 * BN * BK if instructions else operand)
         shared += result + 2 * BM * BK * steps + 1024
@@ -396,7 +396,8 @@ def wgrad_tiles(
         columns = math.ceil(channels / BN) * taps // row if one_tap else math.ceil(channels * taps / BN)
         tiles = math.ceil(outputs / BM) * columns * problem.groups
         computed = (BM if operands > 1 else 0) + (BN if prologue else 0)
-        # Tiles loaded per step of a row of taps: the operand that is computed stays in place.
+        # Tiles of dz and of a that a step loads for a row of taps. One operand stays in place for all taps: a if only a
+        # is computed, else dz.
         of_dz, of_a = (row, 1) if prologue and operands == 1 else (1, row)
         for stages in (3, 2, 1):
             buffers = buffered(stages, operands) * of_dz * BM + stages * of_a * BN

@@ -50,7 +50,8 @@ class ConvBN(Facts):
     # affine = (scale, shift) are the previous BN's
     dgrad_masked: Callable[..., tuple[Tensor, reference.Affine | None, Tensor]]
     # (dz, w, bn, out, end_below, residual=, residual_mask=): the gradient at `out`, the previous block's output, as
-    # (dx, None); or, if one kernel does both, as (dx masked to out > 0, partials as `reference.backward_reduce`)
+    # (dx, None); or, if dgrad's epilogue also masks it, as (dx set to 0 where out <= 0, partials as returned by
+    # `reference.backward_reduce`)
     dgrad_joined: Callable[..., tuple[Tensor, Any]]
     # (dz, a, bn, prologue, dtype): dw KRSC in dtype; `library_engine.Library` may return it in dz's dtype instead
     wgrad: Callable[..., Tensor]

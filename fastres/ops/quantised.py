@@ -171,7 +171,10 @@ ENGINE = _Engine()
 
 
 def by_pool(pool: Callable[..., tuple[Tensor]], x: Tensor) -> tuple[Tensor]:
-    """Return a tuple with the max pool of x, a quint8 tensor, computed by `pool` in float32."""
+    """Return a tuple with the max pool of x, both quint8 with the same scale and zero point.
+
+    pool: computes the max pool of the stored integers in float32.
+    """
     (y,) = pool(x.int_repr().float())
     return (as_quint8(y, Grid(x.q_scale(), x.q_zero_point(), x.dtype)),)
 

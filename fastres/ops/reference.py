@@ -133,13 +133,13 @@ def conv_fprop(x: Tensor, w: Tensor, *, geometry: Geometry) -> Tensor:
 
 
 def conv_dgrad(dy: Tensor, w: Tensor, x_shape: Sequence[int], *, geometry: Geometry) -> Tensor:
-    """Return dx [N, H, W, C] from dy [N, P, Q, K] and w [K, R, S, C/groups]."""
+    """Return dx of x_shape (N, H, W, C) from dy [N, P, Q, K] and w [K, R, S, C/groups]."""
     x = nchw(dy.new_empty(tuple(x_shape)))  # never read; its memory format tells ATen to compute in channels_last
     return nhwc(_conv_backward(nchw(dy), x, nchw(w), geometry, (True, False, False))[0])
 
 
 def conv_wgrad(dy: Tensor, x: Tensor, filter_shape: Sequence[int], *, geometry: Geometry) -> Tensor:
-    """Return dw [K, R, S, C/groups] from dy [N, P, Q, K] and x [N, H, W, C]."""
+    """Return dw of filter_shape (K, R, S, C/groups) from dy [N, P, Q, K] and x [N, H, W, C]."""
     k, r, s, c = filter_shape
     w = dy.new_empty(()).expand(k, c, r, s)
     return nhwc(_conv_backward(nchw(dy), nchw(x), w, geometry, (False, True, False))[1])
@@ -270,7 +270,8 @@ def gradient(dy: Tensor, z: Tensor, mask: Mask, pool: Pool | None) -> Tensor:
     """Return g: dy, scattered back through the max pool if there is one, and set to zero where the ReLU is off.
 
     mask: the ReLU's saved output, or (scale, shift), from which its input is recomputed as scale z + shift; None if
-    there is no ReLU or dy is masked already. A NaN there lets the gradient through, as in `torch.relu`.
+    there is no ReLU or dy is masked already. Where the ReLU's output or input is NaN, the gradient passes, as in
+    `torch.relu`. pool: None if there is no max pool.
     """
     return _masked(dy if pool is None else _unpooled(dy, z, pool), z, mask)
 

@@ -315,7 +315,7 @@ def _autograd(op: Any, function: Any) -> Callable[..., Any]:
 
         if forward_ad._current_level < 0 and not (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
             return below(*args)
-        if torch._C._are_functorch_transforms_active():  # for this level only: the levels below have their own
+        if torch._C._are_functorch_transforms_active():  # here only for this level; lower levels apply `function`, too
             with enable_single_level_autograd_function():
                 return function.apply(below_this_level, *args)
         return function.apply(below, *args)
