@@ -193,8 +193,7 @@ def measured(pass_: Pass, problem: ConvProblem, dtype: torch.dtype, gpu: Gpu) ->
 
 @lru_cache
 def serving(gpu: Gpu) -> tuple[Entries, ...]:
-    """Return the entries of the GPU's own table, then those of a similar GPU's table (`_lender`); none if both are
-    empty.
+    """Return the entries of the GPU's own table, then those of a similar GPU's (`_lender`). Empty tables are left out.
 
     `measured` searches them in this order. Raises ValueError if the GPU's own table is broken.
     """

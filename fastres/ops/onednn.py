@@ -33,8 +33,8 @@ class Packings:
     def __init__(self) -> None:
         self._by_call: dict[Any, Tensor] = {}
         self._by_format: dict[Any, Tensor] = {}
-        # (step's output, H, W of the step's input) -> `quantised.ByOneDNN`. Weak: an entry lives only as long as a
-        # bound program uses it.
+        # (name of a step's output, H, W of the step's input) -> `quantised.ByOneDNN`. Weak: an entry lives only as long
+        # as a bound program uses it.
         self.int8: WeakValueDictionary[Any, Any] = WeakValueDictionary()
 
     def conv(self, name: str, w: Tensor, geometry: Geometry, x: Tensor) -> Tensor:
