@@ -202,7 +202,7 @@ class Predictor:
             raise ValueError(
                 f"models and preprocess must have the same length, at least 1: got {len(nets)} and {len(before)}"
             )
-        if not fast and dtype not in (None, torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        if not fast and dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
             raise ValueError(f"dtype {dtype} needs fast=True")
         self.views = views
         self.device = next(nets[0].parameters()).device

@@ -303,8 +303,9 @@ def test_calibration_sees_what_a_call_shows_the_nets(
         for one, other in zip(calibrating, reading, strict=True):
             assert torch.equal(one, other)
             assert one.is_contiguous(memory_format=torch.channels_last)
-    with pytest.raises(ValueError, match=r"int8 needs fast=True"):
-        Predictor(nets, views, ways, dtype=torch.int8, calibration=batches)
+    for dtype in (torch.int8, torch.float64):  # autocast would only warn, and compute in float32
+        with pytest.raises(ValueError, match=rf"{dtype} needs fast=True"):
+            Predictor(nets, views, ways, dtype=dtype)
 
 
 @pytest.mark.gpu

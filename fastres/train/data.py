@@ -146,11 +146,11 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def uniform(words: np.ndarray) -> Tensor:
-    """Convert random words, uint64, to uniform numbers, float64 of the same shape.
+    """Convert random words, uint64, to uniform numbers above 0 and below 1, float64 of the same shape.
 
-    They are above 0 and below 1; only a word whose upper 53 bits are all set rounds to 1.
+    52 bits of a word and the half fill the 53 bits of a float64, so that nothing is rounded, to 1 for example.
     """
-    return torch.from_numpy(((words >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53)
+    return torch.from_numpy(((words >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52)
 
 
 class Preprocess(nn.Module):

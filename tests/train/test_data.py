@@ -95,6 +95,8 @@ def test_random_words_depend_only_on_the_position() -> None:
     u = data.uniform(whole.words(np.arange(5000), SAMPLE)).numpy()
     assert 0 < u.min() < 0.001 < 0.999 < u.max() < 1
     assert abs(u.mean() - 0.5) < DRAWN
+    ends = data.uniform(np.array([0, 2**64 - 1], np.uint64)).tolist()
+    assert 0 < ends[0] < ends[1] < 1
 
 
 @pytest.mark.parametrize(("pad", "flip"), [(4, True), (1, False), (0, True)])
