@@ -222,7 +222,7 @@ def test_a_thousand_other_folders_are_not_imagenet(tmp_path: Path) -> None:
             (tmp_path / part / f"n{k:08}").mkdir(parents=True)
             (tmp_path / part / f"n{k:08}" / "0.JPEG").touch()
     with pytest.raises(
-        DataError, match=r"has 1000 classes \(n00000000, .*not named by ImageNet's WordNet ids; data folder"
+        DataError, match=r"has 1000 classes \(n00000000, .*not named by ImageNet's WordNet ids; --data folder"
     ):
         data.load("imagenet", RECIPES["imagenet-modern"], tmp_path)
 

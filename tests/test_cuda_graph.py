@@ -555,13 +555,13 @@ def test_on_a_cpu_the_step_is_called() -> None:
     [
         (TypeError, "step must be a function", lambda t: fastres.graphed(3, t.net)),
         (TypeError, "model must be an nn.Module", lambda t: fastres.graphed(t.step, t.step)),
-        (TypeError, "model must be an nn.Module with param", lambda t: fastres.graphed(t.step, nn.ReLU())),
+        (TypeError, "model must be an nn.Module that has param", lambda t: fastres.graphed(t.step, nn.ReLU())),
         (
             TypeError,
             "optimizer must be of type Optimizer or None, got",
             lambda t: fastres.graphed(t.step, t.net, t.net),
         ),
-        (TypeError, "scaler must be a GradScaler", lambda t: fastres.graphed(t.step, t.net, t.optimizer, 8.0)),
+        (TypeError, "scaler must be of type GradScaler", lambda t: fastres.graphed(t.step, t.net, t.optimizer, 8.0)),
         (ValueError, "limit must be at least 1: got 0", lambda t: t.graphed(limit=0)),
         (ValueError, "does not accept DataParallel", lambda t: fastres.graphed(t.step, nn.DataParallel(t.net))),
         (ValueError, "does not accept SyncBatchNorm", lambda t: fastres.graphed(t.step, nn.SyncBatchNorm(3))),

@@ -403,7 +403,7 @@ def test_a_server_refuses_with_status_and_words(folder: Path) -> None:
             (huge.getvalue(), 400, "exceeds limit"),
             (large.getvalue(), 400, "8000x8000: up to 50,000,000 pixels"),
             (thin.getvalue(), 400, "10000000x2: up to 50,000,000 pixels and sides up to 20:1 are accepted"),
-            (bytes(2**20), 400, "no image"),
+            (bytes(2**20), 400, "not a readable image"),
             (bytes(2**20 + 1), 413, "more than 1 MiB"),
             (bytes(2**25), 413, "more than 1 MiB"),
         ]:

@@ -428,7 +428,7 @@ def test_predict_takes_names_that_are_not_utf8(folder: Path, weights: str, capsy
         f"{folder}/{name}" for name in ("0.png", "1.png", "2.png", printable(HOSTILE), r"caf\xe9.png")
     ]
     assert {line.split()[-1] for line in lines if line.startswith("  ")} == {r"p\xe2t\xe9", r"b\x1b]0;c"}
-    assert err.splitlines()[0].startswith(rf"{folder}/\xff\nempty.jpg is no image")
+    assert err.splitlines()[0].startswith(rf"{folder}/\xff\nempty.jpg is not a readable image")
     assert len(err.splitlines()) == 2
     rows = rows_of(table)
     assert [row["image"] for row in rows[::2]] == [

@@ -120,7 +120,7 @@ def test_what_is_kept_is_told_with_the_reason() -> None:
     assert len(report.converted) == 7
     assert "layer1.0" in str(report)
     assert not fastres.convert(nn.Linear(2, 2)).converted
-    with pytest.raises(TypeError, match="not dict"):
+    with pytest.raises(TypeError, match="got dict"):
         fastres.convert({})  # type: ignore[arg-type]
 
 

@@ -377,7 +377,7 @@ def test_a_corrupt_picture_is_named(folder: Path, tmp_path: Path, workers: int) 
     bad = folder / "train" / "class1" / "1.png"
     bad.write_bytes(bad.read_bytes()[:200])
     recipe = dataclasses.replace(SMALL, normalise="channel")
-    with pytest.raises(ReadError, match=rf"^{bad} is no image that can be read .* fetch it again"):
+    with pytest.raises(ReadError, match=rf"^{bad} is not a readable image .* fetch it again"):
         list(loader(data.load("folder", recipe, folder), recipe, workers=workers).training(0, 3))
     with pytest.raises(ReadError, match=str(bad)):
         data.load("folder", SMALL, folder, cache=tmp_path / "cache")

@@ -158,7 +158,7 @@ def test_a_damaged_photograph_ends_the_command(folder: Path) -> None:
     command = [sys.executable, "-m", "fastres", *arguments(folder)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].startswith(f"python -m fastres train: {bad} is no image that can be read")
+    assert done.stderr.splitlines()[-1].startswith(f"python -m fastres train: {bad} is not a readable image")
     assert "Traceback" not in done.stderr
 
 
