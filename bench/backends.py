@@ -65,13 +65,14 @@ class Backend:
     compile: keyword arguments of `torch.compile`; None runs the module as it is.
     inductor: Inductor settings that are in force while the backend runs.
     freeze: a function that turns the prepared net and the case's batches into a callable; such a backend doesn't train.
-    dtype: the dtype that the backend always computes in, whatever the case's dtype; such a backend doesn't train. The
-        net and its images are in this dtype. If it is int8 or float8, they are in the case's dtype, or in fp32 for an
-        int8 peer.
+    dtype: the dtype that the backend always computes in, or None for the case's dtype. A backend with a dtype doesn't
+        train. It gets the net and the images in this dtype, except that for int8 and float8 they are in the case's
+        dtype, or in fp32 for an int8 peer.
     graph: whether a whole training step, optimizer included, runs in one CUDA graph; such a backend doesn't infer.
-    ours: whether this is fastres. The other backends are the peers, and the best of them is the one to compare with.
+    channels_last: whether the net and the images are in channels_last.
+    ours: whether this is fastres. The other backends are the peers; rows are compared with the best of them.
     use: what a user of fastres writes to get this backend, in words or code.
-    needs: the only device type that the backend runs on.
+    needs: the only device type that the backend runs on; None for any.
     packages: packages to install in addition to fastres' own dependencies.
     only_torchvision: whether the backend has only torchvision's nets.
     """
@@ -121,12 +122,12 @@ class Backend:
 
     @property
     def quantises(self) -> bool:
-        """Whether the backend rounds to so few bits that eager PyTorch's error in a float dtype is no measure of its
-        error."""
+        """Whether the backend computes in int8 or float8. Eager PyTorch can't, so its error is no measure of the
+        backend's."""
         return self.dtype in QUANTISED
 
     def own(self, case: Case) -> Case:
-        """Return the case in the dtype of the net and images that this backend is given."""
+        """Return the case with the dtype in which this backend gets the net and the images."""
         if self.dtype == torch.int8 and not self.ours:
             return replace(case, dtype=torch.float32)
         return case if self.dtype is None or self.quantises else replace(case, dtype=self.dtype)
@@ -163,17 +164,16 @@ class Backend:
 
     @contextmanager
     def isolated(self, device: torch.device) -> Iterator[None]:
-        """Apply the backend's settings within the context, and begin with empty compiler caches on disk.
+        """If the backend compiles, apply its settings within the context and begin with empty compiler caches on disk.
 
-        Code that is compiled in memory stays until `torch.compiler.reset()`, so contexts of several backends may be
-        nested.
+        Compiled code stays in memory until `torch.compiler.reset()`, so contexts of several backends may be nested.
         """
         with ExitStack() as stack:
             if self.compile is not None:
                 start_compiler(self.compile["backend"], device)
                 stack.enter_context(torch._inductor.utils.fresh_cache())
                 stack.enter_context(torch._inductor.config.patch(self.inductor))
-                # Recompilations count for code that all backends share.
+                # Dynamo's limit is for each code object, and backends share code.
                 stack.enter_context(torch._dynamo.config.patch(recompile_limit=64))
             yield
 
@@ -197,7 +197,7 @@ def timm_net(name: str) -> nn.Module:
 
 
 def switched(fusion: str, name: str) -> nn.Module:
-    """Return the net called `name` with the fusion switched on for every forward."""
+    """Return the net called `name` with one fusion (a field of `dispatch.Fusions`) switched on in every forward."""
     net = families.named(name)
     net.forward = dispatch.fusions(**{fusion: True})(net.forward)  # type: ignore[method-assign]
     return net
@@ -380,9 +380,10 @@ EXPERIMENTS = ("fastres-graph-keep", "fastres-graph-overlap")
 def by_default(device: torch.device, net: str, mode: str) -> list[str]:
     """Return the names of the backends that run in `mode` on this device if the user names none.
 
-    On a GPU, ResNet-50 gets every peer, and other nets get the strongest ones. The rows of `EXPERIMENTS` run only if
-    they are named. On a CPU, the default leaves out timm, which runs what eager PyTorch does, and all compiled rows
-    except `inductor` for ResNet-50 inference.
+    On a GPU these are all of fastres except `EXPERIMENTS`, and the peers: all of them for ResNet-50, four for other
+    nets. On a CPU they are eager PyTorch in channels_last, ONNX Runtime and fastres without a compiler. ResNet-50
+    inference adds the other rows of eager PyTorch, `inductor` and, if it is installed, OpenVINO. timm is left out
+    there, because it runs what eager PyTorch does.
     """
     if device.type == "cuda":
         every_net = ("eager-channels-last", "eager-graph", "inductor", "max-autotune")
@@ -406,8 +407,8 @@ def shared_weights(net: str, calibration: list[torch.Tensor], seed: int) -> dict
 
     It is the net's own initialisation, except that BatchNorms get random weights and biases, and running statistics
     gathered over the `calibration` batches. The last BatchNorm of each residual branch gets a small weight, as in the
-    usual recipes. Otherwise a freshly initialised net would amplify rounding errors so much that right and wrong
-    gradients could not be told apart.
+    usual recipes. Without these changes the net would amplify rounding errors so much that right and wrong gradients
+    could not be told apart.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -426,9 +427,10 @@ def shared_weights(net: str, calibration: list[torch.Tensor], seed: int) -> dict
 
 @contextmanager
 def watched_paths() -> Iterator[Counter[str | None]]:
-    """Within the context, count the reasons for which stem and blocks take the plain path, with None for a fused one.
+    """Within the context, count for stem and blocks why each takes the plain path, under None if it runs fused.
 
-    Covers the answers of `eligibility` to stem, blocks and stages of blocks, and the findings of backend "fastres".
+    The counts come from the answers of `eligibility` to stem, blocks and stages of blocks, and from what backend
+    "fastres" of torch.compile finds in a graph.
     """
     answers: Counter[str | None] = Counter()
     ask, ask_together, rewrite = eligibility.why_plain, eligibility.serves_stages, fastres_compile.rewrite_graph
@@ -457,7 +459,7 @@ def watched_paths() -> Iterator[Counter[str | None]]:
 
 
 def path_in_words(answers: Counter[str | None], backend: Backend) -> str:
-    """Describe what ran the blocks of a fastres row, from the answers of `watched_paths` during one call."""
+    """Describe how the blocks of a fastres row ran, fused or plain, from the counts of `watched_paths` in one call."""
     compiled = backend.compile is not None
     if backend.freeze is not None:
         return "a static plan of folded convolutions"

@@ -1,5 +1,5 @@
-"""Measure the rows of one case in turns, one timed window each, so that other load on the machine affects them all
-alike.
+"""Measure the rows (backends) of one case in turns, one timed window each, so that other load on the machine affects
+them all alike.
 
 On a GPU each row runs in its own process (bench/worker.py), so that a row that hangs, dies or loses its CUDA context
 affects no other row.
@@ -25,13 +25,15 @@ from worker import LocalWorker, Worker
 Start = Callable[[str], "Worker | LocalWorker"]
 HandOver = Callable[[measure.Data], "measure.Data | Path"]
 
-WINDOW_S = 60  # seconds; far more than a window and the load before it need
+WINDOW_S = 60  # seconds to wait for a window; with the default --seconds it usually takes less than one
 
 
 @dataclass
 class Contender:
-    """A backend's row while it is measured. place: the worker that runs it. windows: seconds per call in each window so
-    far."""
+    """A backend's row while it is measured.
+
+    place: the worker that runs it. fields: the row's fields so far. windows: seconds per call in each window so far.
+    """
 
     name: str
     place: Worker | LocalWorker
@@ -43,7 +45,8 @@ class Contender:
 class Contest:
     """The measurement of all rows of a case.
 
-    data: what each row is prepared with.
+    data: the argument of every row's `prepare`: the case's data, or a file of it for rows in other processes.
+    multiply_adds: of one image, forward only.
     patience: seconds to wait for a row to get ready, finish or be inspected.
     tell: called with a row's name and fields (bench/records/README.md) whenever they change. The last call for a row
         has its final status.
@@ -56,7 +59,7 @@ class Contest:
     tell: Callable[[str, dict[str, Any]], None]
 
     def measure(self, names: Sequence[str], start: Start) -> None:
-        """Measure the backends called `names`; `start` starts one by its name.
+        """Measure the backends called `names`. `start` returns a worker for the backend with a given name.
 
         As many rows as fit into the GPU's memory take turns, and the others follow. A row that runs out of memory while
         others are loaded gets a second try on its own.
@@ -80,8 +83,11 @@ class Contest:
                     row.place.leave()
 
     def _has_room(self, together: list[Contender], name: str, alone: set[str]) -> bool:
-        """Return whether another row fits into the GPU's memory. It may need a fifth more than the largest row so
-        far."""
+        """Return whether the backend `name` may be loaded in addition to the rows of `together`.
+
+        Backends in `alone` share the GPU with no other. Otherwise a GPU must have free memory for a fifth more than the
+        largest row needs so far.
+        """
         if name in alone or together[0].name in alone:
             return False
         if self.case.device.type != "cuda":
@@ -90,7 +96,7 @@ class Contest:
         return free > 1.2 * 2**20 * max(row.fields["peak_reserved_mib"] for row in together)
 
     def _take_turns(self, rows: list[Contender], alone: set[str]) -> list[str]:
-        """Measure the rows, which are ready, and return the names of those to try again."""
+        """Measure the rows, which are prepared, in turns. Return the names of those to try again, each on its own."""
         began, again, running = now("milliseconds"), list[str](), [*rows]
 
         def asked(row: Contender, method: str, seconds: float) -> Any:
@@ -123,7 +129,8 @@ class Contest:
         return again
 
     def _failed(self, row: Contender, error: Exception, alone: set[str], beside: bool) -> list[str]:
-        """Return [the row's name] if the row is to be tried again. Otherwise report its failure and return []."""
+        """Return [the row's name] if it ran out of memory while others were loaded (`beside`), so that it is tried
+        again. Otherwise report its failure and return []."""
         found = measure.failure(error)
         if found["status"] == "out of memory" and beside:
             alone.add(row.name)

@@ -1,5 +1,5 @@
-"""Measure one row of the bench: warm-up, timed windows, memory, and the error against a float64 run of the same
-weights.
+"""Measure one row of the bench (one backend on one case): warm-up, timed windows, memory, and the error against a run
+of the same weights in float64 (in training, in the widest dtype that fits into memory).
 
 Units: seconds, images per second, milliseconds, MiB, GFLOP/s (2 x multiply-adds, x 3 for a training step).
 """
@@ -33,22 +33,23 @@ import fastres
 # Without this, a profiler stays attached to the process and slows the launches of all later rows.
 os.environ.setdefault("TEARDOWN_CUPTI", "1")
 
-INPUTS = 4  # batches used in turn; at any useful batch size they exceed a GPU's L2
+INPUTS = 4  # batches used in turn; large batches together exceed a GPU's L2
 CHECKED = 4  # images whose scores are compared with float64 in inference
-JUDGED = 64  # images, rounded up to whole batches, whose classes are compared if a row's dtype isn't the case's
+# Images, rounded up to whole batches, whose classes are compared with eager PyTorch's if a row has its own dtype.
+JUDGED = 64
 WINDOWS = 7
-NOISY = 0.1  # the largest `quartile_spread` of a row's windows for it to be ranked; a quiet machine has a tenth of it
-LOAD = 0.3  # on a GPU, seconds of untimed work of the row before each of its windows
+NOISY = 0.1  # the largest `quartile_spread` of the windows of a row that is ranked; about 0.01 on a quiet machine
+LOAD = 0.3  # on a GPU, seconds that a row runs untimed before each of its windows
 WARM_UPS = 3  # calls after the first, for cudnn.benchmark and the recording of CUDA graphs
-# The paper's, with a learning rate that keeps training on random labels stable.
+# The paper's momentum and weight decay, with a learning rate that keeps training on random labels stable.
 OPTIMIZER = {"lr": 1e-3, "momentum": 0.9, "weight_decay": 1e-4}
 
 
 def rounding(dtype: torch.dtype, device: torch.device) -> float:
     """Return the relative error that any correct arithmetic in `dtype` may make in a whole net.
 
-    It is four times the eps of the type in which products are rounded. Plain fp32 gets 64 eps, because of Winograd's
-    transforms.
+    It is four times the eps of the dtype, or of TF32 where cuDNN may use that for fp32. fp32 without TF32 gets 64 eps,
+    because of Winograd's transforms.
     """
     if dtype == torch.float32:
         tf32 = device.type == "cuda" and torch.backends.cudnn.allow_tf32
@@ -57,13 +58,12 @@ def rounding(dtype: torch.dtype, device: torch.device) -> float:
 
 
 def allowed(baseline: float, dtype: torch.dtype, device: torch.device, mode: str) -> float:
-    """Return the largest accepted error of a correct output, given the error `baseline` of eager PyTorch on the same
-    case.
+    """Return the largest error that is accepted, given the error `baseline` of eager PyTorch on the same case.
 
     Inference: four times the baseline or `rounding`, whichever is larger. Gradients: an error e of the activations
-    flips a share e of the ReLUs, which moves a gradient by about sqrt(e). The limit is four times that or twice the
-    baseline, whichever is larger. The limit always stays below the error of a gradient that is unrelated to the right
-    one (1 if it is zero, 1.4 if it is random).
+    flips a share e of the ReLUs, which moves a gradient by about sqrt(e). The limit is four times that (at most 0.5) or
+    twice the baseline, whichever is larger. Limits are at most 0.5 for inference and 0.9 for gradients, below the error
+    of a result that is unrelated to the right one (1 if it is zero, 1.4 if it is random).
     """
     e = rounding(dtype, device)
     if mode == "infer":
@@ -79,13 +79,15 @@ def relative_l2(found: Tensor, right: Tensor) -> float:
 
 @dataclass
 class Data:
-    """What all backends of one case share, in fp32 on the CPU: weights, input batches, labels and the right results.
+    """What all backends of one case share, on the CPU: weights and input batches in fp32, labels, and reference
+    results.
 
-    reference: in inference, the fp64 scores [CHECKED, classes]; in training, the gradient of every parameter, by name,
-        in a first step on the first batch.
-    baseline: eager PyTorch's own errors in the case's dtype.
-    judged: in inference, batches on which no row is calibrated.
-    classes: the classes that eager PyTorch in the case's dtype gives the images in `judged`.
+    reference: in inference, the fp64 scores [CHECKED, classes] of the first images of the first batch; in training, a
+        dict of every parameter's gradient in a first step on the first batch.
+    reference_dtype: the dtype in which the reference was computed.
+    baseline: eager PyTorch's own errors in the case's dtype, as `Infer.errors` or `Train.errors` returns them.
+    judged: in inference, batches on which no row is calibrated; empty in training.
+    classes: the classes that eager PyTorch in the case's dtype gives the images in `judged`; None in training.
     """
 
     weights: dict[str, Tensor]
@@ -120,18 +122,22 @@ def prepare(case: Case, weights: dict[str, Tensor], inputs: list[Tensor], seed: 
 
 
 def _few(data: Data) -> Data:
-    """Return the data with only the images that are checked. In inference images don't depend on each other."""
+    """Return the data with only the images that are checked. For inference only, where images don't depend on each
+    other."""
     return replace(data, inputs=[data.inputs[0][:CHECKED]])
 
 
 def errors_of_eager(case: Case, data: Data) -> dict[str, float]:
-    """Return eager PyTorch's errors of inference in the case's dtype."""
+    """Return the errors of eager PyTorch's inference in the case's dtype."""
     return Infer(backends.BACKENDS["eager"], case, _few(data)).errors()
 
 
 def _reference_gradients(eager: Backend, case: Case, data: Data) -> tuple[dict[str, Tensor], str]:
-    """Return (gradients, dtype) over the whole batch, which BatchNorm's statistics need, in fp64 or the widest dtype
-    that fits into memory."""
+    """Return (gradients by parameter name, name of their dtype) of eager PyTorch.
+
+    They are computed over the whole batch, because of BatchNorm's statistics. The dtype is the first of fp64, fp32 and
+    the case's dtype that fits into memory.
+    """
     dtypes = (torch.float64, torch.float32, case.dtype)
     for dtype in dtypes:
         try:
@@ -161,16 +167,16 @@ class Infer:
             return self.call(self.inputs[i % len(self.inputs)])
 
     def errors(self) -> dict[str, float]:
-        """Return the error of the first scores: their relative L2 distance from the fp64 scores, NaN if they contain
-        one."""
+        """Return {"error": relative L2 distance of the first CHECKED images' scores from the fp64 scores}. It is NaN
+        if a score is NaN."""
         return self._error(self(0)[:CHECKED])
 
     def definition(self) -> tuple[dict[str, float], float]:
-        """Return the errors of a quantised net's definition and the net's distance from it.
+        """Return (errors of a quantised net's definition, distance of the net from its definition).
 
         The definition is the net with the same quantised weights and activations, multiplied by PyTorch (backend
-        "reference"). Its errors are as of `errors`. The distance is the relative L2 distance between the net's own
-        scores and its.
+        "reference"). Its errors are computed like those of `errors`. The distance is the relative L2 distance between
+        the net's scores and the definition's.
         """
         few = self.inputs[0][:CHECKED]
         with torch.inference_mode(), fastres.backend("reference"):
@@ -194,8 +200,9 @@ class Infer:
 class Train:
     """One training step: forward, cross-entropy, backward, fused SGD with momentum, gradients set to None.
 
-    Master weights are in fp32. bf16 and fp16 run by autocast, fp16 with a loss scale. fp64 (the reference) is used
-    throughout. Momentum starts from zeros, so that the first step is like all others and can be captured.
+    Master weights are in fp32. bf16 and fp16 run by autocast, fp16 with a loss scale. In fp64 (the reference) all
+    weights and activations are in fp64. Momentum buffers start as zeros, so that the first step is like all others and
+    can be captured.
     """
 
     def __init__(self, backend: Backend, case: Case, data: Data) -> None:
@@ -216,7 +223,7 @@ class Train:
             self.call_step = fastres.graphed(self.step, self.model, self.optimizer, self.scaler)
 
     def step(self, x: Tensor, y: Tensor) -> tuple[Tensor]:
-        """Run a step on images and labels and return the loss."""
+        """Run a step on images and labels and return (loss,)."""
         torch.compiler.cudagraph_mark_step_begin()
         low = self.case.dtype in (torch.bfloat16, torch.float16)
         dtype = self.case.dtype if low else None
@@ -233,10 +240,11 @@ class Train:
         return self.call_step(x, y)[0]
 
     def gradients(self) -> dict[str, Tensor]:
-        """Return every parameter's gradient, on the CPU, for a step on the first batch that starts from the shared
+        """Return a dict of every parameter's gradient, on the CPU, in a step on the first batch from the shared
         weights.
 
-        They are read from the momentum that the timed step leaves, minus the weight decay.
+        The step is the one that is timed. It sets gradients to None, so they are read from the momentum buffers, and
+        the weight decay that these include is subtracted.
         """
         with torch.no_grad():
             for name, value in self.model.state_dict().items():
@@ -270,11 +278,11 @@ class Row:
     """One backend on one case, in this process: `prepare`, then `window` any number of times, then `finish` and
     `inspect`.
 
-    Their fields are documented in bench/records/README.md. Errors are raised. `close` frees everything.
+    The fields that they return are documented in bench/records/README.md. Errors are raised. `close` frees everything.
     """
 
     def __init__(self, backend: Backend, case: Case, seconds: float) -> None:
-        """`seconds` is the timed time of all windows together."""
+        """`seconds` is the time that all windows together should take."""
         self.backend, self.case, self.seconds = backend, case, seconds
         self.own = backend.own(case)
         self.life = ExitStack()
@@ -290,8 +298,10 @@ class Row:
             backends.start_compiler(self.backend.compile["backend"], self.case.device)
 
     def prepare(self, data: Data | Path) -> dict[str, Any]:
-        """Build the net and call it until it is warm. `data` is the case's data, or a file of it that another process
-        wrote."""
+        """Build the net, call it until it is warm, and return the fields that are known then.
+
+        `data` is the case's data, or a file of it that another process wrote.
+        """
         self.data = torch.load(data, mmap=True, weights_only=False) if isinstance(data, Path) else data
         device, compiled = self.case.device, self.backend.compile is not None
         torch.backends.cudnn.benchmark = True
@@ -355,8 +365,8 @@ class Row:
         return row | self._verdict(finite)
 
     def inspect(self) -> dict[str, Any]:
-        """Return diagnostic fields: clocks, number of kernels, notes on layouts. A tool that is missing on this machine
-        leaves its field empty."""
+        """Return diagnostic fields: clocks, number of kernels, notes on layouts. Clocks are None on a CPU or without
+        nvidia-smi, the number of kernels on a CPU."""
         found = dict(UNINSPECTED)
         if self.case.device.type == "cuda":
             found["clocks"] = clocks_under_load(self.step, min(self.single), self.case.device)
@@ -417,7 +427,7 @@ UNINSPECTED: dict[str, Any] = {"clocks": None, "kernels_per_step": None, "notes"
 
 
 def uninspected(error: Exception) -> dict[str, Any]:
-    """Return the fields of `inspect` for a row in which it failed. The measurements are kept."""
+    """Return the fields of `inspect` for a row in which it raised `error`. The row keeps its measurements."""
     return UNINSPECTED | {"notes": [f"not inspected: {first_line(error)}"]}
 
 
@@ -427,7 +437,7 @@ def _finite(value: float | None) -> float | None:
 
 
 def _mib(statistic: str, device: torch.device) -> float | None:
-    """Return the CUDA memory statistic in MiB, or None on a CPU."""
+    """Return a CUDA memory statistic, the name of a function of torch.cuda, in MiB, or None on a CPU."""
     return getattr(torch.cuda, statistic)(device) / 2**20 if device.type == "cuda" else None
 
 
@@ -444,8 +454,8 @@ def rates(case: Case, multiply_adds: int, windows: Sequence[float]) -> dict[str,
 
 
 def settled(row: dict[str, Any]) -> dict[str, Any]:
-    """Return a row whose windows are complete with its energy per image, and as "noisy" if it is right but its windows
-    spread too much for ranking."""
+    """Return the row, all of whose windows are measured, with its energy per image. An "ok" row becomes "noisy" if its
+    windows spread too much for ranking."""
     watts = _number(row["clocks"]["power.draw"]) if row["clocks"] else None
     row = row | {"joules_per_image": None if watts is None else watts / row["img_s"]}
     if row["status"] == "ok" and (spread := quartile_spread(row["window_img_s"])) > NOISY:
@@ -510,8 +520,8 @@ def _seconds(step: Callable[[int], Any], calls: range, device: torch.device) -> 
 
 
 def host_seconds(step: Callable[[int], Any], call: int, device: torch.device) -> float:
-    """Return the seconds until a call returns when the GPU is idle. If that is as long as the latency, the GPU waits
-    for the host."""
+    """Return the seconds until a call returns, not until its work is done, when the GPU is idle before. If that is as
+    long as the latency, the GPU waits for the host."""
     synchronize(device)
     start = time.perf_counter()
     step(call)
@@ -547,7 +557,7 @@ def clocks_under_load(step: Callable[[int], Any], seconds: float, device: torch.
     """Return SM and memory clock in MHz, power in W and temperature in °C while steps run, or None without nvidia-smi.
 
     `seconds` is the duration of a step. nvidia-smi averages the power over a second, so steps run for longer than that
-    before it is asked, and until it has answered.
+    before nvidia-smi is called, and until it has answered.
     """
     with ThreadPoolExecutor(1) as executor:
         began, answer = time.perf_counter(), None
@@ -563,8 +573,8 @@ def clocks_under_load(step: Callable[[int], Any], seconds: float, device: torch.
 
 
 def nvidia_smi(device: torch.device, *fields: str) -> dict[str, str] | None:
-    """Return the named fields of `nvidia-smi --query-gpu` for `device`, without units, or None if there is no
-    nvidia-smi."""
+    """Return the named fields of `nvidia-smi --query-gpu` for `device`, without units, or None if nvidia-smi is missing
+    or fails."""
     uuid = torch.cuda.get_device_properties(device).uuid
     command = ["nvidia-smi", f"--id=GPU-{uuid}", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"]
     try:
@@ -585,8 +595,11 @@ def _graphs() -> int:
 
 
 def profiled(step: Callable[[int], Any]) -> tuple[int, list[str]]:
-    """Return how many kernels and copies a step runs on the GPU, and a note if cuDNN transposes between NCHW and NHWC,
-    which means that the net lost channels_last or never had it."""
+    """Return (number of kernels and copies that a step runs on the GPU, notes).
+
+    There is a note if cuDNN transposes between NCHW and NHWC, which means that the net lost channels_last or never had
+    it.
+    """
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
@@ -608,9 +621,11 @@ def profiled(step: Callable[[int], Any]) -> tuple[int, list[str]]:
 
 
 def lost_layouts(step: Train) -> list[str]:
-    """Return a note if a compiled backward returns weight gradients that are no longer channels_last.
+    """Return a list with a note if a compiled backward returns weight gradients that are no longer channels_last, else
+    an empty one.
 
-    Hooks look at the gradients before their accumulation, which copies them back into the parameter's layout.
+    Hooks look at the gradients before their accumulation, which copies them back into the parameter's layout. 1x1
+    filters are left out, because their layouts don't differ.
     """
     lost: Counter[bool] = Counter()
 

@@ -48,8 +48,10 @@ def now(timespec: str = "seconds") -> str:
 
 
 def code() -> dict[str, Any]:
-    """Return the state of the code: the commit, whether the tree differs from it, and a digest of the sources and tile
-    tables."""
+    """Return the state of the code: the commit, whether the tree differs from it, and a digest of sources and tables.
+
+    The commit is the environment variable FASTRES_COMMIT if it is set, else git's. Both answers are None if unknown.
+    """
     head, stated = _git("rev-parse", "HEAD"), os.environ.get("FASTRES_COMMIT")
     commit, changes = stated or head, None
     if commit == head:
@@ -67,7 +69,7 @@ def _git(*arguments: str) -> str | None:
 
 
 def _digest() -> str:
-    """Return the SHA-256 of the sources and of the tile tables that were measured on this machine."""
+    """Return the SHA-256 of the sources, the shipped tile tables and those in the user's cache folder."""
     digest = hashlib.sha256()
     for folder in ("fastres", "kernels", "csrc", "bench"):
         for path in sorted((ROOT / folder).rglob("*")):
@@ -79,7 +81,8 @@ def _digest() -> str:
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Return device, driver, maximum clocks and versions."""
+    """Return the device and its name, the number of CPU threads, the platform and the versions of packages; on a GPU
+    also its driver, maximum clocks and power limit."""
     versions: dict[str, str | None] = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -134,7 +137,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def _damage(record: dict[str, Any]) -> str | None:
-    """Return which field that readers rely on is missing from a record, or None."""
+    """Return a message if a field that readers rely on is missing from a record or has the wrong type, else None."""
     kinds = {"created": str, "code": dict, "environment": dict, "options": dict, "flops": list, "rows": list}
     for name, kind in kinds.items():
         if not isinstance(record.get(name), kind):
@@ -154,8 +157,8 @@ def _damage(record: dict[str, Any]) -> str | None:
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Return why rows of `new` can't be compared with those of `old`: each field that affects measurements and
-    differs."""
+    """Return a line for each field that affects measurements and differs between two records. Without any, their rows
+    can be compared."""
 
     def deciding(record: dict[str, Any]) -> dict[str, Any]:
         return {part: record[part] for part in ("environment", "options")} | {"sources": record["code"]["sources"]}
@@ -187,7 +190,7 @@ def put(record: dict[str, Any], row: dict[str, Any]) -> None:
 
 
 class Ratio(NamedTuple):
-    """A row's rate divided by that of another row, with an interval."""
+    """A row's rate divided by that of another row, with the interval from `low` to `high` (see `ratio`)."""
 
     value: float
     low: float
@@ -228,8 +231,8 @@ def by_case(rows: list[dict[str, Any]]) -> dict[tuple[Any, ...], list[dict[str, 
 
 
 def ratios(rows: list[dict[str, Any]], to_eager: bool = False) -> dict[tuple[Any, ...], Ratio]:
-    """Return, for every row that is ok, the ratio of its img/s to that of the best peer in the same case and dtype, by
-    `key`. With `to_eager`, the ratio is to `eager`'s row of the same case."""
+    """Return a dict from the `key` of each ok row to the ratio of its img/s to that of `best_peer` in its case and
+    dtype, or with `to_eager` to that of the row `eager` of its case. Rows without such a row are left out."""
     found = {}
     for of_case in by_case(rows).values():
         for row in (row for row in of_case if row["status"] == "ok"):
@@ -243,9 +246,9 @@ def ratio(row: dict[str, Any], peer: dict[str, Any]) -> Ratio:
     """Return the ratio of the two rows' img/s.
 
     If the rows took turns, their windows are compared pairwise: the median of the ratios, and as the interval the
-    smallest and the largest. With seven windows this interval contains the true median in 98 of 100 cases, whatever the
-    distribution (1 - 2 / 2^7). Otherwise it is the ratio of the medians, with an interval from the worst window of one
-    row against the best of the other to the reverse.
+    smallest and the largest ratio. With seven independent windows this interval contains the true median in 98 of 100
+    cases, whatever the distribution (1 - 2 / 2^7). Otherwise the result is the ratio of the medians, with an interval
+    from the row's worst window against the peer's best to the row's best against the peer's worst.
     """
     a, b = row["window_img_s"], peer["window_img_s"]
     if row.get("began") is not None and row.get("began") == peer.get("began"):

@@ -52,8 +52,10 @@ TORCHVISION = {f"resnet{depth}": depth for depth in DEPTHS}
 class Plan:
     """The validated command line.
 
-    rows: the (case, backend) pairs to measure.
+    rows: (case, name of the backend) for each row to measure.
     seconds: timed seconds per row, over all of its windows.
+    dtype: the name of the cases' dtype.
+    json, plot: the files for the record and its picture, or None.
     isolated: whether each row runs in its own process.
     patience: seconds to wait for a row to get ready, finish or be inspected before its process is killed.
     """
@@ -72,7 +74,7 @@ class Plan:
 def main(arguments: list[str] | None = None) -> int:
     """Run the bench and return its exit status.
 
-    The status is 1 if a row of fastres is wrong or failed or if nothing was measured, 130 after Ctrl-C and 143 after
+    The status is 1 if a row of fastres is wrong or failed or if no row is ok or noisy, 130 after Ctrl-C and 143 after
     SIGTERM during the measurements, and 0 otherwise.
     """
     plan = parse(arguments)
@@ -228,8 +230,10 @@ def parse(arguments: list[str] | None) -> Plan:
 
 
 def pick_device(name: str | None) -> torch.device:
-    """Return the device called `name` with its index; None picks CUDA if there is a GPU. Raises ValueError if there is
-    no such device."""
+    """Return the device called `name`, and make it the current device if it is a GPU. None picks a GPU if there is one.
+
+    The device has its index if it is a GPU. Raises ValueError if there is no such device.
+    """
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -299,7 +303,8 @@ def introduction(plan: Plan, record: dict[str, Any]) -> str:
 
 
 def run(plan: Plan, record: dict[str, Any]) -> None:
-    """Measure every row that the record lacks and write the record after each new result."""
+    """Measure every row of the plan that the record lacks or has with a status that isn't in `record.DONE`. Write the
+    record after each new result."""
     known = {records.key(row): row["status"] for row in record["rows"]}
     asked = [(case, name, known.get((*records_case(case), name))) for case, name in plan.rows]
     asked = [one for one in asked if one[2] not in records.DONE]
@@ -309,13 +314,14 @@ def run(plan: Plan, record: dict[str, Any]) -> None:
     with tqdm(total=len(missing) + len(broken), unit="row", disable=None, leave=False) as bar:
         for case in dict.fromkeys(case for case, _ in missing):
             measure_rows(plan, record, case, [name for other, name in missing if other == case], bar)
-        # Rows that crashed the process in an earlier run come last, one at a time, so that they cost no other row.
+        # Without isolation, rows that may have crashed an earlier run come last, one at a time, so that they cost no
+        # other row.
         for case, name in broken:
             measure_rows(plan, record, case, [name], bar)
 
 
 def measure_rows(plan: Plan, record: dict[str, Any], case: Case, names: Sequence[str], bar: tqdm) -> None:
-    """Measure rows of one case in turns. Peers are prepared first, so that a fault in fastres cannot affect them."""
+    """Measure rows of one case in turns. Peers are prepared first, so that faults of fastres cannot affect this."""
 
     def tell(name: str, fields: dict[str, Any]) -> None:
         row = dict(zip(records.CASE, records_case(case), strict=True))
@@ -379,7 +385,8 @@ def weights(net: str, size: int) -> dict[str, torch.Tensor]:
 
 @cache
 def cost(net: str, size: int) -> flops.Cost:
-    """Count the multiply-adds of one image. Raises ValueError for a net that `families.named` doesn't know."""
+    """Count the multiply-adds of one image, by layer. Raises ValueError for a net that `families.named` doesn't
+    know."""
     with torch.device("meta"):
         model = families.named(net)
     return flops.count(model, size)
@@ -388,9 +395,9 @@ def cost(net: str, size: int) -> flops.Cost:
 def flops_table(nets: tuple[str, ...]) -> list[dict[str, Any]]:
     """Return the rows of the FLOPs table.
 
-    The last rows are our counts of `nets`. If the paper prints a figure for a net of the same kind as one of them, the
-    paper's table comes first, each figure next to our count of the paper's variant, and our counts include all five of
-    torchvision's ResNets.
+    The last rows are our counts of `nets`. If the paper prints a figure for the family and depth of one of `nets`, the
+    paper's table comes first, with our count of the paper's variant next to each figure, and our counts include all
+    five of torchvision's ResNets. bench/records/README.md documents the fields.
     """
     paper_rows = {net: paper_row(net) for net in nets}
     table = []

@@ -1,8 +1,8 @@
 """Run an object in its own process, which may hang, die or lose its CUDA context without harming the process that asks.
 
-with Worker(Row, "inductor", case) as row:    # makes Row("inductor", case) in the new process
+with Worker(Row, "inductor", case) as row:    # starts the process
     try:
-        row.ask("prepare", seconds=300)       # calls its method `prepare` there
+        row.ask("prepare", seconds=300)       # makes Row("inductor", case) there, calls its `prepare`
     except WorkerLost as error:               # the process is gone as well
         print(error)
 """
@@ -25,7 +25,7 @@ PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 
 class WorkerLost(RuntimeError):
-    """The process is gone. `verdict` is "hung" (no answer in time, so it was killed), "died" or "lost the CUDA
+    """The worker's process is gone. `verdict` is "hung" (no answer in time, so it was killed), "died" or "lost the CUDA
     context"."""
 
     def __init__(self, verdict: str, said: str) -> None:
@@ -34,9 +34,10 @@ class WorkerLost(RuntimeError):
 
 
 class Worker:
-    """The object `make(*arguments)` in a new process, which starts immediately. Both must be picklable.
+    """An object in a new process, which starts immediately. The first `ask` makes the object: `make(*arguments)`.
 
-    The process doesn't outlive the thread that started it. As a context manager, and by `close`, it ends the process.
+    `make`, all arguments and all results must be picklable. On Linux the process is killed when the thread that started
+    it ends. `close` ends the process; a `with` statement calls it at its end.
     """
 
     def __init__(self, make: Callable[..., Any], *arguments: Any) -> None:
@@ -78,7 +79,7 @@ class Worker:
         return self._gone
 
     def leave(self) -> None:
-        """Close the connection, on which the process exits."""
+        """Close the connection, which makes the process exit, and don't wait for that."""
         self._connection.close()
 
     def close(self) -> None:
@@ -111,7 +112,7 @@ class LocalWorker:
         """Do nothing: the object stays until `close`."""
 
     def close(self) -> None:
-        """Drop the object, after its own `close` if it has one."""
+        """Call the object's own `close`, if it has one, and drop the object."""
         served, self._served = self._served, None
         if hasattr(served, "close"):
             served.close()
@@ -161,7 +162,7 @@ def lost_context() -> str | None:
 
 
 def _portable(error: Exception) -> Exception:
-    """Return the error without its traceback, or a RuntimeError with the same text if it can't be pickled."""
+    """Return the error without its traceback, or a RuntimeError with its type and text if it can't be pickled."""
     try:
         pickle.loads(pickle.dumps(error))
     except Exception:
