@@ -74,7 +74,11 @@ TOP = 25
 
 
 class Counted(NamedTuple):
-    """One launch that ncu profiled. `values` has the names of `METRICS`, without those that ncu couldn't count."""
+    """One launch that ncu profiled.
+
+    values: by the names of `METRICS`, without those that ncu couldn't count; in microseconds, MB and percent. "mhz"
+    holds the number of cycles, which `cells` divides by the time.
+    """
 
     name: str
     grid: tuple[int, ...]
@@ -87,7 +91,7 @@ class Counted(NamedTuple):
 
 def parse(text: str) -> list[Counted]:
     """Return the launches in the output of ncu --csv --page raw, in order. Raises ValueError if the text is not such
-    output."""
+    output, has no launch, or has one without a time."""
     rows = csv.reader(line for line in text.splitlines() if line.startswith('"'))  # other lines are messages of ncu
     header = next((row for row in rows if row[0] == "ID"), None)
     units = next(rows, None)
@@ -121,10 +125,11 @@ def number(text: str) -> float | None:
 
 @dataclass
 class Labelled:
-    """A profiled launch with the recorded launches that it stands for.
+    """A profiled launch with the recorded launches that it is matched with.
 
-    These are one of ours, or operators of the library, of which this launch is the part `share`. There are none if they
-    are not known. `model` has their predictions.
+    launches: one of ours, or one or more operators of the library; empty if there is no match.
+    share: the part of the time of these operators that this launch takes.
+    model: the predictions for `launches`.
     """
 
     counted: Counted
@@ -134,7 +139,7 @@ class Labelled:
 
     @property
     def key(self) -> tuple[str, str, str, str]:
-        """Pass, layer, kernel and tile."""
+        """(pass, layer, kernel, tile). Without a match all but the kernel are empty."""
         one = self.launches[0] if self.launches else None
         name = self.counted.kernel
         return (one.pass_, one.layer, name, predict.tile_name(one) if one.ours else "") if one else ("", "", name, "")
@@ -148,7 +153,7 @@ def our_names() -> frozenset[str]:
 
 
 def split(found: Iterable[Any], ours: Callable[[Any], bool]) -> tuple[list[Any], list[list[Any]]]:
-    """Split a sequence into the items that are ours, and lists of the others before, between and after these."""
+    """Return (the items that are ours, lists of the other items before, between and after them)."""
     own: list[Any] = []
     rest: list[list[Any]] = [[]]
     for one in found:
@@ -166,8 +171,8 @@ def padded(grid: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def label(counted: Sequence[Counted], launches: Sequence[Launch], device: Device, gpu: Gpu) -> list[Labelled]:
-    """Match every profiled launch with the recorded ones, in order. Raises ValueError if our launches are not the same,
-    one by one."""
+    """Match the profiled launches with the recorded ones, in order, and predict the matched ones. Raises ValueError if
+    our launches, one by one, differ in name or grid."""
     names = our_names() | {one.kernel for one in launches if one.ours}
     own, others = split(counted, lambda one: one.kernel in names)
     recorded, operators = split(launches, lambda one: one.ours)
@@ -197,7 +202,7 @@ ATEN = re.compile(r"\bat::")
 
 
 def library(counted: Sequence[Counted], operators: Sequence[Launch]) -> Iterator[Labelled]:
-    """Match the library's kernels between two of ours with the operators recorded there."""
+    """Match the library's kernels between two of ours with the operators recorded there, as described at the top."""
     called = [one for one in operators if one.kernel not in COPIES]
     multiplying = [one for one in called if one.flops]
     of: dict[int, Labelled] = {}
@@ -213,14 +218,18 @@ def library(counted: Sequence[Counted], operators: Sequence[Launch]) -> Iterator
 
 
 def contradicts(counted: Counted, operator: Launch) -> bool:
-    """Return whether the kernel's name contains another pass than the operator's."""
+    """Return whether the kernel's name contains a pass, but not the operator's. False for operators without a layer."""
     named = {word for word in ("fprop", "dgrad", "wgrad") if word in counted.name.lower()}
     pass_ = "fprop" if operator.pass_ == "infer" else operator.pass_
     return bool(named) and operator.layer != "" and pass_ not in named
 
 
 def cells(rows: Sequence[Labelled], device: Device | None) -> dict[str, Any]:
-    """Return the numbers of several launches together, None if a launch lacks one. Percentages are weighted by time."""
+    """Return the numbers of several launches together: sums, and means of percentages weighted by time.
+
+    A number that a launch lacks is None, except that "lost_us" is then the whole time. Without `device`, "dram_pct" is
+    None.
+    """
     us = sum(row.counted.values["us"] for row in rows)
 
     def total(name: str) -> float | None:
@@ -256,8 +265,8 @@ LABELS = ("pass", "layer", "kernel", "tile")
 
 
 def grouped(rows: Sequence[Labelled], device: Device | None, by: Sequence[str] = LABELS) -> list[dict[str, Any]]:
-    """Return a line for each group of launches that agree in `by`, the largest loss against the lower bound first.
-    Launches without a lower bound count as entirely lost."""
+    """Return a line for each group of launches that agree in `by`, the largest loss against the lower bound first. A
+    group in which a launch has no lower bound counts as entirely lost."""
     groups: dict[tuple[str, ...], list[Labelled]] = defaultdict(list)
     for row in rows:
         labels = dict(zip(LABELS, row.key, strict=True))
@@ -278,15 +287,18 @@ def printed(lines: Sequence[dict[str, Any]]) -> str:
 
 
 def known(metrics: Iterable[str]) -> list[str]:
-    """Return those metrics that ncu has on this machine, since a single unknown one would make it fail. If ncu lists
-    none, all are returned."""
+    """Return those metrics that ncu has on this machine, since a single unknown one would make it fail. If ncu doesn't
+    even list the time, its list is ignored and all are returned."""
     listed = subprocess.run([NCU[0], "--query-metrics"], capture_output=True, text=True, check=False).stdout
     names = set(re.findall(r"\w+__\w+", listed))
     return [one for one in metrics if TIME.split(".")[0] not in names or one.split(".")[0] in names]
 
 
 def count(log: Path, replay: str, step: Sequence[str]) -> None:
-    """Run one step under ncu, which writes to `log`. Exits if ncu fails."""
+    """Run one step under ncu, which writes to `log`. Exits if ncu fails.
+
+    replay: ncu's --replay-mode. step: the options of this script that describe the step.
+    """
     metrics = known(METRICS.values())
     if missing := set(METRICS.values()) - set(metrics):
         print(f"this GPU has no {', '.join(sorted(missing))}")
@@ -300,7 +312,7 @@ def count(log: Path, replay: str, step: Sequence[str]) -> None:
 
 
 def one_step(depth: int, batch: int, mode: str, dtype: str) -> None:
-    """Run the step that ncu profiles."""
+    """Run warm-up steps, and the step that ncu profiles."""
     device = torch.device("cuda", torch.cuda.current_device())
     case = backends.Case(f"resnet{depth}", mode, batch, layers.DTYPES[dtype], predict.SIZE, device)
     with timeline.running(backends.BACKENDS[BACKEND[mode]], case) as step:

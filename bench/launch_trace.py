@@ -5,8 +5,9 @@ the step runs on meta tensors.
         net(images)                           # on the meta device
     recorder.launches()[0].kernel
 
-Our kernels are recorded where they are launched (`kernels.launcher.launch`), whichever they are. Everything else,
-including the library's convolutions, is recorded as PyTorch operators. Each operator counts as one kernel.
+Our kernels are recorded where they are launched (`kernels.launcher.launch`). Everything else, including the library's
+convolutions, is recorded as PyTorch operators. An operator counts as one kernel, except that a convolution's backward
+counts as one for each gradient and BatchNorm in training as two, and that views and allocations don't count.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ META = torch.device("meta")
 
 
 class Part(NamedTuple):
-    """The part of a tensor that one kernel touches: the number of the storage, and how many bytes of it."""
+    """The part of a tensor that one kernel reads or writes: the number of its storage, and a count of bytes in it."""
 
     memory: int
     bytes: int
@@ -59,10 +60,12 @@ class Part(NamedTuple):
 class Launch:
     """One kernel.
 
-    pass_: what the kernel works for: "infer", "fprop", "dgrad", "wgrad", "norm" or "pytorch".
-    layer, flops: the convolution's `layers.name`, and its FLOPs; empty and 0 if there is none.
-    ours: whether it is a Triton kernel of ours. If so, it has its grid and its arguments by name, with a `Part` for
-        each tensor.
+    pass_: "infer", "fprop", "dgrad" or "wgrad" for the work of a convolution; otherwise "norm" for a kernel of ours and
+        "pytorch" for an operator.
+    layer: `layers.name` of the convolution that it works for, or empty.
+    flops: the FLOPs of its multiplications, 0 if it has none.
+    ours: whether it is a Triton kernel of ours. If not, grid and arguments are empty.
+    arguments: by name, with a `Part` in the place of each tensor.
     """
 
     kernel: str
@@ -77,8 +80,8 @@ class Launch:
 
     @property
     def bytes(self) -> int:
-        """The bytes that it moves, every tensor once. For kernels of ours all tensors are in `reads`, because their
-        arguments don't show which of them are written."""
+        """The bytes that it moves, every tensor once. A kernel of ours has all of its tensors in `reads`, because its
+        arguments don't show which ones it writes."""
         return sum(part.bytes for part in (*self.reads, *self.writes))
 
     @property
@@ -88,7 +91,8 @@ class Launch:
 
 @dataclass
 class Work:
-    """The work to which the kernels launched within it belong. Those of them that multiply share its FLOPs."""
+    """One pass of a convolution, or other work (`problem` is None), with which the kernels launched during it are
+    labelled. Those of them that multiply share its FLOPs."""
 
     pass_: str
     problem: ConvProblem | None = None
@@ -102,7 +106,7 @@ class Recorder(TorchDispatchMode):
         super().__init__()
         self.noted: list[tuple[Launch, Work]] = []
         self.work = [Work("norm")]
-        # Keeps the storages alive, so that no other gets the same address.
+        # Address of a storage -> (its number, the storage). Keeps it alive, so that no other gets the same address.
         self.memories: dict[int, tuple[int, Any]] = {}
 
     def launches(self) -> list[Launch]:
@@ -119,7 +123,7 @@ class Recorder(TorchDispatchMode):
         return found
 
     def kernel(self, kernel: Any, grid: tuple[int, ...], arguments: Mapping[str, Any]) -> None:
-        """Record a launch of ours. Replaces `launcher.launch`."""
+        """Record a launch of one of our kernels. Replaces `launcher.launch`."""
         work = self.work[-1]
         p = work.problem
         flops = work.flops if multiplies(kernel) else 0
@@ -139,7 +143,8 @@ class Recorder(TorchDispatchMode):
         )
 
     def part(self, tensor: Tensor, share: float = 1.0) -> Part:
-        """Return a share of a tensor. Elements that overlap or repeat count once."""
+        """Return the `Part` for a share (1 for all) of a tensor's elements. Elements that overlap or repeat count
+        once."""
         storage = tensor.untyped_storage()
         memory, _ = self.memories.setdefault(storage._cdata, (len(self.memories), storage))
         elements = math.prod(n for n, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride)
@@ -170,7 +175,8 @@ class Recorder(TorchDispatchMode):
         return result
 
     def _backward(self, args: Any, made: list[Tensor], work: Work) -> None:
-        """Record a convolution's two gradients as two kernels, each of which reads the other operand."""
+        """Record each wanted gradient of a convolution as a kernel: that of x, which reads dy and w, and that of w,
+        which reads dy and x."""
         dy, x, w, *_, mask = args
         problem = conv_problem(x, w, *(args[i][0] for i in (4, 5, 6)), args[9])
         gradients = iter(made)
@@ -184,17 +190,18 @@ class Recorder(TorchDispatchMode):
                 self.noted.append((moved, work))
 
 
-OPERANDS = ("dy", "z", "w")  # not read by a data gradient's launch for pixels that no filter tap reaches
+OPERANDS = ("dy", "z", "w")  # arguments that dgrad doesn't read in a launch for pixels that no filter tap reaches
 
 
 def taps(arguments: Mapping[str, Any]) -> int:
-    """Return the number of filter taps that reach the pixels of one launch if the kernel divides pixels into classes,
-    else 1."""
+    """Return the number of filter taps that reach the pixels of one launch if the kernel (dgrad) has a launch for each
+    class of pixels, else 1."""
     return int(arguments.get("TAPS_R", 1) * arguments.get("TAPS_S", 1))
 
 
 def reached(problem: ConvProblem, pass_: str) -> float:
-    """Return the share of x that a convolution reads: less than 1 if its stride skips pixels."""
+    """Return the share of x that a convolution reads: less than 1 if its stride skips pixels. 1 for dgrad, which writes
+    all of dx."""
     rows, columns = min(1.0, problem.R / problem.stride), min(1.0, problem.S / problem.stride)
     return rows * columns if pass_ != "dgrad" else 1.0
 
@@ -236,7 +243,7 @@ def _operands(func: Any, args: Any, kwargs: Any) -> tuple[list[Tensor], list[Ten
         tensors = [t for t in tree_leaves(value) if isinstance(t, Tensor)]
         read += [] if i in unread else tensors
         writes = parameter.alias_info is not None and parameter.alias_info.is_write
-        # Grads are written only if they are scaled, which no step does.
+        # `_fused_sgd_` writes its argument grads only if they are scaled, which no step does.
         mutated += tensors if writes and parameter.name != "grads" else []
     return read, mutated
 
@@ -244,8 +251,8 @@ def _operands(func: Any, args: Any, kwargs: Any) -> tuple[list[Tensor], list[Ten
 def _passes(
     name: str, args: Any, reads: tuple[Part, ...], writes: tuple[Part, ...]
 ) -> list[tuple[str, tuple[Part, ...], tuple[Part, ...]]]:
-    """Return an operator's kernels. PyTorch's BatchNorm in training has two: one reduces, the other reads the same
-    again."""
+    """Return an operator's kernels as (name, reads, writes). PyTorch's BatchNorm in training has two: one reduces, the
+    other reads the same tensors again."""
     training = {"native_batch_norm": 5, "native_batch_norm_backward": 7}
     if name in training and args[training[name]]:
         return [(f"{name}_sums", reads, ()), (name, reads, writes)]
@@ -253,7 +260,7 @@ def _passes(
 
 
 def _run(func: Any, args: Any, kwargs: Any) -> Any:
-    """Run the operator on meta tensors. Operators without a meta implementation are expressed by others."""
+    """Run the operator on meta tensors. Operators without a meta implementation are replaced by others or skipped."""
     name = func.overloadpacket.__name__
     if name == "_fused_sgd_":
         return None
@@ -273,7 +280,7 @@ def name_of(kernel: Any) -> str:
 
 @cache
 def multiplies(kernel: Any) -> bool:
-    """Return whether a Triton kernel, or a function of this package that it calls, uses tensor cores."""
+    """Return whether a Triton kernel, or a Triton function that it calls, multiplies matrices."""
     source = inspect.getsource(kernel.fn)
     if "tl.dot(" in source:
         return True
@@ -324,7 +331,7 @@ def recorded(dtype: torch.dtype) -> Iterator[Recorder]:
         for name, function in replaced.items():
             stack.enter_context(patch.object(dispatch, name, function))
         stack.enter_context(patch.object(torch, "autocast", lambda *_, **__: nullcontext()))
-        # While a graph is captured, nothing times alternatives.
+        # As if a graph was being captured, so that no alternatives are timed.
         stack.enter_context(patch.object(torch.cuda, "is_current_stream_capturing", lambda: True))
         # fastres doesn't use its kernels under a dispatch mode, which `recorder` is.
         stack.enter_context(patch.object(torch._C, "_len_torch_dispatch_stack", lambda: 0))
@@ -342,7 +349,8 @@ def recorded(dtype: torch.dtype) -> Iterator[Recorder]:
 
 
 def _noting(bind: Callable[..., conv_bn.ConvBN], recorder: Recorder) -> Callable[..., conv_bn.ConvBN]:
-    """Return `bind` with pairs (a convolution with its BatchNorm) whose kernels are recorded as their problem's."""
+    """Wrap `conv_bn.bind`, so that the kernels of the pairs (a convolution with its BatchNorm) that it returns are
+    recorded with the pair's problem."""
 
     def noted(pass_: str | None, problem: ConvProblem, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -367,7 +375,8 @@ def _noting(bind: Callable[..., conv_bn.ConvBN], recorder: Recorder) -> Callable
 
 
 def _by_folded(function: Callable[..., Any], recorder: Recorder) -> Callable[..., Any]:
-    """Wrap a function of `folded` that runs one convolution of a plan, or three."""
+    """Wrap a function of `folded` that runs a step of a plan, so that its kernels are recorded as its work. The step is
+    one convolution, a chain of three, or a max pool."""
 
     @wraps(function)
     def call(x: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -448,10 +457,13 @@ def infer_optimized(net: nn.Module, batch: int, size: int, dtype: torch.dtype) -
     return recorder.launches()
 
 
-# Operators that Inductor computes where their result is read, and the kernels of `_passes` that reduce what they read.
+# POINTWISE: operators that Inductor computes where their result is read. NORMS: the same, except for the kernels with
+# the suffix _sums (`_passes`), which reduce.
 POINTWISE = ("relu", "relu_", "add", "add_", "threshold_backward", "_to_copy", "div", "mul")
 NORMS = ("native_batch_norm", "native_batch_norm_backward")
-MOST_READ, SMALL = 4, 2**16  # Inductor's `realize_reads_threshold`; smaller values, in bytes, are ignored here
+# MOST_READ: the most tensors from which a value is computed where it is read, Inductor's `realize_reads_threshold`.
+# SMALL: bytes of the smallest tensor that counts.
+MOST_READ, SMALL = 4, 2**16
 
 
 def as_inductor(launches: Sequence[Launch]) -> list[Launch]:
@@ -463,7 +475,7 @@ def as_inductor(launches: Sequence[Launch]) -> list[Launch]:
     """
     fused: list[Launch] = []
     sizes: dict[int, int] = {}
-    # Values that aren't computed yet -> the stored tensors to compute them from.
+    # Number of the storage of a value that isn't computed yet -> those of the stored tensors to compute it from.
     pending: dict[int, frozenset[int]] = {}
 
     def parts(memories: Iterable[int]) -> tuple[Part, ...]:

@@ -27,8 +27,7 @@ from fastres.ops.layout import Geometry
 from fastres.ops.reference import BNBackward
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-# The kinds of work that take a user's time: inference with everything in one epilogue, and the three passes of
-# training.
+# What is measured of a convolution: inference with shift, residual and ReLU, and the three passes of training.
 PASSES = ("infer", "fprop", "dgrad", "wgrad")
 
 
@@ -37,12 +36,12 @@ class Role(NamedTuple):
 
     place: "stem"; "first" of a block, which reads a finished activation; "inner" and "last", which read z, the raw
         output of the convolution before them, through BatchNorm and ReLU; "project", on the shortcut.
-    boundary: a "first" whose block follows another block, so that the end of that block (addition and ReLU) is fused
-        with it, forward and backward.
-    summed: whether the gradient arrives masked and with its sums, so that our dgrad and wgrad may compute dz, the
-        gradient of z, on load. Otherwise dz is stored, whatever the engine. The gradient comes from our dgrad of the
-        next convolution. If the library computes that one, dz is stored here too, and the measured work differs from
-        the work in the net.
+    boundary: a "first" whose block follows another block. The end of the previous block (addition and ReLU) may be
+        fused with it, forward and backward.
+    summed: whether the gradient arrives with the ReLU's mask applied and with the sums for BatchNorm's backward, so
+        that our dgrad and wgrad may compute dz, the gradient of z, on load. Otherwise dz is stored before, whatever the
+        engine. This assumes that our dgrad computes the next convolution. If the library does, the net stores dz
+        here too, and its work differs from the measured work.
     """
 
     place: Literal["stem", "first", "inner", "last", "project"]
@@ -82,10 +81,10 @@ def roles(depth: int, batch: int, size: int) -> Counter[tuple[ConvProblem, Role]
 
 
 def problems(depths: Iterable[int], batch: int, size: int) -> dict[ConvProblem, tuple[int, Role]]:
-    """Return, for each convolution of torchvision's ResNets of those depths, how often it occurs and its most frequent
-    role.
+    """Return a dict from each problem in torchvision's ResNets of those depths to (number of convolutions in all of
+    them, most frequent role).
 
-    It is measured in that role, because a table has one entry per problem.
+    A problem is measured in that role, because a table has one entry per problem.
     """
     found: dict[ConvProblem, Counter[Role]] = {}
     for depth in depths:
@@ -113,12 +112,13 @@ def name(p: ConvProblem) -> str:
 class Operands:
     """Random tensors for every pass of one convolution, as they are in a net.
 
-    x, shortcut, below: shaped like the input [N, H, W, C].
-    z, dz: shaped like the output [N, P, Q, K].
+    x, shortcut, below: [N, H, W, C]: the input; the shortcut or its gradient; z of the previous block's last
+        convolution.
+    z, dz: [N, P, Q, K]: the output; its gradient, or g where dz is computed on load.
     w: the filters [K, R, S, C/groups].
     a_affine, mean: scale and shift, and batch mean, of the BatchNorm before the convolution.
-    bn: what turns g into dz in the BatchNorm after it.
-    shift: the shift of that BatchNorm, folded.
+    bn: the coefficients with which the BatchNorm after the convolution turns g into dz.
+    shift: the shift of the BatchNorm after the convolution, folded.
     """
 
     x: Tensor
@@ -168,14 +168,15 @@ def pair(problem: ConvProblem, dtype: torch.dtype, device: torch.device) -> Conv
 
 
 def call(pair: ConvBN, pass_: str, operands: Operands, role: Role) -> Callable[[], Any]:
-    """Return the work of one pass, with what the net does around it in that role, by the engines of `pair`.
+    """Return a function that does the work of one pass, with what the net does around it in that role, by the engines
+    of `pair`.
 
-    The result of the work depends on the pass:
+    What it returns depends on the pass. "partials" are partial sums for a BatchNorm:
 
-    - "infer": the activation.
+    - "infer": the activation; for a projection, its output.
     - "fprop": (z, partials), or (x, z, partials) where x is the output of the previous block, which our kernel may
       compute on load.
-    - "dgrad": dx, or (dx, the mask still to apply, partials of the BatchNorm below).
+    - "dgrad": dx, or (dx, mask, partials of the BatchNorm below), where mask is None if dx is masked already.
     - "wgrad": dw.
     """
     o, prologue = operands, operands.a_affine if role.normed else None
@@ -211,12 +212,12 @@ def infer(
 ) -> Callable[..., Tensor]:
     """Return a callable that computes [relu](conv(x, w) + shift + residual) as `optimize` does, with folded weights.
 
-    `inputs` are tensors like those of a call, (x,) or (x, residual). The callable is our kernel, or what `optimize`
-    binds of the library, which has an operator for all of it.
+    `inputs` are tensors like those of a call, (x,) or (x, residual). The callable runs our kernel or what `optimize`
+    binds of the library: one operator for everything, where that is possible and faster.
 
-    A table's "infer" entry also decides the eval-mode path without `optimize`. There a normalise pass follows the
-    library's convolution, so the library loses to our kernel more often than in the comparison here. The comparison is
-    made for `optimize`, because users who need speed use that.
+    A table's "infer" entry also decides the eval-mode path without `optimize`. There a separate normalise pass follows
+    the library's convolution, so the library is slower than measured here. The comparison is made for `optimize`,
+    because users who need speed use that.
     """
     weights = folded.Folded(w, shift, None if shift is None else shift.to(w.dtype))
     if pair.engines.infer in ("triton", "stem"):
@@ -230,23 +231,24 @@ def infer(
 
 
 def joins(problem: ConvProblem, role: Role) -> bool:
-    """Return whether fprop's work includes the end of the previous block, which our kernel may compute on load.
-    Otherwise it is the same pass for all engines."""
+    """Return whether fprop's work includes the end of the previous block, because our kernel may compute that on load.
+    If it can't, the end is the same separate pass for all engines, and is left out."""
     return role.boundary and dispatch.joins(problem)
 
 
 def stores_dz(pair: ConvBN, role: Role, operands: Operands) -> bool:
-    """Return whether a pass has to store dz before dgrad and wgrad, which another engine may not need."""
+    """Return whether dz has to be stored before dgrad and wgrad because the engines of `pair` don't compute it on load.
+    False if no engine could in this role."""
     return role.summed and not pair.fuses(operands.bn)
 
 
 def half_of_dz(pair: ConvBN, operands: Operands) -> float:
-    """Return half of the microseconds of the pass that stores dz. dgrad and wgrad are charged one half each."""
+    """Return half of the microseconds that storing dz takes. dgrad and wgrad are charged one half each."""
     return microseconds(lambda: pair.passes.backward_apply(operands.dz, *operands.bn)) / 2
 
 
 def moved_bytes(problem: ConvProblem, pass_: str, itemsize: int, role: Role) -> int:
-    """Return the fewest bytes that `call` can move, given dispatch's rules for what is computed on load."""
+    """Return the fewest bytes that the work of `call` can move, given dispatch's rules for what is computed on load."""
     p = problem
     z_numel = p.y_numel if role.summed and dispatch.bn_backward_on_load(p) else 0
     extra = {
@@ -259,10 +261,10 @@ def moved_bytes(problem: ConvProblem, pass_: str, itemsize: int, role: Role) -> 
 
 
 def met_by_dx(role: Role) -> int:
-    """Return how many tensors like dx the epilogue of dgrad reads.
+    """Return how many tensors of dx's size the epilogue of dgrad reads.
 
-    It is z of the BatchNorm below or the shortcut's gradient. If the end of the previous block is fused (`boundary`),
-    it is the shortcut's gradient and that block's output and z.
+    A projection reads none. A `boundary` reads the shortcut's gradient, and the output and z of the previous block. All
+    others read one: z of the BatchNorm below, or the shortcut's gradient.
     """
     return 0 if role.place == "project" else 3 if role.boundary else 1
 
@@ -277,7 +279,8 @@ def write_csv(file: Path, columns: Sequence[str], rows: Iterable[dict[str, Any]]
 
 
 def applicable(problem: ConvProblem, pass_: str) -> bool:
-    """Return whether the net needs this pass. A stem needs no gradient of the images in training."""
+    """Return whether the net needs this pass. All are needed, except that a stem (fewer than 8 channels) has no
+    dgrad."""
     return pass_ != "dgrad" or problem.C >= 8
 
 

@@ -76,7 +76,11 @@ RECORDS = Path(__file__).resolve().parent / "records"
 
 @dataclass(frozen=True)
 class Time:
-    """Microseconds of one launch: its lower bounds, the prediction, what bounds it, and the number of waves."""
+    """Microseconds of one launch: its lower bounds by bytes and FLOPs, and the prediction.
+
+    bound: what the prediction is bound by: "bytes", "FLOPs", "L2", "latency" or "start". waves: 0 if the tile isn't
+    known.
+    """
 
     by_bytes: float
     by_flops: float
@@ -86,7 +90,7 @@ class Time:
 
     @property
     def floor(self) -> float:
-        """The lower bound by bytes and FLOPs."""
+        """The lower bound: the longer of those by bytes and FLOPs."""
         return max(self.by_bytes, self.by_flops)
 
 
@@ -105,8 +109,8 @@ def time(launch: Launch, device: Device, gpu: Gpu) -> Time:
         held = math.ceil(launch.programs / gpu.sms)
         held = held if cut.stays else min(held, resident(launch, cut, gpu))
         waves = launch.programs / (gpu.sms * held)
-        busy = (max(compute, fetch) + issue) / waves  # of `held` programs together
-        waves = waves if waves > 8 else math.ceil(waves)  # many waves don't end at the same time
+        busy = (max(compute, fetch) + issue) / waves  # time per wave: of the `held` programs of a multiprocessor
+        waves = waves if waves > 8 else math.ceil(waves)  # after many waves, multiprocessors are out of step
         work, rounds = waves * busy, waves * max(busy, busy / held + LATENCY)
     elif launch.flops:
         work, rounds = compute, compute + LATENCY
@@ -123,10 +127,10 @@ def time(launch: Launch, device: Device, gpu: Gpu) -> Time:
 class Cut:
     """How a multiplying kernel's work is divided, according to its arguments. BM is 0 if they don't show it.
 
-    BM, BN, BK, steps, taps: a program computes `taps` sums of BM x BN, in `steps` steps of BK.
+    BM, BN, BK, steps, taps: a program accumulates `taps` matrices of BM x BN, in `steps` steps of BK.
     fetched: rows of BK values that a step fetches.
     held: rows of BK values that a stage of its pipeline buffers.
-    instructions: per step and per value of BK, to compute operands that aren't fetched.
+    instructions: per step and per value of BK, to compute operands on load.
     stays: whether the programs are persistent: all run at the same time and loop over the tiles. `steps` then counts
         the steps of all tiles of a program.
     """
@@ -150,7 +154,8 @@ def tile_of(launch: Launch) -> Cut:
     if not (launch.flops and BM and BN and BK):
         return Cut()
     steps = arguments.get("steps_per_split") or arguments.get("steps") or 0
-    if "packed" in arguments:  # the stem: a product has BN of the values under its filter, or a step has BK of them
+    # The stem divides the values under its filter: in wgrad, BN of them to a product, in fprop, BK of them to a step.
+    if "packed" in arguments:
         values = arguments["R"] * STEM_WINDOW
         products, steps = (math.ceil(values / BN), steps) if "dw" in arguments else (1, math.ceil(values / BK))
         return Cut(BM, BN, BK, steps, products, BM + BN * products, BM + BN * products)
@@ -185,8 +190,8 @@ def tile_name(launch: Launch) -> str:
 
 
 def executed(launch: Launch) -> int:
-    """Return the FLOPs of all tiles, with those of pixels and channels beyond the edge, or 0 if the tile isn't
-    known."""
+    """Return the FLOPs of all tiles, including those for pixels and channels beyond the tensors' edges. 0 if the tile
+    isn't known."""
     cut = tile_of(launch)
     return 2 * launch.programs * cut.BM * cut.BN * cut.BK * cut.steps * cut.taps
 
@@ -201,7 +206,8 @@ def resident(launch: Launch, cut: Cut, gpu: Gpu) -> int:
 
 
 def step(depth: int, batch: int, mode: str, dtype: torch.dtype, backend: str) -> list[Launch]:
-    """Return the kernels of one step of a ResNet, in order."""
+    """Return the kernels of one step of torchvision's ResNet of that depth, in order. `backend` is one of
+    `BACKENDS`."""
     ours = backend == "fastres"
     with launch_trace.META:
         net = backends.BACKENDS["fastres" if ours else "eager"].net(f"resnet{depth}")
@@ -216,9 +222,11 @@ Key = tuple[str, str]  # pass and layer, as in `Launch`
 
 @contextmanager
 def tiles(wanted: Mapping[Key, Tile], untried: dict[Key, list[Tile]]) -> Iterator[None]:
-    """Within the context, run each convolution with its tile in `wanted` if that is one of its candidates.
+    """Within the context, run each convolution with its tile in `wanted` if that is one of its candidates, else with
+    its usual tile.
 
-    `untried` is filled with the candidates that are newer than the tables: persistent programs, and splits of fprop.
+    `untried` is filled with each convolution's candidates that are newer than the tables: persistent programs, and
+    splits of the forward pass.
     """
     usual = tables._measured_tile
 
@@ -240,8 +248,11 @@ def tiles(wanted: Mapping[Key, Tile], untried: dict[Key, list[Tile]]) -> Iterato
 
 
 def by_untried(record: Callable[[], list[Launch]], device: Device, gpu: Gpu) -> list[Launch]:
-    """Return the step that `record` returns, with the tile that the model prefers for each of our convolutions: the one
-    it has, or one that is untried. Convolutions of the library stay there."""
+    """Return the launches of a step, with the tile that the model prefers for each of our convolutions: its usual one,
+    or one that is untried.
+
+    `record` returns the launches with the tiles that are in force. Convolutions that run on the library stay there.
+    """
 
     def cost(launches: Iterable[Launch]) -> dict[Key, float]:
         us: dict[Key, float] = defaultdict(float)
@@ -291,7 +302,11 @@ def of_layer(
 
 @dataclass
 class Row:
-    """The launches of one kernel for one pass of one layer in a step. Microseconds are sums over these launches."""
+    """The launches of one kernel with one tile for one pass of one layer in a step.
+
+    Microseconds are sums over these launches; `programs` and `waves` are their maximum. `bounds` has the predicted
+    microseconds of the launches with each bound.
+    """
 
     pass_: str
     layer: str
@@ -349,7 +364,7 @@ COLUMNS = (
 
 
 def cells(row: Row) -> dict[str, Any]:
-    """Return the row's `COLUMNS`."""
+    """Return a dict of the row's `COLUMNS`, rounded to tenths."""
     numbers = {name: round(float(getattr(row, name)), 1) for name in ("waves", "bytes_us", "flops_us", "predicted_us")}
     same = {name: getattr(row, name) for name in ("layer", "kernel", "count", "tile", "programs", "bound")}
     every = {"pass": row.pass_, **same, **numbers}
@@ -381,7 +396,8 @@ def by_kernel(found: Iterable[Row]) -> list[dict[str, Any]]:
 
 
 def on_record(gpu: str, depth: int, batch: int, mode: str, dtype: str, backend: str) -> tuple[str, float] | None:
-    """Return (backend, img/s) of such a step in bench/records, or None. For fastres it is the fastest row."""
+    """Return (name in bench/backends.py, img/s) of such a step in the GPU's record, or None. For fastres it is the
+    fastest row that is ok."""
     file = RECORDS / tables.table_file(gpu).name
     if not file.exists():
         return None
@@ -400,7 +416,8 @@ SUMMED = ("bytes_us", "flops_us", "floor_us")
 
 
 def summary(found: Sequence[Row], launches: Sequence[Launch], batch: int, measured: tuple[str, float] | None) -> str:
-    """Summarize the whole step: the prediction, its time by bytes or FLOPs alone, and the measurement."""
+    """Summarize the whole step: the prediction, its time by bytes or FLOPs alone, and the measurement (`on_record`) if
+    there is one."""
     us, moved = sum(row.predicted_us for row in found), sum(launch.bytes for launch in launches)
     by_bytes, by_flops, floor = (sum(getattr(row, name) for row in found) / 1e3 for name in SUMMED)
     lines = [
@@ -461,7 +478,7 @@ ACCEPTED = "accepted is a table that bench/kernels.py --csv wrote for this depth
 
 def beside(file: Path, depth: int, batch: int, dtype: torch.dtype, device: Device, gpu: Gpu) -> list[dict[str, Any]]:
     """Return predicted and measured times for each row of a table of bench/kernels.py, for our kernels and the
-    library's. Raises ValueError if the file is not such a table or has other layers."""
+    library's. Raises ValueError if the file is not such a table, lacks one of the layers or has another batch size."""
     with file.open(newline="") as source:
         measured = {(row.get("pass"), row.get("layer")): row for row in csv.DictReader(source)}
     lines = []
@@ -497,7 +514,7 @@ def spread(ratios: Sequence[float]) -> tuple[float, float, float]:
 
 
 def spreads(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the spread of predicted / measured by engine and pass."""
+    """Return a line with the spread of predicted / measured for each engine and pass, and for all passes."""
     found = []
     for engine in ("triton", "cudnn"):
         for pass_ in (*PASSES, "all"):
