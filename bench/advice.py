@@ -26,8 +26,8 @@ def _line(case: tuple[Any, ...], modes: dict[str, list[Row]]) -> str:
 
 
 def _inference(rows: list[Row], dtype: str) -> str:
-    """Recommend the fastest row of fastres, then the fastest that needs no calibration, then the fastest in the case's
-    dtype."""
+    """Recommend the fastest row of fastres, then the fastest that needs no calibration and the fastest in the case's
+    dtype, if they are others."""
     if (why := _unknown(rows)) is not None:
         return f"Inference: {why}."
     ours = [row for row in rows if row["ours"] and row["status"] == "ok"]
@@ -68,8 +68,8 @@ def _unknown(rows: list[Row]) -> str | None:
 
 
 def _worth(row: Row, rows: list[Row]) -> str:
-    """Return what to write to get a row, its rate, and the rate relative to eager PyTorch and, if it is lower, to the
-    best peer."""
+    """Return what to write to get a row, its rate, and the rate relative to eager PyTorch, or that nothing is reliably
+    faster than that. If the row is reliably slower than the best peer, that ratio is added."""
     eager, peer = records.eager(rows), records.best_peer(rows, records.arithmetic(row))
     gain = records.ratio(row, eager)
     rate = f"{row['img_s']:,.4g}" if row["img_s"] < 1e4 else f"{row['img_s']:,.0f}"

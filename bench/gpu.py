@@ -70,7 +70,7 @@ WITHOUT_GPU = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 
 @dataclass(frozen=True)
 class Run:
-    """Where the parts write, and the settings they share."""
+    """Where the parts write, and the settings they share. environment: variables to add to this process's own."""
 
     out: Path
     cache: Path

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-PLAN_S = 585  # a plan's time; of its ten minutes, the rest is for starting it and for packing the results
+PLAN_S = 585  # seconds that a plan's parts take; the rest of ten minutes is for starting it and packing the results
 PYTEST = ["-m", "pytest", "-p", "no:cacheprovider", "-v", "--tb=short", "--continue-on-collection-errors"]
 PYTEST += ["-m", "not slow"]  # includes the cases marked extra; a later -m replaces it
 

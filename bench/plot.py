@@ -61,7 +61,7 @@ LABEL = 8  # points
 
 @picture.style()
 def rates(record: dict[str, Any], in_words: bool = False) -> Any:
-    """Draw a panel for each net and case of `record`.
+    """Draw a panel for each case of `record`.
 
     A bar shows the median of a row's windows, the line on it the slowest and the fastest. With `in_words`, rows are
     named as in `WORDS`, and the multiply-adds are left out.
@@ -275,8 +275,8 @@ def net_of(name: str) -> str:
 
 
 def _panel(rows: Sequence[Row], net: str, setting: tuple[Any, ...]) -> list[Row]:
-    """Return the rows of one panel, slowest first, since bars are drawn from bottom to top. Rows without a rate come
-    first."""
+    """Return the rows of one panel, slowest first, since bars are drawn from bottom to top. Rows that aren't ok come
+    before these; those that aren't available are left out."""
     of_panel = [
         row for row in rows if row["net"] == net and _setting(row) == setting and row["status"] != "not available"
     ]
@@ -284,7 +284,8 @@ def _panel(rows: Sequence[Row], net: str, setting: tuple[Any, ...]) -> list[Row]
 
 
 def _flops(record: dict[str, Any], net: str) -> str:
-    """Return the multiply-adds per image in 10⁹ by our count, and the paper's figure for its net of that kind."""
+    """Return a line with the multiply-adds per image in 10⁹ by our count, and the paper's figure for its net of that
+    kind if there is one. The line is empty if the record has no count for the net."""
     measured = next((row for row in record["flops"] if row["net"] == net and row["paper"] is None), None)
     if measured is None:
         return ""

@@ -38,7 +38,7 @@ def compiling() -> Iterator[None]:
 
 
 def compile_all(tasks: Sequence[Task], processes: int) -> list[str]:
-    """Run every task within `compiling`, and return the error messages.
+    """Run every task within `compiling`, and return the error messages. With fewer than two processes, do nothing.
 
     Errors do no harm: a kernel that is missing is compiled when it is launched.
     """

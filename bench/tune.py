@@ -56,16 +56,19 @@ TUNED = (*PASSES, "chain")  # the chain comes last, when the kernels it is compa
 START = 120  # seconds for a process to start and reach the GPU
 # Seconds for a problem; the second applies if its candidates may still have to be compiled.
 PATIENCE, COMPILING = 40, 120
-NOISE = 1.01  # two timings of one kernel differ by this factor; our kernel wins if it is as fast as the library
-FEW = 2  # number of candidates that are unlikely to win: those without TMA if TMA can be used, and see `numbers`
+NOISE = 1.01  # two timings of one kernel differ by up to this factor; our kernel wins if it is as fast as the library
+FEW = 2  # how many candidates of an unlikely kind to try: tiles without TMA where TMA can be used; see also `numbers`
 ON_LOAD = {"fprop": "fprop_on_load", "dgrad": "dz_on_load", "wgrad": "wgrad_on_load"}  # a table's `on_load`, by pass
 
 Task = tuple[str, ConvProblem, Role]  # a pass of a problem in its role, which is measured as a unit
 
 
 def candidates(pair: ConvBN, pass_: str, role: Role, dtype: torch.dtype, device: torch.device, most: int) -> list[Tile]:
-    """Return the `most` most promising tiles and all persistent ones, with TMA if it can load the operands, and with
-    pointers."""
+    """Return the `most` most promising tiles and all persistent ones.
+
+    If TMA can load the operands, these are tiles for TMA, and up to `FEW` tiles for pointers follow. Otherwise they are
+    tiles for pointers.
+    """
     problem, gpu = pair.problem, gpu_of(device)
     like = torch.empty(0, dtype=dtype, device="meta")
     refusal = tma_refusal if pass_ == "dgrad" else fprop_tma_refusal  # wgrad reads x like fprop
@@ -90,7 +93,8 @@ def candidates(pair: ConvBN, pass_: str, role: Role, dtype: torch.dtype, device:
 def promising(pass_: str, found: Sequence[Tile], most: int) -> list[Tile]:
     """Return the first `most` tiles and all persistent ones. For inference, tiles with splits are counted separately.
 
-    Measurements don't say how well the model compares persistent and split tiles with the others.
+    Persistent tiles, and split ones in inference, don't compete with the others for a place, because it hasn't been
+    measured how well the model ranks them against the others.
     """
     usual = [tile for tile in found if not tile.persistent]
     cut = [tile for tile in usual if tile.splits > 1] if pass_ == "infer" else []
@@ -101,10 +105,11 @@ def promising(pass_: str, found: Sequence[Tile], most: int) -> list[Tile]:
 def stem_candidates(
     problem: ConvProblem, pass_: str, dtype: torch.dtype, device: torch.device, most: int
 ) -> list[Tile]:
-    """Return the `most` most promising tiles of the kernels over packed images.
+    """Return the most promising tiles of the kernels over packed images.
 
-    In the forward pass these are tiles that load by TMA, each also with every box whose rows have 8 or 16 neighbouring
-    windows, and tiles that load by pointers.
+    For wgrad these are `most` tiles. For the forward pass they are `most` tiles that load by TMA, each of them again
+    with other boxes of as many pixels, whose rows have 8 or 16 neighbouring windows, and `most` tiles that load by
+    pointers.
     """
     gpu, ieee = gpu_of(device), dtype == torch.float32
     if pass_ == "wgrad":
@@ -124,7 +129,7 @@ def over_images(pass_: str, problem: ConvProblem) -> bool:
 
 
 def rebound(pair: ConvBN, **engines: Any) -> ConvBN:
-    """Return the pair (a convolution with its BatchNorm) with some engines, or what they compute on load, replaced."""
+    """Return the pair (a convolution with its BatchNorm) with some fields of its `Engines` replaced."""
     return bind(pair.problem, pair.eps, pair.batch_statistics, replace(pair.engines, **engines))
 
 
@@ -136,10 +141,10 @@ def packed_pair(pair: ConvBN) -> ConvBN:
 def our_pairs(
     problem: ConvProblem, pass_: str, role: Role, dtype: torch.dtype, device: torch.device, dz_on_load: bool
 ) -> list[ConvBN]:
-    """Return the pair with our kernel in every pass: first with the default choice of what is computed on load, then,
-    if the pass has a choice, with the opposite one.
+    """Return the pair with our kernel in every pass, once or twice: with the default choice of what this pass computes
+    on load, then, if it has the choice, with the opposite one.
 
-    `dz_on_load` is the default for dgrad, and for wgrad what dgrad does.
+    `dz_on_load` is whether dz is computed on load: dgrad's default choice; wgrad has none and follows dgrad.
     """
     ours: Any = dict.fromkeys(("infer", "fprop", "dgrad", "wgrad"), "triton")
     ours |= {"fprop_on_load": True, "wgrad_on_load": True, "dz_on_load": dz_on_load}
@@ -152,8 +157,8 @@ def our_pairs(
 
 
 def numbers(pass_: str, most: int) -> tuple[int, int]:
-    """Return the number of candidates to try for the default choice of what is computed on load, and for the opposite
-    choice.
+    """Return (number of candidates to try for the default choice of what is computed on load, number for the opposite
+    choice).
 
     The second is small, except in wgrad, where storing the activation won for most 3x3 convolutions on an H200.
     """
@@ -161,7 +166,7 @@ def numbers(pass_: str, most: int) -> tuple[int, int]:
 
 
 def with_tile(tile: Tile | None, work: Callable[[], Any]) -> Any:
-    """Return `work()` with `tile` for all convolutions by our kernels."""
+    """Return `work()`, in which all convolutions by our kernels use `tile`."""
     with ExitStack() as stack:
         of_passes = (fprop, "conv_fprop"), (dgrad, "conv_dgrad"), (wgrad, "conv_wgrad")
         for module, name in (*of_passes, (stem, "conv_stem"), (stem, "conv_stem_wgrad")):
@@ -172,16 +177,16 @@ def with_tile(tile: Tile | None, work: Callable[[], Any]) -> Any:
 def compile_candidate(
     problem: ConvProblem, engines: dispatch.Engines, pass_: str, role: Role, dtype: torch.dtype, tile: Tile
 ) -> None:
-    """Launch a candidate of `ways` on meta tensors, for `precompile`."""
+    """Launch a candidate of `ways` on meta tensors. Within `precompile.compiling` this compiles it."""
     operands = Operands.random(problem, dtype, torch.device("meta"))
     with_tile(tile, layers.call(bind(problem, 0.0, True, engines), pass_, operands, role))
 
 
 def tolerance(problem: ConvProblem, pass_: str, dtype: torch.dtype) -> float:
-    """Return the relative L2 distance that two correct results of a pass may have.
+    """Return the largest relative L2 distance that is accepted between two results of a pass.
 
-    Each is rounded once and may be computed from tensors that were rounded once more, by at most half an eps each time:
-    two eps in all. The error of sums in fp32 grows like a random walk.
+    Each result is rounded once and may be computed from an operand that was rounded before, by at most half an eps each
+    time: two eps in all. The error of sums in fp32 grows like a random walk.
     """
     terms = problem.gemm(pass_).k  # type: ignore[arg-type]
     return 2 * (torch.finfo(dtype).eps + math.sqrt(terms) * torch.finfo(torch.float32).eps)
@@ -195,8 +200,8 @@ def agrees(result: Tensor, expected: Tensor, tolerance: float) -> bool:
 
 
 def parts(pass_: str, result: Any, operands: Operands) -> tuple[list[Tensor], Tensor | None]:
-    """Split a result of `layers.call` into the tensors that both engines compute and the partial sums over the last of
-    them."""
+    """Split a result of `layers.call` into (tensors to compare between engines, partial sums over the last of them or
+    None). dgrad's mask, if it is still to be applied, is applied here."""
     if isinstance(result, Tensor):
         return [result], None
     *tensors, partials = result
@@ -209,8 +214,8 @@ def parts(pass_: str, result: Any, operands: Operands) -> tuple[list[Tensor], Te
 def sums_agree(partials: Tensor, value: Tensor, below: tuple[Tensor, Tensor] | None) -> bool:
     """Return whether the partial sums [T, 3 or 2, K], merged, are those of `value` [N, H, W, K] as it is stored.
 
-    They are number, mean and squared distances from the mean or, if below = (z, mean), the sums of value and of value
-    (z - mean).
+    If `below` is None, each is (number of values, their mean, sum of squared distances from it). If below = (z, mean),
+    each is (sum of value, sum of value (z - mean)).
 
     Each partial sums n/T values in fp32, with an error of up to eps sqrt(n/T) of their magnitudes, like a random walk.
     T such errors of either sign add up like sqrt(T). Four times that is accepted, because the worst of 10^4 channels
@@ -236,8 +241,8 @@ def sums_agree(partials: Tensor, value: Tensor, below: tuple[Tensor, Tensor] | N
 def right(
     pass_: str, role: Role, operands: Operands, result: Any, expected: Sequence[Tensor], tolerance: float
 ) -> bool:
-    """Return whether `result` equals the library's up to rounding errors and its partial sums are those of its own
-    values."""
+    """Return whether the tensors of `result` agree with the library's (`expected`) within `tolerance`, and its partial
+    sums are those of its own values."""
     tensors, partials = parts(pass_, result, operands)
     if not all(agrees(a, b, tolerance) for a, b in zip(tensors, expected, strict=True)):
         return False
@@ -250,7 +255,8 @@ def right(
 def ways(
     ours: Sequence[ConvBN], pass_: str, role: Role, operands: Operands, most: int
 ) -> Iterator[tuple[str, Tile | None, ConvBN, Callable[[], Any]]]:
-    """Yield (engine, tile, pair, work) for every candidate of ours. `ours` comes from `our_pairs`."""
+    """Yield (engine, tile, pair, work) for every candidate: `work` runs the pass on our kernels with `tile`. `ours`
+    comes from `our_pairs`."""
     x = operands.x
     for pair, number in zip(ours, numbers(pass_, most), strict=False):
         work = layers.call(pair, pass_, operands, role)
@@ -272,7 +278,7 @@ def tune(
     most: int,
     dz_on_load: bool,
 ) -> tuple[Measurement, str]:
-    """Measure one problem and return (Measurement, line to print). `dz_on_load` is as in `our_pairs`.
+    """Measure one problem and return (Measurement, text to print). `dz_on_load` is as in `our_pairs`.
 
     dz, the gradient of a convolution's output, can only be computed on load if dgrad and wgrad both run on our kernels,
     but each has its own winner in the table. dgrad is measured first, on the assumption that wgrad has the same engine;
@@ -316,8 +322,8 @@ def tune(
 
 
 def dz_on_load(table: tables.Table, pass_: str, problem: ConvProblem, dtype: torch.dtype) -> bool:
-    """Return whether dz is computed on load: by default as dispatch's rule says, but for wgrad as dgrad's winner does
-    if the table has it."""
+    """Return whether dz is computed on load: for wgrad as dgrad's winner in the table does, if dgrad has been measured;
+    else by dispatch's rule."""
     found = table.get(("dgrad", problem, dtype)) if pass_ == "wgrad" else None
     if found is None or found.note == tables.UNFINISHED:
         return dispatch.bn_backward_on_load(problem)
@@ -331,7 +337,8 @@ def first_line(error: Exception) -> str:
 
 
 def chained(problem: ConvProblem, role: Role) -> bool:
-    """Return whether a bottleneck net continues this 3x3 convolution in a way that `bottleneck_chain` supports."""
+    """Return whether this is a bottleneck's 3x3 convolution that `bottleneck_chain` supports, with those that follow
+    it."""
     p = problem
     return role.place == "inner" and (p.R, p.stride, p.groups) == (3, 1, 1) and p.C == p.K and p.C in (64, 128)
 
@@ -377,7 +384,7 @@ class Tuner:
         torch.zeros(1, device=self.device).item()
 
     def tune(self, problem: ConvProblem, pass_: str, role: Role, dz_on_load: bool) -> tuple[Measurement, str]:
-        """Return (Measurement, line to print) of one problem. `dz_on_load` is as in `our_pairs`."""
+        """Return (Measurement, text to print) of one problem. `dz_on_load` is as in `our_pairs`."""
         if pass_ == "chain":
             return tune_chain(problem, self.dtype, self.device)
         return tune(problem, pass_, role, self.dtype, self.device, self.most, dz_on_load)
@@ -390,7 +397,8 @@ def compile_candidates(
     most: int,
     processes: int,
 ) -> bool:
-    """Compile all candidates that will be measured, and return whether none is left to compile."""
+    """Compile all candidate tiles that will be measured, and return whether none is left to compile. The chain has no
+    candidates and is not compiled here."""
     start = time.monotonic()
     tasks: list[precompile.Task] = [
         (compile_candidate, (problem, pair.engines, pass_, role, dtype, tile))
@@ -424,8 +432,9 @@ def measure(
     """Measure the tasks one after the other and put the results into the table. No task starts after `end`, a time of
     `time.monotonic`.
 
-    The table is saved before each task, with the task marked as unfinished, and after it. A task that raises an error
-    leaves its entry unchanged. Raises WorkerLost if no process can reach the GPU.
+    The table is saved before each task, with the task marked as unfinished, and after it. If a task raises an error,
+    its entry becomes what it was before, or is removed if it was unfinished. Raises WorkerLost if a new process can't
+    reach the GPU.
     """
     with ExitStack() as stack:
         worker: Worker | None = None
@@ -456,8 +465,8 @@ def measure(
 
 
 def merge(file: Path) -> str:
-    """Merge a table's measurements into the shipped table of its GPU and return a line that says how many. Raises
-    ValueError if the file is not a table."""
+    """Merge a table's finished measurements into the shipped table of its GPU and return a line that says how many.
+    Raises ValueError if the file is not a table."""
     gpu, measured = tables.read_table_of(file)
     shipped = tables.table_file(gpu.name, tables.SHIPPED)
     new = {key: found for key, found in measured.items() if found.note != tables.UNFINISHED}
