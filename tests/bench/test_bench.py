@@ -83,7 +83,7 @@ def documented(heading: str) -> set[str]:
 
 
 def check_schema(record: dict[str, Any]) -> None:
-    """Check that the record has exactly the fields in its README, with the documented types and relations."""
+    """Check that the record of a CPU and its rows have exactly the fields in their README, and some of the values."""
     assert record.keys() == documented("## Schema")
     assert record["schema"] == "fastres.bench/3"
     assert record["environment"]["versions"]["torch"] == torch.__version__.split("+")[0]
@@ -106,7 +106,7 @@ def check_schema(record: dict[str, Any]) -> None:
 
 
 def test_the_script_writes_table_record_and_picture(tmp_path: Path) -> None:
-    """Runs the script as README.md does: it prints the FLOPs table, measures both modes, and writes record and
+    """Runs the script in its own process: it prints the FLOPs table, measures both modes, and writes record and
     picture."""
     path, picture = tmp_path / "new" / "r.json", tmp_path / "r.png"
     command = [sys.executable, str(BENCH / "run.py"), *RESNET, "--backend", "eager,timm,fastres"]
@@ -335,7 +335,8 @@ def test_wrong_outputs_are_not_ranked(
 def test_a_few_gradients_that_are_zero_are_wrong(
     dtype: torch.dtype, bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """If one gradient in ten is zero, the median over the parameters doesn't show it, but the 95th percentile does."""
+    """If one gradient in ten is zero, the median over the parameters doesn't show it, but the 95th percentile does. A
+    row whose gradients are NaN is wrong as well."""
     case = bench.backends.Case("cifar-8", "train", 4, dtype, 32, torch.device("cpu"))
     inputs = bench.photos.batches(bench.measure.INPUTS, 4, 32, seed=0)
     data = bench.measure.prepare(case, bench.backends.shared_weights(case.net, inputs, 0), inputs, 0)
@@ -362,7 +363,7 @@ def test_a_few_gradients_that_are_zero_are_wrong(
 def test_nothing_excuses_an_unrelated_output(
     baseline: float, mode: str, dtype: torch.dtype, bench: SimpleNamespace
 ) -> None:
-    """Zeros have a relative error of 1, and comparisons with NaN are false, so neither is ever accepted."""
+    """Whatever the error of eager PyTorch, the limit is below 1, which is the relative error of an output of zeros."""
     limit = bench.measure.allowed(baseline, dtype, torch.device("cpu"), mode)
     assert 0 < limit < 1
 
@@ -694,7 +695,7 @@ class Namespaces(TorchDispatchMode):
     "name", ["resnet18", *(extra(net) if net in ("paper-18-C", "paper-50-A") else net for net in PAPER_NETS)]
 )
 def test_peers_run_no_fastres_code(name: str, bench: SimpleNamespace) -> None:
-    """Peers run only PyTorch's operators, and compute the same as our net from the same state_dict."""
+    """Peers run only PyTorch's operators, and give the same gradients as our net with the same state_dict."""
     peers = {
         backend.net for backend in bench.backends.BACKENDS.values() if not (backend.ours or backend.only_torchvision)
     }
@@ -757,8 +758,8 @@ def test_a_graphed_row_trains_as_the_eager_one(bench: SimpleNamespace, monkeypat
 
 
 def test_a_float8_row_is_compared_with_its_definition(bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A float8 row may have twice the error of PyTorch with the same quantised values, and reports how many classes
-    agree."""
+    """A float8 row may have twice the error of PyTorch with the same quantised values, and may differ from it by that
+    error. It reports how many classes agree with eager PyTorch's. A peer has no limit."""
     case = bench.backends.Case("cifar-8", "infer", 4, torch.bfloat16, 32, torch.device("cpu"))
     inputs = bench.photos.batches(bench.measure.INPUTS, 4, 32, seed=0)
     data = bench.measure.prepare(case, bench.backends.shared_weights(case.net, inputs, 0), inputs, 0)
@@ -805,10 +806,11 @@ def test_a_row_in_another_dtype_has_its_own_limit(bench: SimpleNamespace) -> Non
 
 
 def test_onnxruntime_answers_as_eager(bench: SimpleNamespace) -> None:
-    """ONNX Runtime and, where it is installed, OpenVINO give eager PyTorch's scores, with the same number of threads as
-    PyTorch.
+    """ONNX Runtime and, where it is installed, OpenVINO give eager PyTorch's scores in fp32, and ONNX Runtime's int8
+    scores are close to them.
 
-    ONNX Runtime's threads stop spinning after a call, so that they leave the cores to others.
+    ONNX Runtime has as many threads as PyTorch. They stop spinning after a call, so that they leave the cores to
+    others.
     """
     pytest.importorskip("onnxruntime")
     case = bench.backends.Case("cifar-8", "infer", 4, torch.float32, 32, torch.device("cpu"))
@@ -942,7 +944,7 @@ def test_lost_layouts_are_noted(bench: SimpleNamespace) -> None:
 
 
 class Unsteady(nn.Linear):
-    """Breaks the graph and needs another graph in each of the first calls."""
+    """A linear layer that breaks the graph and needs another graph in each of its first calls."""
 
     calls = 0
 

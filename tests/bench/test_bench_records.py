@@ -255,8 +255,12 @@ def test_no_text_covers_another(name: str, readme: ModuleType, monkeypatch: pyte
 
 @pytest.mark.parametrize(("depth", "part", "recomputed"), [(18, 0.63, 0.57), (34, 0.67, 0.55), (50, 0.79, 0.60)])
 def test_fastres_saves_fewer_bytes_for_backward_than_stock(depth: int, part: float, recomputed: float) -> None:
-    """fastres saves every raw convolution output and every block's output once, and the block's output only if it is
-    not recomputed; stock also saves the activations between them. The committed table agrees with the count."""
+    """fastres saves at most `part` of the bytes of stock, and `recomputed` with recomputation. The committed table has
+    the same counts.
+
+    Stock saves every convolution's output and the activations between them. fastres saves only the former and, unless
+    it recomputes them, the blocks' outputs.
+    """
     memory = importlib.import_module("memory")
     row = memory.row(depth, 224)
     assert row["fastres"] <= part * row["pytorch"]
@@ -430,7 +434,8 @@ def test_pictures_need_matplotlib(
 def test_hopper_asks_every_question_in_a_process(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    """On a machine that claims to be a Hopper GPU, up to the processes, which have no GPU."""
+    """`main` starts a process for each question, prints its line and writes the table. GPU and processes are
+    stand-ins."""
     hopper, started = importlib.import_module("hopper"), []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
@@ -462,7 +467,8 @@ def test_scripts_for_a_gpu_refuse_to_run_without_one(script: str, message: str, 
 
 
 def test_every_pass_is_timed_with_every_tile_shape() -> None:
-    """While a pass is timed, the tile shape of its line is in force. Afterwards the previous one is restored."""
+    """Each pass is timed with every tile shape and number of warps, first with the shipped ones, which are restored
+    afterwards."""
     memory_bound, norm = importlib.import_module("memory_bound"), importlib.import_module("fastres.kernels.batch_norm")
     before = norm.STREAMED, norm.REDUCED, norm.WINDOWED, norm.WARPS
     seen: list[Any] = []

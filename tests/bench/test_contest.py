@@ -31,7 +31,7 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
 
 
 class Delicate:
-    """Stands in for `measure.Row`. The fault and the moment in its name happen: "hang in window 3"."""
+    """Stands in for `measure.Row`. Its name says which fault occurs and when, for example "hang in window 3"."""
 
     def __init__(self, name: str) -> None:
         self.trouble, _, self.when = name.partition(" in ")
@@ -73,7 +73,7 @@ class Delicate:
 def contest(
     bench: SimpleNamespace, patience: float, device: str = "cpu"
 ) -> tuple[Any, dict[str, list[dict[str, Any]]]]:
-    """Return a contest and the fields that it reports, by row."""
+    """Return (a contest, a dict in which it collects, for each row, the fields of every report)."""
     told: dict[str, list[dict[str, Any]]] = {}
     case = bench.backends.Case("resnet18", "infer", 2, torch.float32, 64, torch.device(device))
     tell = lambda name, row: told.setdefault(name, []).append(row)  # noqa: E731
@@ -123,7 +123,7 @@ def test_what_is_known_is_told_after_every_round(bench: SimpleNamespace) -> None
 
 
 class Large:
-    """A row that needs the MiB in its name, on a GPU of 100 MiB, and keeps a tenth of it between calls."""
+    """A row that needs the MiB in its name, on a GPU of 100 MiB, and keeps a tenth of them between calls."""
 
     held: dict[str, int] = {}  # noqa: RUF012 - shared by all rows
     log: list[str] = []  # noqa: RUF012

@@ -211,7 +211,7 @@ def test_a_table_is_read_again_without_a_gpu(
 def test_ncu_is_asked_only_for_metrics_that_it_has(
     bench: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A stand-in for ncu lacks one metric and writes the arguments that it gets."""
+    """ncu is a script here, which lacks one metric and writes the arguments that it gets to the log."""
     ncu = tmp_path / "ncu"
     listed = [one.split(".")[0] for one in METRICS if not one.startswith("lts")]
     lines = ["Device NVIDIA H200 (GH100)", *(f"{name}   Counter   unit   # of it" for name in listed)]

@@ -301,7 +301,8 @@ def log_of_tests(*results: str) -> str:
 def test_bad_logs_do_not_prevent_the_record_of_tests(
     gpu: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    """A log without results, or logs that can't be combined, prevent neither the parts nor the record of the others."""
+    """A log without results is left out of the record. With a log that can't be combined with the others, the record
+    stays as it is. Neither makes a part fail."""
     given = {
         "tests-early": "print('tested on: nothing'); raise SystemExit(1)",
         "tests-good": f"print({log_of_tests('PASSED', 'PASSED')!r})",
@@ -360,7 +361,7 @@ def scripts() -> dict[str, argparse.ArgumentParser]:
 
 
 def test_every_command_line_is_understood(gpu: ModuleType, parts: ModuleType, scripts: dict[str, Any]) -> None:
-    """Checks the commands for a GPU and those of the rehearsal."""
+    """In each part's command, for a GPU and in a rehearsal, all backends, nets, files and options exist."""
     backends = importlib.import_module("backends")
     run = gpu.Run(Path("/o"), Path("/c"), None, 5, False, {})
     for name, part in parts.PARTS.items():

@@ -105,8 +105,9 @@ def test_a_training_step_has_the_kernels_that_a_profiler_saw() -> None:
     for kernel in ("finish_statistics_kernel", "finish_backward_kernel"):
         assert found[kernel] == seen[kernel] == 53
     assert found["_fused_sgd_"] == 1
-    # copy_ is the copy of the batch: autograd would copy a gradient to which another reference exists. _foreach_copy_
-    # casts weights and gradients in each of the four stages, since the library computes some of them everywhere.
+    # The only copy_ is that of the batch. There would be more if the recorder kept gradients alive, because autograd
+    # copies a gradient to which another reference exists. _foreach_copy_ casts weights and gradients in each of the
+    # four stages, since the library computes some convolutions of every stage.
     assert (found["copy_"], found["_foreach_copy_"]) == (1, 4 + 4)
 
 
@@ -202,8 +203,9 @@ def test_recording_restores_what_it_replaces(bench: SimpleNamespace) -> None:
 
 
 def test_bytes_bound_one_layer_and_waves_another(bench: SimpleNamespace) -> None:
-    """Shows the reason for LATENCY: from 64 to 256 channels, one program per tile takes twice the time of its bytes,
-    but not from 256 to 64. Persistent programs, which the table has for the former, don't wait either."""
+    """Shows the reason for LATENCY: a convolution from 64 to 256 channels with one program per tile takes more than 1.7
+    times its lower bound, one from 256 to 64 less than 1.3 times. With persistent programs, which the table has for the
+    former, bytes bound that as well."""
     narrow, wide = ConvProblem(256, 56, 56, 64, 256), ConvProblem(256, 56, 56, 256, 64)
     (staying,) = kernels_of(bench, narrow, "fprop", bench.layers.Role("last"), "triton")
     assert bench.predict.time(staying, *H200).bound == "bytes"
@@ -219,7 +221,7 @@ def test_bytes_bound_one_layer_and_waves_another(bench: SimpleNamespace) -> None
 
 
 def test_programs_on_a_multiprocessor_wait_at_the_same_time(bench: SimpleNamespace) -> None:
-    """Twice as many programs with half the registers take no longer."""
+    """The four programs that a multiprocessor holds wait at the same time, so ten waves of them take ten LATENCY."""
     given = {"BM": 64, "BN": 128, "BK": 64, "steps": 1, "num_warps": 4, "num_stages": 2, "K": 64}
     one = bench.launch_trace.Launch("k", "fprop", "l", 10**6, (), (), True, (132 * 40,), given)
     time = bench.predict.time(one, *H200)
@@ -448,7 +450,7 @@ def test_the_command_runs_on_a_machine_without_a_gpu(tmp_path: Path) -> None:
 
 
 def test_a_fusion_switch_changes_the_prediction(bench: SimpleNamespace, capsys: pytest.CaptureFixture[str]) -> None:
-    """An activation that is kept is normalised once instead of twice."""
+    """With keep_activation there are fewer normalisation kernels, because backward doesn't normalise again."""
     kernels = []
     for arguments in ([], ["--fusions", "keep_activation=1", "overlap=0"]):
         assert bench.predict.main(["--batch", "8", *arguments]) == 0
@@ -514,8 +516,8 @@ def drawn_kernels(bench: SimpleNamespace, net: Any, make: Any, blocks: int) -> t
 
 
 def test_blocks_have_the_number_of_kernels_that_is_drawn(bench: SimpleNamespace) -> None:
-    """docs/fused.svg shows an inner block of a stage with the H200's shipped table. The last block of a stage has more
-    kernels, because its end is not fused with a next block."""
+    """docs/fused.svg names the numbers for an inner block of a stage with the H200's shipped table. The last block of a
+    stage has more kernels, because its end is not fused with a next block."""
 
     def ours(x: torch.Tensor, blocks: list[Any]) -> torch.Tensor:
         return stages(x, [[(block.pairs(), block.downsample) for block in blocks]])

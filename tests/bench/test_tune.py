@@ -168,8 +168,8 @@ def test_either_way_of_loading_is_launched(
     on_meta: None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The first way is the default, which computes dz on load for 1x1 filters only, and the second is the opposite.
-    Passes without a choice have one way."""
+    """A pass with a choice is launched in two ways: by default, with its operand computed on load (dz only for 1x1
+    filters), and the opposite. Passes without a choice have one way, without such an operand."""
     calls = Calls()
     calls.watch(monkeypatch)
     operands, rule = layers.Operands.random(problem, BF16, META), dispatch.bn_backward_on_load(problem)
@@ -361,8 +361,8 @@ def test_inference_is_compared_with_the_fused_operator(
 def test_every_candidate_agrees_with_the_library(
     pass_: str, tune: ModuleType, layers: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """If a candidate disagreed, tuning would refuse all of ours. The times are invented: each is shorter than the one
-    before, so the last candidate wins."""
+    """Tuning prints no failure, and our kernels win. The times are invented: each is shorter than the one before, so
+    the last candidate wins."""
     times = iter(range(1000, 0, -1))
     monkeypatch.setattr(tune.layers, "microseconds", lambda work: float(next(times)))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
@@ -381,7 +381,7 @@ def test_every_candidate_agrees_with_the_library(
 @pytest.mark.interpret
 @interpreted
 def test_a_wrong_candidate_never_wins(tune: ModuleType, layers: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It doesn't win even if it is fast and its tensor is right, but the sums that come with it are wrong."""
+    """A candidate as fast as the library doesn't win if its tensor is right but its partial sums are wrong."""
     monkeypatch.setattr(tune.layers, "microseconds", lambda work: 1.0)
     launcher = fprop.conv_fprop
 
@@ -434,7 +434,8 @@ def tiled(v: Tensor, *others: Tensor) -> list[Tensor]:
 
 
 def test_sums_are_checked_against_their_values(tune: ModuleType) -> None:
-    """fp32 sums over tiles of 128 are accepted. Sums without one tile, and sums of values before rounding, are not."""
+    """fp32 sums over tiles of 128 pixels are accepted. They are refused without one tile, with a tile that is wrong by
+    1 % or NaN, or if they are sums of the values before rounding."""
     z, below, mean = torch.randn(2, 64, 64, 32), torch.randn(2, 64, 64, 32), torch.randn(32)
     raw, z = z, z.bfloat16()
 
@@ -564,8 +565,8 @@ def test_main_measures_what_is_missing(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Problems are measured pass by pass: wgrad with dgrad's result, the chain last. A second run has nothing to
-    measure. TF32 is off."""
+    """Problems are measured pass by pass, the chain last, with TF32 off. wgrad gets dz in the way of dgrad's result. A
+    second run has nothing to measure."""
     monkeypatch.setattr(tune, "compile_candidates", lambda missing, *_: compiled_first.append(len(missing)))
     compiled_first: list[int] = []
     measured: list[Any] = []
@@ -826,7 +827,7 @@ def test_the_compiled_candidates_are_those_that_are_timed(
 def test_merging_keeps_all_entries(
     tune: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Entries of the shipped table, which may be for other batch sizes, stay. Unfinished entries are not merged."""
+    """Entries of the shipped table stay unless the merged table has a finished one for the same problem."""
     monkeypatch.setattr(tables, "SHIPPED", tmp_path / "shipped")
     shipped, brought = tables.table_file(NONE.name, tables.SHIPPED), tmp_path / "brought.json"
     tables.write_table({("fprop", SQUARE, BF16): NOTED, ("fprop", STEM, BF16): NOTED}, shipped, NONE)
@@ -844,8 +845,8 @@ def test_merging_keeps_all_entries(
 def test_the_heuristic_agrees_better_with_the_measured_latency(
     layers: ModuleType, tune: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """For ResNet-50 at batch 256, the first candidate (except box, splits and stages) is the measured winner more often
-    than with the latency that was assumed before the measurements."""
+    """For ResNet-50 at batch 256, the model's first candidate is our fastest measured tile (but for box, splits and
+    stages) more often than with the latency that was assumed before the measurements."""
     monkeypatch.setattr(dispatch, "_kernel_less", lambda device: None)
     monkeypatch.setattr(tune, "gpu_of", lambda device: tiles.H200)
     table = tables.read_table(tables.table_file(tiles.H200.name, tables.SHIPPED))

@@ -112,7 +112,7 @@ def test_an_error_in_making_the_object_is_raised_by_every_call(worker: ModuleTyp
 
 @pytest.mark.skipif(sys.platform != "linux", reason="on other systems it ends when it next reads its connection")
 def test_a_worker_does_not_outlive_its_parent(worker: ModuleType) -> None:
-    """A process ends even if it hangs and its parent hangs and is killed."""
+    """A process that hangs ends when its parent, which hangs as well, is killed."""
     with worker.Worker(Asking) as middle:
         pid = middle.ask("start", seconds=LONG)
         assert alive(pid)
