@@ -380,7 +380,7 @@ EXPERIMENTS = ("fastres-graph-keep", "fastres-graph-overlap")
 def by_default(device: torch.device, net: str, mode: str) -> list[str]:
     """Return the names of the backends that run in `mode` on this device if the user names none.
 
-    On a GPU these are all of fastres except `EXPERIMENTS`, and the peers: all of them for ResNet-50, four for other
+    On a GPU these are all of fastres except `EXPERIMENTS`, and the peers: all of them for ResNet-50, a few for other
     nets. On a CPU they are eager PyTorch in channels_last, ONNX Runtime and fastres without a compiler. ResNet-50
     inference adds the other rows of eager PyTorch, `inductor` and, if it is installed, OpenVINO. timm is left out
     there, because it runs what eager PyTorch does.

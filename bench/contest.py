@@ -25,7 +25,7 @@ from worker import LocalWorker, Worker
 Start = Callable[[str], "Worker | LocalWorker"]
 HandOver = Callable[[measure.Data], "measure.Data | Path"]
 
-WINDOW_S = 60  # seconds to wait for a window; with the default --seconds it usually takes less than one
+WINDOW_S = 60  # seconds to wait for a window, which usually takes less than a second with the default --seconds
 
 
 @dataclass
@@ -85,8 +85,8 @@ class Contest:
     def _has_room(self, together: list[Contender], name: str, alone: set[str]) -> bool:
         """Return whether the backend `name` may be loaded in addition to the rows of `together`.
 
-        Backends in `alone` share the GPU with no other. Otherwise a GPU must have free memory for a fifth more than the
-        largest row needs so far.
+        Backends in `alone` run with no other. For the rest, a GPU must have free memory for a fifth more than the
+        largest row of `together` needs.
         """
         if name in alone or together[0].name in alone:
             return False

@@ -202,7 +202,8 @@ ATEN = re.compile(r"\bat::")
 
 
 def library(counted: Sequence[Counted], operators: Sequence[Launch]) -> Iterator[Labelled]:
-    """Match the library's kernels between two of ours with the operators recorded there, as described at the top."""
+    """Match the library's kernels between two of ours with the operators recorded there, by the rules in the module's
+    docstring."""
     called = [one for one in operators if one.kernel not in COPIES]
     multiplying = [one for one in called if one.flops]
     of: dict[int, Labelled] = {}
@@ -227,8 +228,8 @@ def contradicts(counted: Counted, operator: Launch) -> bool:
 def cells(rows: Sequence[Labelled], device: Device | None) -> dict[str, Any]:
     """Return the numbers of several launches together: sums, and means of percentages weighted by time.
 
-    A number that a launch lacks is None, except that "lost_us" is then the whole time. Without `device`, "dram_pct" is
-    None.
+    A number that one of them lacks is None, except that "lost_us" is the whole time if one has no lower bound. Without
+    `device`, "dram_pct" is None.
     """
     us = sum(row.counted.values["us"] for row in rows)
 

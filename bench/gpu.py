@@ -219,8 +219,8 @@ def link_tree(tree: Path) -> Path:
 
 
 def bring_tables(folders: Iterable[Path], there: Path) -> None:
-    """Copy the tables of tiles that are missing in `there`. Files that aren't tables are skipped, since they would stop
-    every part."""
+    """Copy the tables of tiles that are missing in the folder `there` from `folders`, of which earlier ones take
+    precedence. Files that aren't tables are skipped, since they would stop every part."""
     for file in (file for folder in folders for file in sorted(folder.glob("*.json"))):
         if (there / file.name).exists():
             continue

@@ -437,7 +437,7 @@ def _finite(value: float | None) -> float | None:
 
 
 def _mib(statistic: str, device: torch.device) -> float | None:
-    """Return a CUDA memory statistic, the name of a function of torch.cuda, in MiB, or None on a CPU."""
+    """Return a CUDA memory statistic, named like its function in torch.cuda, in MiB, or None on a CPU."""
     return getattr(torch.cuda, statistic)(device) / 2**20 if device.type == "cuda" else None
 
 
@@ -454,7 +454,7 @@ def rates(case: Case, multiply_adds: int, windows: Sequence[float]) -> dict[str,
 
 
 def settled(row: dict[str, Any]) -> dict[str, Any]:
-    """Return the row, all of whose windows are measured, with its energy per image. An "ok" row becomes "noisy" if its
+    """Return a row that has all of its windows with its energy per image added. An "ok" row becomes "noisy" if its
     windows spread too much for ranking."""
     watts = _number(row["clocks"]["power.draw"]) if row["clocks"] else None
     row = row | {"joules_per_image": None if watts is None else watts / row["img_s"]}
@@ -520,8 +520,8 @@ def _seconds(step: Callable[[int], Any], calls: range, device: torch.device) -> 
 
 
 def host_seconds(step: Callable[[int], Any], call: int, device: torch.device) -> float:
-    """Return the seconds until a call returns, not until its work is done, when the GPU is idle before. If that is as
-    long as the latency, the GPU waits for the host."""
+    """Return the seconds that a call on an idle GPU takes to return, which may be before its work is done. If that is
+    as long as the latency, the GPU waits for the host."""
     synchronize(device)
     start = time.perf_counter()
     step(call)

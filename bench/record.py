@@ -50,7 +50,8 @@ def now(timespec: str = "seconds") -> str:
 def code() -> dict[str, Any]:
     """Return the state of the code: the commit, whether the tree differs from it, and a digest of sources and tables.
 
-    The commit is the environment variable FASTRES_COMMIT if it is set, else git's. Both answers are None if unknown.
+    The commit is the environment variable FASTRES_COMMIT if it is set, else git's. "commit" and "dirty" are None if
+    they are not known.
     """
     head, stated = _git("rev-parse", "HEAD"), os.environ.get("FASTRES_COMMIT")
     commit, changes = stated or head, None

@@ -12,11 +12,11 @@ convolution with our memory-bound kernels around it; in inference, cuDNN's fused
 it. An operand that our kernel can compute while it loads is tried both ways: computed on load, and stored before. All
 candidates are compiled first, by as many processes as there are CPUs.
 
-Measurements run in a separate process, and nothing that happens there ends the run. If a kernel hangs, breaks the CUDA
-context or kills its process, cuDNN wins that problem, a note in the table gives the reason, and a new process
-continues. The table is written before and after every problem; a problem that was being measured when a run was stopped
-is marked "unfinished". The next run measures missing problems first, then unfinished ones. --again measures everything
-again. Needs a CUDA GPU.
+Measurements run in a separate process, so that no fault there ends the run. If a kernel hangs, breaks the CUDA context
+or kills its process, cuDNN wins that problem, a note in the table gives the reason, and a new process continues. The
+run ends only if a new process can't reach the GPU. The table is written before and after every problem; a problem that
+was being measured when a run was stopped is marked "unfinished". The next run measures missing problems first, then
+unfinished ones. --again measures everything again. Needs a CUDA GPU.
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ def our_pairs(
     """Return the pair with our kernel in every pass, once or twice: with the default choice of what this pass computes
     on load, then, if it has the choice, with the opposite one.
 
-    `dz_on_load` is whether dz is computed on load: dgrad's default choice; wgrad has none and follows dgrad.
+    `dz_on_load` is whether dz is computed on load: in dgrad this is the default choice; wgrad has no choice of it.
     """
     ours: Any = dict.fromkeys(("infer", "fprop", "dgrad", "wgrad"), "triton")
     ours |= {"fprop_on_load": True, "wgrad_on_load": True, "dz_on_load": dz_on_load}
