@@ -60,8 +60,8 @@ class Part(NamedTuple):
 class Launch:
     """One kernel.
 
-    pass_: "infer", "fprop", "dgrad" or "wgrad" for the work of a convolution; otherwise "norm" for a kernel of ours and
-        "pytorch" for an operator.
+    pass_: "infer", "fprop", "dgrad" or "wgrad" for the work of a convolution, "norm" for the steps between the
+        convolutions of a fused block and all other kernels of ours, "pytorch" for other operators.
     layer: `layers.name` of the convolution that it works for, or empty.
     flops: the FLOPs of its multiplications, 0 if it has none.
     ours: whether it is a Triton kernel of ours. If not, grid and arguments are empty.

@@ -349,7 +349,8 @@ class Row:
             return _seconds(self.step, range(self.calls), device) / self.calls
 
     def finish(self) -> dict[str, Any]:
-        """Return the fields other than rates: latency, memory, errors, and "status", which is "ok" or "wrong"."""
+        """Return the fields other than rates: latency, memory, errors, and "status", which is "ok" or "wrong" (with a
+        "reason")."""
         step, device, cuda = self.step, self.case.device, self.case.device.type == "cuda"
         with self._counting_recompiles():
             self.single += [_seconds(step, range(i, i + 1), device) for i in range(min(20, self.calls))]
