@@ -25,7 +25,7 @@ from worker import LocalWorker, Worker
 Start = Callable[[str], "Worker | LocalWorker"]
 HandOver = Callable[[measure.Data], "measure.Data | Path"]
 
-WINDOW_S = 60  # seconds to wait for a window, which usually takes less than a second with the default --seconds
+WINDOW_S = 60  # seconds to wait for a window, beyond those that all windows of its row should take together
 
 
 @dataclass
@@ -50,6 +50,7 @@ class Contest:
     patience: seconds to wait for a row to get ready, finish or be inspected.
     tell: called with a row's name and fields (bench/records/README.md) whenever they change. The last call for a row
         has its final status.
+    seconds: timed seconds per row, over all of its windows.
     """
 
     case: Case
@@ -57,6 +58,7 @@ class Contest:
     multiply_adds: int
     patience: float
     tell: Callable[[str, dict[str, Any]], None]
+    seconds: float = 0.0
 
     def measure(self, names: Sequence[str], start: Start) -> None:
         """Measure the backends called `names`. `start` returns a worker for the backend with a given name.
@@ -112,7 +114,7 @@ class Contest:
         for i in range(measure.WINDOWS):
             # Alternate the order, so that no row always follows the same row.
             for row in running[:: 1 if i % 2 else -1]:
-                if (seconds := asked(row, "window", WINDOW_S)) is not None:
+                if (seconds := asked(row, "window", WINDOW_S + self.seconds)) is not None:
                     row.windows.append(seconds)
                     row.fields |= measure.rates(self.case, self.multiply_adds, row.windows) | {"began": began}
             for row in running:

@@ -362,7 +362,7 @@ def measure_rows(plan: Plan, record: dict[str, Any], case: Case, names: Sequence
                 tell(name, {"status": "out of memory", "reason": reason})
             return
         multiply_adds = cost(case.net, case.size).multiply_adds
-        contest.Contest(case, hand_over(data), multiply_adds, plan.patience, tell).measure(able, start)
+        contest.Contest(case, hand_over(data), multiply_adds, plan.patience, tell, plan.seconds).measure(able, start)
 
 
 def records_case(case: Case) -> tuple[Any, ...]:

@@ -82,7 +82,7 @@ def contest(
 
 def test_each_trouble_costs_only_its_row(bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     """A fault affects neither other rows nor the row's earlier measurements. If only `inspect` fails, the row is ok."""
-    monkeypatch.setattr(bench.contest, "WINDOW_S", 5)
+    monkeypatch.setattr(bench.contest, "WINDOW_S", 3)
     trouble = {
         "hang in window 3": "no answer within 5 s, so its process was killed",
         "death in window 2": "its process ended (exit status 9)",
@@ -93,6 +93,7 @@ def test_each_trouble_costs_only_its_row(bench: SimpleNamespace, monkeypatch: py
     harmless = ["death in inspect", "error in inspect"]
     names = ["sound", *trouble, *harmless, "sound, too"]
     match, told = contest(bench, patience=10)
+    match.seconds = 2
     with ExitStack() as life:
         places = {name: life.enter_context(bench.worker.Worker(Delicate, name)) for name in names}
         for place in places.values():
