@@ -158,8 +158,8 @@ def _damage(record: dict[str, Any]) -> str | None:
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Return a line for each field that affects measurements and differs between two records. Without any, their rows
-    can be compared."""
+    """Return a line for each field that affects measurements and differs between two records. If there is none, the
+    records' rows can be compared."""
 
     def deciding(record: dict[str, Any]) -> dict[str, Any]:
         return {part: record[part] for part in ("environment", "options")} | {"sources": record["code"]["sources"]}

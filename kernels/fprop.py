@@ -516,7 +516,8 @@ def launch_boxes(
     out_box = [TN, TH, TW, tile.BM]
     x_box = [TN, TH, TW, tile.BK] if x.dim() == 4 else [TN, TH, 1, TW, tile.BK]
 
-    def boxes(tensor: Tensor | None, box: list[int]) -> Any:  # viewed, because an axis of size 1 may have any stride
+    def boxes(tensor: Tensor | None, box: list[int]) -> Any:
+        # An axis of size 1 may have any stride, even one that TMA rejects; `view` replaces it with the regular one.
         return None if tensor is None else view(tensor, tensor.shape, box)
 
     launch(

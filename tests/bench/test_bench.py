@@ -157,8 +157,7 @@ def test_the_flops_table_holds_the_papers_figures_and_ours(bench: SimpleNamespac
 
 
 def test_the_flops_table_compares_other_nets_with_the_papers(bench: SimpleNamespace) -> None:
-    """Other nets are listed with the paper's figures if the paper has any for nets of their kind, and alone
-    otherwise."""
+    """The paper's table is listed first if it has the family and depth of any net; otherwise the nets are alone."""
     table = bench.run.flops_table(("paper-34-B", "plain-18"))
     assert {"net": "plain-18", "paper": 1.8}.items() <= table[1].items()
     assert [(row["net"], row["beside"]) for row in table[-2:]] == [

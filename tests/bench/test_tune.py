@@ -824,10 +824,10 @@ def test_the_compiled_candidates_are_those_that_are_timed(
         assert [one.kwargs["BM"] for one in convolutions] == [arguments[-1].BM]
 
 
-def test_merging_keeps_all_entries(
+def test_merging_replaces_only_by_what_is_finished(
     tune: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Entries of the shipped table stay unless the merged table has a finished one for the same problem."""
+    """Entries of the shipped table stay unless the file passed to --merge has a finished one for the same problem."""
     monkeypatch.setattr(tables, "SHIPPED", tmp_path / "shipped")
     shipped, brought = tables.table_file(NONE.name, tables.SHIPPED), tmp_path / "brought.json"
     tables.write_table({("fprop", SQUARE, BF16): NOTED, ("fprop", STEM, BF16): NOTED}, shipped, NONE)

@@ -218,7 +218,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], list[str], list[str]]] = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_only_safe_patterns_match(name: str) -> None:
-    """The expected patterns are rewritten, the others have the expected reasons, and the results are eager's."""
+    """The expected patterns are rewritten, the others are left for the expected reasons, and results equal eager's."""
     build, hits, reasons = CASES[name]
     module, x = build().double(), torch.randn(2, 6, 8, 7).double()
     _, findings = rewritten(module, x)

@@ -480,7 +480,7 @@ def examine(seed: int, inner: str | None = None) -> Verdict:
 
 
 def compiled(build: Callable[[], nn.Module], x: Tensor, mode: str, inner: str = "aot_eager") -> Verdict:
-    """Compare the net under torch.compile, with our backend and `inner`, with eager PyTorch.
+    """Compare the net, compiled by our backend with `inner` as its inner backend, to eager PyTorch.
 
     If `inner` alone differs from eager too, the difference is counted as PyTorch's, not ours.
     """

@@ -106,7 +106,7 @@ TIES = 1e-3  # rounding may miss by one step this close to a tie (in steps), for
 # Pictures and random draws; absolute.
 NEAR_A_PIXEL = 1e-3  # the edges of a window, in pixels
 GREY_LEVELS = 0.01  # the mean difference of pixels from 0 to 255, where some are rounded to the next value
-RARELY = 1e-3  # the fraction of pixels that differ by more than 1/255
+RARELY = 1e-3  # the fraction of values that may differ by more than 1/255
 PILLOW = 2e-3  # scores, where Pillow resizes training's pictures
 DRAWN = 0.01  # the mean of 20,000 draws between 0 and 1, whose standard deviation is 0.002
 COLOUR_MEANS = 0.003  # the mean of 20,000 draws with a standard deviation of 0.1; that of the mean is 0.0007

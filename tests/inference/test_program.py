@@ -60,7 +60,8 @@ def test_a_chain_computes_its_three_convolutions(
     (expected,) = answers(model, x)
     net = optimize(model)
     assert relative_error(net(x), expected) <= EXACT_BLOCK
-    assert chains_run_as_one == [(2, 4, 4, 8)]  # 1 -> 2; the third bottleneck is grouped
+    # From the second bottleneck into the third. The first's 3x3 has a stride and the third's is grouped: no chain.
+    assert chains_run_as_one == [(2, 4, 4, 8)]
     row = next(line for line in net.explain().splitlines() if "chain: " in line)
     assert "chain: 3x3 8->8 + relu -> 1x1 8->32 + residual + relu -> 1x1 32->8 + relu" in row
     assert row.endswith("  triton  measured somewhere")
