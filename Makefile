@@ -18,7 +18,7 @@ $(READY): pyproject.toml constraints.txt
 	touch $(READY)
 
 # Kernels are compiled in the first run, interpreted in the second. tests/helpers/covering.py says which cases are chosen.
-test: $(READY)  ## a choice of test cases that covers every feature and every pair of features
+test: $(READY)  ## a selection of test cases that covers every feature and every pair of features
 	$(VENV)/bin/python -m pytest -n auto
 	TRITON_INTERPRET=1 $(VENV)/bin/python -m pytest -n auto
 

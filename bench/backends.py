@@ -1,6 +1,7 @@
 """The backends that the bench can run, in the table `BACKENDS`.
 
-To add a way to run a net, add an entry there. If it is to run by default, add its name to `by_default` as well.
+To add a way to run a net, add an entry there. `by_default` decides whether it runs without being asked for; on a GPU it
+does unless `EXPERIMENTS` names it.
 """
 
 from __future__ import annotations

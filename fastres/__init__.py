@@ -13,5 +13,5 @@ from fastres.models.resnet import __all__ as _builders
 from fastres.ops.dispatch import backend
 from fastres.report import status
 
-__version__ = "0.1.0"
+__version__ = "0.1.0.dev0"
 __all__ = [*_builders, "backend", "convert", "explain", "graphed", "optimize", "paper", "status"]

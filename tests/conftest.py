@@ -81,7 +81,7 @@ def postponed(markers: set[str]) -> str | None:
     """Return the reason why `make test` leaves out tests with these markers; None if it runs them."""
     if "slow" in markers:
         return "that belong to the full sweeps (make test-slow)"
-    return "beyond the covering choice (make test-all)" if "extra" in markers else None
+    return "beyond the covering selection (make test-all)" if "extra" in markers else None
 
 
 def markers_of(item: pytest.Item) -> set[str]:

@@ -121,7 +121,7 @@ def test_what_is_postponed_is_counted_once(monkeypatch: pytest.MonkeyPatch) -> N
     conftest.pytest_testnodedown(SimpleNamespace(config=main))  # of a worker that crashed
     want = [
         "not run",
-        "2 beyond the covering choice (make test-all)",
+        "2 beyond the covering selection (make test-all)",
         "1 that belong to the full sweeps (make test-slow)",
     ]
     assert said(main) == want

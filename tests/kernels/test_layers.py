@@ -138,7 +138,7 @@ def shown(p: ConvProblem) -> tuple[Any, ...]:
 def small_cases() -> Iterator[Any]:
     """Yield the cases at 2 images of 16 x 16.
 
-    The last two stages are left out, because more channels only take more time. `make test` runs a covering choice,
+    The last two stages are left out, because more channels only take more time. `make test` runs a covering selection,
     and float32 is limited to that choice.
     """
     found = [case for net in NETS for case in cases(net, 2, 16, *PASSES)]
@@ -361,7 +361,7 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def driver_cases() -> Iterator[Any]:
-    """Yield the cases of ResNet-50. A covering choice is `extra` (`make test-all`), and the rest is `slow`."""
+    """Yield the cases of ResNet-50. A covering selection is `extra` (`make test-all`), and the rest is `slow`."""
     found = CASES["resnet50"]
     picked = chosen([{(pass_, trait) for trait in enumerate(shown(p))} for _, _, pass_, p in (c.values for c in found)])
     for i, case in enumerate(found):
