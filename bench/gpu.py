@@ -199,7 +199,8 @@ def link_tree(tree: Path) -> Path:
     import tomllib  # new in Python 3.11, like PYTHONSAFEPATH
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    name, version = (project["project"][field] for field in ("name", "version"))
+    name = project["project"]["name"]
+    (version,) = re.findall(r'^__version__ = "(.+)"$', (ROOT / name / "__init__.py").read_text(), re.MULTILINE)
     shutil.rmtree(tree, ignore_errors=True)
     package = tree / name
     package.mkdir(parents=True)

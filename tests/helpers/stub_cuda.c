@@ -86,6 +86,11 @@ CUresult cuGetErrorString(CUresult error, const char **text) {
   return CUDA_SUCCESS;
 }
 
+CUresult cuDriverGetVersion(int *version) {  // called from Triton 3.8 on
+  *version = CUDA_VERSION;
+  return CUDA_SUCCESS;
+}
+
 CUresult cuDeviceGet(CUdevice *device, int ordinal) {
   *device = ordinal;
   return CUDA_SUCCESS;
