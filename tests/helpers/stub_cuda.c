@@ -69,6 +69,11 @@ CUresult cuModuleLoadData(CUmodule *module, const void *image) {
   return CUDA_SUCCESS;
 }
 
+CUresult cuModuleUnload(CUmodule module) {  // called from Triton 3.8 on
+  (void)module;
+  return CUDA_SUCCESS;
+}
+
 CUresult cuModuleGetFunction(CUfunction *function, CUmodule module, const char *name) {
   (void)module, (void)name;
   *function = (CUfunction)++handles;
