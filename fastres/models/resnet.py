@@ -232,7 +232,7 @@ def resnet18(*, weights: ResNet18_Weights | None = None, progress: bool = True, 
     """Build ResNet-18 as a drop-in replacement for torchvision's.
 
     weights: None, a `ResNet18_Weights` or its name. kwargs: those of torchvision's `ResNet`, e.g. num_classes=1000. The
-    net maps images [N, 3, H, W] to scores [N, num_classes]. Equivalent to
+    net maps images [N, 3, H, W] to scores [N, num_classes] in the dtype of its parameters or of autocast. Equivalent to
 
         torchvision.models.resnet18(weights=weights, progress=progress, **kwargs)
 
@@ -248,7 +248,7 @@ def resnet34(*, weights: ResNet34_Weights | None = None, progress: bool = True, 
     """Build ResNet-34 as a drop-in replacement for torchvision's.
 
     weights: None, a `ResNet34_Weights` or its name. kwargs: those of torchvision's `ResNet`, e.g. num_classes=1000. The
-    net maps images [N, 3, H, W] to scores [N, num_classes]. Equivalent to
+    net maps images [N, 3, H, W] to scores [N, num_classes] in the dtype of its parameters or of autocast. Equivalent to
 
         torchvision.models.resnet34(weights=weights, progress=progress, **kwargs)
 
@@ -264,7 +264,7 @@ def resnet50(*, weights: ResNet50_Weights | None = None, progress: bool = True, 
     """Build ResNet-50 as a drop-in replacement for torchvision's.
 
     weights: None, a `ResNet50_Weights` or its name. kwargs: those of torchvision's `ResNet`, e.g. num_classes=1000. The
-    net maps images [N, 3, H, W] to scores [N, num_classes]. Equivalent to
+    net maps images [N, 3, H, W] to scores [N, num_classes] in the dtype of its parameters or of autocast. Equivalent to
 
         torchvision.models.resnet50(weights=weights, progress=progress, **kwargs)
 
