@@ -63,7 +63,7 @@ def test_seconds_are_those_of_the_last_row() -> None:
     assert math.isnan(Trained(Net("cifar", 20), 0, Path(), [{"iteration": 8.0}]).seconds)
 
 
-def test_seconds_that_nobody_recorded_are_left_out() -> None:
+def test_seconds_that_were_not_recorded_are_left_out() -> None:
     wanted = planned("degradation", "--quick", "--device", "cpu")
     finding = experiments.Finding([], ["net"], [["plain-8"]], [])
     assert experiments.report(wanted, finding, 37.4).endswith("; the trainings took 37 s.\n")

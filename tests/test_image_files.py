@@ -552,7 +552,7 @@ def test_a_table_may_go_to_a_device(
 
 @pytest.mark.parametrize("workers", ["0", "2"])
 @pytest.mark.parametrize("command", ["eval", "predict"])
-def test_whoever_reads_the_output_may_leave(command: str, workers: str, tree: Path, weights: str) -> None:
+def test_the_reader_of_the_output_may_leave(command: str, workers: str, tree: Path, weights: str) -> None:
     """A reader such as `head` may close the pipe early; that is not an error."""
     pytest.importorskip("torchmetrics")
     given = ["--data", str(tree), "--checkpoint"] if command == "eval" else [str(tree), "--weights"]

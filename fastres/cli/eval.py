@@ -122,7 +122,7 @@ def _trained_on(nets: TrainedNets) -> str:
 
 
 def _require_same_classes(args: argparse.Namespace, weights: Weights, name: str, classes: Sequence[str]) -> None:
-    """Raise ValueError unless class i means the same in the weights and in the data set `name`.
+    """Raise ValueError unless class i is the same class in the weights and in the data set `name`.
 
     The numbers of classes must always be equal. Unless --ignore-class-names is given, two more things are checked. If
     the weights have class names, these must equal the data's, except for synthetic images, which show nothing. If they
