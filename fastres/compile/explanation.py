@@ -55,8 +55,9 @@ def explain(model: nn.Module, *example: Any, **kwargs: Any) -> Explanation:
     once with them, uncompiled, in the model's present mode (training or eval) and in the caller's grad and autocast
     modes. The model is not changed.
 
-    Returns an `Explanation`: `print(explain(model, images))` shows a table with one line for each match or layer. The matches are those of
-    "fastres.rewrite"="always"; `here` says why the default "auto" rewrites none of them on this device.
+    Returns an `Explanation`: `print(explain(model, images))` shows a table with one line for each match or layer. The
+    matches are those of "fastres.rewrite"="always"; `here` says why the default "auto" rewrites none of them on this
+    device.
 
     Raises TypeError if `model` is not an `nn.Module` or is sharded by FSDP.
     """
