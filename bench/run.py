@@ -507,9 +507,8 @@ def render_rows(rows: list[dict[str, Any]]) -> str:
             )
         title = f"{net}, {mode}, batch {batch}, {dtype}, {size}x{size}"
         errors = {"infer": "scores", "train": "gradients, median over the parameters"}[mode]
-        allowed = (
-            row.get("error_allowed") for row in of_case if records.arithmetic(row) == dtype
-        )  # rows in another dtype have another limit
+        # Rows in another dtype have another limit.
+        allowed = (row.get("error_allowed") for row in of_case if records.arithmetic(row) == dtype)
         limit = next((f", at most {error:.1e} accepted" for error in allowed if error is not None), "")
         title += f"; error: relative error of the {errors}, against fp64{limit}"
         shown = [column for column in zip(*lines, strict=True) if set(column[1:]) - {"", "-"}]

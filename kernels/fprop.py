@@ -557,9 +557,9 @@ def _steps(problem: ConvProblem, tile: Tile, y: Tensor) -> dict[str, int | None]
 def _launch_reduce(sums: Tensor, y: Tensor, residual: Tensor | None, **epilogue: Any) -> None:
     """Launch `fprop_reduce_kernel` with one warp per program.
 
-    A launch has many small programs even at batch 1, so one warp each is enough. For 8 splits and two warps, ptxas uses
-    no more than 32 registers per thread, and in some variants of the kernel it no longer issues all loads before the
-    first addition. With one warp it uses about 60 registers and issues all loads first.
+    A launch has many small programs even at batch 1, so one warp each is enough. With two warps, ptxas gives a thread
+    fewer registers, and in some variants of the kernel it no longer issues the loads of all 8 splits before the first
+    addition.
     """
     splits, N, P, Q, K = sums.shape
     BM = min(64, triton.next_power_of_2(K))

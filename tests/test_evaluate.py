@@ -356,10 +356,8 @@ def counted(scores: Tensor, labels: Tensor, sizes: list[int]) -> Result:
 
 @pytest.mark.parametrize("classes", [3, 5, 12])
 def test_top1_and_top5_equal_a_count_by_hand(classes: int) -> None:
-    scores, labels = (
-        torch.rand(40, classes).softmax(1),
-        torch.randint(classes - 1, (40,)),
-    )  # the last class has no images
+    # The last class has no images.
+    scores, labels = torch.rand(40, classes).softmax(1), torch.randint(classes - 1, (40,))
     result = counted(scores, labels, [16, 16, 0, 8])
     first, five = [0] * classes, [0] * classes
     for row, label in zip(scores.tolist(), labels.tolist(), strict=True):

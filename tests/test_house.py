@@ -247,10 +247,8 @@ def test_import_starts_nothing_and_loads_little_in_little_time() -> None:
     assert not cuda
     parts = tuple(f"fastres.{part}" for part in ("kernels", "timm", "csrc", "train", "evaluate", "weights", "cli"))
     assert not [name for name in new if name.startswith(parts)]
-    flop_counter = {
-        "torch.utils.flop_counter",
-        "torch.utils.module_tracker",
-    }  # takes a millisecond; needed for FLOP formulas
+    # Needed for FLOP formulas; takes a millisecond.
+    flop_counter = {"torch.utils.flop_counter", "torch.utils.module_tracker"}
     foreign = {name.split(".")[0] for name in set(new) - flop_counter} - set(sys.stdlib_module_names)
     assert foreign <= {"fastres"}, sorted(new)
     end = time.monotonic() + 60

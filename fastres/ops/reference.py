@@ -32,9 +32,8 @@ Function = Callable[[Tensor], Tensor]
 Pair = tuple[Function, Function]  # (conv, BatchNorm): modules, or functions of a tensor
 Affine = tuple[Tensor, Tensor]  # (scale, shift), each [C]
 Prologue = Affine | None  # if given, a convolution reads relu(scale a + shift) instead of a
-EndNorms = tuple[
-    tuple[Tensor, Tensor], tuple[Tensor, Tensor] | None
-]  # (z, mean) of a block's last BN; the same of its projection's BN, or None
+# (z, mean) of a block's last BN; the same of its projection's BN, or None.
+EndNorms = tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor] | None]
 
 
 class BNBackward(NamedTuple):

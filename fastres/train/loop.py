@@ -44,14 +44,8 @@ from fastres.train.schedule import LearningRate
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 COMPILE = ("none", "inductor", "fastres")
-FILES = (
-    LOG,
-    CURVES,
-    checkpoint.LAST,
-    checkpoint.BEST,
-    checkpoint.WEIGHTS,
-    TENSORBOARD,
-)  # what a run may write to `out`
+# What a run may write to `out`.
+FILES = (LOG, CURVES, checkpoint.LAST, checkpoint.BEST, checkpoint.WEIGHTS, TENSORBOARD)
 
 
 def default_dtype(device: torch.device) -> str:

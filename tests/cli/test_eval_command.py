@@ -194,9 +194,8 @@ def test_eval_computes_the_mean_image_that_its_recipe_subtracts(
     mean = torch.stack(images).double().mean(0) / 255
     way = Preprocess(mean, torch.ones(3, 1, 1), torch.zeros(3, 3))
     expected = scores_of([model], Views("center", 32, 40), photos / "val", way)
-    torch.testing.assert_close(
-        printed, expected, rtol=0, atol=PILLOW
-    )  # training resizes with Pillow: pixels differ slightly
+    # Training resizes with Pillow: pixels differ slightly.
+    torch.testing.assert_close(printed, expected, rtol=0, atol=PILLOW)
     assert (expected - scores_of([model], Views("center", 32, 40), photos / "val", by_channel())).abs().max() > 0.02
 
 

@@ -192,11 +192,7 @@ class Writer:
             line = f"with torch.no_grad(): {line}"
         try:
             exec(line, self.scope)
-        except (
-            RuntimeError,
-            ValueError,
-            IndexError,
-        ):  # for example mismatched shapes, or a view that would need a copy
+        except (RuntimeError, ValueError, IndexError):  # e.g. mismatched shapes, or a view that would need a copy
             return False
         self.program.lines.append(line)
         return True

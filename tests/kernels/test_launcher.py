@@ -263,11 +263,8 @@ def test_the_driver_gets_the_same_bytes_as_from_a_full_call(name: str, monkeypat
     monkeypatch.setattr(torch, "empty", allocate)
     with stub_cuda.driver() as launched:
         CALLS[name](Operands(0, torch.bfloat16))
-        once, first_drawn, first_taken = (
-            len(launched),
-            len(drawn),
-            len(taken),
-        )  # `drawn` and `taken` keep the tensors alive, so that the next call's have other addresses
+        # `drawn` and `taken` keep the tensors alive, so that the next call's have other addresses.
+        once, first_drawn, first_taken = len(launched), len(drawn), len(taken)
         with decided() as deciding:
             CALLS[name](Operands(1, torch.bfloat16))
         assert not deciding.called

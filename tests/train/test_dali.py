@@ -85,9 +85,8 @@ def test_windows_are_those_that_the_transform_draws(size: tuple[int, int]) -> No
         row = shown[1, 112].flip(0) if mirrored else shown[1, 112]
         for line, first, last in ((shown[0, :, 112], top, bottom), (row, left, right)):
             expected = first + (torch.arange(224) + 0.5) * (last - first) / 224
-            inner = slice(
-                4, -4
-            )  # the filter is cut off at the image's edge, and inside it is discretised to whole pixels
+            # The filter is cut off at the image's edge, and inside it is discretised to whole pixels.
+            inner = slice(4, -4)
             torch.testing.assert_close(line[inner], expected[inner], rtol=0, atol=0.1)
     assert 8 <= mirrors <= 32
 

@@ -332,9 +332,8 @@ def test_statistics_are_computed_once(folder: Path, tmp_path: Path, monkeypatch:
         assert torch.equal(first.axes, again.axes)
         with pytest.raises(AssertionError, match="computed again"):
             data.load("folder", dataclasses.replace(SMALL, resize=60), folder, cache=cache)
-        patch.setattr(
-            data, "READING", data.READING + 1
-        )  # the cached mean image came from another version of the reading rules
+        # The cached mean image came from another version of the reading rules.
+        patch.setattr(data, "READING", data.READING + 1)
         with pytest.raises(AssertionError, match="computed again"):
             data.load("folder", SMALL, folder, cache=cache)
     content = bytearray(kept.read_bytes())

@@ -218,9 +218,8 @@ def test_a_compiled_net_trains_alike(tmp_path: Path, backend: str) -> None:
 @pytest.mark.parametrize("graph", ["off", "on"])
 def test_a_gpu_trains_as_the_cpu_does(tmp_path: Path, graph: str) -> None:
     """A GPU gives the weights of the CPU up to rounding, with and without a CUDA graph."""
-    recipe = dataclasses.replace(
-        SHORT, iterations=4
-    )  # each has two micro-batches, and the second adds to the gradients
+    # Each has two micro-batches, and the second adds to the gradients.
+    recipe = dataclasses.replace(SHORT, iterations=4)
     train(short(tmp_path / "gpu", recipe, device="cuda", dtype="fp32", cuda_graph=graph))
     train(short(tmp_path / "cpu", recipe))
     ours, theirs = weights(tmp_path / "gpu"), weights(tmp_path / "cpu")
