@@ -3,7 +3,9 @@ recomputation.
 
     python bench/memory.py
     python bench/memory.py --depth 50 --size 176
+    python bench/memory.py --frozen                           # running statistics, as in detectors and fine-tuning
     python bench/memory.py --csv bench/records/memory.csv     # what bench/readme.py shows and draws
+    python bench/memory.py --frozen --csv bench/records/memory-frozen.csv
 
 The forward runs on meta tensors and takes the same path as on an H200 with bf16 autocast (bench/launch_trace.py), so no
 GPU is needed. Autograd reports the tensors it saves. The figures are differences between two batch sizes, which removes
@@ -23,28 +25,41 @@ import launch_trace
 import layers
 import torch
 import torchvision
-from torch import Tensor
+from torch import Tensor, nn
+from torchvision.ops import FrozenBatchNorm2d
 
 import fastres
 from fastres.ops import dispatch
 
 DEPTHS = (18, 34, 50, 101, 152)
 COLUMNS = ("depth", "size", "pytorch", "fastres", "recompute")
+FROZEN_COLUMNS = ("depth", "size", "norms", "pytorch", "fastres")
 BATCHES = (128, 256)
+NORMS = {  # what is trained, and how BatchNorm normalises
+    "batch": "BatchNorm2d with batch statistics",
+    "eval": "BatchNorm2d in eval mode",
+    "frozen": "FrozenBatchNorm2d",
+    "detector": "FrozenBatchNorm2d, stem and layer1 not trained",
+}
 
 
-def kept(models: Any, depth: int, batch: int, size: int) -> int:
+def kept(models: Any, depth: int, batch: int, size: int, norms: str) -> int:
     """Return the bytes of all tensors that the forward of `models`' ResNet saves. Each storage counts once, and
-    parameters don't count."""
+    parameters and buffers don't count. norms: a key of `NORMS`."""
+    kind = FrozenBatchNorm2d if norms in ("frozen", "detector") else nn.BatchNorm2d
     with launch_trace.META:
-        net = getattr(models, f"resnet{depth}")().to(memory_format=torch.channels_last)
+        net = getattr(models, f"resnet{depth}")(norm_layer=kind).to(memory_format=torch.channels_last)
+    net.train(norms != "eval")
+    if norms == "detector":
+        for layer in (net.conv1, net.layer1):
+            layer.requires_grad_(False)
     storages: dict[torch.UntypedStorage, Tensor] = {}  # the saved tensors keep their storages alive
     note = partial(_note, storages)
     with launch_trace.recorded(torch.bfloat16), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         answer = net(launch_trace.images(batch, size, torch.bfloat16))
     del answer
-    parameters = {parameter.untyped_storage() for parameter in net.parameters()}
-    return sum(storage.nbytes() for storage in storages.keys() - parameters)
+    of_net = {tensor.untyped_storage() for tensor in (*net.parameters(), *net.buffers())}
+    return sum(storage.nbytes() for storage in storages.keys() - of_net)
 
 
 def _note(storages: dict[torch.UntypedStorage, Tensor], tensor: Tensor) -> Tensor:
@@ -52,9 +67,9 @@ def _note(storages: dict[torch.UntypedStorage, Tensor], tensor: Tensor) -> Tenso
     return tensor
 
 
-def per_image(models: Any, depth: int, size: int) -> int:
-    """Return the saved bytes that each additional image costs."""
-    few, many = (kept(models, depth, batch, size) for batch in BATCHES)
+def per_image(models: Any, depth: int, size: int, norms: str = "batch") -> int:
+    """Return the saved bytes that each additional image costs. norms: a key of `NORMS`."""
+    few, many = (kept(models, depth, batch, size, norms) for batch in BATCHES)
     return (many - few) // (BATCHES[1] - BATCHES[0])
 
 
@@ -66,22 +81,27 @@ def row(depth: int, size: int) -> dict[str, int]:
     return dict(zip(COLUMNS, (depth, size, *figures), strict=True))
 
 
-def line(row: dict[str, int]) -> str:
+def frozen_row(depth: int, size: int, norms: str) -> dict[str, Any]:
+    """Return a row of the table with running statistics, in bytes per image. norms: a key of `NORMS`."""
+    figures = (per_image(models, depth, size, norms) for models in (torchvision.models, fastres))
+    return dict(zip(FROZEN_COLUMNS, (depth, size, norms, *figures), strict=True))
+
+
+def line(row: dict[str, Any]) -> str:
     """Return a row as text, in MiB."""
 
     def part(name: str) -> str:
         return f"{row[name] / 2**20:6.1f} MiB, {row[name] / row['pytorch']:.2f} x eager"
 
-    return (
-        f"ResNet-{row['depth']:<3}  eager PyTorch {row['pytorch'] / 2**20:6.1f} MiB   fastres {part('fastres')}   "
-        f"recomputing {part('recompute')}"
-    )
+    start = f"ResNet-{row['depth']:<3}  eager PyTorch {row['pytorch'] / 2**20:6.1f} MiB   fastres {part('fastres')}   "
+    return start + (NORMS[row["norms"]] if "norms" in row else f"recomputing {part('recompute')}")
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--depth", type=int, choices=DEPTHS, help="default: all of them")
     parser.add_argument("--size", type=int, default=224, help="height and width of the images (default: %(default)s)")
+    parser.add_argument("--frozen", action="store_true", help="count nets whose BatchNorms use running statistics")
     parser.add_argument("--csv", type=Path, help="also write the bytes per image to this file")
     options = parser.parse_args(arguments)
     if options.size < 32:
@@ -92,10 +112,11 @@ def main(arguments: list[str] | None = None) -> int:
     )
     rows = []
     for depth in [options.depth] if options.depth else DEPTHS:
-        rows.append(row(depth, options.size))
-        print(line(rows[-1]), flush=True)
+        for norms in ("eval", "frozen", "detector") if options.frozen else ("batch",):
+            rows.append(frozen_row(depth, options.size, norms) if options.frozen else row(depth, options.size))
+            print(line(rows[-1]), flush=True)
     if options.csv:
-        layers.write_csv(options.csv, COLUMNS, rows)
+        layers.write_csv(options.csv, FROZEN_COLUMNS if options.frozen else COLUMNS, rows)
     return 0
 
 

@@ -7,6 +7,8 @@ the partial sums of its last BatchNorms computed. A `Boundary` does the same bet
 autograd nodes, so that a stage's saved tensors are freed and its gradients are ready before the backward of the
 previous stage begins.
 
+A block whose BatchNorms all use running statistics runs as `frozen` describes, and so does a stage of such blocks.
+
 `ends.BlockKept` and `conv_bn.Kept` list the tensors that are saved for backward. `_Blocks.forward` saves them together
 with the original input, the parameters, the output if the end's backward reads it, and a pool's taps (the position of
 each maximum within its window). The activation between two convolutions, a = relu(scale z + shift), is recomputed from
@@ -17,23 +19,20 @@ blocks but the first are recomputed, too, in one elementwise pass each.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import accumulate, chain, pairwise
+from itertools import chain, groupby
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastres.ops import dispatch, eligibility, reference
+from fastres.ops import dispatch, eligibility, frozen, reference
 from fastres.ops.backward import Backward
-from fastres.ops.conv_bn import Buffers, ConvBN, Kept, conv_bn, refuse_capture
-from fastres.ops.ends import Add, BlockKept, End, Gradient, Pad, Pending, Pool, Project, Relu
-from fastres.ops.layout import Geometry, cast_gradients, dense, krsc, nchw, nhwc, read_weights, unaliased
+from fastres.ops.call import Block, Call, Pair, prepare, split
+from fastres.ops.conv_bn import Kept, refuse_capture, uses_batch_statistics
+from fastres.ops.ends import Add, BlockKept, Gradient, Pad, Pending, Pool, Project, Relu
+from fastres.ops.frozen import FrozenBackward
+from fastres.ops.layout import cast_gradients, nchw, nhwc, read_weights, unaliased
 from fastres.ops.reference import EndNorms
-
-Pair = tuple[Any, Any]  # (conv, norm): modules
-Block = tuple[Sequence[Pair], End]  # a projection's pair comes last
 
 
 def residual_block(x: Tensor, pairs: Sequence[Pair], shortcut: nn.Module | None) -> Tensor:
@@ -56,7 +55,7 @@ def residual_block(x: Tensor, pairs: Sequence[Pair], shortcut: nn.Module | None)
 
     Source: the ResNet paper, equations 1 and 2.
     """
-    return _run(x, [_residual(pairs, shortcut)])
+    return _run(x, [_residual((pairs, shortcut))])
 
 
 def plain_block(x: Tensor, pairs: Sequence[Pair]) -> Tensor:
@@ -102,118 +101,27 @@ def stages(x: Tensor, of_stages: Sequence[Sequence[tuple[Sequence[Pair], nn.Modu
             for pairs, shortcut in stage:
                 x = residual_block(x, pairs, shortcut)
     """
-    before = None
-    for i, blocks in enumerate(of_stages):
-        after = Boundary() if i + 1 < len(of_stages) else None
-        x, before = _run(x, [_residual(*block) for block in blocks], before, after), after
+    before, parts = None, []  # (whether they are frozen, the blocks of one autograd node)
+    for stage in of_stages:
+        parts += [(fixed, list(blocks)) for fixed, blocks in groupby(map(_residual, stage), _is_frozen)]
+    for i, (fixed, blocks) in enumerate(parts):
+        joins = not fixed and i + 1 < len(parts) and not parts[i + 1][0]
+        after = Boundary() if joins else None
+        x, before = _run(x, blocks, before, after), after
     return x
 
 
-def _residual(pairs: Sequence[Pair], shortcut: nn.Module | None) -> Block:
+def _is_frozen(block: Block) -> bool:
+    return not any(uses_batch_statistics(bn) for _, bn in block[0])
+
+
+def _residual(block: tuple[Sequence[Pair], nn.Module | None]) -> Block:
+    pairs, shortcut = block
     if shortcut is None:
         return pairs, Add()
     if isinstance(shortcut, nn.Sequential):
         return [*pairs, (shortcut[0], shortcut[1])], Project()
     return pairs, Pad(shortcut.stride)  # type: ignore[arg-type]
-
-
-@dataclass(frozen=True)
-class Call:
-    """Everything about one block's call except its input and parameters.
-
-    The engines are bound already, because autograd runs the backward on threads that don't see `dispatch`'s contexts.
-    """
-
-    pairs: tuple[ConvBN, ...]  # a projection's comes last
-    buffers: tuple[Buffers, ...]
-    end: End
-
-    @property
-    def depth(self) -> int:
-        """The number of pairs on the main branch."""
-        return len(self.pairs) + self.end.last + 1
-
-    def read(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return x [N, C, H, W] as the first convolution reads it, [N, H, W, C].
-
-        It is contiguous in `dtype`. Exception: a stem that packs its images takes any strides and dtype, so for it this
-        is a view of x (a copy only if x's negative bit is set).
-        """
-        packs = isinstance(self.end, Pool) and self.pairs[0].engines.fprop == "stem"
-        return x.resolve_neg().permute(0, 2, 3, 1) if packs else dense(x, dtype)
-
-    def pending(self, kept: BlockKept) -> Pending:
-        """Return the block's output as a `Pending`, computable once the block's convolutions are done."""
-        return self.end.pending(self.pairs, kept)
-
-    @property
-    def words(self) -> tuple[Any, ...]:
-        """The non-tensor arguments of the operator `conv_bn_act`: geometry, eps, momentum, training, end and sizes."""
-        sizes = [size for pair in self.pairs for size in pair.geometry]
-        eps, momentum = [pair.eps for pair in self.pairs], [each.momentum for each in self.buffers]
-        training = [pair.batch_statistics for pair in self.pairs]
-        return sizes, eps, momentum, training, self.end.word, list(self.end.sizes)
-
-    def definition(self, x: Tensor, parameters: Sequence[Any]) -> Tensor:
-        """Run the block in plain PyTorch, so that autograd can differentiate it any number of times.
-
-        x is [N, C, H, W]. Running statistics are not updated.
-        """
-
-        def plain(i: int) -> reference.Pair:
-            (filters, weight, bias), pair, buffers = parameters[3 * i : 3 * i + 3], self.pairs[i], self.buffers[i]
-            mean, var = (None, None) if pair.batch_statistics else (buffers.mean, buffers.var)
-
-            def conv(a: Tensor) -> Tensor:
-                return F.conv2d(a, filters.to(a.dtype), None, *pair.geometry)
-
-            def norm(z: Tensor) -> Tensor:
-                return F.batch_norm(z, mean, var, weight, bias, pair.batch_statistics, 0.0, pair.eps)
-
-            return conv, norm
-
-        return self.end.definition(x, [plain(i) for i in range(len(self.pairs))])
-
-
-def bound(shape: Sequence[int], statics: Sequence[tuple[Any, ...]], end: End, *facts: Any) -> tuple[ConvBN, ...]:
-    """Return the pairs of a block on x of `shape` [N, C, H, W], bound to their engines.
-
-    statics: for each pair (filter shape [K, C/groups, R, S], geometry, eps, whether it uses batch statistics). facts:
-    dtype, device and `dispatch.choice`. Raises ValueError, as `nn.BatchNorm2d` does, if batch statistics would be
-    computed from one value per channel.
-    """
-    n, _, *first = shape
-    pairs: list[ConvBN] = []
-    for i, static in enumerate(statics):
-        on_input = i == 0 or (end.projects and i + 1 == len(statics))
-        pair = conv_bn((n, *(first if on_input else pairs[-1].out_size)), *static, *facts)
-        if pair.batch_statistics and pair.problem.pixels == 1:
-            size = torch.Size((n, pair.problem.K, *pair.out_size))
-            raise ValueError(f"Expected more than 1 value per channel when training, got input size {size}")
-        pairs.append(pair)
-    return tuple(pairs)
-
-
-def _prepare(shape: Sequence[int], blocks: Sequence[Block], *facts: Any) -> tuple[tuple[Call, ...], list[Any]]:
-    """Return a `Call` for each block on x of `shape` [N, C, H, W], and the flat list of their parameters.
-
-    The list has (filters, BN weight, BN bias) for each pair. facts: as for `bound`.
-    """
-    calls, parameters = [], []
-    for modules, end in blocks:
-        statics: list[tuple[Any, ...]] = []
-        for conv, bn in modules:
-            filters = conv.weight
-            geometry = Geometry(conv.stride[0], conv.padding[0], conv.dilation[0], conv.groups)
-            batch_statistics = bn.training or bn.running_mean is None or bn.running_var is None
-            statics.append((tuple(filters.shape), geometry, bn.eps, batch_statistics))
-            parameters += [filters, bn.weight, bn.bias]
-        device = parameters[-3].device
-        buffers = tuple(Buffers.of(bn, device) for _, bn in modules)
-        pairs = bound(shape, statics, end, *facts)
-        calls.append(Call(pairs, buffers, end))
-        shape = (shape[0], 0, *pairs[end.last].out_size)
-    return tuple(calls), parameters
 
 
 def _run(x: Tensor, blocks: Sequence[Block], before: Boundary | None = None, after: Boundary | None = None) -> Tensor:
@@ -225,26 +133,18 @@ def _run(x: Tensor, blocks: Sequence[Block], before: Boundary | None = None, aft
         return x
     dtype = dispatch.compute_dtype(x)
     choice = dispatch.choice(dtype, x.device)
-    calls, parameters = _prepare(x.shape, blocks, dtype, x.device, choice)
+    calls, parameters = prepare(x.shape, blocks, dtype, x.device, choice)
     with torch.autocast(x.device.type, enabled=False):
         if torch._C._len_torch_dispatch_stack():  # a dispatch mode (FlopCounterMode) must see operators
-            for call, own in zip(calls, _split(calls, parameters, 3), strict=True):
+            for call, own in zip(calls, split(calls, parameters, 3), strict=True):
                 x = _by_operator(call, x.to(dtype), own)
             return x
         keeps = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *parameters))
         if keeps or before or after or any(pair.batch_statistics for call in calls for pair in call.pairs):
             return _Blocks.apply(calls, dtype, before, after, x, *parameters)
-        for call, own in zip(calls, _split(calls, parameters, 3), strict=True):
-            x = nchw(_infer(call, call.read(x, dtype), dtype, own))
+        for call, own in zip(calls, split(calls, parameters, 3), strict=True):
+            x = nchw(frozen.infer(call, call.read(x, dtype), dtype, own))
         return x
-
-
-def _split(calls: Sequence[Call], tensors: Sequence[Any], per_pair: int) -> list[Sequence[Any]]:
-    """Split `tensors`, which has `per_pair` entries for each pair, into one sequence for each call."""
-    if len(calls) == 1:
-        return [tensors]
-    ends = [*accumulate((per_pair * len(call.pairs) for call in calls), initial=0)]
-    return [tensors[a:b] for a, b in pairwise(ends)]
 
 
 def _by_operator(call: Call, x: Tensor, parameters: Sequence[Any]) -> Tensor:
@@ -265,39 +165,29 @@ def _by_operator(call: Call, x: Tensor, parameters: Sequence[Any]) -> Tensor:
     return out
 
 
-def _infer(call: Call, x: Tensor, dtype: torch.dtype, parameters: Sequence[Any]) -> Tensor:
-    """Run one block on x [N, H, W, C] with running statistics and without saving anything for backward.
-
-    Each BatchNorm becomes a scale and a shift, computed from its current running statistics. Engines that can apply
-    them in the convolution's epilogue do so.
-    """
-
-    def operands(i: int) -> tuple[Tensor, tuple[Any, ...]]:
-        filters, weight, bias = parameters[3 * i : 3 * i + 3]
-        mean, var, *_ = call.buffers[i]
-        return krsc(filters, dtype), (mean, var, weight, bias)
-
-    projected = call.pairs[-1].infer_live(x, *operands(call.depth), relu=False) if call.end.projects else None
-    a, last = x, call.depth - 1
-    for i in range(last):
-        a = call.pairs[i].infer_live(a, *operands(i))
-    return call.end.infer(call.pairs[last], a, *operands(last), x, projected)
-
-
 def forward(
-    calls: Sequence[Call], x: Tensor | Pending, weights: Sequence[Tensor], parameters: Sequence[Any]
-) -> list[BlockKept]:
-    """Run all convolutions of the calls and the ends of all blocks but the last; return the tensors saved for backward.
+    calls: Sequence[Call],
+    x: Tensor | Pending,
+    weights: Sequence[Tensor],
+    parameters: Sequence[Any],
+    after: Boundary | None = None,
+) -> tuple[list[BlockKept], Tensor, Tensor | None]:
+    """Run the blocks; return the tensors saved for backward, the output, NHWC, and a pool's taps or None.
 
     x: the first block's input as returned by `Call.read`, or a `Pending` to be computed with the first convolution.
     weights: the filters of each pair as returned by `krsc`. parameters: (filters, BN weight, BN bias) for each pair.
+    after: if given, the end of the last block is left to it, and z takes the place of the output.
     """
     kept: list[BlockKept] = []
-    for call, own_weights, own in zip(calls, _split(calls, weights, 1), _split(calls, parameters, 3), strict=True):
+    for call, own_weights, own in zip(calls, split(calls, weights, 1), split(calls, parameters, 3), strict=True):
         if kept:
             x = calls[len(kept) - 1].pending(kept[-1])
         kept.append(_convolutions(call, x, own_weights, own))
-    return kept
+    last = calls[-1]
+    if after is None:
+        return kept, *last.end.finish(last.pairs, kept[-1])
+    after.pending, after.end_below = last.pending(kept[-1]), last.end.batch_norms(kept[-1])
+    return kept, after.pending.z, None
 
 
 def _convolutions(call: Call, x: Tensor | Pending, weights: Sequence[Tensor], parameters: Sequence[Any]) -> BlockKept:
@@ -365,18 +255,16 @@ class _Blocks(torch.autograd.Function):
         ctx: Any, calls: tuple[Call, ...], dtype: Any, before: Any, after: Any, x: Tensor, *parameters: Any
     ) -> Tensor:
         read, end_below = (calls[0].read(x, dtype), None) if before is None else before.take()
-        kept = forward(calls, read, read_weights(parameters[::3], dtype), parameters)
-        last, taps = calls[-1], None
-        if after is None:
-            out, taps = last.end.finish(last.pairs, kept[-1])
+        weights, last = read_weights(parameters[::3], dtype), calls[-1]
+        if last.frozen:
+            kept, out, taps = frozen.forward(calls, read, weights, parameters, ctx.needs_input_grad[4:])
         else:
-            after.pending, after.end_below = last.pending(kept[-1]), last.end.batch_norms(kept[-1])
-            out = after.pending.z
+            kept, out, taps = forward(calls, read, weights, parameters, after)
         y = unaliased(out)
         ctx.calls, ctx.dtype, ctx.x_dtype, ctx.before, ctx.after = calls, dtype, x.dtype, before, after
-        read_out = y if after is None and last.end.reads_output else None
+        read_out = y if after is None and last.end.keeps_output(last.frozen) else None
         of_below = [None, None, None] if end_below is None else [end_below[0][1], *(end_below[1] or (None, None))]
-        recompute = last.pairs[0].engines.fusions.recompute
+        recompute = last.pairs[0].engines.fusions.recompute and not last.frozen
         inputs = [None if recompute and i else nchw(block.x) for i, block in enumerate(kept)]
         of_pairs = [t for block in kept for pair in block.pairs for t in pair]
         ctx.save_for_backward(x, read_out, taps, *of_below, *inputs, *parameters, *of_pairs)
@@ -395,26 +283,26 @@ class _Blocks(torch.autograd.Function):
             value = None if ctx.before is None else nchw(first)
             return *(None,) * 4, *_differentiable(calls, ctx.dtype, x, value, parameters, dy, (needs_x, *needs))
         size = len(Kept._fields)
-        of_pairs = _split(calls, [Kept(*rest[i : i + size]) for i in range(pairs_at, len(rest), size)], 1)
+        of_pairs = split(calls, [Kept(*rest[i : i + size]) for i in range(pairs_at, len(rest), size)], 1)
         kept = [BlockKept(first, of_pairs[0])]
         for b in range(1, n):
             again = inputs[b] is None
             kept += [BlockKept(calls[b - 1].pending(kept[-1]).compute() if again else nhwc(inputs[b]), of_pairs[b])]
         dy = nhwc(dy.to(ctx.dtype))
         out, dout = (None if y is None else nhwc(y), Gradient(dy)) if ctx.after is None else ctx.after.take_back(dy)
-        if out is None and calls[-1].end.reads_output:
+        if out is None and calls[-1].end.keeps_output(calls[-1].frozen):
             out = calls[-1].pending(kept[-1]).compute()
         end_below: EndNorms | None = None
         if ctx.before is not None:
             end_below = (nhwc(x), mean), None if z_proj is None else (z_proj, mean_proj)
         grads: list[Tensor | None] = []
-        own, wanted = _split(calls, parameters, 3), _split(calls, needs, 3)
+        own, wanted = split(calls, parameters, 3), split(calls, needs, 3)
         for b in reversed(range(n)):
             call, block = calls[b], kept.pop()
             needs_input = needs_x or any(map(any, wanted[:b]))
             under = calls[b - 1].end.batch_norms(kept[-1]) if b else end_below
-            walk = Backward(call.pairs, call.end, block, out, taps, own[b], needs_input, wanted[b], under)
-            dx, of_block = walk.run(dout)
+            of_call = call.pairs, call.end, block, out, taps, own[b], needs_input, wanted[b], under
+            dx, of_block = (FrozenBackward if call.frozen else Backward)(*of_call).run(dout)
             grads[:0] = of_block
             if dx is None:
                 break
@@ -453,7 +341,7 @@ def _differentiable(
     """
     with torch.enable_grad():
         out = x.to(dtype) if value is None else _InPlaceOf.apply(x, value)
-        for call, own in zip(calls, _split(calls, parameters, 3), strict=True):
+        for call, own in zip(calls, split(calls, parameters, 3), strict=True):
             out = call.definition(out, own)
         inputs = [t for t, need in zip((x, *parameters), needs, strict=True) if need]
         grads = iter(torch.autograd.grad(out, inputs, dy, create_graph=True, allow_unused=True))

@@ -43,7 +43,8 @@ class ConvBN(Facts):
     # convolution; x = relu(scale z + shift + shortcut): the previous block's output; affine: (scale, shift); addend:
     # the keyword arguments that `End.addend` returns
     fprop_joined: Callable[..., tuple[Tensor, Tensor, Tensor | None]]
-    # (dz, w, bn, residual=, residual_mask=): dx + residual; the residual counts as 0 where residual_mask <= 0
+    # (dz, w, bn, residual=, residual_mask=, relu_mask=): dx + residual; the residual counts as 0 where
+    # residual_mask <= 0, and the sum is set to 0 where relu_mask <= 0
     dgrad: Callable[..., Tensor]
     # (dz, w, bn, z, mean, affine): the gradient at the output of the block's previous BN, as (dy, the mask that is
     # still to be applied to dy or None, partials of sum g and sum g (z - mean), where g is the masked dy). z, mean and
@@ -78,15 +79,43 @@ class ConvBN(Facts):
         return self.engines.fuses_bn_backward(bn.c_z is not None)
 
 
+class FrozenPair(NamedTuple):
+    """A pair with running statistics, and the tensors of one call.
+
+    w: the filters KRSC. norm: (running mean, running variance, weight, bias). vectors: the norm's (mean, rstd, scale,
+    shift), or None: a kernel may then compute scale and shift itself.
+    """
+
+    pair: ConvBN
+    w: Tensor
+    norm: tuple[Any, ...]
+    vectors: tuple[Tensor, ...] | None = None
+
+    @property
+    def affine(self) -> reference.Affine:
+        """(scale, shift), each [K]."""
+        known = self.vectors or self.pair.passes.running_statistics(*self.norm, self.pair.eps)
+        return known[2], known[3]
+
+    def run(self, a: Tensor, residual: Tensor | None = None, relu: bool = True) -> Tensor:
+        """Return [relu](scale conv(a) + shift + residual), NHWC."""
+        if self.vectors is None:
+            return self.pair.infer_live(a, self.w, self.norm, residual, relu)
+        return self.pair.infer(a, self.w, *self.affine, residual, relu)
+
+
 class Kept(NamedTuple):
     """The tensors that a pair's forward saves for its backward.
 
     z is [N, P, Q, K]; mean, rstd, scale and shift are [K]. w: the filters KRSC in the compute dtype, which share the
     parameter's memory if that has this layout and dtype. activation: the convolution's input, saved only with
     `Engines.keeps_activation`.
+
+    In a frozen block (`frozen`) z is None, and activation is saved for each convolution of the main branch but the
+    first, if backward reads it.
     """
 
-    z: Tensor
+    z: Any
     mean: Tensor
     rstd: Tensor
     scale: Tensor
@@ -110,12 +139,14 @@ class Buffers(NamedTuple):
     counter: Tensor | None = None
 
     @staticmethod
-    def of(bn: nn.BatchNorm2d, device: torch.device) -> Buffers:
-        """Return the buffers of bn for one forward on `device`.
+    def of(bn: Any, device: torch.device) -> Buffers:
+        """Return the buffers of bn, a BatchNorm2d or FrozenBatchNorm2d, for one forward on `device`.
 
         If bn counts batches, but the update can't be left to a kernel (so that `counter` is None), this counts the
         batch.
         """
+        if not isinstance(bn, nn.BatchNorm2d):
+            return Buffers(bn.running_mean, bn.running_var, False, 0.0)
         mean, var, momentum, counter = bn.running_mean, bn.running_var, bn.momentum, None
         moves = bn.training and bn.track_running_stats
         if moves and (count := bn.num_batches_tracked) is not None:
@@ -129,13 +160,19 @@ class Buffers(NamedTuple):
         return Buffers(mean if known else None, var if known else None, moves, momentum or 0.0, counter)
 
 
-def refuse_capture(bn: nn.BatchNorm2d) -> None:
+def uses_batch_statistics(bn: Any) -> bool:
+    """Return whether bn, a BatchNorm2d or FrozenBatchNorm2d, normalises with the statistics of the batch."""
+    return isinstance(bn, nn.BatchNorm2d) and (bn.training or bn.running_mean is None or bn.running_var is None)
+
+
+def refuse_capture(bn: Any) -> None:
     """Raise RuntimeError if bn has momentum=None in training while a CUDA graph is being captured.
 
     Such a layer averages over all batches, and the host reads the number of batches in every forward.
     """
-    averages = bn.momentum is None and bn.training and bn.track_running_stats and bn.num_batches_tracked is not None
-    if averages and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+    if not (isinstance(bn, nn.BatchNorm2d) and bn.momentum is None and bn.training and bn.track_running_stats):
+        return
+    if bn.num_batches_tracked is not None and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             f"BatchNorm2d({bn.num_features}, momentum=None) averages over all batches: the host reads the number of "
             "batches in every step, which a CUDA graph can't do. Give the layer a momentum, or don't capture the step"

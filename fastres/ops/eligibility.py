@@ -16,9 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as nn_module
+from torchvision.ops import FrozenBatchNorm2d
 
 from fastres.ops import dispatch
 from fastres.ops.shortcut import PadShortcut, is_traced
+
+NORMS = (nn.BatchNorm2d, FrozenBatchNorm2d)
 
 
 class Parts(NamedTuple):
@@ -115,7 +118,7 @@ def foreign(parts: Parts) -> str | None:
     """
     wanted: list[tuple[nn.Module, tuple[type[nn.Module], ...]]] = []
     for conv, norm in parts.pairs:
-        wanted += [(conv, (nn.Conv2d,)), (norm, (nn.BatchNorm2d,))]
+        wanted += [(conv, (nn.Conv2d,)), (norm, NORMS)]
     wanted += [(act, (nn.ReLU,)) for act in parts.acts]
     wanted += [(layer, (nn.Identity,)) for layer in parts.idle if layer is not None]
     if parts.pool is not None:
@@ -132,8 +135,8 @@ def _foreign_shortcut(shortcut: nn.Module) -> str | None:
     if type(shortcut) is PadShortcut:
         return None
     modules: list[Any] = list(shortcut) if type(shortcut) is nn.Sequential else [shortcut]
-    if [type(module) for module in modules] != [nn.Conv2d, nn.BatchNorm2d]:
-        return f"its shortcut is {[type(module).__name__ for module in modules]}, not a Conv2d and a BatchNorm2d"
+    if len(modules) != 2 or type(modules[0]) is not nn.Conv2d or type(modules[1]) not in NORMS:
+        return f"its shortcut is {[type(module).__name__ for module in modules]}, not a Conv2d and a BatchNorm"
     return _foreign_conv(modules[0])
 
 
@@ -197,6 +200,9 @@ def _watched(parts: Parts) -> str | None:
         for parameter in module._parameters.values():
             if parameter is not None and type(parameter) not in (Tensor, nn.Parameter):
                 return f"a {type(module).__name__} in it has a {type(parameter).__name__} as a parameter"
+        frozen = type(module) is FrozenBatchNorm2d
+        if frozen and (module.running_mean.requires_grad or module.running_var.requires_grad):
+            return "a FrozenBatchNorm2d in it has running statistics that require a gradient"
     return None
 
 

@@ -15,12 +15,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastres.ops import reference
-from fastres.ops.conv_bn import ConvBN, Kept
-from fastres.ops.layout import nhwc
+from fastres.ops.conv_bn import ConvBN, FrozenPair, Kept
+from fastres.ops.layout import nhwc, wide
 from fastres.ops.reference import Affine, EndNorms, Pair
 
 
@@ -56,7 +57,8 @@ class Gradient(NamedTuple):
     """The gradient at a block's output, NHWC.
 
     sums: None, or the partial sums of the BatchNorms before the block's last ReLU, as `reference.backward_reduce`
-    returns them. If they are given, `value` is already masked by that ReLU; if None, it may be unmasked.
+    returns them; () in a frozen block, which needs none. If they are given, `value` is already masked by that ReLU; if
+    None, it may be unmasked.
     """
 
     value: Tensor
@@ -74,11 +76,16 @@ class End:
     tail: ClassVar[str] = "-ReLU"  # suffix of a pattern's name, as in conv-BN-ReLU-conv-BN-add-ReLU
     last: ClassVar[int] = -1  # index of the main branch's last pair
     reads_output: ClassVar[bool] = False  # whether backward reads the ReLU's mask from the block's output
+    masks: ClassVar[bool] = True  # whether there is a ReLU
 
     @property
     def sizes(self) -> tuple[int, int, int]:
         """(kernel, stride, pad) of a pool, (0, stride, 0) for option A, else (0, 1, 0); for the operators' schemas."""
         return 0, 1, 0
+
+    def keeps_output(self, frozen: bool) -> bool:
+        """Return whether backward reads the block's output. frozen: whether it is a frozen block (`frozen`)."""
+        return self.reads_output or (frozen and self.masks)
 
     @property
     def projects(self) -> bool:
@@ -106,16 +113,23 @@ class End:
         return self.pending(pairs, kept).compute(), None
 
     def added(self, x: Tensor, projected: Tensor | None) -> Tensor | None:
-        """Return the tensor that `infer` adds before the ReLU: x, the projection's output or, if nothing, None."""
+        """Return the tensor that `run` adds before the ReLU: x, the projection's output or, if nothing, None."""
         return None
 
-    def infer(self, pair: ConvBN, a: Tensor, w: Tensor, norm: Any, x: Tensor, projected: Tensor | None) -> Tensor:
-        """Run the last convolution and everything after it, with running statistics; return the block's output, NHWC.
+    def run(self, last: FrozenPair, a: Tensor, x: Tensor, projected: Tensor | None, taps: bool) -> Any:
+        """Run the last convolution and everything after it in a frozen block; return (the output, NHWC, a pool's taps).
 
-        a: the convolution's input, NHWC; norm: (running mean, running variance, weight, bias); x: the block's input;
-        projected: the projection's output, if there is one.
+        The taps are None if there is no pool, and without `taps`. a: the convolution's input, NHWC. x: the block's
+        input. projected: the projection's output, if there is one.
         """
-        return pair.infer_live(a, w, norm, self.added(x, projected))
+        return last.run(a, self.added(x, projected)), None
+
+    def unpooled(self, pair: ConvBN, g: Tensor, taps: Tensor | None) -> Tensor:
+        """Return the gradient before the max pool [N, P, Q, K], from g, the gradient at its output; g without a pool.
+
+        pair: the main branch's last.
+        """
+        return g
 
     def gradient_arguments(self, out: Tensor | None, last: Kept, taps: Tensor | None) -> dict[str, Any]:
         """Return the arguments `mask` and, after a pool, `pool` of `reference.gradient` at the last BatchNorm.
@@ -159,13 +173,16 @@ class Relu(End):
 class Linear(End):
     """y, without a ReLU."""
 
-    word, tail = "linear", ""
+    word, tail, masks = "linear", "", False
 
     def definition(self, x: Tensor, pairs: Sequence[Pair]) -> Tensor:
         return reference.branch(x, pairs)
 
     def addend(self, kept: BlockKept) -> dict[str, Any]:
         return {"relu": False, "residual": None}
+
+    def run(self, last: FrozenPair, a: Tensor, x: Tensor, projected: Tensor | None, taps: bool) -> Any:
+        return last.run(a, relu=False), None
 
     def gradient_arguments(self, out: Tensor | None, last: Kept, taps: Tensor | None) -> dict[str, Any]:
         return {"mask": None}
@@ -234,10 +251,9 @@ class Pad(_Sum):
     def addend(self, kept: BlockKept) -> dict[str, Any]:
         return {"relu": True, "residual": kept.x, "residual_stride": self.stride}
 
-    def infer(self, pair: ConvBN, a: Tensor, w: Tensor, norm: Any, x: Tensor, projected: Tensor | None) -> Tensor:
-        z, _ = pair.fprop(a, w, None)
-        _, _, *affine = pair.passes.running_statistics(*norm, pair.eps)
-        return pair.passes.normalize(z, *affine, relu=True, residual=x, residual_stride=self.stride)
+    def run(self, last: FrozenPair, a: Tensor, x: Tensor, projected: Tensor | None, taps: bool) -> Any:
+        z, _ = last.pair.fprop(a, last.w, None)
+        return last.pair.passes.normalize(z, *last.affine, relu=True, residual=x, residual_stride=self.stride), None
 
     def backward(self, pair: ConvBN, dgrad: Callable[..., Gradient], *given: Any) -> Gradient:
         (dout, mask, _), dx = given, dgrad(joins=False).value
@@ -256,6 +272,9 @@ class Join(_Sum):
 
     def addend(self, kept: BlockKept) -> dict[str, Any]:
         return {"relu": True, "residual": nhwc(self._joined)}
+
+    def added(self, x: Tensor, projected: Tensor | None) -> Tensor | None:
+        return nhwc(self._joined)
 
     @property
     def _joined(self) -> Tensor:
@@ -283,10 +302,16 @@ class Pool(End):
         last = kept.pairs[-1]
         return pairs[-1].passes.normalize_max_pool(last.z, last.scale, last.shift, **vars(self))
 
-    def infer(self, pair: ConvBN, a: Tensor, w: Tensor, norm: Any, x: Tensor, projected: Tensor | None) -> Tensor:
-        z, _ = pair.fprop(a, w, None)
-        _, _, *affine = pair.passes.running_statistics(*norm, pair.eps)
-        return pair.passes.normalize_max_pool(z, *affine, **vars(self), taps=False)[0]
+    def run(self, last: FrozenPair, a: Tensor, x: Tensor, projected: Tensor | None, taps: bool) -> Any:
+        z, _ = last.pair.fprop(a, last.w, None)
+        return last.pair.passes.normalize_max_pool(z, *last.affine, **vars(self), taps=taps)
+
+    def unpooled(self, pair: ConvBN, g: Tensor, taps: Tensor | None) -> Tensor:
+        assert taps is not None
+        p = pair.problem
+        ones = torch.ones(p.K, dtype=wide(g.dtype), device=g.device)
+        z = g.new_empty((p.N, p.P, p.Q, p.K))  # only its shape is used
+        return pair.passes.backward_apply(g, z, ones, None, None, pool=reference.Pool(taps, *self.sizes))
 
     def gradient_arguments(self, out: Tensor | None, last: Kept, taps: Tensor | None) -> dict[str, Any]:
         assert taps is not None

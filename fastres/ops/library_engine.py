@@ -71,13 +71,20 @@ class Library(Facts):
         return x, *self.fprop(x, w, None)
 
     def dgrad(
-        self, dz: Tensor, w: Tensor, bn: OnLoad, *, residual: Tensor | None = None, residual_mask: Tensor | None = None
+        self,
+        dz: Tensor,
+        w: Tensor,
+        bn: OnLoad,
+        *,
+        residual: Tensor | None = None,
+        residual_mask: Tensor | None = None,
+        relu_mask: Tensor | None = None,
     ) -> Tensor:
         w, bn = scaled(w, bn)
         dx = reference.conv_dgrad(self.stored(dz, bn), w, self.problem.x_shape, geometry=self.geometry)
-        if residual is None:
-            return dx
-        return self.passes.pad_shortcut_backward(dx, residual, stride=1, mask=residual_mask)
+        if residual is not None:
+            dx = self.passes.pad_shortcut_backward(dx, residual, stride=1, mask=residual_mask)
+        return dx if relu_mask is None else reference.relu_backward(dx, relu_mask)
 
     def dgrad_masked(
         self, dz: Tensor, w: Tensor, bn: OnLoad, z: Tensor, mean: Tensor, affine: Affine

@@ -16,6 +16,7 @@ and an opaque operator would prevent it from fusing further.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -24,11 +25,13 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
-from fastres.ops import dispatch, ends
+from fastres.ops import dispatch, ends, frozen
 from fastres.ops.backward import Backward
-from fastres.ops.block import Call, bound, forward
+from fastres.ops.block import forward
+from fastres.ops.call import Call, bound
 from fastres.ops.conv_bn import Buffers, ConvBN, Kept
 from fastres.ops.ends import BlockKept, End, Gradient
+from fastres.ops.frozen import FrozenBackward
 from fastres.ops.layout import Geometry, cast_gradients, krsc, nchw, nhwc, unaliased, wide
 
 _lib = torch.library.Library("fastres", "FRAGMENT")
@@ -36,8 +39,9 @@ for _schema in (
     # Arguments, for each layer: parameters: (weight, BN weight, BN bias); running: (mean, var); geometry: stride, pad,
     # dilation, groups; training: whether it uses batch statistics. end, sizes: `End.word` and `End.sizes`.
     # Results: moved: the new running mean and var of each layer that updates them, concatenated; statistics: mean,
-    # rstd, scale and shift of each layer, concatenated; kept: every z, the pool's taps, and every weight that had to be
-    # copied for its dtype or layout.
+    # rstd, scale and shift of each layer, concatenated; kept: every z (of a frozen block: the input of every
+    # convolution on the main branch but the first), the pool's taps, and every weight that had to be copied for its
+    # dtype or layout.
     "conv_bn_act(Tensor x, Tensor?[] parameters, Tensor?[] running, Tensor? residual, int[] geometry, float[] eps,"
     " float[] momentum, bool[] training, str end, int[] sizes)"
     " -> (Tensor out, Tensor moved, Tensor statistics, Tensor[] kept)",
@@ -95,12 +99,15 @@ def _forward(x: Tensor, parameters: Sequence[Any], running: Sequence[Any], resid
         ending = ends.of_words(end, sizes, residual)
         call = Call(_pairs_of(x, weights, geometry, eps, training, ending), tuple(buffers), ending)
         read = [krsc(weight, x.dtype) for weight in weights]
-        (kept,) = forward([call], call.read(x, x.dtype), read, parameters)
-        out, taps = ending.finish(call.pairs, kept)
+        run = call.read(x, x.dtype), read, parameters
+        if call.frozen:
+            (kept,), out, taps = frozen.forward([call], *run, [True] * (1 + len(parameters)))
+        else:
+            (kept,), out, taps = forward([call], *run)
     copies = [w for w, weight in zip(read, weights, strict=True) if _is_copied(weight, x.dtype)]
     statistics = torch.cat([t for pair in kept.pairs for t in (pair.mean, pair.rstd, pair.scale, pair.shift)])
-    zs = [pair.z for pair in kept.pairs]
-    return unaliased(out), moved, statistics, [*zs, *([] if taps is None else [taps]), *copies]
+    activations = [t for pair in kept.pairs if (t := pair.activation if call.frozen else pair.z) is not None]
+    return unaliased(out), moved, statistics, [*activations, *([] if taps is None else [taps]), *copies]
 
 
 def _backward(
@@ -108,16 +115,19 @@ def _backward(
     geometry: Any, training: Any, end: str, sizes: Any, output_mask: Sequence[bool],
 ) -> list[Tensor]:  # fmt: skip
     weights = parameters[::3]
-    n, rest, ending = len(weights), iter(kept[len(weights) :]), ends.of_words(end, sizes)
+    n, rest, ending, fixed = len(weights), iter(kept), ends.of_words(end, sizes), not any(training)
     stats = statistics.split([weight.shape[0] for weight in weights for _ in range(4)])
+    inputs = {i: next(rest) for i in range(1, n + ending.last + 1)} if fixed else {}
+    zs = {} if fixed else {i: next(rest) for i in range(n)}
     taps = next(rest) if isinstance(ending, ends.Pool) else None
     read = [next(rest) if _is_copied(weight, x.dtype) else krsc(weight, x.dtype) for weight in weights]
-    pairs = [Kept._make((kept[i], *stats[4 * i : 4 * i + 4], read[i], None)) for i in range(n)]
+    pairs = [Kept._make((zs.get(i), *stats[4 * i : 4 * i + 4], read[i], inputs.get(i))) for i in range(n)]
     with torch._C._DisableAutocast():
         call = Call(_pairs_of(x, weights, geometry, [0.0] * n, training, ending), (), ending)
         block, masked = BlockKept(call.read(x, x.dtype), pairs), None if out is None else nhwc(out)
         needs_x, *needs = output_mask
-        walk = Backward(call.pairs, ending, block, masked, taps, parameters, needs_x, needs)
+        kind = FrozenBackward if fixed else Backward
+        walk = kind(call.pairs, ending, block, masked, taps, parameters, needs_x, needs)
         dx, grads = walk.run(Gradient(nhwc(dy.to(x.dtype))))
     found = [None if dx is None else nchw(dx.value), *cast_gradients(grads, parameters)]
     return [grad for grad, wanted in zip(found, output_mask, strict=True) if wanted and grad is not None]
@@ -135,25 +145,34 @@ def _affine(
 # Fake implementations: shapes, strides and dtypes of the results.
 
 
-def _conv_shape(x: Sequence[Any], weight: Tensor, geometry: Sequence[int]) -> tuple[Any, ...]:
-    """Return the shape [N, P, Q, K] of a convolution's output, given its input's shape [N, H, W, ...]."""
+def _conv_shape(x: Sequence[Any], filters: Sequence[Any], geometry: Sequence[int]) -> tuple[Any, ...]:
+    """Return the shape [N, P, Q, K] of a convolution's output, given those of x [N, H, W, ...] and its filters."""
     n, h, w = x[:3]
-    k, _, r, s = weight.shape
+    k, _, r, s = filters
     stride, pad, dilation, _ = geometry
     p, q = ((size + 2 * pad - dilation * (side - 1) - 1) // stride + 1 for size, side in ((h, r), (w, s)))
     return n, p, q, k
 
 
+def _conv_shapes(
+    x: Sequence[Any], filters: Sequence[Sequence[Any]], geometry: Sequence[int], end: End
+) -> list[tuple[Any, ...]]:
+    """Return the shape of each convolution's output in a block, given those of x [N, C, H, W] and of the filters."""
+    n, _, h, w = x
+    shapes: list[tuple[Any, ...]] = []
+    for i, each in enumerate(filters):
+        on_x = i == 0 or (end.projects and i + 1 == len(filters))
+        shapes.append(_conv_shape((n, h, w) if on_x else shapes[-1], each, geometry[4 * i : 4 * i + 4]))
+    return shapes
+
+
 def _forward_fake(x: Tensor, parameters: Sequence[Any], running: Sequence[Any], residual: Any, *words: Any) -> Any:
     geometry, _, _, training, end, sizes = words
-    n, _, h, w = x.shape
-    first, kept, weights, ending = (n, h, w), [], parameters[::3], ends.of_words(end, sizes)
-    at: Sequence[Any] = first
-    for i, weight in enumerate(weights):
-        on_shortcut = ending.projects and i + 1 == len(weights)
-        at = _conv_shape(first if on_shortcut else at, weight, geometry[4 * i : 4 * i + 4])
-        kept.append(x.new_empty(at))
-    shape = ending.out_shape(kept[ending.last].shape)
+    weights, ending = parameters[::3], ends.of_words(end, sizes)
+    shapes = _conv_shapes(x.shape, [weight.shape for weight in weights], geometry, ending)
+    # A frozen block keeps the input of every convolution on the main branch but the first.
+    kept = [x.new_empty(each) for each in (shapes if any(training) else shapes[: ending.last])]
+    shape = ending.out_shape(shapes[ending.last])
     if isinstance(ending, ends.Pool):
         kept.append(x.new_empty(shape, dtype=torch.uint8))
     out = nchw(x.new_empty(shape))
@@ -176,7 +195,7 @@ def _affine_fake(
     x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None, geometry: Any, relu: bool
 ) -> Tensor:
     n, _, h, w = x.shape
-    return nchw(x.new_empty(_conv_shape((n, h, w), weight, geometry)))
+    return nchw(x.new_empty(_conv_shape((n, h, w), weight.shape, geometry)))
 
 
 # Autograd, registered by hand on the Autograd key: `torch.library.register_autograd` doesn't support lists that contain
@@ -190,8 +209,8 @@ class _Function(torch.autograd.Function):
         ctx.words, ctx.layers = words, len(parameters)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(moved, statistics, *kept)
-        *_, end, sizes = words
-        read = out if ends.of_words(end, sizes).reads_output else None
+        *_, training, end, sizes = words
+        read = out if ends.of_words(end, sizes).keeps_output(not any(training)) else None
         ctx.save_for_backward(x, read, statistics, *parameters, *kept)
         return out, moved, statistics, *kept
 
@@ -276,12 +295,12 @@ _lib.impl(conv_affine_act, _affine_autograd, "Autograd", with_keyset=True)
 # FLOP formulas: `torch.utils.flop_counter` counts zero for an operator without one. It passes shapes for tensors.
 
 
-def _conv_flops(z: torch.Size, w: torch.Size) -> int:
+def _conv_flops(z: Sequence[int], w: Sequence[int]) -> int:
     """Return the FLOPs of a convolution's fprop, dgrad or wgrad: 2 numel(z) numel(w) / K.
 
     z: shape of its output; w: shape of its filters, K first.
     """
-    return 2 * z.numel() * w[1:].numel()
+    return 2 * math.prod(z) * math.prod(w[1:])
 
 
 @register_flop_formula(torch.ops.fastres.conv_affine_act)
@@ -290,8 +309,12 @@ def _affine_flops(x: Any, weight: Any, *_: Any, out_shape: Any, **__: Any) -> in
 
 
 @register_flop_formula(torch.ops.fastres.conv_bn_act)
-def _forward_flops(x: Any, parameters: Sequence[Any], *_: Any, out_shape: Any, **__: Any) -> int:
-    return sum(map(_conv_flops, out_shape[3], parameters[::3]))
+def _forward_flops(
+    x: Any, parameters: Sequence[Any], running: Any, residual: Any, geometry: Any, eps: Any, momentum: Any,
+    training: Any, end: str, sizes: Any, **_: Any,
+) -> int:  # fmt: skip
+    weights = parameters[::3]
+    return sum(map(_conv_flops, _conv_shapes(x, weights, geometry, ends.of_words(end, sizes)), weights))
 
 
 @register_flop_formula(torch.ops.fastres.conv_bn_act_backward)
@@ -299,9 +322,10 @@ def _backward_flops(
     dy: Any, x: Any, out: Any, parameters: Sequence[Any], statistics: Any, kept: Sequence[Any], geometry: Any,
     training: Any, end: str, sizes: Any, output_mask: Sequence[bool], **_: Any,
 ) -> int:  # fmt: skip
-    weights, total, projects = parameters[::3], 0, ends.of_words(end, sizes).projects
-    for i, weight in enumerate(weights):
-        on_shortcut = projects and i + 1 == len(weights)
+    weights, total, ending, fixed = parameters[::3], 0, ends.of_words(end, sizes), not any(training)
+    for i, (weight, z) in enumerate(zip(weights, _conv_shapes(x, weights, geometry, ending), strict=True)):
+        on_shortcut = ending.projects and i + 1 == len(weights)
         dgrad = output_mask[0] or (not on_shortcut and any(output_mask[: 3 * i + 1]))
-        total += (dgrad + output_mask[3 * i + 1]) * _conv_flops(kept[i], weight)
+        wgrad = output_mask[3 * i + 1] or (fixed and output_mask[3 * i + 2])
+        total += (dgrad + wgrad) * _conv_flops(z, weight)
     return total

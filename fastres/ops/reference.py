@@ -39,10 +39,10 @@ EndNorms = tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor] | None]
 class BNBackward(NamedTuple):
     """The coefficients of BatchNorm's backward, dz = c_g g + c_z z + c_1, each [K]; z is [N, P, Q, K].
 
-    With running statistics dz = c_g g, and c_z and c_1 are None.
+    With running statistics dz = c_g g; c_z and c_1 are None, and z is not read.
     """
 
-    z: Tensor
+    z: Any
     c_g: Tensor
     c_z: Tensor | None
     c_1: Tensor | None
@@ -290,6 +290,11 @@ def _masked(dy: Tensor, z: Tensor, mask: Mask) -> Tensor:
         return dy
     before = mask if isinstance(mask, Tensor) else z * mask[0] + mask[1]
     return torch.where(before <= 0, 0.0, dy)
+
+
+def relu_backward(dy: Tensor, y: Tensor) -> Tensor:
+    """Return dy, set to zero where y, the output of a ReLU, is <= 0. dy, y and the result have the same shape."""
+    return torch.ops.aten.threshold_backward(dy, y, 0)
 
 
 def backward_reduce(

@@ -7,7 +7,6 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor
 
 
 class SideStream:
@@ -29,13 +28,16 @@ class SideStream:
         """Return whether `device` has streams, which means that it is a CUDA device."""
         return device.type == "cuda"
 
-    def __call__(self, function: Callable[..., Tensor], *arguments: Any) -> Tensor:
+    def __call__(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Return function(*arguments): a tensor, or a tuple of tensors and Nones."""
         self.join()
         self.read = arguments  # if they were freed, the current stream could reuse their memory during the call
         self.second.wait_stream(self.main)
         with torch.cuda.stream(self.second):
             result = function(*arguments)
-        result.record_stream(self.main)  # its memory belongs to the second stream's pool
+        for tensor in result if isinstance(result, tuple) else (result,):
+            if tensor is not None:
+                tensor.record_stream(self.main)  # its memory belongs to the second stream's pool
         return result
 
     def join(self) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastres.kernels import batch_norm, dgrad, fprop, max_pool, pad_shortcut, stem, wgrad
 from fastres.kernels.fprop import Join, RunningNorm
+from fastres.ops import reference
 from fastres.ops.layout import nchw
 from fastres.ops.library_engine import Library, read_again, scaled
 from fastres.ops.reference import Affine, EndNorms, OnLoad, Prologue
@@ -67,21 +68,28 @@ class Kernels(Library):
             return a, prologue
         return self.passes.normalize(a, *prologue, relu=True), None
 
-    def dgrad(self, dz: Tensor, w: Tensor, bn: OnLoad, **epilogue: Any) -> Any:
+    def dgrad(
+        self, dz: Tensor, w: Tensor, bn: OnLoad, *, relu_mask: Tensor | None = None, **residual: Tensor | None
+    ) -> Any:
+        if relu_mask is None or self.engines.fusions.relu_mask:
+            return self._dgrad(dz, w, bn, relu_mask=relu_mask, **residual)
+        return reference.relu_backward(self._dgrad(dz, w, bn, **residual), relu_mask)
+
+    def _dgrad(self, dz: Tensor, w: Tensor, bn: OnLoad, **epilogue: Any) -> Any:
         w, bn = scaled(w, bn)
         return dgrad.conv_dgrad(dz, w, self.problem, precision=self.engines.precision, bn_backward=bn, **epilogue)
 
     def dgrad_masked(self, dz: Tensor, w: Tensor, bn: OnLoad, z: Tensor, mean: Tensor, affine: Affine) -> Any:
         if not self.engines.fusions.relu_mask:
             return super().dgrad_masked(dz, w, bn, z, mean, affine)
-        g, partials = self.dgrad(dz, w, bn, relu_mask=affine, below=(z, mean))
+        g, partials = self._dgrad(dz, w, bn, relu_mask=affine, below=(z, mean))
         return g, None, partials
 
     def dgrad_joined(self, dz: Tensor, w: Tensor, bn: OnLoad, out: Tensor, end_below: EndNorms, **residual: Any) -> Any:
         if not self.engines.fusions.block_end:
             return super().dgrad_joined(dz, w, bn, out, end_below, **residual)
         last, projection = end_below
-        return self.dgrad(dz, w, bn, **residual, relu_mask=out, below=last, projection=projection)
+        return self._dgrad(dz, w, bn, **residual, relu_mask=out, below=last, projection=projection)
 
     def filter_gradient(self, dz: Tensor, a: Tensor, bn: OnLoad, prologue: Prologue, dtype: torch.dtype) -> Tensor:
         a, prologue = self._prologue(read_again(a, dz.dtype), prologue, self.engines.wgrad_on_load)

@@ -62,7 +62,7 @@ def change(path: str, module: Callable[[], nn.Module]) -> Callable[[Any], Any]:
 CHANGES = {
     "another norm": (
         change("bn1", lambda: nn.SyncBatchNorm(8)),
-        "contains SyncBatchNorm where BatchNorm2d is expected",
+        "contains SyncBatchNorm where BatchNorm2d or FrozenBatchNorm2d is expected",
     ),
     "another convolution": (change("conv2", nn.Identity), "contains Identity where Conv2d is expected"),
     "a subclass": (change("relu", Activation), "contains Activation where ReLU is expected"),

@@ -31,7 +31,7 @@ from fastres import paper
 from fastres.kernels import fprop, max_pool, pad_shortcut
 from fastres.models import resnet
 from fastres.models.resnet import Bottleneck, ResNet
-from fastres.ops import block, conv_bn, dispatch, eligibility, reference
+from fastres.ops import block, call, conv_bn, dispatch, eligibility, reference
 from fastres.ops.library_engine import Library
 from fastres.ops.triton_engine import Kernels
 
@@ -451,7 +451,7 @@ def test_images_are_converted_once_at_most(
 ) -> None:
     """Engines that pack images read them in any layout and dtype; all others share one conversion to NHWC."""
     monkeypatch.setattr(dispatch, "conv_engine", lambda pass_, *_: "stem" if pass_ in packing else "aten")
-    monkeypatch.setattr(block, "conv_bn", conv_bn.conv_bn.__wrapped__)
+    monkeypatch.setattr(call, "conv_bn", conv_bn.conv_bn.__wrapped__)
     pools, launching = [], max_pool.launch
 
     def noting(kernel: Any, grid: tuple[int, ...], **given: Any) -> None:
