@@ -322,7 +322,7 @@ def layer_responses(model: nn.Module, batches: Iterable[Tensor]) -> dict[str, fl
     handles = []
     part: Any  # a net, a block, or any other module
     for part in model.modules():
-        pairs = part.stem_parts().pairs if hasattr(part, "stem_parts") else getattr(part, "pairs", list)()
+        pairs = part.parts().pairs if hasattr(part, "parts") else ()
         for conv, norm in pairs:
             if conv.kernel_size != (3, 3):
                 continue

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from fastres.capability import LEAST, spelt
-from fastres.models.resnet import BasicBlock, ResNet
+from fastres.models.resnet import BasicBlock
 from fastres.ops import dispatch, eligibility, extension
 
 TRAIN = "python -m fastres train"
@@ -178,7 +178,7 @@ def _blocks(model: nn.Module) -> dict[str, str]:
 
 
 def _parts(module: nn.Module) -> eligibility.Parts | None:
-    ask = module.stem_parts if isinstance(module, ResNet) else getattr(module, "parts", None)
+    ask = getattr(module, "parts", None)
     parts = ask() if callable(ask) else None
     return parts if isinstance(parts, eligibility.Parts) else None
 

@@ -220,14 +220,14 @@ class _SmallImageStem(nn.Module):
         self.bn1 = nn.BatchNorm2d(width)
         self.relu = nn.ReLU(inplace=True)
 
-    def stem_parts(self) -> eligibility.Parts:
+    def parts(self) -> eligibility.Parts:
         """Return the stem's modules by role, for `eligibility`."""
         return eligibility.Parts([(self.conv1, self.bn1)], [self.relu])
 
     def _stem(self, x: Tensor) -> Tensor:
         if not torch.jit.is_scripting():
             _check_images(x, self.conv1)
-            if eligibility.serves(x, self.stem_parts()):
+            if eligibility.serves(x, self.parts()):
                 return plain_block(x, [(self.conv1, self.bn1)])
         return self.relu(self.bn1(self.conv1(x)))
 

@@ -199,13 +199,13 @@ class ResNet(tv.ResNet):
         x = torch.flatten(x, 1)
         return self.fc(x)
 
-    def stem_parts(self) -> eligibility.Parts:
+    def parts(self) -> eligibility.Parts:
         """Return the stem's modules by role, for `eligibility`."""
         return eligibility.Parts([(self.conv1, self.bn1)], [self.relu], pool=self.maxpool)
 
     def _stem(self, x: Tensor) -> Tensor:
         if not torch.jit.is_scripting():
-            if eligibility.serves(x, self.stem_parts()):
+            if eligibility.serves(x, self.parts()):
                 return stem(x, self.conv1, self.bn1, self.maxpool)
         return self.maxpool(self.relu(self.bn1(self.conv1(x))))
 
