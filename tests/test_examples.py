@@ -259,7 +259,8 @@ def test_an_interrupted_example_shows_no_traceback(tmp_path: Path) -> None:
 
 def test_the_detector_keeps_losses_boxes_and_scores(tmp_path: Path) -> None:
     said = run(tmp_path, "detector.py", "--images", "1", "--size", "128")
-    assert "converted: 16, kept: 0" in said
+    assert "converted: 17, kept: 0" in said  # 16 blocks, and the container for the stem
+    assert "restored: 17, kept: 0" in said
     assert "backbone.body.layer4.2" in said
     assert "16 of them run plain PyTorch" in said
     assert "same losses, same boxes and scores" in said
