@@ -262,7 +262,7 @@ def test_the_detector_keeps_losses_boxes_and_scores(tmp_path: Path) -> None:
     assert "converted: 17, kept: 0" in said  # 16 blocks, and the container for the stem
     assert "restored: 17, kept: 0" in said
     assert "backbone.body.layer4.2" in said
-    assert "16 of them run plain PyTorch" in said
+    assert "17 of them run plain PyTorch" in said
     assert "same losses, same boxes and scores" in said
     assert len(numbers(said, r"loss_\w+: (\S+) converted")) == 4
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torchvision
@@ -195,6 +197,14 @@ def test_a_model_is_told_block_by_block() -> None:
     assert sum(path == FUSED for path in status.blocks.values()) == 6
     assert "6 of 9" in str(status)
     assert "layer2.0: plain" in str(status)
+
+
+@pytest.mark.parametrize("build", [fastres.paper.cifar, fastres.paper.resnet], ids=["cifar", "paper"])
+def test_stems_of_the_papers_nets_are_told(build: Callable[[int], nn.Module]) -> None:
+    with fastres.backend("reference"):
+        blocks = fastres.status(build(20 if build is fastres.paper.cifar else 18)).blocks
+    assert blocks is not None
+    assert blocks[""] == FUSED
 
 
 def test_other_models_have_no_blocks_until_they_are_converted() -> None:

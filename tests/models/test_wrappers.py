@@ -83,6 +83,9 @@ def test_convert_reaches_into_wrappers_but_not_into_programs() -> None:
     conversion = fastres.convert(nn.Sequential(torch.jit.script(net())))
     assert not conversion.converted
     assert conversion.kept == {"0": "it is a ScriptModule, which has no blocks; convert the original eager module"}
+    optimized = nn.Sequential(fastres.optimize(net()))
+    assert "0" in fastres.convert(optimized).kept
+    assert type(optimized[0].layer1[0]) is torchvision.models.resnet.BasicBlock
     exported = torch.export.export(net(), (images(),)).module()
     assert "graph of ATen operators" in fastres.convert(exported).kept[""]
 
