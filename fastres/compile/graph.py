@@ -70,7 +70,12 @@ def is_relu(node: Any) -> bool:
 
 def addends(node: Any) -> tuple[fx.Node, fx.Node] | None:
     """Return the two tensors that `node` adds; None if it is not a plain addition of two tensors."""
-    if not calls(node, *ADD) or len(node.args) != 2 or node.kwargs:
+    return operands(node, *ADD)
+
+
+def operands(node: Any, *targets: Any) -> tuple[fx.Node, fx.Node] | None:
+    """Return the two tensors, its only arguments, on which `node` calls one of `targets`; None if there are none."""
+    if not calls(node, *targets) or len(node.args) != 2 or node.kwargs:
         return None
     a, b = node.args
     return (a, b) if isinstance(value(a), Tensor) and isinstance(value(b), Tensor) else None

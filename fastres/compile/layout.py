@@ -40,6 +40,7 @@ class Layout:
         self._replacements: dict[fx.Node, fx.Node] = {}
         self._results: set[fx.Node] = set()  # results of operators, always channels_last
         self._changed: set[fx.Node] = set()  # nodes whose memory format may differ from the traced one
+        self._casts: dict[fx.Node, tuple[fx.Node, torch.dtype]] = {}  # cast -> (an operator's result, its dtype)
 
     def current(self, node: fx.Node) -> fx.Node:
         """Return the replacement of `node`, or `node` itself if it was not replaced."""
@@ -47,18 +48,26 @@ class Layout:
 
     def operand(self, node: fx.Node, dtype: torch.dtype) -> fx.Node:
         """Return `node` in `dtype` and channels_last, inserting a cast or a copy if needed."""
-        node = self.current(node)
+        node = operand = self.current(node)
         if value(node).dtype != dtype:
-            node = self._graph.call_function(_aten.to.dtype, (node, dtype))
-        elif node in self._results or is_channels_last(value(node)):
-            return node
-        return _channels_last(self._graph, node)
+            operand = self._graph.call_function(_aten.to.dtype, (node, dtype))
+        if node in self._results or (node is operand and is_channels_last(value(node))):
+            return operand
+        return _channels_last(self._graph, operand)
 
-    def replace(self, node: fx.Node, result: fx.Node) -> None:
-        """Replace all uses of `node` by `result`, which inherits the metadata of `node` (its traced value)."""
+    def replace(self, node: fx.Node, result: fx.Node, dtype: torch.dtype | None = None) -> fx.Node:
+        """Replace all uses of `node` by `result`, or by its cast if `node` has another dtype; return the replacement.
+
+        It inherits the metadata of `node` (its traced value). dtype: that of `result`, if it may be another.
+        """
+        if dtype is not None and dtype != value(node).dtype:
+            cast = self._graph.call_function(_aten.to.dtype, (result, value(node).dtype))
+            self._casts[cast] = result, dtype
+            result = cast
         result.meta = dict(node.meta)
         node.replace_all_uses_with(result)
         self._replacements[node] = result
+        return result
 
     def gives_channels_last(self, result: fx.Node) -> None:
         """Register `result` as an operator's output, which is channels_last in any case."""
@@ -76,9 +85,23 @@ class Layout:
         all readers must use the copy or none.
         """
         memory = Memory(self._graph)
+        for cast in self._casts:
+            if not memory.is_observed(cast):
+                self._undo(cast)
         for node in list(self._graph.nodes):
             if node in self._changed:
                 self._restore(node, memory.is_observed(node))
+
+    def _undo(self, cast: fx.Node) -> None:
+        """Let operators that cast `cast` back read the result itself, and erase `cast` if nothing else reads it."""
+        result, dtype = self._casts[cast]
+        for user in list(cast.users):
+            if _is_put_in(user) and user.args[1] == dtype:
+                user.replace_all_uses_with(result)
+                self._graph.erase_node(user)
+        if not cast.users:
+            self._changed.discard(cast)
+            self._graph.erase_node(cast)
 
     def _restore(self, root: fx.Node, observed: bool) -> None:
         """Insert a copy after `root`, a result whose format changed, if a reader depends on the traced format.
@@ -107,10 +130,16 @@ class Layout:
         copy.meta = dict(root.meta)
         for user in readers:
             operand = copy
-            if calls(user, *_OPERATORS):  # gets the same values in channels_last, the format it works in
+            # An operator gets the same values in channels_last, the format it works in.
+            if calls(user, *_OPERATORS) or _is_put_in(user):
                 with self._graph.inserting_before(user):
                     operand = _channels_last(self._graph, copy)
             user.replace_input_with(root, operand)
+
+
+def _is_put_in(user: fx.Node) -> bool:
+    """Return whether `user` is a cast or copy of an operand that `Layout.operand` has inserted."""
+    return "example_value" not in user.meta and calls(user, _aten.contiguous.default, _aten.to.dtype)
 
 
 def _reading(user: fx.Node, root: fx.Node, observed: bool) -> str:
@@ -122,8 +151,7 @@ def _reading(user: fx.Node, root: fx.Node, observed: bool) -> str:
     - "depends": anything else, or unknown.
     """
     result = value(user)
-    put_in = "example_value" not in user.meta and calls(user, _aten.contiguous.default, _aten.to.dtype)
-    if put_in or calls(user, *_OPERATORS):
+    if _is_put_in(user) or calls(user, *_OPERATORS):
         return "ends"  # an operator returns channels_last for any input; inserted casts and copies only feed operators
     if calls(user, getattr, "size", "dim"):
         return "depends" if isinstance(result, Tensor) else "ends"

@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from fastres.compile.graph import (
-    BN_ARGUMENTS,
     CONV,
     addends,
     arguments,
@@ -32,6 +31,7 @@ from fastres.compile.graph import (
     value,
     written_by,
 )
+from fastres.compile.norms import Norm, norms, why_unlike
 from fastres.ops import dispatch, ends
 
 _CONV_ARGUMENTS = {"input": ..., "weight": ..., "bias": None, "stride": 1, "padding": 0, "dilation": 1, "groups": 1}
@@ -57,25 +57,18 @@ class Finding:
 
 @dataclass(eq=False)
 class Pair:
-    """conv -> BN: the two nodes, the tensors that they read, and their constant arguments."""
+    """conv -> BN: the convolution, the tensors that it reads, its sizes, and the BatchNorm."""
 
     conv: fx.Node
-    bn: fx.Node
     x: fx.Node
     weight: fx.Node
     bias: fx.Node | None
-    bn_weight: fx.Node | None
-    bn_bias: fx.Node | None
-    running: tuple[fx.Node | None, fx.Node | None]  # mean, var
     geometry: list[int]  # stride, padding, dilation, groups
-    training: bool
-    momentum: float
-    eps: float
+    norm: Norm
 
     @property
-    def statistics(self) -> set[int | None]:
-        """The storages of the running statistics."""
-        return {storage(t) for t in self.running if t is not None}
+    def nodes(self) -> list[fx.Node]:
+        return [self.conv, *self.norm.nodes]
 
 
 @dataclass(eq=False)
@@ -89,7 +82,12 @@ class Match:
     nodes: list[fx.Node]  # all nodes that are replaced; the last one produces the result
     end: ends.End = field(default_factory=ends.Linear)
     residual: fx.Node | None = None  # for `ends.Join`: the other addend
-    shortcut: list[fx.Node] = field(default_factory=list)  # option A's nodes, erased if nothing else reads them
+    shortcut: list[fx.Node] = field(default_factory=list)  # option A's nodes
+
+    @property
+    def aside(self) -> list[fx.Node]:
+        """The nodes of option A and of frozen BatchNorms' vectors. They are erased if nothing else reads them."""
+        return [*self.shortcut, *(node for pair in self.pairs for node in pair.norm.vectors)]
 
     @property
     def first(self) -> fx.Node:
@@ -106,12 +104,12 @@ class Match:
     @property
     def moves(self) -> set[int | None]:
         """The storages of the running statistics that the match updates."""
-        return set().union(*(pair.statistics for pair in self.pairs if pair.training))
+        return set().union(*(pair.norm.statistics for pair in self.pairs if pair.norm.training))
 
     @property
     def trains(self) -> bool:
         """Whether it uses batch statistics or needs gradients."""
-        return any(pair.training for pair in self.pairs) or value(self.last).requires_grad
+        return any(pair.norm.training for pair in self.pairs) or value(self.last).requires_grad
 
     @property
     def pattern(self) -> str:
@@ -152,30 +150,31 @@ def search(
 
     pairs, normed = [], set()
     why_nothing = _why_nothing(graph)
-    for bn in graph.find_nodes(op="call_function", target=F.batch_norm):
-        normed.add(arguments(bn, BN_ARGUMENTS)["input"])
-        pair = _pair(bn)
+    for norm in norms(graph):
+        normed.add(norm.input)
+        pair = _pair(norm)
         if isinstance(pair, Pair):
             if reason := why_nothing or _why_unserved(value(pair.conv), always):
                 tell(pair.conv, "conv-BN", None, reason)
             else:
                 pairs.append(pair)
         elif pair:
-            tell(bn, "conv-BN", None, pair)
-        elif any(map(is_relu, bn.users)):
-            tell(bn, "BN-ReLU", None, "no convolution before it: Inductor makes the same passes over memory")
+            tell(norm.output, "conv-BN", None, pair)
+        elif any(map(is_relu, norm.output.users)):
+            tell(norm.output, "BN-ReLU", None, "no convolution before it: Inductor makes the same passes over memory")
         else:
-            tell(bn, "BN", None, "no convolution before it")
+            tell(norm.output, "BN", None, "no convolution before it")
     matches = []
     for match in _with_ends(_open_matches(pairs)):
-        if reason := _obstacle(match.nodes, match.shortcut, match.moves, order):
+        if reason := _obstacle(match.nodes, match.aside, match.moves, order):
             tell(match.first, match.pattern, None, reason)
         else:
             matches.append(match)
     while sharing := _sharing_statistics(graph, matches):
         matches = [match for match in matches if match not in sharing]
         for match in sharing:
-            tell(match.first, match.pattern, None, "its running statistics are also read or written elsewhere")
+            reason = "its running statistics or frozen parameters are also read or written elsewhere"
+            tell(match.first, match.pattern, None, reason)
     for match in matches:
         # In inference the pool is a pass over the epilogue's output in any case, so it stays a node.
         if isinstance(match.end, ends.Pool) and not match.trains:
@@ -220,16 +219,16 @@ def _number(sizes: Any) -> int | None:
     return number if not values and isinstance(number, int) else None
 
 
-def _pair(bn: fx.Node) -> Pair | str:
-    """Return the pair that ends with `bn`, or the reason why there is none ("" if no convolution precedes `bn`)."""
-    norm = arguments(bn, BN_ARGUMENTS)
-    if not calls(norm["input"], *CONV):
+def _pair(norm: Norm) -> Pair | str:
+    """Return the pair that ends with `norm`, or the reason why there is none ("" if no convolution precedes `norm`)."""
+    node = norm.input
+    if not calls(node, *CONV):
         return ""
-    conv = arguments(norm["input"], _CONV_ARGUMENTS)
-    z, y, x, weight = map(value, (norm["input"], bn, conv["input"], conv["weight"]))
+    conv = arguments(node, _CONV_ARGUMENTS)
+    z, y, x, weight = map(value, (node, norm.output, conv["input"], conv["weight"]))
     if not all(isinstance(t, Tensor) for t in (z, y, x, weight)):
         return "its shapes are unknown"
-    if len(norm["input"].users) > 1:
+    if len(node.users) > 1:
         return "the convolution's output has readers other than the BatchNorm"
     if z.dim() != 4:
         return "the input is not a batch [N, C, H, W]"
@@ -240,16 +239,17 @@ def _pair(bn: fx.Node) -> Pair | str:
     if len(geometry) < len(sizes):
         words = ", ".join(f"{name} {conv[name]}" for name in sizes[:3])
         return f"the convolution has {words}; supported: one number for both directions"
-    if z.dtype != y.dtype:
+    # Only under autocast does a convolution change its weights' dtype. A frozen BatchNorm then returns that dtype.
+    if z.dtype != y.dtype and not (norm.frozen and z.dtype != weight.dtype == y.dtype):
         return f"the BatchNorm converts {z.dtype} to {y.dtype}"
-    training, momentum, eps = norm["training"], norm["momentum"], norm["eps"]
+    training, momentum, eps = norm.training, norm.momentum, norm.eps
     if not (isinstance(training, bool) and isinstance(momentum, (int, float)) and isinstance(eps, float)):
         return "the BatchNorm's momentum or mode is computed in the graph"
-    running = (norm["running_mean"], norm["running_var"])
-    if not training and None in running:
+    if not training and None in norm.running:
         return "the BatchNorm has no running statistics"
-    tensors = conv["input"], conv["weight"], conv["bias"], norm["weight"], norm["bias"]
-    return Pair(norm["input"], bn, *tensors, running, geometry, training, momentum, eps)
+    if norm.frozen and (reason := why_unlike(norm, z)):
+        return reason
+    return Pair(node, conv["input"], conv["weight"], conv["bias"], geometry, norm)
 
 
 def _share_statistics(pairs: Sequence[Pair], another: Pair) -> bool:
@@ -257,7 +257,8 @@ def _share_statistics(pairs: Sequence[Pair], another: Pair) -> bool:
 
     Such pairs can't be in one match, because one operator call does not keep the order of the two accesses.
     """
-    return any((pair.training or another.training) and pair.statistics & another.statistics for pair in pairs)
+    b = another.norm
+    return any((a.training or b.training) and a.statistics & b.statistics for a in (pair.norm for pair in pairs))
 
 
 def _open_matches(pairs: Sequence[Pair]) -> list[Match]:
@@ -269,12 +270,12 @@ def _open_matches(pairs: Sequence[Pair]) -> list[Match]:
         if is_relu(relu) and only_user(relu) is pair.conv and only_user(relu.args[0]) is relu:
             match = by_result.get(relu.args[0])
         if match is None or _share_statistics(match.pairs, pair):
-            match = Match([pair], [pair.conv, pair.bn])
+            match = Match([pair], pair.nodes)
             matches.append(match)
         else:
             match.pairs.append(pair)
-            match.nodes += [relu, pair.conv, pair.bn]
-        by_result[pair.bn] = match
+            match.nodes += [relu, *pair.nodes]
+        by_result[pair.norm.output] = match
     return matches
 
 
@@ -399,14 +400,14 @@ def _is_its_own(graph: fx.Graph, add: fx.Node) -> bool:
 
 
 def _obstacle(
-    nodes: Sequence[fx.Node], shortcut: Sequence[fx.Node], moves: set[int | None], order: Mapping[fx.Node, int]
+    nodes: Sequence[fx.Node], aside: Sequence[fx.Node], moves: set[int | None], order: Mapping[fx.Node, int]
 ) -> str | None:
-    """Return why `nodes` and `shortcut` can't be replaced by one call at the place of the last of `nodes`.
+    """Return why `nodes` and `aside` can't be replaced by one call at the place of the last of `nodes`.
 
     None if they can. A write in between into one of their inputs is such a reason. moves: the storages of the running
     statistics that they update.
     """
-    result, all_nodes = value(nodes[-1]), [*nodes, *shortcut]
+    result, all_nodes = value(nodes[-1]), [*nodes, *aside]
     if not (result.is_contiguous() or is_channels_last(result)):
         return "its result is neither contiguous nor channels_last"
     reads = {storage(read) for node in all_nodes for read in node.all_input_nodes if read not in nodes}
@@ -428,6 +429,7 @@ def _sharing_statistics(graph: fx.Graph, matches: Sequence[Match]) -> list[Match
     """Return the matches that must not be replaced because nodes outside all matches use their running statistics.
 
     These are the matches that update statistics which such a node reads, or use statistics which such a node writes.
+    The same holds for a frozen BatchNorm's weight and bias.
 
     A BatchNorm outside the matches saves its running statistics for backward, and autograd raises an error if a match
     then updates them in place. If a node outside the matches writes into them, eager's backward reads the written
@@ -437,4 +439,4 @@ def _sharing_statistics(graph: fx.Graph, matches: Sequence[Match]) -> list[Match
     staying = [node for node in graph.nodes if node not in inside]
     read = {storage(each) for node in staying for each in node.all_input_nodes}
     written = {storage(each) for node in staying for each in written_by(node)}
-    return [match for match in matches if match.moves & read or any(p.statistics & written for p in match.pairs)]
+    return [match for match in matches if match.moves & read or any(p.norm.fixed & written for p in match.pairs)]

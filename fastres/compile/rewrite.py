@@ -24,15 +24,19 @@ def rewrite_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], *, always: 
     """Rewrite `gm` in place. Return the findings about its matches and layers, in graph order."""
     graph, layout = gm.graph, Layout(gm.graph)
     matches, sums, findings = search(graph, example_inputs, always=always)
+    replaced: set[fx.Node] = set()
     for match in matches:
         with graph.inserting_before(match.last):
             _put_operators(graph, match, layout)
-        _erase(graph, [*reversed(match.nodes), *match.shortcut])
+        replaced.update(match.nodes, match.aside)
     for padded in sums:
         with graph.inserting_before(padded.relu):
             operands = layout.current(padded.y), layout.current(padded.x), padded.stride
             layout.replace(padded.relu, graph.call_function(_pad_shortcut_add_relu, operands))
-        _erase(graph, [padded.relu, padded.add, *padded.shortcut])
+        replaced.update((padded.relu, padded.add), padded.shortcut)
+    for node in reversed(list(graph.nodes)):  # general dead-code elimination would also remove changes in place
+        if node in replaced and not node.users:
+            graph.erase_node(node)
     layout.restore_where_it_matters()
     graph.lint()
     gm.recompile()
@@ -44,42 +48,31 @@ def _put_operators(graph: fx.Graph, match: Match, layout: Layout) -> None:
     x = layout.operand(match.x, dtype)
     residual = None if match.residual is None else layout.operand(match.residual, dtype)
     out = (_trained if match.trains else _inferred)(graph, match, x, residual)
-    layout.replace(match.last, out)
-    layout.gives_channels_last(out)
-
-
-def _erase(graph: fx.Graph, nodes: Sequence[fx.Node]) -> None:
-    """Erase those of `nodes` that have no users any more.
-
-    General dead-code elimination would not do, because it also removes in-place nodes without users.
-    """
-    for node in nodes:
-        if not node.users:
-            graph.erase_node(node)
+    layout.gives_channels_last(layout.replace(match.last, out, dtype))
 
 
 def _trained(graph: fx.Graph, match: Match, x: fx.Node, residual: fx.Node | None) -> fx.Node:
     """Insert one `conv_bn_act` for all pairs, and copy the running statistics that it returns into the model's."""
     pairs = match.pairs
     geometry = [size for pair in pairs for size in pair.geometry]
-    eps, momenta = [pair.eps for pair in pairs], [float(pair.momentum) for pair in pairs]
-    words = geometry, eps, momenta, [pair.training for pair in pairs], match.end.word, list(match.end.sizes)
-    parameters = [t for pair in pairs for t in (pair.weight, pair.bn_weight, _joint_bias(graph, pair))]
-    running = [t for pair in pairs for t in pair.running]
+    eps, momenta = [pair.norm.eps for pair in pairs], [float(pair.norm.momentum) for pair in pairs]
+    words = geometry, eps, momenta, [pair.norm.training for pair in pairs], match.end.word, list(match.end.sizes)
+    parameters = [t for pair in pairs for t in (pair.weight, pair.norm.weight, _joint_bias(graph, pair))]
+    running = [t for pair in pairs for t in pair.norm.running]
     results = graph.call_function(conv_bn_act, (x, parameters, running, residual, *words))
     out = graph.call_function(operator.getitem, (results, 0))
     if not match.moves:
         return out
     moved, at = graph.call_function(operator.getitem, (results, 1)), 0
-    for pair in (pair for pair in pairs if pair.training):
-        for statistic, bias in zip(pair.running, (pair.bias, None), strict=True):
+    for pair in (pair for pair in pairs if pair.norm.training):
+        for statistic, bias in zip(pair.norm.running, (pair.bias, None), strict=True):
             if statistic is None:
                 continue
             size = value(statistic).numel()
             new = graph.call_function(_aten.slice.Tensor, (moved, 0, at, at + size))
             if bias is not None:  # the operator's batch mean does not include the convolution's bias
                 bias = graph.call_function(_aten.detach.default, (bias,))
-                new = graph.call_function(_aten.add.Tensor, (new, bias), {"alpha": pair.momentum})
+                new = graph.call_function(_aten.add.Tensor, (new, bias), {"alpha": pair.norm.momentum})
             graph.call_function(_aten.copy_.default, (statistic, new))
             at += size
     return out
@@ -92,10 +85,10 @@ def _joint_bias(graph: fx.Graph, pair: Pair) -> fx.Node | None:
     of exactly 0 (in eager it is rounding error around 0) and still propagates a NaN or infinity in b.
     """
     if pair.bias is None:
-        return pair.bn_bias
-    scale = 0.0 if pair.training else _scale(graph, pair)
-    share = graph.call_function(_aten.mul.Scalar if pair.training else _aten.mul.Tensor, (pair.bias, scale))
-    return share if pair.bn_bias is None else graph.call_function(_aten.add.Tensor, (pair.bn_bias, share))
+        return pair.norm.bias
+    scale = 0.0 if pair.norm.training else _scale(graph, pair)
+    share = graph.call_function(_aten.mul.Scalar if pair.norm.training else _aten.mul.Tensor, (pair.bias, scale))
+    return share if pair.norm.bias is None else graph.call_function(_aten.add.Tensor, (pair.norm.bias, share))
 
 
 def _inferred(graph: fx.Graph, match: Match, x: fx.Node, residual: fx.Node | None) -> fx.Node:
@@ -129,19 +122,19 @@ def _widened(graph: fx.Graph, pair: Pair, node: Any) -> fx.Node:
 
 def _scale(graph: fx.Graph, pair: Pair) -> fx.Node:
     """Return scale = weight / sqrt(running_var + eps) in float32 (float64 for a float64 convolution)."""
-    shifted = graph.call_function(_aten.add.Scalar, (_widened(graph, pair, pair.running[1]), pair.eps))
+    shifted = graph.call_function(_aten.add.Scalar, (_widened(graph, pair, pair.norm.running[1]), pair.norm.eps))
     rstd = graph.call_function(_aten.rsqrt.default, (shifted,))
-    if pair.bn_weight is None:
+    if pair.norm.weight is None:
         return rstd
-    return graph.call_function(_aten.mul.Tensor, (rstd, _widened(graph, pair, pair.bn_weight)))
+    return graph.call_function(_aten.mul.Tensor, (rstd, _widened(graph, pair, pair.norm.weight)))
 
 
 def _scale_shift(graph: fx.Graph, pair: Pair) -> tuple[fx.Node, fx.Node]:
     """Return `_scale` and shift = bias - (running_mean - conv's bias) scale."""
-    scale, mean = _scale(graph, pair), _widened(graph, pair, pair.running[0])
+    scale, mean = _scale(graph, pair), _widened(graph, pair, pair.norm.running[0])
     if pair.bias is not None:
         mean = graph.call_function(_aten.sub.Tensor, (mean, _widened(graph, pair, pair.bias)))
     product = graph.call_function(_aten.mul.Tensor, (mean, scale))
-    if pair.bn_bias is None:
+    if pair.norm.bias is None:
         return scale, graph.call_function(_aten.neg.default, (product,))
-    return scale, graph.call_function(_aten.sub.Tensor, (_widened(graph, pair, pair.bn_bias), product))
+    return scale, graph.call_function(_aten.sub.Tensor, (_widened(graph, pair, pair.norm.bias), product))
