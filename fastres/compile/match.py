@@ -148,10 +148,11 @@ def search(
     def tell(node: fx.Node, pattern: str, operator: str | None, reason: str = "") -> None:
         findings[node] = Finding(module_name(node), pattern, operator, reason)
 
-    pairs, normed = [], set()
+    pairs, normed, outputs = [], set(), set()
     why_nothing = _why_nothing(graph)
     for norm in norms(graph):
         normed.add(norm.input)
+        outputs.add(norm.output)
         pair = _pair(norm)
         if isinstance(pair, Pair):
             if reason := why_nothing or _why_unserved(value(pair.conv), always):
@@ -188,7 +189,8 @@ def search(
     for node in graph.nodes:
         if calls(node, *CONV) and node not in normed:
             tell(node, "conv", None, "no BatchNorm after it")
-        if is_relu(node) and node not in inside and node not in findings and addends(node.args[0]):
+        after_sum = is_relu(node) and addends(node.args[0]) and node.args[0] not in outputs
+        if after_sum and node not in inside and node not in findings:
             tell(node, "add-ReLU", None, "outside a match: Inductor makes the same pass over memory")
     return matches, sums, [findings[node] for node in order if node in findings]
 

@@ -9,9 +9,11 @@ from typing import Any
 import torch
 import torchvision
 from cases import relative_error
+from timm.layers import FrozenBatchNormAct2d
 from tolerances import EXACT
 from torch import Tensor, fx, nn
 from torchvision.models.resnet import BasicBlock
+from torchvision.ops import FrozenBatchNorm2d
 
 from fastres.compile import Finding
 from fastres.compile.rewrite import rewrite_graph
@@ -19,9 +21,9 @@ from fastres.compile.rewrite import rewrite_graph
 ALWAYS = {"fastres.rewrite": "always", "fastres.inner": "aot_eager"}
 
 
-def conv_bn(c: int, k: int, side: int = 3, stride: int = 1, **kwargs: Any) -> nn.Sequential:
+def conv_bn(c: int, k: int, side: int = 3, stride: int = 1, norm: Any = nn.BatchNorm2d, **kwargs: Any) -> nn.Sequential:
     conv = nn.Conv2d(c, k, side, stride, side // 2, bias=kwargs.pop("bias", False), **kwargs)
-    bn = nn.BatchNorm2d(k)
+    bn = norm(k)
     nn.init.uniform_(bn.weight, 0.5, 1.5)
     nn.init.normal_(bn.bias)
     bn.running_mean.normal_()
@@ -29,8 +31,24 @@ def conv_bn(c: int, k: int, side: int = 3, stride: int = 1, **kwargs: Any) -> nn
     return nn.Sequential(conv, bn)
 
 
-def tiny(block: type[nn.Module] = BasicBlock, net: Any = torchvision.models.ResNet) -> nn.Module:
-    return net(block, [2, 1, 1, 1], num_classes=5)
+def tiny(block: type[nn.Module] = BasicBlock, net: Any = torchvision.models.ResNet, **kwargs: Any) -> nn.Module:
+    return net(block, [2, 1, 1, 1], num_classes=5, **kwargs)
+
+
+def drawn(model: nn.Module) -> nn.Module:
+    """Draw the parameters and statistics of all frozen BatchNorms of `model`, and return it."""
+    for module in model.modules():
+        if isinstance(module, FrozenBatchNorm2d | FrozenBatchNormAct2d):
+            for name, low, high in (("weight", 0.5, 1.2), ("bias", -0.3, 0.3), ("running_mean", -0.3, 0.3)):
+                nn.init.uniform_(getattr(module, name), low, high)
+            nn.init.uniform_(module.running_var, 0.5, 2.0)
+    return model
+
+
+def pairs_in(findings: Sequence[Finding]) -> int:
+    """Return how many convolutions are inside the matches of `findings`."""
+    hits = [finding.pattern for finding in findings if finding.hit]
+    return sum(pattern.count("conv-BN") + ("project" in pattern) for pattern in hits)
 
 
 class Case(nn.Module):

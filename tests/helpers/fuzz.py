@@ -385,6 +385,69 @@ class Writer:
         return chosen
 
 
+class FrozenWriter(Writer):
+    """Writes programs with frozen BatchNorms: arithmetic on the tensors of BatchNorm modules, spelt in many ways.
+
+    Some of it is no BatchNorm after all, and some of the tensors are changed on the way.
+    """
+
+    def normalise(self, x: str) -> str | None:
+        chance, c = self.chance, self.shape(x)[1]
+        if chance.random() < 0.2:
+            return super().normalise(x)
+        norm = f"self.{self.module('bn', f'nn.BatchNorm2d({c})', again=0.3)}"
+        early, eps = chance.random() < 0.7, chance.choice(["1e-05", "0.1"])
+        w, b, m, v = (
+            self.named(self.seen(f"{norm}.{name}")) if early else f"{norm}.{name}"
+            for name in ("weight", "bias", "running_mean", "running_var")
+        )
+        scale = self.named(
+            chance.choice(
+                [
+                    *(f"{w} * ({v} + {eps}).rsqrt()", f"torch.rsqrt({eps} + {v}) * {w}"),
+                    *(f"torch.mul({w}, torch.rsqrt(torch.add({v}, {eps})))", f"{v}.add({eps}).rsqrt().mul({w})"),
+                    f"({v} + {eps}).rsqrt()" if chance.random() < 0.2 else f"{w} * ({v} + {eps}).rsqrt()",
+                ]
+            )
+        )
+        if chance.random() < 0.1:
+            self.disturb(norm, scale)
+        wrong = [f"{m} * {scale} - {b}", f"{b} + {m} * {scale}", f"{b} - {m} * {w}"] if chance.random() < 0.2 else []
+        right = [f"{b} - {m} * {scale}", f"torch.sub({b}, {scale}.mul({m}))", f"{b}.sub(torch.mul({m}, {scale}))"]
+        shift = self.named(chance.choice(wrong or right))
+        if chance.random() < 0.1:
+            self.disturb(norm, scale)
+        if not early:
+            scale, shift = self.named(self.seen(scale)), self.named(self.seen(shift))
+        y = self.say(
+            chance.choice(
+                [
+                    *(f"{x} * {scale} + {shift}", f"torch.add({shift}, {scale} * {x})"),
+                    *(f"{x}.mul({scale}).add_({shift})", f"{x}.mul_({scale}).add({shift})"),
+                ]
+            )
+        )
+        if chance.random() < 0.1:
+            self.disturb(norm, scale)
+        return y
+
+    def named(self, expression: str) -> str:
+        """Write an expression that PyTorch accepts, and return its name."""
+        name = self.say(expression)
+        assert name is not None, expression
+        return name
+
+    def seen(self, vector: str) -> str:
+        views = ["{}.reshape(1, -1, 1, 1)", "{}.view(1, -1, 1, 1)", "{}[None, :, None, None]", "{}[..., None, None]"]
+        views += ["{}.unsqueeze(1).unsqueeze(2)", "torch.reshape({}, (1, -1, 1, 1))"]
+        return self.chance.choice(views).format(vector)
+
+    def disturb(self, norm: str, scale: str) -> None:
+        """Write a change of one of the BatchNorm's tensors, or of its scale."""
+        changed = [f"{norm}.running_mean", f"{norm}.running_var", f"{norm}.weight.data", f"{norm}.bias.data", scale]
+        self.run(f"{self.chance.choice(changed)}.mul_(1.5)")
+
+
 @dataclass
 class Outcome:
     """A call's outputs and their strides, the input after it, gradients and buffers, by name.
