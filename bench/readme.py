@@ -4,7 +4,8 @@
     python bench/readme.py bench/records/nvidia-h100-80gb-hbm3.json   # this one replaces that of the same device type
 
 On each page a block of results is between the lines `<!-- NAME: bench/readme.py -->` and `<!-- /NAME -->`. NAME is
-`results` for a GPU, `results-cpu` for a CPU, and `memory` for the counts of bench/memory.py. Needs matplotlib.
+`results` for a GPU, `results-cpu` for a CPU, and `memory` and `memory-frozen` for the counts of bench/memory.py. Needs
+matplotlib.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import memory
 import plot
 import record as records
 
@@ -25,6 +27,7 @@ from fastres import picture
 
 README, BENCHMARKS = "README.md", "docs/benchmarks.md"
 MEMORY = "bench/records/memory.csv"
+FROZEN = "bench/records/memory-frozen.csv"
 BLOCKS = {"cuda": "results", "cpu": "results-cpu"}
 DTYPES = {"fp32": "fastres-optimize", "bf16": "fastres-optimize-bf16", "int8": "fastres-optimize-int8"}
 
@@ -225,6 +228,24 @@ def memory_table(rows: list[Row], source: str) -> str:
     )
 
 
+def frozen_table(rows: list[Row], source: str) -> str:
+    """Return docs/benchmarks.md's table of memory with running statistics."""
+    kinds = list(dict.fromkeys(row["norms"] for row in rows))
+    head = [
+        "saved for backward, MiB per image: eager PyTorch, fastres, x eager",
+        *(memory.NORMS[kind] for kind in kinds),
+    ]
+    lines = []
+    for depth in dict.fromkeys(row["depth"] for row in rows):
+        cells = []
+        for row in (row for row in rows if row["depth"] == depth):
+            theirs, ours = (f"{float(row[name]) / 2**20:.1f}" for name in ("pytorch", "fastres"))
+            cells.append(f"{theirs}, {ours}, **{_part(row, 'fastres')}**")
+        lines.append([f"ResNet-{depth}", *cells])
+    size = rows[0]["size"]
+    return f"{table(head, lines)}\n{size}x{size} images, bf16 autocast: [`{source}`](../{source}).\n"
+
+
 def _part(row: Row, name: str) -> str:
     """Return a column as a fraction of eager PyTorch's bytes."""
     return f"{float(row[name]) / float(row['pytorch']):.2f}"
@@ -237,15 +258,17 @@ def _beside(source: str, end: str) -> str:
 
 PAGES: dict[str, dict[str, Callable[..., str]]] = {
     README: {"results": summary_of_gpu, "results-cpu": summary_of_cpu, "memory": memory_line},
-    BENCHMARKS: {"results": full, "results-cpu": full, "memory": memory_table},
+    BENCHMARKS: {"results": full, "results-cpu": full, "memory": memory_table, "memory-frozen": frozen_table},
 }
 
 
 def pages(sources: dict[str, str]) -> dict[str, str]:
     """Return the text of each page with its blocks rewritten from `sources`, which is as in `shown`. Raises ValueError
     if a page lacks marks."""
-    with (records.ROOT / MEMORY).open(newline="") as file:
-        blocks_of: dict[str, tuple[Any, str]] = {"memory": (list(csv.DictReader(file)), MEMORY)}
+    blocks_of: dict[str, tuple[Any, str]] = {}
+    for name, source in (("memory", MEMORY), ("memory-frozen", FROZEN)):
+        with (records.ROOT / source).open(newline="") as file:
+            blocks_of[name] = list(csv.DictReader(file)), source
     for device, source in sources.items():
         blocks_of[BLOCKS[device]] = records.read(records.ROOT / source), source
     found = {}

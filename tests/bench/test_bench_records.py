@@ -19,6 +19,7 @@ import torchvision
 from conftest import pytest_report_header
 from PIL import Image
 
+import fastres
 from fastres import experiments, picture
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -270,6 +271,28 @@ def test_fastres_saves_fewer_bytes_for_backward_than_stock(depth: int, part: flo
     assert {name: int(value) for name, value in committed[depth].items()} == row
 
 
+@pytest.mark.parametrize(("norms", "part"), [("eval", 0.43), ("frozen", 0.31), ("detector", 0.35)])
+@pytest.mark.parametrize("depth", [18, 50])
+def test_frozen_norms_save_a_fraction_of_stocks_bytes(depth: int, norms: str, part: float) -> None:
+    """Only what the convolutions read, and the outputs of blocks. The committed table has the same numbers."""
+    row = importlib.import_module("memory").frozen_row(depth, 224, norms)
+    assert row["fastres"] <= part * row["pytorch"]
+    with (ROOT / "bench" / "records" / "memory-frozen.csv").open(newline="") as file:
+        committed = {(int(line["depth"]), line["norms"]): line for line in csv.DictReader(file)}
+    assert committed[depth, norms] == {name: str(value) for name, value in row.items()}
+
+
+def test_frozen_norms_save_what_a_count_by_hand_says() -> None:
+    """fastres with FrozenBatchNorm2d, ResNet-18, in elements of a 224 x 224 image of two bytes each.
+
+    The image; the pool's output and its taps (one byte each); for each of 8 blocks the activation between its
+    convolutions and its output; the average.
+    """
+    maps = [64 * 56**2 >> s for s in range(4)]
+    elements = 3 * 224**2 + maps[0] + sum(2 * 2 * size for size in maps) + 512
+    assert importlib.import_module("memory").per_image(fastres, 18, 224, "frozen") == 2 * elements + maps[0]
+
+
 def test_saved_bytes_are_those_counted_by_hand() -> None:
     """The saved bytes of eager PyTorch's ResNet-18 agree with a count by hand.
 
@@ -348,7 +371,8 @@ def test_the_pages_of_a_cpu_compare_each_dtype_with_the_best_peer(
     folder.mkdir(parents=True)
     (tmp_path / "docs").mkdir()
     (folder / "cpu.json").write_text(json.dumps(of_a_cpu()))
-    shutil.copy(ROOT / readme.MEMORY, folder)
+    for table in (readme.MEMORY, readme.FROZEN):
+        shutil.copy(ROOT / table, folder)
     for page, blocks in readme.PAGES.items():
         marks = [f"<!-- {name}: bench/readme.py -->\nold\n<!-- /{name} -->\n" for name in blocks]
         (tmp_path / page).write_text(f"before\n{''.join(marks)}after\n")
