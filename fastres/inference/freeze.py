@@ -101,8 +101,8 @@ def optimize(
         raise ValueError("percentile= is accepted only with calibration=, for float8_e4m3fn or int8")
     ranges = Ranges(100.0 if percentile is None else percentile)
     model = _with_traceable_normalize(model)
-    steps, output = trace(copy.deepcopy(model))
-    steps = fuse(steps, output, absorb=dtype != torch.int8)
+    steps, outputs = trace(copy.deepcopy(model))
+    steps = fuse(steps, outputs, absorb=dtype != torch.int8)
     if not any(isinstance(step, Conv) for step in steps):
         raise ValueError(f"{type(model).__name__} has no convolution: there is nothing to optimize")
     device = _device(model)
@@ -111,13 +111,13 @@ def optimize(
         assert dtype is not None
         _require_engine(dtype, device)
         # Compare this net with the model: after quantisation the two would differ too much.
-        wide = Optimized(model, steps, output, _QUANTISED[dtype], cuda_graph=False, compared=True)
+        wide = Optimized(model, steps, outputs, _QUANTISED[dtype], cuda_graph=False, compared=True)
         for x in batch_inputs(calibration):
             wide.observed(x, ranges.include)
-        steps, output = quantise(steps, output, ranges.ends(), dtype)
+        steps, outputs = quantise(steps, outputs, ranges.ends(), dtype)
         dtype = wide.dtype
-    steps, dtype = fuse_chains(steps, output), dtype or _dtype(model, steps)
-    net = Optimized(model, steps, output, dtype, cuda_graph, torchscript, compared=calibration is None)
+    steps, dtype = fuse_chains(steps, outputs), dtype or _dtype(model, steps)
+    net = Optimized(model, steps, outputs, dtype, cuda_graph, torchscript, compared=calibration is None)
     if example is not None:
         net.ready(example)
     return net

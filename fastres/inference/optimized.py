@@ -18,7 +18,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastres.inference.plan import Aten, Conv, ModelTensor, Pair, Step, by_image, convs, leaves, unchained
+from fastres.inference.plan import (
+    Aten,
+    Conv,
+    ModelTensor,
+    Outputs,
+    Pair,
+    Place,
+    Step,
+    by_image,
+    convs,
+    leaves,
+    mapped,
+    unchained,
+)
 from fastres.inference.program import Program
 from fastres.ops import dispatch, folded, onednn, quantised
 from fastres.ops.layout import nhwc
@@ -45,7 +58,8 @@ def batch_inputs(batches: Iterable[Any]) -> Iterator[Tensor]:
 class Optimized(nn.Module):
     """The module that `optimize` returns. It has a copy of the model's submodules, parameters and buffers.
 
-    Its `state_dict` therefore has the model's names and shapes. Calls compute with the folded weights. Loading a whole
+    Its `state_dict` therefore has the model's names and shapes. It also has the model's public attributes that are
+    neither tensors nor callable, such as a detection backbone's `out_channels` or timm's `feature_info`. Calls compute with the folded weights. Loading a whole
     state dict of the model folds the weights again, and so does moving the net to another device. Loading into a
     submodule or writing into a weight does not fold them, so the results stay the same. deepcopy and pickle work.
 
@@ -60,7 +74,7 @@ class Optimized(nn.Module):
         self,
         model: nn.Module,
         steps: Sequence[Step],
-        output: str,
+        outputs: Outputs,
         dtype: torch.dtype,
         cuda_graph: bool,
         torchscript: bool = False,
@@ -69,11 +83,12 @@ class Optimized(nn.Module):
     ) -> None:
         """Adopt the modules, parameters and buffers of `model` without copying them, freeze them, and fold the weights.
 
-        steps: the plan. output: the name of the value that the plan returns. dtype: the dtype of all steps that are
+        steps: the plan. outputs: what it returns. dtype: the dtype of all steps that are
         not quantised, and of the result. cuda_graph, torchscript: as for `optimize`. compared: whether to compare the
         plan with `model` before the first result.
         """
         super().__init__()
+        self.__dict__ |= _carried(model)
         self._uncompared = (model if compared else None,)  # in a tuple, so that it does not become a submodule
         for name in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set"):
             setattr(self, name, getattr(model, name))
@@ -82,14 +97,14 @@ class Optimized(nn.Module):
         self.dtype = dtype
         self.cuda_graph, self.torchscript = cuda_graph, torchscript
         self._steps = list(steps)
-        self._output = output
+        self._outputs = outputs
         self._model_name = type(model).__name__
         self._by_image = by_image(steps, model)
         self.register_load_state_dict_post_hook(_refold)
         self._reset()
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the model's output, in `self.dtype`, for x [N, C, H, W].
+    def forward(self, x: Tensor) -> Any:
+        """Return what the model returns for x [N, C, H, W], with tensors in `self.dtype`.
 
         x has any floating dtype and memory format and is on the device of the weights. Raises TypeError for any other
         dtype, ValueError for another number of dimensions or another device.
@@ -98,7 +113,7 @@ class Optimized(nn.Module):
         if _is_being_recorded(x):
             return self._run_recorded(x)
         with _plain_mode(x):
-            return self._on_cuda(x) if x.is_cuda else self._on_cpu(x)
+            return self._outputs.filled(self._on_cuda(x) if x.is_cuda else self._on_cpu(x))
 
     def ready(self, example: Tensor) -> None:
         """Prepare the net for inputs of `example`'s shape, so that the next call with this shape runs at full speed.
@@ -131,8 +146,12 @@ class Optimized(nn.Module):
         """Return the share of images, from 0 to 1, for which the net and `model` have the same top-1 class.
 
         batches: tensors [N, C, H, W] or (tensor, ...) tuples. `model` gets each batch in the dtype and on the device of
-        its first parameter, or unchanged if it has none. Raises ValueError if there are no images.
+        its first parameter, or unchanged if it has none. Raises ValueError if there are no images, or if the net
+        returns something else than one tensor.
         """
+        if not isinstance(self._outputs.structure, Place):
+            kind = type(self._outputs.structure).__name__
+            raise ValueError(f"agreement() compares the classes of images, but {self._model_name} returns a {kind}")
         same = total = 0
         for x in batch_inputs(batches):
             like = next(model.parameters(), x) if isinstance(model, nn.Module) else x
@@ -154,7 +173,7 @@ class Optimized(nn.Module):
     def extra_repr(self) -> str:
         return f"optimized {self._model_name}, dtype={self.dtype}"
 
-    def observed(self, x: Tensor, observer: Callable[[str, Any], None]) -> Tensor:
+    def observed(self, x: Tensor, observer: Callable[[str, Any], None]) -> Any:
         """Return `forward(x)`, run step by step, and call `observer(name, value)` for every value.
 
         The values are the input and the outputs of the steps.
@@ -163,7 +182,7 @@ class Optimized(nn.Module):
         """
         x = self._checked(x)
         with _plain_mode(x), self._lock:
-            return self._program_for(x)[0].run(self._nhwc(x), observer)
+            return self._outputs.filled(self._program_for(x)[0].run(self._nhwc(x), observer))
 
     def _reset(self) -> None:
         self._lock = threading.RLock()
@@ -264,7 +283,7 @@ class Optimized(nn.Module):
         carries = type(x) is not Tensor and type(x).__torch_dispatch__ is Tensor.__torch_dispatch__
         return x.as_subclass(Tensor) if carries else x
 
-    def _run_recorded(self, x: Tensor) -> Tensor:
+    def _run_recorded(self, x: Tensor) -> Any:
         """Return the output for x [N, C, H, W], computed by PyTorch operations only. The sizes of x may be symbolic.
 
         Raises RuntimeError for a float8 or int8 net.
@@ -275,13 +294,13 @@ class Optimized(nn.Module):
                 "model in a 16-, 32- or 64-bit dtype"
             )
         with torch.no_grad(), _without_autocast(x):
-            return self._unbound.definition(x.to(self.dtype))
+            return self._outputs.filled(self._unbound.definition(x.to(self.dtype)))
 
     def _nhwc(self, x: Tensor) -> Tensor:
         return nhwc(x.to(self.dtype, memory_format=torch.channels_last))
 
-    def _program_for(self, x: Tensor) -> tuple[Program, Tensor | None]:
-        """Return the bound program for inputs like x, and its output for x if this call had to bind it (else None).
+    def _program_for(self, x: Tensor) -> tuple[Program, list[Tensor] | None]:
+        """Return the bound program for inputs like x, and its outputs for x if this call had to bind it (else None).
 
         The caller must hold the lock.
         """
@@ -309,7 +328,7 @@ class Optimized(nn.Module):
         return program, answer
 
     def _new_program(self) -> Program:
-        return Program(self._steps, self._output, self._folded, self._layers, self.dtype, self._packings)
+        return Program(self._steps, self._outputs, self._folded, self._layers, self.dtype, self._packings)
 
     def _compare(self, x: Tensor) -> None:
         """Raise ValueError if the plan and the original model give different outputs.
@@ -324,7 +343,7 @@ class Optimized(nn.Module):
             return
         memo = {id(t): _in_float64(t) for t in (*original.parameters(), *original.buffers())}
         model = copy.deepcopy(original, memo)
-        plan = Optimized(model, unchained(self._steps), self._output, torch.float64, cuda_graph=False)
+        plan = Optimized(model, unchained(self._steps), self._outputs, torch.float64, cuda_graph=False)
         chance = torch.Generator().manual_seed(0)
         for n in dict.fromkeys((min(2, len(x)), min(len(x), _MAX_COMPARED))):
             images = torch.randn(n, *x.shape[1:], dtype=torch.float64, generator=chance)
@@ -345,8 +364,8 @@ class Optimized(nn.Module):
             break
         self._uncompared = (None,)
 
-    def _on_cpu(self, x: Tensor, specialises_after: int = SPECIALISED_AFTER) -> Tensor:
-        """Return the output for x on a CPU. specialises_after: calls with a shape before `Program.specialise` runs."""
+    def _on_cpu(self, x: Tensor, specialises_after: int = SPECIALISED_AFTER) -> list[Tensor]:
+        """Return the outputs for x on a CPU. specialises_after: calls with a shape before `Program.specialise` runs."""
         plain, fused = _is_plain(x), dispatch.optimizes_by_onednn(self.dtype, x.device)
         x = x.to(self.dtype)  # may overflow to infinity, so check afterwards
         finite = not plain or bool(x.sum(dtype=torch.float32).isfinite())
@@ -359,18 +378,23 @@ class Optimized(nn.Module):
                 return self._on_steps(x)
         onednn.keep_heap()
         answers = [self._on_steps(part, specialises_after) for part in self._slices(x)]
-        return answers[0] if len(answers) == 1 else torch.cat(answers)
+        return answers[0] if len(answers) == 1 else [torch.cat(parts) for parts in zip(*answers, strict=True)]
 
-    def _with_nan_for_broken(self, x: Tensor) -> Tensor:
-        """Return the int8 output for x, with NaN for every image that is not finite.
+    def _with_nan_for_broken(self, x: Tensor) -> list[Tensor]:
+        """Return the int8 outputs for x, with NaN for every image that is not finite.
 
-        If the plan may mix the images of a batch, the output is NaN for all of them.
+        If the plan may mix the images of a batch, the outputs are NaN for all of them.
         """
         broken = ~x.isfinite().flatten(1).all(1)
-        y = self._on_steps(x.nan_to_num(0.0, 0.0, 0.0))
-        return y.index_fill_(0, broken.nonzero().flatten(), math.nan) if self._by_image else y.fill_(math.nan)
+        answers = self._on_steps(x.nan_to_num(0.0, 0.0, 0.0))
+        for y in answers:
+            if self._by_image:
+                y.index_fill_(0, broken.nonzero().flatten(), math.nan)
+            elif y.is_floating_point():  # unlike a buffer of integers that the model returns
+                y.fill_(math.nan)
+        return answers
 
-    def _on_steps(self, x: Tensor, specialises_after: int | None = None) -> Tensor:
+    def _on_steps(self, x: Tensor, specialises_after: int | None = None) -> list[Tensor]:
         with self._lock:
             program, answer = self._program_for(x)
             if specialises_after is not None:
@@ -396,7 +420,7 @@ class Optimized(nn.Module):
             most = max(1, int(MAX_ALIVE_BYTES / self._image_bytes[size]))
             yield from x[done:].tensor_split(-(-(len(x) - done) // most))
 
-    def _on_cuda(self, x: Tensor) -> Tensor:
+    def _on_cuda(self, x: Tensor) -> list[Tensor]:
         stream = torch.cuda.current_stream()
         in_a_capture = torch.cuda.is_current_stream_capturing()  # the caller's graph records the single steps
         with self._lock:
@@ -419,6 +443,15 @@ class Optimized(nn.Module):
             raise
 
 
+def _carried(model: nn.Module) -> dict[str, Any]:
+    """Return the public attributes of `model` that only describe it, such as a backbone's `out_channels`."""
+    return {
+        name: value
+        for name, value in vars(model).items()
+        if not (name.startswith("_") or hasattr(Optimized, name) or callable(value) or isinstance(value, Tensor))
+    }
+
+
 def _is_being_recorded(x: Tensor) -> bool:
     """Return whether operations on x are being traced, compiled, transformed or otherwise intercepted."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(x) is not Tensor:
@@ -438,15 +471,24 @@ def _in_float64(tensor: Tensor) -> Tensor:
     return nn.Parameter(copied, requires_grad=False) if isinstance(tensor, nn.Parameter) else copied
 
 
-def _difference(got: Tensor, want: Any) -> str | None:
-    """Describe how the outputs differ by more than rounding in float64; None if they do not."""
-    if not isinstance(want, Tensor) or (got.shape, got.dtype) != (want.shape, want.dtype):
-        wanted = f"{list(want.shape)} in {want.dtype}" if isinstance(want, Tensor) else type(want).__name__
-        return f"{list(got.shape)} in {got.dtype} instead of {wanted}"
+def _difference(got: Any, want: Any) -> str | None:
+    """Describe how two results of a net differ by more than rounding in float64; None if they do not."""
+    ours, theirs = (str(mapped(result, _described)) for result in (got, want))
+    if ours != theirs:
+        return f"{ours} instead of {theirs}"
+    for y, right in zip(leaves(got), leaves(want), strict=True):
+        if isinstance(right, Tensor) and not _is_close(y, right):
+            return f"off by {float((y - right).abs().max()):.2g}, its largest value is {float(right.abs().max()):.2g}"
+    return None
+
+
+def _described(leaf: Any) -> Any:
+    return f"{list(leaf.shape)} in {leaf.dtype}" if isinstance(leaf, Tensor) else leaf
+
+
+def _is_close(y: Tensor, want: Tensor) -> bool:
     most = float(want.nan_to_num().abs().max()) if want.numel() else 0.0
-    if torch.allclose(got, want, rtol=0.0, atol=1e-6 * max(most, 1.0), equal_nan=True):
-        return None
-    return f"off by {float((got - want).abs().max()):.2g}, its largest value is {most:.2g}"
+    return torch.allclose(y, want, rtol=0.0, atol=1e-6 * max(most, 1.0), equal_nan=True)
 
 
 def _new_graph_memory(device: torch.device) -> tuple[Any, torch.cuda.Stream]:

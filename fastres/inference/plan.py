@@ -12,7 +12,7 @@ that reads its output.
 from __future__ import annotations
 
 import operator
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx.immutable_collections import immutable_dict, immutable_list
 from torchvision.ops import FrozenBatchNorm2d
 
 from fastres.ops.layout import Geometry
@@ -28,7 +29,8 @@ from fastres.ops.shortcut import PadShortcut
 
 INPUT = "input"
 NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d)
-_BY_PIXELS = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.ZeroPad2d, PadShortcut)
+_POOLS = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
+_BY_PIXELS = (*_POOLS, nn.ZeroPad2d, nn.Upsample, PadShortcut)
 _POINTWISE = (nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SiLU, nn.GELU, nn.Sigmoid, nn.Tanh, nn.Hardswish, nn.Hardsigmoid)
 LAYERS = (*_BY_PIXELS, *_POINTWISE, nn.Linear, nn.BatchNorm1d, nn.Conv1d, nn.Flatten, nn.Softmax, nn.GroupNorm)
 # Functions and methods that a traced net may call: name in a plan -> (function on NCHW values, targets of fx nodes).
@@ -57,11 +59,19 @@ _TABLE: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
     "adaptive_avg_pool2d": (F.adaptive_avg_pool2d, (F.adaptive_avg_pool2d,)),
     "conv2d": (F.conv2d, (F.conv2d,)),
     "group_norm": (F.group_norm, (F.group_norm,)),
+    "interpolate": (F.interpolate, (F.interpolate,)),
+    "cat": (torch.cat, (torch.cat, torch.concat)),
 }
 FUNCTIONS = {name: function for name, (function, _) in _TABLE.items()}
 SPELLINGS = {spelling: name for name, (_, spellings) in _TABLE.items() for spelling in spellings}
 ARITHMETIC = ("add", "mul", "sub", "div")
 VIEWS = ("flatten", "squeeze", "reshape", "expand_as", "getitem")  # may return a view of their input
+SIZES = ("size", "getattr")  # return the shape of their input, or one of its numbers
+# Containers in arguments and results -> the type of their copies.
+_CONTAINERS: dict[type, Any] = {
+    **{tuple: tuple, torch.Size: tuple, list: list, immutable_list: list},
+    **{dict: dict, immutable_dict: dict, OrderedDict: OrderedDict},
+}
 
 
 @dataclass(frozen=True)
@@ -82,6 +92,30 @@ class ModelTensor:
         owner, _, name = self.path.rpartition(".")
         tensor: Tensor = getattr(model.get_submodule(owner), name)
         return tensor
+
+
+@dataclass(frozen=True)
+class Place:
+    """A leaf of `Outputs.structure`: the place of one of the plan's outputs."""
+
+    index: int
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What a plan returns.
+
+    names: the value of each returned tensor. If the model returns two tensors with the same content, such as a tensor
+    and its contiguous copy, a name occurs twice. structure: what the model returns, with a `Place` for each tensor. It
+    is a `Place`, or nested dicts, lists and tuples of them; other leaves are constants, such as None.
+    """
+
+    names: tuple[str, ...]
+    structure: Any
+
+    def filled(self, tensors: Sequence[Tensor]) -> Any:
+        """Return `structure` with the output tensors in their places."""
+        return mapped(self.structure, lambda leaf: tensors[leaf.index] if isinstance(leaf, Place) else leaf)
 
 
 class _WritesOne:
@@ -212,14 +246,20 @@ def unchained(steps: Iterable[Step]) -> list[Step]:
 
 
 def mapped(tree: Any, function: Callable[[Any], Any]) -> Any:
-    """Return `tree` (nested tuples, lists, dicts and slices) with each leaf replaced by `function(leaf)`."""
-    if isinstance(tree, (tuple, list)):
-        return (tuple if isinstance(tree, tuple) else list)(mapped(item, function) for item in tree)
-    if isinstance(tree, Mapping):
-        return {key: mapped(item, function) for key, item in tree.items()}
+    """Return `tree` (nested tuples, NamedTuples, lists, dicts and slices) with each leaf replaced by `function(leaf)`.
+
+    An object of any other type, also of a subclass, is a leaf.
+    """
+    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
+        return type(tree)(*(mapped(item, function) for item in tree))
     if isinstance(tree, slice):
         return slice(*(mapped(item, function) for item in (tree.start, tree.stop, tree.step)))
-    return function(tree)
+    kind = _CONTAINERS.get(type(tree))
+    if kind is None:
+        return function(tree)
+    if isinstance(tree, dict):
+        return kind((key, mapped(item, function)) for key, item in tree.items())
+    return kind(mapped(item, function) for item in tree)
 
 
 def leaves(tree: Any) -> list[Any]:
@@ -229,20 +269,18 @@ def leaves(tree: Any) -> list[Any]:
     return collected
 
 
-def readers(steps: Iterable[Step], output: str) -> Counter[str]:
-    """Count the readers of each value: the steps that read it and, for the output, the caller."""
-    count = Counter(name for step in steps for name in step.reads)
-    count[output] += 1
-    return count
+def readers(steps: Iterable[Step], outputs: Outputs) -> Counter[str]:
+    """Count the readers of each value: the steps that read it and, for an output, the caller."""
+    return Counter([*(name for step in steps for name in step.reads), *outputs.names])
 
 
-def overwritable(steps: Sequence[Step], output: str) -> set[str]:
-    """Return the names of the outputs that a convolution may write in place, over its residual.
+def overwritable(steps: Sequence[Step], outputs: Outputs) -> set[str]:
+    """Return the names of the values that a convolution may write in place, over its residual.
 
     That is safe if the residual was written by a step that never returns a view of its input, if no other value may
     alias it, and if neither the convolution itself (as x), nor a later step, nor the caller reads it.
     """
-    owned = {step.out for step in steps if not isinstance(step, Chain) and not _may_share(step)} - {output}
+    owned = {step.out for step in steps if not isinstance(step, Chain) and not _may_share(step)} - {*outputs.names}
     for step in steps:
         if _may_share(step):
             owned -= set(step.reads)
@@ -260,8 +298,14 @@ def by_image(steps: Iterable[Step], model: nn.Module) -> bool:
     """Return whether every step is known to process each image independently, so that a batch may be split."""
     # Values that may have lost dimensions. For these a dimension's index no longer says whether it is the batch.
     flat: set[str] = set()
+    sizes: dict[str, tuple[int, ...]] = {}  # values that are sizes -> which dimensions of [N, C, H, W] they measure
     for step in steps:
         reads_flat = bool(flat & set(step.reads))
+        if isinstance(step, Aten) and not reads_flat and (given := _dimensions(step, sizes)) is not None:
+            sizes[step.out] = given
+            continue
+        if any(0 in sizes.get(name, ()) for name in step.reads):  # the number of images
+            return False
         if not isinstance(step, Aten):
             if reads_flat:  # a residual that may broadcast over the batch
                 return False
@@ -272,6 +316,23 @@ def by_image(steps: Iterable[Step], model: nn.Module) -> bool:
         if step.kind in ("flatten", "mean") or isinstance(layer, nn.Flatten) or reads_flat:
             flat.add(step.out)
     return True
+
+
+def _dimensions(step: Aten, sizes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...] | None:
+    """Return which dimensions of [N, C, H, W] the output of `step` measures; None if it is not known to be a size.
+
+    sizes: the same for the values before it.
+    """
+    of, *index = (*step.args, *step.kwargs.values())
+    known = sizes.get(of.name) if isinstance(of, Value) and step.kind == "getitem" else None
+    measured = (0, 1, 2, 3) if step.kind in SIZES else known
+    if measured is None or step.kind == "getattr" or not index:
+        return measured
+    try:
+        picked = measured[index[0]]
+    except (IndexError, TypeError):  # an index that is out of range, or that the net computes
+        return None
+    return picked if isinstance(picked, tuple) else (picked,)
 
 
 def _aten_by_image(step: Aten, model: nn.Module, layer: nn.Module | None, reads_flat: bool) -> bool:
@@ -297,7 +358,11 @@ def _aten_by_image(step: Aten, model: nn.Module, layer: nn.Module | None, reads_
         return not reads_flat and all(isinstance(dim, int) and dim > 0 for dim in dims)
     if step.kind in ("relu", "sigmoid"):
         return True
-    return step.kind in (*ARITHMETIC, "max_pool2d", "avg_pool2d", "adaptive_avg_pool2d") and not reads_flat
+    if step.kind == "cat":
+        dim = named.get("dim", rest[0] if rest else 0)
+        return not reads_flat and isinstance(dim, int) and dim not in (0, -4)
+    resizes = step.kind in ("max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "interpolate")
+    return (resizes or step.kind in ARITHMETIC) and not reads_flat
 
 
 def _is_one_for_all(argument: ModelTensor, model: nn.Module) -> bool:
@@ -306,25 +371,31 @@ def _is_one_for_all(argument: ModelTensor, model: nn.Module) -> bool:
     return tensor.dim() < 4 or (tensor.dim() == 4 and len(tensor) == 1)
 
 
-def borrows(steps: Iterable[Step], output: str) -> bool:
-    """Return whether `output` may be a view of the input or of a model tensor instead of a newly computed tensor."""
-    borrowed = {INPUT}
+def borrows(steps: Iterable[Step], outputs: Outputs) -> tuple[bool, ...]:
+    """Return for each output whether it may share memory with the input, a model tensor or an output before it."""
+    memory: dict[str, set[Any]] = {INPUT: {INPUT}}  # value -> the values and model tensors in whose memory it may lie
     for step in steps:
-        if isinstance(step, Aten) and step.kind in (*VIEWS, "module"):
-            reads_model = any(isinstance(leaf, ModelTensor) for leaf in leaves((step.args, step.kwargs)))
-            if reads_model or borrowed & set(step.reads):
-                borrowed.add(step.out)
-    return output in borrowed
+        for name in step.writes:
+            memory[name] = {name}
+            if isinstance(step, Aten) and _may_share(step):
+                of_model = (leaf for leaf in leaves((step.args, step.kwargs)) if isinstance(leaf, ModelTensor))
+                memory[name].update(of_model, *(memory[read] for read in step.reads))
+    taken: set[Any] = {INPUT}
+    shares = []
+    for name in outputs.names:
+        shares.append(any(each in taken or isinstance(each, ModelTensor) for each in memory[name]))
+        taken |= memory[name]
+    return tuple(shares)
 
 
-def fuse(steps: Sequence[Step], output: str, *, absorb: bool = True) -> list[Step]:
+def fuse(steps: Sequence[Step], outputs: Outputs, *, absorb: bool = True) -> list[Step]:
     """Merge BatchNorm, the addition of a residual and ReLU into the convolution before them.
 
     A step is merged only if it is the only reader of the convolution's output. absorb: let the convolution that adds a
     projection also add the projection's shift. That can save a pass, but without its shift the projection's output may
     have a wider range, which matters for int8.
     """
-    uses = readers(steps, output)
+    uses = readers(steps, outputs)
     plan: dict[str, Step] = {}
     for step in steps:
         for unwritten, merged in _merges(step, plan, uses) if isinstance(step, Aten) else ():
@@ -332,7 +403,7 @@ def fuse(steps: Sequence[Step], output: str, *, absorb: bool = True) -> list[Ste
             step = merged
             break
         plan[step.writes[0]] = step  # a merged convolution takes the place of the last step merged into it
-    return _absorb_shifts(list(plan.values()), output) if absorb else list(plan.values())
+    return _absorb_shifts(list(plan.values()), outputs) if absorb else list(plan.values())
 
 
 def _merges(step: Aten, plan: Mapping[str, Step], uses: Counter[str]) -> Iterator[tuple[str, Conv]]:
@@ -352,14 +423,14 @@ def _merges(step: Aten, plan: Mapping[str, Step], uses: Counter[str]) -> Iterato
             yield conv.out, replace(conv, residual=step.args[1 - i].name, out=step.out)
 
 
-def _absorb_shifts(steps: list[Step], output: str) -> list[Step]:
+def _absorb_shifts(steps: list[Step], outputs: Outputs) -> list[Step]:
     """Move the shift of each projection to the convolution that adds the projection as its residual.
 
     A projection here is a convolution whose output another convolution adds. It keeps its shift if its output has
     another reader, if it has a ReLU or a residual, or if the numbers of output channels differ, so that one of the two
     outputs broadcasts.
     """
-    uses, plan = readers(steps, output), {step.writes[0]: step for step in steps}
+    uses, plan = readers(steps, outputs), {step.writes[0]: step for step in steps}
     for step in steps:
         if isinstance(step, Conv) and step.residual is not None and uses[step.residual] == 1:
             projection = plan.get(step.residual)
@@ -371,12 +442,12 @@ def _absorb_shifts(steps: list[Step], output: str) -> list[Step]:
     return list(plan.values())
 
 
-def fuse_chains(steps: Sequence[Step], output: str) -> list[Step]:
+def fuse_chains(steps: Sequence[Step], outputs: Outputs) -> list[Step]:
     """Merge each 3x3 -> 1x1 expand + residual -> next block's 1x1 reduce into a `Chain`.
 
     The 3x3's output must have no other reader.
     """
-    uses = readers(steps, output)
+    uses = readers(steps, outputs)
     plan = {step.writes[0]: step for step in steps}
     for reduce in steps:
         expand = plan.get(reduce.x) if isinstance(reduce, Conv) else None
@@ -403,9 +474,9 @@ def _is_chain(spatial: Conv, expand: Conv, reduce: Conv) -> bool:
 
 
 def quantise(
-    steps: Sequence[Step], output: str, ranges: Mapping[str, tuple[float, float]], dtype: torch.dtype
-) -> tuple[list[Step], str]:
-    """Return the plan with convolutions in `dtype`, float8_e4m3fn or int8, and the name of its output.
+    steps: Sequence[Step], outputs: Outputs, ranges: Mapping[str, tuple[float, float]], dtype: torch.dtype
+) -> tuple[list[Step], Outputs]:
+    """Return the plan with convolutions in `dtype`, float8_e4m3fn or int8, and its outputs.
 
     In int8 every convolution reads and writes 8 bits, and a max pool between two of them stays in 8 bits. In float8
     every ungrouped convolution except the net's first reads float8, and it writes float8 if another such convolution
@@ -461,5 +532,5 @@ def quantise(
                 step = replace(step, quantised=Quantised(grids[step.x], residual, out))
             step = replace(step, x=stored(step.x), residual=None if step.residual is None else stored(step.residual))
         plan[step.writes[0]] = step
-    output = wide(output)
-    return list(plan.values()), output
+    outputs = replace(outputs, names=tuple(map(wide, outputs.names)))
+    return list(plan.values()), outputs

@@ -22,6 +22,7 @@ from fastres.inference.plan import (
     Conv,
     Convert,
     ModelTensor,
+    Outputs,
     Step,
     Value,
     borrows,
@@ -58,26 +59,26 @@ class Bound:
 
 
 class Compiled(NamedTuple):
-    """The first `steps` steps of a program, compiled by TorchScript: x [N, H, W, C] -> the value `writes`."""
+    """The first `steps` steps of a program, compiled by TorchScript: x [N, H, W, C] -> the values `writes`."""
 
-    call: Callable[[Tensor], Tensor]
+    call: Callable[[Tensor], Sequence[Tensor]]
     steps: int
-    writes: str
+    writes: Sequence[str]
     form: str  # how the compiled steps run, as `Program.how_it_runs` words it, e.g. "as a oneDNN graph"
 
 
 class Program:
     """A plan bound to engines for one input shape.
 
-    On a GPU it may also have a CUDA graph with a static input and output, on a CPU a version that TorchScript compiled.
-    Several threads may call `run` at the same time, because it stores nothing between calls. Calls of `replay` must not
-    overlap, because they share the static input and output.
+    On a GPU it may also have a CUDA graph with a static input and outputs, on a CPU a version that TorchScript
+    compiled. Several threads may call `run` at the same time, because it stores nothing between calls. Calls of
+    `replay` must not overlap, because they share the static input and outputs.
     """
 
     def __init__(
         self,
         steps: Sequence[Step],
-        output: str,
+        outputs: Outputs,
         weights: Mapping[str, folded.Folded],
         layers: Mapping[str, Any],
         dtype: torch.dtype,
@@ -88,11 +89,11 @@ class Program:
         layers: the modules and model tensors of ATen steps, by path. dtype: of all values that are not quantised.
         packings: oneDNN's packed weights, which all programs with the same weights share; None to start without any.
         """
-        self.steps, self.output, self.dtype = steps, output, dtype
+        self.steps, self.outputs, self.dtype = steps, outputs, dtype
         self.weights, self.layers, self.packings = weights, layers, packings or onednn.Packings()
         self.unchained = unchained(steps)
-        self.borrows = borrows(steps, output)
-        self.overwritable = overwritable(self.unchained, output)
+        self.borrows = borrows(steps, outputs)
+        self.overwritable = overwritable(self.unchained, outputs)
         self.bound: list[Bound] = []
         self.graph: torch.cuda.CUDAGraph | None = None
         self.compiled: Compiled | None = None
@@ -100,9 +101,9 @@ class Program:
         self.calls, self.specialised = 0, False
         self.shares_packings = False  # whether another program, e.g. for another batch size, packed int8 weights
 
-    def bind(self, x: Tensor) -> Tensor:
-        """Return the output for x [N, H, W, C] in the form of `run`, and choose an engine for every step on the way."""
-        unread = readers(self.unchained, self.output)
+    def bind(self, x: Tensor) -> list[Tensor]:
+        """Return the outputs for x [N, H, W, C] as `run` does, and choose an engine for every step on the way."""
+        unread = readers(self.unchained, self.outputs)
         values: dict[str, Any] = {INPUT: x}
         for step in self.steps:
             for bound in self._bind(step, values):
@@ -112,10 +113,10 @@ class Program:
                 self.bound.append(bound)
                 for name in bound.dies:
                     del values[name]
-        return self._answer(values[self.output])
+        return self._answers([values[name] for name in self.outputs.names])
 
-    def run(self, x: Tensor, observer: Callable[[str, Any], None] | None = None) -> Tensor:
-        """Return the output for x [N, H, W, C], as NCHW if it has four dimensions.
+    def run(self, x: Tensor, observer: Callable[[str, Any], None] | None = None) -> list[Tensor]:
+        """Return the outputs for x [N, H, W, C], as NCHW those of four dimensions.
 
         observer: called as observer(name, value) for the input and the outputs of the steps. The program then runs step
         by step. A later step may overwrite a value that the observer has seen.
@@ -124,16 +125,16 @@ class Program:
             return self._run_compiled(self.compiled, x)
         if observer is not None:
             observer(INPUT, x)
-        return self._answer(self._run_steps({INPUT: x}, self.bound, self.output, observer))
+        return self._answers(self._run_steps({INPUT: x}, self.bound, self.outputs.names, observer))
 
     def _run_steps(
         self,
         values: dict[str, Any],
         steps: Sequence[Bound],
-        wanted: str,
+        wanted: Sequence[str],
         observer: Callable[[str, Any], None] | None = None,
-    ) -> Any:
-        """Run `steps` on `values` and return the value `wanted`. Values are dropped after their last use."""
+    ) -> list[Any]:
+        """Run `steps` on `values` and return the values `wanted`. Values are dropped after their last use."""
         for bound in steps:
             for name, value in zip(bound.writes, bound.call(*map(values.get, bound.reads)), strict=True):
                 values[name] = value
@@ -141,7 +142,7 @@ class Program:
                     observer(name, value)
             for name in bound.dies:
                 values.pop(name, None)
-        return values[wanted]
+        return [values[name] for name in wanted]
 
     def most_bytes(self) -> int:
         """Return the peak size in bytes of the values that are alive at the same time.
@@ -157,13 +158,16 @@ class Program:
                 alive.pop(name, None)
         return most
 
-    def _answer(self, value: Any) -> Tensor:
-        """Return `value` as the caller gets it: [N, H, W, C] as an [N, C, H, W] view, other shapes as they are.
+    def _answers(self, values: Sequence[Tensor]) -> list[Tensor]:
+        """Return the outputs as the caller gets them: [N, H, W, C] as [N, C, H, W] views, other shapes as they are."""
+        return self._owned([nchw(value) if value.dim() == 4 else value for value in values])
 
-        It is cloned if it may be a view of the input or of a model tensor, because the caller may write into it.
+    def _owned(self, outputs: Sequence[Tensor]) -> list[Tensor]:
+        """Return the outputs with those cloned that may share memory with the input, the model or another output.
+
+        The caller may write into all of them.
         """
-        answer = nchw(value) if value.dim() == 4 else value
-        return answer.clone() if self.borrows else answer
+        return [y.clone() if borrows else y for y, borrows in zip(outputs, self.borrows, strict=True)]
 
     def specialise(self, x: Tensor, script: bool) -> None:
         """Do the work that pays off only if inputs with the shape of x [N, H, W, C] come often.
@@ -183,7 +187,7 @@ class Program:
     def _compile(self, x: Tensor) -> None:
         """Compile the steps by TorchScript, as a oneDNN graph or, in int8, as the same steps.
 
-        Later calls of `run` use the result, if for x [N, H, W, C] it gives the same output as the steps (up to
+        Later calls of `run` use the result, if for x [N, H, W, C] it gives the same outputs as the steps (up to
         `_GRAPH_DIFFERENCE`) and is at least as fast. Otherwise `why_not_compiled` is set to the reason.
         """
         int8 = [bound.call for bound in self.bound if isinstance(bound.call, quantised.ByOneDNN)]
@@ -220,55 +224,53 @@ class Program:
         return f"{step.name!r} is not a step that oneDNN's graph compiler may take"
 
     def _script_graph(self, x: Tensor) -> Compiled:
-        def on_nhwc(x: Tensor) -> Tensor:
-            y = self.definition(x)
-            return nhwc(y) if y.dim() == 4 else y
+        def on_nhwc(x: Tensor) -> tuple[Tensor, ...]:
+            return tuple(nhwc(y) if y.dim() == 4 else y for y in self.definition(x))
 
         graph = onednn.graph(on_nhwc, _canonical(nchw(x)))
-        return Compiled(lambda x: graph(_canonical(nchw(x))), len(self.bound), self.output, "as a oneDNN graph")
+        names = self.outputs.names
+        return Compiled(lambda x: graph(_canonical(nchw(x))), len(self.bound), names, "as a oneDNN graph")
 
     def _script_steps(self, x: Tensor, int8: Sequence[quantised.ByOneDNN]) -> Compiled:
         """Compile the steps before the first floating-point step that runs on oneDNN.
 
-        TorchScript can't store the weights of such a step, because they have oneDNN's own layout. Raises ValueError if
-        the remaining steps read more than the last value of the compiled steps.
+        TorchScript can't store the weights of such a step, because they have oneDNN's own layout.
         """
         steps = next((i for i, bound in enumerate(self.bound) if bound.engine == "onednn"), len(self.bound))
         head, rest = self.bound[:steps], self.bound[steps:]
-        last = head[-1].writes[0]
-        computed = {last, *(name for bound in rest for name in bound.writes)}
-        if self.output not in computed or any(set(bound.reads) - computed for bound in rest):
-            raise ValueError("the steps after the int8 part read more than one of its values")
+        read = {*self.outputs.names, *(name for bound in rest for name in bound.reads)}
+        kept = [name for bound in head for name in bound.writes if name in read]
         packed = [conv.packed for conv in int8]
         with quantised.ENGINE:
-            script = onednn.script(lambda x: self._run_steps({INPUT: x}, head, last), x, packed)
+            script = onednn.script(lambda x: tuple(self._run_steps({INPUT: x}, head, kept)), x, packed)
 
-        def with_engine(x: Tensor) -> Tensor:
+        def with_engine(x: Tensor) -> Sequence[Tensor]:
             with quantised.ENGINE:
                 return script(x)
 
-        return Compiled(with_engine, steps, last, "step by step")
+        return Compiled(with_engine, steps, kept, "step by step")
 
-    def _why_steps_serve(self, compiled: Compiled, x: Tensor, want: Tensor, allowed: float) -> str | None:
+    def _why_steps_serve(self, compiled: Compiled, x: Tensor, want: Sequence[Tensor], allowed: float) -> str | None:
         """Return why running step by step is better than `compiled`; None if it is not.
 
-        want: the output for x when running step by step. allowed: the largest accepted relative difference between the
-        two outputs.
+        want: the outputs for x when running step by step. allowed: the largest accepted relative difference between an
+        output of the two.
         """
-        difference = _relative_distance(self._run_compiled(compiled, x), want)
-        if not difference <= allowed:
-            return f"its output differs from that of the steps by {difference:.1e}"
+        got = self._run_compiled(compiled, x)
+        differences = [_relative_distance(y, right) for y, right in zip(got, want, strict=True)]
+        if wrong := [f"{difference:.1e}" for difference in differences if not difference <= allowed]:
+            return f"its output differs from that of the steps by {wrong[0]}"
         together, one_by_one = _seconds([lambda: self._run_compiled(compiled, x), lambda: self.run(x)])
         if together <= one_by_one:
             return None
         return f"measured {1e3 * together:.1f} ms, step by step {1e3 * one_by_one:.1f} ms"
 
-    def _run_compiled(self, compiled: Compiled, x: Tensor) -> Tensor:
-        values = {compiled.writes: compiled.call(x)}
-        return self._answer(self._run_steps(values, self.bound[compiled.steps :], self.output))
+    def _run_compiled(self, compiled: Compiled, x: Tensor) -> list[Tensor]:
+        values = {INPUT: x, **dict(zip(compiled.writes, compiled.call(x), strict=True))}
+        return self._answers(self._run_steps(values, self.bound[compiled.steps :], self.outputs.names))
 
-    def definition(self, x: Tensor) -> Tensor:
-        """Return the output for x [N, C, H, W], computed by PyTorch operations only.
+    def definition(self, x: Tensor) -> list[Tensor]:
+        """Return the outputs for x [N, C, H, W], computed by PyTorch operations only.
 
         Nothing is bound or stored, so a tracer can record it for any input size. Plans with 8-bit convolutions are not
         supported.
@@ -285,8 +287,7 @@ class Program:
             else:
                 assert isinstance(step, Aten)
                 values[step.out] = _call_aten(step, self._function(step), self.layers, inputs)
-        y: Tensor = values[self.output]
-        return y.clone() if self.borrows else y
+        return self._owned([values[name] for name in self.outputs.names])
 
     def capture(self, x: Tensor, pool: Any, side: torch.cuda.Stream) -> None:
         """Capture `run(x)`, x [N, H, W, C], as a CUDA graph, after a warm-up on the side stream `side`.
@@ -305,12 +306,12 @@ class Program:
             self.y = self.run(self.x)
         self.graph = graph
 
-    def replay(self, x: Tensor) -> Tensor:
-        """Replay the graph on x [N, C, H, W] and return a copy of its output."""
+    def replay(self, x: Tensor) -> list[Tensor]:
+        """Replay the graph on x [N, C, H, W] and return copies of its outputs."""
         assert self.graph is not None
         self.x.copy_(x.permute(0, 2, 3, 1))
         self.graph.replay()
-        return self.y.clone()
+        return [y.clone() for y in self.y]
 
     def how_it_runs(self) -> str:
         """Return in words how a call runs: as a CUDA graph, by TorchScript, or step by step."""

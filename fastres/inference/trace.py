@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import operator
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -22,14 +21,18 @@ from fastres.inference.plan import (
     INPUT,
     LAYERS,
     NORMS,
+    SIZES,
     SPELLINGS,
     VIEWS,
     Aten,
     Conv,
     ModelTensor,
+    Outputs,
     Pair,
+    Place,
     Step,
     Value,
+    leaves,
     mapped,
 )
 from fastres.ops import eligibility
@@ -66,50 +69,63 @@ class _Tracer(fx.Tracer):
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)
 
+    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
+        """Return a function that calls the model on placeholders for its arguments without defaults, and these.
+
+        torch.fx's own function would lose the types of the containers in the result; this one keeps it in `returned`.
+        """
+        image, *options = inspect.signature(self.root.forward).parameters.values()
+        if image.kind is image.VAR_POSITIONAL:
+            raise TypeError(f"forward takes *{image.name}")
+        unfilled = [
+            each.name
+            for each in options
+            if each.default is each.empty and each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)
+        ]
+
+        def call(model: nn.Module, x: fx.Proxy, *others: fx.Proxy) -> list[fx.Proxy]:
+            self.returned = model.forward(x, **dict(zip(unfilled, others, strict=True)))
+            return [leaf for leaf in leaves(self.returned) if isinstance(leaf, fx.Proxy)]
+
+        placeholders = [self.create_proxy("placeholder", name, (), {}) for name in (image.name, *unfilled)]
+        return call, [self.root, *placeholders]
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return type(m) in (PadShortcut, FrozenBatchNorm2d) or super().is_leaf_module(m, module_qualified_name)
 
 
-def trace(model: nn.Module) -> tuple[list[Step], str]:
-    """Return the unmerged steps of `model`, which must be in eval mode, and the name of the value that it returns.
+def trace(model: nn.Module) -> tuple[list[Step], Outputs]:
+    """Return the unmerged steps of `model`, which must be in eval mode, and what it returns.
 
     The model's code runs without gradients, with a proxy as its first argument and the defaults of all other arguments.
     It may store proxies in the model, so pass a copy. Raises ValueError, with the name of the node or layer, for
     anything that a plan can't represent: hooks, training mode, control flow that depends on tensors, an unsupported
-    operation, more than one input or output, number or string attributes that a call changes, and tensors that are
-    neither parameters nor buffers.
+    operation, more than one input, results other than tensors and constants in dicts, lists and tuples, number or
+    string attributes that a call changes, and tensors that are neither parameters nor buffers.
     """
     _refuse_training(model)
     _refuse_hooks(model)
     before = _plain_attributes(model)
+    tracer = _Tracer()
     try:
-        image, *options = inspect.signature(model.forward).parameters.values()
-        if image.kind is image.VAR_POSITIONAL:
-            raise TypeError(f"forward takes *{image.name}")
-        defaults = {each.name: each.default for each in options if each.default is not each.empty}
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # fx warns about defaults for which it can't write assertions
-            graph = _Tracer().trace(model, concrete_args=defaults)
+        with torch.no_grad():
+            graph = tracer.trace(model)
     except Exception as error:  # the model's own code may raise anything on proxies
         reason = str(error).split(". ")[0]  # the first sentence; torch.fx adds long advice about proxies
         raise ValueError(
-            "optimize() requires a model with one input tensor and one output tensor that torch.fx can trace; tracing "
-            f"{type(model).__name__} failed ({reason}). To run a ResNet inside it on fused kernels, such as a "
-            "detector's backbone, use fastres.convert(model)"
+            "optimize() requires a model with one input tensor that torch.fx can trace; tracing "
+            f"{type(model).__name__} failed ({reason}). Of a detector, optimize the backbone alone: model.backbone = "
+            "fastres.optimize(model.backbone). To run a ResNet inside any model on fused kernels, use "
+            "fastres.convert(model)"
         ) from error
     if changed := before.items() - _plain_attributes(model).items():
         (path, name), _ = min(changed, key=repr)
         raise ValueError(f"{_layer(path)} changes its attribute {name!r} when it is called; a plan can't do that")
-    _erase_assertions(graph)
     translation = _Translation(model, graph)
     for node in graph.nodes:
         translation.translate(node)
-    output = translation.meaning[next(node for node in graph.nodes if node.op == "output")]
-    if not isinstance(output, Value):
-        raise ValueError(
-            f"optimize() requires a model that returns a tensor, {type(model).__name__} returns {output!r}"
-        )
-    return translation.steps, output.name
+    outputs = translation.outputs(tracer.returned)
+    return translation.steps, outputs
 
 
 def _layer(path: str) -> str:
@@ -152,16 +168,6 @@ def _plain_attributes(model: nn.Module) -> dict[tuple[str, str], Any]:
     }
 
 
-def _erase_assertions(graph: fx.Graph) -> None:
-    """Erase fx's assertions that arguments have their default values: an optimized net has one argument only."""
-    for node in reversed(graph.nodes):
-        if node.target in (torch._assert, fx._symbolic_trace._assert_is_none):
-            compared = node.args[0]
-            graph.erase_node(node)
-            if isinstance(compared, fx.Node) and compared.op == "call_function" and not compared.users:
-                graph.erase_node(compared)
-
-
 def _unsupported(node: fx.Node, what: str) -> ValueError:
     return ValueError(f"optimize() does not support {what} (node {node.name!r}); it accepts {_ACCEPTED}")
 
@@ -187,13 +193,13 @@ class _Translation:
 
     def translate(self, node: fx.Node) -> None:
         """Append the step of `node`, if it needs one, and set its entry in `meaning`."""
+        if node.op == "output":
+            return
         args, kwargs = (
             mapped(tree, lambda v: self.meaning[v] if isinstance(v, fx.Node) else v)
             for tree in (node.args, node.kwargs)
         )
-        if node.op == "output":
-            self.meaning[node] = args[0]
-        elif node.op == "placeholder":
+        if node.op == "placeholder":
             if Value(INPUT) not in self.meaning.values():
                 self.meaning[node] = Value(INPUT)
             elif node.users:
@@ -209,6 +215,40 @@ class _Translation:
         else:
             self._append(node, args, kwargs)
 
+    def outputs(self, returned: Any) -> Outputs:
+        """Return what the model returns, given its result on proxies. All nodes must have been translated."""
+        found: list[set[fx.Node]] = []  # the nodes that are the same tensor, for each tensor
+
+        def placed(leaf: Any) -> Any:
+            if isinstance(leaf, fx.Proxy) and leaf.node in self._names:
+                same = self._names[leaf.node]
+                if same not in found:
+                    found.append(same)
+                return Place(found.index(same))
+            if leaf is not None and not isinstance(leaf, (bool, int, float, str)):
+                what = "a size or number computed from tensors" if isinstance(leaf, fx.Proxy) else type(leaf).__name__
+                raise self._refusal(what)
+            return leaf
+
+        structure = mapped(returned, placed)
+        if not found:
+            raise self._refusal("no tensor")
+        return Outputs(tuple(self._output(min(same, key=self._position.__getitem__)) for same in found), structure)
+
+    def _refusal(self, what: str) -> ValueError:
+        return ValueError(
+            "optimize() requires a model that returns a tensor, or dicts, lists and tuples of tensors (other items may "
+            f"be None, numbers and strings); {type(self.model).__name__} returns {what}"
+        )
+
+    def _output(self, node: fx.Node) -> str:
+        """Return the name of the value that `node` means; for a tensor of the model, append a step that returns it."""
+        meaning = self.meaning[node]
+        if isinstance(meaning, ModelTensor):
+            self.steps.append(Aten(meaning.path, "getitem", (meaning, ...), node.name))
+            return node.name
+        return str(meaning.name)
+
     def _append(self, node: fx.Node, args: Any, kwargs: Any) -> None:
         kind: Any
         if node.op == "call_module":
@@ -221,7 +261,7 @@ class _Translation:
             self.steps.append(step)
         self.meaning[node] = args[0] if step is None else Value(node.name)
         tensors = [read for read in node.all_input_nodes if read in self._names]
-        if kind in ("size", "getattr") or not tensors:
+        if kind in SIZES or not tensors:
             return
         operand = tensors[0]
         if in_place and operand in (*node.args[:1], node.kwargs.get("input")):
@@ -295,7 +335,8 @@ def _of_function(node: fx.Node, args: Any, kwargs: Any) -> tuple[Step | None, bo
     kind = SPELLINGS.get(target)
     if kind is None:
         raise _unsupported(node, f"{label}()")
-    if (kind in ARITHMETIC and (kwargs or len(args) != 2)) or (kind == "getattr" and args[1] != "shape"):
+    odd = (kind in ARITHMETIC and (kwargs or len(args) != 2)) or (kind == "getattr" and args[1] != "shape")
+    if odd or kwargs.get("out") is not None:
         raise _unsupported(node, f"{label}() with {kwargs or args[1:]!r}")
     in_place = target in _IN_PLACE or bool(kwargs.get("inplace", False)) or (target is F.relu and args[1:] == (True,))
     selects = kind == "max_pool2d" and len(args) < 7 and not kwargs.get("return_indices", False)

@@ -10,7 +10,7 @@ import threading
 import warnings
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakValueDictionary
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from fastres.ops.layout import Geometry, nchw, nhwc
 
 _OVERFLOWS = (torch.float16,)  # real nets' activations can overflow: use PyTorch's ReLU, which keeps NaN
+T = TypeVar("T")  # a tensor or a tuple of tensors
 _FUSION = threading.Lock()  # protects TorchScript's switch for oneDNN fusion, which is global to the process
 HEAP_BLOCK = 2**25 - 2**16  # bytes: just below 32 MiB, the largest block that glibc can allocate from its heap
 
@@ -91,7 +92,7 @@ def keep_heap() -> None:
     torch.empty(HEAP_BLOCK, dtype=torch.uint8)
 
 
-def graph(function: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[Tensor], Tensor]:
+def graph(function: Callable[[Tensor], T], x: Tensor) -> Callable[[Tensor], T]:
     """Trace `function` on x [N, C, H, W] and compile it with oneDNN's graph compiler, through TorchScript.
 
     Returns a function meant for inputs with x's shape and strides; it does not check them. One or more oneDNN graph
@@ -111,7 +112,7 @@ def graph(function: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[Tensor],
     return traced
 
 
-def script(function: Callable[[Tensor], Tensor], x: Tensor, held: Sequence[Any] = ()) -> Callable[[Tensor], Tensor]:
+def script(function: Callable[[Tensor], T], x: Tensor, held: Sequence[Any] = ()) -> Callable[[Tensor], T]:
     """Trace `function` on x and return it as TorchScript, which runs its operations without Python.
 
     held: the packed int8 weights that the operations use. TorchScript can't store tensors in oneDNN's own layouts.
@@ -123,13 +124,13 @@ def script(function: Callable[[Tensor], Tensor], x: Tensor, held: Sequence[Any] 
             for i, each in enumerate(held):
                 setattr(self, f"held{i}", each)
 
-        def forward(self, x: Tensor) -> Tensor:
+        def forward(self, x: Tensor) -> T:
             return function(x)
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the tracer warns that shapes become constants, which is intended
         if held:
-            traced: Callable[[Tensor], Tensor] = torch.jit.trace(Net().eval(), (x,), check_trace=False)
+            traced: Callable[[Tensor], T] = torch.jit.trace(Net().eval(), (x,), check_trace=False)
         else:  # not `trace`: its compilation unit keeps the compiled code and the weights until the process ends
             recorded, _ = torch._C._create_graph_by_tracing(function, (x,), lambda _: "", True, False)
             traced = torch._C._create_function_from_graph("net", recorded)

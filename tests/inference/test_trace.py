@@ -221,15 +221,6 @@ class Inverse(nn.Module):
         return torch.linalg.inv(x)
 
 
-class TwoOutputs(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(3, 3, 1)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return x, self.conv(x)
-
-
 class ViewInPlace(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = x.flatten(1)
@@ -262,7 +253,6 @@ def _parametrized_after_eval() -> nn.Module:
         (_parametrized_after_eval, r"model.eval\(\) after the last change to the model: .* parametrizations too"),
         (_hooked, "layer '4.conv2' has a hook"),
         (lambda: TwoInputs().eval(), "one input, this model also reads 'y'"),
-        (lambda: TwoOutputs().eval(), "returns a tensor"),
         (lambda: Branching().eval(), "torch.fx can trace; tracing Branching failed"),
         (
             lambda: ManyImages().eval(),
