@@ -14,7 +14,7 @@ from fastres import capability
 from fastres.inference.optimized import Optimized, batch_inputs
 from fastres.inference.plan import Conv, Step, convs, fuse, fuse_chains, quantise
 from fastres.inference.ranges import Ranges
-from fastres.inference.trace import trace
+from fastres.inference.trace import refuse_training, trace
 from fastres.models.wrappers import refuse_wrapper
 from fastres.ops import dispatch, eligibility
 from fastres.ops.quantised import FLOAT8
@@ -100,13 +100,14 @@ def optimize(
     if percentile is not None and calibration is None:
         raise ValueError("percentile= is accepted only with calibration=, for float8_e4m3fn or int8")
     ranges = Ranges(100.0 if percentile is None else percentile)
+    refuse_training(model)
     model = _with_traceable_normalize(model)
-    steps, outputs = trace(copy.deepcopy(model))
+    steps, outputs = trace(_copied(model))
     steps = fuse(steps, outputs, absorb=dtype != torch.int8)
     if not any(isinstance(step, Conv) for step in steps):
         raise ValueError(f"{type(model).__name__} has no convolution: there is nothing to optimize")
     device = _device(model)
-    model = copy.deepcopy(model)
+    model = _copied(model)
     if calibration is not None:
         assert dtype is not None
         _require_engine(dtype, device)
@@ -121,6 +122,11 @@ def optimize(
     if example is not None:
         net.ready(example)
     return net
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    """Return a copy of `model` in eval mode. torchvision's feature extractors make copies in training mode."""
+    return copy.deepcopy(model).eval()
 
 
 class _Normalize(nn.Module):
@@ -147,11 +153,11 @@ def _with_traceable_normalize(model: nn.Module) -> nn.Module:
     if not layers:
         return model
     device = next(chain(model.parameters(), model.buffers()), torch.empty(0)).device
-    model = copy.deepcopy(model)
+    model = _copied(model)
     for path, module in layers.items():
         mean, std = (torch.as_tensor(v, dtype=torch.float64, device=device) for v in (module.mean, module.std))
         layer = _Normalize(mean.reshape(-1, 1, 1), std.reshape(-1, 1, 1))
-        model.set_submodule(path, layer.train(module.training))
+        model.set_submodule(path, layer.eval())
     return model
 
 

@@ -16,7 +16,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from fastres.inference.plan import (
     Aten,
@@ -59,9 +59,11 @@ class Optimized(nn.Module):
     """The module that `optimize` returns. It has a copy of the model's submodules, parameters and buffers.
 
     Its `state_dict` therefore has the model's names and shapes. It also has the model's public attributes that are
-    neither tensors nor callable, such as a detection backbone's `out_channels` or timm's `feature_info`. Calls compute with the folded weights. Loading a whole
-    state dict of the model folds the weights again, and so does moving the net to another device. Loading into a
-    submodule or writing into a weight does not fold them, so the results stay the same. deepcopy and pickle work.
+    neither tensors nor callable, such as a detection backbone's `out_channels` or timm's `feature_info`.
+
+    Calls compute with the folded weights. Loading a whole state dict of the model folds the weights again, and so does
+    moving the net to another device. Loading into a submodule or writing into a weight does not fold them, so the
+    results stay the same. deepcopy and pickle work.
 
     Bound programs are cached. The key is the input shape, the `backend` in force, and the switches of PyTorch that
     affect the arithmetic: on a GPU TF32, cuDNN and deterministic algorithms, on a CPU oneDNN, the number of threads and
@@ -342,7 +344,7 @@ class Optimized(nn.Module):
         if original is None or not _is_plain(x):
             return
         memo = {id(t): _in_float64(t) for t in (*original.parameters(), *original.buffers())}
-        model = copy.deepcopy(original, memo)
+        model = copy.deepcopy(original, memo).eval()  # `freeze._copied` says why
         plan = Optimized(model, unchained(self._steps), self._outputs, torch.float64, cuda_graph=False)
         chance = torch.Generator().manual_seed(0)
         for n in dict.fromkeys((min(2, len(x)), min(len(x), _MAX_COMPARED))):
@@ -445,10 +447,11 @@ class Optimized(nn.Module):
 
 def _carried(model: nn.Module) -> dict[str, Any]:
     """Return the public attributes of `model` that only describe it, such as a backbone's `out_channels`."""
+    public = {name: value for name, value in vars(model).items() if not name.startswith("_")}
     return {
         name: value
-        for name, value in vars(model).items()
-        if not (name.startswith("_") or hasattr(Optimized, name) or callable(value) or isinstance(value, Tensor))
+        for name, value in public.items()
+        if not (hasattr(Optimized, name) or callable(value) or isinstance(value, (Tensor, fx.Graph)))
     }
 
 

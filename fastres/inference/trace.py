@@ -95,15 +95,14 @@ class _Tracer(fx.Tracer):
 
 
 def trace(model: nn.Module) -> tuple[list[Step], Outputs]:
-    """Return the unmerged steps of `model`, which must be in eval mode, and what it returns.
+    """Return the unmerged steps of `model`, which is in eval mode, and what it returns.
 
     The model's code runs without gradients, with a proxy as its first argument and the defaults of all other arguments.
     It may store proxies in the model, so pass a copy. Raises ValueError, with the name of the node or layer, for
-    anything that a plan can't represent: hooks, training mode, control flow that depends on tensors, an unsupported
+    anything that a plan can't represent: hooks, control flow that depends on tensors, an unsupported
     operation, more than one input, results other than tensors and constants in dicts, lists and tuples, number or
     string attributes that a call changes, and tensors that are neither parameters nor buffers.
     """
-    _refuse_training(model)
     _refuse_hooks(model)
     before = _plain_attributes(model)
     tracer = _Tracer()
@@ -132,7 +131,8 @@ def _layer(path: str) -> str:
     return f"layer {path!r}" if path else "the model"
 
 
-def _refuse_training(model: nn.Module) -> None:
+def refuse_training(model: nn.Module) -> None:
+    """Raise ValueError, with the name of the layer, if `model` or a part of it is in training mode."""
     training = [(path, module) for path, module in model.named_modules() if module.training]
     if training:
         path, module = next((p for p in training if isinstance(p[1], _BatchNorm)), training[0])

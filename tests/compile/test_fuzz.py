@@ -10,7 +10,7 @@ import fuzz
 import pytest
 
 from fastres.compile import graph, layout, match
-from fastres.inference import trace
+from fastres.inference import program, trace
 from fastres.ops.operators import conv_affine_act, conv_bn_act
 
 pytestmark = pytest.mark.usefixtures("compiled_afresh")
@@ -60,7 +60,7 @@ def compiled(mode: str) -> Callable[[int], fuzz.Verdict]:
 
 def optimized(seed: int) -> fuzz.Verdict:
     program, verdict = fuzz.Writer(seed).write(), fuzz.Verdict()
-    for output in range(len(program.outputs)):
+    for output in (None, *range(len(program.outputs))):
         verdict += fuzz.optimized(program.build(output), program.images())
     return verdict
 
@@ -81,6 +81,9 @@ MENDS: dict[str, tuple[Any, str, Any, Callable[[int], fuzz.Verdict], int]] = {
     ),
     "an addition into shared memory stays": (match, "_is_its_own", lambda *_: True, compiled("eval"), 1206),
     "views are tied to their memory": (trace._Translation, "_may_share", lambda *_: None, optimized, 0),
+    "outputs that share memory are copied": (
+        program, "borrows", lambda steps, outputs: (False,) * len(outputs.names), optimized, 30,
+    ),
     "second names follow a change": (
         trace._Translation, "_is_same", lambda self, node, _: self._is_new(node), optimized, 70,
     ),
