@@ -35,21 +35,24 @@ def optimize(
     calibration: Iterable[Any] | None = None,
     percentile: float | None = None,
 ) -> Optimized:
-    """Return a copy of `model`, a ResNet in eval mode, that is frozen for fast inference.
+    """Return a copy of `model`, a net in eval mode, that is frozen for fast inference.
 
-    model: one of fastres's nets, a ResNet of torchvision or timm, or any model that takes one tensor, returns one
-    tensor and consists of supported operations (the error for an unsupported operation lists them). It is not changed.
+    model: one of fastres's nets, a ResNet of torchvision or timm, a backbone or segmenter with one inside, or any model
+    that takes one tensor, returns a tensor or (nested) dicts, lists and tuples of tensors, and consists of supported
+    operations (the error for an unsupported operation lists them). It is not changed.
 
     The returned module takes x [N, C, H, W] of any floating dtype, in any memory format, on the device of the weights,
-    and returns a tensor in `dtype` (for float8 in bfloat16, for int8 in float32). Equivalent to, up to rounding and
-    with quantisation errors in float8 and int8:
+    and returns what the model returns: the same containers, keys and constants, with tensors in `dtype` (for float8 in
+    bfloat16, for int8 in float32). Equivalent to, up to rounding and with quantisation errors in float8 and int8:
 
         frozen = copy.deepcopy(model).to(dtype)
         with torch.no_grad():
             y = frozen(x.to(dtype))
 
     It never writes into x, even if the model does. The caller owns the returned tensors: no later call, thread or
-    stream changes them. `torch.autocast` inside the model is ignored.
+    stream changes them, and no two of them share memory. A tensor that the model returns twice is returned twice. The
+    module also has the model's public attributes that are neither tensors nor callable, such as `out_channels`.
+    `torch.autocast` inside the model is ignored.
 
     example: an input whose shape is prepared immediately instead of at the first call, as `Optimized.ready` does:
         engines are chosen, kernels are compiled, and on a GPU a CUDA graph is captured.

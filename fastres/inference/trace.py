@@ -113,7 +113,7 @@ def trace(model: nn.Module) -> tuple[list[Step], Outputs]:
         reason = str(error).split(". ")[0]  # the first sentence; torch.fx adds long advice about proxies
         raise ValueError(
             "optimize() requires a model with one input tensor that torch.fx can trace; tracing "
-            f"{type(model).__name__} failed ({reason}). Of a detector, optimize the backbone alone: model.backbone = "
+            f"{type(model).__name__} failed ({reason}). In a detector, optimize the backbone: model.backbone = "
             "fastres.optimize(model.backbone). To run a ResNet inside any model on fused kernels, use "
             "fastres.convert(model)"
         ) from error
