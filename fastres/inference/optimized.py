@@ -490,6 +490,7 @@ def _described(leaf: Any) -> Any:
 
 
 def _is_close(y: Tensor, want: Tensor) -> bool:
+    y, want = y.double(), want.double()  # a buffer that the model returns may be of integers or booleans
     most = float(want.nan_to_num().abs().max()) if want.numel() else 0.0
     return torch.allclose(y, want, rtol=0.0, atol=1e-6 * max(most, 1.0), equal_nan=True)
 

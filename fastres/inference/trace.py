@@ -99,9 +99,9 @@ def trace(model: nn.Module) -> tuple[list[Step], Outputs]:
 
     The model's code runs without gradients, with a proxy as its first argument and the defaults of all other arguments.
     It may store proxies in the model, so pass a copy. Raises ValueError, with the name of the node or layer, for
-    anything that a plan can't represent: hooks, control flow that depends on tensors, an unsupported
-    operation, more than one input, results other than tensors and constants in dicts, lists and tuples, number or
-    string attributes that a call changes, and tensors that are neither parameters nor buffers.
+    anything that a plan can't represent: hooks, control flow that depends on tensors, an unsupported operation, more
+    than one input, results other than tensors and constants in dicts, lists and tuples, number or string attributes
+    that a call changes, and tensors that are neither parameters nor buffers.
     """
     _refuse_hooks(model)
     before = _plain_attributes(model)
@@ -123,7 +123,7 @@ def trace(model: nn.Module) -> tuple[list[Step], Outputs]:
     translation = _Translation(model, graph)
     for node in graph.nodes:
         translation.translate(node)
-    outputs = translation.outputs(tracer.returned)
+    outputs = translation.outputs(tracer.returned)  # may add steps
     return translation.steps, outputs
 
 

@@ -161,6 +161,7 @@ class Returns(nn.Module):
         self.upsample, self.body = nn.Upsample(scale_factor=2, mode="bilinear"), body
         self.register_buffer("shift", torch.randn(1, 4, 1, 1))
         self.register_buffer("count", torch.tensor(3))
+        self.register_buffer("flags", torch.tensor([True, False]))
 
     def forward(self, x: Tensor) -> Any:
         return self.body(x, self.conv(x), self)
@@ -179,7 +180,7 @@ STRUCTURES: dict[str, Callable[[Tensor, Tensor, Any], Any]] = {
     "NamedTuple": lambda x, z, m: Features(F.relu(z), high=(z, None)),
     "nested": lambda x, z, m: {"aux": None, "levels": [z, (m.next(z), {"n": 3, "name": "p3", "on": True})]},
     "the input": lambda x, z, m: (x, z),
-    "model tensors": lambda x, z, m: [z, m.shift, m.count, m.shift],
+    "model tensors": lambda x, z, m: [z, m.shift, m.count, m.shift, m.flags],
     "a tensor twice": lambda x, z, m: {"a": z, "b": z, "c": m.next(z)},
     "contiguous": lambda x, z, m: (z, z.contiguous()),
     "read later": lambda x, z, m: (F.relu(m.norm(z)), m.next(F.relu(z)), z),
