@@ -19,6 +19,8 @@ from tolerances import EXACT_GRADIENTS, KERNELS_GRADIENTS, SUMS
 from torch import Tensor, fx, nn
 from torch._dynamo.backends.registry import lookup_backend
 from torch._dynamo.utils import counters
+from torchvision.models.resnet import BasicBlock
+from torchvision.ops import FrozenBatchNorm2d
 
 import fastres
 from fastres.compile import backend
@@ -169,6 +171,41 @@ def test_one_graph_serves_eight_sizes(backend: str, kind: str, train: bool) -> N
             x = torch.randn(2 + i % 2, 3, 40 + 8 * i, 96 - 8 * (i // 2)).double()
             same_outcome(dynamic, twin, model, x.to(memory_format=layout))
     assert graphs == 1
+
+
+SIZES = [(4, 64, 64), (4, 96, 64), (3, 64, 96), (4, 48, 80), (2, 80, 64), (4, 64, 128), (3, 112, 48), (4, 96, 96)]
+
+
+@pytest.mark.parametrize("train", [True, False], ids=["train", "inference"])
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, FrozenBatchNorm2d])
+@pytest.mark.parametrize("inner", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_sizes_that_vary_compile_as_often_as_in_stock(norm: type[nn.Module], train: bool, inner: str) -> None:
+    """Dynamo makes the image size symbolic at the second size, the batch size at the second batch; then no graph more.
+
+    A short last batch needs no graph of its own either.
+    """
+    model = nn.Sequential(conv_bn(3, 8, norm=norm), nn.ReLU(), nn.MaxPool2d(2), BasicBlock(8, 8, norm_layer=norm))
+    model.double().train(train)
+
+    def compilations(called: Callable[..., Any]) -> list[int]:
+        torch._dynamo.reset()
+        twin, graphs, after = copy.deepcopy(model), 0, []
+
+        def count(gm: fx.GraphModule, inputs: list[Any]) -> Any:
+            nonlocal graphs
+            graphs += 1
+            return called(gm, inputs)
+
+        compiled = torch.compile(twin, backend=count, fullgraph=True)
+        with torch.set_grad_enabled(train):
+            for n, h, w in SIZES:
+                same_outcome(compiled, twin, model, torch.randn(n, 3, h, w).double())
+                after.append(graphs)
+        return after
+
+    options = {"fastres.rewrite": "always", "fastres.inner": inner}
+    ours = compilations(functools.partial(backend, options=options))
+    assert ours == compilations(lookup_backend(inner)) == [1, 2, 3, 3, 3, 3, 3, 3]
 
 
 @pytest.mark.slow
