@@ -5,10 +5,11 @@ of the pattern
 
     conv -> BN [-> ReLU -> conv -> BN]... [-> + residual -> ReLU | -> ReLU [-> max pool]]
 
-become operators of `fastres.ops.operators`, and relu(y + option-A shortcut) becomes an operator of
-`fastres.ops.shortcut`. All other nodes go to Inductor unchanged, and `explain` gives the reason. BN -> ReLU and add ->
-ReLU without a convolution also stay, because Inductor makes the same passes over memory. Only registered operators
-(ATen's and fastres's) are inserted, so that AOTAutograd and Inductor can cache the compiled graph.
+where BN is one such node or the arithmetic of a frozen BatchNorm (`norms`), become operators of
+`fastres.ops.operators`, and relu(y + option-A shortcut) becomes an operator of `fastres.ops.shortcut`. All other nodes
+go to Inductor unchanged, and `explain` gives the reason. BN -> ReLU and add -> ReLU without a convolution also stay,
+because Inductor makes the same passes over memory. Only registered operators (ATen's and fastres's) are inserted, so
+that AOTAutograd and Inductor can cache the compiled graph.
 """
 
 from __future__ import annotations

@@ -179,10 +179,11 @@ SIZES = [(4, 64, 64), (4, 96, 64), (3, 64, 96), (4, 48, 80), (2, 80, 64), (4, 64
 @pytest.mark.parametrize("train", [True, False], ids=["train", "inference"])
 @pytest.mark.parametrize("norm", [nn.BatchNorm2d, FrozenBatchNorm2d])
 @pytest.mark.parametrize("inner", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-def test_sizes_that_vary_compile_as_often_as_in_stock(norm: type[nn.Module], train: bool, inner: str) -> None:
+def test_sizes_that_vary_compile_no_more_often_than_in_stock(norm: type[nn.Module], train: bool, inner: str) -> None:
     """Dynamo makes the image size symbolic at the second size, the batch size at the second batch; then no graph more.
 
-    A short last batch needs no graph of its own either.
+    A short last batch needs no graph of its own either. Stock Inductor compiles more graphs in training if its forward
+    picks another memory format than eager.
     """
     model = nn.Sequential(conv_bn(3, 8, norm=norm), nn.ReLU(), nn.MaxPool2d(2), BasicBlock(8, 8, norm_layer=norm))
     model.double().train(train)
@@ -205,7 +206,8 @@ def test_sizes_that_vary_compile_as_often_as_in_stock(norm: type[nn.Module], tra
 
     options = {"fastres.rewrite": "always", "fastres.inner": inner}
     ours = compilations(functools.partial(backend, options=options))
-    assert ours == compilations(lookup_backend(inner)) == [1, 2, 3, 3, 3, 3, 3, 3]
+    assert ours == [1, 2, 3, 3, 3, 3, 3, 3]
+    assert all(a <= b for a, b in zip(ours, compilations(lookup_backend(inner)), strict=True))
 
 
 @pytest.mark.slow
