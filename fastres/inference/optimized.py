@@ -1,8 +1,9 @@
 """`Optimized`: the module that `optimize` returns. It stores the folded weights and one bound program per input shape.
 
 BatchNorm is folded into the weights once, in float64. For each input shape, the steps of the plan are bound to the
-engines that `fastres.ops.dispatch` chooses. On a GPU the bound program is then captured as a CUDA graph (unless
-`cuda_graph` is False), which later calls with that shape replay.
+engines that `fastres.ops.dispatch` chooses. This is all that a shape costs at first. The net is prepared for a shape by
+`ready`, or in the call after `PREPARED_AFTER` others with that shape: only then are engines timed, is a CUDA graph
+captured (unless `cuda_graph` is False) or does TorchScript compile.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from __future__ import annotations
 import copy
 import math
 import threading
-from collections import OrderedDict
+import warnings
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -37,15 +39,20 @@ from fastres.ops import dispatch, folded, onednn, quantised
 from fastres.ops.layout import nhwc
 from fastres.ops.quantised import FLOAT8
 
-MAX_SHAPES = 8  # bound programs kept per net (LRU)
-SPECIALISED_AFTER = 10  # calls with one shape on a CPU, after which it is worth compiling for that shape
+MAX_SHAPES = 8  # programs kept per net, of those that are prepared and of the others (LRU)
+PREPARED_AFTER = {"cpu": 10, "cuda": 2}  # calls with a shape, after which it is worth preparing the net for it
+# Calls between two preparations, once `MAX_SHAPES` shapes are prepared. Otherwise nine shapes that come in turns would
+# drop a program in each call.
+REPLACED_AFTER = 1000
 # Limit on the bytes of all values alive at the same time on a CPU: about the size of a large cache. It also keeps each
 # value small enough for glibc's heap, which reuses freed memory (see `onednn.HEAP_BLOCK`).
 MAX_ALIVE_BYTES = 32 * 2**20
-FIRST_SLICE = 4  # images of a new size that run first, to learn how many bytes one image takes
+FIRST_SLICE = 4  # images that run at first, to learn how many bytes one image takes
+MAX_KNOWN = 64  # image sizes of which the net remembers that, and shapes whose calls it counts (LRU)
 _MAX_COMPARED = 16  # largest batch in the comparison with the model, if the model fails on a batch of two
 # Attributes that are rebuilt after a copy or an unpickling instead of being stored.
 _DERIVED = {"_lock", "_programs", "_image_bytes", "_folded", "_packings", "_layers", "_unbound", "_weight"}
+_DERIVED |= {"_dropped", "_calls", "_since"}
 _DERIVED |= {"_last_use", "_graph_memory"}  # on a GPU
 
 
@@ -120,29 +127,36 @@ class Optimized(nn.Module):
     def ready(self, example: Tensor) -> None:
         """Prepare the net for inputs of `example`'s shape, so that the next call with this shape runs at full speed.
 
-        Engines are chosen and kernels compiled. On a GPU a CUDA graph is captured, if `cuda_graph` is True. On a CPU
-        TorchScript compiles the plan now instead of after ten calls, if `torchscript` is True.
+        Engines are chosen and kernels compiled. On a GPU, engines are timed where that is open, and a CUDA graph is
+        captured if `cuda_graph` is True. On a CPU, weights are packed for this shape, and TorchScript compiles the plan
+        if `torchscript` is True. Without `ready`, this happens in the third call with a shape on a GPU, and in the
+        eleventh on a CPU.
         """
-        self(example)
-        if not example.is_cuda:
-            with _plain_mode(example):
-                self._on_cpu(self._checked(example), specialises_after=0)
+        x = self._checked(example)
+        with _plain_mode(x):
+            (self._on_cuda if x.is_cuda else self._on_cpu)(x, calls=math.inf)
 
     def explain(self, shape: Sequence[int] | None = None) -> str:
         """Return a table of the plan's steps: layer, output shape, engine, and the reason for that engine.
+
+        If programs have been dropped because of other shapes, a last line counts them.
 
         shape: describe the plan for inputs of this shape [N, C, H, W]; by default, the plan that was used last. Raises
         ValueError if the net has not been called with such an input yet.
         """
         with self._lock:
             programs = [p for key, p in self._programs.items() if shape is None or key[0] == tuple(shape)]
+            dropped = self._dropped.copy()
         if not programs:
             known = ", ".join(str(list(key[0])) for key in self._programs)
             wanted = f" for shape {list(shape)} (known shapes: {known})" if shape and known else ""
             raise ValueError(f"no plan yet{wanted}; call the net on a batch first")
         small = self._small_dtype()
         convolutions = f" with {small} convolutions" if small else ""
-        return f"{self._model_name} in {self.dtype}{convolutions}, {programs[-1].how_it_runs()}\n{programs[-1].table()}"
+        text = f"{self._model_name} in {self.dtype}{convolutions}, {programs[-1].how_it_runs()}\n{programs[-1].table()}"
+        if dropped:
+            text += f"\ndropped since for other shapes: {dropped[True]} prepared programs, {dropped[False]} others"
+        return text
 
     def agreement(self, model: Callable[[Tensor], Tensor], batches: Iterable[Any]) -> float:
         """Return the share of images, from 0 to 1, for which the net and `model` have the same top-1 class.
@@ -189,7 +203,7 @@ class Optimized(nn.Module):
     def _reset(self) -> None:
         self._lock = threading.RLock()
         self._programs: OrderedDict[Any, Program] = OrderedDict()
-        self._image_bytes: dict[Any, float] = {}  # image size (C, H, W) -> peak bytes per image
+        self._image_bytes: OrderedDict[Any, float] = OrderedDict()  # image size (C, H, W) -> peak bytes per image
         self._fold()
 
     def _fold(self) -> None:
@@ -240,6 +254,9 @@ class Optimized(nn.Module):
         if any(program.graph is not None for program in self._programs.values()):
             torch.cuda.synchronize(self._weight.device)  # a replay on some stream may still use the memory freed here
         self._programs.clear()
+        self._dropped: Counter[bool] = Counter()  # whether prepared -> programs dropped because of other shapes
+        self._calls: OrderedDict[Any, float] = OrderedDict()  # key of a program -> calls that wanted it
+        self._since = 0.0  # calls since the net was prepared for a shape
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Optimized:
         parameter = next(self.parameters())
@@ -301,10 +318,11 @@ class Optimized(nn.Module):
     def _nhwc(self, x: Tensor) -> Tensor:
         return nhwc(x.to(self.dtype, memory_format=torch.channels_last))
 
-    def _program_for(self, x: Tensor) -> tuple[Program, list[Tensor] | None]:
+    def _program_for(self, x: Tensor, calls: float = 0) -> tuple[Program, list[Tensor] | None]:
         """Return the bound program for inputs like x, and its outputs for x if this call had to bind it (else None).
 
-        The caller must hold the lock.
+        calls: how many calls with x's shape this one counts for. After `PREPARED_AFTER`, the program is prepared; so
+        infinity prepares it now, and 0 never does. The caller must hold the lock.
         """
         self._compare(x)
         if x.is_cuda:
@@ -315,19 +333,64 @@ class Optimized(nn.Module):
             switches = mkldnn.enabled, mkldnn.conv.fp32_precision, torch.get_num_threads()
             switches += (torch.are_deterministic_algorithms_enabled(),)
         key = (tuple(x.shape), dispatch.choice(self.dtype, x.device), switches)
-        if (program := self._programs.get(key)) is not None:
+        program, answer = self._programs.get(key), None
+        self._since += calls
+        calls += self._calls.pop(key, 0.0)
+        _remember(self._calls, key, calls)
+        pays = self._since >= REPLACED_AFTER or len(self._alike(prepared=True)) < MAX_SHAPES
+        prepared = pays and calls > PREPARED_AFTER["cuda" if x.is_cuda else "cpu"]
+        if program is None or (prepared and not program.prepared):
+            program = self._new_program()
+            answer = program.bind(self._nhwc(x), prepared)
+            if prepared:
+                self._finish(program, x)
+                self._since = 0.0
+            self._programs[key] = program
             self._programs.move_to_end(key)
-            return program, None
-        while len(self._programs) >= MAX_SHAPES:
-            if x.is_cuda:
-                torch.cuda.synchronize(x.device)
-            self._programs.popitem(last=False)
-        program = self._new_program()
-        answer = program.bind(self._nhwc(x))
-        self._programs[key] = program
-        if _is_plain(x):
-            self._image_bytes[tuple(x.shape[1:])] = program.most_bytes() / len(x)
+            self._drop_beyond(x)
+            if _is_plain(x):
+                _remember(self._image_bytes, tuple(x.shape[1:]), program.most_bytes() / len(x))
+        else:
+            self._programs.move_to_end(key)
         return program, answer
+
+    def _finish(self, program: Program, x: Tensor) -> None:
+        """Let TorchScript compile a prepared program, or capture it as a CUDA graph, for x [N, C, H, W]."""
+        if not x.is_cuda:
+            if self.torchscript and not torch.are_deterministic_algorithms_enabled():
+                program.compile(self._nhwc(x))
+        elif self.cuda_graph:
+            try:
+                program.capture(self._nhwc(x), *self._graph_memory)
+            except BaseException:  # PyTorch never stops recording into the pool of a failed capture: use a new pool
+                self._graph_memory = _new_graph_memory(x.device)
+                raise
+
+    def _alike(self, prepared: bool) -> list[Any]:
+        """Return the keys of the programs that are prepared, or of those that are not, by their last use."""
+        return [key for key, program in self._programs.items() if program.prepared is prepared]
+
+    def _drop_beyond(self, x: Tensor) -> None:
+        """Drop what was used least recently beyond `MAX_SHAPES` prepared programs, and as many others.
+
+        So inputs of ever new shapes never drop a prepared program.
+        """
+        for prepared in (False, True):
+            for key in self._alike(prepared)[:-MAX_SHAPES]:
+                if x.is_cuda:
+                    torch.cuda.synchronize(x.device)
+                del self._programs[key]
+                self._dropped[prepared] += 1
+                if prepared:
+                    self._calls.pop(key, None)
+                if prepared and self._dropped[prepared] == MAX_SHAPES:
+                    warnings.warn(
+                        f"this optimized {self._model_name} has dropped {MAX_SHAPES} programs that it was prepared "
+                        f"with, for other input shapes (the last one for {list(key[0])}). It keeps {MAX_SHAPES}; "
+                        "inputs of other shapes run step by step. Pad images and batches to fewer sizes",
+                        RuntimeWarning,
+                        stacklevel=2,
+                    )
 
     def _new_program(self) -> Program:
         return Program(self._steps, self._outputs, self._folded, self._layers, self.dtype, self._packings)
@@ -366,8 +429,8 @@ class Optimized(nn.Module):
             break
         self._uncompared = (None,)
 
-    def _on_cpu(self, x: Tensor, specialises_after: int = SPECIALISED_AFTER) -> list[Tensor]:
-        """Return the outputs for x on a CPU. specialises_after: calls with a shape before `Program.specialise` runs."""
+    def _on_cpu(self, x: Tensor, calls: float = 1) -> list[Tensor]:
+        """Return the outputs for x on a CPU. calls: as for `_program_for`."""
         plain, fused = _is_plain(x), dispatch.optimizes_by_onednn(self.dtype, x.device)
         x = x.to(self.dtype)  # may overflow to infinity, so check afterwards
         finite = not plain or bool(x.sum(dtype=torch.float32).isfinite())
@@ -379,7 +442,7 @@ class Optimized(nn.Module):
             with dispatch.backend("reference"):
                 return self._on_steps(x)
         onednn.keep_heap()
-        answers = [self._on_steps(part, specialises_after) for part in self._slices(x)]
+        answers = [self._on_steps(part, calls) for part in self._slices(x)]
         return answers[0] if len(answers) == 1 else [torch.cat(parts) for parts in zip(*answers, strict=True)]
 
     def _with_nan_for_broken(self, x: Tensor) -> list[Tensor]:
@@ -396,14 +459,9 @@ class Optimized(nn.Module):
                 y.fill_(math.nan)
         return answers
 
-    def _on_steps(self, x: Tensor, specialises_after: int | None = None) -> list[Tensor]:
+    def _on_steps(self, x: Tensor, calls: float = 0) -> list[Tensor]:
         with self._lock:
-            program, answer = self._program_for(x)
-            if specialises_after is not None:
-                program.calls += 1
-                if program.calls > specialises_after and not program.specialised:
-                    compiles = self.torchscript and not torch.are_deterministic_algorithms_enabled()
-                    program.specialise(self._nhwc(x), compiles)
+            program, answer = self._program_for(x, calls)
         return program.run(self._nhwc(x)) if answer is None else answer
 
     def _slices(self, x: Tensor) -> Iterator[Tensor]:
@@ -414,35 +472,33 @@ class Optimized(nn.Module):
         if not self._by_image:
             yield x
             return
-        size, done = tuple(x.shape[1:]), 0
-        if size not in self._image_bytes:
-            done = min(FIRST_SLICE, len(x))
-            yield x[:done]
-        if done < len(x):
-            most = max(1, int(MAX_ALIVE_BYTES / self._image_bytes[size]))
-            yield from x[done:].tensor_split(-(-(len(x) - done) // most))
+        if not self._image_bytes:
+            self._on_steps(x[:FIRST_SLICE])
+        most = max(1, int(MAX_ALIVE_BYTES / self._bytes_of(tuple(x.shape[1:]))))
+        yield from x.tensor_split(-(-len(x) // most))
 
-    def _on_cuda(self, x: Tensor) -> list[Tensor]:
+    def _bytes_of(self, size: tuple[int, ...]) -> float:
+        """Return the peak bytes of an image of this size (C, H, W); scaled from the largest known one if it is new."""
+        with self._lock:
+            if size in self._image_bytes:
+                self._image_bytes.move_to_end(size)
+                return self._image_bytes[size]
+            largest = max(self._image_bytes, key=math.prod)
+            return self._image_bytes[largest] * math.prod(size) / math.prod(largest)
+
+    def _on_cuda(self, x: Tensor, calls: float = 1) -> list[Tensor]:
+        """Return the outputs for x on a GPU. calls: as for `_program_for`."""
         stream = torch.cuda.current_stream()
         in_a_capture = torch.cuda.is_current_stream_capturing()  # the caller's graph records the single steps
         with self._lock:
             if not in_a_capture:
                 stream.wait_event(self._last_use)
-            program, answer = self._program_for(x)
-            if self.cuda_graph and x.numel() and not in_a_capture:
-                if program.graph is None:
-                    self._capture(program, x)
+            program, answer = self._program_for(x, calls if _is_plain(x) else 0)
+            if self.cuda_graph and program.graph is not None and not in_a_capture:
                 result = program.replay(x)
                 self._last_use.record(stream)
                 return result
         return program.run(self._nhwc(x)) if answer is None else answer
-
-    def _capture(self, program: Program, x: Tensor) -> None:
-        try:
-            program.capture(self._nhwc(x), *self._graph_memory)
-        except BaseException:  # PyTorch never stops recording into the pool of a failed capture: use a new pool
-            self._graph_memory = _new_graph_memory(x.device)
-            raise
 
 
 def _carried(model: nn.Module) -> dict[str, Any]:
@@ -465,6 +521,14 @@ def _is_being_recorded(x: Tensor) -> bool:
 def _is_plain(x: Tensor) -> bool:
     """Return whether a call with x is ordinary: x is not empty, and the caller is not capturing a CUDA graph."""
     return x.numel() > 0 and not (x.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def _remember(known: OrderedDict[Any, float], key: Any, value: float) -> None:
+    """Set known[key] as the newest of at most `MAX_KNOWN` entries."""
+    known[key] = value
+    known.move_to_end(key)
+    while len(known) > MAX_KNOWN:
+        known.popitem(last=False)
 
 
 def _in_float64(tensor: Tensor) -> Tensor:

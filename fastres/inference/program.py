@@ -98,11 +98,15 @@ class Program:
         self.graph: torch.cuda.CUDAGraph | None = None
         self.compiled: Compiled | None = None
         self.why_not_compiled: str | None = None
-        self.calls, self.specialised = 0, False
-        self.shares_packings = False  # whether another program, e.g. for another batch size, packed int8 weights
+        self.prepared = False
 
-    def bind(self, x: Tensor) -> list[Tensor]:
-        """Return the outputs for x [N, H, W, C] as `run` does, and choose an engine for every step on the way."""
+    def bind(self, x: Tensor, prepared: bool = False) -> list[Tensor]:
+        """Return the outputs for x [N, H, W, C] as `run` does, and choose an engine for every step on the way.
+
+        prepared: do all work that pays off only if inputs with x's shape come often. On a GPU, engines are timed where
+        `dispatch` leaves that open. On a CPU, weights are packed in the format that oneDNN wants for this shape.
+        """
+        self.prepared = prepared
         unread = readers(self.unchained, self.outputs)
         values: dict[str, Any] = {INPUT: x}
         for step in self.steps:
@@ -169,22 +173,7 @@ class Program:
         """
         return [y.clone() if borrows else y for y, borrows in zip(outputs, self.borrows, strict=True)]
 
-    def specialise(self, x: Tensor, script: bool) -> None:
-        """Do the work that pays off only if inputs with the shape of x [N, H, W, C] come often.
-
-        Pack the int8 weights again for this shape if they are shared with programs for other shapes. With `script`,
-        also let TorchScript compile the steps.
-        """
-        self.specialised = True
-        if self.shares_packings:
-            for bound in self.bound:
-                if isinstance(bound.call, quantised.ByOneDNN):
-                    bound.call = bound.call.another()
-            self.shares_packings = False
-        if script:
-            self._compile(x)
-
-    def _compile(self, x: Tensor) -> None:
+    def compile(self, x: Tensor) -> None:
         """Compile the steps by TorchScript, as a oneDNN graph or, in int8, as the same steps.
 
         Later calls of `run` use the result, if for x [N, H, W, C] it gives the same outputs as the steps (up to
@@ -381,7 +370,7 @@ class Program:
         sizes = eligibility.pool_sizes(layer)
 
         def by_onednn() -> partial[Any]:
-            w = self.packings.linear(step.name, layer.weight.detach(), *inputs)
+            w = self.packings.linear(step.name, layer.weight.detach(), inputs[0], self.prepared)
             return partial(_as_values, onednn.linear, w=w, bias=layer.bias)
 
         engines: dict[Any, Callable[[], Any]] = {
@@ -390,7 +379,7 @@ class Program:
             "aten": lambda: library,
             torch.float32: lambda: partial(quantised.by_pool, library),
         }
-        return _bind_candidate(step, dispatch.layer_engine(layer, sizes, inputs), engines, inputs)
+        return _bind_candidate(step, dispatch.layer_engine(layer, sizes, inputs), engines, inputs, self.prepared)
 
     def _bind_conv(self, step: Conv, x: Tensor, residual: Any = None) -> tuple[Bound, Sequence[Tensor]]:
         problem, weights, added = _problem(step, x), self.weights[step.out], residual is not None
@@ -415,7 +404,7 @@ class Program:
             torch.float64: lambda: partial(simulation, wide=torch.float64),
         }
         candidate = dispatch.folded_engine(problem, weights.w.dtype, x.device, relu=step.relu, added=added, alike=alike)
-        return _bind_candidate(step, candidate, engines, (x, residual) if added else (x,))
+        return _bind_candidate(step, candidate, engines, (x, residual) if added else (x,), self.prepared)
 
     def _scales(self, grids: Quantised | None) -> dict[str, Any]:
         """Return the arguments of fastres's kernel that describe the quantisation grids of a float8 convolution.
@@ -436,16 +425,14 @@ class Program:
             "relu": step.relu,
             "overwrite": overwrite,
         }
-        return partial(_as_values, onednn.conv, w=self.packings.conv(step.out, weights.w, step.geometry, x), **static)
+        w = self.packings.conv(step.out, weights.w, step.geometry, x, self.prepared)
+        return partial(_as_values, onednn.conv, w=w, **static)
 
     def _by_onednn_int8(self, step: Conv, x: Tensor) -> quantised.ByOneDNN:
-        size, keep = (step.out, *x.shape[1:3]), step.out not in self.overwritable
-        call: quantised.ByOneDNN | None = self.packings.int8.get(size)
-        if call is not None:
-            self.shares_packings = True
-            return call
+        keep = step.out not in self.overwritable
         static: dict[str, Any] = {"geometry": step.geometry, "relu": step.relu, "grids": step.quantised, "keep": keep}
-        call = self.packings.int8[size] = quantised.ByOneDNN(self.weights[step.out], **static)
+        pack = partial(quantised.ByOneDNN, self.weights[step.out], **static)
+        call: quantised.ByOneDNN = self.packings.int8(step.out, pack, step.geometry, x, self.prepared)
         return call
 
     def _bind_broadcasting(self, step: Conv, x: Tensor, residual: Any) -> tuple[Bound, Sequence[Tensor]]:
@@ -482,12 +469,16 @@ def _problem(conv: Conv, x: Tensor) -> Any:
 
 
 def _bind_candidate(
-    step: Step, candidate: dispatch.Candidate, engines: Mapping[Any, Callable[[], Any]], inputs: Sequence[Any]
+    step: Step,
+    candidate: dispatch.Candidate,
+    engines: Mapping[Any, Callable[[], Any]],
+    inputs: Sequence[Any],
+    prepared: bool,
 ) -> tuple[Bound, Sequence[Any]]:
     """Return `step` bound to `candidate` or to one of its fallbacks, and its results for `inputs`.
 
     A fallback is taken if the candidate raises RuntimeError, or if it is timed and found slower. Out-of-memory errors
-    are not caught.
+    are not caught. prepared: whether the two may be timed now, rather than only used if they have been.
 
     engines: functions that build the call. The key is the engine's name or, if the step simulates 8 bits, the dtype in
     which it computes.
@@ -506,7 +497,7 @@ def _bind_candidate(
     why = candidate.why.replace("{error}", error)
     if candidate.timed and otherwise is not None:
         separate = engines[otherwise.engine]()
-        faster, measured = _faster_fused(candidate.timed, call, separate, inputs)
+        faster, measured = _faster_fused(candidate.timed, call, separate, inputs, prepared)
         why += measured
         if not faster:
             return Bound(step, otherwise.engine, why, separate), separate(*inputs)
@@ -514,20 +505,27 @@ def _bind_candidate(
 
 
 _fused_times: dict[Any, list[float]] = {}  # `facts` of `_faster_fused` -> microseconds of [fused, separate]
+_MOST_FUSED_TIMES = 4096  # then the oldest is dropped
 
 
 def _faster_fused(
-    facts: tuple[Any, ...], fused: Callable[..., Any], separate: Callable[..., Any], inputs: Sequence[Tensor]
+    facts: tuple[Any, ...],
+    fused: Callable[..., Any],
+    separate: Callable[..., Any],
+    inputs: Sequence[Tensor],
+    time_now: bool,
 ) -> tuple[bool, str]:
     """Return whether cuDNN's fused convolution is at least as fast as separate passes, and the measured times as text.
 
     fused: the convolution with shift, residual and ReLU in one call. separate: the convolution, then a pass for these.
-    facts: everything that the times may depend on; each `facts` is timed once per process. Nothing is timed during a
-    capture, for an empty input, or if `separate` fails: the result is then True.
+    facts: everything that the times may depend on; each `facts` is timed once per process. Nothing is timed without
+    `time_now`, during a capture, for an empty input, or if `separate` fails: the result is then True.
     """
     if facts not in _fused_times:
-        if torch.cuda.is_current_stream_capturing() or not inputs[0].numel():
+        if not time_now or torch.cuda.is_current_stream_capturing() or not inputs[0].numel():
             return True, ""
+        if len(_fused_times) >= _MOST_FUSED_TIMES:
+            del _fused_times[next(iter(_fused_times))]
         try:
             separate(*inputs)  # compile the kernel and let cuDNN choose its algorithm before the timing
             _fused_times[facts] = _microseconds([partial(fused, *inputs), partial(separate, *inputs)], inputs[0].device)

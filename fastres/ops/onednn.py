@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any, TypeVar
 from weakref import WeakValueDictionary
 
@@ -21,41 +21,71 @@ from fastres.ops.layout import Geometry, nchw, nhwc
 _OVERFLOWS = (torch.float16,)  # real nets' activations can overflow: use PyTorch's ReLU, which keeps NaN
 T = TypeVar("T")  # a tensor or a tuple of tensors
 _FUSION = threading.Lock()  # protects TorchScript's switch for oneDNN fusion, which is global to the process
+NARROW = 8  # pixels; oneDNN packs the weights of narrower outputs in other formats
+_PADDING = 108  # where oneDNN's description of a format has padding: after ndims, 12 dims and the data type
 HEAP_BLOCK = 2**25 - 2**16  # bytes: just below 32 MiB, the largest block that glibc can allocate from its heap
 
 
 class Packings:
-    """A cache of one net's weights in oneDNN's packed formats, with one copy per layer and format.
+    """A cache of one net's weights in oneDNN's packed formats. It packs few times, however many input shapes there are.
 
-    The format depends on the layer, the size of its input, the number of threads, and whether the batch has more than
-    one image. `int8` caches int8 weights separately, by layer and input size.
+    Which format oneDNN wants depends on the layer and, in ways that it does not tell, on the size of the input; above
+    all on whether the output is narrower than `NARROW` pixels. Weights in another format still serve, but are converted
+    in each call. So each layer is packed for the first input of either kind, and for an `exact` one.
     """
 
     def __init__(self) -> None:
-        self._by_call: dict[Any, Tensor] = {}
-        self._by_format: dict[Any, Tensor] = {}
-        # (name of a step's output, H, W of the step's input) -> `quantised.ByOneDNN`. Weak: an entry lives only as long
-        # as a bound program uses it.
-        self.int8: WeakValueDictionary[Any, Any] = WeakValueDictionary()
+        self._first: dict[Any, Any] = {}  # (layer, kind of input, threads) -> packed for the first of this kind
+        self._alive: WeakValueDictionary[Any, Tensor] = WeakValueDictionary()  # (layer, format) -> packed weights
 
-    def conv(self, name: str, w: Tensor, geometry: Geometry, x: Tensor) -> Tensor:
-        """Return the filters w [K, R, S, C/groups] of layer `name`, packed for x [N, H, W, C], as an opaque tensor."""
+    def conv(self, name: str, w: Tensor, geometry: Geometry, x: Tensor, exact: bool = True) -> Tensor:
+        """Return the filters w [K, R, S, C/groups] of layer `name`, packed for x [N, H, W, C], as an opaque tensor.
+
+        exact: False to accept another format than the one that oneDNN wants for x, rather than pack again.
+        """
         stride, pad, dilation, groups = geometry.both
         shape = list(nchw(x).shape)
         pack = torch.ops.mkldnn._reorder_convolution_weight
-        return self._packed((name, *shape[1:], len(x) > 1), lambda: pack(nchw(w), pad, stride, dilation, groups, shape))
+        packed = partial(pack, nchw(w), pad, stride, dilation, groups, shape)
+        return self._packed((name, _is_narrow(x, geometry), torch.get_num_threads()), exact, packed)
 
-    def linear(self, name: str, w: Tensor, x: Tensor) -> Tensor:
+    def linear(self, name: str, w: Tensor, x: Tensor, exact: bool = True) -> Tensor:
         """Return the weights w [classes, features] of layer `name`, packed for x [N, features], as an opaque tensor."""
-        return self._packed((name, len(x) > 1), lambda: torch.ops.mkldnn._reorder_linear_weight(w, len(x)))
+        packed = partial(torch.ops.mkldnn._reorder_linear_weight, w, len(x))
+        return self._packed((name, len(x) > 1, torch.get_num_threads()), exact, packed)
 
-    def _packed(self, call: tuple[Any, ...], pack: Callable[[], Tensor]) -> Tensor:
-        key = (*call, torch.get_num_threads())
-        if key not in self._by_call:
-            packed = pack()
-            layout = bytes(torch.ops.mkldnn._get_mkldnn_serialized_md(packed).tolist())
-            self._by_call[key] = self._by_format.setdefault((call[0], layout), packed)
-        return self._by_call[key]
+    def int8(self, name: str, pack: Callable[[], Any], geometry: Geometry, x: Tensor, exact: bool) -> Any:
+        """Return the result of `pack()`, the int8 weights of layer `name`. Their first call, with x, sets the format.
+
+        exact: False to accept weights whose first call had another shape.
+        """
+        key = name, _is_narrow(x, geometry), torch.get_num_threads()
+        if key not in self._first:
+            self._first[key] = x.shape, pack()
+        shape, packed = self._first[key]
+        return pack() if exact and x.shape != shape else packed
+
+    def _packed(self, key: tuple[Any, ...], exact: bool, pack: Callable[[], Tensor]) -> Tensor:
+        if not exact and key in self._first:
+            return self._first[key]
+        packed = pack()
+        packed = self._alive.setdefault((key[0], _format(packed)), packed)
+        self._first.setdefault(key, packed)
+        return packed
+
+
+def _is_narrow(x: Tensor, geometry: Geometry) -> bool:
+    """Return whether a convolution of x [N, H, W, C] has an output narrower than `NARROW`, give or take its border."""
+    return x.shape[2] // geometry.stride < NARROW
+
+
+def _format(packed: Tensor) -> bytes:
+    """Return a key for the format of packed weights: oneDNN's description without its four bytes of padding.
+
+    The padding holds whatever was in memory, for example the height of the image.
+    """
+    description = bytes(torch.ops.mkldnn._get_mkldnn_serialized_md(packed).tolist())
+    return description[:_PADDING] + description[_PADDING + 4 :]
 
 
 def conv(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import torch
@@ -113,12 +113,11 @@ class ByOneDNN:
 
     The packed weights must not be shared with another convolution: PyTorch stores the primitive of the first call in
     them, and another operator would use that primitive wrongly. A call with another shape looks up its own primitive,
-    and packs the weights again each time if that primitive needs another format. For such a shape `another` creates a
-    new instance, whose first call may have that shape. Packing takes longer than several calls.
+    and packs the weights again each time if that primitive needs another format. Packing takes longer than several
+    calls.
     """
 
     def __init__(self, weights: Folded, *, geometry: Geometry, relu: bool, grids: Quantised, keep: bool) -> None:
-        self.another = partial(ByOneDNN, weights, geometry=geometry, relu=relu, grids=grids, keep=keep)
         assert weights.scale is not None
         assert grids.out is not None
         scale = weights.scale.double() / grids.x.scale

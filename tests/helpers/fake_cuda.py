@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -86,6 +87,7 @@ class FakeCuda:
             "synchronize": lambda device=None: None,
             "device": lambda device: contextlib.nullcontext(),
             "Stream": lambda device=None: FakeCuda.__new__(FakeCuda),
+            "Event": lambda: SimpleNamespace(record=lambda stream: None),
             "stream": self.on,
             "graph": self.capture,
             "graph_pool_handle": object,
@@ -96,6 +98,9 @@ class FakeCuda:
 
     def wait_stream(self, other: Any) -> None:
         assert other is not self
+
+    def wait_event(self, event: Any) -> None:
+        pass
 
     @contextlib.contextmanager
     def on(self, stream: Any) -> Iterator[None]:

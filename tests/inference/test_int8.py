@@ -22,7 +22,7 @@ from torch import Tensor, nn
 import fastres
 from fastres import optimize
 from fastres.inference import freeze, program
-from fastres.inference.optimized import MAX_SHAPES, SPECIALISED_AFTER, Optimized
+from fastres.inference.optimized import MAX_SHAPES, PREPARED_AFTER, Optimized
 from fastres.inference.plan import Conv
 from fastres.ops import dispatch, quantised, reference
 from fastres.ops.folded import Folded
@@ -457,7 +457,7 @@ def test_a_shape_used_often_goes_through_torchscript(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(program, "_seconds", lambda calls: [1.0, 2.0])
     before = torch.backends.quantized.engine
     net = int8(tiny())
-    inputs = [images(2) for _ in range(SPECIALISED_AFTER + 3)]
+    inputs = [images(2) for _ in range(PREPARED_AFTER["cpu"] + 3)]
     want = [int8_like(net)(x) for x in inputs]
     for x, y in zip(inputs, want, strict=True):
         assert torch.equal(net(x), y)
@@ -512,13 +512,14 @@ def test_weights_are_packed_for_another_batch_size_only_if_it_is_used_often(monk
     x = images(3)
     want = net(x)
     assert not made
-    for _ in range(SPECIALISED_AFTER + 2):
+    for _ in range(PREPARED_AFTER["cpu"] + 2):
         assert torch.equal(net(x), want)
     assert len(made) == sum(isinstance(m, nn.Conv2d) for m in tiny().modules())
-    for size in range(24, 24 + 2 * MAX_SHAPES):
+    for size in range(16, 16 + 2 * MAX_SHAPES):
         net(images(2, size))
     gc.collect()
-    assert len(net._packings.int8) <= MAX_SHAPES * sum(isinstance(m, nn.Conv2d) for m in tiny().modules())
+    alive = sum(isinstance(each, quantised.ByOneDNN) for each in gc.get_objects())
+    assert alive <= 3 * len(made), "for wide inputs, for narrow ones, and for the batch of three"
 
 
 @served

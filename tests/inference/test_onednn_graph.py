@@ -43,11 +43,11 @@ def test_a_shape_used_often_is_compiled(dtype: torch.dtype, graph_wins: None) ->
     with torch.no_grad():
         want, theirs = model.double()(x.double()), model.to(dtype)(x)
     net = optimize(model)
-    for call in range(optimized.SPECIALISED_AFTER + 3):
+    for call in range(optimized.PREPARED_AFTER["cpu"] + 3):
         y = net(x)
         assert y.dtype == dtype
         assert_close_to_reference(y, want, theirs)
-        assert ("by TorchScript" in net.explain().splitlines()[0]) == (call >= optimized.SPECIALISED_AFTER)
+        assert ("by TorchScript" in net.explain().splitlines()[0]) == (call >= optimized.PREPARED_AFTER["cpu"])
     with torch.no_grad():
         assert_close_to_reference(net(x[:1]), want[:1], model(x[:1]))
 
@@ -203,7 +203,7 @@ def test_no_call_uses_a_graph_before_it_was_compared(monkeypatch: pytest.MonkeyP
         return (x.new_zeros(2, 10),)
 
     monkeypatch.setattr(onednn, "graph", lambda *_: meanwhile)
-    plan._compile(nhwc(x))
+    plan.compile(nhwc(x))
     assert "differs from that of the steps" in net.explain()
     with torch.no_grad():
         assert_same(found[0], model(x))

@@ -245,6 +245,8 @@ def test_equal_layers_are_timed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     optimize(copy.deepcopy(model), torch.randn(2, 8, 6, 6))
     assert clock.asked == 1
     net(torch.randn(3, 8, 6, 6))
+    assert clock.asked == 1, "a call at a new size times nothing"
+    net.ready(torch.randn(3, 8, 6, 6))
     assert clock.asked == 2, "another size is timed separately"
     assert "measured: fused 2 us, separate 1 us" in net.explain()
     assert "measured: fused 1 us, separate 2 us" in net.explain((2, 8, 6, 6))
