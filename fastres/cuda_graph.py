@@ -32,6 +32,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from fastres.ops import dispatch
 
 WARM_UPS = 2  # calls with the same `_signature` that run eagerly before the next one is recorded
+MAX_COUNTED = 64  # signatures whose calls are counted; the count of the oldest is forgotten
 # Names of classes whose processes or devices wait for each other. Recorded models must not have them.
 SHARED = {"DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule", "DataParallel", "SyncBatchNorm"}
 PLAIN = {bool, int, float, str, type(None), torch.dtype}
@@ -169,6 +170,8 @@ class Graphed:
         if signature in self.graphs:
             return self.graphs[signature].replay(inputs)
         self.calls[signature] += 1
+        if len(self.calls) > MAX_COUNTED:
+            del self.calls[next(iter(self.calls))]
         current = torch.cuda.current_stream()
         self.stream.wait_stream(current)
         try:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
 import fastres
+from fastres import cuda_graph
 from fastres.cuda_graph import WARM_UPS, Graphed
 from fastres.models import families
 from fastres.ops import block, dispatch
@@ -210,6 +211,32 @@ def test_a_short_batch_has_its_graph(fake_cuda: FakeCuda) -> None:
     call = ours.graphed()
     follow(ours, call, theirs, 3 * CALLS, count=lambda i: 2 + i % 2)
     assert len(call.graphs) == 2
+
+
+def test_a_short_last_batch_of_an_epoch_leaves_the_graph_of_full_ones(fake_cuda: FakeCuda) -> None:
+    """It runs eagerly at the end of two epochs, then has its own graph. Each step is the right one."""
+    ours, theirs = Training(), Training()
+    call = ours.graphed()
+    graphs: list[set[int]] = []
+
+    def note(training: Training, i: int) -> None:
+        if training is ours and i % 4 == 3:
+            graphs.append(set(map(id, call.graphs.values())))
+
+    follow(ours, call, theirs, 16, count=lambda i: 3 if i % 4 == 3 else 4, between=note)
+    assert [len(each) for each in graphs] == [1, 1, 2, 2]
+    assert graphs[0] <= graphs[-1]
+
+
+def test_batches_of_ever_new_sizes_run_eagerly_and_are_forgotten(
+    fake_cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda_graph, "MAX_COUNTED", 5)
+    ours, theirs = Training(), Training()
+    call = ours.graphed()
+    follow(ours, call, theirs, 12, count=lambda i: 2 + i)
+    assert not call.graphs
+    assert len(call.calls) == 5
 
 
 def test_beyond_the_limit_steps_are_eager(fake_cuda: FakeCuda) -> None:
