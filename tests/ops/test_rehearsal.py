@@ -113,6 +113,35 @@ def test_every_launch_respects_the_hardware_limits(
     assert not wrong
 
 
+@pytest.mark.parametrize("training", [True, False], ids=["train", "infer"])
+def test_no_kernel_is_compiled_for_a_size_of_images(training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a binary knows are filters and its tile, so that ever new sizes of images need ever fewer new binaries.
+
+    Every number in it is that of a filter or a power of two; heights, widths, batches and splits are arguments, which
+    Triton must not specialise by divisibility either.
+    """
+    monkeypatch.setattr(dispatch, "conv_engine", lambda *_: "triton")
+    kinds: dict[Any, set[Any]] = {}
+    for height, width in ((641, 1201), (800, 1088), (1328, 1328)):
+        net, _ = net_and_images(fastres, 50, 1, 32)
+        net.train(training).requires_grad_(training)
+        x = torch.empty(3, 3, height, width, dtype=torch.bfloat16, device="meta")
+        with record() as recorded:
+            y = net(x.contiguous(memory_format=torch.channels_last))
+            if training:
+                y.float().sum().backward()
+        for one in recorded:
+            _, types, constexprs, attributes, _ = one.specialization()
+            for path, value in constexprs.items():
+                small = not isinstance(value, int) or value <= 7 or value.bit_count() == 1
+                assert small, f"{one.fn.__name__}: {one.fn.arg_names[path[0]]}={value}"
+            sizes = {name: types[name] for name in "NHWPQUVM" if name in types}
+            kinds.setdefault(one.fn, set()).add(repr(sizes))
+            divisible = {one.fn.arg_names[path[0]] for path in attributes}
+            assert not divisible & {"N", "H", "W", "P", "Q", "U", "V", "M", "pixels", "steps"}
+    assert all(len(each) == 1 for each in kinds.values()), kinds
+
+
 def test_tensors_that_are_not_computed_on_load_are_stored_first(monkeypatch: pytest.MonkeyPatch) -> None:
     """Turning computation on load off by measurement or by `fusions` launches the same kernels."""
     monkeypatch.setattr(dispatch, "conv_engine", lambda *_: "triton")
