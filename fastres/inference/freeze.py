@@ -54,11 +54,12 @@ def optimize(
     module also has the model's public attributes that are neither tensors nor callable, such as `out_channels`.
     `torch.autocast` inside the model is ignored.
 
-    example: an input whose shape is prepared immediately instead of at the first call, as `Optimized.ready` does:
-        engines are chosen, kernels are compiled, and on a GPU a CUDA graph is captured.
+    example: an input whose shape is prepared immediately, as `Optimized.ready` does: engines are chosen, kernels are
+        compiled, and on a GPU a CUDA graph is captured. Other shapes are prepared in their third call on a GPU and in
+        their eleventh on a CPU; until then their steps run one by one.
     dtype: bfloat16, float16, float32 or float64; float8_e4m3fn on GPUs of compute capability 8.9 and above; int8 on
         x86-64 CPUs with AVX512-VNNI. Default: the dtype of the model's convolutions.
-    cuda_graph: on a GPU, replay one CUDA graph per input shape. The 8 shapes that were used last are kept.
+    cuda_graph: on a GPU, replay one CUDA graph per prepared shape. The 8 that were used last are kept.
     torchscript: on a CPU, let TorchScript compile the plan for an input shape after ten calls with that shape, or
         immediately for `example` and `ready`. The compiled plan is used if it is not slower than running step by step.
         In float32 and bfloat16 it is a oneDNN graph, whose results may differ from those of the steps in the last bits.

@@ -335,10 +335,10 @@ class Optimized(nn.Module):
         key = (tuple(x.shape), dispatch.choice(self.dtype, x.device), switches)
         program, answer = self._programs.get(key), None
         self._since += calls
-        calls += self._calls.pop(key, 0.0)
-        _remember(self._calls, key, calls)
-        pays = self._since >= REPLACED_AFTER or len(self._alike(prepared=True)) < MAX_SHAPES
-        prepared = pays and calls > PREPARED_AFTER["cuda" if x.is_cuda else "cpu"]
+        total = calls + self._calls.get(key, 0.0)
+        _remember(self._calls, key, total)
+        often = calls > 0 and total > PREPARED_AFTER["cuda" if x.is_cuda else "cpu"]
+        prepared = often and (self._since >= REPLACED_AFTER or len(self._alike(prepared=True)) < MAX_SHAPES)
         if program is None or (prepared and not program.prepared):
             program = self._new_program()
             answer = program.bind(self._nhwc(x), prepared)
@@ -442,7 +442,11 @@ class Optimized(nn.Module):
             with dispatch.backend("reference"):
                 return self._on_steps(x)
         onednn.keep_heap()
-        answers = [self._on_steps(part, calls) for part in self._slices(x)]
+        sizes: set[int] = set()  # of slices: however many there are, this is one call
+        answers: list[list[Tensor]] = []
+        for part in self._slices(x):
+            answers.append(self._on_steps(part, 0 if len(part) in sizes else calls))
+            sizes.add(len(part))
         return answers[0] if len(answers) == 1 else [torch.cat(parts) for parts in zip(*answers, strict=True)]
 
     def _with_nan_for_broken(self, x: Tensor) -> list[Tensor]:

@@ -270,6 +270,16 @@ def test_a_few_images_tell_how_large_slices_may_be_of_any_image_size() -> None:
         assert max(cut) * net._image_bytes[(3, size, size)] <= optimized.MAX_ALIVE_BYTES
 
 
+def test_a_batch_in_many_slices_counts_as_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    net, x = optimize(tiny(), torchscript=False), photographs(32)
+    net(x[:1])
+    monkeypatch.setattr(optimized, "MAX_ALIVE_BYTES", 2 * net._image_bytes[(3, 16, 16)])
+    for call in range(1, optimized.PREPARED_AFTER["cpu"] + 2):
+        net(x)
+        prepared = [program.prepared for key, program in net._programs.items() if key[0][0] == 2]
+        assert prepared == [call > optimized.PREPARED_AFTER["cpu"]]
+
+
 class Mixes(nn.Module):
     """A net that may mix the images of a batch."""
 
