@@ -256,7 +256,7 @@ class Optimized(nn.Module):
         self._programs.clear()
         self._dropped: Counter[bool] = Counter()  # whether prepared -> programs dropped because of other shapes
         self._calls: OrderedDict[Any, float] = OrderedDict()  # key of a program -> calls that wanted it
-        self._since = 0.0  # calls since the net was prepared for a shape
+        self._since = 0  # calls since the net was prepared for a shape
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Optimized:
         parameter = next(self.parameters())
@@ -334,17 +334,18 @@ class Optimized(nn.Module):
             switches += (torch.are_deterministic_algorithms_enabled(),)
         key = (tuple(x.shape), dispatch.choice(self.dtype, x.device), switches)
         program, answer = self._programs.get(key), None
-        self._since += calls
+        self._since += 1
         total = calls + self._calls.get(key, 0.0)
         _remember(self._calls, key, total)
         often = calls > 0 and total > PREPARED_AFTER["cuda" if x.is_cuda else "cpu"]
-        prepared = often and (self._since >= REPLACED_AFTER or len(self._alike(prepared=True)) < MAX_SHAPES)
+        room = len(self._alike(prepared=True)) < MAX_SHAPES
+        prepared = often and (room or self._since >= REPLACED_AFTER or math.isinf(calls))
         if program is None or (prepared and not program.prepared):
             program = self._new_program()
             answer = program.bind(self._nhwc(x), prepared)
             if prepared:
                 self._finish(program, x)
-                self._since = 0.0
+                self._since = 0
             self._programs[key] = program
             self._programs.move_to_end(key)
             self._drop_beyond(x)
@@ -385,9 +386,9 @@ class Optimized(nn.Module):
                     self._calls.pop(key, None)
                 if prepared and self._dropped[prepared] == MAX_SHAPES:
                     warnings.warn(
-                        f"this optimized {self._model_name} has dropped {MAX_SHAPES} programs that it was prepared "
-                        f"with, for other input shapes (the last one for {list(key[0])}). It keeps {MAX_SHAPES}; "
-                        "inputs of other shapes run step by step. Pad images and batches to fewer sizes",
+                        f"this optimized {self._model_name} has dropped {MAX_SHAPES} prepared programs for other input "
+                        f"shapes (the last one for {list(key[0])}). It keeps {MAX_SHAPES}, and inputs of other shapes "
+                        "run step by step. Pad images and batches to fewer sizes",
                         RuntimeWarning,
                         stacklevel=2,
                     )

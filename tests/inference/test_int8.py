@@ -518,7 +518,7 @@ def test_weights_are_packed_for_another_batch_size_only_if_it_is_used_often(monk
     for size in range(16, 16 + 2 * MAX_SHAPES):
         net(images(2, size))
     gc.collect()
-    alive = sum(isinstance(each, quantised.ByOneDNN) for each in gc.get_objects())
+    alive = sum(type(each) is quantised.ByOneDNN for each in gc.get_objects())
     assert alive <= 3 * len(made), "for wide inputs, for narrow ones, and for the batch of three"
 
 
