@@ -226,7 +226,7 @@ def infer(
     added, shape = "residual" if len(inputs) > 1 else None, tuple(w.shape)
     conv = plan.Conv(plan.Pair("conv"), plan.INPUT, "y", pair.geometry, shape, added, relu)  # type: ignore[arg-type]
     with fastres.backend("cudnn"):
-        bound, _ = Program([conv], "y", {"y": weights}, {}, w.dtype)._bind_conv(conv, *inputs)
+        bound, _ = Program([conv], plan.Outputs(("y",), plan.Place(0)), {"y": weights}, {}, w.dtype)._bind_conv(conv, *inputs)
     return lambda *inputs: bound.call(*inputs)[0]
 
 
