@@ -225,8 +225,9 @@ def infer(
         return partial(by, weights=weights, geometry=pair.geometry, relu=relu, precision=pair.engines.precision)
     added, shape = "residual" if len(inputs) > 1 else None, tuple(w.shape)
     conv = plan.Conv(plan.Pair("conv"), plan.INPUT, "y", pair.geometry, shape, added, relu)  # type: ignore[arg-type]
+    outputs = plan.Outputs(("y",), plan.Place(0))
     with fastres.backend("cudnn"):
-        bound, _ = Program([conv], plan.Outputs(("y",), plan.Place(0)), {"y": weights}, {}, w.dtype)._bind_conv(conv, *inputs)
+        bound, _ = Program([conv], outputs, {"y": weights}, {}, w.dtype)._bind_conv(conv, *inputs)
     return lambda *inputs: bound.call(*inputs)[0]
 
 
