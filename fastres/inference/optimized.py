@@ -34,7 +34,7 @@ from fastres.inference.plan import (
     mapped,
     unchained,
 )
-from fastres.inference.program import Program
+from fastres.inference.program import Bound, Program
 from fastres.ops import dispatch, folded, onednn, quantised
 from fastres.ops.layout import nhwc
 from fastres.ops.quantised import FLOAT8
@@ -51,7 +51,7 @@ FIRST_SLICE = 4  # images that run at first, to learn how many bytes one image t
 MAX_KNOWN = 64  # image sizes of which the net remembers that, and shapes whose calls it counts (LRU)
 _MAX_COMPARED = 16  # largest batch in the comparison with the model, if the model fails on a batch of two
 # Attributes that are rebuilt after a copy or an unpickling instead of being stored.
-_DERIVED = {"_lock", "_programs", "_image_bytes", "_folded", "_packings", "_layers", "_unbound", "_weight"}
+_DERIVED = {"_lock", "_programs", "_image_bytes", "_folded", "_layers", "_unbound", "_bound", "_weight"}
 _DERIVED |= {"_dropped", "_calls", "_since"}
 _DERIVED |= {"_last_use", "_graph_memory"}  # on a GPU
 
@@ -209,14 +209,14 @@ class Optimized(nn.Module):
     def _fold(self) -> None:
         self._drop_programs()
         self._folded: dict[str, folded.Folded] = {}
-        self._packings = onednn.Packings()
         self._layers: dict[str, Any] = {}  # path -> module or tensor that an `Aten` step uses, in `dtype`
         for step in self._steps:
             if isinstance(step, Aten):
                 self._convert(step)
             for conv in convs(step):
                 self._folded[conv.out] = self._pack(conv)
-        self._unbound = self._new_program()
+        self._unbound = Program(self._steps, self._outputs, self._folded, self._layers, self.dtype, onednn.Packings())
+        self._bound: dict[Any, dict[Any, Bound]] = {}  # settings of the process -> steps that programs share
         self._weight = next(iter(self._folded.values())).w
         if self._weight.is_cuda:
             # Recorded after the fold and after each replay. The stream of every call waits for it, because the call
@@ -341,8 +341,8 @@ class Optimized(nn.Module):
         room = len(self._alike(prepared=True)) < MAX_SHAPES
         prepared = often and (room or self._since >= REPLACED_AFTER or math.isinf(calls))
         if program is None or (prepared and not program.prepared):
-            program = self._new_program()
-            answer = program.bind(self._nhwc(x), prepared)
+            program = self._unbound.unbound()
+            answer = program.bind(self._nhwc(x), prepared, self._bound.setdefault(key[1:], {}))
             if prepared:
                 self._finish(program, x)
                 self._since = 0
@@ -392,9 +392,6 @@ class Optimized(nn.Module):
                         RuntimeWarning,
                         stacklevel=2,
                     )
-
-    def _new_program(self) -> Program:
-        return Program(self._steps, self._outputs, self._folded, self._layers, self.dtype, self._packings)
 
     def _compare(self, x: Tensor) -> None:
         """Raise ValueError if the plan and the original model give different outputs.

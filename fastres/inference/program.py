@@ -5,6 +5,7 @@ An engine is the implementation that computes a step: one of fastres's kernels, 
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -99,14 +100,24 @@ class Program:
         self.compiled: Compiled | None = None
         self.why_not_compiled: str | None = None
         self.prepared = False
+        self.shared: dict[Any, Bound] = {}
 
-    def bind(self, x: Tensor, prepared: bool = False) -> list[Tensor]:
+    def unbound(self) -> Program:
+        """Return a program of the same plan that is not bound yet."""
+        program = copy.copy(self)
+        program.bound = []
+        return program
+
+    def bind(self, x: Tensor, prepared: bool = False, shared: dict[Any, Bound] | None = None) -> list[Tensor]:
         """Return the outputs for x [N, H, W, C] as `run` does, and choose an engine for every step on the way.
 
         prepared: do all work that pays off only if inputs with x's shape come often. On a GPU, engines are timed where
         `dispatch` leaves that open. On a CPU, weights are packed in the format that oneDNN wants for this shape.
+
+        shared: steps bound by other programs of the same plan, under the same settings of the process. Those that serve
+        inputs of any size are used again, and new ones are added.
         """
-        self.prepared = prepared
+        self.prepared, self.shared = prepared, {} if shared is None else shared
         unread = readers(self.unchained, self.outputs)
         values: dict[str, Any] = {INPUT: x}
         for step in self.steps:
@@ -351,6 +362,36 @@ class Program:
 
     def _bind_step(self, step: Step, *inputs: Any) -> tuple[Bound, Sequence[Any]]:
         """Return `step` bound to an engine, and its results for `inputs`."""
+        key = None if self.prepared else self._shared_key(step, inputs)
+        if known := None if key is None else self.shared.get(key):
+            try:
+                results = known.call(*inputs)
+            except RuntimeError:  # bind it alone, which takes another engine or says what is wrong
+                return self._bind_alone(step, *inputs)
+            return Bound(step, known.engine, known.why, known.call), results
+        bound, results = self._bind_alone(step, *inputs)
+        if key is not None and (bound.engine.startswith("onednn") or not isinstance(step, Conv)):
+            self.shared[key] = bound
+        return bound, results
+
+    def _shared_key(self, step: Step, inputs: Sequence[Any]) -> Any:
+        """Return a key that is equal for inputs, of any size, that the same bound step serves; None if there is none.
+
+        On a GPU there is none, because the engine depends on the size.
+        """
+        if not all(isinstance(x, Tensor) and x.device.type == "cpu" and x.numel() for x in inputs):
+            return None
+        if not isinstance(step, Conv):
+            return step.writes, tuple((x.dtype, x.dim(), x.shape[:1] == (1,)) for x in inputs)
+        x = inputs[0]
+        wanted = onednn.format_for(x, step.filter, step.geometry, self.weights[step.out].w.dtype)
+        if len(inputs) > 1:
+            problem = _problem(step, x)
+            if inputs[1].shape != (problem.N, problem.P, problem.Q, problem.K):
+                return None
+        return None if wanted is None else (step.out, x.shape[3:], wanted)
+
+    def _bind_alone(self, step: Step, *inputs: Any) -> tuple[Bound, Sequence[Any]]:
         if isinstance(step, Conv):
             return self._bind_conv(step, *inputs)
         if isinstance(step, Aten):
@@ -432,7 +473,7 @@ class Program:
         keep = step.out not in self.overwritable
         static: dict[str, Any] = {"geometry": step.geometry, "relu": step.relu, "grids": step.quantised, "keep": keep}
         pack = partial(quantised.ByOneDNN, self.weights[step.out], **static)
-        call: quantised.ByOneDNN = self.packings.int8(step.out, pack, step.geometry, x, self.prepared)
+        call: quantised.ByOneDNN = self.packings.int8(step.out, pack, step.filter, step.geometry, x, self.prepared)
         return call
 
     def _bind_broadcasting(self, step: Conv, x: Tensor, residual: Any) -> tuple[Bound, Sequence[Tensor]]:

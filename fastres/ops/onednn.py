@@ -6,6 +6,7 @@ pins the behaviour that this file relies on. oneDNN's ReLU turns NaN into 0, so 
 
 from __future__ import annotations
 
+import math
 import threading
 import warnings
 from collections.abc import Callable, Sequence
@@ -21,7 +22,8 @@ from fastres.ops.layout import Geometry, nchw, nhwc
 _OVERFLOWS = (torch.float16,)  # real nets' activations can overflow: use PyTorch's ReLU, which keeps NaN
 T = TypeVar("T")  # a tensor or a tuple of tensors
 _FUSION = threading.Lock()  # protects TorchScript's switch for oneDNN fusion, which is global to the process
-NARROW = 8  # pixels; oneDNN packs the weights of narrower outputs in other formats
+# Pixels. For outputs with fewer, oneDNN wants 1x1 filters in another format. Measured on ResNets with torch 2.11.
+_FEW, _FEW_STRIDED = 64, 256
 _PADDING = 108  # where oneDNN's description of a format has padding: after ndims, 12 dims and the data type
 HEAP_BLOCK = 2**25 - 2**16  # bytes: just below 32 MiB, the largest block that glibc can allocate from its heap
 
@@ -29,37 +31,39 @@ HEAP_BLOCK = 2**25 - 2**16  # bytes: just below 32 MiB, the largest block that g
 class Packings:
     """A cache of one net's weights in oneDNN's packed formats. It packs few times, however many input shapes there are.
 
-    Which format oneDNN wants depends on the layer and, in ways that it does not tell, on the size of the input; above
-    all on whether the output is narrower than `NARROW` pixels. Weights in another format still serve, but are converted
-    in each call. So each layer is packed for the first input of either kind, and for an `exact` one.
+    Weights in another format than oneDNN wants for an input still serve, but are converted in each call. `format_for`
+    says which inputs want the same format, so each layer is packed for the first of them, and for an `exact` one.
     """
 
     def __init__(self) -> None:
-        self._first: dict[Any, Any] = {}  # (layer, kind of input, threads) -> packed for the first of this kind
+        self._first: dict[Any, Any] = {}  # (layer, `format_for`, threads) -> packed for the first such input
         self._alive: WeakValueDictionary[Any, Tensor] = WeakValueDictionary()  # (layer, format) -> packed weights
 
     def conv(self, name: str, w: Tensor, geometry: Geometry, x: Tensor, exact: bool = True) -> Tensor:
         """Return the filters w [K, R, S, C/groups] of layer `name`, packed for x [N, H, W, C], as an opaque tensor.
 
-        exact: False to accept another format than the one that oneDNN wants for x, rather than pack again.
+        exact: False to accept a format that was packed for another input.
         """
         stride, pad, dilation, groups = geometry.both
         shape = list(nchw(x).shape)
         pack = torch.ops.mkldnn._reorder_convolution_weight
         packed = partial(pack, nchw(w), pad, stride, dilation, groups, shape)
-        return self._packed((name, _is_narrow(x, geometry), torch.get_num_threads()), exact, packed)
+        wanted = format_for(x, w.shape, geometry, w.dtype)
+        return self._packed((name, wanted, torch.get_num_threads()), exact or wanted is None, packed)
 
     def linear(self, name: str, w: Tensor, x: Tensor, exact: bool = True) -> Tensor:
         """Return the weights w [classes, features] of layer `name`, packed for x [N, features], as an opaque tensor."""
         packed = partial(torch.ops.mkldnn._reorder_linear_weight, w, len(x))
         return self._packed((name, len(x) > 1, torch.get_num_threads()), exact, packed)
 
-    def int8(self, name: str, pack: Callable[[], Any], geometry: Geometry, x: Tensor, exact: bool) -> Any:
+    def int8(
+        self, name: str, pack: Callable[[], Any], filters: Sequence[int], geometry: Geometry, x: Tensor, exact: bool
+    ) -> Any:
         """Return the result of `pack()`, the int8 weights of layer `name`. Their first call, with x, sets the format.
 
-        exact: False to accept weights whose first call had another shape.
+        filters: their shape, K, R, S, C/groups. exact: False to accept weights whose first call had another shape.
         """
-        key = name, _is_narrow(x, geometry), torch.get_num_threads()
+        key = name, format_for(x, filters, geometry, torch.int8), torch.get_num_threads()
         if key not in self._first:
             self._first[key] = x.shape, pack()
         shape, packed = self._first[key]
@@ -70,13 +74,26 @@ class Packings:
             return self._first[key]
         packed = pack()
         packed = self._alive.setdefault((key[0], _format(packed)), packed)
-        self._first.setdefault(key, packed)
+        if key[1] is not None:
+            self._first.setdefault(key, packed)
         return packed
 
 
-def _is_narrow(x: Tensor, geometry: Geometry) -> bool:
-    """Return whether a convolution of x [N, H, W, C] has an output narrower than `NARROW`, give or take its border."""
-    return x.shape[2] // geometry.stride < NARROW
+def format_for(x: Tensor, filters: Sequence[int], geometry: Geometry, dtype: torch.dtype) -> int | None:
+    """Return a number that says which format oneDNN wants for a layer's filters, given x [N, H, W, C].
+
+    Inputs with the same number want the same format, with few exceptions. None: the format follows no simple rule, so
+    pack for x.
+
+    Only formats for 1x1 filters are told apart, because converting one into another can take 60 ms in each call, where
+    packing takes 3 ms. For larger filters a conversion is much faster than the convolution.
+    """
+    if tuple(filters[1:3]) != (1, 1):
+        return 0
+    pixels = math.prod(-(-side // geometry.stride) for side in x.shape[1:3])
+    if dtype == torch.float32 and pixels >= _FEW:
+        return None
+    return int(pixels >= (_FEW if geometry.stride == 1 else _FEW_STRIDED))
 
 
 def _format(packed: Tensor) -> bytes:

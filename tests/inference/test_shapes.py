@@ -14,10 +14,10 @@ from cases import assert_close_to_reference, relative_error
 from fake_cuda import FakeCuda
 from nets import answers, images, tiny
 from tolerances import EXACT_BLOCK
-from torch import Tensor
+from torch import Tensor, nn
 
 import fastres
-from fastres import optimize
+from fastres import optimize, resnet50
 from fastres.inference import optimized, program
 from fastres.inference.optimized import MAX_KNOWN, MAX_SHAPES, PREPARED_AFTER, REPLACED_AFTER, Optimized
 from fastres.ops import dispatch, onednn, quantised
@@ -25,14 +25,16 @@ from fastres.ops import dispatch, onednn, quantised
 
 @pytest.fixture
 def work(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The work that a call at a new shape must not do, as it is done; the graph of a compiled plan always wins."""
+    """The work that a call at a new shape should not do, as it is done; the graph of a compiled plan always wins."""
     done: list[str] = []
 
     def noting(owner: Any, name: str, what: str) -> None:
         function = getattr(owner, name)
 
         def call(*given: Any, **options: Any) -> Any:
-            done.append(what)
+            w = given[0]
+            small = isinstance(w, Tensor) and w.dtype == torch.float32 and w.shape[2:] == (1, 1)
+            done.append(f"{what} 1x1" if small else what)
             return function(*given, **options)
 
         monkeypatch.setattr(owner, name, call)
@@ -45,13 +47,13 @@ def work(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return done
 
 
-def net_in(dtype: torch.dtype, **options: Any) -> Optimized:
-    """A small net in `dtype`, which runs on oneDNN. The test is skipped if this CPU can't."""
+def net_in(dtype: torch.dtype, model: nn.Module | None = None, **options: Any) -> Optimized:
+    """`model`, by default a small one, optimized in `dtype` for oneDNN. The test is skipped if this CPU can't."""
     if (why := dispatch.why_no_onednn(dtype)) is not None:
         pytest.skip(why)
     if dtype == torch.int8:
         options["calibration"] = [torch.rand(4, 3, 32, 32)]
-    return optimize(tiny(), dtype=dtype, **options)
+    return optimize(model or tiny(), dtype=dtype, **options)
 
 
 DTYPES = (torch.float32, torch.bfloat16, torch.int8)
@@ -68,8 +70,10 @@ def test_a_call_at_a_new_shape_neither_packs_nor_compiles_nor_times(dtype: torch
     for _ in range(2):
         for shape in SHAPES:
             net(torch.rand(shape))
-    assert not work
-    for _ in range(PREPARED_AFTER["cpu"] - 2):
+    assert {*work} == ({"packed float 1x1"} if dtype == torch.float32 else set()), "see `onednn.format_for`"
+    net(torch.rand(SHAPES[0]))
+    work.clear()
+    for _ in range(PREPARED_AFTER["cpu"] - 3):
         net(torch.rand(SHAPES[0]))
     assert not work
     net(torch.rand(SHAPES[0]))
@@ -79,6 +83,42 @@ def test_a_call_at_a_new_shape_neither_packs_nor_compiles_nor_times(dtype: torch
     assert not work
     net.ready(torch.rand(SHAPES[1]))
     assert "compiled" in work, "asked for"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_no_weights_are_converted_by_onednns_slow_code(dtype: torch.dtype, capfd: pytest.CaptureFixture[str]) -> None:
+    """Weights packed for another shape may be converted in each call, but not by code that takes up to 60 ms."""
+    net = net_in(dtype, resnet50().eval(), example=torch.rand(1, 3, 96, 96), torchscript=False)
+    for shape in ((1, 3, 152, 112), (1, 3, 120, 112), (2, 3, 109, 150), (1, 3, 219, 81)):
+        x = torch.rand(shape)
+        net(x)
+        capfd.readouterr()
+        with torch.backends.mkldnn.verbose(torch.backends.mkldnn.VERBOSE_ON):
+            net(x)
+        executed = [line for line in capfd.readouterr().out.splitlines() if ",exec," in line]
+        assert sum(",convolution," in line for line in executed) == 53
+        assert not [line for line in executed if ",reorder,simple" in line]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_an_engine_is_chosen_once_for_all_sizes(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Except where oneDNN may want filters in another format: for 1x1 filters."""
+    net = net_in(dtype, torchscript=False)
+    for size in (32, 48):
+        net(torch.rand(2, 3, size, size))
+    engine, chosen = dispatch.folded_engine, []
+
+    def noting(problem: Any, *given: Any, **options: Any) -> Any:
+        chosen.append(problem)
+        return engine(problem, *given, **options)
+
+    monkeypatch.setattr(dispatch, "folded_engine", noting)
+    net(torch.rand(2, 3, 49, 35))
+    assert all(problem.R == problem.S == 1 for problem in chosen)
+    assert dtype == torch.float32 or not chosen
+    with dispatch.backend("reference"):
+        net(torch.rand(2, 3, 49, 35))
+    assert len(chosen) > 3, "the engines of another backend are not used"
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -109,7 +149,7 @@ def test_what_a_net_keeps_does_not_grow_with_the_number_of_shapes(dtype: torch.d
             net(torch.rand(n, 3, size, size + i))
         gc.collect()
         tensors = sum(issubclass(type(each), Tensor | quantised.ByOneDNN) for each in gc.get_objects())
-        held.append((tensors, len(net._programs), len(net._image_bytes), len(net._packings._first)))
+        held.append((tensors, len(net._programs), len(net._image_bytes), *map(len, net._bound.values())))
     assert len(set(held[1:])) == 1, held
     assert held[-1][1:3] == (MAX_SHAPES, MAX_KNOWN)
 
