@@ -16,8 +16,10 @@ and an opaque operator would prevent it from fusing further.
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,6 +36,19 @@ from fastres.ops.ends import BlockKept, End, Gradient
 from fastres.ops.frozen import FrozenBackward
 from fastres.ops.layout import Geometry, cast_gradients, krsc, nchw, nhwc, unaliased, wide
 
+
+def digest(files: Iterable[Path]) -> str:
+    """Return a name of 17 characters that changes with the names and contents of `files`."""
+    parts = [
+        hashlib.sha256(part).digest() for file in sorted(files) for part in (file.name.encode(), file.read_bytes())
+    ]
+    return f"v{hashlib.sha256(b''.join(parts)).hexdigest()[:16]}"
+
+
+# AOTAutograd and Inductor store compiled graphs on disk, and find them by the names of their operators. Such a graph
+# relies on what an operator returned and saved when it was compiled. The files of this folder say what that is, so
+# their digest is the name of the overload: no version of fastres runs a graph that another one compiled.
+OVERLOAD = digest(Path(__file__).parent.glob("*.py"))
 _lib = torch.library.Library("fastres", "FRAGMENT")
 for _schema in (
     # Arguments, for each layer: parameters: (weight, BN weight, BN bias); running: (mean, var); geometry: stride, pad,
@@ -52,11 +67,12 @@ for _schema in (
     "conv_affine_act(Tensor x, Tensor weight, Tensor scale, Tensor shift, Tensor? residual, int[] geometry, bool relu)"
     " -> Tensor",
 ):
-    _lib.define(_schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
+    _name, _, _rest = _schema.partition("(")
+    _lib.define(f"{_name}.{OVERLOAD}({_rest}", tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
 
-conv_bn_act = torch.ops.fastres.conv_bn_act.default
-conv_bn_act_backward = torch.ops.fastres.conv_bn_act_backward.default
-conv_affine_act = torch.ops.fastres.conv_affine_act.default
+conv_bn_act = getattr(torch.ops.fastres.conv_bn_act, OVERLOAD)
+conv_bn_act_backward = getattr(torch.ops.fastres.conv_bn_act_backward, OVERLOAD)
+conv_affine_act = getattr(torch.ops.fastres.conv_affine_act, OVERLOAD)
 
 
 def _pairs(tensors: Sequence[Any]) -> Iterator[tuple[Any, Any]]:
