@@ -220,6 +220,15 @@ def test_a_tensor_returned_twice_is_one_tensor() -> None:
     assert z is not contiguous
 
 
+@pytest.mark.parametrize("convert", [False, True])
+def test_timms_features_by_hooks_are_refused(convert: bool) -> None:
+    model = _features(feature_cls="hook", out_indices=(2, 4)).eval()
+    if convert:
+        fastres.convert(model)
+    with pytest.raises(ValueError, match=r"layer 'body\.layer2' has a hook"):
+        optimize(model)
+
+
 @pytest.mark.parametrize(
     ("body", "what"),
     [

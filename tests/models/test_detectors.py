@@ -53,12 +53,19 @@ FEW = {"min_size": 64, "max_size": 64, "box_detections_per_img": 5, "box_score_t
 FEW |= {f"rpn_{when}_nms_top_n_{mode}": 20 for when in ("pre", "post") for mode in ("train", "test")}
 FEW |= {"rpn_batch_size_per_image": 16, "box_batch_size_per_image": 16}
 
+
+def keypoint_rcnn() -> nn.Module:
+    head = detection.keypoint_rcnn.KeypointRCNNHeads(256, (16, 512))  # torchvision's has eight layers
+    return detection.KeypointRCNN(backbone(nn.BatchNorm2d, 3), 2, num_keypoints=3, keypoint_head=head, **FEW)
+
+
 DETECTORS: dict[str, Callable[[], nn.Module]] = {
     "Faster R-CNN, frozen norms": lambda: detection.FasterRCNN(backbone(FrozenBatchNorm2d, 3), 3, **FEW),
     "Faster R-CNN": lambda: detection.FasterRCNN(backbone(nn.BatchNorm2d, 5), 3, **FEW),
     "RetinaNet, frozen norms": lambda: detection.RetinaNet(backbone(FrozenBatchNorm2d, 5), 3, 64, 64),
     "RetinaNet": lambda: detection.RetinaNet(backbone(nn.BatchNorm2d, 3), 3, 64, 64, score_thresh=0.0),
     "Mask R-CNN": lambda: detection.MaskRCNN(backbone(nn.BatchNorm2d, 3), 3, **FEW),
+    "Keypoint R-CNN": keypoint_rcnn,
 }
 SEGMENTERS: dict[str, Callable[[], nn.Module]] = {
     "DeepLabV3": lambda: segmentation.deeplabv3_resnet50(num_classes=3, aux_loss=True, weights_backbone=None),
@@ -71,14 +78,15 @@ ALL = {**DETECTORS, **SEGMENTERS, **FEATURES}
 
 
 def scenes(dtype: torch.dtype) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
-    """Return two images of different shapes, and boxes, classes and masks in them."""
+    """Return two images of different shapes, and boxes, classes, masks and keypoints in them."""
     images, targets = [], []
     for i, (height, width) in enumerate([(64, 64), (48, 64)]):
         images.append(torch.rand(3, height, width, dtype=dtype))
         boxes = torch.tensor([[4, 4, 36, 36], [20, 10 + i, 60, 44]], dtype=dtype)
         masks = torch.zeros(2, height, width, dtype=torch.uint8)
         masks[:, 10:30, 22:34] = 1
-        targets.append({"boxes": boxes, "labels": torch.tensor([1, 1]), "masks": masks})
+        points = torch.tensor([[24, 12, 1], [30, 20, 1], [34, 28, 1]]).repeat(2, 1, 1).float()  # x, y, visible
+        targets.append({"boxes": boxes, "labels": torch.tensor([1, 1]), "masks": masks, "keypoints": points})
     return images, targets
 
 
