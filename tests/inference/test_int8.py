@@ -519,7 +519,7 @@ def test_weights_are_packed_for_another_batch_size_only_if_it_is_used_often(monk
         net(images(2, size))
     gc.collect()
     alive = sum(type(each) is quantised.ByOneDNN for each in gc.get_objects())
-    assert alive <= 3 * len(made), "for wide inputs, for narrow ones, and for the batch of three"
+    assert alive <= 3 * len(made), "for many pixels, for few, and for the batch of three"
 
 
 @served
