@@ -7,7 +7,9 @@
 Each row compares the first call at a new shape with later calls at the same shape. The net is prepared for a shape of
 its own first, as `optimize(model, example)` does. Then images of a few heights that it has not seen come, and the row
 shows the ratio of the first call to the fastest later one: the smallest and the median over these heights. On a shared
-machine the smallest is the one to read. "eager" is the same ratio for the model itself.
+machine the smallest is the one to read. "eager" is the same ratio for the model itself, which is in float32
+for int8. "first/eager" compares the net's first call with the model's later ones: below 1, fastres is faster even where
+no shape comes twice.
 
 --memory N calls the net with N different shapes instead, and prints how the memory of the process grows.
 """
@@ -33,7 +35,9 @@ BATCHES, SIZES = (1, 7, 32), (32, 112, 224)
 EXAMPLE = (2, 3, 96, 96)  # the shape for which nets are prepared
 LATER = 4  # calls after the first
 STEP = 8  # pixels between two heights
-COLUMNS = f"{'':14}{'batch':>6}{'size':>6}{'later ms':>10}{'first/later':>13}{'median':>8}{'eager':>8}"
+COLUMNS = (
+    f"{'':14}{'batch':>6}{'size':>6}{'later ms':>10}{'first/later':>13}{'median':>8}{'eager':>8}{'first/eager':>13}"
+)
 
 
 def seconds(call: Callable[[Tensor], Any], x: Tensor) -> float:
@@ -61,7 +65,7 @@ def model_and_net(depth: int, dtype: torch.dtype) -> tuple[nn.Module, nn.Module]
 
 
 def row(model: nn.Module, net: nn.Module, batch: int, size: int, shapes: int) -> list[float]:
-    """Return milliseconds of a later call, the smallest and the median ratio, and the smallest one of `model`."""
+    """Return the numbers of one row, in the order of `COLUMNS`."""
     like = next(model.parameters()).dtype
 
     @torch.no_grad()
@@ -73,7 +77,9 @@ def row(model: nn.Module, net: nn.Module, batch: int, size: int, shapes: int) ->
     theirs = [first_and_later(eager, batch, height, size) for height in heights]
     ratios = [first / later for first, later in ours]
     later = 1000 * min(later for _, later in ours)
-    return [later, min(ratios), statistics.median(ratios), min(first / later for first, later in theirs)]
+    eager_ratio = min(first / later for first, later in theirs)
+    once = statistics.median(first / later for (first, _), (_, later) in zip(ours, theirs, strict=True))
+    return [later, min(ratios), statistics.median(ratios), eager_ratio, once]
 
 
 def resident() -> float:
@@ -126,8 +132,8 @@ def main(arguments: list[str] | None = None) -> int:
                 continue
             for size in options.size or SIZES:
                 for batch in options.batch or BATCHES:
-                    later, least, median, eager = row(model, net, batch, size, options.shapes)
-                    figures = f"{later:10.1f}{least:13.2f}{median:8.2f}{eager:8.2f}"
+                    later, least, median, eager_ratio, once = row(model, net, batch, size, options.shapes)
+                    figures = f"{later:10.1f}{least:13.2f}{median:8.2f}{eager_ratio:8.2f}{once:13.2f}"
                     print(f"{title:14}{batch:6}{size:6}{figures}", flush=True)
     return 0
 
