@@ -41,6 +41,19 @@ def value(node: Any) -> Any:
     return node.meta.get("example_value") if isinstance(node, fx.Node) else None
 
 
+def is_known_float(node: Any) -> bool:
+    """Return whether `node` is a symbolic float whose value is known: with dynamic=True, one that a module holds."""
+    return isinstance(number := value(node), torch.SymFloat) and number.node.has_hint()
+
+
+def constant(number: Any) -> Any:
+    """Return the value of a symbolic float, if it is known, and anything else as it is.
+
+    Dynamo then guards on the value, as it does with stock backends for a float that an operator takes.
+    """
+    return float(value(number)) if is_known_float(number) else number
+
+
 def arguments(node: fx.Node, parameters: Mapping[str, Any]) -> dict[str, Any]:
     """Return parameter name -> the argument that `node` passes for it, or else its default.
 

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from fastres.compile.graph import ADD, BN_ARGUMENTS, arguments, calls, operands, storage, value, written_by
+from fastres.compile.graph import ADD, BN_ARGUMENTS, arguments, calls, constant, operands, storage, value, written_by
 from fastres.ops.layout import wide
 
 _ADD, _SUB = (operator.add, torch.add, "add"), (operator.sub, torch.sub, "sub")
@@ -68,7 +68,7 @@ def norms(graph: fx.Graph) -> Iterator[Norm]:
     for node in graph.nodes:
         if calls(node, F.batch_norm):
             x, mean, var, weight, bias, training, momentum, eps = arguments(node, BN_ARGUMENTS).values()
-            yield Norm(x, (mean, var), weight, bias, training, momentum, eps, [node])
+            yield Norm(x, (mean, var), weight, bias, training, constant(momentum), constant(eps), [node])
         elif (norm := _frozen(node)) is not None:
             yield norm
 
@@ -126,7 +126,7 @@ def _shifted(rstd: fx.Node) -> tuple[fx.Node | None, float]:
         total = _unviewed(rstd.args[0])
         if calls(total, *_ADD) and len(total.args) == 2 and not total.kwargs:
             for var, eps in _orders(total.args):
-                if isinstance(value(var), Tensor) and isinstance(eps, float):
+                if isinstance(value(var), Tensor) and isinstance(eps := constant(eps), float):
                     return var, eps
     return None, 0.0
 
@@ -166,9 +166,9 @@ def _unviewed(node: Any) -> Any:
 
 
 def _between(roots: Sequence[fx.Node], leaves: Sequence[fx.Node]) -> list[fx.Node]:
-    """Return `roots` and the nodes that they are computed from, up to `leaves`, which are not included."""
+    """Return `roots` and the tensors that they are computed from, up to `leaves`, which are not included."""
     nodes = list(dict.fromkeys(roots))
     for node in nodes:
         inputs = node.all_input_nodes if _seen(node) is None else [_seen(node)]
-        nodes += [each for each in inputs if each not in (*leaves, *nodes)]
+        nodes += [each for each in inputs if isinstance(value(each), Tensor) and each not in (*leaves, *nodes)]
     return nodes

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fastres.compile.graph import value
+from fastres.compile.graph import is_known_float, value
 from fastres.compile.layout import Layout
 from fastres.compile.match import Finding, Match, Pair, search
 from fastres.ops import ends
@@ -35,7 +35,7 @@ def rewrite_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], *, always: 
             layout.replace(padded.relu, graph.call_function(_pad_shortcut_add_relu, operands))
         replaced.update((padded.relu, padded.add), padded.shortcut)
     for node in reversed(list(graph.nodes)):  # general dead-code elimination would also remove changes in place
-        if node in replaced and not node.users:
+        if not node.users and (node in replaced or (node.op == "call_method" and is_known_float(node))):
             graph.erase_node(node)
     layout.restore_where_it_matters()
     graph.lint()

@@ -9,9 +9,10 @@ import fuzz
 import pytest
 import torch
 from cases import relative_error
-from compiled import ALWAYS, Case, check, conv_bn, drawn, pairs_in, rewritten, tiny
+from compiled import ALWAYS, Case, check, conv_bn, drawn, outcome, pairs_in, rewritten, tiny
 from tolerances import AUTOCAST_GRADIENTS, EXACT, TWICE
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.ops import FrozenBatchNorm2d
 
@@ -53,6 +54,45 @@ def test_nothing_of_a_frozen_batch_norm_stays_in_the_graph(block: type[nn.Module
         6 if gradients else pairs_in(theirs)
     )
     assert not [n for n in graph.nodes if n.target in ("reshape", "rsqrt")]
+
+
+def dynamic(kind: str) -> nn.Module:
+    norm = FrozenBatchNorm2d if kind == "frozen" else nn.BatchNorm2d
+    model = nn.Sequential(conv_bn(3, 8, norm=norm), nn.ReLU(), BasicBlock(8, 8, norm_layer=norm)).double()
+    return drawn(model).train(kind == "train")
+
+
+@pytest.mark.parametrize("kind", ["frozen", "eval", "train"])
+@pytest.mark.parametrize("gradients", [True, False], ids=["gradients", "inference"])
+def test_one_dynamic_graph_serves_all_sizes(kind: str, gradients: bool) -> None:
+    """With dynamic=True the first graph is the only one, and rewritten. Dynamo passes eps and momentum as symbols."""
+    model, twin = dynamic(kind), dynamic(kind)
+    twin.load_state_dict(model.state_dict())
+    compiled = torch.compile(twin, backend="fastres", options=ALWAYS, dynamic=True, fullgraph=True)
+    counters.clear()
+    with torch.set_grad_enabled(gradients):
+        for n, h, w in ((4, 24, 16), (4, 17, 32), (3, 30, 19)):
+            x = torch.randn(n, 3, h, w).double()
+            want, got = outcome(model, model, x), outcome(compiled, twin, x)
+            for name, value in want.items():
+                assert (got[name] is None) == (value is None), name
+                assert value is None or relative_error(got[name], value.double()) < EXACT, (name, x.shape)
+            for net in (model, twin):
+                net.zero_grad()
+        assert counters["stats"]["unique_graphs"] == 1
+        graph, findings = rewritten(model, x, dynamic=True)
+    assert [finding.hit for finding in findings] == [True, True]
+    assert not [n for n in graph.nodes if n.target == "item"]
+
+
+@pytest.mark.parametrize("kind", ["frozen", "eval", "train"])
+def test_a_symbolic_eps_that_changes_is_read_again(kind: str) -> None:
+    model, x = dynamic(kind), torch.randn(4, 3, 24, 16).double()
+    compiled = torch.compile(model, backend="fastres", options=ALWAYS, dynamic=True, fullgraph=True)
+    with torch.no_grad():
+        for eps in (1e-5, 0.5, 0.25):
+            model[0][1].eps = eps
+            assert relative_error(compiled(x), model(x)) < EXACT
 
 
 def test_layers_without_gradients_save_nothing_for_backward() -> None:

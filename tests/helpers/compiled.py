@@ -63,7 +63,9 @@ class Case(nn.Module):
         return self.body(x, *self.pairs)
 
 
-def rewritten(module: nn.Module, *inputs: Tensor, always: bool = True) -> tuple[fx.Graph, list[Finding]]:
+def rewritten(
+    module: nn.Module, *inputs: Tensor, always: bool = True, dynamic: bool | None = None
+) -> tuple[fx.Graph, list[Finding]]:
     kept: list[Any] = []
 
     def record(gm: fx.GraphModule, examples: list[Any]) -> Any:
@@ -71,7 +73,7 @@ def rewritten(module: nn.Module, *inputs: Tensor, always: bool = True) -> tuple[
         kept.append((gm.graph, rewrite_graph(gm, examples, always=always)))
         return run
 
-    torch.compile(copy.deepcopy(module), backend=record, fullgraph=True)(*inputs)
+    torch.compile(copy.deepcopy(module), backend=record, fullgraph=True, dynamic=dynamic)(*inputs)
     return kept[0]
 
 
