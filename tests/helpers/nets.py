@@ -19,6 +19,7 @@ from fastres import paper
 from fastres.ops import dispatch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+PATHS = ["auto", "reference"]  # what `fastres.backend` forces in the tests of nets
 
 needs_kernels = pytest.mark.skipif(
     not (torch.cuda.is_available() or dispatch.interpreting()), reason="neither a GPU nor TRITON_INTERPRET=1"

@@ -13,19 +13,12 @@ import torch
 import torchvision
 from cases import assert_close_to_reference
 from covering import covered, each, extra
+from nets import PATHS
 from torch import Tensor, nn
 
 import fastres
 from fastres.models.convert import Conversion
 from fastres.ops import block
-
-PATHS = ["auto", "reference"]
-
-
-@pytest.fixture(params=PATHS)
-def path(request: pytest.FixtureRequest) -> Any:
-    with fastres.backend(request.param):
-        yield request.param
 
 
 def images(n: int = 2, size: int = 33) -> Tensor:

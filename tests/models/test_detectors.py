@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import timm
@@ -23,13 +23,6 @@ import fastres
 from fastres.report import FUSED as RUNS_FUSED
 
 BLOCKS = 5  # of the small backbone
-PATHS = ["auto", "reference"]
-
-
-@pytest.fixture(params=PATHS)
-def path(request: pytest.FixtureRequest) -> Iterator[str]:
-    with fastres.backend(request.param):
-        yield request.param
 
 
 def lived_in(model: nn.Module) -> nn.Module:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -22,14 +22,6 @@ from torchvision.models.resnet import BasicBlock
 import fastres
 from fastres.models import features, resnet
 from fastres.models import timm as ours
-
-PATHS = ["auto", "reference"]
-
-
-@pytest.fixture(params=PATHS)
-def path(request: pytest.FixtureRequest) -> Iterator[str]:
-    with fastres.backend(request.param):
-        yield request.param
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import io
 import itertools
 import pickle
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ import torchvision
 import torchvision.models.resnet as tv
 from cases import assert_close_to_reference, preload_children
 from covering import covered, extra
+from nets import PATHS
 from tolerances import NETS, SUMS
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
@@ -50,14 +51,7 @@ BUILDERS = [
     "wide_resnet50_2",
     "wide_resnet101_2",
 ]
-PATHS = ["auto", "reference"]
 BLOCKS = ["BasicBlock", "Bottleneck"]
-
-
-@pytest.fixture(params=PATHS)
-def path(request: pytest.FixtureRequest) -> Iterator[str]:
-    with fastres.backend(request.param):
-        yield request.param
 
 
 @pytest.fixture
