@@ -121,6 +121,40 @@ def test_an_engine_is_chosen_once_for_all_sizes(dtype: torch.dtype, monkeypatch:
     assert len(chosen) > 3, "the engines of another backend are not used"
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_size_that_an_engine_refuses_runs_on_another(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine was chosen for another size, so the refusal comes from a step that programs share."""
+    net, conv = net_in(dtype, torchscript=False), onednn.conv
+    small, x = images(2, 24), images(2, 40)
+    model = tiny()
+    model.load_state_dict(net.state_dict())
+    (reference,) = answers(copy.deepcopy(model).double(), x.double())
+    (theirs,) = answers(model.to(dtype), x.to(dtype))
+
+    def refusing(x: Tensor, *given: Any, **options: Any) -> Tensor:
+        if x.shape[1] >= 40:
+            raise RuntimeError("not at this size\nsecond line")
+        return conv(x, *given, **options)
+
+    monkeypatch.setattr(onednn, "conv", refusing)
+    before = net(small)
+    assert_close_to_reference(net(x), reference, theirs)
+    assert "oneDNN: not at this size" in net.explain((2, 3, 40, 40))
+    assert torch.equal(net(small), before)
+    assert "oneDNN: " not in net.explain((2, 3, 24, 24))
+
+
+def test_an_image_smaller_than_a_filter_is_refused_by_name_at_any_call() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 7)).eval()
+    net = optimize(model)
+    for size in (9, 16, 8):
+        if size > 8:
+            net(images(1, size))
+        else:
+            with pytest.raises(ValueError, match=r"layer '2': the 7x7 filter is larger than the padded input"):
+                net(images(1, size))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_answers_do_not_depend_on_the_shapes_that_came_before(dtype: torch.dtype) -> None:
     """Weights that were packed for other shapes serve, whether the net is prepared for this one or not."""
