@@ -30,7 +30,10 @@ import torch
 import torchvision
 import triton
 from cases import FALLBACKS
+from nets import PATHS
 from torch import Tensor
+
+import fastres
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -193,6 +196,13 @@ def _seeded() -> None:
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002 - code under test may use the global state
     torch.manual_seed(0)
+
+
+@pytest.fixture(params=PATHS)
+def path(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Run the test on the path that dispatch chooses, and with all supported calls on the fused entry points."""
+    with fastres.backend(request.param):
+        yield request.param
 
 
 @pytest.fixture
