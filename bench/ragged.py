@@ -7,9 +7,9 @@
 Each row compares the first call at a new shape with later calls at the same shape. The net is prepared for a shape of
 its own first, as `optimize(model, example)` does. Then images of a few heights that it has not seen come, and the row
 shows the ratio of the first call to the fastest later one: the smallest and the median over these heights. On a shared
-machine the smallest is the one to read. "eager" is the same ratio for the model itself, which is in float32
-for int8. "first/eager" compares the net's first call with the model's later ones: below 1, fastres is faster even where
-no shape comes twice.
+machine the smallest is the one to read. "eager" is the same ratio for the model itself, which is in float32 for int8.
+"first/eager" compares the net's first call with the model's later ones: below 1, fastres is faster even where no shape
+comes twice.
 
 --memory N calls the net with N different shapes instead, and prints how the memory of the process grows.
 """

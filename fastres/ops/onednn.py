@@ -22,7 +22,7 @@ from fastres.ops.layout import Geometry, nchw, nhwc
 _OVERFLOWS = (torch.float16,)  # real nets' activations can overflow: use PyTorch's ReLU, which keeps NaN
 T = TypeVar("T")  # a tensor or a tuple of tensors
 _FUSION = threading.Lock()  # protects TorchScript's switch for oneDNN fusion, which is global to the process
-# Pixels. For outputs with fewer, oneDNN wants 1x1 filters in another format. Measured on ResNets with torch 2.11.
+# Pixels. For outputs with fewer, oneDNN wants 1x1 filters in another format. Measured on ResNet-50, torch 2.11.
 _FEW, _FEW_STRIDED = 64, 256
 _PADDING = 108  # where oneDNN's description of a format has padding: after ndims, 12 dims and the data type
 HEAP_BLOCK = 2**25 - 2**16  # bytes: just below 32 MiB, the largest block that glibc can allocate from its heap
