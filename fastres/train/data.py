@@ -29,6 +29,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -80,9 +81,11 @@ def hearing_workers() -> Iterator[None]:
         message = str(error).strip(" .")
         if not message.startswith("DataLoader worker (pid"):
             raise
-        raise WorkerError(
-            f"a process that reads images has died ({message}); fewer --workers use less memory"
-        ) from error
+        raise _died(message) from error
+
+
+def _died(message: str) -> WorkerError:
+    return WorkerError(f"a process that reads images has died ({message}); fewer --workers use less memory")
 
 
 @contextmanager
@@ -508,8 +511,9 @@ def fetched(
     workers: the number of processes; 0 computes in this one. pinned: return tensors in pinned memory.
 
     Close the generator to end the workers: after an exception, its traceback could keep them alive for long. Raises a
-    ReadError that `collate` returned, and WorkerError if workers can't be started or lack shared memory. If a worker
-    dies, torch raises a RuntimeError that can come from any line; see `hearing_workers`.
+    ReadError that `collate` returned, and WorkerError if workers can't be started, lack shared memory, or die while
+    they send a batch. If a worker dies at another time, torch raises a RuntimeError that can come from any line; see
+    `hearing_workers`.
     """
     loader: DataLoader = DataLoader(
         dataset,
@@ -569,11 +573,19 @@ def _share(value: Any) -> None:
 
 @contextmanager
 def _alive(coming: Any) -> Iterator[None]:
-    """End the workers of a DataLoader's iterator on exit from the context, or when the process exits."""
+    """End the workers of a DataLoader's iterator on exit from the context, or when the process exits.
+
+    Raises WorkerError if the connection to a worker breaks because it dies while it sends a batch.
+    """
     end = partial(_end, coming)
     atexit.register(end)  # runs before multiprocessing's own handler, which would wait forever for the workers
     try:
         yield
+    except (ConnectionError, EOFError, FileNotFoundError) as error:
+        # A dying worker closes its sockets first, so torch may still have found it alive.
+        if not wait([worker.sentinel for worker in coming._workers], timeout=1):
+            raise
+        raise _died("while it sent a batch") from error
     finally:
         atexit.unregister(end)
         end()

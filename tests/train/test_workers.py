@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import multiprocessing
 import os
 import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from multiprocessing.resource_sharer import DupFd
 from pathlib import Path
 from typing import Any
 
@@ -273,6 +276,24 @@ def test_other_commands_report_a_killed_worker(
     given = {"eval": ["--checkpoint", weights, "--data", str(folder)], "predict": [str(folder), "--weights", weights]}
     assert main([command, *given[command], "--device", "cpu", "--workers", "1"]) == 1
     assert f"python -m fastres {command}: a process that reads images has died (" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dies", [True, False])
+def test_a_connection_that_breaks(dies: bool, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker that dies while it sends a batch closes the connection before it counts as dead."""
+
+    def detach(self: DupFd) -> int:
+        if dies:
+            (worker,) = multiprocessing.active_children()
+            threading.Timer(0.1, worker.kill).start()
+        raise ConnectionResetError(errno.ECONNRESET, "Connection reset by peer")
+
+    monkeypatch.setattr(DupFd, "detach", detach)
+    dataset = data.load("folder", CHANNEL, folder)
+    kind, message = (WorkerError, "has died") if dies else (ConnectionResetError, "reset by peer")
+    with pytest.raises(kind, match=message), hearing_workers():
+        next(data.fetched(dataset.train, [[(0, 0)]], 1, collate))
+    assert multiprocessing.active_children() == []
 
 
 def test_another_error_stays_itself() -> None:
