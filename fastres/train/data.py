@@ -583,8 +583,13 @@ def _alive(coming: Any) -> Iterator[None]:
         yield
     except (ConnectionError, EOFError, FileNotFoundError) as error:
         # A dying worker closes its sockets first, so torch may still have found it alive.
-        if not wait([worker.sentinel for worker in coming._workers], timeout=1):
+        workers = {worker.sentinel: worker for worker in coming._workers}
+        dying = wait(list(workers), timeout=1)
+        if not dying:
             raise
+        # torch's SIGCHLD handler raises at any line: better here than in the shutdown, where a lock could stay locked.
+        for sentinel in dying:
+            workers[sentinel].join()
         raise _died("while it sent a batch") from error
     finally:
         atexit.unregister(end)
