@@ -145,12 +145,15 @@ def gone(pids: list[int], seconds: float = 10) -> bool:
 
 
 def started(root: Path, *given: str) -> tuple[subprocess.Popen[str], list[int]]:
-    """Start the command and wait until it trains; return its process and the IDs of its workers."""
+    """Start the command and wait until it trains; return its process and the IDs of its workers.
+
+    With --save-every 1 there is a checkpoint by then: it is saved after the first row of the log, before the second.
+    """
     command = [sys.executable, "-m", "fastres", *arguments(root, *given)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     log = root.parent / "run" / "log.csv"
     end = time.monotonic() + 60
-    while time.monotonic() < end and not (log.exists() and "\n1," in log.read_text()):
+    while time.monotonic() < end and not (log.exists() and "\n2," in log.read_text()):
         time.sleep(0.05)
     return process, children(process.pid)
 
