@@ -143,7 +143,11 @@ PARTS: dict[str, Part] = {
     "bench-train-50-fp16": bench(
         *TRAIN_50, "--dtype", "fp16", "--backend", "eager-channels-last,fastres-graph", seconds=120
     ),
+    "bench-infer-50-fp16": bench(
+        *INFER_50, "--dtype", "fp16", "--backend", "eager-channels-last,reduce-overhead,fastres-optimize", seconds=130
+    ),
     "bench-train-50-batch-32": bench(*TRAIN_50, "--batch", "32", "--backend", TRAIN),
+    "bench-infer-50-batch-32": bench(*INFER_50, "--batch", "32", "--backend", INFER),
     "bench-train-50-others": bench(*TRAIN_50, "--backend", OTHER_TRAIN),
     "bench-infer-50-others": bench(*INFER_50, "--backend", OTHER_INFER),
     "bench-cifar": bench("--net", "cifar-20,cifar-110", "--mode", "train", "--batch", "128", "--backend", GRAPHS),
@@ -196,7 +200,7 @@ PLANS = {
         ("timeline-infer-50", "hopper", "memory-bound"),
     ),
     5: Plan("training at every other depth", ("bench-train-depths",), ("timeline-train-50",)),
-    6: Plan("inference at every other depth", ("bench-infer-depths",), ("bench-train-50-fp16",)),
+    6: Plan("inference at every other depth", ("bench-infer-depths",), ("bench-infer-50-fp16",)),
     7: Plan(
         "sanitizers, curves, counters",
         ("tests-memcheck", "tests-racecheck", "tests-curves", "counters-train-50"),
